@@ -1,0 +1,157 @@
+"""Chunk sizes: how many tokens are alive at once, and what that costs.
+
+Two sizes, because two things pull apart. Bytes follow the number of rows of float32 logits that exist
+together; the GEMMs' speed follows the number of rows they are given. So logits are made in
+sub-chunks of `rows` tokens, and their gradients, in the inputs' dtype, are gathered into super-chunks
+of `super_rows` tokens, each of which costs one d_hidden and one d_weight product:
+
+    workspace = (4 + 4) rows V + 2 super_rows V + 4 V H      bf16 inputs on a GPU, trainable head
+
+Where d_logits has the logits' own dtype (float32 inputs; any input on a CPU, whose products are
+float32) the gradient overwrites the student's logits, and the two sizes are one.
+
+GEMM work, in units of S = 2 N V H (student head) and T = 2 N V G (teacher head): 3 S + T with gradients
+formed in the forward; 3 S without a dense teacher; one S less for each frozen side; 4 S + 2 T where
+`reduction="none"` recomputes; one S more for a rule that ranks the batch by entropy.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from .objectives import TokenRule
+from .products import gradient_dtype, result_dtype
+from .products import scratch_bytes as product_scratch
+from .rows.layout import Coef, Stat
+from .rows.torch_rows import scratch_bytes as torch_scratch
+
+#: Sizes are multiples of this many tokens.
+MULTIPLE = 128
+#: Tokens of float32 logits alive at once.
+ROWS = 512
+#: Tokens whose gradients enter one pair of products.
+SUPER_ROWS = 2048
+
+
+@dataclass(frozen=True)
+class ChunkPlan:
+    """What a call will do. `print(plan)` shows it.
+
+    rows, super_rows: tokens per logits GEMM and per pair of gradient GEMMs.
+    in_place: d_logits overwrites the student's logits.
+    workspace: bytes by name, over the inputs and the returned gradients.
+    student_gemms, teacher_gemms: GEMM work in units of S and T; gemm_flop: in FLOP.
+    """
+
+    tokens: int
+    vocab_size: int
+    rows: int
+    super_rows: int
+    in_place: bool
+    workspace: dict[str, int]
+    student_gemms: int
+    teacher_gemms: int
+    gemm_flop: int
+
+    @property
+    def workspace_bytes(self) -> int:
+        return sum(self.workspace.values())
+
+    def __str__(self):
+        work = f"{self.student_gemms} S" + (
+            f" + {self.teacher_gemms} T" if self.teacher_gemms else ""
+        )
+        lines = [
+            f"{self.tokens} tokens, vocabulary {self.vocab_size}",
+            f"  chunks     {self.rows} tokens of logits, {self.super_rows} of gradients"
+            + (" (in place)" if self.in_place else ""),
+            f"  GEMM work  {work} = {self.gemm_flop / 1e12:.2f} TFLOP",
+            f"  workspace  {self.workspace_bytes / 1e6:,.1f} MB",
+        ]
+        lines += [f"    {v / 1e6:>10,.1f} MB  {k}" for k, v in self.workspace.items() if v]
+        return "\n".join(lines)
+
+
+def plan_chunks(
+    tokens: int,
+    vocab_size: int,
+    hidden_size: int,
+    teacher_hidden_size: int | None = None,
+    *,
+    dtype: torch.dtype = torch.bfloat16,
+    device: str | torch.device = "cuda",
+    backend: str = "triton",
+    objective: TokenRule | None = None,
+    reduction: str = "mean",
+    needs_hidden_grad: bool = True,
+    needs_weight_grad: bool = True,
+    max_workspace_bytes: int | None = None,
+) -> ChunkPlan:
+    """The chunk sizes, GEMM work and workspace of one call of `linear_distillation_loss`.
+
+    tokens: tokens that count. teacher_hidden_size: width of a `HiddenTeacher`; None for the others.
+    max_workspace_bytes: shrinks super_rows first, then rows, in steps of 128 tokens.
+
+    Raises ValueError where even one step does not fit the budget.
+    """
+    for name, value in (("vocab_size", vocab_size), ("hidden_size", hidden_size)):
+        if value < 1:
+            raise ValueError(f"{name} must be at least 1, got {value}")
+    if tokens < 0:
+        raise ValueError(f"tokens must be at least 0, got {tokens}")
+    device_type = torch.device(device).type
+    logit_size = result_dtype(dtype).itemsize
+    d_dtype = gradient_dtype(dtype, device_type)
+    in_place = d_dtype == result_dtype(dtype)
+    forms_gradients = reduction != "none" and (needs_hidden_grad or needs_weight_grad)
+    widths = [hidden_size] + ([teacher_hidden_size] if teacher_hidden_size else [])
+
+    def plan(rows: int, super_rows: int) -> ChunkPlan:
+        gradients = needs_hidden_grad or needs_weight_grad
+        scratch = product_scratch(dtype, device_type, rows, widths)
+        if backend == "torch":
+            scratch += torch_scratch(rows, vocab_size, logit_size, device_type)
+        workspace = {
+            "student logits": logit_size * rows * vocab_size,
+            "teacher logits": logit_size * rows * vocab_size if teacher_hidden_size else 0,
+            "d_logits": d_dtype.itemsize * super_rows * vocab_size
+            if gradients and not in_place
+            else 0,
+            "d_weight accumulator": logit_size * vocab_size * hidden_size
+            if needs_weight_grad
+            else 0,
+            "d_hidden of one chunk": 2 * logit_size * super_rows * hidden_size
+            if needs_hidden_grad
+            else 0,
+            "statistics and coefficients": logit_size * tokens * (len(Stat) + len(Coef)),
+            "temporaries": scratch,
+        }
+        repeats = 1 if forms_gradients or not gradients else 2
+        prepass = objective is not None and objective.entropy_top_fraction is not None
+        student = repeats + needs_hidden_grad + needs_weight_grad + prepass
+        teacher = repeats if teacher_hidden_size else 0
+        flop = 2 * tokens * vocab_size
+        flop *= student * hidden_size + teacher * (teacher_hidden_size or 0)
+        return ChunkPlan(
+            tokens, vocab_size, rows, super_rows, in_place, workspace, student, teacher, flop
+        )
+
+    longest = max(MULTIPLE, -(-tokens // MULTIPLE) * MULTIPLE)
+    rows = min(ROWS, longest)
+    super_rows = rows if in_place else min(SUPER_ROWS, longest)
+    chosen = plan(rows, super_rows)
+    while max_workspace_bytes is not None and chosen.workspace_bytes > max_workspace_bytes:
+        if super_rows > rows:
+            super_rows -= MULTIPLE
+        elif rows > MULTIPLE:
+            rows -= MULTIPLE
+            super_rows = rows
+        else:
+            raise ValueError(
+                f"max_workspace_bytes={max_workspace_bytes} is too small for vocabulary "
+                f"{vocab_size}: chunks of {MULTIPLE} tokens take {chosen.workspace_bytes} bytes"
+            )
+        chosen = plan(rows, super_rows)
+    return chosen

@@ -1,0 +1,158 @@
+"""Uniform draws for the Bernoulli trust gate: a function of (seed, step, sequence id, position).
+
+A recomputed forward, a resumed run, another split into micro-batches and every tensor-parallel rank
+must draw the same number for the same token, so the draw comes from no generator with state but
+from a counter-based one: Philox4x32-10 (Salmon, Moraes, Dror and Shaw, "Parallel random numbers: as
+easy as 1, 2, 3", SC 2011; the Random123 library). Ten rounds of
+
+    (c0, c1, c2, c3)  <-  (hi(M1 c2) ^ c1 ^ k0,  lo(M1 c2),  hi(M0 c0) ^ c3 ^ k1,  lo(M0 c0))
+
+on four 32-bit counter words, hi and lo being the halves of the 64-bit product; the two key words
+grow by W0 and W1 between rounds. The words here:
+
+    counter   (position, sequence id low, sequence id high, step), position and step modulo 2^32
+    key       (seed low, seed high), of the 64-bit seed in two's complement
+    uniform   (first output word >> 8) / 2^24: float32, exact, 0 <= u < 1
+
+The other three output words are not used: an element costs one block, and no element's draw depends
+on a neighbour.
+
+Arithmetic is int64 tensor arithmetic kept below 2^49, so it means the same on every device, eager
+or compiled, and the global random state is neither read nor changed.
+"""
+
+import torch
+from torch import Tensor
+
+__all__ = ["bernoulli_uniforms", "philox4x32", "uniforms_like"]
+
+_M0, _M1 = 0xD2511F53, 0xCD9E8D57
+_W0, _W1 = 0x9E3779B9, 0xBB67AE85
+_WORD = 0xFFFFFFFF
+_ROUNDS = 10
+
+Word = int | Tensor  # a 32-bit word: a Python int, or int64 tensors that broadcast together
+
+
+def bernoulli_uniforms(
+    seed: int | Tensor,
+    step: int | Tensor,
+    sequence_ids: Tensor,  # (*)
+    positions: Tensor,  # (*), broadcasts with sequence_ids
+) -> Tensor:
+    """Uniforms in [0, 1), one for each token, that depend on nothing but the token's four numbers.
+
+    seed: a 64-bit Python int (signed or unsigned; -1 and 2^64 - 1 are the same key) or a 0-d int64
+    tensor. step: an int in [0, 2^32), or a 0-d integer tensor read modulo 2^32. sequence_ids:
+    integers that name a sequence across the whole optimiser step, on every rank; 64 bits count.
+    positions: the token's index within its sequence, not within the padded or packed row; 32 bits
+    count. The two broadcast: (B, 1) with (T,) gives (B, T).
+
+    Under torch.compile pass seed and step as 0-d tensors: an int that changes from call to call may
+    recompile. A tensor on a GPU is not read by the host.
+
+    Returns float32 of the broadcast shape, on the tensors' device. Raises TypeError or ValueError
+    on a wrong type, dtype, shape, device or range.
+    """
+    for name, tensor in (("sequence_ids", sequence_ids), ("positions", positions)):
+        if not isinstance(tensor, Tensor):
+            given = type(tensor).__name__
+            raise TypeError(f"{name} must be an integer tensor, got {given}: use torch.tensor()")
+        _check_integers(name, tensor)
+    if sequence_ids.device != positions.device:
+        raise ValueError(
+            f"positions must be on sequence_ids' device {sequence_ids.device}, "
+            f"got {positions.device}: move it with .to()"
+        )
+    seed = _scalar("seed", seed, -(2**63), 2**64 - 1, positions.device)
+    step = _scalar("step", step, 0, _WORD, positions.device)
+    sequence_ids, positions = sequence_ids.long(), positions.long()
+    counter = (positions & _WORD, sequence_ids & _WORD, (sequence_ids >> 32) & _WORD, step & _WORD)
+    word = philox4x32(counter, (seed & _WORD, (seed >> 32) & _WORD))[0]
+    return _uniform(word)
+
+
+def uniforms_like(labels: Tensor, seed: int | Tensor) -> Tensor:
+    """Uniforms in [0, 1) of the shape (*) of `labels`, for callers who keep no sequence ids.
+
+    As `bernoulli_uniforms` with step 0, the last dimension as positions and the flat index over the
+    others as sequence ids: change the seed at every step, and mind that the draws go with the
+    layout of this batch. Only the shape and device of `labels` are used. seed: a 64-bit int or a
+    0-d int64 tensor.
+
+    Returns float32 (*), on the labels' device. Raises TypeError or ValueError on a wrong type or
+    range.
+    """
+    if not isinstance(labels, Tensor):
+        raise TypeError(
+            f"labels must be a tensor, got {type(labels).__name__}: pass the labels of the loss"
+        )
+    *leading, length = labels.shape or (1,)
+    rows = 1
+    for size in leading:
+        rows *= size
+    sequence_ids = torch.arange(rows, device=labels.device).unsqueeze(1)
+    positions = torch.arange(length, device=labels.device)
+    return bernoulli_uniforms(seed, 0, sequence_ids, positions).view(labels.shape)
+
+
+def philox4x32(
+    counter: tuple[Word, Word, Word, Word], key: tuple[Word, Word]
+) -> tuple[Word, Word, Word, Word]:
+    """The Philox4x32-10 block as published: four counter and two key words to four random words.
+
+    Words are ints or int64 tensors that broadcast together, all in [0, 2^32); the caller sees to
+    the range of what goes in.
+    """
+    c0, c1, c2, c3 = counter
+    k0, k1 = key
+    for _ in range(_ROUNDS):
+        hi0, lo0 = _multiply(_M0, c0)
+        hi1, lo1 = _multiply(_M1, c2)
+        c0, c1, c2, c3 = hi1 ^ c1 ^ k0, lo1, hi0 ^ c3 ^ k1, lo0
+        k0, k1 = (k0 + _W0) & _WORD, (k1 + _W1) & _WORD
+    return c0, c1, c2, c3
+
+
+def _multiply(constant: int, word: Word) -> tuple[Word, Word]:
+    """High and low 32 bits of the 64-bit product, which int64 cannot hold: by 16-bit halves."""
+    upper = constant * (word >> 16)
+    lower = constant * (word & 0xFFFF)
+    return (upper + (lower >> 16)) >> 16, (((upper & 0xFFFF) << 16) + lower) & _WORD
+
+
+def _uniform(word: Word) -> Tensor:
+    """The upper 24 bits: a float32 holds no more, and rounding 32 of them would reach 1.0."""
+    return torch.as_tensor(word >> 8).to(torch.float32) * 2.0**-24
+
+
+def _scalar(
+    name: str, value: int | Tensor, low: int, high: int, device: torch.device
+) -> int | Tensor:
+    """A Python int in range, or a 0-d integer tensor as int64."""
+    if isinstance(value, Tensor):
+        _check_integers(name, value)
+        if value.ndim != 0:
+            shape = tuple(value.shape)
+            raise ValueError(f"{name} must be an int or a 0-d tensor, got shape {shape}: index it")
+        if value.device not in (device, torch.device("cpu")):
+            raise ValueError(
+                f"{name} must be on {device} like positions, or on the CPU, got {value.device}: "
+                "move it with .to()"
+            )
+        return value.long()
+    if isinstance(value, bool) or not isinstance(value, int):
+        given = type(value).__name__
+        raise TypeError(f"{name} must be an int or a 0-d integer tensor, got {given}: pass e.g. 0")
+    if not low <= value <= high:
+        raise ValueError(
+            f"{name} must be in [{low}, {high}], got {value}: reduce it modulo {high + 1}"
+        )
+    return value
+
+
+def _check_integers(name: str, tensor: Tensor) -> None:
+    if tensor.dtype not in (torch.int64, torch.int32):
+        raise TypeError(
+            f"{name} must be int64 or int32, got {tensor.dtype}: convert it with .long()"
+        )

@@ -1,0 +1,410 @@
+"""The public functions: check arguments, choose the backend, normalise, call the op.
+
+`linear_distillation_loss` takes hidden states and a head, `distillation_loss` logits that already exist,
+`linear_log_probs` gives per-token log-probabilities of a head. The mathematics is in `reference.py`, the
+chunk loop in `linear_loss.py`.
+"""
+
+from __future__ import annotations
+
+import numbers
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from . import ops
+from .backends import choose_backend
+from .draws import uniforms_like
+from .linear_loss import INPUTS
+from .objectives import TokenRule, TrOPD
+from .products import result_dtype
+from .reference_backend import reference_loss
+from .rows.layout import Stat
+from .teachers import (
+    HiddenTeacher,
+    LogitsTeacher,
+    Teacher,
+    TopKTeacher,
+    check_head,
+    check_scale,
+    check_serves,
+)
+
+REDUCTIONS = ("mean", "sum", "none")
+
+
+@dataclass(frozen=True, eq=False)
+class TokenStats:
+    """Detached statistics, each shaped like `labels`; 0 at tokens that do not count. None where the
+    form of teacher cannot give it; NaN at tokens for which the objective had no need of it.
+
+    log_probs, teacher_log_probs: of the label, nats. entropy, teacher_entropy: nats (of a top-k
+    teacher without `entropy`, a lower bound). forward_kl, reverse_kl: exact, over the vocabulary,
+    with a dense teacher; forward_kl of a top-k teacher is the one on its ids. reward: R, before any
+    clip. trust: the gate's M; outlier: 1 - M; both 0 on a prefix. teacher_topk_mass,
+    student_topk_mass: of K. token_loss: before `token_weight`. kept: passed gate and entropy filter.
+    """
+
+    log_probs: Tensor
+    teacher_log_probs: Tensor | None
+    entropy: Tensor
+    teacher_entropy: Tensor | None
+    forward_kl: Tensor | None
+    reverse_kl: Tensor | None
+    reward: Tensor | None
+    trust: Tensor
+    outlier: Tensor
+    teacher_topk_mass: Tensor | None
+    student_topk_mass: Tensor | None
+    token_loss: Tensor
+    kept: Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class DistillationOutput:
+    """loss: scalar, or shaped like labels with reduction="none". stats: per token, detached."""
+
+    loss: Tensor
+    stats: TokenStats
+
+
+def linear_distillation_loss(
+    hidden: Tensor,  # (*, H)
+    weight: Tensor,  # (V, H)
+    labels: Tensor,  # (*)
+    teacher: Teacher | None,
+    objective: TokenRule | None = None,
+    *,
+    bias: Tensor | None = None,  # (V,)
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+    temperature: float = 1.0,
+    old_log_probs: Tensor | None = None,  # (*)
+    advantages: Tensor | None = None,  # (*)
+    token_weight: Tensor | None = None,  # (*)
+    teacher_prefix: Tensor | None = None,  # (*)
+    uniforms: Tensor | None = None,  # (*)
+    seed: int | Tensor | None = None,
+    ignore_index: int | None = -100,
+    normalizer: float | Tensor | None = None,
+    reduction: str = "mean",
+    backend: str | None = None,
+    max_workspace_bytes: int | None = None,
+) -> DistillationOutput:
+    """Distillation loss of a student's head, without ever holding the logits of all tokens.
+
+    hidden: last hidden states, so placed that hidden[i] predicts labels[i]. weight: the head. A side
+    that does not require grad costs no GEMM.
+    labels: int64. Tokens with `ignore_index`, or of weight 0, are dropped before the first GEMM;
+    `ignore_index=None` says that every token counts, which spares a GPU the one host sync, and with
+    it the checks of values: a label out of range then gives NaN in its row.
+    teacher: a HiddenTeacher, LogitsTeacher, TopKTeacher or SampledTeacher; None for `SFT()`. Where
+    the vocabularies differ in height, the ids that both have are used.
+    objective: a `TokenRule`, such as `TrOPD()` (default), `OPD()`, `GKD()`.
+    bias, logit_scale, softcap: logits = cap(logit_scale * (hidden @ weight.T + bias)), then
+    temperature, which divides both sides' logits.
+    old_log_probs: log-probs of the labels under the policy that sampled them (default: this one).
+    advantages: replace the reward R. token_weight: factor on each token's loss. All detached.
+    teacher_prefix: bool, the token was written by the teacher.
+    uniforms, seed: for a Bernoulli gate, the draws in [0, 1), or an integer from which they are
+    derived per token (`draws.uniforms_like`): change it every step.
+    normalizer: what the sum is divided by in the mean; default the number of tokens that count.
+    reduction: "mean" and "sum" form the gradients in the forward; "none" gives per-token losses and
+    recomputes. backend: None takes the best available; see `available_backends`.
+    max_workspace_bytes: shrinks the chunks; see `plan_chunks`.
+
+    Raises ValueError, TypeError or RuntimeError that say what was given and what was expected.
+    """
+    check_head("student", hidden, weight, bias)
+    check_scale("student", logit_scale, softcap)
+    return _distill(
+        hidden, weight, bias, labels, teacher, objective,
+        (float(logit_scale), float(softcap or 0.0)), temperature,
+        dict(old_log_probs=old_log_probs, advantages=advantages, weight=token_weight,
+             prefix=teacher_prefix, uniforms=uniforms),
+        seed, ignore_index, normalizer, reduction, backend, max_workspace_bytes,
+    )  # fmt: skip
+
+
+def distillation_loss(
+    logits: Tensor,  # (*, V)
+    labels: Tensor,  # (*)
+    teacher: Teacher | None,
+    objective: TokenRule | None = None,
+    *,
+    temperature: float = 1.0,
+    old_log_probs: Tensor | None = None,  # (*)
+    advantages: Tensor | None = None,  # (*)
+    token_weight: Tensor | None = None,  # (*)
+    teacher_prefix: Tensor | None = None,  # (*)
+    uniforms: Tensor | None = None,  # (*)
+    seed: int | Tensor | None = None,
+    ignore_index: int | None = -100,
+    normalizer: float | Tensor | None = None,
+    reduction: str = "mean",
+    backend: str | None = None,
+) -> DistillationOutput:
+    """The same loss on logits that already exist. Arguments as in `linear_distillation_loss`.
+
+    Logits may be of any float dtype; they are read as they are and reduced in float32. Their gradient
+    is made in the backward, which reads them once more; nothing of their size is held in between.
+    """
+    if not logits.is_floating_point():
+        raise TypeError(f"logits must be of a float dtype, got {logits.dtype}")
+    if logits.dim() < 1 or logits.shape[-1] == 0:
+        raise ValueError(f"logits must be (*, V), got {tuple(logits.shape)}")
+    return _distill(
+        logits, None, None, labels, teacher, objective, (1.0, 0.0), temperature,
+        dict(old_log_probs=old_log_probs, advantages=advantages, weight=token_weight,
+             prefix=teacher_prefix, uniforms=uniforms),
+        seed, ignore_index, normalizer, reduction, backend, None,
+    )  # fmt: skip
+
+
+def linear_log_probs(
+    hidden: Tensor,  # (*, H)
+    weight: Tensor,  # (V, H)
+    labels: Tensor,  # (*)
+    *,
+    bias: Tensor | None = None,  # (V,)
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+    temperature: float = 1.0,
+    ignore_index: int | None = -100,
+    return_entropy: bool = False,
+    backend: str | None = None,
+    max_workspace_bytes: int | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """log p(label) per token, shaped like labels, in nats, float32; differentiable in hidden, weight
+    and bias, by recomputing. 0 where the label is `ignore_index`.
+
+    With `return_entropy`, also H(p) per token, differentiable as well. Arguments and errors as in
+    `linear_distillation_loss`.
+    """
+    check_head("student", hidden, weight, bias)
+    check_scale("student", logit_scale, softcap)
+    rule = TokenRule(policy_gradient=0.0, nll_weight=1.0, entropy_coef=float(return_entropy))
+    _check_call(hidden, labels, rule, temperature, ignore_index, "none", max_workspace_bytes)
+    scales = [float(logit_scale), float(softcap or 0.0), 1.0, 0.0, float(temperature)]
+    flat = (hidden.reshape(-1, hidden.shape[-1]), weight, bias, labels.reshape(-1))
+    _, _, stats = _run(
+        (*flat, None, None, None), {}, None, [False] * 3, rule, scales,
+        choose_backend(backend, hidden.device), ignore_index, max_workspace_bytes,
+    )  # fmt: skip
+    log_probs = stats[Stat.LOG_PROB].reshape(labels.shape)
+    if return_entropy:
+        return log_probs, stats[Stat.ENTROPY].reshape(labels.shape)
+    return log_probs
+
+
+def _distill(
+    student, weight, bias, labels, teacher, objective, student_scales, temperature, per_token,
+    seed, ignore_index, normalizer, reduction, backend, max_workspace_bytes,
+) -> DistillationOutput:  # fmt: skip
+    rule = TrOPD() if objective is None else objective
+    _check_call(student, labels, rule, temperature, ignore_index, reduction, max_workspace_bytes)
+    backend = choose_backend(backend, student.device)
+    check_serves(teacher, rule)
+    _check_devices(student, {"weight": weight, "bias": bias, "labels": labels} | _public(per_token))
+    if rule.gate == "bernoulli" and per_token["uniforms"] is None:
+        if seed is None:
+            raise ValueError(
+                "this objective draws its gate at random: pass seed=<an integer that changes every "
+                "step>, or uniforms=<numbers in [0, 1) shaped like labels>, or choose "
+                "gate='expected', which draws nothing"
+            )
+        per_token["uniforms"] = uniforms_like(labels, seed)
+    (teacher_source, teacher_weight, teacher_bias), teacher_scales, known = _flat_teacher(
+        teacher, labels, student
+    )
+    per_token = {name: _per_token(name, t, labels) for name, t in per_token.items()}
+    inputs = {k: v for k, v in (per_token | known).items() if v is not None}
+
+    flat_labels = labels.reshape(-1)
+    dtype = result_dtype(student.dtype)
+    after = None  # a divisor known only once the gate has run
+    if reduction != "mean":
+        scale = torch.ones((), dtype=dtype, device=student.device)
+    elif normalizer is not None:
+        scale = 1 / _normalizer(normalizer, student.device, dtype)
+    elif rule.normalize == "kept":
+        scale, after = torch.ones((), dtype=dtype, device=student.device), Stat.KEPT
+    else:
+        scale = 1 / _count(flat_labels, ignore_index, inputs.get("weight"), dtype)
+
+    grad = torch.is_grad_enabled()
+    formed = reduction != "none" and weight is not None and grad
+    tensors = (student, weight, bias)
+    needs = [formed and t is not None and t.requires_grad for t in tensors]
+    loss, token_loss, stats = _run(
+        (student.reshape(-1, student.shape[-1]), weight, bias, flat_labels,
+         teacher_source, teacher_weight, teacher_bias),
+        inputs, scale, needs, rule, [*student_scales, *teacher_scales, float(temperature)],
+        backend, ignore_index, max_workspace_bytes,
+    )  # fmt: skip
+    stats = stats.detach()
+    if after is not None:
+        loss = loss / stats[after].sum().clamp_min(1)
+    if reduction == "none":
+        loss = token_loss.reshape(labels.shape)
+    return DistillationOutput(loss, _token_stats(stats, labels, teacher))
+
+
+def _run(tensors, inputs, scale, needs, rule, scales, backend, ignore_index, max_workspace_bytes):
+    """(loss, token_loss, stats) of the flat problem."""
+    if scale is None:
+        scale = tensors[0].new_ones((), dtype=result_dtype(tensors[0].dtype))
+    inputs = [inputs.get(name) for name in INPUTS]
+    if backend == "reference":
+        problem = ops.flat_problem(
+            *tensors, inputs, rule.key, scales, backend, ignore_index, max_workspace_bytes
+        )
+        return reference_loss(problem, scale)
+    return ops.distill(
+        *tensors, inputs, scale, needs, rule.key, scales, backend, ignore_index, max_workspace_bytes
+    )[:3]
+
+
+# --- the teacher, flat -------------------------------------------------------------------------
+
+
+def _flat_teacher(teacher: Teacher | None, labels: Tensor, student: Tensor):
+    """(logits or hidden, weight, bias), (logit scale, soft cap), per-token tensors by name."""
+    nothing, plain = (None, None, None), (1.0, 0.0)
+    if teacher is None:
+        return nothing, plain, {}
+    if teacher.tokens_shape != labels.shape:
+        raise ValueError(
+            f"the {type(teacher).__name__} covers tokens of shape {tuple(teacher.tokens_shape)}, "
+            f"labels are {tuple(labels.shape)}: give one teacher entry per label"
+        )
+    _check_devices(student, {f"teacher {k}": v for k, v in vars(teacher).items()})
+    if isinstance(teacher, HiddenTeacher):
+        flat = teacher.hidden.reshape(-1, teacher.hidden.shape[-1])
+        scales = (float(teacher.logit_scale), float(teacher.softcap or 0.0))
+        return (flat, teacher.weight, teacher.bias), scales, {}
+    if isinstance(teacher, LogitsTeacher):
+        return (teacher.logits.reshape(-1, teacher.logits.shape[-1]), None, None), plain, {}
+    dtype = result_dtype(student.dtype)
+    known = {"label_log_probs": teacher.label_log_probs.reshape(-1).to(dtype)}
+    if isinstance(teacher, TopKTeacher):
+        k = teacher.ids.shape[-1]
+        known["ids"] = teacher.ids.reshape(-1, k).long()
+        known["topk_log_probs"] = teacher.log_probs.reshape(-1, k).to(dtype)
+        if teacher.entropy is not None:
+            known["teacher_entropy"] = teacher.entropy.reshape(-1).to(dtype)
+    return nothing, plain, known
+
+
+def _token_stats(stats: Tensor, labels: Tensor, teacher: Teacher | None) -> TokenStats:
+    dense = isinstance(teacher, (HiddenTeacher, LogitsTeacher))
+    top_k = dense or isinstance(teacher, TopKTeacher)
+    given = {
+        Stat.TEACHER_LOG_PROB: teacher is not None,
+        Stat.REWARD: teacher is not None,
+        Stat.TEACHER_ENTROPY: top_k,
+        Stat.FORWARD_KL: top_k,
+        Stat.REVERSE_KL: dense,
+        Stat.TEACHER_TOPK_MASS: top_k,
+        Stat.STUDENT_TOPK_MASS: top_k,
+    }
+    names = {
+        "log_probs": Stat.LOG_PROB, "teacher_log_probs": Stat.TEACHER_LOG_PROB,
+        "entropy": Stat.ENTROPY, "teacher_entropy": Stat.TEACHER_ENTROPY,
+        "forward_kl": Stat.FORWARD_KL, "reverse_kl": Stat.REVERSE_KL, "reward": Stat.REWARD,
+        "trust": Stat.TRUST, "outlier": Stat.OUTLIER,
+        "teacher_topk_mass": Stat.TEACHER_TOPK_MASS, "student_topk_mass": Stat.STUDENT_TOPK_MASS,
+        "token_loss": Stat.TOKEN_LOSS, "kept": Stat.KEPT,
+    }  # fmt: skip
+    return TokenStats(
+        **{
+            name: stats[row].reshape(labels.shape) if given.get(row, True) else None
+            for name, row in names.items()
+        }
+    )
+
+
+# --- normalisation -----------------------------------------------------------------------------
+
+
+def _count(labels: Tensor, ignore_index: int | None, weight: Tensor | None, dtype) -> Tensor:
+    """Number of tokens that count, at least 1, on the device."""
+    counts = torch.ones_like(labels, dtype=torch.bool)
+    if ignore_index is not None:
+        counts = labels != ignore_index
+        if weight is not None:
+            counts = counts & (weight != 0)
+    return counts.sum().clamp_min(1).to(dtype)
+
+
+def _normalizer(value, device, dtype) -> Tensor:
+    if isinstance(value, Tensor):
+        if value.numel() != 1:
+            raise ValueError(f"normalizer must be one number, got shape {tuple(value.shape)}")
+        return value.detach().reshape(()).to(device=device, dtype=dtype)
+    if not isinstance(value, numbers.Real) or not value > 0:
+        raise ValueError(f"normalizer must be a positive number, got {value!r}")
+    return torch.full((), float(value), dtype=dtype, device=device)
+
+
+# --- checks ------------------------------------------------------------------------------------
+
+
+def _check_call(
+    student, labels, rule, temperature, ignore_index, reduction, max_workspace_bytes
+) -> None:
+    if not isinstance(rule, TokenRule):
+        raise TypeError(f"objective must be a TokenRule, such as TrOPD(); got {rule!r}")
+    if not isinstance(labels, Tensor) or labels.dtype != torch.int64 or (
+        labels.shape != student.shape[:-1]
+    ):  # fmt: skip
+        given = f"{labels.dtype} {tuple(labels.shape)}" if isinstance(labels, Tensor) else repr(labels)
+        raise (TypeError if getattr(labels, "shape", None) == student.shape[:-1] else ValueError)(
+            f"labels must be int64 of shape {tuple(student.shape[:-1])}, got {given}: shift them so "
+            "that hidden[i] (or logits[i]) predicts labels[i]"
+        )
+    if not isinstance(temperature, numbers.Real) or not 0 < temperature < float("inf"):
+        raise ValueError(f"temperature must be a positive number, got {temperature!r}")
+    if ignore_index is not None and not isinstance(ignore_index, int):
+        raise TypeError(f"ignore_index must be an int or None, got {ignore_index!r}")
+    if reduction not in REDUCTIONS:
+        raise ValueError(
+            f"reduction must be one of {', '.join(map(repr, REDUCTIONS))}; got {reduction!r}"
+        )
+    if max_workspace_bytes is not None and not max_workspace_bytes > 0:
+        raise ValueError(f"max_workspace_bytes must be positive or None, got {max_workspace_bytes!r}")
+
+
+def _per_token(name: str, value: Tensor | None, labels: Tensor) -> Tensor | None:
+    """Flat and detached, after a look at shape and dtype."""
+    if value is None:
+        return None
+    public = {"weight": "token_weight", "prefix": "teacher_prefix"}.get(name, name)
+    if not isinstance(value, Tensor) or value.shape != labels.shape:
+        given = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
+        raise ValueError(f"{public} must be a tensor of the labels' shape {tuple(labels.shape)}, got {given}")
+    if name == "prefix":
+        if value.dtype != torch.bool:
+            raise TypeError(f"{public} must be bool, got {value.dtype}: pass {public}.bool()")
+    elif not value.is_floating_point():
+        raise TypeError(f"{public} must be of a float dtype, got {value.dtype}")
+    elif value.requires_grad:
+        raise ValueError(
+            f"{public} requires grad, but the loss treats it as a constant (K1 back-propagated "
+            "directly would never see the teacher): pass it detached"
+        )
+    return value.reshape(-1)
+
+
+def _public(per_token: dict) -> dict:
+    """Per-token tensors under the names that the caller used."""
+    return {{"weight": "token_weight", "prefix": "teacher_prefix"}.get(k, k): v for k, v in per_token.items()}
+
+
+def _check_devices(student: Tensor, tensors: dict) -> None:
+    for name, tensor in tensors.items():
+        if isinstance(tensor, Tensor) and tensor.device != student.device:
+            raise ValueError(
+                f"{name} is on {tensor.device}, the student on {student.device}: move it there"
+            )

@@ -1,0 +1,307 @@
+"""The chunk loop: GEMM, rows, GEMM, over chunks of tokens, so that no (tokens, V) tensor exists.
+
+    for each super-chunk of tokens:
+        for each sub-chunk of it:
+            student logits = hidden @ weight.T           float32, (rows, V)
+            teacher logits likewise, or a slice of those given
+            stats, coefs   = engine.forward(...)         a few numbers a token
+            engine.gradient(...)                         d_logits, (super_rows, V), inputs' dtype
+        d_hidden   = d_logits @ weight                   one product a super-chunk
+        d_weight  += d_logits.T @ hidden                 float32 accumulator
+
+Tokens that do not count are dropped before the first GEMM, which costs the call's one host sync; the
+checks of values ride on the same sync. With `ignore_index=None` the caller says that every token counts,
+and there is none.
+
+`forward` serves both contracts of `ops.py`: with `needs` it forms the gradients of the loss on the way
+(3 S + T), without it returns the coefficients from which `backward` recomputes them for any incoming
+gradient. Logits that exist already go through the same loop, without the GEMMs: there `backward` reads
+them once more, which costs less than holding their gradient.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields, replace
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from . import products
+from .backends import engine_for
+from .chunking import ChunkPlan, plan_chunks
+from .rows.layout import Coef, LogitTransform, RowBatch, RowOptions, Stat
+
+
+@dataclass(frozen=True)
+class Side:
+    """One model's logits: (N, H) hidden states with a head (V', H), or (N, V') logits without one."""
+
+    source: Tensor
+    weight: Tensor | None = None
+    bias: Tensor | None = None
+
+    @property
+    def vocab_size(self) -> int:
+        return self.source.shape[-1] if self.weight is None else self.weight.shape[0]
+
+    def logits(self, tokens: slice | Tensor, vocab_size: int, buffer: Tensor | None) -> Tensor:
+        """Raw logits of these tokens, over the first `vocab_size` ids, without the bias."""
+        rows = self.source[tokens]
+        if self.weight is None:
+            return rows[:, :vocab_size]
+        return products.logits_into(buffer[: rows.shape[0]], rows, self.weight[:vocab_size])
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A flat batch of N tokens. `inputs` holds the per-token tensors of `RowBatch`, by name."""
+
+    student: Side
+    teacher: Side | None
+    labels: Tensor
+    inputs: dict[str, Tensor]
+    options: RowOptions
+    backend: str
+    ignore_index: int | None
+    max_workspace_bytes: int | None
+
+    @property
+    def vocab_size(self) -> int:
+        """The ids that both sides have."""
+        sizes = [side.vocab_size for side in (self.student, self.teacher) if side is not None]
+        return min(sizes)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return products.result_dtype(self.student.source.dtype)
+
+
+@dataclass(frozen=True)
+class Needs:
+    """Which gradients to form."""
+
+    student: bool = False
+    weight: bool = False
+    bias: bool = False
+
+    def __bool__(self):
+        return self.student or self.weight or self.bias
+
+
+@dataclass
+class Result:
+    """stats (Stat, N) and coefs (Coef, N), 0 for tokens that do not count; the gradients asked for,
+    d_weight and d_bias in the accumulator's dtype, d_student as it will be returned."""
+
+    stats: Tensor
+    coefs: Tensor
+    d_student: Tensor | None = None
+    d_weight: Tensor | None = None
+    d_bias: Tensor | None = None
+
+
+def forward(problem: Problem, needs: Needs, loss_scale: Tensor) -> Result:
+    """Statistics and coefficients, and with `needs` the gradient of the summed loss: d_student times
+    `loss_scale`, d_weight and d_bias not yet scaled."""
+    n = problem.labels.shape[0]
+    index = tokens_that_count(problem)
+    result = Result(
+        stats=problem.student.source.new_zeros((len(Stat), n), dtype=problem.dtype),
+        coefs=problem.student.source.new_zeros((len(Coef), n), dtype=problem.dtype),
+    )
+    loop = _Loop(problem, index, needs, loss_scale, result)
+    options = problem.options
+    if options.rule.entropy_top_fraction is not None:
+        threshold = loop.entropy_threshold(options.rule.entropy_top_fraction)
+        options = replace(options, entropy_threshold=threshold)
+
+    def rows(batch, tokens):
+        s, c = loop.engine.forward(batch, options)
+        result.stats[:, tokens], result.coefs[:, tokens] = s, c
+        return c
+
+    loop.run(rows, options)
+    return result
+
+
+def backward(problem: Problem, coefs: Tensor, needs: Needs) -> Result:
+    """The gradients that these coefficients (already times the incoming gradient) stand for."""
+    index = tokens_that_count(problem) if problem.student.weight is not None else None
+    one = problem.student.source.new_ones((), dtype=problem.dtype)
+    result = Result(stats=coefs, coefs=coefs)
+    loop = _Loop(problem, index, needs, one, result)
+    loop.run(lambda batch, tokens: coefs[:, tokens], problem.options)
+    return result
+
+
+def tokens_that_count(problem: Problem) -> Tensor | None:
+    """Indices of the tokens that count, or None where all do. Raises ValueError on values that
+    cannot be right: labels outside the vocabulary, weights or advantages that are not finite."""
+    labels, weight = problem.labels, problem.inputs.get("weight")
+    all_count = problem.ignore_index is None
+    if all_count and labels.device.type != "cpu":
+        return None  # looking at values would wait for the GPU
+    counts = torch.ones_like(labels, dtype=torch.bool)
+    if not all_count:
+        counts = labels != problem.ignore_index
+        if weight is not None:
+            counts &= weight != 0
+    outside = ((labels < 0) | (labels >= problem.vocab_size)) & counts
+    checks = {"label": outside.any()}
+    for name in ("weight", "advantages", "old_log_probs"):
+        if name in problem.inputs:
+            checks[name] = (~problem.inputs[name].isfinite() & counts).any()
+    if "uniforms" in problem.inputs:
+        u = problem.inputs["uniforms"]
+        checks["uniforms"] = (~((u >= 0) & (u < 1)) & counts).any()
+    count, *bad = torch.stack([counts.sum(), *checks.values()]).tolist()
+    for name, found in zip(checks, bad, strict=True):
+        if found:
+            _raise_bad_value(name, problem, outside)
+    if all_count or count == labels.shape[0]:
+        return None
+    # A stable sort instead of nonzero(): the count is known, so it needs no sync of its own.
+    return torch.argsort(~counts, stable=True)[:count]
+
+
+def _raise_bad_value(name: str, problem: Problem, outside: Tensor):
+    if name == "label":
+        label = int(problem.labels[outside][0])
+        raise ValueError(
+            f"label {label} lies outside the vocabulary of {problem.vocab_size} ids that student and "
+            f"teacher share, and is not ignore_index={problem.ignore_index}: mask such tokens, or "
+            "check that labels and model use the same tokenizer"
+        )
+    if name == "uniforms":
+        raise ValueError("uniforms must lie in [0, 1), as torch.rand draws them")
+    name = {"weight": "token_weight"}.get(name, name)
+    raise ValueError(f"{name} holds values that are not finite, at tokens that count")
+
+
+class _Loop:
+    """Buffers and bookkeeping of one walk over the tokens."""
+
+    def __init__(self, problem, index, needs, loss_scale, result: Result):
+        self.problem, self.index, self.needs = problem, index, needs
+        self.loss_scale, self.result = loss_scale, result
+        self.engine: ModuleType = engine_for(problem.backend)
+        self.n = problem.labels.shape[0] if index is None else index.shape[0]
+        self.vocab_size = problem.vocab_size
+        self.has_head = problem.student.weight is not None
+        source = problem.student.source
+        self.d_dtype = products.gradient_dtype(source.dtype, source.device.type)
+        self.in_place = self.has_head and self.d_dtype == problem.dtype
+        self.plan = self._plan()
+        self.first = True
+        if needs.student:
+            # float16 would underflow before a loss scale in the backward could help.
+            dtype = problem.dtype if source.dtype == torch.float16 else source.dtype
+            result.d_student = source.new_zeros(source.shape, dtype=dtype)
+        if needs.weight:
+            # The first product overwrites; rows beyond the shared vocabulary stay 0.
+            result.d_weight = source.new_empty(problem.student.weight.shape, dtype=problem.dtype)
+            result.d_weight[0 if self.n == 0 else self.vocab_size :].zero_()
+        if needs.bias:
+            result.d_bias = source.new_zeros((problem.student.vocab_size,), dtype=problem.dtype)
+
+    def _plan(self) -> ChunkPlan:
+        student, teacher = self.problem.student, self.problem.teacher
+        teacher_head = teacher is not None and teacher.weight is not None
+        return plan_chunks(
+            self.n,
+            self.vocab_size,
+            student.source.shape[-1],
+            teacher.weight.shape[1] if teacher_head else None,
+            dtype=student.source.dtype,
+            device=student.source.device,
+            backend=self.problem.backend,
+            needs_hidden_grad=self.needs.student,
+            needs_weight_grad=self.needs.weight,
+            max_workspace_bytes=self.problem.max_workspace_bytes if self.has_head else None,
+        )
+
+    def buffer(self, side: Side | None) -> Tensor | None:
+        """Room for one sub-chunk of this side's logits, where a GEMM makes them."""
+        if side is None or side.weight is None:
+            return None
+        rows = min(self.plan.rows, self.n)
+        return side.source.new_empty((rows, self.vocab_size), dtype=self.problem.dtype)
+
+    def tokens(self, start: int, stop: int) -> slice | Tensor:
+        stop = min(stop, self.n)
+        return slice(start, stop) if self.index is None else self.index[start:stop]
+
+    def batch(self, tokens, student_buffer, teacher_buffer) -> RowBatch:
+        problem, v = self.problem, self.vocab_size
+        teacher = problem.teacher
+        return RowBatch(
+            student=problem.student.logits(tokens, v, student_buffer),
+            teacher=None if teacher is None else teacher.logits(tokens, v, teacher_buffer),
+            labels=problem.labels[tokens],
+            **{name: value[tokens] for name, value in problem.inputs.items()},
+        )
+
+    def run(self, rows, options: RowOptions) -> None:
+        """`rows(batch, tokens)` gives the coefficients of a sub-chunk."""
+        problem, plan = self.problem, self.plan
+        z_buffer, t_buffer = self.buffer(problem.student), self.buffer(problem.teacher)
+        d_logits = z_buffer
+        if self.needs and self.has_head and not self.in_place:
+            size = (min(plan.super_rows, self.n), self.vocab_size)
+            d_logits = problem.student.source.new_empty(size, dtype=self.d_dtype)
+        step = plan.super_rows
+        for start in range(0, self.n, step):
+            stop = min(start + step, self.n)
+            for low in range(start, stop, plan.rows):
+                high = min(low + plan.rows, stop)
+                tokens = self.tokens(low, high)
+                batch = self.batch(tokens, z_buffer, t_buffer)
+                coefs = rows(batch, tokens)
+                if self.needs and self.has_head:
+                    out = d_logits[: high - low] if self.in_place else d_logits[low - start : high - start]
+                    self.engine.gradient(batch, coefs, options, out)
+                elif self.needs:
+                    self._store_d_logits(batch, coefs, options, tokens)
+            if self.needs and self.has_head:
+                self._products(d_logits[: stop - start], self.tokens(start, stop))
+
+    def _products(self, d_logits: Tensor, tokens: slice | Tensor) -> None:
+        student, result, v = self.problem.student, self.result, self.vocab_size
+        if self.needs.student:
+            d_hidden = products.d_hidden(d_logits, student.weight[:v])
+            result.d_student[tokens] = d_hidden.mul_(self.loss_scale).to(result.d_student.dtype)
+        if self.needs.weight:
+            hidden = student.source[tokens]
+            products.add_d_weight(result.d_weight[:v], d_logits, hidden, self.first)
+        if self.needs.bias:
+            result.d_bias[:v] += d_logits.sum(0, dtype=result.d_bias.dtype)
+        self.first = False
+
+    def _store_d_logits(self, batch, coefs, options, tokens: slice) -> None:
+        """Existing logits: their gradient is the result itself (`backward` drops no tokens)."""
+        v, d = self.vocab_size, self.result.d_student
+        self.engine.gradient(batch, coefs, options, d[tokens][:, :v])
+
+    def entropy_threshold(self, fraction: float) -> Tensor:
+        """The batch's entropy quantile, from a pass over the student's logits alone."""
+        problem, options = self.problem, self.problem.options
+        buffer = self.buffer(problem.student)
+        entropy = problem.student.source.new_empty((self.n,), dtype=problem.dtype)
+        for low in range(0, self.n, self.plan.rows):
+            tokens = self.tokens(low, low + self.plan.rows)
+            logits = problem.student.logits(tokens, self.vocab_size, buffer)
+            batch = RowBatch(logits, None, problem.labels[tokens])
+            entropy[low : low + logits.shape[0]] = self.engine.entropy(batch, options)
+        if self.n == 0:
+            return entropy.new_zeros(())
+        prefix = problem.inputs.get("prefix")
+        if prefix is not None and options.rule.prefix_weight is not None:
+            entropy = entropy.masked_fill(prefix[self.tokens(0, self.n)], torch.nan)
+        return torch.nanquantile(entropy, 1 - fraction)
+
+
+#: Per-token inputs, in the order in which the custom op takes them.
+INPUTS = tuple(f.name for f in fields(RowBatch) if f.name not in ("student", "teacher", "labels"))
+
+__all__ = ["INPUTS", "LogitTransform", "Needs", "Problem", "Result", "Side", "backward", "forward"]

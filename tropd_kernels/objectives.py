@@ -1,0 +1,452 @@
+"""Distillation objectives as data.
+
+A `TokenRule` says how one token's statistics become a loss and a handful of per-row numbers; the fused
+kernels need nothing else (see `rows/`). Every published objective here is a named constructor that
+fills in a rule: `TrOPD()`, `OPD()`, `GKD()`, ... A rule is frozen, checked when it is made, and its
+`repr` can be pasted back.
+
+Symbols, at one position: p student, q teacher, y the token, lp = log p(y), lq = log q(y),
+lo = log-probability of y under the policy that sampled it (lp, detached, where none is given),
+rho = exp(lp - lo), R = sg(lq - lo) or the caller's advantages, K the teacher's top-k ids.
+
+On a token that the student sampled, a rule's loss is
+
+    policy_gradient * (-R' * rho)                       K1 as a policy gradient; PPO-clipped if asked
+  + forward_kl_weight * KL_K(q || p)                    from `outlier`, `forward_kl_entropy`, `divergence`
+  + divergence(p, q)                                    exact, over the vocabulary (or on K)
+  - nll_weight * lp - entropy_coef * H(p)
+
+where the gate M splits the tokens: inside (M = 1) R' = R; outside, `outlier` decides. On a token of
+a teacher-written prefix it is prefix_weight * (sg(lq) - lp), or the same loss as everywhere where
+`prefix_weight` is None.
+
+Sources: TrOPD (arXiv 2606.01249), GKD (2306.13649), EOPD (2603.07079), REOPOLD (2603.11137), AOPD
+(2605.06387), AKL (2404.02657), ToDi (2505.16297), DistiLLM's skewed KL (2402.03898), the on-policy
+distillation survey (2606.22793), Thinking Machines' on-policy distillation (tinker-cookbook).
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass, field, fields
+from functools import lru_cache
+
+GATES = ("always", "bernoulli", "expected", "threshold")
+OUTLIERS = ("mask", "clip", "forward_kl", "forward_kl_reward")
+TAILS = ("raw", "bucket", "renormalize_teacher", "renormalize_both")
+NORMALIZE = ("tokens", "kept")
+
+#: Divergences by how they are computed: from per-row coefficients alone, or from a generator (one
+#: more pass over the row). The last two live on the teacher's top-k ids.
+COEFFICIENT_DIVERGENCES = ("forward_kl", "reverse_kl", "jeffreys", "akl")
+GENERATORS = (
+    "jsd", "skew_forward", "skew_reverse", "alpha", "chi2", "total_variation", "todi",
+    "mopd", "topk_jsd",
+)  # fmt: skip
+TOP_K_GENERATORS = ("mopd", "topk_jsd")
+DIVERGENCES = COEFFICIENT_DIVERGENCES + GENERATORS
+
+#: log(0.2 / 0.8): the static threshold of REOPOLD and of TrOPD's clipping ablation.
+STATIC_THRESHOLD = math.log(0.25)
+
+
+@dataclass(frozen=True, repr=False)
+class TokenRule:
+    """One distillation objective. Usually made by a named constructor (`TrOPD()`, `GKD()`, ...).
+
+    policy_gradient: weight on the K1 policy gradient -R * rho; 0 leaves it out (kl_penalty_coef).
+    gate: how M is drawn. "always": M = 1. "bernoulli": M = 1 where u < P, P = min(q(y)/p(y), 1) with
+        lo in place of lp where given. "expected": M = P. "threshold": M = 1 where R > threshold.
+    outlier: what stands outside the gate. "mask": nothing. "clip": R floored at `threshold`.
+        "forward_kl": forward KL on K, back-propagated. "forward_kl_reward": minus that KL as a
+        detached reward on y.
+    threshold: the static gate's level and the clip's floor, in nats, at most 0.
+    top_k: size of K; None is the whole vocabulary. Ids that tie with the k-th largest belong to K.
+    top_k_tail: what is done with the mass outside K: "raw", "bucket", "renormalize_teacher" or
+        "renormalize_both".
+    prefix_weight: weight of the K1 forward KL on teacher-written tokens; None treats them as any other.
+    clip_ratio_low, clip_ratio_high: PPO clip of rho to [1 - low, 1 + high]; None leaves a side open.
+    forward_kl_entropy: adds the forward KL on K where H(q) exceeds this many nats; None: nowhere.
+    entropy_top_fraction: only tokens whose H(p) is in the batch's top fraction count; None: all.
+        Costs one more student GEMM, since the batch's entropies must be known beforehand.
+    divergence: one of `DIVERGENCES`, on every token; None: none.
+    divergence_parameter: its parameter: beta of "jsd" and "topk_jsd", alpha of "skew_*" and "alpha",
+        the head's teacher mass of "akl"; unused elsewhere.
+    nll_weight: weight on -log p(y).
+    entropy_coef: entropy bonus: subtracts entropy_coef * H(p).
+    normalize: what the mean divides by: every token that counts, or the tokens "kept" by gate and
+        entropy filter (REOPOLD).
+
+    Raises ValueError or TypeError naming the argument.
+    """
+
+    policy_gradient: float = 1.0
+    gate: str = "always"
+    outlier: str = "mask"
+    threshold: float = STATIC_THRESHOLD
+    top_k: int | None = None
+    top_k_tail: str = "raw"
+    prefix_weight: float | None = None
+    clip_ratio_low: float | None = None
+    clip_ratio_high: float | None = None
+    forward_kl_entropy: float | None = None
+    entropy_top_fraction: float | None = None
+    divergence: str | None = None
+    divergence_parameter: float = 0.5
+    nll_weight: float = 0.0
+    entropy_coef: float = 0.0
+    normalize: str = "tokens"
+    #: The rule as a string, for the custom op's schema: `decode_rule(rule.key) == rule`.
+    key: str = field(init=False, compare=False, default="")
+
+    def __post_init__(self):
+        _one_of("gate", self.gate, GATES)
+        _one_of("outlier", self.outlier, OUTLIERS)
+        _one_of("top_k_tail", self.top_k_tail, TAILS)
+        _one_of("normalize", self.normalize, NORMALIZE)
+        if self.divergence is not None:
+            _one_of("divergence", self.divergence, DIVERGENCES)
+        _number("threshold", self.threshold, high=0.0)
+        for name in ("policy_gradient", "nll_weight", "entropy_coef", "divergence_parameter"):
+            _number(name, getattr(self, name))
+        for name in ("prefix_weight", "clip_ratio_low", "clip_ratio_high", "forward_kl_entropy"):
+            _number(name, getattr(self, name), low=0.0, optional=True)
+        if self.clip_ratio_low is not None and self.clip_ratio_low > 1:
+            raise ValueError(f"clip_ratio_low must lie in [0, 1], got {self.clip_ratio_low}")
+        _number("entropy_top_fraction", self.entropy_top_fraction, 0.0, 1.0, optional=True)
+        if self.entropy_top_fraction == 0:
+            raise ValueError("entropy_top_fraction must be above 0: no token would count")
+        if self.top_k is not None:
+            if isinstance(self.top_k, bool) or not isinstance(self.top_k, int):
+                raise TypeError(f"top_k must be an int or None, got {self.top_k!r}")
+            if self.top_k < 1:
+                raise ValueError(
+                    f"top_k must be at least 1, or None for the whole vocabulary; got {self.top_k}"
+                )
+        if self.top_k is None and self.top_k_tail != "raw":
+            raise ValueError(
+                f"top_k_tail={self.top_k_tail!r} needs a top_k: without one there is no tail"
+            )
+        if self.divergence in TOP_K_GENERATORS and self.top_k is None:
+            raise ValueError(f"divergence={self.divergence!r} lives on the top-k ids: give a top_k")
+        _check_divergence_parameter(self.divergence, self.divergence_parameter)
+        given = {f.name: getattr(self, f.name) for f in fields(self) if f.init}
+        object.__setattr__(self, "key", json.dumps(given))
+
+    def __repr__(self):
+        changed = (
+            f"{f.name}={getattr(self, f.name)!r}"
+            for f in fields(self)
+            if f.init and getattr(self, f.name) != f.default
+        )
+        return f"TokenRule({', '.join(changed)})"
+
+    # What a rule needs, asked by the teachers' check, the chunk plan and the row engines.
+
+    @property
+    def uses_reward(self) -> bool:
+        return self.policy_gradient != 0 or self.gate != "always"
+
+    @property
+    def uses_forward_kl(self) -> bool:
+        """The forward KL (on K) may enter a token's loss."""
+        outside = self.gate != "always" and self.outlier.startswith("forward_kl")
+        everywhere = self.divergence in ("forward_kl", "jeffreys", "akl")
+        return outside or everywhere or self.forward_kl_entropy is not None
+
+    @property
+    def uses_reverse_kl(self) -> bool:
+        """The exact reverse KL may enter a token's loss."""
+        return self.divergence in ("reverse_kl", "jeffreys", "akl")
+
+    @property
+    def generator(self) -> str | None:
+        """The divergence's generator, where it needs one."""
+        return self.divergence if self.divergence in GENERATORS else None
+
+    @property
+    def uses_top_k(self) -> bool:
+        """A set K smaller than the vocabulary has to be found."""
+        on_k = self.uses_forward_kl or self.divergence in TOP_K_GENERATORS
+        return self.top_k is not None and on_k
+
+    @property
+    def uses_sums(self) -> bool:
+        """Sums over K, or over the whole vocabulary, enter the loss."""
+        return self.uses_forward_kl or self.generator is not None
+
+    @property
+    def sums_are_statistics(self) -> bool:
+        """... and the first pass over a dense teacher's row has them all."""
+        return not (self.uses_top_k or self.generator or self.divergence == "akl")
+
+    @property
+    def reads_teacher_rows(self) -> bool:
+        """The gradient pass may read a dense teacher's row."""
+        return self.uses_sums or self.uses_reverse_kl
+
+    @property
+    def uses_dense_teacher(self) -> bool:
+        """The loss needs the teacher's whole distribution."""
+        whole = self.uses_forward_kl and self.top_k is None
+        generator = self.generator is not None and self.generator not in TOP_K_GENERATORS
+        return whole or generator or self.uses_reverse_kl
+
+    @property
+    def uses_teacher(self) -> bool:
+        reads = self.uses_reward or self.prefix_weight is not None
+        return reads or self.uses_forward_kl or self.divergence is not None
+
+
+@lru_cache(maxsize=256)
+def decode_rule(key: str) -> TokenRule:
+    """The rule whose `key` this is."""
+    return TokenRule(**json.loads(key))
+
+
+# --- on-policy distillation and its relatives --------------------------------------------------
+
+
+def TrOPD(
+    *,
+    gate: str = "bernoulli",
+    outlier: str = "forward_kl",
+    top_k: int | None = 64,
+    top_k_tail: str = "raw",
+    threshold: float = STATIC_THRESHOLD,
+    prefix_weight: float | None = 0.001,
+    clip_ratio_low: float | None = None,
+    clip_ratio_high: float | None = None,
+    entropy_coef: float = 0.0,
+) -> TokenRule:
+    """Trust Region On-Policy Distillation (arXiv 2606.01249): K1 where the teacher would accept the
+    token (the speculative-decoding test), forward KL on the teacher's top-k where it would not, and
+    a small K1 forward KL on a teacher-written prefix. Defaults are the paper's."""
+    return TokenRule(
+        gate=gate,
+        outlier=outlier,
+        top_k=top_k,
+        top_k_tail=top_k_tail,
+        threshold=threshold,
+        prefix_weight=prefix_weight,
+        clip_ratio_low=clip_ratio_low,
+        clip_ratio_high=clip_ratio_high,
+        entropy_coef=entropy_coef,
+    )
+
+
+def OPD(
+    *,
+    kl_penalty_coef: float = 1.0,
+    clip_ratio_low: float | None = None,
+    clip_ratio_high: float | None = None,
+    prefix_weight: float | None = 0.001,
+    entropy_coef: float = 0.0,
+) -> TokenRule:
+    """On-policy distillation: the K1 reverse KL as a policy gradient on every token (Thinking
+    Machines; GKD's on-policy limit). Unbounded where the teacher finds a token unlikely."""
+    return TokenRule(
+        policy_gradient=kl_penalty_coef,
+        clip_ratio_low=clip_ratio_low,
+        clip_ratio_high=clip_ratio_high,
+        prefix_weight=prefix_weight,
+        entropy_coef=entropy_coef,
+    )
+
+
+def ClipOutlier(*, threshold: float = STATIC_THRESHOLD, prefix_weight: float | None = 0.001):
+    """OPD with its reward floored at `threshold` (TrOPD's clipping ablation)."""
+    return TokenRule(
+        gate="threshold", outlier="clip", threshold=threshold, prefix_weight=prefix_weight
+    )
+
+
+def MaskOutlier(*, threshold: float = STATIC_THRESHOLD, prefix_weight: float | None = 0.001):
+    """OPD without the tokens whose reward is at or below `threshold` (TrOPD's masking ablation)."""
+    return TokenRule(
+        gate="threshold", outlier="mask", threshold=threshold, prefix_weight=prefix_weight
+    )
+
+
+def EOPD(
+    *,
+    entropy_threshold: float = 0.8,
+    top_k: int = 16,
+    top_k_tail: str = "renormalize_teacher",
+    clip_ratio: float | None = 0.2,
+    prefix_weight: float | None = 0.001,
+) -> TokenRule:
+    """Entropy-aware OPD (arXiv 2603.07079): PPO-clipped OPD, plus forward KL on the teacher's top-k
+    where the teacher's entropy exceeds `entropy_threshold` nats."""
+    return TokenRule(
+        forward_kl_entropy=entropy_threshold,
+        top_k=top_k,
+        top_k_tail=top_k_tail,
+        clip_ratio_low=clip_ratio,
+        clip_ratio_high=clip_ratio,
+        prefix_weight=prefix_weight,
+    )
+
+
+def EntropyOPD(*, top_fraction: float = 0.2, prefix_weight: float | None = 0.001) -> TokenRule:
+    """OPD on the tokens whose student entropy is in the batch's top fraction."""
+    return TokenRule(entropy_top_fraction=top_fraction, prefix_weight=prefix_weight)
+
+
+def REOPOLD(
+    *,
+    stage: int = 1,
+    mixing: float = 0.2,
+    entropy_quantile: float = 0.8,
+    prefix_weight: float | None = 0.001,
+) -> TokenRule:
+    """REOPOLD (arXiv 2603.11137): rewards floored at log(mixing / (1 - mixing)). Stage 1 masks the
+    tokens at or below the floor; stage 2 keeps the tokens whose student entropy is above the batch's
+    `entropy_quantile`. The mean is over the tokens kept. The trainer switches the stage."""
+    _number("mixing", mixing, 0.0, 0.5)
+    if mixing == 0:
+        raise ValueError("mixing must be above 0: the floor would be minus infinity")
+    if stage not in (1, 2):
+        raise ValueError(f"stage must be 1 or 2, got {stage!r}")
+    _number("entropy_quantile", entropy_quantile, 0.0, 1.0)
+    if entropy_quantile == 1:
+        raise ValueError("entropy_quantile must be below 1: no token would count")
+    return TokenRule(
+        gate="threshold",
+        outlier="mask" if stage == 1 else "clip",
+        threshold=math.log(mixing / (1 - mixing)),
+        entropy_top_fraction=None if stage == 1 else 1 - entropy_quantile,
+        normalize="kept",
+        prefix_weight=prefix_weight,
+    )
+
+
+def AOPD(
+    *, top_k: int | None = 64, top_k_tail: str = "raw", prefix_weight: float | None = 0.001
+) -> TokenRule:
+    """AOPD (arXiv 2605.06387): K1 where the reward is positive, forward KL to the teacher's top-k
+    where it is not."""
+    return TokenRule(
+        gate="threshold",
+        outlier="forward_kl",
+        threshold=0.0,
+        top_k=top_k,
+        top_k_tail=top_k_tail,
+        prefix_weight=prefix_weight,
+    )
+
+
+def SFT() -> TokenRule:
+    """Cross-entropy on the labels, through the same kernels."""
+    return TokenRule(policy_gradient=0.0, nll_weight=1.0)
+
+
+# --- divergences over the vocabulary -----------------------------------------------------------
+
+
+def Divergence(
+    name: str,
+    *,
+    beta: float | None = None,
+    alpha: float | None = None,
+    head_mass: float | None = None,
+    top_k: int | None = None,
+    top_k_tail: str = "raw",
+) -> TokenRule:
+    """An exact divergence between student p and teacher q on every token, with u = p/q:
+
+    "forward_kl"       KL(q || p); with `top_k`, on the teacher's top-k ids
+    "reverse_kl"       KL(p || q)
+    "jeffreys"         KL(q || p) + KL(p || q)
+    "jsd"              beta KL(q || M) + (1 - beta) KL(p || M), M = beta q + (1 - beta) p, `beta` 0.5;
+                       0 means forward KL and 1 reverse KL, as in TRL and Liger
+    "skew_forward"     KL(q || alpha q + (1 - alpha) p), `alpha` 0.1 (DistiLLM)
+    "skew_reverse"     KL(p || (1 - alpha) p + alpha q), `alpha` 0.1 (DistiLLM)
+    "alpha"            sum q (u^alpha - alpha u - 1 + alpha) / (alpha (alpha - 1)); 0 means forward
+                       KL, 1 reverse KL, `alpha` 0.5 is four times the squared Hellinger distance
+    "chi2"             sum (p - q)^2 / q
+    "total_variation"  sum abs(p - q) / 2
+    "todi"             per id, forward and reverse KL blended by q/(p + q), detached (ToDi)
+    "akl"              per token, forward and reverse KL blended by the detached gaps abs(p - q) on
+                       the teacher's head and tail; the head holds `head_mass` 0.5 of q (AKL)
+    """
+    _one_of("name", name, tuple(d for d in DIVERGENCES if d not in TOP_K_GENERATORS))
+    takes = {
+        "jsd": "beta", "skew_forward": "alpha", "skew_reverse": "alpha", "alpha": "alpha",
+        "akl": "head_mass",
+    }.get(name)  # fmt: skip
+    given = {"beta": beta, "alpha": alpha, "head_mass": head_mass}
+    for argument, value in given.items():
+        if value is not None and argument != takes:
+            raise ValueError(f"Divergence({name!r}) takes no {argument}; got {argument}={value!r}")
+    if top_k is not None and name != "forward_kl":
+        raise ValueError(
+            f"Divergence({name!r}) covers the whole vocabulary; top_k goes with 'forward_kl' "
+            "(for a Jensen-Shannon divergence or a reverse KL on K see TopKJSD and MOPD)"
+        )
+    value = given[takes] if takes else None
+    if value is None:
+        value = 0.1 if name.startswith("skew") else 0.5
+    if takes:
+        _check_divergence_parameter(name, value, takes, allow_limits=True)
+    if name in ("jsd", "alpha") and value in (0, 1):
+        name, value = ("forward_kl", 0.5) if value == 0 else ("reverse_kl", 0.5)
+    return TokenRule(
+        policy_gradient=0.0,
+        divergence=name,
+        divergence_parameter=value,
+        top_k=top_k,
+        top_k_tail=top_k_tail,
+    )
+
+
+def GKD(beta: float = 0.5) -> TokenRule:
+    """Generalised knowledge distillation (arXiv 2306.13649): the Jensen-Shannon divergence with
+    weight beta; 0 is the forward KL(q || p), 1 the reverse KL(p || q)."""
+    return Divergence("jsd", beta=beta)
+
+
+def MOPD(*, top_k: int = 64) -> TokenRule:
+    """sum over K of p (log p - log q) - p + q: a reverse KL on the teacher's top-k that is never
+    negative and needs no renormalising (the survey's mass-corrected form, arXiv 2606.22793)."""
+    return TokenRule(policy_gradient=0.0, divergence="mopd", top_k=top_k)
+
+
+def TopKJSD(*, top_k: int = 64, beta: float = 0.5) -> TokenRule:
+    """Jensen-Shannon divergence with its teacher half on the top-k ids and its student half as a K1
+    policy gradient: beta sum_K q log(q/M) + (1 - beta) [K1 of log(p/M) on y] (TrOPD's baseline)."""
+    return TokenRule(
+        policy_gradient=1.0 - beta, divergence="topk_jsd", divergence_parameter=beta, top_k=top_k
+    )
+
+
+# --- checks ------------------------------------------------------------------------------------
+
+
+def _one_of(name, value, allowed):
+    if value not in allowed:
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}; got {value!r}")
+
+
+def _number(name, value, low=-math.inf, high=math.inf, optional=False):
+    if optional and value is None:
+        return
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name} must be a number, got {value!r}")
+    if not math.isfinite(value) or not low <= value <= high:
+        bounds = "finite" if (low, high) == (-math.inf, math.inf) else f"in [{low:g}, {high:g}]"
+        raise ValueError(f"{name} must be {bounds}, got {value!r}")
+
+
+def _check_divergence_parameter(divergence, value, name="divergence_parameter", allow_limits=False):
+    """Open intervals: at its limits a generator degenerates, and the constructors say what to use."""
+    if divergence in ("jsd", "topk_jsd", "skew_forward", "skew_reverse", "akl"):
+        _number(name, value, 0.0, 1.0)
+    limits_are_kl = divergence in ("jsd", "alpha")
+    degenerate = divergence in ("jsd", "alpha", "topk_jsd", "skew_forward", "skew_reverse", "akl")
+    if degenerate and value in (0, 1) and not (allow_limits and limits_are_kl):
+        raise ValueError(
+            f"{name}={value!r} is a degenerate limit of {divergence!r}: choose one strictly "
+            "between, or 'forward_kl' or 'reverse_kl'"
+        )

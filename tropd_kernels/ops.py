@@ -1,0 +1,244 @@
+"""The fused loss as two custom ops, so that `torch.compile(fullgraph=True)` sees one node.
+
+    tropd_kernels::distill            loss, per-token losses, statistics, coefficients, and, where `needs`
+                                      says so, the gradients of the loss
+    tropd_kernels::distill_backward   gradients from coefficients that carry the incoming gradient
+
+Autograd: with `needs`, `distill` has formed the gradients of its first output (the scalar loss) and the
+backward only scales them, in the final cast to the inputs' dtypes, by a tensor that never visits the
+host. Without, the per-token losses and the log-prob and entropy rows of the statistics are the
+differentiable outputs, and the backward calls `distill_backward`, which makes the logits again. The
+gradients are constants of the forward, so a second differentiation raises.
+
+Arguments are flat because an op's schema is: `rule` is `TokenRule.key`, `scales` is logit scale and soft
+cap (0: none) of student and teacher and the temperature, `inputs` the per-token tensors in the order of
+`linear_loss.INPUTS`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from . import products
+from .linear_loss import INPUTS, Needs, Problem, Side, backward, forward
+from .objectives import decode_rule
+from .products import result_dtype
+from .rows.layout import FIRST_WEIGHT, Coef, LogitTransform, RowOptions, Stat
+
+Gradients = tuple[Tensor, Tensor, Tensor]
+
+
+@torch.library.custom_op("tropd_kernels::distill", mutates_args=())
+def distill(
+    student: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    labels: Tensor,
+    teacher: Tensor | None,
+    teacher_weight: Tensor | None,
+    teacher_bias: Tensor | None,
+    inputs: Sequence[Tensor | None],
+    loss_scale: Tensor,
+    needs: Sequence[bool],
+    rule: str,
+    scales: Sequence[float],
+    backend: str,
+    ignore_index: int | None,
+    max_workspace_bytes: int | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    problem = flat_problem(
+        student, weight, bias, labels, teacher, teacher_weight, teacher_bias, inputs,
+        rule, scales, backend, ignore_index, max_workspace_bytes,
+    )  # fmt: skip
+    result = forward(problem, Needs(*needs), loss_scale)
+    token_loss = result.stats[Stat.TOKEN_LOSS].clone()
+    if "weight" in problem.inputs:
+        # Not a product alone: 0 * inf at a token that does not count would be NaN.
+        row_weight = problem.inputs["weight"].to(token_loss.dtype)
+        token_loss = torch.where(row_weight != 0, token_loss * row_weight, 0.0)
+    loss = token_loss.sum() * loss_scale
+    empty = student.new_empty(0)
+    gradients = (result.d_student, result.d_weight, result.d_bias)
+    return (
+        loss,
+        token_loss,
+        result.stats,
+        result.coefs,
+        *(empty.clone() if g is None else g for g in gradients),
+    )
+
+
+@distill.register_fake
+def _(
+    student, weight, bias, labels, teacher, teacher_weight, teacher_bias, inputs,
+    loss_scale, needs, rule, scales, backend, ignore_index, max_workspace_bytes,
+):  # fmt: skip
+    dtype, n = result_dtype(student.dtype), labels.shape[0]
+    d_dtype = dtype if student.dtype == torch.float16 else student.dtype
+    head = weight if weight is not None else student.new_empty(0)
+    return (
+        student.new_empty((), dtype=dtype),
+        student.new_empty((n,), dtype=dtype),
+        student.new_empty((len(Stat), n), dtype=dtype),
+        student.new_empty((len(Coef), n), dtype=dtype),
+        student.new_empty(student.shape, dtype=d_dtype) if needs[0] else student.new_empty(0),
+        student.new_empty(head.shape, dtype=dtype) if needs[1] else student.new_empty(0),
+        student.new_empty(head.shape[:1], dtype=dtype) if needs[2] else student.new_empty(0),
+    )
+
+
+@torch.library.custom_op("tropd_kernels::distill_backward", mutates_args=())
+def distill_backward(
+    student: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    labels: Tensor,
+    teacher: Tensor | None,
+    teacher_weight: Tensor | None,
+    teacher_bias: Tensor | None,
+    inputs: Sequence[Tensor | None],
+    coefs: Tensor,
+    needs: Sequence[bool],
+    rule: str,
+    scales: Sequence[float],
+    backend: str,
+    ignore_index: int | None,
+    max_workspace_bytes: int | None,
+) -> Gradients:
+    problem = flat_problem(
+        student, weight, bias, labels, teacher, teacher_weight, teacher_bias, inputs,
+        rule, scales, backend, ignore_index, max_workspace_bytes,
+    )  # fmt: skip
+    result = backward(problem, coefs, Needs(*needs))
+    d_weight, d_bias = result.d_weight, result.d_bias
+    return (
+        student.new_empty(0) if result.d_student is None else result.d_student.to(student.dtype),
+        student.new_empty(0) if d_weight is None else d_weight.to(weight.dtype),
+        student.new_empty(0) if d_bias is None else d_bias.to(bias.dtype),
+    )
+
+
+@distill_backward.register_fake
+def _(
+    student, weight, bias, labels, teacher, teacher_weight, teacher_bias, inputs,
+    coefs, needs, rule, scales, backend, ignore_index, max_workspace_bytes,
+):  # fmt: skip
+    return (
+        torch.empty_like(student) if needs[0] else student.new_empty(0),
+        torch.empty_like(weight) if needs[1] else student.new_empty(0),
+        torch.empty_like(bias) if needs[2] else student.new_empty(0),
+    )
+
+
+def _setup_context(ctx, inputs, output):
+    (
+        student, weight, bias, labels, teacher, teacher_weight, teacher_bias, row_inputs,
+        loss_scale, needs, *ctx.settings,
+    ) = inputs  # fmt: skip
+    _, token_loss, stats, coefs, d_student, d_weight, d_bias = output
+    ctx.formed = any(needs)
+    ctx.set_materialize_grads(False)
+    if ctx.formed:
+        ctx.mark_non_differentiable(token_loss, stats, coefs, d_student, d_weight, d_bias)
+        ctx.needs = list(needs)
+        ctx.dtypes = [None if t is None else t.dtype for t in (student, weight, bias)]
+        ctx.save_for_backward(d_student, d_weight, d_bias, loss_scale)
+    else:
+        ctx.mark_non_differentiable(coefs, d_student, d_weight, d_bias)
+        ctx.save_for_backward(
+            student, weight, bias, labels, teacher, teacher_weight, teacher_bias, coefs,
+            loss_scale, *row_inputs,
+        )  # fmt: skip
+
+
+@once_differentiable
+def _backward(ctx, d_loss, d_token_loss, d_stats, *_):
+    if ctx.formed:
+        *formed, loss_scale = ctx.saved_tensors
+        # d_student carries the scale already, so that it could be stored in its own dtype.
+        factors = (d_loss, *(None if d_loss is None else d_loss * loss_scale,) * 2)
+        gradients = [
+            _scaled(g, factor, dtype) if need and factor is not None else None
+            for g, factor, dtype, need in zip(formed, factors, ctx.dtypes, ctx.needs, strict=True)
+        ]
+    else:
+        student, weight, bias, labels, *rest = ctx.saved_tensors
+        teacher, teacher_weight, teacher_bias, coefs, loss_scale, *row_inputs = rest
+        needs = list(ctx.needs_input_grad[:3])
+        carried = _carry(coefs, loss_scale, d_loss, d_token_loss, d_stats)
+        made = distill_backward(
+            student, weight, bias, labels, teacher, teacher_weight, teacher_bias, row_inputs,
+            carried, needs, *ctx.settings,
+        )  # fmt: skip
+        gradients = [g if need else None for g, need in zip(made, needs, strict=True)]
+    return (*gradients, *[None] * 12)
+
+
+distill.register_autograd(_backward, setup_context=_setup_context)
+
+
+def _carry(coefs, loss_scale, d_loss, d_token_loss, d_stats) -> Tensor:
+    """Coefficients (Coef, N) times the incoming gradients."""
+    incoming = coefs.new_zeros(coefs.shape[1:])
+    if d_loss is not None:
+        incoming = incoming + d_loss * loss_scale
+    if d_token_loss is not None:
+        incoming = incoming + d_token_loss
+    weights = coefs[FIRST_WEIGHT:] * incoming
+    # A row of infinite loss that nobody asked about is 0, not 0 * inf.
+    weights = torch.where(incoming == 0, 0.0, weights)
+    carried = torch.cat([coefs[:FIRST_WEIGHT], weights])
+    if d_stats is not None:
+        # d(log p(y))/dz = 1[v = y] - p and d(H)/dz = -p (log p + H)
+        d_log_prob = d_stats[Stat.LOG_PROB]
+        extra = torch.zeros_like(carried)
+        extra[Coef.P], extra[Coef.LABEL] = -d_log_prob, -d_log_prob
+        extra[Coef.ENTROPY_WEIGHT] = d_stats[Stat.ENTROPY]
+        carried = carried + extra
+    return carried
+
+
+def _scaled(gradient: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
+    """gradient * factor, rounded once to dtype."""
+    if gradient.dtype == dtype or gradient.device.type != "cpu":
+        return torch.mul(gradient, factor).to(dtype)
+    # In pieces: a CPU would hold the whole product in float32 before it rounds.
+    result = torch.empty_like(gradient, dtype=dtype)
+    for low in range(0, gradient.shape[0], products.TILE_ROWS):
+        rows = slice(low, low + products.TILE_ROWS)
+        result[rows] = gradient[rows] * factor
+    return result
+
+
+def flat_problem(
+    student, weight, bias, labels, teacher, teacher_weight, teacher_bias, inputs,
+    rule, scales, backend, ignore_index, max_workspace_bytes,
+) -> Problem:  # fmt: skip
+    scale, cap, teacher_scale, teacher_cap, temperature = scales
+    # Both sides are cut to the ids they share, their biases too.
+    sides = [(weight, student), (teacher_weight, teacher)]
+    sizes = [w.shape[0] if w is not None else s.shape[-1] for w, s in sides if s is not None]
+    v = min(sizes)
+    return Problem(
+        student=Side(student, weight, bias),
+        teacher=None if teacher is None else Side(teacher, teacher_weight, teacher_bias),
+        labels=labels,
+        inputs={k: t for k, t in zip(INPUTS, inputs, strict=True) if t is not None},
+        options=RowOptions(
+            decode_rule(rule),
+            LogitTransform(scale, cap or None, temperature, None if bias is None else bias[:v]),
+            LogitTransform(
+                teacher_scale,
+                teacher_cap or None,
+                temperature,
+                None if teacher_bias is None else teacher_bias[:v],
+            ),
+        ),
+        backend=backend,
+        ignore_index=ignore_index,
+        max_workspace_bytes=max_workspace_bytes,
+    )

@@ -1,0 +1,324 @@
+"""The specification: every objective in plain PyTorch, on materialised logits, by autograd alone.
+
+Nothing here is fast, and nothing is shared with the kernels: this file is what they are tested
+against, in float64. Read it beside the paper (TrOPD, arXiv 2606.01249; the other sources are in
+`objectives.py`).
+
+Notation, at one position: z, t logits of student and teacher after scale, soft cap and temperature;
+p = softmax(z), q = softmax(t); y the token; lp = log p(y), lq = log q(y); lo = log-probability of y
+under the policy that sampled it; R = sg(lq - lo); rho = exp(lp - lo); K the teacher's top-k ids.
+
+Conventions: 0 log 0 = 0 (ids that either side excludes with a logit of -inf). A divergence that is
+infinite (p > 0 where q = 0, or the other way round) has loss +inf and gradient 0, so one such token
+cannot poison a batch's gradient. KL terms are never clamped.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .objectives import TokenRule
+
+
+@dataclass
+class ReferenceTeacher:
+    """What the reference needs of a teacher, at N positions.
+
+    log_q: (N, V) log-probs; -inf where unknown. None for a sampled teacher.
+    label_log_probs: (N,) lq. entropy: (N,) H(q), or None. dense: log_q is the whole distribution.
+    """
+
+    log_q: Tensor | None
+    label_log_probs: Tensor
+    entropy: Tensor | None
+    dense: bool
+
+
+def transform_logits(
+    logits: Tensor, logit_scale: float = 1.0, softcap: float | None = None, temperature: float = 1.0
+) -> Tensor:
+    """Scale, then soft cap, then temperature."""
+    logits = logits * logit_scale
+    if softcap is not None:
+        logits = softcap * torch.tanh(logits / softcap)
+    return logits / temperature
+
+
+def dense_teacher(t: Tensor, labels: Tensor) -> ReferenceTeacher:
+    """From transformed teacher logits (N, V)."""
+    log_q = t.log_softmax(-1)
+    return ReferenceTeacher(log_q, _pick(log_q, labels), _entropy(log_q), dense=True)
+
+
+def top_k_teacher(
+    ids: Tensor, log_probs: Tensor, label_log_probs: Tensor, entropy: Tensor | None, vocab_size: int
+) -> ReferenceTeacher:
+    """From ids and log-probs (N, K); padding ids are dropped. Without `entropy`, H(q) is bounded
+    from below by lumping the mass outside the ids into one."""
+    usable = (ids >= 0) & (ids < vocab_size) & (log_probs > -math.inf)
+    spare = ids.new_full((), vocab_size)  # one column more takes the padding, and is cut off
+    log_q = log_probs.new_full((*ids.shape[:-1], vocab_size + 1), -math.inf)
+    log_q.scatter_(-1, torch.where(usable, ids, spare), log_probs)
+    log_q = log_q[..., :-1]
+    if entropy is None:
+        tail = (1 - log_q.exp().sum(-1)).clamp_min(0)
+        entropy = _entropy(log_q) - torch.special.xlogy(tail, tail)
+    return ReferenceTeacher(log_q, label_log_probs, entropy, dense=False)
+
+
+def token_losses(
+    z: Tensor,
+    labels: Tensor,
+    teacher: ReferenceTeacher | None,
+    rule: TokenRule,
+    *,
+    old_log_probs: Tensor | None = None,
+    advantages: Tensor | None = None,
+    teacher_prefix: Tensor | None = None,
+    uniforms: Tensor | None = None,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Loss (N,) of each token and its statistics (N,), differentiable in z (N, V)."""
+    log_p = z.log_softmax(-1)
+    lp = _pick(log_p, labels)
+    entropy = _entropy(log_p)
+    stats = {"log_probs": lp, "entropy": entropy}
+    prefix = teacher_prefix if teacher_prefix is not None else torch.zeros_like(lp, dtype=torch.bool)
+    on_policy = ~prefix | (rule.prefix_weight is None)
+
+    lo = lp.detach() if old_log_probs is None else old_log_probs
+    ratio = (lp - lo).exp()
+    loss = torch.zeros_like(lp)
+    trust = torch.ones_like(lp)
+    kl = None
+
+    if teacher is not None:
+        log_q, lq = teacher.log_q, teacher.label_log_probs
+        reward = lq - lo
+        if rule.divergence == "topk_jsd":  # K1 of log(p/M): the mixture stands in for the teacher
+            reward = _log_mix(rule.divergence_parameter, lq, lo) - lo
+        if advantages is not None:
+            reward = advantages
+        reward = reward.detach()
+        trust = trust_gate(rule, lq - lo, reward, uniforms)
+        stats |= {"teacher_log_probs": lq, "reward": reward}
+        if teacher.entropy is not None:
+            stats["teacher_entropy"] = teacher.entropy
+        on_k = None if log_q is None else top_k_mask(log_q, rule.top_k if rule.uses_top_k else None)
+        if on_k is not None:
+            kl = forward_kl(log_p, log_q, on_k, rule.top_k_tail)
+            stats["forward_kl"] = kl if not teacher.dense else _expect(log_q, log_q - log_p)
+            stats["teacher_topk_mass"] = _mass(log_q, on_k)
+            stats["student_topk_mass"] = _mass(log_p, on_k)
+        if teacher.dense:
+            stats["reverse_kl"] = reverse_kl(log_p, log_q)
+
+        if rule.policy_gradient:
+            outside = reward
+            if rule.outlier == "clip":
+                outside = reward.clamp_min(rule.threshold)
+            elif rule.outlier == "forward_kl_reward":
+                outside = -kl.detach()
+            inner = _weigh(trust, policy_gradient_loss(reward, ratio, rule))
+            outer = torch.zeros_like(inner)
+            if rule.outlier in ("clip", "forward_kl_reward"):
+                outer = _weigh(1 - trust, policy_gradient_loss(outside, ratio, rule))
+            loss = loss + rule.policy_gradient * (inner + outer)
+
+        weight = torch.zeros_like(lp)
+        if rule.outlier == "forward_kl":
+            weight = weight + (1 - trust)
+        if rule.forward_kl_entropy is not None:
+            weight = weight + (teacher.entropy > rule.forward_kl_entropy)
+        if rule.uses_forward_kl and rule.divergence != "akl":
+            weight = weight + (rule.divergence in ("forward_kl", "jeffreys"))
+            loss = loss + _weigh(weight, kl)
+        if rule.divergence in ("reverse_kl", "jeffreys"):
+            loss = loss + reverse_kl(log_p, log_q)
+        if rule.divergence == "akl":
+            loss = loss + adaptive_kl(log_p, log_q, rule.divergence_parameter)
+        if rule.generator:
+            loss = loss + generator_divergence(log_p, log_q, rule, on_k)
+
+    if rule.nll_weight:
+        loss = loss - rule.nll_weight * lp
+    if rule.entropy_coef:
+        loss = loss - rule.entropy_coef * entropy
+
+    kept = torch.ones_like(lp, dtype=torch.bool)
+    if rule.entropy_top_fraction is not None:
+        kept = top_entropy(entropy, rule.entropy_top_fraction, among=on_policy)
+        loss = torch.where(kept, loss, 0.0)
+    if rule.outlier == "mask":
+        kept = kept & (trust > 0)
+    if rule.prefix_weight is not None and teacher is not None:
+        loss = torch.where(prefix, rule.prefix_weight * (lq.detach() - lp), loss)
+    stats |= {
+        "trust": torch.where(on_policy, trust, 0.0),
+        "outlier": torch.where(on_policy, 1 - trust, 0.0),
+        "kept": (kept | ~on_policy).to(lp.dtype),
+        "token_loss": loss,
+    }
+    return loss, stats
+
+
+# --- the policy-gradient side ------------------------------------------------------------------
+
+
+def trust_gate(rule: TokenRule, log_ratio: Tensor, reward: Tensor, uniforms: Tensor | None) -> Tensor:
+    """M (N,), from the teacher's log-ratio lq - lo (detached) and the reward."""
+    acceptance = log_ratio.detach().clamp_max(0).exp()  # P = min(q(y)/p(y), 1)
+    if rule.gate == "bernoulli":
+        return (uniforms < acceptance).to(acceptance.dtype)
+    if rule.gate == "expected":
+        return acceptance
+    if rule.gate == "threshold":
+        return (reward > rule.threshold).to(acceptance.dtype)
+    return torch.ones_like(acceptance)
+
+
+def policy_gradient_loss(reward: Tensor, ratio: Tensor, rule: TokenRule) -> Tensor:
+    """-R rho, with PPO's pessimistic clip where the rule has one."""
+    low = -math.inf if rule.clip_ratio_low is None else 1 - rule.clip_ratio_low
+    high = math.inf if rule.clip_ratio_high is None else 1 + rule.clip_ratio_high
+    return -torch.minimum(reward * ratio, reward * ratio.clamp(low, high))
+
+
+def top_entropy(entropy: Tensor, fraction: float, among: Tensor) -> Tensor:
+    """Which tokens' entropy is in the top `fraction` of those `among` (linear quantile)."""
+    if entropy.numel() == 0:
+        return among
+    threshold = torch.nanquantile(torch.where(among, entropy, math.nan).detach(), 1 - fraction)
+    return entropy.detach() >= threshold
+
+
+# --- the vocabulary side -----------------------------------------------------------------------
+
+
+def top_k_mask(log_q: Tensor, k: int | None) -> Tensor:
+    """K (N, V): ids whose teacher log-prob is at least the k-th largest, ties and all."""
+    possible = log_q > -math.inf
+    if k is None or k >= log_q.shape[-1]:
+        return possible
+    return possible & (log_q >= log_q.topk(k, dim=-1).values[..., -1:])
+
+
+def forward_kl(log_p: Tensor, log_q: Tensor, on_k: Tensor, tail: str) -> Tensor:
+    """KL_K(q || p) (N,). Raw, it may be negative: q on K does not sum to 1."""
+    raw = _expect(log_q, log_q - log_p, on_k)
+    if tail == "raw":
+        return raw
+    q_k, p_k = _mass(log_q, on_k), _mass(log_p, on_k)
+    if tail == "bucket":
+        q_tail, p_tail = (1 - q_k).clamp_min(0), (1 - p_k).clamp_min(torch.finfo(p_k.dtype).eps)
+        return raw + torch.special.xlogy(q_tail, q_tail) - torch.special.xlogy(q_tail, p_tail)
+    kl = raw / q_k - q_k.log()
+    if tail == "renormalize_both":
+        kl = kl + log_p.masked_fill(~on_k, -math.inf).logsumexp(-1)
+    return kl
+
+
+def reverse_kl(log_p: Tensor, log_q: Tensor) -> Tensor:
+    """KL(p || q) (N,), +inf with gradient 0 where p has mass that q excludes."""
+    return _expect(log_p, log_p - log_q)
+
+
+def adaptive_kl(log_p: Tensor, log_q: Tensor, head_mass: float) -> Tensor:
+    """AKL (N,): forward KL weighted by the gap on the head, reverse KL by the gap on the tail. The
+    head is the smallest set of the teacher's likeliest ids with mass at least `head_mass`."""
+    q = log_q.exp()
+    order = log_q.argsort(dim=-1, descending=True)
+    before = q.gather(-1, order).cumsum(-1) - q.gather(-1, order)
+    head = torch.zeros_like(q, dtype=torch.bool).scatter(-1, order, before < head_mass)
+    # Ids that tie with the last of the head belong to it.
+    head = log_q >= log_q.masked_fill(~head, math.inf).amin(-1, keepdim=True)
+    gap = (log_p.exp() - q).abs().detach()
+    on_head = torch.where(head, gap, 0.0).sum(-1)
+    on_tail = torch.where(head, 0.0, gap).sum(-1)
+    total = on_head + on_tail
+    share = torch.where(total > 0, on_head / total.clamp_min(torch.finfo(q.dtype).tiny), 0.5)
+    return share * _expect(log_q, log_q - log_p) + (1 - share) * reverse_kl(log_p, log_q)
+
+
+def generator_divergence(log_p: Tensor, log_q: Tensor, rule: TokenRule, on_k: Tensor) -> Tensor:
+    """The divergences of `objectives.GENERATORS` (N,), each from its definition."""
+    kind, c = rule.divergence, rule.divergence_parameter
+    if kind == "jsd":
+        log_m = _log_mix(c, log_q, log_p)
+        return c * _expect(log_q, log_q - log_m) + (1 - c) * _expect(log_p, log_p - log_m)
+    if kind == "skew_forward":
+        return _expect(log_q, log_q - _log_mix(c, log_q, log_p))
+    if kind == "skew_reverse":
+        return _expect(log_p, log_p - _log_mix(c, log_q, log_p))
+    if kind == "topk_jsd":  # the other half of it is a policy gradient
+        return c * _expect(log_q, log_q - _log_mix(c, log_q, log_p), on_k)
+    if kind == "mopd":
+        inside = _expect(log_p, log_p - log_q, on_k)
+        return inside - _mass(log_p, on_k) + _mass(log_q, on_k)
+    p, q = log_p.exp(), log_q.exp()
+    if kind == "total_variation":
+        return (p - q).abs().sum(-1) / 2
+    if kind == "todi":
+        toward_teacher = torch.sigmoid(_safe(log_q - log_p)).detach()
+        forward = _expect(log_q, toward_teacher * _safe(log_q - log_p))
+        return forward + _expect(log_p, (1 - toward_teacher) * (log_p - log_q))
+    alpha = 2.0 if kind == "chi2" else c  # chi-square is twice the alpha-divergence at 2
+    with_mass = (log_p > -math.inf) & (log_q > -math.inf)
+    exponent = alpha * torch.where(with_mass, log_p, 0.0) + (1 - alpha) * torch.where(
+        with_mass, log_q, 0.0
+    )
+    power = torch.where(with_mass, exponent.exp(), 0.0).sum(-1)
+    value = (power - 1) / (alpha * (alpha - 1))
+    excluded = (log_p > -math.inf) & (log_q == -math.inf) if alpha > 1 else torch.zeros_like(on_k)
+    if alpha < 0:
+        excluded = (log_q > -math.inf) & (log_p == -math.inf)
+    value = torch.where(excluded.any(-1), math.inf, value)
+    return 2 * value if kind == "chi2" else value
+
+
+# --- small pieces ------------------------------------------------------------------------------
+
+
+def _pick(log_probs: Tensor, labels: Tensor) -> Tensor:
+    return log_probs.gather(-1, labels.unsqueeze(-1)).squeeze(-1)
+
+
+def _mass(log_probs: Tensor, mask: Tensor) -> Tensor:
+    return torch.where(mask, log_probs, -math.inf).exp().sum(-1)
+
+
+def _entropy(log_probs: Tensor) -> Tensor:
+    return _expect(log_probs, -log_probs)
+
+
+def _safe(value: Tensor) -> Tensor:
+    """Without infinities or NaN, so that a masked-out entry has a gradient of 0, not NaN."""
+    return torch.where(value.isfinite(), value, 0.0)
+
+
+def _expect(log_weight: Tensor, value: Tensor, mask: Tensor | None = None) -> Tensor:
+    """sum of exp(log_weight) * value over the vocabulary, with 0 * anything = 0; +inf, with gradient
+    0, where an entry of positive weight is +inf."""
+    present = log_weight > -math.inf
+    if mask is not None:
+        present = present & mask
+    weight = torch.where(present, log_weight, -math.inf).exp()
+    total = (weight * _safe(torch.where(present, value, 0.0))).sum(-1)
+    return torch.where((present & (value == math.inf)).any(-1), math.inf, total)
+
+
+def _log_mix(c: float, log_q: Tensor, log_p: Tensor) -> Tensor:
+    """log(c q + (1 - c) p), -inf where both are."""
+    empty = (log_q == -math.inf) & (log_p == -math.inf)
+    log_q, log_p = torch.where(empty, 0.0, log_q), torch.where(empty, 0.0, log_p)
+    mixed = torch.logaddexp(log_q + math.log(c), log_p + math.log1p(-c))
+    return torch.where(empty, -math.inf, mixed)
+
+
+def _weigh(weight: Tensor, value: Tensor) -> Tensor:
+    """weight * value, 0 where the weight is 0 even if the value is infinite."""
+    return torch.where(weight == 0, 0.0, weight * torch.where(weight == 0, 0.0, value))
+

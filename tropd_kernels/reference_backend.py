@@ -1,0 +1,76 @@
+"""backend="reference": the op's contract, met by `reference.py` on materialised logits.
+
+Everything is differentiable by autograd, in the inputs' dtype (float32 for half precision, from exact
+products). Memory grows with tokens times vocabulary: for tests and small problems.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from . import reference
+from .linear_loss import Problem, Side, tokens_that_count
+from .rows.layout import LogitTransform, Stat
+
+
+def reference_loss(problem: Problem, loss_scale: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(loss, token_loss (N,), stats (Stat, N)) as `ops.distill` gives them."""
+    tokens = tokens_that_count(problem)
+    tokens = slice(None) if tokens is None else tokens
+    labels = problem.labels[tokens]
+    inputs = {
+        name: value[tokens].to(problem.dtype) if value.is_floating_point() else value[tokens]
+        for name, value in problem.inputs.items()
+    }
+    z = _logits(problem.student, problem.options.student, problem, tokens)
+    token_loss, found = reference.token_losses(
+        z,
+        labels,
+        _teacher(problem, inputs, labels, tokens),
+        problem.options.rule,
+        old_log_probs=inputs.get("old_log_probs"),
+        advantages=inputs.get("advantages"),
+        teacher_prefix=inputs.get("prefix"),
+        uniforms=inputs.get("uniforms"),
+    )
+    if "weight" in inputs:
+        token_loss = token_loss * inputs["weight"]
+    n = problem.labels.shape[0]
+    where = torch.arange(n, device=z.device)[tokens]
+    unknown = torch.full_like(token_loss, torch.nan)
+    rows = torch.stack([found.get(_STAT_NAMES[row], unknown).to(z.dtype) for row in Stat])
+    stats = z.new_zeros((len(Stat), n)).index_copy(1, where, rows)
+    token_loss = z.new_zeros(n).index_copy(0, where, token_loss)
+    return token_loss.sum() * loss_scale, token_loss, stats
+
+
+_STAT_NAMES = {row: row.name.lower() for row in Stat} | {
+    Stat.LOG_PROB: "log_probs",
+    Stat.TEACHER_LOG_PROB: "teacher_log_probs",
+}
+
+
+def _logits(side: Side, how: LogitTransform, problem: Problem, tokens) -> Tensor:
+    rows, v = side.source[tokens].to(problem.dtype), problem.vocab_size
+    logits = rows[:, :v]
+    if side.weight is not None:
+        logits = rows @ side.weight[:v].to(problem.dtype).t()
+    if how.bias is not None:
+        logits = logits + how.bias.to(problem.dtype)
+    return reference.transform_logits(logits, how.scale, how.softcap, how.temperature)
+
+
+def _teacher(problem, inputs, labels, tokens) -> reference.ReferenceTeacher | None:
+    if problem.teacher is not None:
+        t = _logits(problem.teacher, problem.options.teacher, problem, tokens)
+        return reference.dense_teacher(t, labels)
+    known = inputs.get("label_log_probs")
+    if "ids" in inputs:
+        return reference.top_k_teacher(
+            inputs["ids"], inputs["topk_log_probs"], known,
+            inputs.get("teacher_entropy"), problem.vocab_size,
+        )  # fmt: skip
+    if known is not None:
+        return reference.ReferenceTeacher(None, known, None, dense=False)
+    return None

@@ -1,0 +1,99 @@
+"""What goes into and comes out of a row engine."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import IntEnum
+
+from torch import Tensor
+
+from ..objectives import TokenRule
+
+
+class Stat(IntEnum):
+    """Rows of the statistics matrix (Stat, n): one number per token, NaN where it is not known."""
+
+    LOG_PROB = 0
+    TEACHER_LOG_PROB = 1
+    ENTROPY = 2
+    TEACHER_ENTROPY = 3
+    FORWARD_KL = 4
+    REVERSE_KL = 5
+    REWARD = 6
+    TRUST = 7
+    OUTLIER = 8
+    TEACHER_TOPK_MASS = 9
+    STUDENT_TOPK_MASS = 10
+    TOKEN_LOSS = 11  # before the token's weight
+    KEPT = 12
+
+
+class Coef(IntEnum):
+    """Rows of the coefficient matrix (Coef, n): all that the gradient pass reads about a row.
+
+    Log-probs are formed as (z - MAX) - LOG_SUM, never as z - (MAX + LOG_SUM): with large logits the
+    sum of the two loses the small one.
+    """
+
+    STUDENT_MAX = 0
+    STUDENT_LOG_SUM = 1
+    TEACHER_MAX = 2
+    TEACHER_LOG_SUM = 3
+    ENTROPY = 4
+    REVERSE_KL = 5
+    THRESHOLD = 6  # K is lq >= THRESHOLD, for a dense teacher
+    # from here on linear in the row's weight
+    P = 7
+    P_TOP_K = 8
+    REVERSE = 9
+    ENTROPY_WEIGHT = 10
+    Q = 11
+    LABEL = 12
+    GENERATOR = 13
+
+
+#: First coefficient that scales with the row's weight.
+FIRST_WEIGHT = Coef.P
+
+
+@dataclass(frozen=True)
+class LogitTransform:
+    """logits -> cap(scale * (logits + bias)) / temperature, cap(x) = softcap * tanh(x / softcap)."""
+
+    scale: float = 1.0
+    softcap: float | None = None
+    temperature: float = 1.0
+    bias: Tensor | None = None  # (V,)
+
+
+@dataclass(frozen=True)
+class RowOptions:
+    """What is the same for every row of a call."""
+
+    rule: TokenRule
+    student: LogitTransform
+    teacher: LogitTransform
+    entropy_threshold: Tensor | None = None  # 0-dim: rows with a lower H(p) do not count
+
+
+@dataclass(frozen=True)
+class RowBatch:
+    """A chunk of n rows and what is known about each.
+
+    student: (n, V) raw logits; teacher: (n, V) raw logits of a dense teacher, or None.
+    weight: (n,) token weight. prefix: (n,) bool. Of a top-k or sampled teacher: ids and
+    topk_log_probs (n, K), label_log_probs (n,), teacher_entropy (n,).
+    """
+
+    student: Tensor
+    teacher: Tensor | None
+    labels: Tensor
+    weight: Tensor | None = None
+    old_log_probs: Tensor | None = None
+    advantages: Tensor | None = None
+    prefix: Tensor | None = None
+    uniforms: Tensor | None = None
+    ids: Tensor | None = None
+    topk_log_probs: Tensor | None = None
+    label_log_probs: Tensor | None = None
+    teacher_entropy: Tensor | None = None

@@ -1,0 +1,246 @@
+"""The token rule on vectors of rows: statistics in, loss and coefficients out.
+
+Plain torch on a few numbers a row, for the backends whose row passes are not Triton; the kernel
+`_rule_kernel` is its twin. It runs in two steps, because the top-k pass between them is made only for
+the rows that need it:
+
+    gate   the trust region M, and the weight of the forward KL that follows from it
+    rule   loss and coefficients, once the sums over K and the generator's sums are known
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..objectives import TokenRule
+from .layout import Coef, RowBatch, RowOptions, Stat
+
+
+@dataclass
+class Sums:
+    """Sums over K (or the whole vocabulary) that a rule may need, each (n,); None where not asked.
+
+    teacher_mass, student_mass: of K. teacher_tail, student_tail: off K. forward_kl: sum_K q (lq - lp).
+    student_log_mass: log of student_mass, exact where that underflows. value, slope: sums of q f(u)
+    and of p g. For "akl" they hold the gaps abs(p - q) on head and tail.
+    """
+
+    teacher_mass: Tensor
+    student_mass: Tensor
+    teacher_tail: Tensor
+    student_tail: Tensor
+    student_log_mass: Tensor
+    forward_kl: Tensor
+    value: Tensor | None = None
+    slope: Tensor | None = None
+
+
+@dataclass
+class Gate:
+    """trust: M. reward: R. forward_kl_weight: of KL_K. on_policy, kept: bool. All (n,)."""
+
+    trust: Tensor
+    reward: Tensor
+    forward_kl_weight: Tensor
+    on_policy: Tensor
+    kept: Tensor
+
+
+def gate(stats: Tensor, batch: RowBatch, options: RowOptions) -> Gate:
+    """Which rows are trusted. Reads LOG_PROB, TEACHER_LOG_PROB and the entropies."""
+    rule = options.rule
+    lp, lq = stats[Stat.LOG_PROB], stats[Stat.TEACHER_LOG_PROB]
+    lo = lp if batch.old_log_probs is None else batch.old_log_probs.to(lp.dtype)
+    reward = lq - lo
+    if rule.divergence == "topk_jsd":
+        c = rule.divergence_parameter
+        reward = torch.logaddexp(lq + math.log(c), lo + math.log1p(-c)) - lo
+    if batch.advantages is not None:
+        reward = batch.advantages.to(lp.dtype)
+
+    acceptance = (lq - lo).clamp_max(0).exp()
+    if rule.gate == "bernoulli":
+        trust = (batch.uniforms < acceptance).to(lp.dtype)
+    elif rule.gate == "expected":
+        trust = acceptance
+    elif rule.gate == "threshold":
+        trust = (reward > rule.threshold).to(lp.dtype)
+    else:
+        trust = torch.ones_like(lp)
+
+    on_policy = torch.ones_like(lp, dtype=torch.bool)
+    if batch.prefix is not None and rule.prefix_weight is not None:
+        on_policy = ~batch.prefix
+    kept = torch.ones_like(on_policy)
+    if options.entropy_threshold is not None:
+        kept = stats[Stat.ENTROPY] >= options.entropy_threshold
+
+    weight = torch.zeros_like(lp)
+    if rule.outlier == "forward_kl":
+        weight = weight + (1 - trust)
+    if rule.forward_kl_entropy is not None:
+        weight = weight + (stats[Stat.TEACHER_ENTROPY] > rule.forward_kl_entropy)
+    if rule.divergence in ("forward_kl", "jeffreys"):
+        weight = weight + 1
+    weight = torch.where(on_policy & kept, weight, 0.0)
+    if rule.outlier == "mask":
+        kept = kept & (trust > 0)
+    return Gate(trust, reward, weight, on_policy, kept | ~on_policy)
+
+
+def rows_with_sums(gated: Gate, rule: TokenRule) -> Tensor:
+    """Which rows (n,) need `Sums`."""
+    if rule.divergence is not None and rule.divergence != "reverse_kl":
+        return torch.ones_like(gated.on_policy)
+    needed = gated.forward_kl_weight > 0
+    if rule.outlier == "forward_kl_reward":
+        needed = needed | ((gated.trust < 1) & gated.on_policy)
+    return needed
+
+
+def apply_rule(
+    stats: Tensor, coefs: Tensor, gated: Gate, sums: Sums | None, batch: RowBatch, options: RowOptions
+) -> None:
+    """Fills stats from REWARD on and coefs from `Coef.P` on."""
+    rule = options.rule
+    lp, lq = stats[Stat.LOG_PROB], stats[Stat.TEACHER_LOG_PROB]
+    zero = torch.zeros_like(lp)
+    loss, label = zero, zero + rule.nll_weight  # label: weight on -log p(y)
+    p, p_top_k, reverse, q, generator = zero, zero, zero, zero, zero
+
+    kl, kl_p, kl_p_top_k, kl_q = forward_kl(sums, rule) if sums else (zero,) * 4
+    if rule.policy_gradient:
+        value, slope = _policy_gradient(stats, gated, kl, batch, rule)
+        loss, label = loss + value, label + slope
+    if rule.nll_weight:
+        loss = loss - rule.nll_weight * lp
+
+    kl_weight, reverse_weight = gated.forward_kl_weight, zero
+    if rule.divergence in ("reverse_kl", "jeffreys"):
+        reverse_weight = zero + 1
+    if rule.divergence == "akl":
+        gap = sums.value + sums.slope
+        share = torch.where(gap > 0, sums.value / gap.clamp_min(torch.finfo(gap.dtype).tiny), 0.5)
+        kl_weight, reverse_weight, kl = share, 1 - share, stats[Stat.FORWARD_KL]
+        kl_p, kl_p_top_k, kl_q = zero + 1, zero, zero + 1
+    if rule.uses_forward_kl:
+        loss = loss + _weigh(kl_weight, kl)
+        kl_weight = torch.where(kl == math.inf, 0.0, kl_weight)
+        p, q = p + kl_weight * kl_p, q + kl_weight * kl_q
+        p_top_k = p_top_k + kl_weight * kl_p_top_k
+    if rule.uses_reverse_kl:
+        kl = stats[Stat.REVERSE_KL]
+        loss = loss + _weigh(reverse_weight, kl)
+        reverse = torch.where(kl == math.inf, 0.0, reverse_weight)
+    if rule.generator:
+        loss = loss + sums.value
+        generator = torch.isfinite(sums.value).to(lp.dtype)
+        p = p - _weigh(generator, sums.slope)
+
+    entropy_weight = zero
+    if rule.entropy_coef:
+        loss = loss - rule.entropy_coef * stats[Stat.ENTROPY]
+        entropy_weight = zero - rule.entropy_coef
+
+    if options.entropy_threshold is not None:
+        off = ~(stats[Stat.ENTROPY] >= options.entropy_threshold)
+        loss, label, p, q, p_top_k, reverse, generator, entropy_weight = (
+            torch.where(off, 0.0, each)
+            for each in (loss, label, p, q, p_top_k, reverse, generator, entropy_weight)
+        )
+    if batch.prefix is not None and rule.prefix_weight is not None:
+        ours = gated.on_policy
+        loss = torch.where(ours, loss, rule.prefix_weight * (lq - lp))
+        label = torch.where(ours, label, rule.prefix_weight)
+        p, q, p_top_k, reverse, generator, entropy_weight = (
+            torch.where(ours, each, 0.0)
+            for each in (p, q, p_top_k, reverse, generator, entropy_weight)
+        )
+
+    # A label outside the vocabulary has lp = NaN: its row says so instead of looking right. So does
+    # a teacher's NaN.
+    invalid = torch.isnan(lp)
+    if rule.uses_teacher:
+        invalid = invalid | torch.isnan(lq)
+    p = torch.where(invalid, math.nan, p + label)
+    loss = torch.where(invalid, math.nan, loss)
+
+    stats[Stat.REWARD] = gated.reward
+    stats[Stat.TRUST] = torch.where(gated.on_policy, gated.trust, 0.0)
+    stats[Stat.OUTLIER] = torch.where(gated.on_policy, 1 - gated.trust, 0.0)
+    stats[Stat.TOKEN_LOSS] = loss
+    stats[Stat.KEPT] = gated.kept.to(lp.dtype)
+    weight = 1.0 if batch.weight is None else batch.weight.to(lp.dtype)
+    for row, value in (
+        (Coef.P, p), (Coef.P_TOP_K, p_top_k), (Coef.REVERSE, reverse), (Coef.Q, q),
+        (Coef.ENTROPY_WEIGHT, entropy_weight), (Coef.LABEL, label), (Coef.GENERATOR, generator),
+    ):  # fmt: skip
+        coefs[row] = value * weight
+
+
+def _policy_gradient(stats, gated, kl, batch, rule):
+    """Loss and weight on -log p(y) of the (PPO-clipped) policy gradient, inside and outside."""
+    lp = stats[Stat.LOG_PROB]
+    ratio = torch.ones_like(lp)
+    if batch.old_log_probs is not None:
+        ratio = (lp - batch.old_log_probs.to(lp.dtype)).exp()
+    low = -math.inf if rule.clip_ratio_low is None else 1 - rule.clip_ratio_low
+    high = math.inf if rule.clip_ratio_high is None else 1 + rule.clip_ratio_high
+
+    def surrogate(reward, weight):
+        objective = torch.minimum(reward * ratio, reward * ratio.clamp(low, high))
+        # The clip holds where it makes the objective worse: above for a gain, below for a loss.
+        held = ((reward > 0) & (ratio > high)) | ((reward < 0) & (ratio < low))
+        return _weigh(weight, -objective), _weigh(weight, torch.where(held, 0.0, reward * ratio))
+
+    value, slope = surrogate(gated.reward, gated.trust)
+    outside = None
+    if rule.gate != "always" and rule.outlier == "clip":
+        outside = gated.reward.clamp_min(rule.threshold)
+    elif rule.gate != "always" and rule.outlier == "forward_kl_reward":
+        outside = -kl
+    if outside is not None:
+        more_value, more_slope = surrogate(outside, 1 - gated.trust)
+        value, slope = value + more_value, slope + more_slope
+    return rule.policy_gradient * value, rule.policy_gradient * slope
+
+
+def forward_kl(sums: Sums, rule: TokenRule) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """KL_K(q || p) and its gradient as coefficients of p, p 1_K and q 1_K."""
+    one, zero = torch.ones_like(sums.forward_kl), torch.zeros_like(sums.forward_kl)
+    raw = sums.forward_kl
+    if rule.top_k_tail == "raw":
+        return raw, sums.teacher_mass, zero, one
+    if rule.top_k_tail == "bucket":
+        q_tail = sums.teacher_tail
+        p_tail = sums.student_tail.clamp_min(torch.finfo(raw.dtype).eps)
+        off_k = 1 - q_tail / p_tail
+        return (
+            raw + torch.special.xlogy(q_tail, q_tail) - torch.special.xlogy(q_tail, p_tail),
+            off_k,
+            1 - off_k,
+            one,
+        )
+    kl, share = raw / sums.teacher_mass - sums.teacher_mass.log(), 1 / sums.teacher_mass
+    if rule.top_k_tail == "renormalize_teacher":
+        return kl, one, zero, share
+    # p / p(K) with p(K) underflowing would be 0/0; e^-80 of student mass on K is as good as none.
+    return kl + sums.student_log_mass, zero, (-sums.student_log_mass).clamp_max(80).exp(), share
+
+
+def _weigh(weight: Tensor, value: Tensor) -> Tensor:
+    """weight * value, 0 where the weight is 0 even if the value is infinite."""
+    return torch.where(weight == 0, 0.0, weight * value)
+
+
+def topk_entropy(log_probs: Tensor) -> Tensor:
+    """Lower bound (n,) on the entropy of a distribution of which only log_probs (n, K) are known:
+    the mass outside K lumped into one id. Entries of -inf are padding."""
+    q = log_probs.exp()
+    tail = (1 - q.sum(-1)).clamp_min(0)
+    inside = torch.where(q > 0, -q * log_probs, 0.0).sum(-1)
+    return inside - torch.special.xlogy(tail, tail)

@@ -1,0 +1,215 @@
+"""The four forms in which a teacher's signal arrives.
+
+| form            | holds, per token                       | can serve                                |
+|-----------------|----------------------------------------|------------------------------------------|
+| HiddenTeacher   | last hidden state, and the head        | every objective; no logits ever stored   |
+| LogitsTeacher   | the whole row of logits                | every objective                          |
+| TopKTeacher     | k ids with log-probs, and the label's  | K1, forward KL on K, MOPD, top-k JSD     |
+| SampledTeacher  | the label's log-prob                   | K1 alone                                 |
+
+A teacher is frozen: a tensor that requires grad is an error. Log-probs given by a top-k or sampled
+teacher are taken as they are: `temperature` does not touch them.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from .objectives import TokenRule
+
+
+@dataclass(frozen=True, eq=False)
+class HiddenTeacher:
+    """A teacher as hidden states and head.
+
+    hidden: (*, G) last hidden states, one per label; G may differ from the student's width.
+    weight: (V, G) head; its vocabulary may differ in height from the student's: the ids that both
+        have are used.
+    bias: (V,) or None. logit_scale, softcap: logits = softcap * tanh(scale * (h W^T + b) / softcap).
+    """
+
+    hidden: Tensor
+    weight: Tensor
+    bias: Tensor | None = None
+    logit_scale: float = 1.0
+    softcap: float | None = None
+
+    def __post_init__(self):
+        _frozen(self, "hidden", "weight", "bias")
+        check_head("teacher", self.hidden, self.weight, self.bias)
+        check_scale("teacher", self.logit_scale, self.softcap)
+
+    @property
+    def vocab_size(self) -> int:
+        return self.weight.shape[0]
+
+    @property
+    def tokens_shape(self):
+        return self.hidden.shape[:-1]
+
+
+@dataclass(frozen=True, eq=False)
+class LogitsTeacher:
+    """A teacher as logits (*, V), of any float dtype, before temperature."""
+
+    logits: Tensor
+
+    def __post_init__(self):
+        _frozen(self, "logits")
+        if self.logits.dim() < 1 or self.logits.shape[-1] == 0:
+            raise ValueError(f"teacher logits must be (*, V), got {tuple(self.logits.shape)}")
+
+    @property
+    def vocab_size(self) -> int:
+        return self.logits.shape[-1]
+
+    @property
+    def tokens_shape(self):
+        return self.logits.shape[:-1]
+
+
+@dataclass(frozen=True, eq=False)
+class TopKTeacher:
+    """A teacher as its k likeliest ids.
+
+    ids: (*, K) int64, distinct within a row. Ids outside [0, V) and entries with log-prob -inf are
+        padding.
+    log_probs: (*, K) log q of those ids, normalised over the teacher's whole vocabulary.
+    label_log_probs: (*) log q of the label.
+    entropy: (*) the teacher's entropy in nats, where known. Without it, objectives that ask for it
+        use the lower bound with the mass outside K lumped into one id.
+    """
+
+    ids: Tensor
+    log_probs: Tensor
+    label_log_probs: Tensor
+    entropy: Tensor | None = None
+
+    def __post_init__(self):
+        _frozen(self, "log_probs", "label_log_probs", "entropy")
+        if self.ids.is_floating_point() or self.ids.shape != self.log_probs.shape:
+            raise ValueError(
+                f"teacher ids and log_probs must both be (*, K), int64 and float; got "
+                f"{self.ids.dtype} {tuple(self.ids.shape)} and {tuple(self.log_probs.shape)}"
+            )
+        for name in ("label_log_probs", "entropy"):
+            value = getattr(self, name)
+            if value is not None and value.shape != self.ids.shape[:-1]:
+                raise ValueError(
+                    f"teacher {name} must have the shape of the ids without K, "
+                    f"{tuple(self.ids.shape[:-1])}; got {tuple(value.shape)}"
+                )
+        if self.ids.shape[-1] == 0:
+            raise ValueError("teacher ids are (*, 0): a top-k teacher needs at least one id")
+
+    @property
+    def tokens_shape(self):
+        return self.ids.shape[:-1]
+
+
+@dataclass(frozen=True, eq=False)
+class SampledTeacher:
+    """A teacher as the log-probs (*) that it gives to the labels."""
+
+    label_log_probs: Tensor
+
+    def __post_init__(self):
+        _frozen(self, "label_log_probs")
+
+    @property
+    def tokens_shape(self):
+        return self.label_log_probs.shape
+
+
+Teacher = HiddenTeacher | LogitsTeacher | TopKTeacher | SampledTeacher
+
+
+def check_serves(teacher: Teacher | None, rule: TokenRule) -> None:
+    """Raises where this form of teacher cannot give what the rule needs, naming the forms that can."""
+    if teacher is None:
+        if rule.uses_teacher:
+            raise ValueError(f"{rule!r} needs a teacher; only SFT() goes without one")
+        return
+    form = type(teacher).__name__
+    if not isinstance(teacher, Teacher):
+        raise TypeError(
+            "teacher must be a HiddenTeacher, LogitsTeacher, TopKTeacher or SampledTeacher; "
+            f"got {form}"
+        )
+    if isinstance(teacher, (HiddenTeacher, LogitsTeacher)):
+        return
+    dense = "HiddenTeacher or LogitsTeacher"
+    if rule.uses_dense_teacher:
+        remedy = " or set top_k" if rule.uses_forward_kl and not rule.uses_reverse_kl else ""
+        raise ValueError(
+            f"{rule!r} needs the teacher's whole distribution, which a {form} does not hold: "
+            f"use a {dense}{remedy}"
+        )
+    if isinstance(teacher, SampledTeacher):
+        if rule.uses_top_k:
+            raise ValueError(
+                f"{rule!r} needs the teacher's top-k log-probs, which a SampledTeacher does not "
+                f"hold: use a TopKTeacher, {dense}, or an objective of K1 alone "
+                "(OPD, ClipOutlier, MaskOutlier, TrOPD(outlier='mask'))"
+            )
+        return
+    if rule.uses_top_k and rule.top_k > teacher.ids.shape[-1]:
+        raise ValueError(
+            f"top_k={rule.top_k}, but the TopKTeacher holds {teacher.ids.shape[-1]} ids a token: "
+            f"ask the teacher for more, or set top_k={teacher.ids.shape[-1]}"
+        )
+
+
+def check_head(side: str, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+    """The shapes of one head; `side` names it in errors."""
+    if weight.dim() != 2:
+        raise ValueError(f"{side} weight must be (V, H), got {tuple(weight.shape)}")
+    if weight.shape[0] == 0:
+        raise ValueError(
+            f"{side} weight has 0 rows: under ZeRO-3 a head is empty outside its own forward; "
+            "gather it first (deepspeed.zero.GatheredParameters)"
+        )
+    if hidden.dim() < 1 or hidden.shape[-1] != weight.shape[1]:
+        raise ValueError(
+            f"{side} hidden must be (*, {weight.shape[1]}) to go with a weight of "
+            f"{tuple(weight.shape)}, got {tuple(hidden.shape)}"
+        )
+    for name, tensor in (("hidden", hidden), ("weight", weight)):
+        if not tensor.is_floating_point():
+            raise TypeError(f"{side} {name} must be of a float dtype, got {tensor.dtype}")
+    if hidden.dtype != weight.dtype:
+        raise TypeError(
+            f"{side} hidden is {hidden.dtype} and {side} weight {weight.dtype}: cast one of them"
+        )
+    if bias is not None and bias.shape != weight.shape[:1]:
+        raise ValueError(
+            f"{side} bias must be ({weight.shape[0]},) as the weight has rows, got "
+            f"{tuple(bias.shape)}"
+        )
+
+
+def check_scale(side: str, logit_scale: float, softcap: float | None) -> None:
+    """logit_scale: a finite number other than 0; softcap: a positive number or None."""
+    if not math.isfinite(logit_scale) or logit_scale == 0:
+        raise ValueError(f"{side} logit_scale must be finite and not 0, got {logit_scale!r}")
+    if softcap is not None and not 0 < softcap < math.inf:
+        raise ValueError(f"{side} softcap must be a positive number or None, got {softcap!r}")
+
+
+def _frozen(teacher, *names):
+    for name in names:
+        tensor = getattr(teacher, name)
+        if tensor is None:
+            continue
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"teacher {name} must be a tensor, got {type(tensor).__name__}")
+        if not tensor.is_floating_point():
+            raise TypeError(f"teacher {name} must be of a float dtype, got {tensor.dtype}")
+        if tensor.requires_grad:
+            raise ValueError(
+                f"teacher {name} requires grad, but a teacher is frozen: compute it under "
+                "torch.no_grad(), or detach() it"
+            )
