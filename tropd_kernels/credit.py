@@ -289,13 +289,13 @@ def _sequence_starts(sequence_ids: Tensor | None, like: Tensor) -> Tensor:
 
 
 def _block_starts(starts: Tensor, counted: Tensor, block_size: int) -> Tensor:
-    """True where a block begins: every `block_size` positions from the sequence's first token that
-    counts (from its start, in the masked stretch before).
+    """True where a block begins: every `block_size` positions from a sequence's first token that
+    counts. What lies before that token is masked and adds nothing to the block it falls in.
     """
     count = counted.cumsum(1)
     before = count - counted.long()
     first_counted = counted & (before == before.gather(1, _run_start(starts)))
-    origin = _run_start(starts | first_counted)
+    origin = _run_start(first_counted)
     position = torch.arange(starts.shape[1], device=starts.device)
     return (position - origin) % block_size == 0
 

@@ -31,8 +31,6 @@ _W0, _W1 = 0x9E3779B9, 0xBB67AE85
 _WORD = 0xFFFFFFFF
 _ROUNDS = 10
 
-Word = int | Tensor  # a 32-bit word: a Python int, or int64 tensors that broadcast together
-
 
 def bernoulli_uniforms(
     seed: int | Tensor,
@@ -48,8 +46,8 @@ def bernoulli_uniforms(
     positions: the token's index within its sequence, not within the padded or packed row; 32 bits
     count. The two broadcast: (B, 1) with (T,) gives (B, T).
 
-    Under torch.compile pass seed and step as 0-d tensors: an int that changes from call to call may
-    recompile. A tensor on a GPU is not read by the host.
+    Under torch.compile pass seed and step as 0-d tensors: an int that changes from call to call
+    recompiles, and from 2^63 on inductor refuses it. A tensor on a GPU is not read by the host.
 
     Returns float32 of the broadcast shape, on the tensors' device. Raises TypeError or ValueError
     on a wrong type, dtype, shape, device or range.
@@ -97,12 +95,12 @@ def uniforms_like(labels: Tensor, seed: int | Tensor) -> Tensor:
 
 
 def philox4x32(
-    counter: tuple[Word, Word, Word, Word], key: tuple[Word, Word]
-) -> tuple[Word, Word, Word, Word]:
+    counter: tuple[Tensor, Tensor, Tensor, Tensor],  # int64, broadcast together
+    key: tuple[Tensor, Tensor],
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The Philox4x32-10 block as published: four counter and two key words to four random words.
 
-    Words are ints or int64 tensors that broadcast together, all in [0, 2^32); the caller sees to
-    the range of what goes in.
+    All words are int64 in [0, 2^32); the caller sees to the range of what goes in.
     """
     c0, c1, c2, c3 = counter
     k0, k1 = key
@@ -114,22 +112,20 @@ def philox4x32(
     return c0, c1, c2, c3
 
 
-def _multiply(constant: int, word: Word) -> tuple[Word, Word]:
+def _multiply(constant: int, word: Tensor) -> tuple[Tensor, Tensor]:
     """High and low 32 bits of the 64-bit product, which int64 cannot hold: by 16-bit halves."""
     upper = constant * (word >> 16)
     lower = constant * (word & 0xFFFF)
     return (upper + (lower >> 16)) >> 16, (((upper & 0xFFFF) << 16) + lower) & _WORD
 
 
-def _uniform(word: Word) -> Tensor:
+def _uniform(word: Tensor) -> Tensor:
     """The upper 24 bits: a float32 holds no more, and rounding 32 of them would reach 1.0."""
-    return torch.as_tensor(word >> 8).to(torch.float32) * 2.0**-24
+    return (word >> 8).to(torch.float32) * 2.0**-24
 
 
-def _scalar(
-    name: str, value: int | Tensor, low: int, high: int, device: torch.device
-) -> int | Tensor:
-    """A Python int in range, or a 0-d integer tensor as int64."""
+def _scalar(name: str, value: int | Tensor, low: int, high: int, device: torch.device) -> Tensor:
+    """The argument, checked, as a 0-d int64 tensor; an int from 2^63 on keeps its bits."""
     if isinstance(value, Tensor):
         _check_integers(name, value)
         if value.ndim != 0:
@@ -148,7 +144,9 @@ def _scalar(
         raise ValueError(
             f"{name} must be in [{low}, {high}], got {value}: reduce it modulo {high + 1}"
         )
-    return value
+    # A tensor at once: compiled with a changing int, inductor gets the type of int shifts wrong.
+    signed = value if value < 2**63 else value - 2**64
+    return torch.full((), signed, dtype=torch.int64, device=device)
 
 
 def _check_integers(name: str, tensor: Tensor) -> None:

