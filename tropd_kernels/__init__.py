@@ -9,6 +9,7 @@ from .functional import (
     linear_distillation_loss,
     linear_log_probs,
 )
+from .modules import DistillationLoss, LinearDistillationLoss, LinearLogProbs
 from .objectives import (
     AOPD,
     EOPD,
@@ -28,3 +29,39 @@ from .objectives import (
 from .teachers import HiddenTeacher, LogitsTeacher, SampledTeacher, TopKTeacher
 
 __version__ = "0.1.0"
+
+__all__ = [
+    # functions and their modules
+    "linear_distillation_loss",
+    "distillation_loss",
+    "linear_log_probs",
+    "LinearDistillationLoss",
+    "DistillationLoss",
+    "LinearLogProbs",
+    "DistillationOutput",
+    "TokenStats",
+    # teachers
+    "HiddenTeacher",
+    "LogitsTeacher",
+    "TopKTeacher",
+    "SampledTeacher",
+    # objectives
+    "TokenRule",
+    "TrOPD",
+    "OPD",
+    "ClipOutlier",
+    "MaskOutlier",
+    "EOPD",
+    "EntropyOPD",
+    "REOPOLD",
+    "AOPD",
+    "GKD",
+    "Divergence",
+    "MOPD",
+    "TopKJSD",
+    "SFT",
+    # what will run, and where
+    "plan_chunks",
+    "ChunkPlan",
+    "available_backends",
+]

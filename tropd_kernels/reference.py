@@ -122,11 +122,13 @@ def token_losses(
                 outside = reward.clamp_min(rule.threshold)
             elif rule.outlier == "forward_kl_reward":
                 outside = -kl.detach()
-            inner = _weigh(trust, policy_gradient_loss(reward, ratio, rule))
-            outer = torch.zeros_like(inner)
+            # A reward of -inf that the gate rejects must not reach the product, nor its gradient.
+            inside = torch.where(trust > 0, reward, 0.0)
+            surrogate = trust * policy_gradient_loss(inside, ratio, rule)
             if rule.outlier in ("clip", "forward_kl_reward"):
-                outer = _weigh(1 - trust, policy_gradient_loss(outside, ratio, rule))
-            loss = loss + rule.policy_gradient * (inner + outer)
+                outside = torch.where(trust < 1, outside, 0.0)
+                surrogate = surrogate + (1 - trust) * policy_gradient_loss(outside, ratio, rule)
+            loss = loss + rule.policy_gradient * surrogate
 
         weight = torch.zeros_like(lp)
         if rule.outlier == "forward_kl":

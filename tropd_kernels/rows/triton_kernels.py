@@ -67,7 +67,6 @@ SUM_VALUE = tl.constexpr(6)
 SUM_SLOPE = tl.constexpr(7)
 SUMS = 8
 INF = tl.constexpr(float("inf"))
-NAN = tl.constexpr(float("nan"))
 
 
 # --- logits ------------------------------------------------------------------------------------
@@ -165,7 +164,7 @@ def statistics_kernel(
     z = _at(student, student_bias, at, ACC, SCALE, CAP, TEMPERATURE)
     stats += row
     coefs += row
-    tl.store(stats + LOG_PROB * columns, tl.where(known, (z - top) - log_sum, NAN))
+    tl.store(stats + LOG_PROB * columns, tl.where(known, (z - top) - log_sum, float("nan")))
     tl.store(stats + ENTROPY * columns, entropy)
     tl.store(coefs + STUDENT_MAX * columns, top)
     tl.store(coefs + STUDENT_LOG_SUM * columns, log_sum)
@@ -176,7 +175,7 @@ def statistics_kernel(
         t = _at(teacher, teacher_bias, at, ACC, TEACHER_SCALE, TEACHER_CAP, TEMPERATURE)
         reverse_kl = tl.sum(reverse, 0) / total - log_sum + t_log_sum
         forward_kl = tl.sum(forward, 0) / t_total - t_log_sum + log_sum
-        tl.store(stats + TEACHER_LOG_PROB * columns, tl.where(known, (t - t_top) - t_log_sum, NAN))
+        tl.store(stats + TEACHER_LOG_PROB * columns, tl.where(known, (t - t_top) - t_log_sum, float("nan")))
         tl.store(stats + TEACHER_ENTROPY * columns, t_log_sum - tl.sum(t_moment, 0) / t_total)
         tl.store(stats + REVERSE_KL * columns, reverse_kl)
         tl.store(stats + FORWARD_KL * columns, forward_kl)
@@ -462,7 +461,7 @@ def dense_sums_kernel(
         slope_sum = tl.sum(slopes, 0)
     if TOP_K is not None:  # AKL's gradient is not confined to its head
         tl.store(coefs + C_THRESHOLD * columns, threshold)
-        unknown = tl.where(needed, 0.0, NAN)
+        unknown = tl.where(needed, 0.0, float("nan"))
         tl.store(stats + row + TEACHER_TOPK_MASS * columns, teacher_mass + unknown)
         tl.store(stats + row + STUDENT_TOPK_MASS * columns, student_mass + unknown)
     else:
@@ -709,8 +708,8 @@ def rule_kernel(
     invalid = lp != lp
     if USES_TEACHER:
         invalid = invalid | (lq != lq)
-    loss = tl.where(invalid, NAN, loss)
-    p_coef = tl.where(invalid, NAN, p_coef)
+    loss = tl.where(invalid, float("nan"), loss)
+    p_coef = tl.where(invalid, float("nan"), p_coef)
     weight = zero + 1
     if token_weight is not None:
         weight = tl.load(token_weight + row).to(ACC)

@@ -1,0 +1,428 @@
+"""The numerical defects that this field has shipped. Each test names one and fails without its cure."""
+
+import math
+
+import pytest
+import torch
+from problems import OBJECTIVES, K, make_problem, relative_error
+
+from tropd_kernels import (
+    GKD,
+    OPD,
+    SFT,
+    Divergence,
+    HiddenTeacher,
+    LogitsTeacher,
+    SampledTeacher,
+    TopKTeacher,
+    TrOPD,
+    chunking,
+    distillation_loss,
+    linear_distillation_loss,
+    linear_log_probs,
+)
+
+BACKENDS = ("torch", "triton")
+both = pytest.mark.parametrize("backend", BACKENDS)
+all_backends = pytest.mark.parametrize("backend", ("reference", *BACKENDS))
+
+
+def loss_and_gradient(logits, labels, teacher, objective, backend, **options):
+    z = logits.clone().requires_grad_()
+    out = distillation_loss(z, labels, teacher, objective, backend=backend, **options)
+    out.loss.sum().backward()
+    return out.loss.detach(), z.grad, out.stats
+
+
+def test_logits_are_not_rounded_to_bf16(device):
+    """1. bf16 logits cost 4 to 65 % of the gradient where the distributions are close. The GEMM's
+    float32 result has to reach the softmax, so the loss of bf16 inputs is that of exact products."""
+    backend = "triton" if device == "cuda" else "torch"
+    problem = make_problem(tokens=64, vocab_size=600, width=64, teacher_width=64, device=device)
+    problem.teacher_hidden = problem.hidden + 0.03 * torch.randn_like(problem.hidden)
+    problem.teacher_weight = problem.weight
+    for name in ("hidden", "weight", "teacher_hidden", "teacher_weight"):
+        setattr(problem, name, getattr(problem, name).bfloat16().double())
+    rule = Divergence("reverse_kl")
+    truth, _, _ = problem.call(rule, "hidden", "reference", torch.float64)
+    found, _, _ = problem.call(rule, "hidden", backend, torch.bfloat16)
+    assert 1e-4 < truth < 1e-1  # close, as a student late in training is
+    assert relative_error(found, truth) < 1e-3
+    student = (problem.hidden @ problem.weight.T).bfloat16().double()
+    teacher = (problem.teacher_hidden @ problem.teacher_weight.T).bfloat16().double()
+    rounded, _, _ = loss_and_gradient(
+        student, problem.labels, LogitsTeacher(teacher), rule, "reference"
+    )
+    assert relative_error(rounded, truth) > 1e-2  # the defect is visible on this problem
+
+
+def test_head_gradient_accumulates_in_float32(device, monkeypatch):
+    """2. With a bf16 accumulator the error grows with the number of chunks; it must not move."""
+    backend = "triton" if device == "cuda" else "torch"
+    problem = make_problem(tokens=1024, vocab_size=64, device=device)
+    for name in ("hidden", "weight", "teacher_hidden", "teacher_weight"):
+        setattr(problem, name, getattr(problem, name).bfloat16().double())
+    _, exact, _ = problem.call(GKD(), "hidden", "reference", torch.float64)
+
+    def error(rows):
+        monkeypatch.setattr(chunking, "MULTIPLE", rows)
+        monkeypatch.setattr(chunking, "ROWS", rows)
+        monkeypatch.setattr(chunking, "SUPER_ROWS", rows)
+        _, found, _ = problem.call(GKD(), "hidden", backend, torch.bfloat16)
+        return relative_error(found["weight"], exact["weight"])
+
+    assert error(4) < 1.05 * error(1024)
+
+
+@both
+def test_logits_with_a_large_offset(backend, device):
+    """3. (m + log l) - z_y loses everything when all logits are offset by 2^20."""
+    z = torch.randn(4, 50, device=device).mul(8).round().div(8)  # exact next to 2^20
+    labels = torch.arange(4, device=device)
+    teacher = LogitsTeacher(torch.randn(4, 50, device=device).mul(8).round().div(8))
+    plain = loss_and_gradient(z, labels, teacher, OPD(), backend)
+    moved = loss_and_gradient(
+        z + 2.0**20, labels, LogitsTeacher(teacher.logits - 2.0**20), OPD(), backend
+    )
+    torch.testing.assert_close(moved[0], plain[0], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(moved[1], plain[1], rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(moved[2].entropy, plain[2].entropy, rtol=1e-5, atol=1e-5)
+
+
+@both
+@pytest.mark.parametrize("softcap", [None, 40.0])
+def test_padded_columns_are_not_logits_of_zero(backend, softcap, device):
+    """4. Rows of all-negative logits with V not a multiple of the block, with a soft cap too, which
+    would lift a padded -inf to -cap."""
+    hidden = torch.ones(3, 1, device=device)
+    weight = -torch.rand(37, 1, device=device) - 20
+    labels = torch.tensor([0, 5, 36], device=device)
+    ours = linear_log_probs(hidden, weight, labels, softcap=softcap, backend=backend)
+    logits = hidden.double() @ weight.double().T
+    if softcap:
+        logits = softcap * torch.tanh(logits / softcap)
+    expected = logits.log_softmax(-1).gather(-1, labels[:, None])[:, 0]
+    torch.testing.assert_close(ours.double(), expected, rtol=1e-5, atol=1e-5)
+
+
+@all_backends
+@pytest.mark.parametrize("name", sorted(set(OBJECTIVES) - {"sft"}))
+def test_excluded_ids_never_make_nan(name, backend, device):
+    """5. Ids with logit -inf: of a teacher truncated by top-p, of both sides, of the student."""
+    if backend == "triton" and name not in (
+        "tropd", "tropd_expected", "tropd_bucket", "tropd_renormalize_both", "gkd", "akl", "jeffreys",
+        "skew_reverse", "todi", "mopd", "chi2", "eopd",
+    ):  # fmt: skip
+        pytest.skip("a dozen objectives reach every branch of the kernels; the interpreter is slow")
+    z, t = torch.randn(3, 4, 23, device=device).mul(3)[:2]
+    labels = torch.arange(4, device=device)
+    both_exclude, teacher_excludes, student_excludes = 20, 21, 22
+    t[:, [both_exclude, teacher_excludes]] = -math.inf
+    t[0, 3:] = -math.inf  # fewer ids left than top_k
+    z[:, both_exclude] = -math.inf
+    z[1, student_excludes] = -math.inf
+    z, t = (torch.where(x.isnan(), 0, x) for x in (z, t))
+    loss, gradient, stats = loss_and_gradient(
+        z, labels, LogitsTeacher(t), OBJECTIVES[name], backend, reduction="none",
+        uniforms=torch.full((4,), 0.5, device=device),
+    )  # fmt: skip
+    assert not loss.isnan().any()
+    if name in ("opd", "opd_ppo", "entropy_opd"):  # no trust region: -inf rewards are theirs to keep
+        return
+    assert not gradient.isnan().any()
+    assert gradient.isfinite().all()
+
+
+@all_backends
+def test_infinite_reverse_kl_and_rejected_reward(backend, device):
+    """5. p > 0 where q = 0: the exact reverse KL is infinite and its row's gradient 0; the K1 reward
+    is -inf, and the trust gate rejects it for a finite outlier term."""
+    z = torch.zeros(2, 5, device=device)
+    t = torch.tensor([[0.0, 0, 0, 0, -math.inf], [0.0, 1, 2, 3, 4]], device=device)
+    labels = torch.tensor([4, 4], device=device)
+    teacher = LogitsTeacher(t)
+    loss, gradient, _ = loss_and_gradient(
+        z, labels, teacher, Divergence("reverse_kl"), backend, reduction="none"
+    )
+    assert loss[0] == math.inf
+    assert loss[1].isfinite()
+    assert not gradient[0].any()
+    assert gradient[1].any()
+    loss, gradient, stats = loss_and_gradient(
+        z, labels, teacher, TrOPD(top_k=2), backend, reduction="none",
+        uniforms=torch.zeros(2, device=device),
+    )  # fmt: skip
+    assert stats.reward[0] == -math.inf
+    assert stats.trust.tolist() == [0, 1]
+    assert loss.isfinite().all()
+    assert gradient.isfinite().all()
+    assert gradient[0].any()
+
+
+@all_backends
+def test_tail_of_a_teacher_whose_ids_hold_all_its_mass(backend, device):
+    """6. log(1 - sum) where the given probabilities sum to 1 or a little more."""
+    z = torch.randn(2, 9, device=device)
+    ids = torch.tensor([[0, 1], [2, 3]], device=device)
+    log_probs = torch.tensor([[0.5, 0.5], [0.6, 0.4000003]], device=device).log()
+    teacher = TopKTeacher(ids, log_probs, log_probs[:, 0])
+    rule = Divergence("forward_kl", top_k=2, top_k_tail="bucket")
+    labels = torch.tensor([0, 2], device=device)
+    loss, gradient, _ = loss_and_gradient(z, labels, teacher, rule, backend)
+    raw, _, _ = loss_and_gradient(z, labels, teacher, Divergence("forward_kl", top_k=2), backend)
+    assert gradient.isfinite().all()
+    torch.testing.assert_close(loss, raw, rtol=1e-5, atol=1e-6)  # an empty tail adds nothing
+
+
+@all_backends
+@pytest.mark.parametrize("name", ["akl", "todi", "gkd", "chi2", "jeffreys", "alpha_above_1"])
+def test_equal_distributions_have_no_gradient(name, backend, device):
+    """6. AKL's 0/0 at p = q."""
+    z = torch.randn(3, 17, device=device).mul(4)
+    loss, gradient, _ = loss_and_gradient(
+        z, torch.zeros(3, dtype=torch.int64, device=device), LogitsTeacher(z.clone()),
+        OBJECTIVES[name], backend,
+    )  # fmt: skip
+    assert abs(loss) < 1e-6
+    assert gradient.abs().max() < 1e-6
+
+
+@both
+@pytest.mark.parametrize("gap", [30.0, 200.0])
+def test_far_apart_distributions_do_not_overflow(backend, gap, device):
+    """6. exp(lq - lp) overflows float32 beyond 88 nats."""
+    z = torch.zeros(1, 12, device=device)
+    t = torch.zeros(1, 12, device=device)
+    z[0, 0], t[0, 1] = gap, gap
+    for name in ("gkd", "todi", "skew_forward", "skew_reverse", "tropd_renormalize_both", "akl"):
+        loss, gradient, _ = loss_and_gradient(
+            z, torch.tensor([0], device=device), LogitsTeacher(t), OBJECTIVES[name], backend,
+            uniforms=torch.tensor([0.5], device=device),
+        )  # fmt: skip
+        assert loss.isfinite(), name
+        assert gradient.isfinite().all(), name
+
+
+@all_backends
+def test_truncated_kl_is_not_clamped(backend, device):
+    """7. Raw top-k KL may be negative; clamping it at 0 silences its gradient."""
+    z = torch.tensor([[5.0, 0, 0, 0]], device=device)
+    t = torch.zeros(1, 4, device=device)
+    t[0, 0] = 0.1
+    rule = Divergence("forward_kl", top_k=1)
+    loss, gradient, _ = loss_and_gradient(
+        z, torch.tensor([0], device=device), LogitsTeacher(t), rule, backend
+    )
+    assert loss < 0
+    assert gradient.abs().sum() > 0.01
+
+
+@all_backends
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("tokens", [0, 1, 5])
+def test_nothing_to_learn_from(backend, reduction, tokens, device):
+    """8. A fully masked or empty batch: loss 0, gradients 0 and connected to the graph."""
+    hidden = torch.randn(tokens, 8, device=device, requires_grad=True)
+    weight = torch.randn(13, 8, device=device, requires_grad=True)
+    labels = torch.full((tokens,), -100, device=device)
+    teacher = HiddenTeacher(torch.randn(tokens, 4, device=device), torch.randn(13, 4, device=device))
+    for objective in (TrOPD(top_k=K), OBJECTIVES["entropy_opd"], OBJECTIVES["reopold_1"]):
+        loss = linear_distillation_loss(
+            hidden, weight, labels, teacher, objective, seed=0, backend=backend, reduction=reduction
+        ).loss
+        assert loss.shape == (labels.shape if reduction == "none" else ())
+        assert not loss.any()
+        gradients = torch.autograd.grad(loss.sum(), (hidden, weight))
+        assert [g.shape for g in gradients] == [hidden.shape, weight.shape]
+        assert not any(g.any() for g in gradients)
+
+
+def test_more_rows_than_a_grid_axis_holds(device):
+    """8. 65,536 rows and more lie on grid axis 0. On a CPU only the torch backend can be asked."""
+    backend = "triton" if device == "cuda" else "torch"
+    n = 65_537
+    hidden = torch.randn(n, 4, device=device, requires_grad=True)
+    weight = torch.randn(8, 4, device=device)
+    labels = torch.randint(8, (n,), device=device)
+    loss = linear_distillation_loss(hidden, weight, labels, None, SFT(), backend=backend).loss
+    loss.backward()
+    expected = torch.nn.functional.cross_entropy((hidden @ weight.T), labels)
+    assert relative_error(loss.detach(), expected.detach()) < 1e-5
+    assert hidden.grad[-1].any()
+
+
+def test_row_offsets_are_64_bit():
+    """8. N * V beyond 2^31 overflows 32-bit offsets: every kernel makes its row index 64-bit before it
+    multiplies. Read from the source, since no test machine holds the matrix."""
+    import inspect
+
+    from tropd_kernels.rows import triton_kernels
+
+    source = inspect.getsource(triton_kernels)
+    assert source.count("tl.program_id(0)") == source.count("tl.program_id(0).to(tl.int64)")
+    assert "program_id(1)" not in source
+
+
+@both
+def test_label_outside_the_vocabulary(backend, device):
+    """9. An error where it can be seen without a sync; otherwise NaN in that row, and in no other."""
+    hidden = torch.randn(3, 8, device=device, requires_grad=True)
+    weight = torch.randn(13, 8, device=device)
+    labels = torch.tensor([0, 13, 2], device=device)
+    with pytest.raises(ValueError, match="label 13 lies outside the vocabulary of 13 ids"):
+        linear_distillation_loss(hidden, weight, labels, None, SFT(), backend=backend)
+    from tropd_kernels.backends import engine_for
+    from tropd_kernels.rows.layout import Coef, LogitTransform, RowBatch, RowOptions, Stat
+
+    # With ignore_index=None on a GPU nobody looks: the engine itself must not read elsewhere.
+    plain = LogitTransform()
+    logits = (hidden @ weight.T).detach()
+    for wrong in (13, -1, -(2**62), 2**62):
+        batch = RowBatch(logits, None, torch.tensor([0, wrong, 2], device=device))
+        options = RowOptions(SFT(), plain, plain)
+        stats, coefs = engine_for(backend).forward(batch, options)
+        assert stats[Stat.TOKEN_LOSS].isnan().tolist() == [False, True, False]
+        assert coefs[Coef.P].isnan().tolist() == [False, True, False]
+        out = torch.zeros_like(logits)
+        engine_for(backend).gradient(batch, coefs, options, out)
+        assert out.isnan().any(1).tolist() == [False, True, False]
+
+
+@all_backends
+def test_ids_outside_the_vocabulary_are_padding(backend, device):
+    """9. ... and a top-k teacher's ids never read or write outside a row."""
+    z = torch.randn(2, 7, device=device)
+    ids = torch.tensor([[1, 2, -1, 7], [3, 4, 5, 2**40]], device=device)
+    log_probs = torch.tensor([0.4, 0.3, 0.2, 0.1], device=device).log().expand(2, 4).contiguous()
+    labels = torch.tensor([1, 3], device=device)
+    rule = Divergence("forward_kl", top_k=4)
+    ours = loss_and_gradient(z, labels, TopKTeacher(ids, log_probs, log_probs[:, 0]), rule, backend)
+    clean = log_probs.masked_fill((ids < 0) | (ids >= 7), -math.inf)
+    expected = loss_and_gradient(
+        z.double(), labels,
+        TopKTeacher(ids.clamp(0, 6), clean.double(), clean[:, 0].double()), rule, "reference",
+    )  # fmt: skip
+    assert relative_error(ours[0], expected[0]) < 1e-5
+    assert relative_error(ours[1], expected[1]) < 1e-5
+
+
+@both
+def test_expanded_incoming_gradient(backend, device):
+    """10. `.sum().backward()` hands in a gradient of stride 0."""
+    problem = make_problem(tokens=4, device=device)
+    _, summed, _ = problem.call(GKD(), "hidden", backend, reduction="sum")
+    _, expanded, _ = problem.call(
+        GKD(), "hidden", backend, reduction="none", incoming=torch.ones((), device=device)
+    )
+    for key in summed:
+        torch.testing.assert_close(expanded[key], summed[key], rtol=1e-5, atol=1e-6)
+
+
+def test_second_derivative_raises(device):
+    """10. The gradients are constants of the forward: differentiating them would be silently wrong."""
+    problem = make_problem(tokens=4, device=device)
+    hidden = problem.hidden.float().requires_grad_()
+    teacher = problem.teacher("hidden", torch.float32)
+    for reduction in ("mean", "none"):
+        loss = linear_distillation_loss(
+            hidden, problem.weight.float(), problem.labels, teacher, GKD(), reduction=reduction,
+            backend="torch",
+        ).loss.sum()  # fmt: skip
+        (gradient,) = torch.autograd.grad(loss, hidden, create_graph=True)
+        with pytest.raises(RuntimeError, match=r"once_differentiable|does not require grad"):
+            torch.autograd.grad(gradient.sum(), hidden)
+
+
+@all_backends
+def test_normalizer_counts_what_was_generated(backend, device):
+    """11. loss_sum / num_items_in_batch: the count is the caller's where given, else the tokens that
+    count; accumulating two halves with the whole's count equals the whole."""
+    problem = make_problem(tokens=8, device=device)
+    labels = problem.labels.clone()
+    labels[::3] = -100
+    teacher = problem.teacher("hidden", torch.float32)
+    weight, hidden = problem.weight.float(), problem.hidden.float()
+    count = int((labels != -100).sum())
+
+    def run(rows, **more):
+        part = HiddenTeacher(teacher.hidden[rows], teacher.weight)
+        return linear_distillation_loss(
+            hidden[rows], weight, labels[rows], part, GKD(), backend=backend, **more
+        ).loss
+
+    whole = run(slice(None))
+    halves = sum(run(s, normalizer=count) for s in (slice(0, 4), slice(4, 8)))
+    torch.testing.assert_close(whole, halves)
+    torch.testing.assert_close(whole * count, run(slice(None), reduction="sum"))
+
+
+@all_backends
+def test_reopold_mean_is_over_the_tokens_kept(backend, device):
+    problem = make_problem(tokens=9, device=device)
+    total, _, stats = problem.call(OBJECTIVES["reopold_1"], "logits", backend, reduction="sum")
+    mean, _, _ = problem.call(OBJECTIVES["reopold_1"], "logits", backend)
+    assert 0 < stats.kept.sum() < 9
+    torch.testing.assert_close(mean, total / stats.kept.sum())
+
+
+@both
+@pytest.mark.parametrize("name", ["tropd", "gkd", "akl"])
+def test_two_runs_are_bitwise_equal(name, backend, device):
+    """13. No float atomics, fixed order of reductions."""
+    problem = make_problem(tokens=5, device=device)
+    first, second = (problem.call(OBJECTIVES[name], "hidden", backend) for _ in range(2))
+    assert torch.equal(first[0], second[0])
+    assert all(torch.equal(first[1][k], second[1][k]) for k in first[1])
+
+
+@both
+def test_ties_at_the_kth_logit_belong_to_the_set(backend, device):
+    """Teacher logits rounded to bf16 tie; which of them an arbitrary sort would keep must not matter."""
+    t = torch.tensor([[3.0, 2, 2, 2, 1, 0, -1]], device=device)
+    z = torch.randn(1, 7, device=device)
+    rule = Divergence("forward_kl", top_k=2)
+    label = torch.tensor([0], device=device)
+    loss, gradient, stats = loss_and_gradient(z, label, LogitsTeacher(t), rule, backend)
+    q = t.softmax(-1)
+    torch.testing.assert_close(stats.teacher_topk_mass, q[:, :4].sum(-1))
+    truth = loss_and_gradient(z.double(), label, LogitsTeacher(t.double()), rule, "reference")
+    assert relative_error(loss, truth[0]) < 1e-5
+    assert relative_error(gradient, truth[1]) < 1e-5
+
+
+@both
+def test_tokens_that_do_not_count_may_hold_anything(backend, device):
+    """NaN in a padded row reaches neither loss nor gradient."""
+    z = torch.randn(3, 9, device=device)
+    z[1] = math.nan
+    labels = torch.tensor([0, -100, 2], device=device)
+    teacher = SampledTeacher(torch.tensor([-1.0, math.nan, -2.0], device=device))
+    for reduction in ("mean", "none"):
+        loss, gradient, _ = loss_and_gradient(z, labels, teacher, OPD(), backend, reduction=reduction)
+        assert loss.isfinite().all()
+        assert gradient.isfinite().all()
+        assert not gradient[1].any()
+
+
+@all_backends
+def test_log_probs_and_entropy_are_differentiable(backend, device):
+    problem = make_problem(tokens=4, device=device)
+    hidden = problem.hidden.clone().requires_grad_()
+    weight = problem.weight.clone().requires_grad_()
+    labels = problem.labels.clone()
+    labels[2] = -100
+    log_probs, entropy = linear_log_probs(
+        hidden, weight, labels, temperature=0.9, return_entropy=True, backend=backend
+    )
+    incoming = torch.arange(1.0, 5, device=device, dtype=torch.float64)
+    found = torch.autograd.grad((incoming * (log_probs - 2 * entropy)).sum(), (hidden, weight))
+    log_p = (hidden @ weight.T / 0.9).log_softmax(-1)
+    counts = (labels != -100).double()
+    lp = log_p.gather(-1, labels.clamp_min(0)[:, None])[:, 0] * counts
+    h = -(log_p.exp() * log_p).sum(-1) * counts
+    expected = torch.autograd.grad((incoming * (lp - 2 * h)).sum(), (hidden, weight))
+    torch.testing.assert_close(log_probs, lp)
+    torch.testing.assert_close(entropy, h)
+    for ours, theirs in zip(found, expected, strict=True):
+        torch.testing.assert_close(ours, theirs)
+    assert log_probs[2] == 0
