@@ -1,5 +1,5 @@
-"""Triton's interpreter stands in for a GPU where there is none; it has to be chosen before triton is
-imported."""
+"""Triton's interpreter stands in for a GPU where there is none; it has to be chosen before triton
+is imported."""
 
 import os
 

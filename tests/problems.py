@@ -29,7 +29,8 @@ from tropd_kernels import (
 
 K = 6
 
-#: Every objective by name. K is small, so that a top-k teacher of the tests' vocabularies has a tail.
+#: Every objective by name. K is small, so that a top-k teacher of the tests' vocabularies has a
+#: tail.
 OBJECTIVES = {
     "tropd": TrOPD(top_k=K),
     "tropd_expected": TrOPD(gate="expected", top_k=K),
@@ -183,9 +184,9 @@ def with_everything(problem: Problem, seed: int = 1) -> Problem:
     def uniform():
         return torch.rand(n, generator=draw, dtype=torch.float64).to(device)
 
-    problem.bias = torch.randn(
-        problem.weight.shape[0], generator=draw, dtype=torch.float64
-    ).to(device)
+    problem.bias = torch.randn(problem.weight.shape[0], generator=draw, dtype=torch.float64).to(
+        device
+    )
     problem.teacher_bias = torch.randn(
         problem.teacher_weight.shape[0], generator=draw, dtype=torch.float64
     ).to(device)

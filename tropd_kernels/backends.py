@@ -23,8 +23,8 @@ def available_backends(device: str | torch.device | None = None) -> dict[str, st
 
 
 def choose_backend(requested: str | None, device: torch.device) -> str:
-    """The backend to use. None takes the best one that runs natively on the device; one asked for by
-    name that cannot run raises RuntimeError."""
+    """The backend to use. None takes the best one that runs natively on the device; one asked for
+    by name that cannot run raises RuntimeError."""
     if requested is None:
         native = device.type != "cpu" and _why_not_triton(device.type) is None
         return "triton" if native else "torch"

@@ -1,18 +1,18 @@
 """Chunk sizes: how many tokens are alive at once, and what that costs.
 
-Two sizes, because two things pull apart. Bytes follow the number of rows of float32 logits that exist
-together; the GEMMs' speed follows the number of rows they are given. So logits are made in
-sub-chunks of `rows` tokens, and their gradients, in the inputs' dtype, are gathered into super-chunks
-of `super_rows` tokens, each of which costs one d_hidden and one d_weight product:
+Two sizes, because two things pull apart. Bytes follow the number of rows of float32 logits that
+exist together; the GEMMs' speed follows the number of rows they are given. So logits are made in
+sub-chunks of `rows` tokens, and their gradients, in the inputs' dtype, are gathered into
+super-chunks of `super_rows` tokens, each of which costs one d_hidden and one d_weight product:
 
     workspace = (4 + 4) rows V + 2 super_rows V + 4 V H      bf16 inputs on a GPU, trainable head
 
 Where d_logits has the logits' own dtype (float32 inputs; any input on a CPU, whose products are
 float32) the gradient overwrites the student's logits, and the two sizes are one.
 
-GEMM work, in units of S = 2 N V H (student head) and T = 2 N V G (teacher head): 3 S + T with gradients
-formed in the forward; 3 S without a dense teacher; one S less for each frozen side; 4 S + 2 T where
-`reduction="none"` recomputes; one S more for a rule that ranks the batch by entropy.
+GEMM work, in units of S = 2 N V H (student head) and T = 2 N V G (teacher head): 3 S + T with
+gradients formed in the forward; 3 S without a dense teacher; one S less for each frozen side; 4 S +
+2 T where `reduction="none"` recomputes; one S more for a rule that ranks the batch by entropy.
 """
 
 from __future__ import annotations

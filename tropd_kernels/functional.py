@@ -1,8 +1,8 @@
 """The public functions: check arguments, choose the backend, normalise, call the op.
 
-`linear_distillation_loss` takes hidden states and a head, `distillation_loss` logits that already exist,
-`linear_log_probs` gives per-token log-probabilities of a head. The mathematics is in `reference.py`, the
-chunk loop in `linear_loss.py`.
+`linear_distillation_loss` takes hidden states and a head, `distillation_loss` logits that already
+exist, `linear_log_probs` gives per-token log-probabilities of a head. The mathematics is in
+`reference.py`, the chunk loop in `linear_loss.py`.
 """
 
 from __future__ import annotations
@@ -43,7 +43,8 @@ class TokenStats:
     teacher without `entropy`, a lower bound). forward_kl, reverse_kl: exact, over the vocabulary,
     with a dense teacher; forward_kl of a top-k teacher is the one on its ids. reward: R, before any
     clip. trust: the gate's M; outlier: 1 - M; both 0 on a prefix. teacher_topk_mass,
-    student_topk_mass: of K. token_loss: before `token_weight`. kept: passed gate and entropy filter.
+    student_topk_mass: of K. token_loss: before `token_weight`. kept: passed gate and entropy
+    filter.
     """
 
     log_probs: Tensor
@@ -94,8 +95,8 @@ def linear_distillation_loss(
 ) -> DistillationOutput:
     """Distillation loss of a student's head, without ever holding the logits of all tokens.
 
-    hidden: last hidden states, so placed that hidden[i] predicts labels[i]. weight: the head. A side
-    that does not require grad costs no GEMM.
+    hidden: last hidden states, so placed that hidden[i] predicts labels[i]. weight: the head. A
+    side that does not require grad costs no GEMM.
     labels: int64. Tokens with `ignore_index`, or of weight 0, are dropped before the first GEMM;
     `ignore_index=None` says that every token counts, which spares a GPU the one host sync, and with
     it the checks of values: a label out of range then gives NaN in its row.
@@ -147,8 +148,9 @@ def distillation_loss(
 ) -> DistillationOutput:
     """The same loss on logits that already exist. Arguments as in `linear_distillation_loss`.
 
-    Logits may be of any float dtype; they are read as they are and reduced in float32. Their gradient
-    is made in the backward, which reads them once more; nothing of their size is held in between.
+    Logits may be of any float dtype; they are read as they are and reduced in float32. Their
+    gradient is made in the backward, which reads them once more; nothing of their size is held in
+    between.
     """
     if not logits.is_floating_point():
         raise TypeError(f"logits must be of a float dtype, got {logits.dtype}")
@@ -176,8 +178,8 @@ def linear_log_probs(
     backend: str | None = None,
     max_workspace_bytes: int | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """log p(label) per token, shaped like labels, in nats, float32; differentiable in hidden, weight
-    and bias, by recomputing. 0 where the label is `ignore_index`.
+    """log p(label) per token, shaped like labels, in nats, float32; differentiable in hidden,
+    weight and bias, by recomputing. 0 where the label is `ignore_index`.
 
     With `return_entropy`, also H(p) per token, differentiable as well. Arguments and errors as in
     `linear_distillation_loss`.
@@ -359,7 +361,9 @@ def _check_call(
     if not isinstance(labels, Tensor) or labels.dtype != torch.int64 or (
         labels.shape != student.shape[:-1]
     ):  # fmt: skip
-        given = f"{labels.dtype} {tuple(labels.shape)}" if isinstance(labels, Tensor) else repr(labels)
+        given = (
+            f"{labels.dtype} {tuple(labels.shape)}" if isinstance(labels, Tensor) else repr(labels)
+        )
         raise (TypeError if getattr(labels, "shape", None) == student.shape[:-1] else ValueError)(
             f"labels must be int64 of shape {tuple(student.shape[:-1])}, got {given}: shift them so "
             "that hidden[i] (or logits[i]) predicts labels[i]"
@@ -373,7 +377,9 @@ def _check_call(
             f"reduction must be one of {', '.join(map(repr, REDUCTIONS))}; got {reduction!r}"
         )
     if max_workspace_bytes is not None and not max_workspace_bytes > 0:
-        raise ValueError(f"max_workspace_bytes must be positive or None, got {max_workspace_bytes!r}")
+        raise ValueError(
+            f"max_workspace_bytes must be positive or None, got {max_workspace_bytes!r}"
+        )
 
 
 def _per_token(name: str, value: Tensor | None, labels: Tensor) -> Tensor | None:
@@ -383,7 +389,9 @@ def _per_token(name: str, value: Tensor | None, labels: Tensor) -> Tensor | None
     public = {"weight": "token_weight", "prefix": "teacher_prefix"}.get(name, name)
     if not isinstance(value, Tensor) or value.shape != labels.shape:
         given = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
-        raise ValueError(f"{public} must be a tensor of the labels' shape {tuple(labels.shape)}, got {given}")
+        raise ValueError(
+            f"{public} must be a tensor of the labels' shape {tuple(labels.shape)}, got {given}"
+        )
     if name == "prefix":
         if value.dtype != torch.bool:
             raise TypeError(f"{public} must be bool, got {value.dtype}: pass {public}.bool()")
@@ -399,7 +407,10 @@ def _per_token(name: str, value: Tensor | None, labels: Tensor) -> Tensor | None
 
 def _public(per_token: dict) -> dict:
     """Per-token tensors under the names that the caller used."""
-    return {{"weight": "token_weight", "prefix": "teacher_prefix"}.get(k, k): v for k, v in per_token.items()}
+    return {
+        {"weight": "token_weight", "prefix": "teacher_prefix"}.get(k, k): v
+        for k, v in per_token.items()
+    }
 
 
 def _check_devices(student: Tensor, tensors: dict) -> None:

@@ -123,8 +123,8 @@ def read_head(model: nn.Module, verify: bool = False) -> Head:
     Args:
         model: a causal LM in the manner of Hugging Face: `.config`, `.base_model` and
             `.get_output_embeddings()`. Decoder-only; a multimodal one will do.
-        verify: run `check_head` on the result. This also settles what the config leaves open, which
-            is an error otherwise.
+        verify: run `check_head` on the result. This settles what the config leaves open (an error
+            otherwise), and only this sees a step that is hard-coded in a model unknown here.
 
     Returns:
         Head, with weight (V, H) and bias (V,) or None, sharing the model's memory.
@@ -177,8 +177,7 @@ def check_head(model: nn.Module, head: Head | None = None, *, rtol: float | None
         The largest absolute difference between the two sets of logits.
 
     Raises:
-        ValueError: the difference is beyond the tolerance, shapes do not fit, or logits of zero
-            leave nothing to compare. The message says the difference and what to do.
+        ValueError: a larger difference, shapes that do not fit, or logits that are all zero.
     """
     base = _unwrap(model)
     head = read_head(model) if head is None else head

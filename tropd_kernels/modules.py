@@ -1,8 +1,10 @@
 """`nn.Module` twins of the functions in `functional.py`, with the same argument names.
 
-What is fixed for a run (objective, temperature, reduction, ...) goes to the constructor; what changes from
-batch to batch goes to the call, exactly as the function takes it. The head is not a parameter of the
-module: it belongs to the model and is passed in, so that it is never registered, saved or sharded twice.
+What is fixed for a run (objective, temperature, reduction, ...) goes to the constructor; what
+changes from batch to batch goes to the call, exactly as the function takes it. The head is not a
+parameter of the
+module: it belongs to the model and is passed in, so that it is never registered, saved or sharded
+twice.
 """
 
 from __future__ import annotations

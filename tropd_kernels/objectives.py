@@ -1,7 +1,8 @@
 """Distillation objectives as data.
 
-A `TokenRule` says how one token's statistics become a loss and a handful of per-row numbers; the fused
-kernels need nothing else (see `rows/`). Every published objective here is a named constructor that
+A `TokenRule` says how one token's statistics become a loss and a handful of per-row numbers; the
+fused kernels need nothing else (see `rows/`). Every published objective here is a named constructor
+that
 fills in a rule: `TrOPD()`, `OPD()`, `GKD()`, ... A rule is frozen, checked when it is made, and its
 `repr` can be pasted back.
 
@@ -11,10 +12,11 @@ rho = exp(lp - lo), R = sg(lq - lo) or the caller's advantages, K the teacher's 
 
 On a token that the student sampled, a rule's loss is
 
-    policy_gradient * (-R' * rho)                       K1 as a policy gradient; PPO-clipped if asked
-  + forward_kl_weight * KL_K(q || p)                    from `outlier`, `forward_kl_entropy`, `divergence`
-  + divergence(p, q)                                    exact, over the vocabulary (or on K)
-  - nll_weight * lp - entropy_coef * H(p)
+    policy_gradient * (-R' * rho)                       K1 as a policy gradient; PPO-clipped if
+    asked
+  + forward_kl_weight * KL_K(q || p)                    from `outlier`, `forward_kl_entropy`,
+  `divergence` + divergence(p, q)                                    exact, over the vocabulary (or
+  on K) - nll_weight * lp - entropy_coef * H(p)
 
 where the gate M splits the tokens: inside (M = 1) R' = R; outside, `outlier` decides. On a token of
 a teacher-written prefix it is prefix_weight * (sg(lq) - lp), or the same loss as everywhere where
@@ -27,8 +29,8 @@ distillation survey (2606.22793), Thinking Machines' on-policy distillation (tin
 
 from __future__ import annotations
 
-import json
 import math
+from ast import literal_eval
 from dataclasses import dataclass, field, fields
 from functools import lru_cache
 
@@ -56,7 +58,8 @@ class TokenRule:
     """One distillation objective. Usually made by a named constructor (`TrOPD()`, `GKD()`, ...).
 
     policy_gradient: weight on the K1 policy gradient -R * rho; 0 leaves it out (kl_penalty_coef).
-    gate: how M is drawn. "always": M = 1. "bernoulli": M = 1 where u < P, P = min(q(y)/p(y), 1) with
+    gate: how M is drawn. "always": M = 1. "bernoulli": M = 1 where u < P, P = min(q(y)/p(y), 1)
+    with
         lo in place of lp where given. "expected": M = P. "threshold": M = 1 where R > threshold.
     outlier: what stands outside the gate. "mask": nothing. "clip": R floored at `threshold`.
         "forward_kl": forward KL on K, back-propagated. "forward_kl_reward": minus that KL as a
@@ -65,13 +68,16 @@ class TokenRule:
     top_k: size of K; None is the whole vocabulary. Ids that tie with the k-th largest belong to K.
     top_k_tail: what is done with the mass outside K: "raw", "bucket", "renormalize_teacher" or
         "renormalize_both".
-    prefix_weight: weight of the K1 forward KL on teacher-written tokens; None treats them as any other.
-    clip_ratio_low, clip_ratio_high: PPO clip of rho to [1 - low, 1 + high]; None leaves a side open.
+    prefix_weight: weight of the K1 forward KL on teacher-written tokens; None treats them as any
+    other.
+    clip_ratio_low, clip_ratio_high: PPO clip of rho to [1 - low, 1 + high]; None leaves a side
+    open.
     forward_kl_entropy: adds the forward KL on K where H(q) exceeds this many nats; None: nowhere.
     entropy_top_fraction: only tokens whose H(p) is in the batch's top fraction count; None: all.
         Costs one more student GEMM, since the batch's entropies must be known beforehand.
     divergence: one of `DIVERGENCES`, on every token; None: none.
-    divergence_parameter: its parameter: beta of "jsd" and "topk_jsd", alpha of "skew_*" and "alpha",
+    divergence_parameter: its parameter: beta of "jsd" and "topk_jsd", alpha of "skew_*" and
+    "alpha",
         the head's teacher mass of "akl"; unused elsewhere.
     nll_weight: weight on -log p(y).
     entropy_coef: entropy bonus: subtracts entropy_coef * H(p).
@@ -131,8 +137,9 @@ class TokenRule:
         if self.divergence in TOP_K_GENERATORS and self.top_k is None:
             raise ValueError(f"divergence={self.divergence!r} lives on the top-k ids: give a top_k")
         _check_divergence_parameter(self.divergence, self.divergence_parameter)
-        given = {f.name: getattr(self, f.name) for f in fields(self) if f.init}
-        object.__setattr__(self, "key", json.dumps(given))
+        # An f-string rather than json, which torch.compile cannot trace.
+        given = [getattr(self, name) for name in _FIELDS]
+        object.__setattr__(self, "key", ";".join([f"{value!r}" for value in given]))
 
     def __repr__(self):
         changed = (
@@ -182,6 +189,11 @@ class TokenRule:
         return not (self.uses_top_k or self.generator or self.divergence == "akl")
 
     @property
+    def sums_on_k_alone(self) -> bool:
+        """... or need nothing from outside K."""
+        return self.uses_top_k and self.top_k_tail != "bucket"
+
+    @property
     def reads_teacher_rows(self) -> bool:
         """The gradient pass may read a dense teacher's row."""
         return self.uses_sums or self.uses_reverse_kl
@@ -199,10 +211,14 @@ class TokenRule:
         return reads or self.uses_forward_kl or self.divergence is not None
 
 
+_FIELDS = tuple(f.name for f in fields(TokenRule) if f.init)
+
+
 @lru_cache(maxsize=256)
 def decode_rule(key: str) -> TokenRule:
     """The rule whose `key` this is."""
-    return TokenRule(**json.loads(key))
+    values = map(literal_eval, key.split(";"))
+    return TokenRule(**dict(zip(_FIELDS, values, strict=True)))
 
 
 # --- on-policy distillation and its relatives --------------------------------------------------
@@ -302,8 +318,8 @@ def REOPOLD(
     prefix_weight: float | None = 0.001,
 ) -> TokenRule:
     """REOPOLD (arXiv 2603.11137): rewards floored at log(mixing / (1 - mixing)). Stage 1 masks the
-    tokens at or below the floor; stage 2 keeps the tokens whose student entropy is above the batch's
-    `entropy_quantile`. The mean is over the tokens kept. The trainer switches the stage."""
+    tokens at or below the floor; stage 2 keeps the tokens whose student entropy is above the
+    batch's `entropy_quantile`. The mean is over the tokens kept. The trainer switches the stage."""
     _number("mixing", mixing, 0.0, 0.5)
     if mixing == 0:
         raise ValueError("mixing must be above 0: the floor would be minus infinity")
@@ -440,7 +456,8 @@ def _number(name, value, low=-math.inf, high=math.inf, optional=False):
 
 
 def _check_divergence_parameter(divergence, value, name="divergence_parameter", allow_limits=False):
-    """Open intervals: at its limits a generator degenerates, and the constructors say what to use."""
+    """Open intervals: at its limits a generator degenerates, and the constructors say what to
+    use."""
     if divergence in ("jsd", "topk_jsd", "skew_forward", "skew_reverse", "akl"):
         _number(name, value, 0.0, 1.0)
     limits_are_kl = divergence in ("jsd", "alpha")

@@ -1,18 +1,19 @@
 """The fused loss as two custom ops, so that `torch.compile(fullgraph=True)` sees one node.
 
-    tropd_kernels::distill            loss, per-token losses, statistics, coefficients, and, where `needs`
+    tropd_kernels::distill            loss, per-token losses, statistics, coefficients, and, where
+    `needs`
                                       says so, the gradients of the loss
     tropd_kernels::distill_backward   gradients from coefficients that carry the incoming gradient
 
-Autograd: with `needs`, `distill` has formed the gradients of its first output (the scalar loss) and the
-backward only scales them, in the final cast to the inputs' dtypes, by a tensor that never visits the
-host. Without, the per-token losses and the log-prob and entropy rows of the statistics are the
-differentiable outputs, and the backward calls `distill_backward`, which makes the logits again. The
-gradients are constants of the forward, so a second differentiation raises.
+Autograd: with `needs`, `distill` has formed the gradients of its first output (the scalar loss) and
+the backward only scales them, in the final cast to the inputs' dtypes, by a tensor that never
+visits the host. Without, the per-token losses and the log-prob and entropy rows of the statistics
+are the differentiable outputs, and the backward calls `distill_backward`, which makes the logits
+again. The gradients are constants of the forward, so a second differentiation raises.
 
-Arguments are flat because an op's schema is: `rule` is `TokenRule.key`, `scales` is logit scale and soft
-cap (0: none) of student and teacher and the temperature, `inputs` the per-token tensors in the order of
-`linear_loss.INPUTS`.
+Arguments are flat because an op's schema is: `rule` is `TokenRule.key`, `scales` is logit scale and
+soft cap (0: none) of student and teacher and the temperature, `inputs` the per-token tensors in the
+order of `linear_loss.INPUTS`.
 """
 
 from __future__ import annotations

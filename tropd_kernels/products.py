@@ -1,13 +1,13 @@
 """The three matrix products around the rows: logits, d_hidden, d_weight.
 
 All of them multiply in the inputs' dtype and give float32 (float64 for float64 inputs): logits are
-never rounded to bf16 on the way to the softmax, which alone would cost 4 to 65 % of the gradient where
-student and teacher agree, and d_weight accumulates over chunks in float32.
+never rounded to bf16 on the way to the softmax, which alone would cost 4 to 65 % of the gradient
+where student and teacher agree, and d_weight accumulates over chunks in float32.
 
-On a GPU, cuBLAS does that for half-precision inputs (`out_dtype`). On a CPU no such kernel exists in
-torch, so half-precision weights are upcast in tiles of `TILE_ROWS` rows that stay in the cache, and
-the product is a float32 one. Where the CPU has AMX, oneDNN is told to multiply those float32 operands
-in bf16, which is exact for weights and hidden states that were bf16 to begin with.
+On a GPU, cuBLAS does that for half-precision inputs (`out_dtype`). On a CPU no such kernel exists
+in torch, so half-precision weights are upcast in tiles of `TILE_ROWS` rows that stay in the cache,
+and the product is a float32 one. Where the CPU has AMX, oneDNN is told to multiply those float32
+operands in bf16, which is exact for weights and hidden states that were bf16 to begin with.
 """
 
 from __future__ import annotations

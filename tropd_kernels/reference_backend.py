@@ -1,7 +1,7 @@
 """backend="reference": the op's contract, met by `reference.py` on materialised logits.
 
-Everything is differentiable by autograd, in the inputs' dtype (float32 for half precision, from exact
-products). Memory grows with tokens times vocabulary: for tests and small problems.
+Everything is differentiable by autograd, in the inputs' dtype (float32 for half precision, from
+exact products). Memory grows with tokens times vocabulary: for tests and small problems.
 """
 
 from __future__ import annotations

@@ -28,7 +28,8 @@ class HiddenTeacher:
     hidden: (*, G) last hidden states, one per label; G may differ from the student's width.
     weight: (V, G) head; its vocabulary may differ in height from the student's: the ids that both
         have are used.
-    bias: (V,) or None. logit_scale, softcap: logits = softcap * tanh(scale * (h W^T + b) / softcap).
+    bias: (V,) or None. logit_scale, softcap: logits = softcap * tanh(scale * (h W^T + b) /
+    softcap).
     """
 
     hidden: Tensor
@@ -128,7 +129,8 @@ Teacher = HiddenTeacher | LogitsTeacher | TopKTeacher | SampledTeacher
 
 
 def check_serves(teacher: Teacher | None, rule: TokenRule) -> None:
-    """Raises where this form of teacher cannot give what the rule needs, naming the forms that can."""
+    """Raises where this form of teacher cannot give what the rule needs, naming the forms that
+    can."""
     if teacher is None:
         if rule.uses_teacher:
             raise ValueError(f"{rule!r} needs a teacher; only SFT() goes without one")

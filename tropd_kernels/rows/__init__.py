@@ -6,8 +6,9 @@ chunk of rows:
     forward(batch, options)            -> stats (Stat, n) and coefs (Coef, n)
     gradient(batch, coefs, options, out)   writes d_logits (n, V)
 
-`coefs` are the per-row numbers of `losses`' one gradient formula: with p = softmax(z), q = softmax(t),
-lp = log p, lq = log q and K the row's top-k set (here the ids with lq >= THRESHOLD, or those given),
+`coefs` are the per-row numbers of `losses`' one gradient formula: with p = softmax(z), q =
+softmax(t), lp = log p, lq = log q and K the row's top-k set (here the ids with lq >= THRESHOLD, or
+those given),
 
     dL/dz = p (P + P_TOP_K 1_K + REVERSE ((lp - lq) - KL(p||q)) - ENTROPY_WEIGHT (lp + H(p)))
             - Q q 1_K - LABEL 1[v = y] + GENERATOR pg 1_K
@@ -16,5 +17,6 @@ where pg = p f'(p/q) belongs to the rule's generator (P already holds minus its 
 `Coef.P` on are linear in the row's weight, so an incoming gradient multiplies them alone.
 
 Files: `layout` (this interface's data), `rule` (gate and rule on vectors of rows, in torch),
-`generators` (the f-divergences), `torch_rows` (the twin to read), `triton_rows` and `triton_kernels`.
+`generators` (the f-divergences), `torch_rows` (the twin to read), `triton_rows` and
+`triton_kernels`.
 """

@@ -58,7 +58,8 @@ FIRST_WEIGHT = Coef.P
 
 @dataclass(frozen=True)
 class LogitTransform:
-    """logits -> cap(scale * (logits + bias)) / temperature, cap(x) = softcap * tanh(x / softcap)."""
+    """logits -> cap(scale * (logits + bias)) / temperature, cap(x) = softcap * tanh(x /
+    softcap)."""
 
     scale: float = 1.0
     softcap: float | None = None

@@ -1,7 +1,8 @@
 """The token rule on vectors of rows: statistics in, loss and coefficients out.
 
 Plain torch on a few numbers a row, for the backends whose row passes are not Triton; the kernel
-`_rule_kernel` is its twin. It runs in two steps, because the top-k pass between them is made only for
+`_rule_kernel` is its twin. It runs in two steps, because the top-k pass between them is made only
+for
 the rows that need it:
 
     gate   the trust region M, and the weight of the forward KL that follows from it
@@ -24,7 +25,8 @@ from .layout import Coef, RowBatch, RowOptions, Stat
 class Sums:
     """Sums over K (or the whole vocabulary) that a rule may need, each (n,); None where not asked.
 
-    teacher_mass, student_mass: of K. teacher_tail, student_tail: off K. forward_kl: sum_K q (lq - lp).
+    teacher_mass, student_mass: of K. teacher_tail, student_tail: off K. forward_kl: sum_K q (lq -
+    lp).
     student_log_mass: log of student_mass, exact where that underflows. value, slope: sums of q f(u)
     and of p g. For "akl" they hold the gaps abs(p - q) on head and tail.
     """
@@ -103,7 +105,12 @@ def rows_with_sums(gated: Gate, rule: TokenRule) -> Tensor:
 
 
 def apply_rule(
-    stats: Tensor, coefs: Tensor, gated: Gate, sums: Sums | None, batch: RowBatch, options: RowOptions
+    stats: Tensor,
+    coefs: Tensor,
+    gated: Gate,
+    sums: Sums | None,
+    batch: RowBatch,
+    options: RowOptions,
 ) -> None:
     """Fills stats from REWARD on and coefs from `Coef.P` on."""
     rule = options.rule

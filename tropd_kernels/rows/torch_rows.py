@@ -2,10 +2,14 @@
 
 It walks the chunk in blocks of a few rows, so that its temporaries stay in the cache (and within
 `scratch_bytes`, which the chunk plan counts), and makes the passes of `rows` on each: statistics,
-gate, sums over K where needed, rule; then, when asked, the gradient. `rule.py` holds the rule itself.
+gate, sums over K where needed, rule; then, when asked, the gradient. `rule.py` holds the rule
+itself.
 
 0 log 0: an id of probability 0 (in the working precision) contributes nothing, whatever the other
-side says of it; `nansum` drops those 0 * inf. A NaN that is a defect shows in the label's log-prob.
+side says of it; `_dot` drops those 0 * inf. A NaN that is a defect shows in the label's log-prob.
+
+On a CPU a look at a flag costs nothing, so rows and entries that need no work are left out; on a
+GPU it would be a host sync, so there everything is computed and masked.
 """
 
 from __future__ import annotations
@@ -21,6 +25,7 @@ from .generators import generator_terms
 from .given import given_top_k
 from .layout import FIRST_WEIGHT, Coef, LogitTransform, RowBatch, RowOptions, Stat
 from .rule import Gate, Sums, apply_rule, forward_kl, gate, rows_with_sums, topk_entropy
+from .top_k import columns_reaching, kth_largest
 
 #: Elements of one block's temporary: 4 MiB of float32 on a CPU, enough to fill a GPU on one.
 BLOCK_ELEMENTS = {"cpu": 1 << 20}
@@ -61,56 +66,46 @@ def entropy(batch: RowBatch, options: RowOptions) -> Tensor:
     dtype = torch.promote_types(batch.student.dtype, torch.float32)
     result = batch.student.new_empty((batch.student.shape[0],), dtype=dtype)
     for rows, part in _blocks(batch):
-        lp, p, _, _ = _normalise(part.student, options.student, dtype)
-        result[rows] = -(p.mul_(lp)).nansum(-1)
+        lp = _log_probs(part.student, options.student, dtype)
+        result[rows] = -_dot(lp.exp(), lp)
     return result
 
 
 def gradient(batch: RowBatch, coefs: Tensor, options: RowOptions, out: Tensor) -> None:
     """Writes d_logits (n, V) into `out`, which may be `batch.student` itself."""
     for rows, part in _blocks(batch):
-        c = coefs[:, rows]
-        d = _gradient(part, c, options)
-        # Tokens that do not count may hold anything, NaN too.
-        out[rows] = d.masked_fill_((c[FIRST_WEIGHT:] == 0).all(0).unsqueeze(-1), 0.0)
+        _gradient(part, coefs[:, rows], options, out[rows])
 
 
 def transform(logits: Tensor, how: LogitTransform, dtype: torch.dtype) -> Tensor:
-    """A transformed copy."""
-    z = logits.to(dtype, copy=True)
+    """Transformed logits; the input itself where there is nothing to do."""
+    z = logits.to(dtype)
     if how.bias is not None:
-        z += how.bias
+        z = z + how.bias
     if how.scale != 1.0:
-        z *= how.scale
+        z = z * how.scale
     if how.softcap is not None:
-        z.div_(how.softcap).tanh_().mul_(how.softcap)
+        z = (z / how.softcap).tanh_().mul_(how.softcap)
     if how.temperature != 1.0:
-        z /= how.temperature
+        z = z / how.temperature
     return z
 
 
 # --- forward passes over one block -------------------------------------------------------------
 
 
-def _normalise(logits: Tensor, how: LogitTransform, dtype: torch.dtype):
-    """log-probs, probs (rows, V), row maximum and log of the shifted sum (rows,)."""
-    z = transform(logits, how, dtype)
-    top = z.amax(-1)
-    z -= top.unsqueeze(-1)
-    p = z.exp()
-    total = p.sum(-1)
-    p /= total.unsqueeze(-1)
-    log_sum = total.log_()
-    return z.sub_(log_sum.unsqueeze(-1)), p, top, log_sum
+def _log_probs(logits: Tensor, how: LogitTransform, dtype: torch.dtype) -> Tensor:
+    """(rows, V). `log_softmax` subtracts the maximum first and the logarithm last, as it has to be;
+    the gradient pass calls it again rather than rebuild it from stored normalisers."""
+    return transform(logits, how, dtype).log_softmax(-1)
 
 
 def _statistics(part: RowBatch, options: RowOptions, s: Tensor, c: Tensor):
-    """Fills s up to REVERSE_KL and c up to REVERSE_KL; returns lp and lq (None: not dense)."""
-    lp, p, c[Coef.STUDENT_MAX], c[Coef.STUDENT_LOG_SUM] = _normalise(
-        part.student, options.student, s.dtype
-    )
+    """Fills s and c up to REVERSE_KL; returns lp and lq (None: not dense)."""
+    lp = _log_probs(part.student, options.student, s.dtype)
+    p = lp.exp()
     s[Stat.LOG_PROB] = _pick(lp, part.labels)
-    s[Stat.ENTROPY] = c[Coef.ENTROPY] = -(p * lp).nansum(-1)
+    s[Stat.ENTROPY] = c[Coef.ENTROPY] = -_dot(p, lp)
     if part.teacher is None:
         if part.label_log_probs is not None:
             s[Stat.TEACHER_LOG_PROB] = part.label_log_probs
@@ -119,14 +114,13 @@ def _statistics(part: RowBatch, options: RowOptions, s: Tensor, c: Tensor):
         elif part.ids is not None:
             s[Stat.TEACHER_ENTROPY] = topk_entropy(_given(part, None, lp.shape[-1], s.dtype)[1])
         return lp, None
-    lq, q, c[Coef.TEACHER_MAX], c[Coef.TEACHER_LOG_SUM] = _normalise(
-        part.teacher, options.teacher, s.dtype
-    )
+    lq = _log_probs(part.teacher, options.teacher, s.dtype)
+    q = lq.exp()
     s[Stat.TEACHER_LOG_PROB] = _pick(lq, part.labels)
-    s[Stat.TEACHER_ENTROPY] = -(q * lq).nansum(-1)
-    difference = lp - lq
-    s[Stat.REVERSE_KL] = c[Coef.REVERSE_KL] = p.mul_(difference).nansum(-1)
-    s[Stat.FORWARD_KL] = -q.mul_(difference).nansum(-1)
+    s[Stat.TEACHER_ENTROPY] = -_dot(q, lq)
+    difference = lp - lq  # first: E_p[lp] - E_p[lq] would cancel where the two agree
+    s[Stat.REVERSE_KL] = c[Coef.REVERSE_KL] = _dot(p, difference)
+    s[Stat.FORWARD_KL] = -_dot(q, difference)
     return lp, lq
 
 
@@ -158,18 +152,17 @@ def _sums(
     some = lp.device.type == "cpu" and not bool(needed.all())
     if some:
         lp, lq = lp[needed], lq[needed]
-    on_k = torch.ones_like(lq, dtype=torch.bool)
-    if rule.divergence == "akl" or rule.uses_top_k:
-        if rule.divergence == "akl":
-            threshold = _head_threshold(lq, rule.divergence_parameter)
-        else:
-            k = min(rule.top_k, lq.shape[-1])
-            threshold = lq.topk(k, dim=-1).values[:, -1]
+    on_k = None
+    if rule.divergence == "akl":  # whose gradient is not confined to its head
+        on_k = lq >= _head_threshold(lq, rule.divergence_parameter).unsqueeze(-1)
+    elif rule.uses_top_k:
         # Ids that the teacher excludes are never in K, however few it leaves.
-        threshold = threshold.clamp_min(torch.finfo(lq.dtype).min)
+        threshold = _kth_largest(lq, rule.top_k).clamp_min(torch.finfo(lq.dtype).min)
+        c[Coef.THRESHOLD, needed if some else slice(None)] = threshold
+        if rule.sums_on_k_alone and lp.device.type == "cpu":
+            columns = columns_reaching(lq, threshold)
+            lp, lq = lp.gather(-1, columns), lq.gather(-1, columns)
         on_k = lq >= threshold.unsqueeze(-1)
-        if rule.uses_top_k:  # AKL's gradient is not confined to its head
-            c[Coef.THRESHOLD, needed if some else slice(None)] = threshold
     sums = _sum_terms(lp, lq, on_k, rule, dense=True)
     if some:
         sums = _spread(sums, needed)
@@ -179,25 +172,28 @@ def _sums(
     return sums
 
 
-def _sum_terms(lp: Tensor, lq: Tensor, on_k: Tensor, rule: TokenRule, dense: bool) -> Sums:
+def _sum_terms(lp: Tensor, lq: Tensor, on_k: Tensor | None, rule: TokenRule, dense: bool) -> Sums:
+    """Sums over the entries on K; None stands for all of them."""
     p, q = lp.exp(), lq.exp()
-    p_k, q_k = p.where(on_k, 0.0), q.where(on_k, 0.0)
+    p_k, q_k = (p, q) if on_k is None else (p.where(on_k, 0.0), q.where(on_k, 0.0))
     student_mass, teacher_mass = p_k.sum(-1), q_k.sum(-1)
-    if dense:  # off K directly: near 1 the complement of the mass has no digits left
+    if dense and not rule.sums_on_k_alone:
+        # off K directly: near 1 the complement of the mass has no digits left
         student_tail, teacher_tail = (p - p_k).sum(-1), (q - q_k).sum(-1)
     else:
         student_tail, teacher_tail = ((1 - m).clamp_min(0) for m in (student_mass, teacher_mass))
+    lp_k = lp if on_k is None else lp.where(on_k, -math.inf)
     sums = Sums(
         teacher_mass,
         student_mass,
         teacher_tail,
         student_tail,
-        lp.where(on_k, -math.inf).logsumexp(-1),
-        (q_k * (lq - lp)).nansum(-1),
+        lp_k.logsumexp(-1) if rule.top_k_tail == "renormalize_both" else student_mass.log(),
+        _dot(q_k, lq - lp),
     )
     if rule.generator:
         value, slope = generator_terms(rule.generator, rule.divergence_parameter, lp, lq)
-        if rule.uses_top_k:
+        if on_k is not None:
             value, slope = value.where(on_k, 0.0), slope.where(on_k, 0.0)
         sums.value, sums.slope = value.sum(-1), slope.sum(-1)
     elif rule.divergence == "akl":
@@ -229,52 +225,61 @@ def _head_threshold(lq: Tensor, mass: float) -> Tensor:
 # --- the gradient pass over one block ----------------------------------------------------------
 
 
-def _gradient(part: RowBatch, c: Tensor, options: RowOptions) -> Tensor:
-    rule = options.rule
+def _gradient(part: RowBatch, c: Tensor, options: RowOptions, out: Tensor) -> None:
+    rule, on_cpu = options.rule, c.device.type == "cpu"
     needs_teacher = (c[[Coef.P_TOP_K, Coef.REVERSE, Coef.Q, Coef.GENERATOR]] != 0).any(0)
+    idle = (c[FIRST_WEIGHT:] == 0).all(0)
     c = c.unsqueeze(-1)
-    lp = transform(part.student, options.student, c.dtype)
-    cap_slope = None
-    if options.student.softcap is not None:  # 1 - tanh^2, from the capped logits
-        tanh = lp * (options.student.temperature / options.student.softcap)
-        cap_slope = 1 - tanh * tanh
-    lp.sub_(c[Coef.STUDENT_MAX]).sub_(c[Coef.STUDENT_LOG_SUM])
-    p = lp.exp()
+    z = transform(part.student, options.student, c.dtype)
+    d = z.softmax(-1)
     if rule.entropy_coef:
-        d = p * (lp + c[Coef.ENTROPY]).where(p > 0, 0.0)
-        d.mul_(-c[Coef.ENTROPY_WEIGHT]).add_(p * c[Coef.P])
+        inner = z.log_softmax(-1).add_(c[Coef.ENTROPY]).where(d > 0, 0.0)
+        d *= c[Coef.P] - c[Coef.ENTROPY_WEIGHT] * inner
     else:
-        d = p * c[Coef.P]
+        d *= c[Coef.P]
     if part.teacher is not None and rule.reads_teacher_rows:
-        picked = needs_teacher.nonzero().squeeze(-1) if lp.device.type == "cpu" else slice(None)
-        d[picked] += _teacher_terms(
-            lp[picked], p[picked], part.teacher[picked], c[:, picked], options
-        )
+        picked = needs_teacher.nonzero().squeeze(-1) if on_cpu else slice(None)
+        if not on_cpu or picked.numel():
+            add = _add_on_top_k if rule.uses_top_k and on_cpu else _add_teacher_terms
+            lp = z[picked].log_softmax(-1)
+            lq = _log_probs(part.teacher[picked], options.teacher, c.dtype)
+            add(d, lp, lq, c[:, picked], picked, rule)
     elif part.ids is not None and rule.uses_sums:
         ids, lq, on_k = _given(part, rule.top_k, d.shape[-1], d.dtype)
-        lp_k = lp.gather(-1, ids)
-        d.scatter_add_(-1, ids, _on_top_k(lp_k, lp_k.exp(), lq, c, rule).where(on_k, 0.0))
+        lp = z.log_softmax(-1).gather(-1, ids)
+        d.scatter_add_(-1, ids, _on_top_k(lp, lp.exp(), lq, c, rule).where(on_k, 0.0))
     labels = part.labels.unsqueeze(-1)
     inside = (labels >= 0) & (labels < d.shape[-1])
     d.scatter_add_(-1, labels.where(inside, 0), -c[Coef.LABEL].where(inside, 0.0))
-    if cap_slope is not None:
-        d *= cap_slope
     chain = options.student.scale / options.student.temperature
-    return d if chain == 1.0 else d.mul_(chain)
+    if options.student.softcap is not None:  # 1 - tanh^2, from the capped logits
+        tanh = z * (options.student.temperature / options.student.softcap)
+        d *= 1 - tanh * tanh
+    if chain != 1.0:
+        d *= chain
+    if not on_cpu or bool(idle.any()):  # tokens that do not count may hold anything, NaN too
+        d.masked_fill_(idle.unsqueeze(-1), 0.0)
+    out.copy_(d)
 
 
-def _teacher_terms(lp: Tensor, p: Tensor, teacher: Tensor, c: Tensor, options: RowOptions) -> Tensor:
-    """Terms of the gradient that read the teacher's row."""
-    rule = options.rule
-    lq = transform(teacher, options.teacher, c.dtype)
-    lq.sub_(c[Coef.TEACHER_MAX]).sub_(c[Coef.TEACHER_LOG_SUM])
-    d = _on_top_k(lp, p, lq, c, rule)
+def _add_teacher_terms(d: Tensor, lp: Tensor, lq: Tensor, c: Tensor, picked, rule) -> None:
+    """Terms of the gradient that read the teacher's rows, along the whole of them."""
+    p = lp.exp()
+    more = _on_top_k(lp, p, lq, c, rule)
     if rule.uses_top_k:
-        d = d.where(lq >= c[Coef.THRESHOLD], 0.0)
+        more = more.where(lq >= c[Coef.THRESHOLD], 0.0)
     if rule.uses_reverse_kl:
         live = (c[Coef.REVERSE] != 0) & (p > 0)  # also keeps inf - inf of an infinite KL out
-        d += (c[Coef.REVERSE] * p * (lp - lq - c[Coef.REVERSE_KL])).where(live, 0.0)
-    return d
+        more += (c[Coef.REVERSE] * p * (lp - lq - c[Coef.REVERSE_KL])).where(live, 0.0)
+    d[picked] += more
+
+
+def _add_on_top_k(d: Tensor, lp: Tensor, lq: Tensor, c: Tensor, picked, rule) -> None:
+    """The same where all of them lie on K: at its few ids alone."""
+    columns = columns_reaching(lq, c[Coef.THRESHOLD].squeeze(-1))
+    lp, lq = lp.gather(-1, columns), lq.gather(-1, columns)
+    more = _on_top_k(lp, lp.exp(), lq, c, rule).where(lq >= c[Coef.THRESHOLD], 0.0)
+    d[picked.unsqueeze(-1), columns] += more  # the columns are distinct
 
 
 def _on_top_k(lp: Tensor, p: Tensor, lq: Tensor, c: Tensor, rule: TokenRule) -> Tensor:
@@ -301,6 +306,17 @@ def _blocks(batch: RowBatch):
         rows = slice(start, min(start + size, n))
         part = {name: getattr(batch, name)[rows] for name in per_row}
         yield rows, replace(batch, student=batch.student[rows], **part)
+
+
+def _dot(weight: Tensor, value: Tensor) -> Tensor:
+    """sum of weight * value along a row, with 0 * anything = 0."""
+    return (weight * value).nansum(-1)
+
+
+def _kth_largest(lq: Tensor, k: int) -> Tensor:
+    if lq.device.type == "cpu":
+        return kth_largest(lq, k)
+    return lq.topk(min(k, lq.shape[-1]), dim=-1).values[:, -1]
 
 
 def _pick(log_probs: Tensor, labels: Tensor) -> Tensor:

@@ -11,15 +11,15 @@
 | given_grad_kernel   | one row    | z at a top-k teacher's ids           | d_logits at those ids             |
 
 Every reduction runs in a fixed order within one program and there are no atomics, so two runs are
-bitwise equal. Rows lie on grid axis 0 and offsets are 64-bit: neither 65,536 rows nor 2^31 elements is
-a limit. `ACC` is float32, or float64 for float64 inputs. Scalars of the rule and of the logit
+bitwise equal. Rows lie on grid axis 0 and offsets are 64-bit: neither 65,536 rows nor 2^31 elements
+is a limit. `ACC` is float32, or float64 for float64 inputs. Scalars of the rule and of the logit
 transform are compile-time constants: they are fixed for a run, and exact in both precisions.
 
-The k-th largest teacher log-prob is found without sorting: floats order as integers once the sign bit
-is dealt with, so its bits are fixed from the top, four at a time, by counting how many entries reach
-each of sixteen pivots. It stops as soon as a pivot is reached by exactly k entries, mostly after four
-or five of the eight rounds, and it runs only in the rows that need it. Weighted by q instead of
-counted, the same search finds the head of AKL.
+The k-th largest teacher log-prob is found without sorting: floats order as integers once the sign
+bit is dealt with, so its bits are fixed from the top, four at a time, by counting how many entries
+reach each of sixteen pivots. It stops as soon as a pivot is reached by exactly k entries, mostly
+after four or five of the eight rounds, and it runs only in the rows that need it. Weighted by q
+instead of counted, the same search finds the head of AKL.
 """
 
 import triton
@@ -175,7 +175,8 @@ def statistics_kernel(
         t = _at(teacher, teacher_bias, at, ACC, TEACHER_SCALE, TEACHER_CAP, TEMPERATURE)
         reverse_kl = tl.sum(reverse, 0) / total - log_sum + t_log_sum
         forward_kl = tl.sum(forward, 0) / t_total - t_log_sum + log_sum
-        tl.store(stats + TEACHER_LOG_PROB * columns, tl.where(known, (t - t_top) - t_log_sum, float("nan")))
+        t_log_prob = tl.where(known, (t - t_top) - t_log_sum, float("nan"))
+        tl.store(stats + TEACHER_LOG_PROB * columns, t_log_prob)
         tl.store(stats + TEACHER_ENTROPY * columns, t_log_sum - tl.sum(t_moment, 0) / t_total)
         tl.store(stats + REVERSE_KL * columns, reverse_kl)
         tl.store(stats + FORWARD_KL * columns, forward_kl)
@@ -339,10 +340,10 @@ def _search(
     DIGITS: tl.constexpr = 16 if ACC == tl.float64 else 8
     word: tl.constexpr = tl.uint64 if ACC == tl.float64 else tl.uint32
     found = tl.full((), 0, word)
-    searching = 1
-    for digit in tl.static_range(DIGITS):
+    searching = tl.full((), 1, tl.int32)
+    for digit in range(DIGITS):
         if searching == 1:
-            shift: tl.constexpr = 4 * (DIGITS - 1 - digit)
+            shift = 4 * (DIGITS - 1 - digit)
             pivots = found + (tl.arange(0, 16).to(word) << shift)
             reached = tl.zeros((16,), ACC)
             for start in range(0, vocab_size, BLOCK):
@@ -356,7 +357,8 @@ def _search(
                 above = _bits(lq, ACC)[None, :] >= pivots[:, None]
                 reached += tl.sum(tl.where(above, weight[None, :], 0.0), 1)
             enough = reached >= target
-            # Counts fall with the pivot, so the digit is the last pivot that is reached often enough.
+            # Counts fall with the pivot, so the digit is the last pivot that is reached often
+            # enough.
             chosen = tl.maximum(tl.sum(enough.to(tl.int32), 0) - 1, 0)
             found = found + (chosen.to(word) << shift)
             if not BY_MASS:
@@ -375,7 +377,8 @@ def dense_sums_kernel(
     DIVERGENCE: tl.constexpr, C: tl.constexpr, LOG_C: tl.constexpr, LOG_1_C: tl.constexpr,
     GENERATOR: tl.constexpr, TOP_K: tl.constexpr, BLOCK: tl.constexpr, SEARCH_BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Sums over K (or the vocabulary) for a row that needs them; a row that does not costs nothing."""
+    """Sums over K (or the vocabulary) for a row that needs them; a row that does not costs
+    nothing."""
     row = tl.program_id(0).to(tl.int64)
     gate = _row_gate(
         row, old_log_probs, advantages, uniforms, prefix, entropy_threshold, stats, columns,
@@ -483,7 +486,8 @@ def given_sums_kernel(
     C: tl.constexpr, LOG_C: tl.constexpr, LOG_1_C: tl.constexpr, GENERATOR: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """The same sums over a top-k teacher's ids (n, k), which lie in range; log-prob -inf is padding."""
+    """The same sums over a top-k teacher's ids (n, k), which lie in range; log-prob -inf is
+    padding."""
     row = tl.program_id(0).to(tl.int64)
     at = tl.arange(0, BLOCK)
     lq = tl.load(topk_log_probs + row * k + at, mask=at < k, other=-INF).to(ACC)
@@ -617,7 +621,9 @@ def rule_kernel(
         if TAIL == "raw":
             kl_p = teacher_mass
         elif TAIL == "bucket":
-            EPS: tl.constexpr = 2.220446049250313e-16 if ACC == tl.float64 else 1.1920928955078125e-07
+            EPS: tl.constexpr = (
+                2.220446049250313e-16 if ACC == tl.float64 else 1.1920928955078125e-07
+            )
             q_tail = tl.load(sums + TEACHER_TAIL * columns + row)
             p_tail = tl.maximum(tl.load(sums + STUDENT_TAIL * columns + row), EPS)
             kl += tl.where(q_tail > 0, q_tail * (tl.log(q_tail) - tl.log(p_tail)), 0.0)
@@ -629,7 +635,8 @@ def rule_kernel(
             if TAIL == "renormalize_teacher":
                 kl_p = zero + 1
             else:
-                # p / p(K) with p(K) underflowing would be 0/0; e^-80 of mass on K is as good as none.
+                # p / p(K) with p(K) underflowing would be 0/0; e^-80 of mass on K is as good as
+                # none.
                 log_mass = tl.load(sums + STUDENT_LOG_MASS * columns + row)
                 kl += log_mass
                 kl_p_top_k = tl.exp(tl.minimum(-log_mass, 80.0))
@@ -812,7 +819,9 @@ def gradient_kernel(
         cols = start + tl.arange(0, BLOCK)
         mask = cols < vocab_size
         z = _load_logits(student, student_bias, cols, cols < limit, ACC, SCALE, CAP, TEMPERATURE)
-        lp, p, d, chain = _student_terms(z, coefs, coef_stride, SCALE, CAP, TEMPERATURE, HAS_ENTROPY)
+        lp, p, d, chain = _student_terms(
+            z, coefs, coef_stride, SCALE, CAP, TEMPERATURE, HAS_ENTROPY
+        )
         if teacher is not None:
             t = _load_logits(
                 teacher, teacher_bias, cols, cols < t_limit, ACC,

@@ -1,13 +1,12 @@
 """The row engine on Triton: launches the passes of `triton_kernels`.
 
-Launch configurations are a pure function of sizes and precision (`launch_options`): no autotuning, which
-costs the user start-up time and, for a kernel that overwrites its input, tunes on garbage.
+Launch configurations are a pure function of sizes and precision (`launch_options`): no autotuning,
+which costs the user start-up time and, for a kernel that overwrites its input, tunes on garbage.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import replace
 
 import torch
 import triton.language as tl

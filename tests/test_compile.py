@@ -1,0 +1,147 @@
+"""The ops as torch sees them: `opcheck`, `torch.compile(fullgraph=True)`, no hidden
+synchronisation."""
+
+import pytest
+import torch
+from problems import OBJECTIVES, make_problem, relative_error, with_everything
+
+from tropd_kernels import (
+    GKD,
+    HiddenTeacher,
+    LinearDistillationLoss,
+    LinearLogProbs,
+    TrOPD,
+    distillation_loss,
+    linear_distillation_loss,
+    linear_log_probs,
+    ops,
+)
+from tropd_kernels.linear_loss import INPUTS
+
+#: opcheck compares outputs, so it needs an objective that leaves no statistic unknown (NaN).
+RULE = OBJECTIVES["forward_kl_top_k"]
+
+
+def op_arguments(backend, device, needs, weight=True):
+    problem = make_problem(tokens=5, device=device)
+    problem.labels[2] = -100
+    hidden = problem.hidden.float().requires_grad_()
+    head = problem.weight.float().requires_grad_()
+    student = hidden if weight else (hidden @ head.T).detach().requires_grad_()
+    inputs = {"uniforms": problem.options["uniforms"]}
+    return (
+        student, head if weight else None, None, problem.labels,
+        problem.teacher_hidden.float(), problem.teacher_weight.float(), None,
+        [inputs.get(name) for name in INPUTS], torch.full((), 0.25, device=device), needs,
+        RULE.key, [1.0, 0.0, 1.0, 0.0, 1.0], backend, -100, None,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.parametrize("needs", [[True, True, False], [False, False, False]])
+def test_opcheck(backend, needs, device):
+    torch.library.opcheck(ops.distill, op_arguments(backend, device, needs))
+
+
+def test_opcheck_on_logits_and_of_the_backward(device):
+    arguments = op_arguments("torch", device, [False] * 3, weight=False)
+    torch.library.opcheck(ops.distill, arguments)
+    coefs = ops.distill(*arguments)[3].detach()
+    student, *rest = arguments
+    rest[7:9] = [coefs, [True, False, False]]
+    torch.library.opcheck(ops.distill_backward, (student.detach(), *rest))
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_compile_without_a_graph_break(reduction, device):
+    problem = with_everything(make_problem(tokens=6, device=device))
+    rule = OBJECTIVES["tropd"]
+
+    def step(hidden, weight, bias, teacher_hidden, teacher_weight):
+        out = linear_distillation_loss(
+            hidden * 1.5, weight, problem.labels, HiddenTeacher(teacher_hidden, teacher_weight),
+            rule, bias=bias, softcap=9.0, seed=3, reduction=reduction, backend="torch",
+        )  # fmt: skip
+        return out.loss.sum() * 2, out.stats.trust
+
+    def run(function):
+        leaves = [
+            t.float().clone().requires_grad_()
+            for t in (problem.hidden, problem.weight, problem.bias)
+        ]
+        loss, trust = function(
+            *leaves, problem.teacher_hidden.float(), problem.teacher_weight.float()
+        )
+        loss.backward()
+        return loss.detach(), trust, *(t.grad for t in leaves)
+
+    torch._dynamo.reset()
+    eager, compiled = run(step), run(torch.compile(step, fullgraph=True, backend="aot_eager"))
+    for ours, theirs in zip(compiled, eager, strict=True):
+        assert relative_error(ours, theirs) < 1e-6
+
+
+def test_compile_the_others_and_the_modules(device):
+    problem = make_problem(tokens=6, device=device)
+    hidden, weight, labels = problem.hidden.float(), problem.weight.float(), problem.labels
+    teacher = problem.teacher("logits", torch.float32)
+    loss_of_logits = distillation_loss(hidden @ weight.T, labels, teacher, GKD()).loss
+    module = LinearDistillationLoss(GKD(), temperature=1.0)
+    log_probs = LinearLogProbs(return_entropy=True)
+
+    def everything(hidden, weight, logits):
+        return (
+            distillation_loss(logits, labels, teacher, GKD()).loss,
+            module(hidden, weight, labels, teacher).loss,
+            *log_probs(hidden, weight, labels),
+        )
+
+    torch._dynamo.reset()
+    compiled = torch.compile(everything, fullgraph=True, backend="aot_eager")
+    a, b, lp, entropy = compiled(hidden, weight, hidden @ weight.T)
+    torch.testing.assert_close(a, loss_of_logits)
+    torch.testing.assert_close(b, loss_of_logits)
+    expected = linear_log_probs(hidden, weight, labels, return_entropy=True)
+    torch.testing.assert_close((lp, entropy), expected)
+
+
+def test_modules_are_their_functions(device):
+    problem = make_problem(tokens=6, device=device)
+    hidden, weight, labels = problem.hidden.float(), problem.weight.float(), problem.labels
+    teacher = problem.teacher("hidden", torch.float32)
+    module = LinearDistillationLoss(TrOPD(top_k=6), softcap=5.0, temperature=2.0)
+    ours = module(hidden, weight, labels, teacher, seed=1).loss
+    theirs = linear_distillation_loss(
+        hidden, weight, labels, teacher, TrOPD(top_k=6), softcap=5.0, temperature=2.0, seed=1
+    ).loss
+    assert torch.equal(ours, theirs)
+    assert not list(module.parameters())
+    assert "temperature=2.0" in repr(module)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("ignore_index", [None, -100])
+def test_host_waits_only_where_tokens_are_dropped(ignore_index):
+    problem = make_problem(tokens=300, device="cuda")
+    teacher = problem.teacher("hidden", torch.bfloat16)
+    hidden = problem.hidden.bfloat16().requires_grad_()
+    weight = problem.weight.bfloat16().requires_grad_()
+
+    def run():
+        linear_distillation_loss(
+            hidden, weight, problem.labels, teacher, TrOPD(top_k=6), ignore_index=ignore_index,
+            uniforms=problem.options["uniforms"],
+        ).loss.backward()  # fmt: skip
+
+    run()
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        if ignore_index is None:
+            run()
+        else:
+            with pytest.raises(RuntimeError, match="synchroniz"):
+                run()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")

@@ -1,0 +1,236 @@
+"""What the plan promises: no (tokens, V) tensor, its own figure of the workspace, and results that
+do not depend on the chunks."""
+
+import gc
+import threading
+import time
+
+import pytest
+import torch
+from problems import OBJECTIVES, make_problem, relative_error
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from tropd_kernels import (
+    GKD,
+    OPD,
+    EntropyOPD,
+    HiddenTeacher,
+    TrOPD,
+    chunking,
+    linear_distillation_loss,
+    plan_chunks,
+)
+from tropd_kernels.linear_loss import Needs, Problem, Side, backward, forward
+from tropd_kernels.rows.layout import LogitTransform, RowOptions
+
+BACKENDS = ("torch", "triton")
+
+
+class LargestTensor(TorchDispatchMode):
+    """Counts the elements of the largest tensor that any operation returns."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        for tensor in torch.utils._pytree.tree_leaves(result):
+            if isinstance(tensor, torch.Tensor):
+                self.elements = max(self.elements, tensor.untyped_storage().nbytes() // 4)
+        return result
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_no_tensor_of_tokens_times_vocabulary(backend, device, monkeypatch):
+    rows = 4 if backend == "triton" and device == "cpu" else 16  # the interpreter is slow
+    monkeypatch.setattr(chunking, "MULTIPLE", rows)
+    monkeypatch.setattr(chunking, "ROWS", rows)
+    monkeypatch.setattr(chunking, "SUPER_ROWS", 2 * rows)
+    monkeypatch.setattr("tropd_kernels.rows.torch_rows.BLOCK_ELEMENTS", {"cpu": 4 * 3001})
+    tokens, v = 8 * 2 * rows, 3001
+    problem = make_problem(tokens, v, width=4, teacher_width=4, device=device)
+    options = RowOptions(TrOPD(top_k=8), LogitTransform(), LogitTransform())
+    flat = Problem(
+        Side(problem.hidden.float(), problem.weight.float()),
+        Side(problem.teacher_hidden.float(), problem.teacher_weight.float()),
+        problem.labels, {"uniforms": problem.options["uniforms"]}, options, backend, -100, None,
+    )  # fmt: skip
+    needs = Needs(student=True, weight=True)
+    with LargestTensor() as seen:
+        result = forward(flat, needs, torch.ones((), device=device))
+    assert result.d_weight.abs().sum() > 0
+    assert seen.elements <= tokens * v / 8
+    with LargestTensor() as seen:
+        backward(flat, result.coefs, needs)
+    assert seen.elements <= tokens * v / 8
+
+
+def test_the_hook_sees_an_eager_loss():
+    """The counter itself works: eager code does make the tensor."""
+    with LargestTensor() as seen:
+        (torch.randn(64, 4) @ torch.randn(4, 300)).log_softmax(-1)
+    assert seen.elements >= 64 * 300
+
+
+class ResidentPeak:
+    """Highest resident memory of this process while it is open, over the memory at its start."""
+
+    def __enter__(self):
+        gc.collect()
+        self.open, self.highest = True, 0
+        self.start = self.now()
+        self.thread = threading.Thread(target=self.watch)
+        self.thread.start()
+        return self
+
+    def __exit__(self, *_):
+        self.open = False
+        self.thread.join()
+        self.delta = self.highest - self.start
+
+    def watch(self):
+        while self.open:
+            self.highest = max(self.highest, self.now())
+            time.sleep(0.0005)
+
+    @staticmethod
+    def now() -> int:
+        with open("/proc/self/statm") as f:
+            return int(f.read().split()[1]) * 4096
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("frozen", [False, True])
+def test_workspace_is_what_the_plan_says(dtype, frozen, device):
+    """Measured over inputs and returned gradients, at most the plan's own figure + 10 %; and the
+    plan
+    is not generous: at least half of it is really used."""
+    backend = "triton" if device == "cuda" else "torch"
+    tokens, v, h, g = 1024, 50_000, 64, 64
+    hidden = torch.randn(tokens, h, device=device).to(dtype).requires_grad_()
+    weight = torch.randn(v, h, device=device).to(dtype).requires_grad_(not frozen)
+    teacher = HiddenTeacher(
+        torch.randn(tokens, g, device=device).to(dtype), torch.randn(v, g, device=device).to(dtype)
+    )
+    labels = torch.randint(v, (tokens,), device=device)
+
+    def run():
+        linear_distillation_loss(
+            hidden, weight, labels, teacher, TrOPD(), seed=0, backend=backend
+        ).loss.backward()
+        hidden.grad = weight.grad = None
+
+    run()  # libraries allocate their own buffers once
+    returned = sum(t.numel() * t.element_size() for t in (hidden, weight) if t.requires_grad)
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        run()
+        used = torch.cuda.max_memory_allocated() - before - returned
+    else:
+        with ResidentPeak() as peak:
+            run()
+        used = peak.delta - returned
+    plan = plan_chunks(
+        tokens, v, h, g, dtype=dtype, device=device, backend=backend, objective=TrOPD(),
+        needs_weight_grad=not frozen,
+    )  # fmt: skip
+    assert used <= 1.1 * plan.workspace_bytes, f"{used / 1e6:.0f} MB\n{plan}"
+    assert used >= 0.5 * plan.workspace_bytes, f"{used / 1e6:.0f} MB\n{plan}"
+
+
+@pytest.mark.parametrize("name", ["tropd", "gkd", "entropy_opd"])
+@pytest.mark.parametrize("form", ["hidden", "logits"])
+def test_result_does_not_depend_on_the_chunks(name, form, device, monkeypatch):
+    backend = "triton" if device == "cuda" else "torch"
+    problem = make_problem(tokens=53, device=device)
+    problem.labels[::5] = -100
+    whole = problem.call(OBJECTIVES[name], form, backend)
+    for rows, super_rows in ((1, 1), (4, 8), (7, 21)):
+        monkeypatch.setattr(chunking, "MULTIPLE", rows)
+        monkeypatch.setattr(chunking, "ROWS", rows)
+        monkeypatch.setattr(chunking, "SUPER_ROWS", super_rows)
+        pieces = problem.call(OBJECTIVES[name], form, backend)
+        torch.testing.assert_close(pieces[0], whole[0], rtol=1e-6, atol=0)
+        for key in whole[1]:
+            assert relative_error(pieces[1][key], whole[1][key]) < 2e-6
+
+
+def test_plan_counts_the_gemms():
+    shape = dict(tokens=8192, vocab_size=151_936, hidden_size=2048)
+
+    def work(**more):
+        plan = plan_chunks(**shape, **more)
+        return plan.student_gemms, plan.teacher_gemms
+
+    assert work(teacher_hidden_size=4096) == (3, 1)
+    assert work() == (3, 0)
+    assert work(needs_weight_grad=False, teacher_hidden_size=4096) == (2, 1)
+    assert work(teacher_hidden_size=4096, reduction="none") == (4, 2)
+    assert work(objective=EntropyOPD()) == (4, 0)
+    assert work(objective=OPD(), needs_weight_grad=False, needs_hidden_grad=False) == (1, 0)
+    plan = plan_chunks(**shape, teacher_hidden_size=4096)
+    assert plan.gemm_flop == 2 * 8192 * 151_936 * (3 * 2048 + 4096)
+    logits = 8 * plan.rows * 151_936
+    d_logits = 2 * plan.super_rows * 151_936
+    head = 4 * 151_936 * 2048
+    assert logits + d_logits + head <= plan.workspace_bytes <= 1.05 * (logits + d_logits + head)
+    assert "3 S + 1 T" in str(plan)
+    assert "8192 tokens" in str(plan)
+
+
+def test_plan_keeps_to_its_budget():
+    shape = dict(tokens=8192, vocab_size=151_936, hidden_size=64, teacher_hidden_size=64)
+    free = plan_chunks(**shape)
+    assert (free.rows, free.super_rows) == (512, 2048)
+    tight = plan_chunks(**shape, max_workspace_bytes=free.workspace_bytes - 1)
+    assert tight.rows == 512 and tight.super_rows < 2048  # super-chunks give way first
+    tighter = plan_chunks(**shape, max_workspace_bytes=400_000_000)
+    assert tighter.rows < 512 and tighter.workspace_bytes <= 400_000_000
+    assert tighter.rows % 128 == 0 and tighter.super_rows % 128 == 0
+    with pytest.raises(ValueError, match="max_workspace_bytes=1000 is too small"):
+        plan_chunks(**shape, max_workspace_bytes=1000)
+
+
+def test_gemms_that_run_are_those_of_the_plan(device, monkeypatch):
+    """Counts the products at the loop's own doors."""
+    from tropd_kernels import products
+
+    backend = "triton" if device == "cuda" else "torch"
+    calls = []
+    for name in ("logits_into", "d_hidden", "add_d_weight"):
+        original = getattr(products, name)
+        monkeypatch.setattr(
+            products, name,
+            lambda *a, _f=original, _n=name, **k: (calls.append(_n), _f(*a, **k))[1],
+        )  # fmt: skip
+    problem = make_problem(tokens=8, device=device)
+
+    def count(objective, form, **more):
+        calls.clear()
+        problem.call(objective, form, backend, **more)
+        return {name: calls.count(name) for name in dict.fromkeys(calls)}
+
+    assert count(GKD(), "hidden") == {"logits_into": 2, "d_hidden": 1, "add_d_weight": 1}
+    assert count(OPD(), "sampled") == {"logits_into": 1, "d_hidden": 1, "add_d_weight": 1}
+    assert count(EntropyOPD(), "sampled")["logits_into"] == 2
+    one = torch.ones((), device=device)
+    assert count(GKD(), "hidden", reduction="none", incoming=one) == {
+        "logits_into": 4, "d_hidden": 1, "add_d_weight": 1,
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_masked_tokens_are_dropped_before_the_first_gemm(backend, device, monkeypatch):
+    from tropd_kernels import products
+
+    seen = []
+    original = products.logits_into
+    monkeypatch.setattr(
+        products, "logits_into", lambda o, h, w: (seen.append(h.shape[0]), original(o, h, w))[1]
+    )
+    problem = make_problem(tokens=9, device=device)
+    problem.labels[:4] = -100
+    weight = torch.ones(9, device=device)
+    weight[5] = 0
+    problem.call(GKD(), "hidden", backend, token_weight=weight)
+    assert seen == [4, 4]  # student and teacher, four tokens each

@@ -1,0 +1,49 @@
+"""The k largest of a long row without sorting it, in PyTorch on a CPU.
+
+A row is cut into blocks of 64. The k blocks with the largest maxima hold every entry above the k-th
+largest, since fewer than k entries, hence fewer than k blocks, exceed it; and each of them holds
+one at least as large as the k-th largest block maximum. So the k-th largest entry of those k blocks
+is the k-th largest of the row, ties or not, for one pass over the row and a sort of 64 k entries.
+On rows of 151,936 and k = 64 that is some ten times cheaper than `topk`.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+BLOCK = 64
+
+
+def kth_largest(values: Tensor, k: int) -> Tensor:
+    """(rows,): the k-th largest of each row of (rows, V)."""
+    k = min(k, values.shape[-1])
+    if _too_short(values, k):
+        return values.topk(k, dim=-1).values[:, -1]
+    blocks, rest = _blocks(values)
+    best = blocks.amax(-1).topk(k, dim=-1, sorted=False).indices
+    candidates = blocks.gather(1, best.unsqueeze(-1).expand(-1, -1, BLOCK)).flatten(1)
+    return torch.cat([candidates, rest], dim=-1).topk(k, dim=-1).values[:, -1]
+
+
+def columns_reaching(values: Tensor, threshold: Tensor) -> Tensor:
+    """Columns (rows, M), distinct within a row, among which are all whose value in (rows, V) is at
+    least the row's `threshold`; M is a small multiple of the largest number of those."""
+    rows, width = values.shape
+    blocks, rest = _blocks(values)
+    tops = blocks.amax(-1)
+    hits = int((tops >= threshold.unsqueeze(-1)).sum(-1).max()) if tops.numel() else 0
+    best = tops.topk(hits, dim=-1, sorted=False).indices * BLOCK
+    inside = best.unsqueeze(-1) + torch.arange(BLOCK, device=values.device)
+    after = torch.arange(width - rest.shape[1], width, device=values.device)
+    return torch.cat([inside.flatten(1), after.expand(rows, -1)], dim=-1)
+
+
+def _too_short(values: Tensor, k: int) -> bool:
+    return values.shape[-1] // BLOCK <= k
+
+
+def _blocks(values: Tensor) -> tuple[Tensor, Tensor]:
+    """(rows, V // 64, 64), and the columns left over."""
+    whole = values.shape[-1] // BLOCK * BLOCK
+    return values[:, :whole].unflatten(-1, (-1, BLOCK)), values[:, whole:]
