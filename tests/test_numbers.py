@@ -1,4 +1,5 @@
-"""The numerical defects that this field has shipped. Each test names one and fails without its cure."""
+"""The numerical defects that this field has shipped. Each test names one and fails without its
+cure."""
 
 import math
 
@@ -24,7 +25,7 @@ from tropd_kernels import (
 
 BACKENDS = ("torch", "triton")
 both = pytest.mark.parametrize("backend", BACKENDS)
-all_backends = pytest.mark.parametrize("backend", ("reference", *BACKENDS))
+all_backends = pytest.mark.parametrize("backend", ["reference", *BACKENDS])
 
 
 def loss_and_gradient(logits, labels, teacher, objective, backend, **options):
@@ -36,7 +37,8 @@ def loss_and_gradient(logits, labels, teacher, objective, backend, **options):
 
 def test_logits_are_not_rounded_to_bf16(device):
     """1. bf16 logits cost 4 to 65 % of the gradient where the distributions are close. The GEMM's
-    float32 result has to reach the softmax, so the loss of bf16 inputs is that of exact products."""
+    float32 result has to reach the softmax, so the loss of bf16 inputs is that of exact
+    products."""
     backend = "triton" if device == "cuda" else "torch"
     problem = make_problem(tokens=64, vocab_size=600, width=64, teacher_width=64, device=device)
     problem.teacher_hidden = problem.hidden + 0.03 * torch.randn_like(problem.hidden)
@@ -110,8 +112,8 @@ def test_padded_columns_are_not_logits_of_zero(backend, softcap, device):
 def test_excluded_ids_never_make_nan(name, backend, device):
     """5. Ids with logit -inf: of a teacher truncated by top-p, of both sides, of the student."""
     if backend == "triton" and name not in (
-        "tropd", "tropd_expected", "tropd_bucket", "tropd_renormalize_both", "gkd", "akl", "jeffreys",
-        "skew_reverse", "todi", "mopd", "chi2", "eopd",
+        "tropd", "tropd_expected", "tropd_bucket", "tropd_renormalize_both", "gkd", "akl",
+        "jeffreys", "skew_reverse", "todi", "mopd", "chi2", "eopd",
     ):  # fmt: skip
         pytest.skip("a dozen objectives reach every branch of the kernels; the interpreter is slow")
     z, t = torch.randn(3, 4, 23, device=device).mul(3)[:2]
@@ -122,21 +124,21 @@ def test_excluded_ids_never_make_nan(name, backend, device):
     z[:, both_exclude] = -math.inf
     z[1, student_excludes] = -math.inf
     z, t = (torch.where(x.isnan(), 0, x) for x in (z, t))
-    loss, gradient, stats = loss_and_gradient(
+    loss, gradient, _stats = loss_and_gradient(
         z, labels, LogitsTeacher(t), OBJECTIVES[name], backend, reduction="none",
         uniforms=torch.full((4,), 0.5, device=device),
     )  # fmt: skip
     assert not loss.isnan().any()
-    if name in ("opd", "opd_ppo", "entropy_opd"):  # no trust region: -inf rewards are theirs to keep
-        return
+    if name in ("opd", "opd_ppo", "entropy_opd"):
+        return  # without a trust region a reward of -inf is theirs to keep
     assert not gradient.isnan().any()
     assert gradient.isfinite().all()
 
 
 @all_backends
 def test_infinite_reverse_kl_and_rejected_reward(backend, device):
-    """5. p > 0 where q = 0: the exact reverse KL is infinite and its row's gradient 0; the K1 reward
-    is -inf, and the trust gate rejects it for a finite outlier term."""
+    """5. p > 0 where q = 0: the exact reverse KL is infinite and its row's gradient 0; the K1
+    reward is -inf, and the trust gate rejects it for a finite outlier term."""
     z = torch.zeros(2, 5, device=device)
     t = torch.tensor([[0.0, 0, 0, 0, -math.inf], [0.0, 1, 2, 3, 4]], device=device)
     labels = torch.tensor([4, 4], device=device)
@@ -225,7 +227,8 @@ def test_nothing_to_learn_from(backend, reduction, tokens, device):
     hidden = torch.randn(tokens, 8, device=device, requires_grad=True)
     weight = torch.randn(13, 8, device=device, requires_grad=True)
     labels = torch.full((tokens,), -100, device=device)
-    teacher = HiddenTeacher(torch.randn(tokens, 4, device=device), torch.randn(13, 4, device=device))
+    frozen = (torch.randn(n, 4, device=device) for n in (tokens, 13))
+    teacher = HiddenTeacher(*frozen)
     for objective in (TrOPD(top_k=K), OBJECTIVES["entropy_opd"], OBJECTIVES["reopold_1"]):
         loss = linear_distillation_loss(
             hidden, weight, labels, teacher, objective, seed=0, backend=backend, reduction=reduction
@@ -252,8 +255,8 @@ def test_more_rows_than_a_grid_axis_holds(device):
 
 
 def test_row_offsets_are_64_bit():
-    """8. N * V beyond 2^31 overflows 32-bit offsets: every kernel makes its row index 64-bit before it
-    multiplies. Read from the source, since no test machine holds the matrix."""
+    """8. N * V beyond 2^31 overflows 32-bit offsets: every kernel makes its row index 64-bit before
+    it multiplies. Read from the source, since no test machine holds the matrix."""
     import inspect
 
     from tropd_kernels.rows import triton_kernels
@@ -265,7 +268,8 @@ def test_row_offsets_are_64_bit():
 
 @both
 def test_label_outside_the_vocabulary(backend, device):
-    """9. An error where it can be seen without a sync; otherwise NaN in that row, and in no other."""
+    """9. An error where it can be seen without a sync; otherwise NaN in that row, and in no
+    other."""
     hidden = torch.randn(3, 8, device=device, requires_grad=True)
     weight = torch.randn(13, 8, device=device)
     labels = torch.tensor([0, 13, 2], device=device)
@@ -319,7 +323,8 @@ def test_expanded_incoming_gradient(backend, device):
 
 
 def test_second_derivative_raises(device):
-    """10. The gradients are constants of the forward: differentiating them would be silently wrong."""
+    """10. The gradients are constants of the forward: differentiating them would be silently
+    wrong."""
     problem = make_problem(tokens=4, device=device)
     hidden = problem.hidden.float().requires_grad_()
     teacher = problem.teacher("hidden", torch.float32)
@@ -335,8 +340,8 @@ def test_second_derivative_raises(device):
 
 @all_backends
 def test_normalizer_counts_what_was_generated(backend, device):
-    """11. loss_sum / num_items_in_batch: the count is the caller's where given, else the tokens that
-    count; accumulating two halves with the whole's count equals the whole."""
+    """11. loss_sum / num_items_in_batch: the count is the caller's where given, else the tokens
+    that count; accumulating two halves with the whole's count equals the whole."""
     problem = make_problem(tokens=8, device=device)
     labels = problem.labels.clone()
     labels[::3] = -100
@@ -377,7 +382,8 @@ def test_two_runs_are_bitwise_equal(name, backend, device):
 
 @both
 def test_ties_at_the_kth_logit_belong_to_the_set(backend, device):
-    """Teacher logits rounded to bf16 tie; which of them an arbitrary sort would keep must not matter."""
+    """Teacher logits rounded to bf16 tie; which of them an arbitrary sort would keep must not
+    matter."""
     t = torch.tensor([[3.0, 2, 2, 2, 1, 0, -1]], device=device)
     z = torch.randn(1, 7, device=device)
     rule = Divergence("forward_kl", top_k=2)
@@ -398,7 +404,9 @@ def test_tokens_that_do_not_count_may_hold_anything(backend, device):
     labels = torch.tensor([0, -100, 2], device=device)
     teacher = SampledTeacher(torch.tensor([-1.0, math.nan, -2.0], device=device))
     for reduction in ("mean", "none"):
-        loss, gradient, _ = loss_and_gradient(z, labels, teacher, OPD(), backend, reduction=reduction)
+        loss, gradient, _ = loss_and_gradient(
+            z, labels, teacher, OPD(), backend, reduction=reduction
+        )
         assert loss.isfinite().all()
         assert gradient.isfinite().all()
         assert not gradient[1].any()

@@ -365,8 +365,8 @@ def _check_call(
             f"{labels.dtype} {tuple(labels.shape)}" if isinstance(labels, Tensor) else repr(labels)
         )
         raise (TypeError if getattr(labels, "shape", None) == student.shape[:-1] else ValueError)(
-            f"labels must be int64 of shape {tuple(student.shape[:-1])}, got {given}: shift them so "
-            "that hidden[i] (or logits[i]) predicts labels[i]"
+            f"labels must be int64 of shape {tuple(student.shape[:-1])}, got {given}: shift them "
+            "so that hidden[i] (or logits[i]) predicts labels[i]"
         )
     if not isinstance(temperature, numbers.Real) or not 0 < temperature < float("inf"):
         raise ValueError(f"temperature must be a positive number, got {temperature!r}")

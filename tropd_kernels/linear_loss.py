@@ -9,14 +9,14 @@
         d_hidden   = d_logits @ weight                   one product a super-chunk
         d_weight  += d_logits.T @ hidden                 float32 accumulator
 
-Tokens that do not count are dropped before the first GEMM, which costs the call's one host sync; the
-checks of values ride on the same sync. With `ignore_index=None` the caller says that every token counts,
-and there is none.
+Tokens that do not count are dropped before the first GEMM, which costs the call's one host sync;
+the checks of values ride on the same sync. With `ignore_index=None` the caller says that every
+token counts, and there is none.
 
-`forward` serves both contracts of `ops.py`: with `needs` it forms the gradients of the loss on the way
-(3 S + T), without it returns the coefficients from which `backward` recomputes them for any incoming
-gradient. Logits that exist already go through the same loop, without the GEMMs: there `backward` reads
-them once more, which costs less than holding their gradient.
+`forward` serves both contracts of `ops.py`: with `needs` it forms the gradients of the loss on the
+way (3 S + T), without it returns the coefficients from which `backward` recomputes them for any
+incoming gradient. Logits that exist already go through the same loop, without the GEMMs: there
+`backward` reads them once more, which costs less than holding their gradient.
 """
 
 from __future__ import annotations
@@ -35,7 +35,8 @@ from .rows.layout import Coef, LogitTransform, RowBatch, RowOptions, Stat
 
 @dataclass(frozen=True)
 class Side:
-    """One model's logits: (N, H) hidden states with a head (V', H), or (N, V') logits without one."""
+    """One model's logits: (N, H) hidden states with a head (V', H), or (N, V') logits without
+    one."""
 
     source: Tensor
     weight: Tensor | None = None
@@ -102,8 +103,8 @@ class Result:
 
 
 def forward(problem: Problem, needs: Needs, loss_scale: Tensor) -> Result:
-    """Statistics and coefficients, and with `needs` the gradient of the summed loss: d_student times
-    `loss_scale`, d_weight and d_bias not yet scaled."""
+    """Statistics and coefficients, and with `needs` the gradient of the summed loss: d_student
+    times `loss_scale`, d_weight and d_bias not yet scaled."""
     n = problem.labels.shape[0]
     index = tokens_that_count(problem)
     result = Result(
@@ -169,9 +170,9 @@ def _raise_bad_value(name: str, problem: Problem, outside: Tensor):
     if name == "label":
         label = int(problem.labels[outside][0])
         raise ValueError(
-            f"label {label} lies outside the vocabulary of {problem.vocab_size} ids that student and "
-            f"teacher share, and is not ignore_index={problem.ignore_index}: mask such tokens, or "
-            "check that labels and model use the same tokenizer"
+            f"label {label} lies outside the vocabulary of {problem.vocab_size} ids that student "
+            f"and teacher share, and is not ignore_index={problem.ignore_index}: mask such tokens, "
+            "or check that labels and model use the same tokenizer"
         )
     if name == "uniforms":
         raise ValueError("uniforms must lie in [0, 1), as torch.rand draws them")
@@ -259,7 +260,8 @@ class _Loop:
                 batch = self.batch(tokens, z_buffer, t_buffer)
                 coefs = rows(batch, tokens)
                 if self.needs and self.has_head:
-                    out = d_logits[: high - low] if self.in_place else d_logits[low - start : high - start]
+                    first = 0 if self.in_place else low - start
+                    out = d_logits[first : first + high - low]
                     self.engine.gradient(batch, coefs, options, out)
                 elif self.needs:
                     self._store_d_logits(batch, coefs, options, tokens)

@@ -375,8 +375,8 @@ def Divergence(
     "forward_kl"       KL(q || p); with `top_k`, on the teacher's top-k ids
     "reverse_kl"       KL(p || q)
     "jeffreys"         KL(q || p) + KL(p || q)
-    "jsd"              beta KL(q || M) + (1 - beta) KL(p || M), M = beta q + (1 - beta) p, `beta` 0.5;
-                       0 means forward KL and 1 reverse KL, as in TRL and Liger
+    "jsd"              beta KL(q || M) + (1 - beta) KL(p || M), M = beta q + (1 - beta) p, with
+                       `beta` 0.5; 0 means forward KL and 1 reverse KL, as in TRL and Liger
     "skew_forward"     KL(q || alpha q + (1 - alpha) p), `alpha` 0.1 (DistiLLM)
     "skew_reverse"     KL(p || (1 - alpha) p + alpha q), `alpha` 0.1 (DistiLLM)
     "alpha"            sum q (u^alpha - alpha u - 1 + alpha) / (alpha (alpha - 1)); 0 means forward

@@ -86,7 +86,9 @@ def token_losses(
     lp = _pick(log_p, labels)
     entropy = _entropy(log_p)
     stats = {"log_probs": lp, "entropy": entropy}
-    prefix = teacher_prefix if teacher_prefix is not None else torch.zeros_like(lp, dtype=torch.bool)
+    prefix = teacher_prefix
+    if prefix is None:
+        prefix = torch.zeros_like(lp, dtype=torch.bool)
     on_policy = ~prefix | (rule.prefix_weight is None)
 
     lo = lp.detach() if old_log_probs is None else old_log_probs
@@ -170,7 +172,9 @@ def token_losses(
 # --- the policy-gradient side ------------------------------------------------------------------
 
 
-def trust_gate(rule: TokenRule, log_ratio: Tensor, reward: Tensor, uniforms: Tensor | None) -> Tensor:
+def trust_gate(
+    rule: TokenRule, log_ratio: Tensor, reward: Tensor, uniforms: Tensor | None
+) -> Tensor:
     """M (N,), from the teacher's log-ratio lq - lo (detached) and the reward."""
     acceptance = log_ratio.detach().clamp_max(0).exp()  # P = min(q(y)/p(y), 1)
     if rule.gate == "bernoulli":
@@ -302,8 +306,8 @@ def _safe(value: Tensor) -> Tensor:
 
 
 def _expect(log_weight: Tensor, value: Tensor, mask: Tensor | None = None) -> Tensor:
-    """sum of exp(log_weight) * value over the vocabulary, with 0 * anything = 0; +inf, with gradient
-    0, where an entry of positive weight is +inf."""
+    """sum of exp(log_weight) * value over the vocabulary, with 0 * anything = 0; +inf, with
+    gradient 0, where an entry of positive weight is +inf."""
     present = log_weight > -math.inf
     if mask is not None:
         present = present & mask
@@ -323,4 +327,3 @@ def _log_mix(c: float, log_q: Tensor, log_p: Tensor) -> Tensor:
 def _weigh(weight: Tensor, value: Tensor) -> Tensor:
     """weight * value, 0 where the weight is 0 even if the value is infinite."""
     return torch.where(weight == 0, 0.0, weight * torch.where(weight == 0, 0.0, value))
-

@@ -1,11 +1,11 @@
 """The four forms in which a teacher's signal arrives.
 
-| form            | holds, per token                       | can serve                                |
-|-----------------|----------------------------------------|------------------------------------------|
-| HiddenTeacher   | last hidden state, and the head        | every objective; no logits ever stored   |
-| LogitsTeacher   | the whole row of logits                | every objective                          |
-| TopKTeacher     | k ids with log-probs, and the label's  | K1, forward KL on K, MOPD, top-k JSD     |
-| SampledTeacher  | the label's log-prob                   | K1 alone                                 |
+| form           | holds, per token                      | can serve                              |
+|----------------|---------------------------------------|----------------------------------------|
+| HiddenTeacher  | last hidden state, and the head       | every objective; no logits ever stored |
+| LogitsTeacher  | the whole row of logits               | every objective                        |
+| TopKTeacher    | k ids with log-probs, and the label's | K1, forward KL on K, MOPD, top-k JSD   |
+| SampledTeacher | the label's log-prob                  | K1 alone                               |
 
 A teacher is frozen: a tensor that requires grad is an error. Log-probs given by a top-k or sampled
 teacher are taken as they are: `temperature` does not touch them.

@@ -1,8 +1,8 @@
 """f-divergences from one generator.
 
-With u = p/q, a divergence sum q f(u) has dL/dz = pg - p sum(pg), pg = p g, g = f'(u) up to a constant.
-Each is two functions of (lp, lq): q f(u) and p g, formed as products of probabilities so that u
-itself, which overflows, is never formed. 0 log 0 = 0.
+With u = p/q, a divergence sum q f(u) has dL/dz = pg - p sum(pg), pg = p g, g = f'(u) up to a
+constant. Each is two functions of (lp, lq): q f(u) and p g, formed as products of probabilities so
+that u itself, which overflows, is never formed. 0 log 0 = 0.
 
 | kind            | q f(u)                                         | p g                           |
 |-----------------|------------------------------------------------|-------------------------------|
@@ -29,7 +29,8 @@ from torch import Tensor
 
 
 def generator_terms(kind: str, c: float, lp: Tensor, lq: Tensor) -> tuple[Tensor, Tensor]:
-    """q f(u) and p g for every entry of lp and lq (same shape; -inf where a side excludes the id)."""
+    """q f(u) and p g for every entry of lp and lq (same shape; -inf where a side excludes the
+    id)."""
     p, q = lp.exp(), lq.exp()
     if kind in ("jsd", "skew_forward", "skew_reverse", "topk_jsd"):
         lm = torch.logaddexp(lq + math.log(c), lp + math.log1p(-c))
@@ -65,7 +66,7 @@ def _product(weight: Tensor, value: Tensor) -> Tensor:
 
 
 def _log_product(c: float, lp: Tensor, lq: Tensor) -> Tensor:
-    """c lp + (1 - c) lq. An id that a side excludes has power 0, or infinity at a negative exponent;
-    one that both exclude has 0."""
+    """c lp + (1 - c) lq. An id that a side excludes has power 0, or infinity at a negative
+    exponent; one that both exclude has 0."""
     exponent = c * lp + (1 - c) * lq
     return torch.where((lp == -math.inf) & (lq == -math.inf), -math.inf, exponent)

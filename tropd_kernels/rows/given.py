@@ -10,8 +10,8 @@ from torch import Tensor
 def given_top_k(
     ids: Tensor, log_probs: Tensor, k: int | None, vocab_size: int
 ) -> tuple[Tensor, Tensor]:
-    """ids (n, K), all in range, and log_probs (n, K), -inf at padding and beyond the k largest (ties
-    with the k-th are kept; None keeps all)."""
+    """ids (n, K), all in range, and log_probs (n, K), -inf at padding and beyond the k largest
+    (ties with the k-th are kept; None keeps all)."""
     usable = (ids >= 0) & (ids < vocab_size)
     log_probs = log_probs.masked_fill(~usable, -math.inf)
     if k is not None and k < ids.shape[-1]:

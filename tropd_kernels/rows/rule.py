@@ -146,7 +146,8 @@ def apply_rule(
     if rule.generator:
         loss = loss + sums.value
         generator = torch.isfinite(sums.value).to(lp.dtype)
-        p = p - _weigh(generator, sums.slope)
+        mean = sums.slope if rule.uses_top_k else sums.slope / sums.student_mass
+        p = p - _weigh(generator, mean)
 
     entropy_weight = zero
     if rule.entropy_coef:

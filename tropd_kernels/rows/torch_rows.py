@@ -119,7 +119,9 @@ def _statistics(part: RowBatch, options: RowOptions, s: Tensor, c: Tensor):
     s[Stat.TEACHER_LOG_PROB] = _pick(lq, part.labels)
     s[Stat.TEACHER_ENTROPY] = -_dot(q, lq)
     difference = lp - lq  # first: E_p[lp] - E_p[lq] would cancel where the two agree
-    s[Stat.REVERSE_KL] = c[Coef.REVERSE_KL] = _dot(p, difference)
+    s[Stat.REVERSE_KL] = _dot(p, difference)
+    if options.rule.uses_reverse_kl:
+        c[Coef.REVERSE_KL] = s[Stat.REVERSE_KL] / p.sum(-1)
     s[Stat.FORWARD_KL] = -_dot(q, difference)
     return lp, lq
 

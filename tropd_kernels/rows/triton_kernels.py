@@ -1,14 +1,14 @@
 """The row passes as Triton kernels. `triton_rows` launches them; `torch_rows` is their twin.
 
-| kernel              | program    | reads                                | writes                            |
-|---------------------|------------|--------------------------------------|-----------------------------------|
-| statistics_kernel   | one row    | z and t, once, together              | normalisers, entropies, KLs, lp   |
-| dense_sums_kernel   | one row    | t a few times, z and t once; only in | sums over K or over the vocabulary|
-|                     |            | rows whose gate asks for it          |                                   |
-| given_sums_kernel   | one row    | z at a top-k teacher's ids           | the same sums                     |
-| rule_kernel         | many rows  | a few numbers a row                  | loss, coefficients                |
-| gradient_kernel     | one row    | z, and t where a coefficient needs it| d_logits                          |
-| given_grad_kernel   | one row    | z at a top-k teacher's ids           | d_logits at those ids             |
+| kernel            | program   | reads                              | writes                   |
+|-------------------|-----------|------------------------------------|--------------------------|
+| statistics_kernel | one row   | z and t, once, together            | normalisers, KLs, lp, lq |
+| dense_sums_kernel | one row   | t a few times, z and t once more;  | sums over K, or over the |
+|                   |           | only in rows whose gate asks       | vocabulary               |
+| given_sums_kernel | one row   | z at a top-k teacher's ids         | the same sums            |
+| rule_kernel       | 128 rows  | a few numbers a row                | loss, coefficients       |
+| gradient_kernel   | one row   | z; t where a coefficient needs it  | d_logits                 |
+| given_grad_kernel | one row   | z at a top-k teacher's ids         | d_logits at those ids    |
 
 Every reduction runs in a fixed order within one program and there are no atomics, so two runs are
 bitwise equal. Rows lie on grid axis 0 and offsets are 64-bit: neither 65,536 rows nor 2^31 elements
@@ -86,8 +86,8 @@ def _load_logits(
     row_ptr, bias, cols, mask, ACC: tl.constexpr,
     SCALE: tl.constexpr, CAP: tl.constexpr, TEMPERATURE: tl.constexpr,
 ):  # fmt: skip
-    """Transformed logits of one row at `cols`, -inf where masked: a padded column must not look like
-    a logit of 0, and a soft cap would lift it to -cap."""
+    """Transformed logits of one row at `cols`, -inf where masked: a padded column must not look
+    like a logit of 0, and a soft cap would lift it to -cap."""
     z = tl.load(row_ptr + cols, mask=mask, other=0.0).to(ACC)
     if bias is not None:
         z += tl.load(bias + cols, mask=mask, other=0.0).to(ACC)
@@ -119,9 +119,9 @@ def statistics_kernel(
     ACC: tl.constexpr, SCALE: tl.constexpr, CAP: tl.constexpr, TEACHER_SCALE: tl.constexpr,
     TEACHER_CAP: tl.constexpr, TEMPERATURE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """One pass over a row of student logits, and of teacher logits beside it: online softmax of both
-    with first moments of (z - max) and of the difference of the two, from which come the entropies
-    and both KLs without the cancellation of E[z] - E[t]."""
+    """One pass over a row of student logits, and of teacher logits beside it: online softmax of
+    both with first moments of (z - max) and of the difference of the two, from which come the
+    entropies and both KLs without the cancellation of E[z] - E[t]."""
     row = tl.program_id(0).to(tl.int64)
     student += row * student_stride
     top = tl.full((), -INF, ACC)
@@ -182,7 +182,7 @@ def statistics_kernel(
         tl.store(stats + FORWARD_KL * columns, forward_kl)
         tl.store(coefs + TEACHER_MAX * columns, t_top)
         tl.store(coefs + TEACHER_LOG_SUM * columns, t_log_sum)
-        tl.store(coefs + C_REVERSE_KL * columns, reverse_kl)
+        tl.store(coefs + C_REVERSE_KL * columns, tl.sum(reverse, 0) / total)
     if label_log_probs is not None:
         tl.store(stats + TEACHER_LOG_PROB * columns, tl.load(label_log_probs + row).to(ACC))
     if teacher_entropy is not None:
@@ -444,7 +444,7 @@ def dense_sums_kernel(
             q_off += tl.where(on_k, 0.0, q)
             kl += tl.where(on_k & (q > 0), q * (lq - lp), 0.0)
             on_lp = tl.where(on_k, lp, -INF)
-            k_top, k_base, k_shift, k_shrink = _rescale(k_top, on_lp)
+            k_top, k_base, _, k_shrink = _rescale(k_top, on_lp)
             k_mass = k_mass * k_shrink + tl.exp(on_lp - k_base)
             if GENERATOR is not None:
                 value, slope = _generator(lp, lq, p, q, GENERATOR, C, LOG_C, LOG_1_C)
@@ -585,7 +585,8 @@ def rule_kernel(
     LOG_1_C: tl.constexpr, GENERATOR: tl.constexpr, TAIL: tl.constexpr, POLICY: tl.constexpr,
     CLIP_LOW: tl.constexpr, CLIP_HIGH: tl.constexpr, PREFIX_WEIGHT: tl.constexpr,
     NLL: tl.constexpr, ENTROPY_COEF: tl.constexpr, USES_TEACHER: tl.constexpr,
-    USES_FORWARD_KL: tl.constexpr, USES_REVERSE_KL: tl.constexpr, DENSE: tl.constexpr,
+    USES_FORWARD_KL: tl.constexpr, USES_REVERSE_KL: tl.constexpr, USES_TOP_K: tl.constexpr,
+    DENSE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Twin of `rule.apply_rule`: a row's statistics and sums to its loss and coefficients."""
@@ -690,7 +691,10 @@ def rule_kernel(
         value = tl.load(sums + SUM_VALUE * columns + row)
         loss += value
         generator = tl.where(tl.abs(value) < INF, 1.0, 0.0).to(ACC)
-        p_coef -= _weigh(generator, tl.load(sums + SUM_SLOPE * columns + row))
+        mean = tl.load(sums + SUM_SLOPE * columns + row)
+        if not USES_TOP_K:
+            mean = mean / tl.load(sums + STUDENT_MASS * columns + row)
+        p_coef -= _weigh(generator, mean)
     if ENTROPY_COEF != 0:
         loss -= ENTROPY_COEF * tl.load(stats + ENTROPY * columns + row)
         entropy_weight = zero - ENTROPY_COEF
@@ -802,8 +806,8 @@ def gradient_kernel(
     BLOCK: tl.constexpr,
 ):  # fmt: skip
     """d_logits of one row, each element written once. `out` may be `student`: an element is read
-    before it is written, by the same program. The loads of a row that has no weight, or of a teacher
-    row that no coefficient asks for, are masked off and move no bytes."""
+    before it is written, by the same program. The loads of a row that has no weight, or of a
+    teacher row that no coefficient asks for, are masked off and move no bytes."""
     row = tl.program_id(0).to(tl.int64)
     student += row * student_stride
     out += row * out_stride
@@ -837,7 +841,11 @@ def gradient_kernel(
                 more = tl.where(lq >= tl.load(coefs + C_THRESHOLD * coef_stride), more, 0.0)
             if HAS_REVERSE:
                 weight = tl.load(coefs + C_REVERSE * coef_stride)
-                inner = lp - lq - tl.load(coefs + C_REVERSE_KL * coef_stride)
+                # The logs of the normalisers cancel; without them ratio and mean agree to the bit.
+                ratio = (z - tl.load(coefs + STUDENT_MAX * coef_stride)) - (
+                    t - tl.load(coefs + TEACHER_MAX * coef_stride)
+                )
+                inner = ratio - tl.load(coefs + C_REVERSE_KL * coef_stride)
                 # Also keeps inf - inf of an infinite KL out.
                 more += tl.where(weight != 0, tl.where(p > 0, weight * p * inner, 0.0), 0.0)
             d += tl.where(needs_teacher, more, 0.0)
@@ -853,12 +861,12 @@ def given_grad_kernel(
     HAS_ENTROPY: tl.constexpr, HAS_P_TOP_K: tl.constexpr, C: tl.constexpr, LOG_C: tl.constexpr,
     LOG_1_C: tl.constexpr, GENERATOR: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """d_logits at a top-k teacher's ids, whole, over what `gradient_kernel` wrote there: adding to it
-    would round twice. `id_logits` (n, k) are the raw student logits at the ids."""
+    """d_logits at a top-k teacher's ids, whole, over what `gradient_kernel` wrote there: adding to
+    it would round twice. `id_logits` (n, k) are the raw student logits at the ids."""
     row = tl.program_id(0).to(tl.int64)
     at = tl.arange(0, BLOCK)
     coefs += row
-    active, needs_teacher = _row_state(coefs, coef_stride)
+    _, needs_teacher = _row_state(coefs, coef_stride)
     lq = tl.load(topk_log_probs + row * k + at, mask=at < k, other=-INF).to(ACC)
     on_k = lq > tl.where(needs_teacher, -INF, INF)
     id_ = tl.load(ids + row * k + at, mask=at < k, other=0)

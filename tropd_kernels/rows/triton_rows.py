@@ -206,4 +206,5 @@ def _rule_constants(rule: TokenRule) -> dict:
         "USES_TEACHER": rule.uses_teacher,
         "USES_FORWARD_KL": rule.uses_forward_kl,
         "USES_REVERSE_KL": rule.uses_reverse_kl,
+        "USES_TOP_K": rule.uses_top_k,
     }

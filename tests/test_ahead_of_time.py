@@ -1,0 +1,93 @@
+"""Every Triton kernel, as it is launched, compiled for GPUs that are not here.
+
+Triton's interpreter, on which the other tests run the kernels, takes what its compiler does not: a
+global constant that is NaN, a branch that changes a type. And a kernel that compiles may spill its
+registers, or ask for more shared memory than the chip has, which only a launch would tell.
+`benchmarks.cubins` records what the package launches and compiles it, in a process of its own: the
+interpreter, once chosen, stays.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from itertools import product
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton")
+
+#: Bytes of shared memory that one program can have.
+SHARED = {"cuda:80": 166_912, "cuda:90": 232_448, "cuda:100": 232_448, "hip:gfx942": 65_536}
+
+#: Cases that between them launch every kernel, with all the arguments that it can have.
+FULLEST = ("tropd_everything", "tropd_top_k_teacher_everything")
+#: Those of the objectives, dtypes and sizes, in halves for two workers.
+ON_POLICY = (
+    "tropd", "tropd_top_k_teacher", "tropd_logits", "tropd_odd_vocabulary", "tropd_one_token",
+    "tropd_float32", "opd_sampled", "reopold_2", "sft",
+)  # fmt: skip
+DIVERGENCES = (
+    "gkd", "gkd_logits", "forward_kl_bucket", "reverse_kl", "akl", "todi", "mopd", "topk_jsd", "eopd",
+)  # fmt: skip
+LOTS = {
+    "sm_90-on_policy": (["cuda:90"], FULLEST + ON_POLICY),
+    "sm_90-divergences": (["cuda:90"], DIVERGENCES),
+    "sm_80-sm_100-gfx942": (["cuda:80", "cuda:100", "hip:gfx942"], FULLEST),
+}
+#: Rows of this many ids start at any address.
+NARROW = {"tropd_odd_vocabulary"}
+KERNELS = {
+    "statistics_kernel", "dense_sums_kernel", "given_sums_kernel", "rule_kernel",
+    "gradient_kernel", "given_grad_kernel",
+}  # fmt: skip
+
+
+def compile_for(targets, cases):
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    chosen = [word for target in targets for word in ("--target", target)]
+    done = subprocess.run(
+        [sys.executable, "-m", "benchmarks.cubins", "--json", *chosen, *cases],
+        cwd=Path(__file__).parents[1], env=environment, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+def faults(figures):
+    """What is wrong with one compiled kernel."""
+    f = figures
+    if f["error"]:
+        yield f["error"]
+        return
+    if f["spills"]:
+        yield f"spills {f['spills']} bytes a thread"
+    if f["shared"] > SHARED[f["target"]]:
+        yield f"{f['shared']} bytes of shared memory"
+    if f["fp_fusion"] is not False:
+        yield "the launch leaves enable_fp_fusion to Triton, whose default changes"
+    if f["target"].startswith("cuda") and not NARROW.issuperset(f["cases"]):
+        wide = sum(int(bits) * n for bits, n in f["loads"].items() if int(bits) >= 128)
+        if wide < f["tile_bits"]:
+            yield f"16-byte loads bring {wide} of a tile's {f['tile_bits']} bits: {f['loads']}"
+
+
+@pytest.mark.parametrize(("targets", "cases"), LOTS.values(), ids=LOTS.keys())
+def test_kernels_compile_and_fit(targets, cases):
+    figures = compile_for(targets, cases)
+    found = [
+        f"{f['target']} {f['kernel']} of {', '.join(f['cases'])}: {fault}"
+        for f in figures
+        for fault in faults(f)
+    ]
+    assert not found, "\n".join(found)
+    if set(FULLEST) <= set(cases):
+        assert {(f["target"], f["kernel"]) for f in figures} == set(product(targets, KERNELS))
+
+
+def test_no_kernel_is_left_out():
+    """A new kernel has to be launched by one of the cases above."""
+    from tropd_kernels.rows import triton_kernels
+
+    assert {name for name in vars(triton_kernels) if name.endswith("_kernel")} == KERNELS
