@@ -1,0 +1,1 @@
+"""Measurements: memory, speed and learning against eager PyTorch and the field."""

@@ -1,0 +1,190 @@
+"""Time, peak memory and machine: what every figure that we publish stands on.
+
+    times = interleaved_times({"eager": eager, "fused": fused}, repeats=5)
+    times["fused"].median, times["fused"].p20, times["fused"].p80    # seconds
+    peak_memory(fused)                                               # bytes, above what was held
+    machine()                                                        # {"cpu": …, "torch": …, …}
+
+Times are of interleaved runs (a, b, a, b, …): what slows the machine for a while slows all of them.
+
+Peak memory is a delta: what the call held at its worst moment, its outputs included, above what was
+held before it. On a GPU the caching allocator counts every byte. On a CPU no allocator sees all of
+it (oneDNN and C++ kernels allocate on their own), so resident memory counts, by the high-water mark
+that Linux keeps; writing 5 to /proc/self/clear_refs starts that mark anew.
+
+glibc blurs that figure both ways. Freed blocks that it keeps would hide the next call's need of
+them, so they are handed back before (`malloc_trim`). Blocks below 32 MiB that the call itself frees
+may stay resident until it ends, and count: read figures below some 100 MiB as upper bounds.
+"""
+
+import contextlib
+import ctypes
+import gc
+import importlib.metadata
+import os
+import platform
+import subprocess
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+PACKAGES = ("tropd_kernels", "torch", "triton", "transformers", "numpy")
+
+
+@dataclass(frozen=True)
+class Times:
+    """Seconds of repeated runs: the median, and the 20th and 80th percentiles."""
+
+    median: float
+    p20: float
+    p80: float
+
+
+def interleaved_times(
+    functions: Mapping[str, Callable[[], object]],
+    repeats: int,
+    *,
+    warmup: int = 1,
+    device: torch.device | str = "cpu",
+) -> dict[str, Times]:
+    """Times each function `repeats` times, in turn, after `warmup` uncounted runs of each."""
+    if repeats < 1:
+        raise ValueError(f"repeats must be at least 1, got {repeats}")
+    for _ in range(warmup):
+        for function in functions.values():
+            function()
+    seconds: dict[str, list[float]] = {name: [] for name in functions}
+    for _ in range(repeats):
+        for name, function in functions.items():
+            _synchronize(device)
+            start = time.perf_counter()
+            function()
+            _synchronize(device)
+            seconds[name].append(time.perf_counter() - start)
+    return {name: _summary(runs) for name, runs in seconds.items()}
+
+
+def peak_memory(
+    function: Callable[[], object], *, device: torch.device | str = "cpu"
+) -> int | None:
+    """Bytes that `function` held at its worst moment, above what was held before it.
+
+    What it returns is kept until the peak has been read, so outputs count. Run the function once
+    before: a first call also loads code and starts threads. None where the high-water mark cannot
+    be reset (anything but Linux).
+    """
+    gc.collect()
+    if torch.device(device).type == "cuda":
+        _synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        result = function()
+        _synchronize(device)
+        peak = torch.cuda.max_memory_allocated(device)
+        del result
+        return peak - before
+
+    if not _reset_high_water_mark():
+        return None
+    before = _process_memory("VmRSS")
+    result = function()
+    peak = _process_memory("VmHWM")
+    del result
+    return max(0, peak - before)
+
+
+def machine(device: torch.device | str = "cpu") -> dict[str, str]:
+    """The hardware and the versions that a figure was measured with, as text to print beside it."""
+    facts = {
+        "cpu": f"{_cpu_name()}, {_usable_cores()} cores, {torch.get_num_threads()} threads, "
+        f"{torch.backends.cpu.get_cpu_capability()}",
+    }
+    if memory := _total_memory():
+        facts["memory"] = f"{memory / 2**30:.0f} GiB"
+    if torch.device(device).type == "cuda":
+        properties = torch.cuda.get_device_properties(device)
+        hip, cuda = torch.version.hip, torch.version.cuda
+        stack = f"ROCm {hip}" if hip else f"CUDA {cuda}"
+        facts["gpu"] = f"{properties.name}, {properties.total_memory / 2**30:.0f} GiB, {stack}"
+    facts["system"] = f"{platform.system()} {platform.machine()}"
+    facts["python"] = platform.python_version()
+    for package in PACKAGES:
+        try:
+            facts[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    if commit := _commit():
+        facts["commit"] = commit
+    return facts
+
+
+def _synchronize(device: torch.device | str) -> None:
+    if torch.device(device).type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def _summary(seconds: list[float]) -> Times:
+    p20, median, p80 = torch.tensor(seconds).quantile(torch.tensor([0.2, 0.5, 0.8])).tolist()
+    return Times(median=median, p20=p20, p80=p80)
+
+
+def _reset_high_water_mark() -> bool:
+    """Hands free heap memory back and starts VmHWM anew; False where the system cannot."""
+    with contextlib.suppress(
+        OSError, AttributeError, TypeError
+    ):  # where the C library is not glibc
+        ctypes.CDLL(None).malloc_trim(0)
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+        # Some sandboxes accept the write and do nothing: the mark must now be near what is held.
+        return _process_memory("VmHWM") - _process_memory("VmRSS") < 2**23
+    except OSError:
+        return False
+
+
+def _process_memory(field: str) -> int:
+    """One line of /proc/self/status, in bytes."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(field + ":"):
+            return int(line.split()[1]) * 1024
+    raise OSError(f"/proc/self/status has no {field}")
+
+
+def _cpu_name() -> str:
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
+
+
+def _usable_cores() -> int:
+    """Cores that this process may use: a container often has fewer than the machine."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _total_memory() -> int | None:
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, ValueError, OSError):
+        return None
+
+
+def _commit() -> str | None:
+    """The commit that was measured, marked when the tree had changes on top of it."""
+    root = Path(__file__).resolve().parents[1]
+    try:
+        described = subprocess.run(
+            ["git", "-C", str(root), "describe", "--always", "--dirty"],
+            capture_output=True,
+            text=True,
+            timeout=10,
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return described.stdout.strip() or None if described.returncode == 0 else None
