@@ -3,8 +3,8 @@
     python -m benchmarks.compare --tokens 1024 --vocab-size 151936 --hidden-size 1024 \\
         --teacher-hidden-size 2048
 
-Prints time (median, 20th and 80th percentile), its ratio to eager's, peak memory over the inputs, and
-the gradient's error against float64 on the first 64 tokens; then the plan's own figure of the
+Prints time (median, 20th and 80th percentile), its ratio to eager's, peak memory over the inputs,
+and the gradient's error against float64 on the first 64 tokens; then the plan's own figure of the
 workspace. Runs on a GPU where there is one.
 """
 

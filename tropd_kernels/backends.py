@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import os
 from types import ModuleType
@@ -41,11 +42,7 @@ def choose_backend(requested: str | None, device: torch.device) -> str:
 
 def engine_for(backend: str) -> ModuleType:
     """The module that implements the row engine's interface (see `rows`)."""
-    if backend == "torch":
-        from .rows import torch_rows as engine
-    else:
-        from .rows import triton_rows as engine
-    return engine
+    return importlib.import_module(f"tropd_kernels.rows.{backend}_rows")
 
 
 def _why_not_triton(device_type: str) -> str | None:

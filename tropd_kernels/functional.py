@@ -7,7 +7,6 @@ exist, `linear_log_probs` gives per-token log-probabilities of a head. The mathe
 
 from __future__ import annotations
 
-import numbers
 from dataclasses import dataclass
 
 import torch
@@ -257,15 +256,12 @@ def _run(tensors, inputs, scale, needs, rule, scales, backend, ignore_index, max
     """(loss, token_loss, stats) of the flat problem."""
     if scale is None:
         scale = tensors[0].new_ones((), dtype=result_dtype(tensors[0].dtype))
-    inputs = [inputs.get(name) for name in INPUTS]
+    settings = (rule.key, scales, backend, ignore_index, max_workspace_bytes)
+    row_inputs = [inputs.get(name) for name in INPUTS]
     if backend == "reference":
-        problem = ops.flat_problem(
-            *tensors, inputs, rule.key, scales, backend, ignore_index, max_workspace_bytes
-        )
-        return reference_loss(problem, scale)
-    return ops.distill(
-        *tensors, inputs, scale, needs, rule.key, scales, backend, ignore_index, max_workspace_bytes
-    )[:3]
+        arguments = (*tensors, row_inputs, *settings)
+        return reference_loss(ops.flat_problem(*arguments), scale)
+    return ops.distill(*tensors, row_inputs, scale, needs, *settings)[:3]
 
 
 # --- the teacher, flat -------------------------------------------------------------------------
@@ -345,7 +341,7 @@ def _normalizer(value, device, dtype) -> Tensor:
         if value.numel() != 1:
             raise ValueError(f"normalizer must be one number, got shape {tuple(value.shape)}")
         return value.detach().reshape(()).to(device=device, dtype=dtype)
-    if not isinstance(value, numbers.Real) or not value > 0:
+    if not isinstance(value, (int, float)) or not value > 0:
         raise ValueError(f"normalizer must be a positive number, got {value!r}")
     return torch.full((), float(value), dtype=dtype, device=device)
 
@@ -368,7 +364,7 @@ def _check_call(
             f"labels must be int64 of shape {tuple(student.shape[:-1])}, got {given}: shift them "
             "so that hidden[i] (or logits[i]) predicts labels[i]"
         )
-    if not isinstance(temperature, numbers.Real) or not 0 < temperature < float("inf"):
+    if not isinstance(temperature, (int, float)) or not 0 < temperature < float("inf"):
         raise ValueError(f"temperature must be a positive number, got {temperature!r}")
     if ignore_index is not None and not isinstance(ignore_index, int):
         raise TypeError(f"ignore_index must be an int or None, got {ignore_index!r}")

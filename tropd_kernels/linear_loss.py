@@ -280,7 +280,7 @@ class _Loop:
             result.d_bias[:v] += d_logits.sum(0, dtype=result.d_bias.dtype)
         self.first = False
 
-    def _store_d_logits(self, batch, coefs, options, tokens: slice) -> None:
+    def _store_d_logits(self, batch, coefs, options, tokens) -> None:
         """Existing logits: their gradient is the result itself (`backward` drops no tokens)."""
         v, d = self.vocab_size, self.result.d_student
         self.engine.gradient(batch, coefs, options, d[tokens][:, :v])

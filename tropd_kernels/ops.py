@@ -62,15 +62,11 @@ def distill(
         row_weight = problem.inputs["weight"].to(token_loss.dtype)
         token_loss = torch.where(row_weight != 0, token_loss * row_weight, 0.0)
     loss = token_loss.sum() * loss_scale
-    empty = student.new_empty(0)
-    gradients = (result.d_student, result.d_weight, result.d_bias)
-    return (
-        loss,
-        token_loss,
-        result.stats,
-        result.coefs,
-        *(empty.clone() if g is None else g for g in gradients),
+    d_student, d_weight, d_bias = (
+        student.new_empty(0) if g is None else g
+        for g in (result.d_student, result.d_weight, result.d_bias)
     )
+    return loss, token_loss, result.stats, result.coefs, d_student, d_weight, d_bias
 
 
 @distill.register_fake

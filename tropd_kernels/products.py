@@ -97,7 +97,7 @@ def _tiles(weight: Tensor, dtype: torch.dtype):
 @contextmanager
 def _bf16_products(dtype: torch.dtype):
     """oneDNN's bf16 compute mode for float32 products, where the inputs were bf16 and it pays."""
-    settings = torch.backends.mkldnn.matmul
+    settings = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
     if dtype != torch.bfloat16 or not torch.cpu._is_amx_tile_supported():
         yield
         return

@@ -16,8 +16,8 @@ from .rows.layout import LogitTransform, Stat
 
 def reference_loss(problem: Problem, loss_scale: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """(loss, token_loss (N,), stats (Stat, N)) as `ops.distill` gives them."""
-    tokens = tokens_that_count(problem)
-    tokens = slice(None) if tokens is None else tokens
+    index = tokens_that_count(problem)
+    tokens = slice(None) if index is None else index
     labels = problem.labels[tokens]
     inputs = {
         name: value[tokens].to(problem.dtype) if value.is_floating_point() else value[tokens]

@@ -18,8 +18,6 @@ class Stat(IntEnum):
     ENTROPY = 2
     TEACHER_ENTROPY = 3
     FORWARD_KL = 4
-    # E_p of the log-ratio that the engine's gradient pass forms, by the same arithmetic: what is left
-    # over of p * (ratio - mean) would be a multiple of p, and large next to a small gradient.
     REVERSE_KL = 5
     REWARD = 6
     TRUST = 7
@@ -42,8 +40,8 @@ class Coef(IntEnum):
     TEACHER_MAX = 2
     TEACHER_LOG_SUM = 3
     ENTROPY = 4
-    # E_p of the log-ratio that the engine's gradient pass forms, by the same arithmetic: what is left
-    # over of p * (ratio - mean) would be a multiple of p, and large next to a small gradient.
+    # E_p of the log-ratio as the engine's gradient pass forms it, by the same arithmetic: a
+    # mismatch would leave a multiple of p, which is large next to a small gradient.
     REVERSE_KL = 5
     THRESHOLD = 6  # K is lq >= THRESHOLD, for a dense teacher
     # from here on linear in the row's weight

@@ -241,7 +241,7 @@ def _gradient(part: RowBatch, c: Tensor, options: RowOptions, out: Tensor) -> No
         d *= c[Coef.P]
     if part.teacher is not None and rule.reads_teacher_rows:
         picked = needs_teacher.nonzero().squeeze(-1) if on_cpu else slice(None)
-        if not on_cpu or picked.numel():
+        if not on_cpu or bool(needs_teacher.any()):
             add = _add_on_top_k if rule.uses_top_k and on_cpu else _add_teacher_terms
             lp = z[picked].log_softmax(-1)
             lq = _log_probs(part.teacher[picked], options.teacher, c.dtype)
