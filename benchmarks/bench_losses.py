@@ -3,9 +3,9 @@
     make bench
     make bench ARGS="--tokens 1024 --vocab-size 151936 --hidden-size 1024"
 
-Each row of the table is one provider's median; its peak memory is over the inputs, its
-gradients included; its error is against float64. For ratios use `python -m benchmarks.compare`, whose runs are
-interleaved.
+Each row of the table is one provider's median; its peak memory is over the inputs, its gradients
+included; its error is against float64. For ratios use `python -m benchmarks.compare`, whose runs
+are interleaved.
 """
 
 import pytest
