@@ -351,9 +351,8 @@ def main() -> None:
         json.dump([asdict(f) for f in figures], sys.stdout)
         return
     print(f"triton {triton.__version__}; loads: instructions by bits a thread; CPU time")
-    print(
-        f"{'target':<11} {'kernel':<18} warps registers spills shared  {'loads':<24} compiling  cases"
-    )
+    names = f"{'target':<11} {'kernel':<18} warps registers spills shared  {'loads':<24}"
+    print(names, "compiling  cases")
     for f in sorted(figures, key=lambda f: (f.target, f.kernel)):
         print(_line(f))
 

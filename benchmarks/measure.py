@@ -3,6 +3,7 @@
     times = interleaved_times({"eager": eager, "fused": fused}, repeats=5)
     times["fused"].median, times["fused"].p20, times["fused"].p80    # seconds
     peak_memory(fused)                                               # bytes, above what was held
+    interleaved_measurements({"eager": eager, "fused": fused}, 5)    # both, from the same runs
     machine()                                                        # {"cpu": …, "torch": …, …}
 
 Times are of interleaved runs (a, b, a, b, …): what slows the machine for a while slows all of them.
@@ -65,6 +66,52 @@ def interleaved_times(
             _synchronize(device)
             seconds[name].append(time.perf_counter() - start)
     return {name: _summary(runs) for name, runs in seconds.items()}
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """Times and the largest peak of memory of the same runs."""
+
+    times: Times
+    peak: int | None  # bytes, see `peak_memory`
+
+
+def interleaved_measurements(
+    functions: Mapping[str, Callable[[], object]],
+    repeats: int,
+    *,
+    warmup: int = 1,
+    device: torch.device | str = "cpu",
+) -> dict[str, Measurement]:
+    """`interleaved_times` and `peak_memory` in one, for functions that take seconds.
+
+    The clock runs within the call whose peak is read, so neither disturbs the other.
+    """
+    if repeats < 1:
+        raise ValueError(f"repeats must be at least 1, got {repeats}")
+    for _ in range(warmup):
+        for function in functions.values():
+            function()
+    seconds: dict[str, list[float]] = {name: [] for name in functions}
+    peaks: dict[str, list[int | None]] = {name: [] for name in functions}
+    for _ in range(repeats):
+        for name, function in functions.items():
+
+            def timed(function=function, runs=seconds[name]) -> object:
+                start = time.perf_counter()
+                result = function()
+                _synchronize(device)
+                runs.append(time.perf_counter() - start)
+                return result
+
+            peaks[name].append(peak_memory(timed, device=device))
+    return {
+        name: Measurement(
+            _summary(seconds[name]),
+            None if None in peaks[name] else max(peaks[name]),
+        )
+        for name in functions
+    }
 
 
 def peak_memory(

@@ -29,7 +29,8 @@ ON_POLICY = (
     "tropd_float32", "opd_sampled", "reopold_2", "sft",
 )  # fmt: skip
 DIVERGENCES = (
-    "gkd", "gkd_logits", "forward_kl_bucket", "reverse_kl", "akl", "todi", "mopd", "topk_jsd", "eopd",
+    "gkd", "gkd_logits", "forward_kl_bucket", "reverse_kl", "akl", "todi", "mopd", "topk_jsd",
+    "eopd",
 )  # fmt: skip
 LOTS = {
     "sm_90-on_policy": (["cuda:90"], FULLEST + ON_POLICY),

@@ -13,7 +13,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # benchmarks/ is n
 
 from benchmarks.demo import DemoError
 from benchmarks.demo.__main__ import main, parse
-from benchmarks.measure import interleaved_times, machine, peak_memory
+from benchmarks.measure import (
+    interleaved_measurements,
+    interleaved_times,
+    machine,
+    peak_memory,
+)
 
 MIB = 2**20
 
@@ -62,6 +67,19 @@ def test_times_are_interleaved_and_ordered():
         assert 0 <= time.p20 <= time.median <= time.p80
     with pytest.raises(ValueError, match="at least 1, got 0"):
         interleaved_times({"a": lambda: None}, 0)
+
+
+def test_measurements_are_both_from_the_same_runs():
+    def call():
+        calls.append(1)
+        return torch.ones(64 * MIB // 4)
+
+    calls = []
+    measured = interleaved_measurements({"a": call, "b": call}, 2)
+    assert len(calls) == 6
+    for measurement in measured.values():
+        assert 0 < measurement.times.p20 <= measurement.times.median <= measurement.times.p80
+        assert measurement.peak is None or 60 * MIB < measurement.peak < 90 * MIB
 
 
 def test_machine_names_hardware_and_versions():
@@ -280,8 +298,20 @@ def test_eager_and_fused_agree_with_float64(batch):
     assert exact.d_weight.dtype == torch.float64 and exact.trusted.any() and not exact.trusted.all()
     for run in (compare.run_eager, compare.run_fused):
         errors = compare.errors_against(exact, run(batch))
-        assert errors.largest < compare.TOLERANCE[torch.float32]
+        assert errors.largest < 1e-5
         assert errors.gate == 0
+
+
+def test_a_comparison_has_a_row_for_each(batch, monkeypatch):
+    from benchmarks.demo import compare
+
+    monkeypatch.setattr(compare, "CHECKED_TOKENS", 20)
+    rows = compare.compare(batch, repeats=1)
+    assert [(row.name, row.vocabulary, row.tokens) for row in rows] == [
+        ("eager", 97, 70),
+        ("fused", 97, 70),
+    ]
+    assert all(row.errors.largest < 1e-5 and row.times.median > 0 for row in rows)
 
 
 def test_fused_keeps_its_tolerance_in_bfloat16(batch):

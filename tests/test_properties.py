@@ -1,8 +1,8 @@
 """Properties that hold for every objective, teacher and batch, on inputs that Hypothesis picks.
 
-The torch backend, and the Triton kernels in few and small examples, against the reference in float64;
-and what any loss of this package obeys whatever its formula: reductions agree, rows do not see each
-other, softmax does not see a constant, two runs are bitwise equal.
+The torch backend, and the Triton kernels in few and small examples, against the reference in
+float64; and what any loss of this package obeys whatever its formula: reductions agree, rows do not
+see each other, softmax does not see a constant, two runs are bitwise equal.
 
 Hypothesis draws the structure (shapes, spreads, masks, options) and a seed for the numbers.
 """
@@ -21,6 +21,7 @@ from problems import OBJECTIVES, TEACHERS, K, serves
 from torch.testing import assert_close
 
 from tropd_kernels import (
+    Divergence,
     HiddenTeacher,
     LogitsTeacher,
     SampledTeacher,
@@ -28,6 +29,7 @@ from tropd_kernels import (
     distillation_loss,
     linear_distillation_loss,
 )
+from tropd_kernels.objectives import TAILS
 
 SHAPES = [(1,), (9,), (4,), (2, 3), (), (0,), (3, 1, 2), (2, 0)]
 REDUCTIONS = ("mean", "sum", "none")
@@ -42,7 +44,7 @@ def few(examples: int):
 
 @dataclass(frozen=True)
 class Case:
-    """One call. Logits are (*, V); `student` and `teacher` hold logits, or hidden states and a head."""
+    """One call. `student` and `teacher` hold logits (*, V), or hidden states and a head."""
 
     name: str
     form: str
@@ -234,10 +236,56 @@ def test_torch_rows_match_the_reference(name):
     check()
 
 
-@few(30)
-@given(cases(shapes=[(1,), (2, 2), (3,), ()], vocab=40), st.sampled_from(REDUCTIONS))
+@few(10)  # slow under the interpreter
+@given(cases(shapes=[(3,), (1,), (2, 1), ()], vocab=40), st.sampled_from(REDUCTIONS))
 def test_triton_rows_match_the_reference(case, reduction):
     compare(case, "triton", reduction, incoming_for(case, reduction))
+
+
+@pytest.mark.parametrize(("backend", "seeds"), [("torch", 30), ("triton", 5)])
+def test_the_backward_finds_the_ids_of_the_forward(backend, seeds):
+    """Logits that exist and a HiddenTeacher: the backward makes the teacher's logits again, of
+    every token instead of those that count. A product of another height rounds otherwise, and the
+    k-th likeliest id must not drop out of K for a last bit."""
+    for seed in range(seeds):
+        rng = torch.Generator().manual_seed(seed)
+        student = torch.randn(4, 40, generator=rng, dtype=F64)
+        teacher = [torch.randn(n, 24, generator=rng, dtype=F64) for n in (4, 40)]
+        labels = torch.tensor([3, 5, -100, -100])
+        case = Case("forward_kl_top_k", "hidden", (student,), (*teacher, None), labels)
+        _, (gradient,), _ = run(case, backend, "sum")
+        _, (truth,), _ = run(case, "reference", "sum")
+        close(gradient, truth)
+
+
+INFINITE = {
+    "forward_kl": Divergence("forward_kl"),
+    "reverse_kl": Divergence("reverse_kl"),
+    "chi2": Divergence("chi2"),
+    "alpha_above_1": Divergence("alpha", alpha=1.5),
+    "todi": Divergence("todi"),
+    **{tail: Divergence("forward_kl", top_k=2, top_k_tail=tail) for tail in TAILS},
+}
+
+
+@pytest.mark.parametrize("name", INFINITE)
+@pytest.mark.parametrize("backend", ["reference", "torch", "triton"])
+def test_an_infinite_divergence_has_no_gradient(name, backend):
+    """Each side excludes an id that the other likes. The loss says so; the gradient is 0 in that
+    row and untouched in the other, at the excluded ids too."""
+    z, t = torch.zeros(2, 12, dtype=F64), torch.zeros(2, 12, dtype=F64)
+    z[:, 1], t[:, 1], t[:, 2], z[:, 3] = 1.0, 2.0, 3.0, 2.0
+    z[0, 2] = t[0, 3] = -math.inf
+    z[1, 7] = t[1, 7] = -math.inf  # excluded by both: nothing infinite about it
+    z = z.to(DEVICE).requires_grad_()
+    out = distillation_loss(
+        z, torch.tensor([1, 1], device=DEVICE), LogitsTeacher(t.to(DEVICE)), INFINITE[name],
+        reduction="none", backend=backend,
+    )  # fmt: skip
+    out.loss.sum().backward()
+    assert out.loss[0] == math.inf and out.loss[1].isfinite()
+    assert torch.equal(z.grad[0], torch.zeros_like(z.grad[0]))
+    assert z.grad[1].isfinite().all() and z.grad[1, 7] == 0 and z.grad[1].norm() > 0.01
 
 
 @few(40)
@@ -337,9 +385,9 @@ def test_tokens_do_not_see_each_other(case, order):
         close(gradient, truth)
 
 
-@pytest.mark.parametrize(("backend", "examples"), [("torch", 40), ("triton", 8)])
+@pytest.mark.parametrize(("backend", "examples"), [("torch", 40), ("triton", 3)])
 def test_two_runs_are_bitwise_equal(backend, examples):
-    small = dict(shapes=[(3,), (2, 2)], vocab=40) if backend == "triton" else {}
+    small = dict(shapes=[(2,), (2, 1)], vocab=40) if backend == "triton" else {}
 
     @few(examples)
     @given(cases(**small), st.sampled_from(REDUCTIONS))

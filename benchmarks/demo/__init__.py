@@ -1,0 +1,19 @@
+"""The demonstration: one real model, one command, a few minutes on two CPU cores.
+
+    python -m benchmarks.demo
+
+Read in this order:
+
+* `prompts.py`: what the student is asked
+* `model.py`: SmolLM2-135M-Instruct, which teaches, and a student made of a third of its layers
+* `rollout.py`: the student writes; teacher and student read what it wrote
+* `train.py`: on-policy distillation with the fused loss: the loop to copy
+* `eager.py`: the same loss as one would write it in plain PyTorch
+* `compare.py`: eager against fused: error against float64, time, peak memory
+* `report.py`, `plot.py`: what the terminal shows, and the picture
+* `run.py`: all of it, in order
+"""
+
+
+class DemoError(Exception):
+    """Something that the person at the terminal can put right; they see its text, one line."""

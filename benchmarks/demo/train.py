@@ -1,0 +1,76 @@
+"""On-policy distillation with the fused loss: the loop to copy.
+
+Each step the student writes, both models read what it wrote, and one call compares them: hidden
+states and the two heads go in, the loss comes out, and no [tokens, vocabulary] tensor is ever made.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from benchmarks.demo.rollout import completion_hidden, sample
+from tropd_kernels import HiddenTeacher, TrOPD, linear_distillation_loss
+from tropd_kernels.heads import read_head
+
+
+@dataclass(frozen=True)
+class Step:
+    """What one step reports: means over the tokens that count."""
+
+    number: int
+    tokens: int
+    loss: float
+    trust: float  # share of tokens inside the gate
+    reverse_kl: float  # one-sample estimate of KL(student || teacher), nats a token
+    entropy: float  # the student's, nats
+
+
+def train(
+    student: PreTrainedModel,
+    teacher: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    batches: Iterator[list[str]],
+    *,
+    steps: int,
+    new_tokens: int,
+    seed: int,
+    dtype: torch.dtype,
+    learning_rate: float = 3e-4,
+) -> Iterator[Step]:
+    """Trains the student in place; yields after every step."""
+    student_head, teacher_head = read_head(student), read_head(teacher)
+    optimizer = torch.optim.AdamW(student.parameters(), learning_rate, weight_decay=0, fused=True)
+    # Mixed precision where `dtype` is bfloat16: the student's parameters stay float32.
+    autocast = torch.autocast(student.device.type, dtype, enabled=dtype != torch.float32)
+
+    for number in range(steps):
+        rollout = sample(student, tokenizer, next(batches), new_tokens)
+        with autocast:
+            with torch.no_grad():
+                teacher_hidden = completion_hidden(teacher_head.backbone, rollout)
+            hidden = completion_hidden(student_head.backbone, rollout)
+
+        out = linear_distillation_loss(
+            hidden.to(dtype),
+            student_head.weight.to(dtype),
+            rollout.labels,
+            HiddenTeacher(teacher_hidden.to(dtype), teacher_head.weight),
+            objective=TrOPD(),
+            seed=seed + number,  # fresh gate draws each step, the same ones in a resumed run
+        )
+        out.loss.backward()
+        torch.nn.utils.clip_grad_norm_(student.parameters(), max_norm=1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+
+        tokens = int((rollout.labels >= 0).sum())
+        yield Step(
+            number=number + 1,
+            tokens=tokens,
+            loss=out.loss.item(),
+            trust=out.stats.trust.sum().item() / tokens,
+            reverse_kl=-out.stats.reward.sum().item() / tokens,
+            entropy=out.stats.entropy.sum().item() / tokens,
+        )
