@@ -378,6 +378,7 @@ def test_training_moves_the_student_and_reports_each_step(teacher):
 
 def test_the_picture_is_drawn(tmp_path):
     pytest.importorskip("matplotlib")
+    pytest.importorskip("rich")
     pytest.importorskip("transformers")
     from benchmarks.demo.compare import Errors, Measured
     from benchmarks.demo.plot import draw
