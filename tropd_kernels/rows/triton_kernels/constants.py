@@ -1,0 +1,46 @@
+"""Rows of the matrices, as constants that a kernel can read."""
+
+import triton.language as tl
+
+from ..layout import Coef as _Coef
+from ..layout import Stat as _Stat
+
+# Rows of the two matrices, as constants a kernel can read.
+LOG_PROB = tl.constexpr(int(_Stat.LOG_PROB))
+TEACHER_LOG_PROB = tl.constexpr(int(_Stat.TEACHER_LOG_PROB))
+ENTROPY = tl.constexpr(int(_Stat.ENTROPY))
+TEACHER_ENTROPY = tl.constexpr(int(_Stat.TEACHER_ENTROPY))
+FORWARD_KL = tl.constexpr(int(_Stat.FORWARD_KL))
+REVERSE_KL = tl.constexpr(int(_Stat.REVERSE_KL))
+REWARD = tl.constexpr(int(_Stat.REWARD))
+TRUST = tl.constexpr(int(_Stat.TRUST))
+OUTLIER = tl.constexpr(int(_Stat.OUTLIER))
+TEACHER_TOPK_MASS = tl.constexpr(int(_Stat.TEACHER_TOPK_MASS))
+STUDENT_TOPK_MASS = tl.constexpr(int(_Stat.STUDENT_TOPK_MASS))
+TOKEN_LOSS = tl.constexpr(int(_Stat.TOKEN_LOSS))
+KEPT = tl.constexpr(int(_Stat.KEPT))
+STUDENT_MAX = tl.constexpr(int(_Coef.STUDENT_MAX))
+STUDENT_LOG_SUM = tl.constexpr(int(_Coef.STUDENT_LOG_SUM))
+TEACHER_MAX = tl.constexpr(int(_Coef.TEACHER_MAX))
+TEACHER_LOG_SUM = tl.constexpr(int(_Coef.TEACHER_LOG_SUM))
+C_ENTROPY = tl.constexpr(int(_Coef.ENTROPY))
+C_REVERSE_KL = tl.constexpr(int(_Coef.REVERSE_KL))
+C_THRESHOLD = tl.constexpr(int(_Coef.THRESHOLD))
+C_P = tl.constexpr(int(_Coef.P))
+C_P_TOP_K = tl.constexpr(int(_Coef.P_TOP_K))
+C_REVERSE = tl.constexpr(int(_Coef.REVERSE))
+C_ENTROPY_WEIGHT = tl.constexpr(int(_Coef.ENTROPY_WEIGHT))
+C_Q = tl.constexpr(int(_Coef.Q))
+C_LABEL = tl.constexpr(int(_Coef.LABEL))
+C_GENERATOR = tl.constexpr(int(_Coef.GENERATOR))
+# Rows of the scratch matrix between the sums and the rule.
+TEACHER_MASS = tl.constexpr(0)
+STUDENT_MASS = tl.constexpr(1)
+TEACHER_TAIL = tl.constexpr(2)
+STUDENT_TAIL = tl.constexpr(3)
+STUDENT_LOG_MASS = tl.constexpr(4)
+SUM_FORWARD_KL = tl.constexpr(5)
+SUM_VALUE = tl.constexpr(6)
+SUM_SLOPE = tl.constexpr(7)
+SUMS = 8
+INF = tl.constexpr(float("inf"))

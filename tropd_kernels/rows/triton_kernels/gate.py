@@ -1,0 +1,103 @@
+"""The trust gate, for one row or many: twin of `rule.gate` and `rule.rows_with_sums`."""
+
+import triton
+import triton.language as tl
+
+from .constants import (
+    ENTROPY,
+    INF,
+    LOG_PROB,
+    TEACHER_ENTROPY,
+    TEACHER_LOG_PROB,
+)
+
+
+@triton.jit
+def _log_mix(lq, lp, C: tl.constexpr, LOG_C: tl.constexpr, LOG_1_C: tl.constexpr):
+    """log(c q + (1 - c) p), -inf where both are."""
+    a = lq + LOG_C
+    b = lp + LOG_1_C
+    top = tl.maximum(a, b)
+    base = tl.where(top == -INF, 0.0, top)
+    return base + tl.log(tl.exp(a - base) + tl.exp(b - base))
+
+
+@triton.jit
+def _gate(
+    lp, lq, lo, advantage, uniform, prefix, entropy, teacher_entropy, entropy_threshold,
+    HAS_ADVANTAGES: tl.constexpr, HAS_PREFIX: tl.constexpr, HAS_ENTROPY_THRESHOLD: tl.constexpr,
+    GATE: tl.constexpr, OUTLIER_IS: tl.constexpr, TAU: tl.constexpr, KL_ENTROPY: tl.constexpr,
+    DIVERGENCE: tl.constexpr, C: tl.constexpr, LOG_C: tl.constexpr, LOG_1_C: tl.constexpr,
+):  # fmt: skip
+    """Twin of `rule.gate` and `rule.rows_with_sums`, for one row or many."""
+    reward = lq - lo
+    if DIVERGENCE == "topk_jsd":
+        reward = _log_mix(lq, lo, C, LOG_C, LOG_1_C) - lo
+    if HAS_ADVANTAGES:
+        reward = advantage
+    acceptance = tl.exp(tl.minimum(lq - lo, 0.0))
+    trust = lp * 0 + 1
+    if GATE == "bernoulli":
+        trust = tl.where(uniform < acceptance, 1.0, 0.0).to(lp.dtype)
+    elif GATE == "expected":
+        trust = acceptance
+    elif GATE == "threshold":
+        trust = tl.where(reward > TAU, 1.0, 0.0).to(lp.dtype)
+
+    on_policy = lp == lp
+    if HAS_PREFIX:
+        on_policy = prefix == 0
+    else:
+        on_policy = on_policy | True
+    kept = on_policy | True
+    if HAS_ENTROPY_THRESHOLD:
+        kept = entropy >= entropy_threshold
+    weight = trust * 0
+    if OUTLIER_IS == "forward_kl":
+        weight = weight + (1 - trust)
+    if KL_ENTROPY is not None:
+        weight = weight + tl.where(teacher_entropy > KL_ENTROPY, 1.0, 0.0)
+    if (DIVERGENCE == "forward_kl") | (DIVERGENCE == "jeffreys"):
+        weight = weight + 1
+    weight = tl.where(on_policy & kept, weight, 0.0)
+    needs_sums = weight > 0
+    if OUTLIER_IS == "forward_kl_reward":
+        needs_sums = needs_sums | ((trust < 1) & on_policy)
+    if (DIVERGENCE is not None) & (DIVERGENCE != "reverse_kl"):
+        needs_sums = needs_sums | True
+    if OUTLIER_IS == "mask":
+        kept = kept & (trust > 0)
+    kept = kept | (on_policy == 0)
+    return trust, reward, weight, on_policy, kept, needs_sums
+
+
+@triton.jit
+def _row_gate(
+    row, old_log_probs, advantages, uniforms, prefix, entropy_threshold, stats, columns,
+    GATE: tl.constexpr, OUTLIER_IS: tl.constexpr, TAU: tl.constexpr, KL_ENTROPY: tl.constexpr,
+    DIVERGENCE: tl.constexpr, C: tl.constexpr, LOG_C: tl.constexpr, LOG_1_C: tl.constexpr,
+):  # fmt: skip
+    """`_gate` with its inputs loaded: `row` is one index or a block of them in range."""
+    lp = tl.load(stats + LOG_PROB * columns + row)
+    lq = tl.load(stats + TEACHER_LOG_PROB * columns + row)
+    lo = lp
+    advantage = lp
+    uniform = lp
+    is_prefix = 0
+    limit = 0.0
+    if old_log_probs is not None:
+        lo = tl.load(old_log_probs + row).to(lp.dtype)
+    if advantages is not None:
+        advantage = tl.load(advantages + row).to(lp.dtype)
+    if uniforms is not None:
+        uniform = tl.load(uniforms + row).to(lp.dtype)
+    if prefix is not None:
+        is_prefix = tl.load(prefix + row).to(tl.int32)
+    if entropy_threshold is not None:
+        limit = tl.load(entropy_threshold)
+    return _gate(
+        lp, lq, lo, advantage, uniform, is_prefix, tl.load(stats + ENTROPY * columns + row),
+        tl.load(stats + TEACHER_ENTROPY * columns + row), limit,
+        advantages is not None, prefix is not None, entropy_threshold is not None,
+        GATE, OUTLIER_IS, TAU, KL_ENTROPY, DIVERGENCE, C, LOG_C, LOG_1_C,
+    )  # fmt: skip

@@ -1,0 +1,51 @@
+"""Terms of the f-divergences: twin of `generators.generator_terms`."""
+
+import triton
+import triton.language as tl
+
+from .constants import INF
+from .gate import _log_mix
+
+
+@triton.jit
+def _generator(
+    lp, lq, p, q, KIND: tl.constexpr, C: tl.constexpr, LOG_C: tl.constexpr, LOG_1_C: tl.constexpr
+):
+    """q f(u) and p g of `generators.generator_terms`."""
+    if (KIND == "jsd") | (KIND == "skew_forward") | (KIND == "skew_reverse") | (KIND == "topk_jsd"):
+        lm = _log_mix(lq, lp, C, LOG_C, LOG_1_C)
+        from_student = tl.where(p > 0, p * (lp - lm), 0.0)
+        from_teacher = tl.where(q > 0, q * (lq - lm), 0.0)
+        both = tl.where((p > 0) & (q > 0), tl.exp(lp + lq - lm), 0.0)
+        if KIND == "jsd":
+            value = C * from_teacher + (1 - C) * from_student
+            slope = (1 - C) * from_student
+        elif KIND == "skew_forward":
+            value = from_teacher
+            slope = (C - 1) * both
+        elif KIND == "skew_reverse":
+            value = from_student
+            slope = from_student + C * both
+        else:
+            value = C * from_teacher
+            slope = C * (C - 1) * both
+    elif (KIND == "alpha") | (KIND == "chi2"):
+        neither = (lp == -INF) & (lq == -INF)
+        power = tl.where(neither, 0.0, tl.exp(C * lp + (1 - C) * lq))
+        factor: tl.constexpr = 2.0 if KIND == "chi2" else 1.0
+        value = (power - C * p - (1 - C) * q) * (factor / (C * (C - 1)))
+        slope = (power - p) * (factor / (C - 1))
+    elif KIND == "total_variation":
+        value = tl.abs(p - q) * 0.5
+        slope = p * tl.where(p > q, 0.5, tl.where(p < q, -0.5, 0.0))
+    else:
+        reverse = tl.where(p > 0, p * (lp - lq), 0.0)
+        if KIND == "mopd":
+            value = reverse - p + q
+            slope = reverse
+        else:  # todi
+            to_teacher = tl.where((p == 0) & (q == 0), 0.5, 1 / (1 + tl.exp(lp - lq)))
+            away = tl.where(reverse == 0, 0.0, (1 - to_teacher) * reverse)
+            value = tl.where(q > 0, to_teacher * q * (lq - lp), 0.0) + away
+            slope = away + (1 - to_teacher) * p - to_teacher * q
+    return value, slope

@@ -1,0 +1,217 @@
+"""The token rule on a block of rows: twin of `rule.apply_rule`."""
+
+import triton
+import triton.language as tl
+
+from .constants import (
+    C_ENTROPY_WEIGHT,
+    C_GENERATOR,
+    C_LABEL,
+    C_P,
+    C_P_TOP_K,
+    C_Q,
+    C_REVERSE,
+    ENTROPY,
+    FORWARD_KL,
+    INF,
+    KEPT,
+    LOG_PROB,
+    OUTLIER,
+    REVERSE_KL,
+    REWARD,
+    STUDENT_LOG_MASS,
+    STUDENT_MASS,
+    STUDENT_TAIL,
+    SUM_FORWARD_KL,
+    SUM_SLOPE,
+    SUM_VALUE,
+    TEACHER_LOG_PROB,
+    TEACHER_MASS,
+    TEACHER_TAIL,
+    TOKEN_LOSS,
+    TRUST,
+)
+from .gate import _row_gate
+
+
+@triton.jit
+def _surrogate(reward, ratio, weight, CLIP_LOW: tl.constexpr, CLIP_HIGH: tl.constexpr):
+    """PPO's objective: (loss, weight on -log p(y))."""
+    clipped = ratio
+    held = ratio != ratio
+    if CLIP_LOW is not None:
+        clipped = tl.maximum(clipped, 1 - CLIP_LOW)
+        held = held | ((reward < 0) & (ratio < 1 - CLIP_LOW))
+    if CLIP_HIGH is not None:
+        clipped = tl.minimum(clipped, 1 + CLIP_HIGH)
+        held = held | ((reward > 0) & (ratio > 1 + CLIP_HIGH))
+    loss = -tl.minimum(reward * ratio, reward * clipped)
+    slope = tl.where(held, 0.0, reward * ratio)
+    return _weigh(weight, loss), _weigh(weight, slope)
+
+
+@triton.jit
+def _weigh(weight, value):
+    return tl.where(weight == 0, 0.0, weight * value)
+
+
+@triton.jit
+def rule_kernel(
+    old_log_probs, advantages, uniforms, prefix, token_weight, entropy_threshold,
+    stats, coefs, sums, n, columns,
+    ACC: tl.constexpr, GATE: tl.constexpr, OUTLIER_IS: tl.constexpr, TAU: tl.constexpr,
+    KL_ENTROPY: tl.constexpr, DIVERGENCE: tl.constexpr, C: tl.constexpr, LOG_C: tl.constexpr,
+    LOG_1_C: tl.constexpr, GENERATOR: tl.constexpr, TAIL: tl.constexpr, POLICY: tl.constexpr,
+    CLIP_LOW: tl.constexpr, CLIP_HIGH: tl.constexpr, PREFIX_WEIGHT: tl.constexpr,
+    NLL: tl.constexpr, ENTROPY_COEF: tl.constexpr, USES_TEACHER: tl.constexpr,
+    USES_FORWARD_KL: tl.constexpr, USES_REVERSE_KL: tl.constexpr, USES_TOP_K: tl.constexpr,
+    DENSE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Twin of `rule.apply_rule`: a row's statistics and sums to its loss and coefficients."""
+    row = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = row < n
+    row = tl.where(inside, row, 0)
+    trust, reward, kl_weight, on_policy, kept, _ = _row_gate(
+        row, old_log_probs, advantages, uniforms, prefix, entropy_threshold, stats, columns,
+        GATE, OUTLIER_IS, TAU, KL_ENTROPY, DIVERGENCE, C, LOG_C, LOG_1_C,
+    )  # fmt: skip
+    lp = tl.load(stats + LOG_PROB * columns + row)
+    lq = tl.load(stats + TEACHER_LOG_PROB * columns + row)
+    zero = tl.zeros((BLOCK,), ACC)
+    loss = zero
+    label = zero + NLL
+    p_coef = zero
+    p_top_k = zero
+    q_coef = zero
+    reverse = zero
+    generator = zero
+    entropy_weight = zero
+
+    kl = zero
+    kl_p = zero
+    kl_p_top_k = zero
+    kl_q = zero + 1
+    if USES_FORWARD_KL and sums is None:  # over the whole vocabulary: the first pass has it
+        kl = tl.load(stats + FORWARD_KL * columns + row)
+        kl_p = zero + 1
+    elif USES_FORWARD_KL:
+        kl = tl.load(sums + SUM_FORWARD_KL * columns + row)
+        teacher_mass = tl.load(sums + TEACHER_MASS * columns + row)
+        if TAIL == "raw":
+            kl_p = teacher_mass
+        elif TAIL == "bucket":
+            EPS: tl.constexpr = (
+                2.220446049250313e-16 if ACC == tl.float64 else 1.1920928955078125e-07
+            )
+            q_tail = tl.load(sums + TEACHER_TAIL * columns + row)
+            p_tail = tl.maximum(tl.load(sums + STUDENT_TAIL * columns + row), EPS)
+            kl += tl.where(q_tail > 0, q_tail * (tl.log(q_tail) - tl.log(p_tail)), 0.0)
+            kl_p = 1 - q_tail / p_tail
+            kl_p_top_k = 1 - kl_p
+        else:
+            kl = kl / teacher_mass - tl.log(teacher_mass)
+            kl_q = 1 / teacher_mass
+            if TAIL == "renormalize_teacher":
+                kl_p = zero + 1
+            else:
+                # p / p(K) with p(K) underflowing would be 0/0; e^-80 of mass on K is as good as
+                # none.
+                log_mass = tl.load(sums + STUDENT_LOG_MASS * columns + row)
+                kl += log_mass
+                kl_p_top_k = tl.exp(tl.minimum(-log_mass, 80.0))
+    if USES_FORWARD_KL and not DENSE:
+        tl.store(stats + FORWARD_KL * columns + row, kl, mask=inside)
+
+    if POLICY != 0:
+        ratio = zero + 1
+        if old_log_probs is not None:
+            ratio = tl.exp(lp - tl.load(old_log_probs + row).to(ACC))
+        value, slope = _surrogate(reward, ratio, trust, CLIP_LOW, CLIP_HIGH)
+        if GATE != "always":
+            if OUTLIER_IS == "clip":
+                value_out, slope_out = _surrogate(
+                    tl.maximum(reward, TAU), ratio, 1 - trust, CLIP_LOW, CLIP_HIGH
+                )
+                value += value_out
+                slope += slope_out
+            elif OUTLIER_IS == "forward_kl_reward":
+                value_out, slope_out = _surrogate(-kl, ratio, 1 - trust, CLIP_LOW, CLIP_HIGH)
+                value += value_out
+                slope += slope_out
+        loss += POLICY * value
+        label += POLICY * slope
+    if NLL != 0:
+        loss -= NLL * lp
+
+    if (DIVERGENCE == "reverse_kl") | (DIVERGENCE == "jeffreys"):
+        reverse += 1
+    if DIVERGENCE == "akl":
+        head = tl.load(sums + SUM_VALUE * columns + row)
+        gap = head + tl.load(sums + SUM_SLOPE * columns + row)
+        share = tl.where(gap > 0, head / tl.where(gap > 0, gap, 1.0), 0.5)
+        kl_weight = share
+        reverse = 1 - share
+        kl = tl.load(stats + FORWARD_KL * columns + row)
+        kl_p = zero + 1
+        kl_p_top_k = zero
+        kl_q = zero + 1
+    if USES_FORWARD_KL:
+        loss += _weigh(kl_weight, kl)
+        kl_weight = tl.where(kl == INF, 0.0, kl_weight)
+        p_coef += kl_weight * kl_p
+        p_top_k += kl_weight * kl_p_top_k
+        q_coef += kl_weight * kl_q
+    if USES_REVERSE_KL:
+        exact = tl.load(stats + REVERSE_KL * columns + row)
+        loss += _weigh(reverse, exact)
+        reverse = tl.where(exact == INF, 0.0, reverse)
+    if GENERATOR is not None:
+        value = tl.load(sums + SUM_VALUE * columns + row)
+        loss += value
+        generator = tl.where(tl.abs(value) < INF, 1.0, 0.0).to(ACC)
+        mean = tl.load(sums + SUM_SLOPE * columns + row)
+        if not USES_TOP_K:
+            mean = mean / tl.load(sums + STUDENT_MASS * columns + row)
+        p_coef -= _weigh(generator, mean)
+    if ENTROPY_COEF != 0:
+        loss -= ENTROPY_COEF * tl.load(stats + ENTROPY * columns + row)
+        entropy_weight = zero - ENTROPY_COEF
+
+    counts = inside
+    if entropy_threshold is not None:
+        counts = tl.load(stats + ENTROPY * columns + row) >= tl.load(entropy_threshold)
+        loss = tl.where(counts, loss, 0.0)
+        label = tl.where(counts, label, 0.0)
+    if prefix is not None:
+        counts = counts & on_policy
+        loss = tl.where(on_policy, loss, PREFIX_WEIGHT * (lq - lp))
+        label = tl.where(on_policy, label, PREFIX_WEIGHT)
+    p_coef = tl.where(counts, p_coef, 0.0) + label
+    p_top_k = tl.where(counts, p_top_k, 0.0)
+    q_coef = tl.where(counts, q_coef, 0.0)
+    reverse = tl.where(counts, reverse, 0.0)
+    generator = tl.where(counts, generator, 0.0)
+    entropy_weight = tl.where(counts, entropy_weight, 0.0)
+
+    # A label outside the vocabulary has lp = NaN: its row says so instead of looking right.
+    invalid = lp != lp
+    if USES_TEACHER:
+        invalid = invalid | (lq != lq)
+    loss = tl.where(invalid, float("nan"), loss)
+    p_coef = tl.where(invalid, float("nan"), p_coef)
+    weight = zero + 1
+    if token_weight is not None:
+        weight = tl.load(token_weight + row).to(ACC)
+    tl.store(stats + REWARD * columns + row, reward, mask=inside)
+    tl.store(stats + TRUST * columns + row, tl.where(on_policy, trust, 0.0), mask=inside)
+    tl.store(stats + OUTLIER * columns + row, tl.where(on_policy, 1 - trust, 0.0), mask=inside)
+    tl.store(stats + TOKEN_LOSS * columns + row, loss, mask=inside)
+    tl.store(stats + KEPT * columns + row, tl.where(kept, 1.0, 0.0), mask=inside)
+    tl.store(coefs + C_P * columns + row, p_coef * weight, mask=inside)
+    tl.store(coefs + C_P_TOP_K * columns + row, p_top_k * weight, mask=inside)
+    tl.store(coefs + C_REVERSE * columns + row, reverse * weight, mask=inside)
+    tl.store(coefs + C_ENTROPY_WEIGHT * columns + row, entropy_weight * weight, mask=inside)
+    tl.store(coefs + C_Q * columns + row, q_coef * weight, mask=inside)
+    tl.store(coefs + C_LABEL * columns + row, label * weight, mask=inside)
+    tl.store(coefs + C_GENERATOR * columns + row, generator * weight, mask=inside)
