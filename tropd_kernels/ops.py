@@ -19,6 +19,7 @@ order of `linear_loss.INPUTS`.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 
 import torch
 from torch import Tensor
@@ -55,7 +56,8 @@ def distill(
         student, weight, bias, labels, teacher, teacher_weight, teacher_bias, inputs,
         rule, scales, backend, ignore_index, max_workspace_bytes,
     )  # fmt: skip
-    result = forward(problem, Needs(*needs), loss_scale)
+    with _device_of(student):
+        result = forward(problem, Needs(*needs), loss_scale)
     token_loss = result.stats[Stat.TOKEN_LOSS].clone()
     if "weight" in problem.inputs:
         # Not a product alone: 0 * inf at a token that does not count would be NaN.
@@ -110,7 +112,8 @@ def distill_backward(
         student, weight, bias, labels, teacher, teacher_weight, teacher_bias, inputs,
         rule, scales, backend, ignore_index, max_workspace_bytes,
     )  # fmt: skip
-    result = backward(problem, coefs, Needs(*needs))
+    with _device_of(student):
+        result = backward(problem, coefs, Needs(*needs))
     d_weight, d_bias = result.d_weight, result.d_bias
     return (
         student.new_empty(0) if result.d_student is None else result.d_student.to(student.dtype),
@@ -200,15 +203,20 @@ def _carry(coefs, loss_scale, d_loss, d_token_loss, d_stats) -> Tensor:
 
 
 def _scaled(gradient: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
-    """gradient * factor, rounded once to dtype."""
-    if gradient.dtype == dtype or gradient.device.type != "cpu":
-        return torch.mul(gradient, factor).to(dtype)
-    # In pieces: a CPU would hold the whole product in float32 before it rounds.
+    """gradient * factor, rounded once to dtype, without a float32 copy of the whole."""
     result = torch.empty_like(gradient, dtype=dtype)
+    if gradient.dtype == dtype or gradient.device.type != "cpu":
+        return torch.mul(gradient, factor, out=result)
+    # In pieces: a CPU would hold the whole product in float32 before it rounds.
     for low in range(0, gradient.shape[0], products.TILE_ROWS):
         rows = slice(low, low + products.TILE_ROWS)
         result[rows] = gradient[rows] * factor
     return result
+
+
+def _device_of(tensor: Tensor):
+    """Triton launches on the current GPU, which need not be the tensors'."""
+    return torch.cuda.device_of(tensor) if tensor.is_cuda else nullcontext()
 
 
 def flat_problem(
