@@ -33,7 +33,7 @@ def run(
     dtype = pick_dtype(device)
     backend = choose_backend(None, device)  # the name of what the loss will pick by itself
     # Enough work to measure, and no more than the machine does in a few minutes.
-    rollouts, prompts_per_step = (16, len(PROMPTS)) if device.type == "cuda" else (2, 6)
+    rollouts, prompts_per_step = (16, len(PROMPTS)) if device.type == "cuda" else (2, 4)
     torch.manual_seed(seed)
 
     facts = machine(device)
