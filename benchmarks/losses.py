@@ -21,7 +21,8 @@ from tropd_kernels import GKD, HiddenTeacher, TokenRule, TrOPD, linear_distillat
 
 Gradients = tuple[Tensor, Tensor]
 
-OBJECTIVES = {"tropd": TrOPD(), "gkd": GKD(0.5)}
+#: "tropd_exact" has its forward KL over the whole vocabulary instead of the teacher's top 64.
+OBJECTIVES = {"tropd": TrOPD(), "tropd_exact": TrOPD(top_k=None), "gkd": GKD(0.5)}
 EAGER = ("eager", "compile")
 
 
@@ -80,7 +81,7 @@ def make_problem(
 def provider(name: str, objective: str) -> Callable[[Problem], Gradients]:
     """Loss and gradients of a problem, by this provider."""
     if name in EAGER:
-        loss = eager_tropd if objective == "tropd" else eager_jsd
+        loss = {"tropd": eager_tropd, "tropd_exact": eager_tropd_exact, "gkd": eager_jsd}[objective]
         if name == "compile":
             loss = torch.compile(loss)
     else:
@@ -121,15 +122,21 @@ def log_probs(hidden: Tensor, weight: Tensor) -> Tensor:
     return logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
 
 
-def eager_tropd(problem: Problem, top_k: int = 64) -> Tensor:
+def eager_tropd_exact(problem: Problem) -> Tensor:
+    return eager_tropd(problem, top_k=None)
+
+
+def eager_tropd(problem: Problem, top_k: int | None = 64) -> Tensor:
     log_p = log_probs(problem.hidden, problem.weight)
     log_q = log_probs(problem.teacher_hidden, problem.teacher_weight)
     label = problem.labels.unsqueeze(-1)
     lp, lq = log_p.gather(-1, label).squeeze(-1), log_q.gather(-1, label).squeeze(-1)
     reward = (lq - lp).detach()
     trusted = problem.uniforms < reward.clamp_max(0).exp()
-    top = log_q.topk(top_k, dim=-1)
-    forward_kl = (top.values.exp() * (top.values - log_p.gather(-1, top.indices))).sum(-1)
+    if top_k is not None:
+        log_q, ids = log_q.topk(top_k, dim=-1)
+        log_p = log_p.gather(-1, ids)
+    forward_kl = (log_q.exp() * (log_q - log_p)).sum(-1)
     policy_gradient = -reward * (lp - lp.detach()).exp()
     return torch.where(trusted, policy_gradient, forward_kl).mean()
 
