@@ -151,6 +151,8 @@ def distillation_loss(
     gradient is made in the backward, which reads them once more; nothing of their size is held in
     between.
     """
+    if not isinstance(logits, Tensor):
+        raise TypeError(f"logits must be a tensor, got {type(logits).__name__}")
     if not logits.is_floating_point():
         raise TypeError(f"logits must be of a float dtype, got {logits.dtype}")
     if logits.dim() < 1 or logits.shape[-1] == 0:
@@ -187,6 +189,7 @@ def linear_log_probs(
     check_scale("student", logit_scale, softcap)
     rule = TokenRule(policy_gradient=0.0, nll_weight=1.0, entropy_coef=float(return_entropy))
     _check_call(hidden, labels, rule, temperature, ignore_index, "none", max_workspace_bytes)
+    _check_devices(hidden, {"weight": weight, "bias": bias, "labels": labels})
     scales = [float(logit_scale), float(softcap or 0.0), 1.0, 0.0, float(temperature)]
     flat = (hidden.reshape(-1, hidden.shape[-1]), weight, bias, labels.reshape(-1))
     _, _, stats = _run(
@@ -279,6 +282,11 @@ def _flat_teacher(teacher: Teacher | None, labels: Tensor, student: Tensor):
         )
     _check_devices(student, {f"teacher {k}": v for k, v in vars(teacher).items()})
     if isinstance(teacher, HiddenTeacher):
+        if result_dtype(teacher.hidden.dtype) != result_dtype(student.dtype):
+            raise TypeError(
+                f"teacher hidden is {teacher.hidden.dtype}, the student {student.dtype}: float64 on "
+                "one side alone; cast one of them"
+            )
         flat = teacher.hidden.reshape(-1, teacher.hidden.shape[-1])
         scales = (float(teacher.logit_scale), float(teacher.softcap or 0.0))
         return (flat, teacher.weight, teacher.bias), scales, {}
@@ -341,7 +349,7 @@ def _normalizer(value, device, dtype) -> Tensor:
         if value.numel() != 1:
             raise ValueError(f"normalizer must be one number, got shape {tuple(value.shape)}")
         return value.detach().reshape(()).to(device=device, dtype=dtype)
-    if not isinstance(value, (int, float)) or not value > 0:
+    if not isinstance(value, (int, float)) or not 0 < value < float("inf"):
         raise ValueError(f"normalizer must be a positive number, got {value!r}")
     return torch.full((), float(value), dtype=dtype, device=device)
 
@@ -372,7 +380,9 @@ def _check_call(
         raise ValueError(
             f"reduction must be one of {', '.join(map(repr, REDUCTIONS))}; got {reduction!r}"
         )
-    if max_workspace_bytes is not None and not max_workspace_bytes > 0:
+    if max_workspace_bytes is not None and not (
+        isinstance(max_workspace_bytes, int) and max_workspace_bytes > 0
+    ):
         raise ValueError(
             f"max_workspace_bytes must be positive or None, got {max_workspace_bytes!r}"
         )

@@ -227,7 +227,8 @@ class _Loop:
         if side is None or side.weight is None:
             return None
         rows = min(self.plan.rows, self.n)
-        return side.source.new_empty((rows, self.vocab_size), dtype=self.problem.dtype)
+        dtype = products.result_dtype(side.source.dtype)
+        return side.source.new_empty((rows, self.vocab_size), dtype=dtype)
 
     def tokens(self, start: int, stop: int) -> slice | Tensor:
         stop = min(stop, self.n)

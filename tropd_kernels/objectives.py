@@ -137,6 +137,10 @@ class TokenRule:
         if self.divergence in TOP_K_GENERATORS and self.top_k is None:
             raise ValueError(f"divergence={self.divergence!r} lives on the top-k ids: give a top_k")
         _check_divergence_parameter(self.divergence, self.divergence_parameter)
+        for f in fields(self):  # a NumPy number is a float, but is not written like one
+            value = getattr(self, f.name)
+            if isinstance(value, float) and type(value) is not float:
+                object.__setattr__(self, f.name, float(value))
         # An f-string rather than json, which torch.compile cannot trace.
         given = [getattr(self, name) for name in _FIELDS]
         object.__setattr__(self, "key", ";".join([f"{value!r}" for value in given]))
@@ -262,6 +266,7 @@ def OPD(
 ) -> TokenRule:
     """On-policy distillation: the K1 reverse KL as a policy gradient on every token (Thinking
     Machines; GKD's on-policy limit). Unbounded where the teacher finds a token unlikely."""
+    _number("kl_penalty_coef", kl_penalty_coef)
     return TokenRule(
         policy_gradient=kl_penalty_coef,
         clip_ratio_low=clip_ratio_low,
@@ -295,6 +300,8 @@ def EOPD(
 ) -> TokenRule:
     """Entropy-aware OPD (arXiv 2603.07079): PPO-clipped OPD, plus forward KL on the teacher's top-k
     where the teacher's entropy exceeds `entropy_threshold` nats."""
+    _number("entropy_threshold", entropy_threshold, low=0.0)
+    _number("clip_ratio", clip_ratio, 0.0, 1.0, optional=True)
     return TokenRule(
         forward_kl_entropy=entropy_threshold,
         top_k=top_k,
@@ -432,6 +439,7 @@ def MOPD(*, top_k: int = 64) -> TokenRule:
 def TopKJSD(*, top_k: int = 64, beta: float = 0.5) -> TokenRule:
     """Jensen-Shannon divergence with its teacher half on the top-k ids and its student half as a K1
     policy gradient: beta sum_K q log(q/M) + (1 - beta) [K1 of log(p/M) on y] (TrOPD's baseline)."""
+    _check_divergence_parameter("topk_jsd", beta, "beta")
     return TokenRule(
         policy_gradient=1.0 - beta, divergence="topk_jsd", divergence_parameter=beta, top_k=top_k
     )
@@ -460,6 +468,8 @@ def _check_divergence_parameter(divergence, value, name="divergence_parameter", 
     use."""
     if divergence in ("jsd", "topk_jsd", "skew_forward", "skew_reverse", "akl"):
         _number(name, value, 0.0, 1.0)
+    else:
+        _number(name, value)
     limits_are_kl = divergence in ("jsd", "alpha")
     degenerate = divergence in ("jsd", "alpha", "topk_jsd", "skew_forward", "skew_reverse", "akl")
     if degenerate and value in (0, 1) and not (allow_limits and limits_are_kl):

@@ -62,7 +62,7 @@ def distill(
     if "weight" in problem.inputs:
         # Not a product alone: 0 * inf at a token that does not count would be NaN.
         row_weight = problem.inputs["weight"].to(token_loss.dtype)
-        token_loss = torch.where(row_weight != 0, token_loss * row_weight, 0.0)
+        token_loss = torch.where(token_loss == 0, 0.0, token_loss * row_weight)
     loss = token_loss.sum() * loss_scale
     d_student, d_weight, d_bias = (
         student.new_empty(0) if g is None else g

@@ -268,8 +268,8 @@ def generator_divergence(log_p: Tensor, log_q: Tensor, rule: TokenRule, on_k: Te
     if kind == "total_variation":
         return (p - q).abs().sum(-1) / 2
     if kind == "todi":
-        toward_teacher = torch.sigmoid(_safe(log_q - log_p)).detach()
-        forward = _expect(log_q, toward_teacher * _safe(log_q - log_p))
+        toward_teacher = torch.sigmoid(log_q - log_p).nan_to_num(nan=0.5).detach()
+        forward = _expect(log_q, toward_teacher * (log_q - log_p))
         return forward + _expect(log_p, (1 - toward_teacher) * (log_p - log_q))
     alpha = 2.0 if kind == "chi2" else c  # chi-square is twice the alpha-divergence at 2
     with_mass = (log_p > -math.inf) & (log_q > -math.inf)

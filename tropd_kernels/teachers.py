@@ -91,6 +91,8 @@ class TopKTeacher:
 
     def __post_init__(self):
         _frozen(self, "log_probs", "label_log_probs", "entropy")
+        if not isinstance(self.ids, Tensor):
+            raise TypeError(f"teacher ids must be a tensor, got {type(self.ids).__name__}")
         if self.ids.is_floating_point() or self.ids.shape != self.log_probs.shape:
             raise ValueError(
                 f"teacher ids and log_probs must both be (*, K), int64 and float; got "
@@ -166,7 +168,10 @@ def check_serves(teacher: Teacher | None, rule: TokenRule) -> None:
 
 
 def check_head(side: str, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
-    """The shapes of one head; `side` names it in errors."""
+    """The types and shapes of one head; `side` names it in errors."""
+    for name, tensor in (("hidden", hidden), ("weight", weight), ("bias", bias)):
+        if not isinstance(tensor, Tensor) and not (name == "bias" and tensor is None):
+            raise TypeError(f"{side} {name} must be a tensor, got {type(tensor).__name__}")
     if weight.dim() != 2:
         raise ValueError(f"{side} weight must be (V, H), got {tuple(weight.shape)}")
     if weight.shape[0] == 0:
@@ -179,8 +184,8 @@ def check_head(side: str, hidden: Tensor, weight: Tensor, bias: Tensor | None) -
             f"{side} hidden must be (*, {weight.shape[1]}) to go with a weight of "
             f"{tuple(weight.shape)}, got {tuple(hidden.shape)}"
         )
-    for name, tensor in (("hidden", hidden), ("weight", weight)):
-        if not tensor.is_floating_point():
+    for name, tensor in (("hidden", hidden), ("weight", weight), ("bias", bias)):
+        if tensor is not None and not tensor.is_floating_point():
             raise TypeError(f"{side} {name} must be of a float dtype, got {tensor.dtype}")
     if hidden.dtype != weight.dtype:
         raise TypeError(
@@ -195,6 +200,10 @@ def check_head(side: str, hidden: Tensor, weight: Tensor, bias: Tensor | None) -
 
 def check_scale(side: str, logit_scale: float, softcap: float | None) -> None:
     """logit_scale: a finite number other than 0; softcap: a positive number or None."""
+    for name, value in (("logit_scale", logit_scale), ("softcap", softcap)):
+        is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        if not is_number and not (name == "softcap" and value is None):
+            raise TypeError(f"{side} {name} must be a number, got {value!r}")
     if not math.isfinite(logit_scale) or logit_scale == 0:
         raise ValueError(f"{side} logit_scale must be finite and not 0, got {logit_scale!r}")
     if softcap is not None and not 0 < softcap < math.inf:
@@ -204,7 +213,7 @@ def check_scale(side: str, logit_scale: float, softcap: float | None) -> None:
 def _frozen(teacher, *names):
     for name in names:
         tensor = getattr(teacher, name)
-        if tensor is None:
+        if tensor is None and name in ("bias", "entropy"):
             continue
         if not isinstance(tensor, Tensor):
             raise TypeError(f"teacher {name} must be a tensor, got {type(tensor).__name__}")

@@ -36,7 +36,7 @@ def _student_terms(
     if HAS_ENTROPY:
         inner = tl.where(p > 0, lp + tl.load(coefs + C_ENTROPY * columns), 0.0)
         d -= tl.load(coefs + C_ENTROPY_WEIGHT * columns) * p * inner
-    chain = z * 0 + SCALE / TEMPERATURE
+    chain = tl.zeros_like(z) + SCALE / TEMPERATURE
     if CAP is not None:  # 1 - tanh^2, from the capped logits
         tanh = z * (TEMPERATURE / CAP)
         chain = (1 - tanh * tanh) * (SCALE / TEMPERATURE)
