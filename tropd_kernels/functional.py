@@ -284,7 +284,7 @@ def _flat_teacher(teacher: Teacher | None, labels: Tensor, student: Tensor):
     if isinstance(teacher, HiddenTeacher):
         if result_dtype(teacher.hidden.dtype) != result_dtype(student.dtype):
             raise TypeError(
-                f"teacher hidden is {teacher.hidden.dtype}, the student {student.dtype}: float64 on "
+                f"teacher hidden is {teacher.hidden.dtype}, student {student.dtype}: float64 on "
                 "one side alone; cast one of them"
             )
         flat = teacher.hidden.reshape(-1, teacher.hidden.shape[-1])

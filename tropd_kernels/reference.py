@@ -217,6 +217,10 @@ def forward_kl(log_p: Tensor, log_q: Tensor, on_k: Tensor, tail: str) -> Tensor:
     raw = _expect(log_q, log_q - log_p, on_k)
     if tail == "raw":
         return raw
+    return torch.where(raw == math.inf, math.inf, _with_tail(raw, log_p, log_q, on_k, tail))
+
+
+def _with_tail(raw: Tensor, log_p: Tensor, log_q: Tensor, on_k: Tensor, tail: str) -> Tensor:
     q_k, p_k = _mass(log_q, on_k), _mass(log_p, on_k)
     if tail == "bucket":
         q_tail, p_tail = (1 - q_k).clamp_min(0), (1 - p_k).clamp_min(torch.finfo(p_k.dtype).eps)
@@ -270,7 +274,8 @@ def generator_divergence(log_p: Tensor, log_q: Tensor, rule: TokenRule, on_k: Te
     if kind == "todi":
         toward_teacher = torch.sigmoid(log_q - log_p).nan_to_num(nan=0.5).detach()
         forward = _expect(log_q, toward_teacher * (log_q - log_p))
-        return forward + _expect(log_p, (1 - toward_teacher) * (log_p - log_q))
+        total = forward + _expect(log_p, (1 - toward_teacher) * (log_p - log_q))
+        return torch.where(total == math.inf, math.inf, total)
     alpha = 2.0 if kind == "chi2" else c  # chi-square is twice the alpha-divergence at 2
     with_mass = (log_p > -math.inf) & (log_q > -math.inf)
     exponent = alpha * torch.where(with_mass, log_p, 0.0) + (1 - alpha) * torch.where(

@@ -160,6 +160,10 @@ def _sums(
     elif rule.uses_top_k:
         # Ids that the teacher excludes are never in K, however few it leaves.
         threshold = _kth_largest(lq, rule.top_k).clamp_min(torch.finfo(lq.dtype).min)
+        if options.teacher.softcap is not None:
+            # torch's tanh may differ in its last bit with an element's place in a vector, and the
+            # gradient pass sees other rows beside it: a margin keeps the k-th in K there, too.
+            threshold = threshold - 16 * torch.finfo(lq.dtype).eps * options.teacher.softcap
         c[Coef.THRESHOLD, needed if some else slice(None)] = threshold
         if rule.sums_on_k_alone and lp.device.type == "cpu":
             columns = columns_reaching(lq, threshold)
