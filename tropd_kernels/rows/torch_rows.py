@@ -158,12 +158,14 @@ def _sums(
     if rule.divergence == "akl":  # whose gradient is not confined to its head
         on_k = lq >= _head_threshold(lq, rule.divergence_parameter).unsqueeze(-1)
     elif rule.uses_top_k:
+        # The gradient pass may meet logits made again, by a product of another height that rounds
+        # otherwise: a margin of a few last bits keeps the k-th id in K there, too.
+        limits = torch.finfo(lq.dtype)
+        threshold = _kth_largest(lq, rule.top_k)
+        reach = threshold.abs() + (1 + (options.teacher.softcap or 0))
         # Ids that the teacher excludes are never in K, however few it leaves.
-        threshold = _kth_largest(lq, rule.top_k).clamp_min(torch.finfo(lq.dtype).min)
-        if options.teacher.softcap is not None:
-            # torch's tanh may differ in its last bit with an element's place in a vector, and the
-            # gradient pass sees other rows beside it: a margin keeps the k-th in K there, too.
-            threshold = threshold - 16 * torch.finfo(lq.dtype).eps * options.teacher.softcap
+        threshold = (threshold - 16 * limits.eps * reach).nan_to_num_(nan=-math.inf)
+        threshold = threshold.clamp_min(limits.min)
         c[Coef.THRESHOLD, needed if some else slice(None)] = threshold
         if rule.sums_on_k_alone and lp.device.type == "cpu":
             columns = columns_reaching(lq, threshold)
