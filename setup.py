@@ -24,7 +24,7 @@ PYTHON_TARGET = "cp310"  # Python's limited API as of this version
 
 # No -march=native: a wheel runs on machines that did not build it; kernels for AVX2 and AVX-512 are
 # picked at run time. No -ffast-math: infinities and NaNs mean something here.
-COMPILE_FLAGS = ["-O3", "-Wall", "-DTORCH_TARGET_VERSION=0x020a000000000000"]  # TORCH_TARGET
+COMPILE_FLAGS = ["-O3", "-g0", "-std=c++17", "-Wall", "-Wno-psabi", "-Wno-maybe-uninitialized", "-DTORCH_TARGET_VERSION=0x020a000000000000"]  # TORCH_TARGET
 
 
 def why_not(sources: list[str]) -> str | None:

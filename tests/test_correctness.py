@@ -10,7 +10,7 @@ from problems import OBJECTIVES, TEACHERS, make_problem, relative_error, serves,
 
 from tropd_kernels import GKD, OPD, HiddenTeacher, TrOPD, linear_distillation_loss
 
-FAST = ("torch", "triton")
+FAST = ("torch", "native", "triton")
 FLOAT32 = 1e-5
 
 

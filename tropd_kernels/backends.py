@@ -9,34 +9,43 @@ from types import ModuleType
 
 import torch
 
-BACKENDS = ("reference", "torch", "triton")
+from . import native
+
+BACKENDS = ("reference", "torch", "native", "triton")
 
 
 def available_backends(device: str | torch.device | None = None) -> dict[str, str]:
     """What each backend can do for tensors on `device` (default: a GPU if there is one).
 
-    Returns {name: "available" or the reason why not}, best first.
+    Returns {name: "available", with what it runs on, or the reason why not}, best first.
     """
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    reason = _why_not_triton(torch.device(device).type)
-    return {"triton": reason or "available", "torch": "available", "reference": "available"}
+    device_type = torch.device(device).type
+    on_cpu = _why_not_native(device_type)
+    return {
+        "triton": _why_not_triton(device_type) or "available",
+        "native": on_cpu or f"available ({native.description()})",
+        "torch": "available",
+        "reference": "available",
+    }
 
 
 def choose_backend(requested: str | None, device: torch.device) -> str:
     """The backend to use. None takes the best one that runs natively on the device; one asked for
     by name that cannot run raises RuntimeError."""
     if requested is None:
-        native = device.type != "cpu" and _why_not_triton(device.type) is None
-        return "triton" if native else "torch"
+        if device.type != "cpu" and _why_not_triton(device.type) is None:
+            return "triton"
+        return "native" if _why_not_native(device.type) is None else "torch"
     if requested not in BACKENDS:
         raise ValueError(
             f"backend must be None or one of {', '.join(map(repr, BACKENDS))}; got {requested!r}"
         )
-    if requested == "triton":
-        reason = _why_not_triton(device.type)
-        if reason:
-            raise RuntimeError(f"backend='triton' cannot run on {device.type} tensors: {reason}")
+    checks = {"triton": _why_not_triton, "native": _why_not_native}
+    reason = checks[requested](device.type) if requested in checks else None
+    if reason:
+        raise RuntimeError(f"backend={requested!r} cannot run on {device.type} tensors: {reason}")
     return requested
 
 
@@ -58,3 +67,7 @@ def _why_not_triton(device_type: str) -> str | None:
             "TRITON_INTERPRET=1 before triton is imported"
         )
     return None
+
+
+def _why_not_native(device_type: str) -> str | None:
+    return native.why_not() if device_type == "cpu" else "it runs on a CPU only"

@@ -77,11 +77,15 @@ def gradient(batch: RowBatch, coefs: Tensor, options: RowOptions, out: Tensor) -
         _gradient(part, coefs[:, rows], options, out[rows])
 
 
-def transform(logits: Tensor, how: LogitTransform, dtype: torch.dtype) -> Tensor:
-    """Transformed logits; the input itself where there is nothing to do."""
+def transform(
+    logits: Tensor, how: LogitTransform, dtype: torch.dtype, bias: Tensor | None = None
+) -> Tensor:
+    """Transformed logits; the input itself where there is nothing to do. bias: in place of
+    `how.bias`, for logits that were picked from the row."""
     z = logits.to(dtype)
-    if how.bias is not None:
-        z = z + how.bias
+    bias = how.bias if bias is None else bias
+    if bias is not None:
+        z = z + bias
     if how.scale != 1.0:
         z = z * how.scale
     if how.softcap is not None:
@@ -141,7 +145,7 @@ def _sums(
         return None
     if lq is None:
         ids, lq, on_k = _given(part, rule.top_k, lp.shape[-1], s.dtype)
-        sums = _sum_terms(lp.gather(-1, ids), lq, on_k, rule, dense=False)
+        sums = sum_terms(lp.gather(-1, ids), lq, on_k, rule, dense=False)
         s[Stat.TEACHER_TOPK_MASS], s[Stat.STUDENT_TOPK_MASS] = sums.teacher_mass, sums.student_mass
         return sums
     c[Coef.THRESHOLD] = -math.inf
@@ -171,7 +175,7 @@ def _sums(
             columns = columns_reaching(lq, threshold)
             lp, lq = lp.gather(-1, columns), lq.gather(-1, columns)
         on_k = lq >= threshold.unsqueeze(-1)
-    sums = _sum_terms(lp, lq, on_k, rule, dense=True)
+    sums = sum_terms(lp, lq, on_k, rule, dense=True)
     if some:
         sums = _spread(sums, needed)
     if rule.uses_top_k:
@@ -180,7 +184,7 @@ def _sums(
     return sums
 
 
-def _sum_terms(lp: Tensor, lq: Tensor, on_k: Tensor | None, rule: TokenRule, dense: bool) -> Sums:
+def sum_terms(lp: Tensor, lq: Tensor, on_k: Tensor | None, rule: TokenRule, dense: bool) -> Sums:
     """Sums over the entries on K; None stands for all of them."""
     p, q = lp.exp(), lq.exp()
     p_k, q_k = (p, q) if on_k is None else (p.where(on_k, 0.0), q.where(on_k, 0.0))
@@ -255,7 +259,7 @@ def _gradient(part: RowBatch, c: Tensor, options: RowOptions, out: Tensor) -> No
     elif part.ids is not None and rule.uses_sums:
         ids, lq, on_k = _given(part, rule.top_k, d.shape[-1], d.dtype)
         lp = z.log_softmax(-1).gather(-1, ids)
-        d.scatter_add_(-1, ids, _on_top_k(lp, lp.exp(), lq, c, rule).where(on_k, 0.0))
+        d.scatter_add_(-1, ids, on_top_k(lp, lp.exp(), lq, c, rule).where(on_k, 0.0))
     labels = part.labels.unsqueeze(-1)
     inside = (labels >= 0) & (labels < d.shape[-1])
     d.scatter_add_(-1, labels.where(inside, 0), -c[Coef.LABEL].where(inside, 0.0))
@@ -273,7 +277,7 @@ def _gradient(part: RowBatch, c: Tensor, options: RowOptions, out: Tensor) -> No
 def _add_teacher_terms(d: Tensor, lp: Tensor, lq: Tensor, c: Tensor, picked, rule) -> None:
     """Terms of the gradient that read the teacher's rows, along the whole of them."""
     p = lp.exp()
-    more = _on_top_k(lp, p, lq, c, rule)
+    more = on_top_k(lp, p, lq, c, rule)
     if rule.uses_top_k:
         more = more.where(lq >= c[Coef.THRESHOLD], 0.0)
     if rule.uses_reverse_kl:
@@ -286,11 +290,11 @@ def _add_on_top_k(d: Tensor, lp: Tensor, lq: Tensor, c: Tensor, picked, rule) ->
     """The same where all of them lie on K: at its few ids alone."""
     columns = columns_reaching(lq, c[Coef.THRESHOLD].squeeze(-1))
     lp, lq = lp.gather(-1, columns), lq.gather(-1, columns)
-    more = _on_top_k(lp, lp.exp(), lq, c, rule).where(lq >= c[Coef.THRESHOLD], 0.0)
+    more = on_top_k(lp, lp.exp(), lq, c, rule).where(lq >= c[Coef.THRESHOLD], 0.0)
     d[picked.unsqueeze(-1), columns] += more  # the columns are distinct
 
 
-def _on_top_k(lp: Tensor, p: Tensor, lq: Tensor, c: Tensor, rule: TokenRule) -> Tensor:
+def on_top_k(lp: Tensor, p: Tensor, lq: Tensor, c: Tensor, rule: TokenRule) -> Tensor:
     """What the ids of K add to the gradient."""
     d = -(lq.exp() * c[Coef.Q])
     if rule.top_k_tail in ("bucket", "renormalize_both"):

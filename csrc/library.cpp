@@ -1,0 +1,356 @@
+// The operators that tropd_kernels/rows/native_rows.py and products.py call, on libtorch's stable
+// ABI. Everything handed over is checked here, by name; the kernels trust what they get.
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <optional>
+#include <sstream>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "gemm.h"
+#include "rows.h"
+
+namespace tropd {
+namespace {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+template <class... Parts>
+[[noreturn]] void fail(const Parts&... parts) {
+  std::ostringstream message;
+  (message << ... << parts);
+  throw std::runtime_error(message.str());
+}
+
+std::string shape(const Tensor& t) {
+  std::ostringstream text;
+  text << "(";
+  for (int64_t d = 0; d < t.dim(); ++d) text << (d ? ", " : "") << t.size(d);
+  text << ")";
+  return text.str();
+}
+
+void check_cpu(const Tensor& t, const char* name) {
+  if (!t.is_cpu()) fail("native kernels run on the CPU: move ", name, " there");
+}
+
+// A matrix (rows, cols) with unit stride along a row and rows that do not overlap; -1: any size.
+void check_matrix(const Tensor& t, const char* name, int64_t rows, int64_t cols) {
+  check_cpu(t, name);
+  if (t.dim() != 2 || (rows >= 0 && t.size(0) != rows) || (cols >= 0 && t.size(1) != cols)) {
+    fail(name, " has shape ", shape(t), ", expected (", rows < 0 ? "n" : std::to_string(rows), ", ",
+         cols < 0 ? "m" : std::to_string(cols), ")");
+  }
+  const bool dense = t.size(1) <= 1 || t.stride(1) == 1;
+  if (!dense || (t.size(0) > 1 && t.stride(0) < t.size(1))) {
+    fail(name, " must have unit stride along its rows, and rows that do not overlap");
+  }
+}
+
+void check_vector(const Tensor& t, const char* name, int64_t size, ScalarType type, const char* type_name) {
+  check_cpu(t, name);
+  if (t.dim() != 1 || t.size(0) != size) {
+    fail(name, " has shape ", shape(t), ", expected (", size, ")");
+  }
+  if (t.scalar_type() != type) fail(name, " must be ", type_name);
+  if (!t.is_contiguous()) fail(name, " must be contiguous");
+}
+
+Type element(const Tensor& t, const char* name) {
+  switch (t.scalar_type()) {
+    case ScalarType::Float: return Type::float32;
+    case ScalarType::BFloat16: return Type::bfloat16;
+    case ScalarType::Double: return Type::float64;
+    default: fail(name, " must be float32, bfloat16 or float64");
+  }
+}
+
+struct Accumulator {
+  ScalarType type;
+  const char* name;
+};
+
+Accumulator accumulator(const Rows& rows) {
+  if (rows.student.type == Type::float64) return {ScalarType::Double, "float64"};
+  return {ScalarType::Float, "float32"};
+}
+
+void check_accumulator(const Tensor& t, const char* name, const Rows& rows, int64_t height, int64_t n) {
+  check_matrix(t, name, height, n);
+  const Accumulator acc = accumulator(rows);
+  if (t.scalar_type() != acc.type) fail(name, " must be ", acc.name, " for these logits");
+}
+
+Logits logits(
+    const Tensor& t, const char* name, const std::optional<Tensor>& bias, const char* bias_name,
+    double scale, double cap, double temperature) {
+  Logits side;
+  side.type = element(t, name);
+  side.data = t.const_data_ptr();
+  side.stride = t.stride(0);
+  side.scale = scale;
+  side.cap = cap;
+  side.temperature = temperature;
+  if (!(temperature > 0) || !(cap >= 0)) fail("temperature must be above 0, and a soft cap not below 0");
+  if (bias.has_value()) {
+    const bool wide = side.type == Type::float64;
+    check_vector(*bias, bias_name, t.size(1), wide ? ScalarType::Double : ScalarType::Float,
+                 wide ? "float64" : "float32");
+    side.bias = bias->const_data_ptr();
+  }
+  return side;
+}
+
+// scales: scale and soft cap (0: none) of the student, of the teacher, and the temperature.
+Rows read_rows(
+    const Tensor& student, const std::optional<Tensor>& teacher, const std::optional<Tensor>& bias,
+    const std::optional<Tensor>& teacher_bias, const std::vector<double>& scales, const Tensor& labels) {
+  check_matrix(student, "student", -1, -1);
+  if (scales.size() != 5) fail("scales must hold 5 numbers, got ", scales.size());
+  const int64_t n = student.size(0);
+  Rows rows;
+  rows.vocab = student.size(1);
+  if (rows.vocab < 1) fail("student has no columns");
+  rows.student = logits(student, "student", bias, "bias", scales[0], scales[1], scales[4]);
+  if (teacher.has_value()) {
+    check_matrix(*teacher, "teacher", n, rows.vocab);
+    rows.teacher = logits(*teacher, "teacher", teacher_bias, "teacher_bias", scales[2], scales[3], scales[4]);
+    if ((rows.teacher.type == Type::float64) != (rows.student.type == Type::float64)) {
+      fail("teacher and student must both be float64, or neither");
+    }
+  }
+  check_vector(labels, "labels", n, ScalarType::Long, "int64");
+  rows.labels = labels.const_data_ptr<int64_t>();
+  return rows;
+}
+
+int64_t stride(const Tensor& t) { return t.stride(0); }
+
+Generator generator(int64_t kind, double c) {
+  if (kind < NONE || kind > AKL) fail("generator must lie between 0 and ", int(AKL), ", got ", kind);
+  const bool mixes = kind >= JSD && kind <= TOPK_JSD;
+  if ((mixes && !(c > 0 && c < 1)) || (kind == ALPHA && (c == 0 || c == 1))) {
+    fail("generator ", kind, " is not defined at parameter ", c);
+  }
+  return Generator(kind);
+}
+
+// --- which kernels -------------------------------------------------------------------------------
+
+std::vector<const Kernels*> runnable() {  // best first
+  std::vector<const Kernels*> kernels;
+#if defined(__x86_64__)
+  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+  if (avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")) {
+    kernels.push_back(&kernels_avx512);
+  }
+  if (avx2) kernels.push_back(&kernels_avx2);
+#endif
+  kernels.push_back(&kernels_portable);
+  return kernels;
+}
+
+const Kernels*& chosen() {
+  static const Kernels* kernels = runnable().front();
+  return kernels;
+}
+
+std::vector<std::string> instruction_sets() {
+  std::vector<std::string> names;
+  for (const Kernels* k : runnable()) names.push_back(k->name);
+  return names;
+}
+
+std::string use_instruction_set(std::string name) {
+  for (const Kernels* k : runnable()) {
+    if (name == k->name) chosen() = k;
+  }
+  return chosen()->name;
+}
+
+// --- operators -----------------------------------------------------------------------------------
+
+void statistics(
+    Tensor student, std::optional<Tensor> teacher, std::optional<Tensor> bias,
+    std::optional<Tensor> teacher_bias, std::vector<double> scales, Tensor labels, Tensor stats,
+    Tensor coefs) {
+  Rows rows = read_rows(student, teacher, bias, teacher_bias, scales, labels);
+  const int64_t n = student.size(0);
+  check_accumulator(stats, "stats", rows, STATS, n);
+  check_accumulator(coefs, "coefs", rows, COEFS, n);
+  rows.stats = stats.mutable_data_ptr();
+  rows.coefs = coefs.mutable_data_ptr();
+  rows.stats_stride = stride(stats);
+  rows.coefs_stride = stride(coefs);
+  const Kernels& kernels = *chosen();
+  torch::stable::parallel_for(
+      0, n, 1, [&](int64_t begin, int64_t end) { kernels.statistics(rows, begin, end); });
+}
+
+void sums(
+    Tensor student, Tensor teacher, std::optional<Tensor> bias, std::optional<Tensor> teacher_bias,
+    std::vector<double> scales, Tensor labels, Tensor needed, Tensor coefs, Tensor sums, int64_t top_k,
+    bool k_alone, int64_t kind, double c) {
+  Rows rows = read_rows(student, teacher, bias, teacher_bias, scales, labels);
+  const int64_t n = student.size(0);
+  check_accumulator(coefs, "coefs", rows, COEFS, n);
+  check_accumulator(sums, "sums", rows, SUMS, n);
+  check_vector(needed, "needed", n, ScalarType::Bool, "bool");
+  if (top_k < 0) fail("top_k must be at least 0 (0: the whole vocabulary), got ", top_k);
+  rows.coefs = coefs.mutable_data_ptr();
+  rows.coefs_stride = stride(coefs);
+  SumOptions o;
+  o.needed = needed.const_data_ptr<bool>();
+  o.sums = sums.mutable_data_ptr();
+  o.sums_stride = stride(sums);
+  o.top_k = top_k;
+  o.k_alone = k_alone;
+  o.generator = generator(kind, c);
+  o.c = c;
+  const Kernels& kernels = *chosen();
+  torch::stable::parallel_for(
+      0, n, 1, [&](int64_t begin, int64_t end) { kernels.sums(rows, o, begin, end); });
+}
+
+void gradient(
+    Tensor student, std::optional<Tensor> teacher, std::optional<Tensor> bias,
+    std::optional<Tensor> teacher_bias, std::vector<double> scales, Tensor labels, Tensor coefs,
+    std::optional<Tensor> ids, std::optional<Tensor> added, Tensor out, bool top_k, int64_t kind, double c) {
+  Rows rows = read_rows(student, teacher, bias, teacher_bias, scales, labels);
+  const int64_t n = student.size(0);
+  check_accumulator(coefs, "coefs", rows, COEFS, n);
+  check_matrix(out, "out", n, rows.vocab);
+  rows.coefs = const_cast<void*>(coefs.const_data_ptr());
+  rows.coefs_stride = stride(coefs);
+  GradientOptions o;
+  o.out = out.mutable_data_ptr();
+  o.out_stride = stride(out);
+  o.out_type = element(out, "out");
+  if ((o.out_type == Type::float64) != (rows.student.type == Type::float64)) {
+    fail("out and student must both be float64, or neither");
+  }
+  o.top_k = top_k;
+  o.generator = generator(kind, c);
+  o.c = c;
+  if (ids.has_value() != added.has_value()) fail("ids and added come together");
+  if (ids.has_value()) {
+    check_matrix(*ids, "ids", n, -1);
+    check_accumulator(*added, "added", rows, n, ids->size(1));
+    if (ids->scalar_type() != ScalarType::Long) fail("ids must be int64");
+    if (!ids->is_contiguous() || !added->is_contiguous()) fail("ids and added must be contiguous");
+    o.ids = ids->const_data_ptr<int64_t>();
+    o.added = added->const_data_ptr();
+    o.given = ids->size(1);
+  }
+  const Kernels& kernels = *chosen();
+  torch::stable::parallel_for(
+      0, n, 1, [&](int64_t begin, int64_t end) { kernels.gradient(rows, o, begin, end); });
+}
+
+void elementary(int64_t which, Tensor from, Tensor to) {
+  check_cpu(from, "from");
+  check_cpu(to, "to");
+  const Type type = element(from, "from");
+  if (which < 0 || which > 2) fail("which must be 0 (exp), 1 (log1p) or 2 (tanh), got ", which);
+  if (type == Type::bfloat16 || to.scalar_type() != from.scalar_type() || to.numel() != from.numel() ||
+      !from.is_contiguous() || !to.is_contiguous()) {
+    fail("from and to must be contiguous, of one size, both float32 or both float64");
+  }
+  chosen()->elementary(int(which), type, from.const_data_ptr(), to.mutable_data_ptr(), from.numel());
+}
+
+// --- products ------------------------------------------------------------------------------------
+
+void threads(int64_t n, Body body, void* context) {
+  torch::stable::parallel_for(
+      0, n, 1, [&](int64_t begin, int64_t end) { body(begin, end, context); });
+}
+
+Matrix matrix(const Tensor& t, const char* name) {
+  check_matrix(t, name, -1, -1);
+  if (t.scalar_type() != ScalarType::BFloat16) fail(name, " must be bfloat16");
+  return {static_cast<const uint16_t*>(t.const_data_ptr()), t.size(0), t.size(1), t.stride(0)};
+}
+
+float* result(const Tensor& t, int64_t rows, int64_t cols) {
+  check_matrix(t, "out", rows, cols);
+  if (t.scalar_type() != ScalarType::Float) fail("out must be float32");
+  return t.mutable_data_ptr<float>();
+}
+
+void check_gemm(int64_t inner_a, int64_t inner_b) {
+  if (!gemm_available()) fail("this CPU has no AVX512-BF16, which the bfloat16 products need");
+  if (inner_a != inner_b) fail("a and b do not fit: inner sizes ", inner_a, " and ", inner_b);
+  if (inner_a < 1) fail("a and b have an inner size of 0");
+}
+
+void op_gemm_nt(Tensor a, Tensor b, Tensor out) {
+  const Matrix left = matrix(a, "a"), right = matrix(b, "b");
+  check_gemm(left.cols, right.cols);
+  float* to = result(out, left.rows, right.rows);
+  gemm_nt(left, right, to, stride(out), threads);
+}
+
+void op_gemm_nn(Tensor a, Tensor b, Tensor out) {
+  const Matrix left = matrix(a, "a"), right = matrix(b, "b");
+  check_gemm(left.cols, right.rows);
+  float* to = result(out, left.rows, right.cols);
+  gemm_nn(left, right, to, stride(out), threads);
+}
+
+void op_gemm_tn(Tensor a, Tensor b, Tensor out, bool add) {
+  const Matrix left = matrix(a, "a"), right = matrix(b, "b");
+  check_gemm(left.rows, right.rows);
+  if (out.scalar_type() == ScalarType::BFloat16) {
+    check_matrix(out, "out", left.cols, right.cols);
+    if (add) fail("out must be float32 to be added to");
+    gemm_tn(left, right, static_cast<uint16_t*>(out.mutable_data_ptr()), stride(out), threads);
+  } else {
+    gemm_tn(left, right, result(out, left.cols, right.cols), stride(out), add, threads);
+  }
+}
+
+bool op_gemm_available() { return gemm_available(); }
+
+}  // namespace
+}  // namespace tropd
+
+STABLE_TORCH_LIBRARY(tropd_native, m) {
+  const std::string rows =
+      "(Tensor student, Tensor? teacher, Tensor? bias, Tensor? teacher_bias, float[] scales, Tensor labels, ";
+  m.def(("statistics" + rows + "Tensor(a!) stats, Tensor(b!) coefs) -> ()").c_str());
+  m.def(
+      "sums(Tensor student, Tensor teacher, Tensor? bias, Tensor? teacher_bias, float[] scales, "
+      "Tensor labels, Tensor needed, Tensor(a!) coefs, Tensor(b!) sums, int top_k, bool k_alone, "
+      "int generator, float c) -> ()");
+  m.def(("gradient" + rows +
+         "Tensor coefs, Tensor? ids, Tensor? added, Tensor(a!) out, bool top_k, int generator, "
+         "float c) -> ()")
+            .c_str());
+  m.def("elementary(int which, Tensor input, Tensor(a!) out) -> ()");
+  m.def("gemm_nt(Tensor a, Tensor b, Tensor(a!) out) -> ()");
+  m.def("gemm_nn(Tensor a, Tensor b, Tensor(a!) out) -> ()");
+  m.def("gemm_tn(Tensor a, Tensor b, Tensor(a!) out, bool add) -> ()");
+  m.def("gemm_available() -> bool");
+  m.def("instruction_sets() -> str[]");
+  m.def("use_instruction_set(str name) -> str");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(tropd_native, CompositeExplicitAutograd, m) {
+  m.impl("statistics", TORCH_BOX(&tropd::statistics));
+  m.impl("sums", TORCH_BOX(&tropd::sums));
+  m.impl("gradient", TORCH_BOX(&tropd::gradient));
+  m.impl("elementary", TORCH_BOX(&tropd::elementary));
+  m.impl("gemm_nt", TORCH_BOX(&tropd::op_gemm_nt));
+  m.impl("gemm_nn", TORCH_BOX(&tropd::op_gemm_nn));
+  m.impl("gemm_tn", TORCH_BOX(&tropd::op_gemm_tn));
+  m.impl("gemm_available", TORCH_BOX(&tropd::op_gemm_available));
+  m.impl("instruction_sets", TORCH_BOX(&tropd::instruction_sets));
+  m.impl("use_instruction_set", TORCH_BOX(&tropd::use_instruction_set));
+}

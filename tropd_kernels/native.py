@@ -1,0 +1,42 @@
+"""Loads `_C`, the compiled part of `csrc/`: operators `torch.ops.tropd_native.*` for a CPU."""
+
+from __future__ import annotations
+
+from functools import cache
+from importlib.util import find_spec
+
+import torch
+
+
+@cache
+def why_not() -> str | None:
+    """Why the compiled operators cannot be used; None when they can. Loads them."""
+    spec = find_spec("tropd_kernels._C")
+    if spec is None or spec.origin is None:
+        return (
+            "csrc/ is not built in this installation (TROPD_BUILD_EXT=1 pip install "
+            "--no-build-isolation ... builds it, or says what is missing)"
+        )
+    try:
+        torch.ops.load_library(spec.origin)
+        torch.ops.tropd_native.instruction_sets()
+    except (OSError, RuntimeError, AttributeError) as error:
+        return f"{spec.origin} does not load with torch {torch.__version__}: {error}"
+    return None
+
+
+def instruction_sets() -> list[str]:
+    """What the row kernels can run on here, best first; the first is in use."""
+    return list(torch.ops.tropd_native.instruction_sets())
+
+
+@cache
+def has_bf16_products() -> bool:
+    """bfloat16 products with float32 results (AVX512-BF16)."""
+    return why_not() is None and bool(torch.ops.tropd_native.gemm_available())
+
+
+def description() -> str:
+    """The instruction sets in use."""
+    products = ", products on AVX512-BF16" if has_bf16_products() else ""
+    return f"rows on {instruction_sets()[0]}{products}"

@@ -1,0 +1,162 @@
+"""The row engine in C++ (`csrc/`): passes over the vocabulary there, the rule on rows in `rule`.
+
+The gradient overwrites the logits where it is told to, in float32 or, at half the stride, in
+bfloat16. float16 logits are upcast, a chunk at a time.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from .given import given_top_k
+from .layout import Coef, LogitTransform, RowBatch, RowOptions, Stat
+from .rule import Gate, Sums, apply_rule, forward_kl, gate, rows_with_sums, topk_entropy
+from .torch_rows import on_top_k, sum_terms, transform
+
+ops = torch.ops.tropd_native
+
+#: Order of csrc/rows.h's enumeration of generators.
+GENERATORS = (
+    None, "jsd", "skew_forward", "skew_reverse", "topk_jsd", "alpha", "chi2", "total_variation",
+    "todi", "mopd", "akl",
+)  # fmt: skip
+#: Fields of `Sums`, in the order of csrc/rows.h.
+SUMS = (
+    "teacher_mass", "student_mass", "teacher_tail", "student_tail", "student_log_mass",
+    "forward_kl", "value", "slope",
+)  # fmt: skip
+
+
+def forward(batch: RowBatch, options: RowOptions) -> tuple[Tensor, Tensor]:
+    """stats (Stat, n) and coefs (Coef, n) of the chunk."""
+    rule, sides = options.rule, _sides(batch, options)
+    stats, coefs = _statistics(batch, sides)
+    if batch.teacher is None:
+        if batch.label_log_probs is not None:
+            stats[Stat.TEACHER_LOG_PROB] = batch.label_log_probs
+        if batch.teacher_entropy is not None:
+            stats[Stat.TEACHER_ENTROPY] = batch.teacher_entropy
+        elif batch.ids is not None:
+            whole = given_top_k(batch.ids, batch.topk_log_probs, None, batch.student.shape[1])
+            stats[Stat.TEACHER_ENTROPY] = topk_entropy(whole[1].to(stats.dtype))
+    gated = gate(stats, batch, options)
+    sums = _sums(batch, options, sides, stats, coefs, gated)
+    apply_rule(stats, coefs, gated, sums, batch, options)
+    if batch.teacher is None and sums is not None:
+        stats[Stat.FORWARD_KL] = forward_kl(sums, rule)[0]
+    return stats, coefs
+
+
+def entropy(batch: RowBatch, options: RowOptions) -> Tensor:
+    """H(p) (n,) alone, for rules that rank the batch by it."""
+    return _statistics(batch, _sides(batch, options))[0][Stat.ENTROPY]
+
+
+def gradient(batch: RowBatch, coefs: Tensor, options: RowOptions, out: Tensor) -> None:
+    """Writes d_logits (n, V) into `out`, which may be `batch.student`'s own memory."""
+    rule, sides = options.rule, _sides(batch, options, for_gradient=True)
+    given = added = None
+    if batch.ids is not None and rule.uses_sums:
+        given, lq, lp = _given(batch, options, coefs)
+        added = on_top_k(lp, lp.exp(), lq, coefs.unsqueeze(-1), rule)
+        added = added.where(lq > -math.inf, 0.0).contiguous()
+    kind, parameter = (rule.generator, rule.divergence_parameter) if rule.generator else (None, 0.5)
+    direct = out.dtype in (torch.float32, torch.bfloat16, torch.float64)
+    target = out if direct else torch.empty_like(out, dtype=coefs.dtype)
+    ops.gradient(
+        *sides, batch.labels, coefs, given, added, target, rule.uses_top_k,
+        GENERATORS.index(kind), parameter,
+    )  # fmt: skip
+    if not direct:
+        out.copy_(target)
+
+
+def _statistics(batch: RowBatch, sides) -> tuple[Tensor, Tensor]:
+    student, n = sides[0], batch.student.shape[0]
+    dtype = torch.promote_types(student.dtype, torch.float32)
+    stats = student.new_full((len(Stat), n), math.nan, dtype=dtype)
+    coefs = student.new_zeros((len(Coef), n), dtype=dtype)
+    ops.statistics(*sides, batch.labels, stats, coefs)
+    return stats, coefs
+
+
+def _sides(batch: RowBatch, options: RowOptions, for_gradient: bool = False) -> tuple:
+    """Logits, biases and scales, as the operators take them."""
+    student = _readable(batch.student)
+    dtype = torch.promote_types(student.dtype, torch.float32)
+    teacher = batch.teacher
+    if teacher is not None and for_gradient and not options.rule.reads_teacher_rows:
+        teacher = None
+    if teacher is not None:
+        wrong = (teacher.dtype == torch.float64) != (dtype == torch.float64)
+        teacher = _readable(teacher.to(dtype) if wrong else teacher)
+    z, t = options.student, options.teacher
+    scales = [z.scale, z.softcap or 0.0, t.scale, t.softcap or 0.0, z.temperature]
+    return student, teacher, _bias(z, dtype), _bias(t, dtype), scales
+
+
+def _readable(logits: Tensor) -> Tensor:
+    if logits.dtype == torch.float16:
+        logits = logits.float()
+    return logits if logits.stride(-1) == 1 else logits.contiguous()
+
+
+def _bias(how: LogitTransform, dtype: torch.dtype) -> Tensor | None:
+    return None if how.bias is None else how.bias.to(dtype).contiguous()
+
+
+def _sums(
+    batch: RowBatch, options: RowOptions, sides, stats: Tensor, coefs: Tensor, gated: Gate
+) -> Sums | None:
+    """The sums that the rule needs, made only for the rows that need them."""
+    rule = options.rule
+    if batch.teacher is not None:
+        coefs[Coef.THRESHOLD] = -math.inf
+    if not rule.uses_sums:
+        return None
+    if batch.teacher is None:
+        _, lq, lp = _given(batch, options, coefs)
+        sums = sum_terms(lp, lq, lq > -math.inf, rule, dense=False)
+    elif rule.sums_are_statistics:
+        one, zero = torch.ones_like(stats[0]), torch.zeros_like(stats[0])
+        return Sums(one, one, zero, zero, zero, stats[Stat.FORWARD_KL])
+    else:
+        needed = rows_with_sums(gated, rule)
+        made = coefs.new_empty((len(SUMS), coefs.shape[1]))
+        ops.sums(
+            *sides, batch.labels, needed, coefs, made, rule.top_k if rule.uses_top_k else 0,
+            rule.sums_on_k_alone, GENERATORS.index(_divergence(rule)),
+            rule.divergence_parameter if _divergence(rule) else 0.5,
+        )  # fmt: skip
+        sums = Sums(**dict(zip(SUMS, made.unbind(), strict=True)))
+        if not rule.uses_top_k:
+            return sums
+        unknown = ~needed
+        stats[Stat.TEACHER_TOPK_MASS] = sums.teacher_mass.masked_fill(unknown, math.nan)
+        stats[Stat.STUDENT_TOPK_MASS] = sums.student_mass.masked_fill(unknown, math.nan)
+        return sums
+    stats[Stat.TEACHER_TOPK_MASS], stats[Stat.STUDENT_TOPK_MASS] = (
+        sums.teacher_mass,
+        sums.student_mass,
+    )
+    return sums
+
+
+def _divergence(rule) -> str | None:
+    return "akl" if rule.divergence == "akl" else rule.generator
+
+
+def _given(batch: RowBatch, options: RowOptions, coefs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """ids (in range), lq (-inf off K) and lp (n, K) of a top-k teacher's K."""
+    log_probs = batch.topk_log_probs.to(coefs.dtype)
+    ids, lq = given_top_k(batch.ids, log_probs, options.rule.top_k, batch.student.shape[1])
+    how = options.student
+    at = None if how.bias is None else how.bias[ids]
+    logits = transform(batch.student.gather(1, ids), how, coefs.dtype, bias=at)
+    lp = (logits - coefs[Coef.STUDENT_MAX].unsqueeze(-1)) - coefs[Coef.STUDENT_LOG_SUM].unsqueeze(
+        -1
+    )
+    return ids.contiguous(), lq, lp
