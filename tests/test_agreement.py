@@ -29,7 +29,7 @@ from tropd_kernels import (
 
 BETAS = [0.0, 0.3, 0.5, 1.0]
 FLOATS = [torch.float32, torch.float64]
-BACKENDS = ["torch", "triton", "reference"]
+BACKENDS = ["torch", "native", "triton", "reference"]
 IGNORED = -100
 
 backends = pytest.mark.parametrize("backend", BACKENDS)

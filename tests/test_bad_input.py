@@ -42,7 +42,7 @@ from tropd_kernels import (
 from tropd_kernels.backends import choose_backend
 from tropd_kernels.objectives import decode_rule
 
-BACKENDS = ["reference", "torch", "triton"]
+BACKENDS = ["reference", "torch", "native", "triton"]
 #: Batch, vocabulary, width of student and teacher.
 SHAPE, V, H, G, K = (2, 3), 7, 4, 5, 3
 INF, NAN = math.inf, math.nan

@@ -37,7 +37,7 @@ def op_arguments(backend, device, needs, weight=True):
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.parametrize("backend", ["torch", "native", "triton"])
 @pytest.mark.parametrize("needs", [[True, True, False], [False, False, False]])
 def test_opcheck(backend, needs, device):
     torch.library.opcheck(ops.distill, op_arguments(backend, device, needs))

@@ -24,7 +24,7 @@ from tropd_kernels import (
     linear_log_probs,
 )
 
-BACKENDS = ("torch", "triton")
+BACKENDS = ("torch", "native", "triton")
 both = pytest.mark.parametrize("backend", BACKENDS)
 all_backends = pytest.mark.parametrize("backend", ["reference", *BACKENDS])
 

@@ -269,7 +269,7 @@ INFINITE = {
 
 
 @pytest.mark.parametrize("name", INFINITE)
-@pytest.mark.parametrize("backend", ["reference", "torch", "triton"])
+@pytest.mark.parametrize("backend", ["reference", "torch", "native", "triton"])
 def test_an_infinite_divergence_has_no_gradient(name, backend):
     """Each side excludes an id that the other likes. The loss says so; the gradient is 0 in that
     row and untouched in the other, at the excluded ids too."""

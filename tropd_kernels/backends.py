@@ -70,4 +70,4 @@ def _why_not_triton(device_type: str) -> str | None:
 
 
 def _why_not_native(device_type: str) -> str | None:
-    return native.why_not() if device_type == "cpu" else "it runs on a CPU only"
+    return native.WHY_NOT if device_type == "cpu" else "it runs on a CPU only"

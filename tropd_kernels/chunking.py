@@ -5,10 +5,12 @@ exist together; the GEMMs' speed follows the number of rows they are given. So l
 sub-chunks of `rows` tokens, and their gradients, in the inputs' dtype, are gathered into
 super-chunks of `super_rows` tokens, each of which costs one d_hidden and one d_weight product:
 
-    workspace = (4 + 4) rows V + 2 super_rows V + 4 V H      bf16 inputs on a GPU, trainable head
+    workspace = (4 + 4) rows V + 2 super_rows V + 4 V H      bf16 inputs, trainable head
 
-Where d_logits has the logits' own dtype (float32 inputs; any input on a CPU, whose products are
-float32) the gradient overwrites the student's logits, and the two sizes are one.
+Where d_logits has the logits' own dtype (float32 inputs; any input on a CPU without products of
+bf16) the gradient overwrites the student's logits, and the two sizes are one. Where the products
+can round d_weight themselves, a batch of up to 2 H tokens is one super-chunk: d_logits of all of
+them are smaller than the accumulator 4 V H, which is then not needed.
 
 GEMM work, in units of S = 2 N V H (student head) and T = 2 N V G (teacher head): 3 S + T with
 gradients formed in the forward; 3 S without a dense teacher; one S less for each frozen side; 4 S +
@@ -22,8 +24,7 @@ from dataclasses import dataclass
 import torch
 
 from .objectives import TokenRule
-from .products import gradient_dtype, result_dtype
-from .products import scratch_bytes as product_scratch
+from .products import products_for
 from .rows.layout import Coef, Stat
 from .rows.torch_rows import scratch_bytes as torch_scratch
 
@@ -33,6 +34,8 @@ MULTIPLE = 128
 ROWS = 512
 #: Tokens whose gradients enter one pair of products.
 SUPER_ROWS = 2048
+#: The same on a CPU: its products need fewer rows to run at full speed, and memory is dearer.
+CPU_ROWS, CPU_SUPER_ROWS = 256, 1024
 
 
 @dataclass(frozen=True)
@@ -40,7 +43,8 @@ class ChunkPlan:
     """What a call will do. `print(plan)` shows it.
 
     rows, super_rows: tokens per logits GEMM and per pair of gradient GEMMs.
-    in_place: d_logits overwrites the student's logits.
+    in_place: d_logits overwrites the student's logits. rounds_d_weight: one product makes d_weight,
+    in the weight's dtype.
     workspace: bytes by name, over the inputs and the returned gradients.
     student_gemms, teacher_gemms: GEMM work in units of S and T; gemm_flop: in FLOP.
     """
@@ -50,6 +54,7 @@ class ChunkPlan:
     rows: int
     super_rows: int
     in_place: bool
+    rounds_d_weight: bool
     workspace: dict[str, int]
     student_gemms: int
     teacher_gemms: int
@@ -102,25 +107,26 @@ def plan_chunks(
     if tokens < 0:
         raise ValueError(f"tokens must be at least 0, got {tokens}")
     device_type = torch.device(device).type
-    logit_size = result_dtype(dtype).itemsize
-    d_dtype = gradient_dtype(dtype, device_type)
-    in_place = d_dtype == result_dtype(dtype)
-    forms_gradients = reduction != "none" and (needs_hidden_grad or needs_weight_grad)
+    products = products_for(backend, dtype, device_type)
+    logit_size = products.result_dtype.itemsize
+    in_place = products.gradient_dtype == products.result_dtype
+    gradients = needs_hidden_grad or needs_weight_grad
+    repeats = 2 if reduction == "none" and gradients else 1
     widths = [hidden_size] + ([teacher_hidden_size] if teacher_hidden_size else [])
+    longest = max(MULTIPLE, -(-tokens // MULTIPLE) * MULTIPLE)
 
     def plan(rows: int, super_rows: int) -> ChunkPlan:
-        gradients = needs_hidden_grad or needs_weight_grad
-        scratch = product_scratch(dtype, device_type, rows, widths)
+        scratch = products.scratch_bytes(rows, super_rows, widths)
         if backend == "torch":
             scratch += torch_scratch(rows, vocab_size, logit_size, device_type)
+        d_logits = products.gradient_dtype.itemsize * min(super_rows, longest) * vocab_size
+        in_one = products.rounds_d_weight and super_rows >= tokens
         workspace = {
             "student logits": logit_size * rows * vocab_size,
             "teacher logits": logit_size * rows * vocab_size if teacher_hidden_size else 0,
-            "d_logits": d_dtype.itemsize * super_rows * vocab_size
-            if gradients and not in_place
-            else 0,
+            "d_logits": d_logits if gradients and not in_place else 0,
             "d_weight accumulator": logit_size * vocab_size * hidden_size
-            if needs_weight_grad
+            if needs_weight_grad and not in_one
             else 0,
             "d_hidden of one chunk": 2 * logit_size * super_rows * hidden_size
             if needs_hidden_grad
@@ -128,21 +134,24 @@ def plan_chunks(
             "statistics and coefficients": logit_size * tokens * (len(Stat) + len(Coef)),
             "temporaries": scratch,
         }
-        repeats = 1 if forms_gradients or not gradients else 2
         prepass = objective is not None and objective.entropy_top_fraction is not None
         student = repeats + needs_hidden_grad + needs_weight_grad + prepass
         teacher = repeats if teacher_hidden_size else 0
         flop = 2 * tokens * vocab_size
         flop *= student * hidden_size + teacher * (teacher_hidden_size or 0)
         return ChunkPlan(
-            tokens, vocab_size, rows, super_rows, in_place, workspace, student, teacher, flop
-        )
+            tokens, vocab_size, rows, super_rows, in_place, in_one, workspace, student, teacher,
+            flop,
+        )  # fmt: skip
 
-    longest = max(MULTIPLE, -(-tokens // MULTIPLE) * MULTIPLE)
-    rows = min(ROWS, longest)
-    super_rows = rows if in_place else min(SUPER_ROWS, longest)
-    chosen = plan(rows, super_rows)
+    small = device_type == "cpu" and not in_place
+    rows = min(CPU_ROWS if small else ROWS, ROWS, longest)
+    super_rows = min(CPU_SUPER_ROWS if small else SUPER_ROWS, SUPER_ROWS, longest)
+    if products.rounds_d_weight and needs_weight_grad and tokens <= 2 * hidden_size:
+        super_rows = longest
+    chosen = plan(rows, rows if in_place else super_rows)
     while max_workspace_bytes is not None and chosen.workspace_bytes > max_workspace_bytes:
+        rows, super_rows = chosen.rows, chosen.super_rows
         if super_rows > rows:
             super_rows -= MULTIPLE
         elif rows > MULTIPLE:

@@ -27,10 +27,10 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from . import products
 from .backends import engine_for
 from .chunking import ChunkPlan, plan_chunks
-from .rows.layout import Coef, LogitTransform, RowBatch, RowOptions, Stat
+from .products import products_for, result_dtype, stored_dtype
+from .rows.layout import FIRST_WEIGHT, Coef, LogitTransform, RowBatch, RowOptions, Stat
 
 
 @dataclass(frozen=True)
@@ -45,13 +45,6 @@ class Side:
     @property
     def vocab_size(self) -> int:
         return self.source.shape[-1] if self.weight is None else self.weight.shape[0]
-
-    def logits(self, tokens: slice | Tensor, vocab_size: int, buffer: Tensor | None) -> Tensor:
-        """Raw logits of these tokens, over the first `vocab_size` ids, without the bias."""
-        rows = self.source[tokens]
-        if self.weight is None:
-            return rows[:, :vocab_size]
-        return products.logits_into(buffer[: rows.shape[0]], rows, self.weight[:vocab_size])
 
 
 @dataclass(frozen=True)
@@ -75,7 +68,7 @@ class Problem:
 
     @property
     def dtype(self) -> torch.dtype:
-        return products.result_dtype(self.student.source.dtype)
+        return result_dtype(self.student.source.dtype)
 
 
 @dataclass(frozen=True)
@@ -93,7 +86,7 @@ class Needs:
 @dataclass
 class Result:
     """stats (Stat, N) and coefs (Coef, N), 0 for tokens that do not count; the gradients asked for,
-    d_weight and d_bias in the accumulator's dtype, d_student as it will be returned."""
+    times the loop's `loss_scale`, in the dtype in which they wait for the backward."""
 
     stats: Tensor
     coefs: Tensor
@@ -103,8 +96,8 @@ class Result:
 
 
 def forward(problem: Problem, needs: Needs, loss_scale: Tensor) -> Result:
-    """Statistics and coefficients, and with `needs` the gradient of the summed loss: d_student
-    times `loss_scale`, d_weight and d_bias not yet scaled."""
+    """Statistics and coefficients, and with `needs` the gradient of the summed loss times
+    `loss_scale`."""
     n = problem.labels.shape[0]
     index = tokens_that_count(problem)
     result = Result(
@@ -129,9 +122,8 @@ def forward(problem: Problem, needs: Needs, loss_scale: Tensor) -> Result:
 def backward(problem: Problem, coefs: Tensor, needs: Needs) -> Result:
     """The gradients that these coefficients (already times the incoming gradient) stand for."""
     index = tokens_that_count(problem) if problem.student.weight is not None else None
-    one = problem.student.source.new_ones((), dtype=problem.dtype)
     result = Result(stats=coefs, coefs=coefs)
-    loop = _Loop(problem, index, needs, one, result)
+    loop = _Loop(problem, index, needs, None, result)
     loop.run(lambda batch, tokens: coefs[:, tokens], problem.options)
     return result
 
@@ -185,23 +177,25 @@ class _Loop:
 
     def __init__(self, problem, index, needs, loss_scale, result: Result):
         self.problem, self.index, self.needs = problem, index, needs
-        self.loss_scale, self.result = loss_scale, result
+        self.result = result
         self.engine: ModuleType = engine_for(problem.backend)
         self.n = problem.labels.shape[0] if index is None else index.shape[0]
         self.vocab_size = problem.vocab_size
         self.has_head = problem.student.weight is not None
         source = problem.student.source
-        self.d_dtype = products.gradient_dtype(source.dtype, source.device.type)
-        self.in_place = self.has_head and self.d_dtype == problem.dtype
+        # The row's weights carry the scale, so that sums need none; but float16 d_logits would
+        # underflow.
+        late = source.dtype == torch.float16
+        self.row_scale, self.late_scale = (None, loss_scale) if late else (loss_scale, None)
+        self.products = products_for(problem.backend, source.dtype, source.device.type)
         self.plan = self._plan()
         self.first = True
         if needs.student:
-            # float16 would underflow before a loss scale in the backward could help.
-            dtype = problem.dtype if source.dtype == torch.float16 else source.dtype
-            result.d_student = source.new_zeros(source.shape, dtype=dtype)
+            result.d_student = source.new_zeros(source.shape, dtype=stored_dtype(source.dtype))
         if needs.weight:
             # The first product overwrites; rows beyond the shared vocabulary stay 0.
-            result.d_weight = source.new_empty(problem.student.weight.shape, dtype=problem.dtype)
+            dtype = source.dtype if self.plan.rounds_d_weight else problem.dtype
+            result.d_weight = source.new_empty(problem.student.weight.shape, dtype=dtype)
             result.d_weight[0 if self.n == 0 else self.vocab_size :].zero_()
         if needs.bias:
             result.d_bias = source.new_zeros((problem.student.vocab_size,), dtype=problem.dtype)
@@ -227,19 +221,28 @@ class _Loop:
         if side is None or side.weight is None:
             return None
         rows = min(self.plan.rows, self.n)
-        dtype = products.result_dtype(side.source.dtype)
+        dtype = result_dtype(side.source.dtype)
         return side.source.new_empty((rows, self.vocab_size), dtype=dtype)
 
     def tokens(self, start: int, stop: int) -> slice | Tensor:
         stop = min(stop, self.n)
         return slice(start, stop) if self.index is None else self.index[start:stop]
 
+    def logits(self, side: Side, tokens: slice | Tensor, buffer: Tensor | None) -> Tensor:
+        """Raw logits of these tokens, over the shared ids, without the bias."""
+        rows = side.source[tokens]
+        if side.weight is None:
+            return rows[:, : self.vocab_size]
+        products = products_for(self.problem.backend, rows.dtype, rows.device.type)
+        out = buffer[: rows.shape[0]]
+        return products.logits_into(out, rows, side.weight[: self.vocab_size])
+
     def batch(self, tokens, student_buffer, teacher_buffer) -> RowBatch:
-        problem, v = self.problem, self.vocab_size
-        teacher = problem.teacher
+        problem, v, teacher = self.problem, self.vocab_size, self.problem.teacher
+        t = None if teacher is None else self.logits(teacher, tokens, teacher_buffer)
         return RowBatch(
-            student=problem.student.logits(tokens, v, student_buffer),
-            teacher=None if teacher is None else teacher.logits(tokens, v, teacher_buffer),
+            student=self.logits(problem.student, tokens, student_buffer),
+            teacher=t,
             labels=problem.labels[tokens],
             **{name: value[tokens] for name, value in problem.inputs.items()},
         )
@@ -249,9 +252,9 @@ class _Loop:
         problem, plan = self.problem, self.plan
         z_buffer, t_buffer = self.buffer(problem.student), self.buffer(problem.teacher)
         d_logits = z_buffer
-        if self.needs and self.has_head and not self.in_place:
+        if self.needs and self.has_head and not plan.in_place:
             size = (min(plan.super_rows, self.n), self.vocab_size)
-            d_logits = problem.student.source.new_empty(size, dtype=self.d_dtype)
+            d_logits = problem.student.source.new_empty(size, dtype=self.products.gradient_dtype)
         step = plan.super_rows
         for start in range(0, self.n, step):
             stop = min(start + step, self.n)
@@ -259,24 +262,42 @@ class _Loop:
                 high = min(low + plan.rows, stop)
                 tokens = self.tokens(low, high)
                 batch = self.batch(tokens, z_buffer, t_buffer)
-                coefs = rows(batch, tokens)
+                coefs = self._weighed(rows(batch, tokens))
                 if self.needs and self.has_head:
-                    first = 0 if self.in_place else low - start
+                    first = 0 if plan.in_place else low - start
                     out = d_logits[first : first + high - low]
                     self.engine.gradient(batch, coefs, options, out)
                 elif self.needs:
                     self._store_d_logits(batch, coefs, options, tokens)
             if self.needs and self.has_head:
                 self._products(d_logits[: stop - start], self.tokens(start, stop))
+        self._finish()
+
+    def _weighed(self, coefs: Tensor) -> Tensor:
+        if self.row_scale is None or not self.needs:
+            return coefs
+        return torch.cat([coefs[:FIRST_WEIGHT], coefs[FIRST_WEIGHT:] * self.row_scale])
+
+    def _finish(self) -> None:
+        """Sums over tokens, scaled and rounded once."""
+        result, student = self.result, self.problem.student
+        for name, tensor in (("d_weight", student.weight), ("d_bias", student.bias)):
+            total = getattr(result, name)
+            if total is not None:
+                if self.late_scale is not None:
+                    total *= self.late_scale
+                setattr(result, name, total.to(stored_dtype(tensor.dtype)))
 
     def _products(self, d_logits: Tensor, tokens: slice | Tensor) -> None:
         student, result, v = self.problem.student, self.result, self.vocab_size
         if self.needs.student:
-            d_hidden = products.d_hidden(d_logits, student.weight[:v])
-            result.d_student[tokens] = d_hidden.mul_(self.loss_scale).to(result.d_student.dtype)
+            d_hidden = self.products.d_hidden(d_logits, student.weight[:v])
+            if self.late_scale is not None:
+                d_hidden *= self.late_scale
+            result.d_student[tokens] = d_hidden.to(result.d_student.dtype)
         if self.needs.weight:
             hidden = student.source[tokens]
-            products.add_d_weight(result.d_weight[:v], d_logits, hidden, self.first)
+            self.products.d_weight(result.d_weight[:v], d_logits, hidden, self.first)
         if self.needs.bias:
             result.d_bias[:v] += d_logits.sum(0, dtype=result.d_bias.dtype)
         self.first = False
@@ -293,7 +314,7 @@ class _Loop:
         entropy = problem.student.source.new_empty((self.n,), dtype=problem.dtype)
         for low in range(0, self.n, self.plan.rows):
             tokens = self.tokens(low, low + self.plan.rows)
-            logits = problem.student.logits(tokens, self.vocab_size, buffer)
+            logits = self.logits(problem.student, tokens, buffer)
             batch = RowBatch(logits, None, problem.labels[tokens])
             entropy[low : low + logits.shape[0]] = self.engine.entropy(batch, options)
         if self.n == 0:

@@ -1,21 +1,21 @@
-"""Loads `_C`, the compiled part of `csrc/`: operators `torch.ops.tropd_native.*` for a CPU."""
+"""Loads `_C`, the compiled part of `csrc/`: operators `torch.ops.tropd_native.*` for a CPU.
+
+At import, once: `torch.compile` traces through the choice of a backend and sees constants.
+"""
 
 from __future__ import annotations
 
-from functools import cache
 from importlib.util import find_spec
 
 import torch
 
 
-@cache
-def why_not() -> str | None:
-    """Why the compiled operators cannot be used; None when they can. Loads them."""
+def _load() -> str | None:
     spec = find_spec("tropd_kernels._C")
     if spec is None or spec.origin is None:
         return (
-            "csrc/ is not built in this installation (TROPD_BUILD_EXT=1 pip install "
-            "--no-build-isolation ... builds it, or says what is missing)"
+            "csrc/ is not built in this installation; TROPD_BUILD_EXT=1 pip install "
+            "--no-build-isolation builds it, or says what is missing"
         )
     try:
         torch.ops.load_library(spec.origin)
@@ -25,18 +25,18 @@ def why_not() -> str | None:
     return None
 
 
+#: Why the compiled operators cannot be used; None when they can.
+WHY_NOT = _load()
+#: bfloat16 products with float32 results (AVX512-BF16).
+HAS_BF16_PRODUCTS = WHY_NOT is None and bool(torch.ops.tropd_native.gemm_available())
+
+
 def instruction_sets() -> list[str]:
     """What the row kernels can run on here, best first; the first is in use."""
     return list(torch.ops.tropd_native.instruction_sets())
 
 
-@cache
-def has_bf16_products() -> bool:
-    """bfloat16 products with float32 results (AVX512-BF16)."""
-    return why_not() is None and bool(torch.ops.tropd_native.gemm_available())
-
-
 def description() -> str:
     """The instruction sets in use."""
-    products = ", products on AVX512-BF16" if has_bf16_products() else ""
+    products = ", products on AVX512-BF16" if HAS_BF16_PRODUCTS else ""
     return f"rows on {instruction_sets()[0]}{products}"

@@ -25,10 +25,9 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from . import products
 from .linear_loss import INPUTS, Needs, Problem, Side, backward, forward
 from .objectives import decode_rule
-from .products import result_dtype
+from .products import TILE_ROWS, result_dtype, stored_dtype
 from .rows.layout import FIRST_WEIGHT, Coef, LogitTransform, RowOptions, Stat
 
 Gradients = tuple[Tensor, Tensor, Tensor]
@@ -77,16 +76,19 @@ def _(
     loss_scale, needs, rule, scales, backend, ignore_index, max_workspace_bytes,
 ):  # fmt: skip
     dtype, n = result_dtype(student.dtype), labels.shape[0]
-    d_dtype = dtype if student.dtype == torch.float16 else student.dtype
-    head = weight if weight is not None else student.new_empty(0)
+
+    def gradient(of, need):
+        shape = of.shape if need else (0,)
+        return student.new_empty(shape, dtype=stored_dtype(of.dtype) if need else student.dtype)
+
     return (
         student.new_empty((), dtype=dtype),
         student.new_empty((n,), dtype=dtype),
         student.new_empty((len(Stat), n), dtype=dtype),
         student.new_empty((len(Coef), n), dtype=dtype),
-        student.new_empty(student.shape, dtype=d_dtype) if needs[0] else student.new_empty(0),
-        student.new_empty(head.shape, dtype=dtype) if needs[1] else student.new_empty(0),
-        student.new_empty(head.shape[:1], dtype=dtype) if needs[2] else student.new_empty(0),
+        gradient(student, needs[0]),
+        gradient(weight, needs[1]),
+        gradient(bias, needs[2]),
     )
 
 
@@ -146,7 +148,7 @@ def _setup_context(ctx, inputs, output):
         ctx.mark_non_differentiable(token_loss, stats, coefs, d_student, d_weight, d_bias)
         ctx.needs = list(needs)
         ctx.dtypes = [None if t is None else t.dtype for t in (student, weight, bias)]
-        ctx.save_for_backward(d_student, d_weight, d_bias, loss_scale)
+        ctx.save_for_backward(d_student, d_weight, d_bias)
     else:
         ctx.mark_non_differentiable(coefs, d_student, d_weight, d_bias)
         ctx.save_for_backward(
@@ -158,12 +160,9 @@ def _setup_context(ctx, inputs, output):
 @once_differentiable
 def _backward(ctx, d_loss, d_token_loss, d_stats, *_):
     if ctx.formed:
-        *formed, loss_scale = ctx.saved_tensors
-        # d_student carries the scale already, so that it could be stored in its own dtype.
-        factors = (d_loss, *(None if d_loss is None else d_loss * loss_scale,) * 2)
         gradients = [
-            _scaled(g, factor, dtype) if need and factor is not None else None
-            for g, factor, dtype, need in zip(formed, factors, ctx.dtypes, ctx.needs, strict=True)
+            _scaled(g, d_loss, dtype) if need and d_loss is not None else None
+            for g, dtype, need in zip(ctx.saved_tensors, ctx.dtypes, ctx.needs, strict=True)
         ]
     else:
         student, weight, bias, labels, *rest = ctx.saved_tensors
@@ -208,8 +207,8 @@ def _scaled(gradient: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
     if gradient.dtype == dtype or gradient.device.type != "cpu":
         return torch.mul(gradient, factor, out=result)
     # In pieces: a CPU would hold the whole product in float32 before it rounds.
-    for low in range(0, gradient.shape[0], products.TILE_ROWS):
-        rows = slice(low, low + products.TILE_ROWS)
+    for low in range(0, gradient.shape[0], TILE_ROWS):
+        rows = slice(low, low + TILE_ROWS)
         result[rows] = gradient[rows] * factor
     return result
 

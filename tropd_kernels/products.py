@@ -5,9 +5,10 @@ never rounded to bf16 on the way to the softmax, which alone would cost 4 to 65 
 where student and teacher agree, and d_weight accumulates over chunks in float32.
 
 On a GPU, cuBLAS does that for half-precision inputs (`out_dtype`). On a CPU no such kernel exists
-in torch, so half-precision weights are upcast in tiles of `TILE_ROWS` rows that stay in the cache,
-and the product is a float32 one. Where the CPU has AMX, oneDNN is told to multiply those float32
-operands in bf16, which is exact for weights and hidden states that were bf16 to begin with.
+in torch. Where `csrc/` is built and the CPU has AVX512-BF16, `NativeProducts` multiplies there.
+Elsewhere half-precision weights are upcast in tiles of `TILE_ROWS` rows that stay in the cache, and
+the product is a float32 one; CPUs that multiply bf16 in hardware do that for those float32 operands
+too (oneDNN's bf16 mode), which is exact for weights and hidden states that were bf16 to begin with.
 """
 
 from __future__ import annotations
@@ -16,6 +17,8 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor
+
+from . import native
 
 #: Rows of the weight upcast at once on a CPU: 8 MiB at a width of 1024.
 TILE_ROWS = 2048
@@ -27,70 +30,122 @@ def result_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
-def gradient_dtype(dtype: torch.dtype, device_type: str) -> torch.dtype:
-    """The dtype in which d_logits enters its two products."""
-    return result_dtype(dtype) if device_type == "cpu" else dtype
+def stored_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype in which a gradient waits for the backward: its own, but float32 for float16, which
+    would underflow before a loss scale in the backward could help."""
+    return torch.float32 if dtype == torch.float16 else dtype
 
 
-def logits_into(out: Tensor, hidden: Tensor, weight: Tensor) -> Tensor:
-    """out (n, V) = hidden (n, H) @ weight (V, H).T"""
-    if not _upcasts(weight):
-        return _mm(hidden, weight.t(), out)
-    hidden = hidden.to(out.dtype)
-    with _bf16_products(weight.dtype):
-        for rows, tile in _tiles(weight, out.dtype):
-            torch.mm(hidden, tile.t(), out=out[:, rows])
-    return out
+def products_for(backend: str, dtype: torch.dtype, device_type: str) -> TorchProducts:
+    """The products that serve this backend and inputs of this dtype."""
+    here = backend == "native" and device_type == "cpu" and dtype == torch.bfloat16
+    use_native = here and native.HAS_BF16_PRODUCTS
+    return (NativeProducts if use_native else TorchProducts)(dtype, device_type)
 
 
-def d_hidden(d_logits: Tensor, weight: Tensor) -> Tensor:
-    """d_logits (n, V) @ weight (V, H), in the accumulator's dtype."""
-    if not _upcasts(weight):
+class TorchProducts:
+    """Products by torch.
+
+    gradient_dtype: in which d_logits enters its two products. rounds_d_weight: `d_weight` can round
+    its sums to the weight's dtype, so that a batch in one chunk needs no accumulator.
+    """
+
+    rounds_d_weight = False
+
+    def __init__(self, dtype: torch.dtype, device_type: str):
+        self.dtype, self.on_cpu = dtype, device_type == "cpu"
+        self.result_dtype = result_dtype(dtype)
+        self.gradient_dtype = self.result_dtype if self.on_cpu else dtype
+        self.upcasts = self.on_cpu and dtype in HALF
+
+    def logits_into(self, out: Tensor, hidden: Tensor, weight: Tensor) -> Tensor:
+        """out (n, V) = hidden (n, H) @ weight (V, H).T"""
+        if not self.upcasts:
+            return self._mm(hidden, weight.t(), out)
+        hidden = hidden.to(out.dtype)
+        with _bf16_products(self.dtype):
+            for rows, tile in _tiles(weight, out.dtype):
+                torch.mm(hidden, tile.t(), out=out[:, rows])
+        return out
+
+    def d_hidden(self, d_logits: Tensor, weight: Tensor) -> Tensor:
+        """d_logits (n, V) @ weight (V, H), in the accumulator's dtype."""
         shape = (d_logits.shape[0], weight.shape[1])
-        return _mm(d_logits, weight, weight.new_empty(shape, dtype=result_dtype(weight.dtype)))
-    total = d_logits.new_zeros((d_logits.shape[0], weight.shape[1]))
-    with _bf16_products(weight.dtype):
-        for rows, tile in _tiles(weight, total.dtype):
-            total.addmm_(d_logits[:, rows], tile)
-    return total
+        if not self.on_cpu:
+            return self._mm(d_logits, weight, weight.new_empty(shape, dtype=self.result_dtype))
+        # Tiles have sums of their own also where nothing is upcast: some libraries would add
+        # 150,000 float32 terms one by one, at a cost of 5e-5 in a softmax's d_hidden.
+        total = d_logits.new_zeros(shape)
+        with _bf16_products(self.dtype):
+            for rows, tile in _tiles(weight, total.dtype):
+                total += d_logits[:, rows] @ tile
+        return total
+
+    def d_weight(self, total: Tensor, d_logits: Tensor, hidden: Tensor, first: bool) -> None:
+        """total (V, H) += d_logits (n, V).T @ hidden (n, H); the first product overwrites."""
+        if self.on_cpu:
+            with _bf16_products(self.dtype):
+                total.addmm_(d_logits.t(), hidden.to(total.dtype), beta=0 if first else 1)
+        elif first:
+            self._mm(d_logits.t(), hidden, total)
+        elif hidden.dtype in HALF:
+            torch.addmm(total, d_logits.t(), hidden, out_dtype=total.dtype, out=total)
+        else:
+            total.addmm_(d_logits.t(), hidden)
+
+    def scratch_bytes(self, rows: int, super_rows: int, widths: list[int]) -> int:
+        """What the products allocate besides their results, for heads of these widths."""
+        size = self.result_dtype.itemsize
+        if not self.on_cpu:
+            return 0
+        return size * ((TILE_ROWS if self.upcasts else 0) + rows) * max(widths, default=0)
+
+    def _mm(self, a: Tensor, b: Tensor, out: Tensor) -> Tensor:
+        if a.dtype in HALF:
+            return torch.mm(a, b, out_dtype=out.dtype, out=out)
+        return torch.mm(a, b, out=out)
 
 
-def add_d_weight(total: Tensor, d_logits: Tensor, hidden: Tensor, first: bool) -> None:
-    """total (V, H) += d_logits (n, V).T @ hidden (n, H); the first product overwrites."""
-    if hidden.device.type == "cpu":
-        with _bf16_products(hidden.dtype):
-            total.addmm_(d_logits.t(), hidden.to(total.dtype), beta=0 if first else 1)
-    elif first:
-        _mm(d_logits.t(), hidden, total)
-    elif hidden.dtype in HALF:
-        torch.addmm(total, d_logits.t(), hidden, out_dtype=total.dtype, out=total)
-    else:
-        total.addmm_(d_logits.t(), hidden)
+class NativeProducts(TorchProducts):
+    """Products of bfloat16 by `csrc/gemm_avx512_bf16.cpp`."""
+
+    rounds_d_weight = True
+
+    def __init__(self, dtype: torch.dtype, device_type: str):
+        super().__init__(dtype, device_type)
+        self.gradient_dtype = dtype
+
+    def logits_into(self, out, hidden, weight):
+        torch.ops.tropd_native.gemm_nt(_rows(hidden), _rows(weight), out)
+        return out
+
+    def d_hidden(self, d_logits, weight):
+        out = d_logits.new_empty((d_logits.shape[0], weight.shape[1]), dtype=self.result_dtype)
+        torch.ops.tropd_native.gemm_nn(d_logits, _rows(weight), out)
+        return out
+
+    def d_weight(self, total, d_logits, hidden, first):
+        torch.ops.tropd_native.gemm_tn(d_logits, _rows(hidden), total, not first)
+
+    def scratch_bytes(self, rows, super_rows, widths):
+        # panels of the head for every thread; hidden and d_logits repacked for d_weight
+        panels = torch.get_num_threads() * 64 * 2048 * 2
+        packed = 2 * super_rows * (max(widths, default=0) + torch.get_num_threads() * 96)
+        return panels + packed
 
 
-def scratch_bytes(dtype: torch.dtype, device_type: str, rows: int, widths: list[int]) -> int:
-    """What the products allocate besides their results, for heads of these widths."""
-    size = result_dtype(dtype).itemsize
-    tile = size * (TILE_ROWS + rows) * max(widths, default=0)
-    return tile if device_type == "cpu" and dtype in HALF else 0
-
-
-def _upcasts(weight: Tensor) -> bool:
-    return weight.device.type == "cpu" and weight.dtype in HALF
-
-
-def _mm(a: Tensor, b: Tensor, out: Tensor) -> Tensor:
-    if a.dtype in HALF:
-        return torch.mm(a, b, out_dtype=out.dtype, out=out)
-    return torch.mm(a, b, out=out)
+def _rows(matrix: Tensor) -> Tensor:
+    return matrix if matrix.stride(-1) == 1 else matrix.contiguous()
 
 
 def _tiles(weight: Tensor, dtype: torch.dtype):
-    buffer = weight.new_empty((min(TILE_ROWS, weight.shape[0]), weight.shape[1]), dtype=dtype)
+    """(rows, weight[rows] in dtype); one buffer serves them all."""
+    same = weight.dtype == dtype
+    height = min(TILE_ROWS, weight.shape[0])
+    buffer = None if same else weight.new_empty((height, weight.shape[1]), dtype=dtype)
     for start in range(0, weight.shape[0], TILE_ROWS):
         rows = slice(start, min(start + TILE_ROWS, weight.shape[0]))
-        tile = buffer[: rows.stop - start]
-        tile.copy_(weight[rows])
+        tile = weight[rows] if same else buffer[: rows.stop - start].copy_(weight[rows])
         yield rows, tile
 
 
@@ -98,7 +153,8 @@ def _tiles(weight: Tensor, dtype: torch.dtype):
 def _bf16_products(dtype: torch.dtype):
     """oneDNN's bf16 compute mode for float32 products, where the inputs were bf16 and it pays."""
     settings = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
-    if dtype != torch.bfloat16 or not torch.cpu._is_amx_tile_supported():
+    in_hardware = torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
+    if dtype != torch.bfloat16 or not in_hardware:
         yield
         return
     before = settings.fp32_precision
