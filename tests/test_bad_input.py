@@ -346,7 +346,7 @@ def test_triton_needs_a_gpu_or_the_interpreter(call, monkeypatch):
     refused(lambda: choose_backend("triton", torch.device("cpu")), RuntimeError, *words)
     refused(lambda: call(backend="triton"), RuntimeError, *words)
     assert "TRITON_INTERPRET" in available_backends("cpu")["triton"]
-    assert choose_backend(None, torch.device("cpu")) == "torch"
+    assert choose_backend(None, torch.device("cpu")) != "triton"
 
 
 def test_triton_has_no_kernels_for_other_devices():
@@ -361,7 +361,22 @@ def test_triton_is_not_installed(kind, monkeypatch):
         lambda: choose_backend("triton", torch.device(kind)),
         RuntimeError, "'triton'", "not installed", "pip install triton",
     )  # fmt: skip
+    monkeypatch.setattr(backends.native, "WHY_NOT", "not built")
     assert choose_backend(None, torch.device(kind)) == "torch"
+
+
+def test_native_is_not_built(monkeypatch):
+    monkeypatch.setattr(backends.native, "WHY_NOT", "csrc/ is not built")
+    cpu = torch.device("cpu")
+    words = "backend='native'", "cpu", "csrc/ is not built"
+    refused(lambda: choose_backend("native", cpu), RuntimeError, *words)
+    refused(lambda: head_loss(backend="native"), RuntimeError, *words)
+    assert available_backends("cpu")["native"] == "csrc/ is not built"
+    assert choose_backend(None, cpu) == "torch"
+
+
+def test_native_runs_on_a_cpu_only():
+    refused(lambda: choose_backend("native", torch.device("cuda")), RuntimeError, "CPU only")
 
 
 # --- teachers -----------------------------------------------------------------------------------

@@ -242,7 +242,7 @@ def test_triton_rows_match_the_reference(case, reduction):
     compare(case, "triton", reduction, incoming_for(case, reduction))
 
 
-@pytest.mark.parametrize(("backend", "seeds"), [("torch", 30), ("triton", 5)])
+@pytest.mark.parametrize(("backend", "seeds"), [("torch", 30), ("native", 30), ("triton", 5)])
 def test_the_backward_finds_the_ids_of_the_forward(backend, seeds):
     """Logits that exist and a HiddenTeacher: the backward makes the teacher's logits again, of
     every token instead of those that count. A product of another height rounds otherwise, and the
@@ -385,7 +385,7 @@ def test_tokens_do_not_see_each_other(case, order):
         close(gradient, truth)
 
 
-@pytest.mark.parametrize(("backend", "examples"), [("torch", 40), ("triton", 3)])
+@pytest.mark.parametrize(("backend", "examples"), [("torch", 40), ("native", 40), ("triton", 3)])
 def test_two_runs_are_bitwise_equal(backend, examples):
     small = dict(shapes=[(2,), (2, 1)], vocab=40) if backend == "triton" else {}
 

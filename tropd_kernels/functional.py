@@ -280,7 +280,7 @@ def _flat_teacher(teacher: Teacher | None, labels: Tensor, student: Tensor):
             f"the {type(teacher).__name__} covers tokens of shape {tuple(teacher.tokens_shape)}, "
             f"labels are {tuple(labels.shape)}: give one teacher entry per label"
         )
-    _check_devices(student, {f"teacher {k}": v for k, v in vars(teacher).items()})
+    _check_devices(student, {f"teacher {k}": getattr(teacher, k) for k in teacher.__match_args__})
     if isinstance(teacher, HiddenTeacher):
         if result_dtype(teacher.hidden.dtype) != result_dtype(student.dtype):
             raise TypeError(

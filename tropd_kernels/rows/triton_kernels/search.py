@@ -15,7 +15,8 @@ def _bits(x, ACC: tl.constexpr):
     else:
         bits = x.to(tl.uint32, bitcast=True)
         sign = tl.full((), 1, tl.uint32) << 31
-    return tl.where((bits & sign) != 0, ~bits, bits | sign)
+    # not ~bits, which the interpreter of Triton 3.6 has not for unsigned integers
+    return tl.where((bits & sign) != 0, bits ^ (sign | (sign - 1)), bits | sign)
 
 
 @triton.jit
@@ -24,7 +25,9 @@ def _from_bits(bits, ACC: tl.constexpr):
         sign = tl.full((), 1, tl.uint64) << 63
     else:
         sign = tl.full((), 1, tl.uint32) << 31
-    return tl.where((bits & sign) != 0, bits ^ sign, ~bits).to(ACC, bitcast=True)
+    return tl.where((bits & sign) != 0, bits ^ sign, bits ^ (sign | (sign - 1))).to(
+        ACC, bitcast=True
+    )
 
 
 @triton.jit
