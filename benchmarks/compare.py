@@ -56,7 +56,8 @@ def main():
         )
     print(
         plan_chunks(
-            args.tokens, args.vocab_size, args.hidden_size, args.teacher_hidden_size,
+            args.tokens, args.vocab_size, args.hidden_size,
+            None if args.objective == "tropd_given" else args.teacher_hidden_size,
             dtype=dtype, device=device, backend=backend,
         )
     )  # fmt: skip

@@ -46,10 +46,10 @@ def pytest_terminal_summary(terminalreporter, config):
         f"{option('--tokens')} tokens, vocabulary {option('--vocab-size')}, widths "
         f"{option('--hidden-size')} and {option('--teacher-hidden-size')}, {option('--dtype')}"
     )
-    write(f"{'loss':8}{'provider':10}{'median s':>10}{'peak MB':>10}{'gradient error':>16}")
+    write(f"{'loss':12}{'provider':10}{'median s':>10}{'peak MB':>10}{'gradient error':>16}")
     for row in ROWS:
         memory = "-" if row["peak"] is None else f"{row['peak'] / 1e6:.0f}"
         write(
-            f"{row['loss']:8}{row['provider']:10}{row['median']:>10.3f}{memory:>10}"
+            f"{row['loss']:12}{row['provider']:10}{row['median']:>10.3f}{memory:>10}"
             f"{row['error']:>16.1e}"
         )

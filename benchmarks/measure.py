@@ -26,13 +26,16 @@ import os
 import platform
 import subprocess
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 
-PACKAGES = ("tropd_kernels", "torch", "triton", "transformers", "numpy")
+Name = TypeVar("Name", bound=Hashable)
+
+PACKAGES = ("tropd_kernels", "torch", "triton", "transformers", "trl", "liger_kernel", "numpy")
 
 
 @dataclass(frozen=True)
@@ -45,19 +48,19 @@ class Times:
 
 
 def interleaved_times(
-    functions: Mapping[str, Callable[[], object]],
+    functions: Mapping[Name, Callable[[], object]],
     repeats: int,
     *,
     warmup: int = 1,
     device: torch.device | str = "cpu",
-) -> dict[str, Times]:
+) -> dict[Name, Times]:
     """Times each function `repeats` times, in turn, after `warmup` uncounted runs of each."""
     if repeats < 1:
         raise ValueError(f"repeats must be at least 1, got {repeats}")
     for _ in range(warmup):
         for function in functions.values():
             function()
-    seconds: dict[str, list[float]] = {name: [] for name in functions}
+    seconds: dict[Name, list[float]] = {name: [] for name in functions}
     for _ in range(repeats):
         for name, function in functions.items():
             _synchronize(device)
@@ -77,12 +80,12 @@ class Measurement:
 
 
 def interleaved_measurements(
-    functions: Mapping[str, Callable[[], object]],
+    functions: Mapping[Name, Callable[[], object]],
     repeats: int,
     *,
     warmup: int = 1,
     device: torch.device | str = "cpu",
-) -> dict[str, Measurement]:
+) -> dict[Name, Measurement]:
     """`interleaved_times` and `peak_memory` in one, for functions that take seconds.
 
     The clock runs within the call whose peak is read, so neither disturbs the other.
@@ -92,8 +95,8 @@ def interleaved_measurements(
     for _ in range(warmup):
         for function in functions.values():
             function()
-    seconds: dict[str, list[float]] = {name: [] for name in functions}
-    peaks: dict[str, list[int | None]] = {name: [] for name in functions}
+    seconds: dict[Name, list[float]] = {name: [] for name in functions}
+    peaks: dict[Name, list[int | None]] = {name: [] for name in functions}
     for _ in range(repeats):
         for name, function in functions.items():
 
@@ -141,6 +144,16 @@ def peak_memory(
     peak = _process_memory("VmHWM")
     del result
     return max(0, peak - before)
+
+
+def available_memory() -> int | None:
+    """Bytes that could be taken without swapping, by the system's own estimate; None where it gives
+    none (anything but Linux)."""
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/meminfo").read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) * 1024
+    return None
 
 
 def machine(device: torch.device | str = "cpu") -> dict[str, str]:

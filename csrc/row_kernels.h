@@ -155,8 +155,8 @@ void both_statistics(
   const double z_mean = total<T>(z_gap) / z_sum, t_mean = total<T>(t_gap) / t_sum;
   s[REVERSE_KL * ss] = T(z_mean - (z_log - t_log));
   s[FORWARD_KL * ss] = T((z_log - t_log) - t_mean);
-  // as the gradient forms it: from the log-sums rounded to T
-  c[MEAN_REVERSE_KL * cs] = T(z_mean - (double(T(z_log)) - double(T(t_log))));
+  // as the gradient forms it, without the log-sums, which cancel
+  c[MEAN_REVERSE_KL * cs] = T(z_mean);
   const bool inside = label >= 0 && label < vocab;
   const T nan = std::numeric_limits<T>::quiet_NaN();
   s[LOG_PROB * ss] = inside ? (z.one(label)[0] - z_high) - T(z_log) : nan;
@@ -392,7 +392,10 @@ TROPD_INLINE Vector<T> gradient_at(
     }
     d += o.top_k ? (member ? more : zero) : more;
   }
-  if (c[REVERSE] != 0) d += product<T>(p, ((lp - lq) - c[MEAN_REVERSE_KL]) * c[REVERSE]);
+  if (c[REVERSE] != 0) {
+    const Vector<T> gap = (z - c[STUDENT_MAX]) - (t - c[TEACHER_MAX]);
+    d += product<T>(p, (gap - c[MEAN_REVERSE_KL]) * c[REVERSE]);
+  }
   return d;
 }
 

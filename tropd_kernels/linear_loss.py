@@ -187,7 +187,8 @@ class _Loop:
         # The row's weights carry the scale, so that sums need none; but float16 d_logits would
         # underflow.
         late = source.dtype == torch.float16
-        self.row_scale, self.late_scale = (None, loss_scale) if late else (loss_scale, None)
+        self.row_scale: Tensor | None = None if late else loss_scale
+        self.late_scale: Tensor | None = loss_scale if late else None
         self.products = products_for(problem.backend, source.dtype, source.device.type)
         self.plan = self._plan()
         self.first = True
@@ -246,7 +247,7 @@ class _Loop:
         return products.logits_into(out, rows, side.weight[: self.vocab_size])
 
     def batch(self, tokens, student_buffer, teacher_buffer) -> RowBatch:
-        problem, v, teacher = self.problem, self.vocab_size, self.problem.teacher
+        problem, teacher = self.problem, self.problem.teacher
         t = None if teacher is None else self.logits(teacher, tokens, teacher_buffer)
         return RowBatch(
             student=self.logits(problem.student, tokens, student_buffer),

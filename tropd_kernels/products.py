@@ -149,12 +149,16 @@ def _tiles(weight: Tensor, dtype: torch.dtype):
         yield rows, tile
 
 
+def bf16_in_hardware() -> bool:
+    """The CPU multiplies bf16, and oneDNN uses that for float32 operands when told to."""
+    return torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
+
+
 @contextmanager
 def _bf16_products(dtype: torch.dtype):
     """oneDNN's bf16 compute mode for float32 products, where the inputs were bf16 and it pays."""
     settings = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
-    in_hardware = torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
-    if dtype != torch.bfloat16 or not in_hardware:
+    if dtype != torch.bfloat16 or not bf16_in_hardware():
         yield
         return
     before = settings.fp32_precision

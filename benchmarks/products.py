@@ -1,0 +1,106 @@
+"""The roads to a product of bfloat16 with a float32 result on a CPU: the table in csrc/README.md.
+
+    python -m benchmarks.products
+
+For the shapes of one chunk (512 tokens, vocabulary 151,936, width 1024) prints TFLOP/s of the three
+products, runs interleaved:
+
+    upcast    float32 products of operands upcast in tiles (the `torch` backend without bf16 mode)
+    bf16 mode the same with oneDNN's bf16 compute mode
+    native    csrc/gemm_avx512_bf16.cpp, where the CPU has AVX512-BF16
+    mm        torch's bf16 `mm`, which rounds its result to bf16: the bar, not a candidate
+
+and then a call of the whole loss on `native` with and without large pages for its buffers.
+"""
+
+import argparse
+
+import torch
+
+from benchmarks.losses import make_problem, provider
+from benchmarks.measure import interleaved_times, machine
+from tropd_kernels import native, products
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--tokens", type=int, default=512)
+    parser.add_argument("--vocab-size", type=int, default=151_936)
+    parser.add_argument("--hidden-size", type=int, default=1024)
+    parser.add_argument("--repeats", type=int, default=5)
+    args = parser.parse_args()
+    for name, fact in machine("cpu").items():
+        print(f"{name}: {fact}")
+    measure_products(args)
+    if native.WHY_NOT is None:
+        measure_pages(args)
+
+
+def measure_products(args):
+    n, v, h = args.tokens, args.vocab_size, args.hidden_size
+    hidden = torch.randn(n, h).bfloat16()
+    weight = torch.randn(v, h).bfloat16()
+    d_logits = torch.randn(n, v).bfloat16()
+    logits, rounded = torch.empty(n, v), torch.empty(n, v, dtype=torch.bfloat16)
+    d_weight = torch.zeros(v, h)
+
+    def three(road: products.TorchProducts, d: torch.Tensor):
+        return {
+            "logits": lambda: road.logits_into(logits, hidden, weight),
+            "d_hidden": lambda: road.d_hidden(d, weight),
+            "d_weight": lambda: road.d_weight(d_weight, d, hidden, False),
+        }
+
+    def without_bf16_mode(run):
+        def call():
+            before, products.bf16_in_hardware = products.bf16_in_hardware, lambda: False
+            try:
+                run()
+            finally:
+                products.bf16_in_hardware = before
+
+        return call
+
+    torch_road = products.TorchProducts(torch.bfloat16, "cpu")
+    upcast = three(torch_road, d_logits.float())
+    roads = {"upcast": {what: without_bf16_mode(run) for what, run in upcast.items()}}
+    if products.bf16_in_hardware():
+        roads["bf16 mode"] = upcast
+    if native.HAS_BF16_PRODUCTS:
+        roads["native"] = three(products.NativeProducts(torch.bfloat16, "cpu"), d_logits)
+    roads["mm"] = {
+        "logits": lambda: torch.mm(hidden, weight.t(), out=rounded),
+        "d_hidden": lambda: torch.mm(d_logits, weight),
+        "d_weight": lambda: torch.mm(d_logits.t(), hidden),
+    }
+    runs = {(road, what): run for road, three in roads.items() for what, run in three.items()}
+    named = {f"{road} {what}": run for (road, what), run in runs.items()}
+    times = interleaved_times(named, args.repeats, device="cpu")
+    work = 2 * n * v * h / 1e12
+    print(f"\nTFLOP/s, {n} x {v} x {h}, median of {args.repeats}")
+    print(f"{'':12}{'logits':>10}{'d_hidden':>10}{'d_weight':>10}")
+    for road, three_runs in roads.items():
+        rates = [work / times[f"{road} {what}"].median for what in three_runs]
+        print(f"{road:12}" + "".join(f"{rate:>10.2f}" for rate in rates))
+
+
+def measure_pages(args):
+    problem = make_problem(2 * args.tokens, args.vocab_size, args.hidden_size, 2 * args.hidden_size)
+    run, ask = provider("native", "tropd"), native.huge_pages
+
+    def small_pages():
+        native.huge_pages = lambda buffer: None
+        try:
+            run(problem)
+        finally:
+            native.huge_pages = ask
+
+    calls = {"large": lambda: run(problem), "small": small_pages}
+    times = interleaved_times(calls, args.repeats, device="cpu")
+    print(f"\nTrOPD, dense teacher, {2 * args.tokens} tokens: median seconds")
+    for name, t in times.items():
+        print(f"{name} pages {t.median:>8.2f}   (p20 {t.p20:.2f}, p80 {t.p80:.2f})")
+
+
+if __name__ == "__main__":
+    main()
