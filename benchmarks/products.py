@@ -9,15 +9,12 @@ products, runs interleaved:
     bf16 mode the same with oneDNN's bf16 compute mode
     native    csrc/gemm_avx512_bf16.cpp, where the CPU has AVX512-BF16
     mm        torch's bf16 `mm`, which rounds its result to bf16: the bar, not a candidate
-
-and then a call of the whole loss on `native` with and without large pages for its buffers.
 """
 
 import argparse
 
 import torch
 
-from benchmarks.losses import make_problem, provider
 from benchmarks.measure import interleaved_times, machine
 from tropd_kernels import native, products
 
@@ -32,8 +29,6 @@ def main():
     for name, fact in machine("cpu").items():
         print(f"{name}: {fact}")
     measure_products(args)
-    if native.WHY_NOT is None:
-        measure_pages(args)
 
 
 def measure_products(args):
@@ -82,24 +77,6 @@ def measure_products(args):
     for road, three_runs in roads.items():
         rates = [work / times[f"{road} {what}"].median for what in three_runs]
         print(f"{road:12}" + "".join(f"{rate:>10.2f}" for rate in rates))
-
-
-def measure_pages(args):
-    problem = make_problem(2 * args.tokens, args.vocab_size, args.hidden_size, 2 * args.hidden_size)
-    run, ask = provider("native", "tropd"), native.huge_pages
-
-    def small_pages():
-        native.huge_pages = lambda buffer: None
-        try:
-            run(problem)
-        finally:
-            native.huge_pages = ask
-
-    calls = {"large": lambda: run(problem), "small": small_pages}
-    times = interleaved_times(calls, args.repeats, device="cpu")
-    print(f"\nTrOPD, dense teacher, {2 * args.tokens} tokens: median seconds")
-    for name, t in times.items():
-        print(f"{name} pages {t.median:>8.2f}   (p20 {t.p20:.2f}, p80 {t.p80:.2f})")
 
 
 if __name__ == "__main__":

@@ -5,10 +5,6 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
-#if defined(__linux__)
-#include <sys/mman.h>
-#endif
-
 #include <optional>
 #include <sstream>
 #include <stdexcept>
@@ -322,20 +318,6 @@ void op_gemm_tn(Tensor a, Tensor b, Tensor out, bool add) {
 
 bool op_gemm_available() { return gemm_available(); }
 
-// Asks for 2 MiB pages before a buffer is first written: products walk down rows that lie 600 KB
-// apart, a page table entry each. A refusal costs nothing but the speed.
-void huge_pages(Tensor buffer) {
-  check_cpu(buffer, "buffer");
-  if (!buffer.is_contiguous()) fail("buffer must be contiguous");
-#if defined(__linux__)
-  constexpr uintptr_t page = 2 << 20;
-  const int64_t bytes = buffer.numel() * int64_t(buffer.element_size());
-  const uintptr_t start = reinterpret_cast<uintptr_t>(buffer.mutable_data_ptr());
-  const uintptr_t first = (start + page - 1) / page * page, last = (start + bytes) / page * page;
-  if (last > first) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
-#endif
-}
-
 }  // namespace
 }  // namespace tropd
 
@@ -356,7 +338,6 @@ STABLE_TORCH_LIBRARY(tropd_native, m) {
   m.def("gemm_nn(Tensor a, Tensor b, Tensor(a!) out) -> ()");
   m.def("gemm_tn(Tensor a, Tensor b, Tensor(a!) out, bool add) -> ()");
   m.def("gemm_available() -> bool");
-  m.def("huge_pages(Tensor(a!) buffer) -> ()");
   m.def("instruction_sets() -> str[]");
   m.def("use_instruction_set(str name) -> str");
 }
@@ -370,7 +351,6 @@ STABLE_TORCH_LIBRARY_IMPL(tropd_native, CompositeExplicitAutograd, m) {
   m.impl("gemm_nn", TORCH_BOX(&tropd::op_gemm_nn));
   m.impl("gemm_tn", TORCH_BOX(&tropd::op_gemm_tn));
   m.impl("gemm_available", TORCH_BOX(&tropd::op_gemm_available));
-  m.impl("huge_pages", TORCH_BOX(&tropd::huge_pages));
   m.impl("instruction_sets", TORCH_BOX(&tropd::instruction_sets));
   m.impl("use_instruction_set", TORCH_BOX(&tropd::use_instruction_set));
 }

@@ -27,7 +27,6 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from . import native
 from .backends import engine_for
 from .chunking import ChunkPlan, plan_chunks
 from .products import products_for, result_dtype, stored_dtype
@@ -197,7 +196,7 @@ class _Loop:
         if needs.weight:
             # The first product overwrites; rows beyond the shared vocabulary stay 0.
             dtype = source.dtype if self.plan.rounds_d_weight else problem.dtype
-            result.d_weight = self.empty(problem.student.weight.shape, dtype)
+            result.d_weight = source.new_empty(problem.student.weight.shape, dtype=dtype)
             result.d_weight[0 if self.n == 0 else self.vocab_size :].zero_()
         if needs.bias:
             result.d_bias = source.new_zeros((problem.student.vocab_size,), dtype=problem.dtype)
@@ -218,20 +217,13 @@ class _Loop:
             max_workspace_bytes=self.problem.max_workspace_bytes if self.has_head else None,
         )
 
-    def empty(self, shape, dtype: torch.dtype) -> Tensor:
-        """One of the large buffers."""
-        tensor = self.problem.student.source.new_empty(shape, dtype=dtype)
-        if self.problem.backend == "native":
-            native.huge_pages(tensor)
-        return tensor
-
     def buffer(self, side: Side | None) -> Tensor | None:
         """Room for one sub-chunk of this side's logits, where a GEMM makes them."""
         if side is None or side.weight is None:
             return None
         rows = min(self.plan.rows, self.n)
         dtype = result_dtype(side.source.dtype)
-        return self.empty((rows, self.vocab_size), dtype)
+        return side.source.new_empty((rows, self.vocab_size), dtype=dtype)
 
     def tokens(self, start: int, stop: int) -> slice | Tensor:
         stop = min(stop, self.n)
@@ -263,7 +255,7 @@ class _Loop:
         d_logits = z_buffer
         if self.needs and self.has_head and not plan.in_place:
             size = (min(plan.super_rows, self.n), self.vocab_size)
-            d_logits = self.empty(size, self.products.gradient_dtype)
+            d_logits = problem.student.source.new_empty(size, dtype=self.products.gradient_dtype)
         step = plan.super_rows
         for start in range(0, self.n, step):
             stop = min(start + step, self.n)

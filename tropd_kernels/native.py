@@ -40,8 +40,3 @@ def description() -> str:
     """The instruction sets in use."""
     products = ", products on AVX512-BF16" if HAS_BF16_PRODUCTS else ""
     return f"rows on {instruction_sets()[0]}{products}"
-
-
-def huge_pages(buffer: torch.Tensor) -> None:
-    """Asks the system for large pages before the buffer is first written."""
-    torch.ops.tropd_native.huge_pages(buffer)
