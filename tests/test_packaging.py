@@ -1,7 +1,8 @@
 """What setup.py builds, what is in the wheel, and what an import brings along.
 
-Each test builds from a copy of the packaging files with a csrc/ of its own, so that none depends on
-what the repository's csrc/ holds today.
+Most build from a copy of the packaging files with a csrc/ of its own, so that they do not depend on
+what the repository's csrc/ holds today; the last two build that. TROPD_OTHER_PYTHON names another
+Python with another torch, in which the wheel then has to run.
 """
 
 import os
@@ -32,9 +33,16 @@ SOURCE = """
 extern "C" int tropd_answer() { return 42; }
 """
 
+needs_compiler = pytest.mark.skipif(shutil.which("c++") is None, reason="no C++ compiler")
+not_on_windows = pytest.mark.skipif(sys.platform == "win32", reason="csrc/ is not built on Windows")
+
 
 @pytest.fixture
 def checkout(tmp_path: Path) -> Path:
+    return copy_of_the_build(tmp_path)
+
+
+def copy_of_the_build(tmp_path: Path) -> Path:
     """A copy of what a build reads, with an empty csrc/ and two folders that must stay out."""
     for name in ("pyproject.toml", "setup.py", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, tmp_path)
@@ -48,7 +56,7 @@ def checkout(tmp_path: Path) -> Path:
 
 
 def run_setup(checkout: Path, *arguments: str, **variables: str) -> subprocess.CompletedProcess:
-    ours = ("TROPD_BUILD_EXT", "CXX", "CFLAGS", "CXXFLAGS", "CPPFLAGS", "LDFLAGS")
+    ours = ("TROPD_BUILD_EXT", "TROPD_SANITIZE", "CXX", "CFLAGS", "CXXFLAGS", "CPPFLAGS", "LDFLAGS")
     environment = {k: v for k, v in os.environ.items() if k not in ours} | variables
     return subprocess.run(
         [sys.executable, "setup.py", *arguments],
@@ -56,7 +64,7 @@ def run_setup(checkout: Path, *arguments: str, **variables: str) -> subprocess.C
         env=environment,
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=600,
     )
 
 
@@ -110,6 +118,15 @@ def test_auto_without_a_compiler_makes_a_pure_wheel(checkout: Path) -> None:
     assert "no-such-compiler" in notices(output)[0]
 
 
+def test_auto_with_a_compiler_that_fails_makes_a_pure_wheel(checkout: Path) -> None:
+    (checkout / "csrc" / "rows.cpp").write_text("#error an old compiler\n")
+    wheel, output = build_wheel(checkout, TROPD_BUILD_EXT="auto")
+    assert wheel.name.endswith("-py3-none-any.whl"), "platform tag on a wheel without a library"
+    assert len(notices(output)) == 1 and "an old compiler" in notices(output)[0]
+    result = run_setup(checkout, "bdist_wheel", TROPD_BUILD_EXT="1")
+    assert result.returncode != 0 and "an old compiler" in result.stdout + result.stderr
+
+
 def test_1_fails_without_sources(checkout: Path) -> None:
     result = run_setup(checkout, "bdist_wheel", TROPD_BUILD_EXT="1")
     assert result.returncode != 0
@@ -132,10 +149,13 @@ def test_an_unknown_value_is_an_error_that_names_the_allowed_ones(
     result = run_setup(checkout, "--version", TROPD_BUILD_EXT=value)
     assert result.returncode != 0
     assert f"TROPD_BUILD_EXT must be auto, 0 or 1, got {value!r}" in result.stderr
+    result = run_setup(checkout, "--version", TROPD_SANITIZE=value)
+    assert result.returncode != 0
+    assert f"TROPD_SANITIZE must be 0 or 1, got {value!r}" in result.stderr
 
 
-@pytest.mark.skipif(shutil.which("c++") is None, reason="no C++ compiler")
-@pytest.mark.skipif(sys.platform == "win32", reason="csrc/ is not built on Windows")
+@needs_compiler
+@not_on_windows
 def test_sources_become_a_library_for_every_later_python_and_torch(checkout: Path) -> None:
     (checkout / "csrc" / "rows.cpp").write_text(SOURCE)
     wheel, output = build_wheel(checkout)
@@ -176,3 +196,82 @@ def test_import_brings_neither_transformers_nor_a_trainer() -> None:
     )
     assert result.returncode == 0, result.stderr
     assert result.stdout.split() == []
+
+
+# --- the repository's own csrc/ ------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def wheel_of_this_checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    checkout = copy_of_the_build(tmp_path_factory.mktemp("checkout"))
+    shutil.copytree(ROOT / "csrc", checkout / "csrc", dirs_exist_ok=True)
+    return build_wheel(checkout, TROPD_BUILD_EXT="1")[0]
+
+
+@needs_compiler
+@not_on_windows
+@pytest.mark.slow
+def test_the_kernels_need_no_symbol_that_another_python_or_torch_may_lack(
+    wheel_of_this_checkout: Path, tmp_path: Path
+) -> None:
+    assert re.search(r"-cp310-abi3-(?!any)\w+\.whl$", wheel_of_this_checkout.name)
+    with zipfile.ZipFile(wheel_of_this_checkout) as archive:
+        library = archive.extract("tropd_kernels/_C.abi3.so", tmp_path)
+    if shutil.which("nm") is None:
+        pytest.skip("no nm to list symbols with")
+    needs = subprocess.run(
+        ["nm", "-D", "--undefined-only", library], capture_output=True, text=True, check=True
+    ).stdout
+    assert "aoti_torch_get_dtype" in needs  # libtorch's stable ABI is C functions
+    # Of C++ only the standard library, nothing of at::, c10:: or torch::; and no Python at all.
+    assert not re.findall(r"\b_ZN?K?(?:2at|3c10|5torch)\w+|\b_?Py\w+", needs)
+
+
+RUNS_ELSEWHERE = """
+import sys, torch, tropd_kernels as tk
+from tropd_kernels import native
+assert tk.__file__.startswith(sys.argv[1]), tk.__file__
+assert native.WHY_NOT is None, native.WHY_NOT
+for dtype, bound in ((torch.float32, 1e-5), (torch.bfloat16, 1e-2)):
+    results = {}
+    for backend in ("native", "reference"):
+        torch.manual_seed(0)
+        hidden, weight = torch.randn(50, 32).to(dtype), torch.randn(300, 32).to(dtype)
+        leaves = hidden.requires_grad_(), weight.requires_grad_()
+        teacher = tk.HiddenTeacher(torch.randn(50, 16).to(dtype), torch.randn(300, 16).to(dtype))
+        labels = torch.randint(300, (50,))
+        out = tk.linear_distillation_loss(*leaves, labels, teacher, tk.GKD(0.3), backend=backend)
+        out.loss.backward()
+        results[backend] = [out.loss.detach(), *(leaf.grad for leaf in leaves)]
+    for ours, truth in zip(*results.values()):
+        assert (ours - truth).norm() <= bound * truth.norm(), (dtype, ours, truth)
+print("Python", sys.version.split()[0], "torch", torch.__version__, native.description())
+"""
+
+
+@needs_compiler
+@not_on_windows
+@pytest.mark.slow
+@pytest.mark.skipif(
+    "TROPD_OTHER_PYTHON" not in os.environ,
+    reason="TROPD_OTHER_PYTHON names no other Python with another torch",
+)
+def test_the_wheel_runs_in_another_python_with_another_torch(
+    wheel_of_this_checkout: Path, tmp_path: Path
+) -> None:
+    other = os.environ["TROPD_OTHER_PYTHON"]
+    clean = {k: v for k, v in os.environ.items() if k not in ("LD_PRELOAD", "VIRTUAL_ENV")}
+
+    def run(*command: str | Path) -> str:
+        result = subprocess.run(
+            command, cwd=tmp_path, env=clean | {"PYTHONPATH": str(tmp_path / "site")},
+            capture_output=True, text=True, timeout=300,
+        )  # fmt: skip
+        assert result.returncode == 0, result.stdout + result.stderr
+        return result.stdout
+
+    versions = "import sys, torch; print(*sys.version_info[:2], torch.__version__)"
+    assert run(other, "-c", versions) != run(sys.executable, "-c", versions), "not another one"
+    pip = (sys.executable, "-m", "pip", "--disable-pip-version-check", "--python", other)
+    run(*pip, "install", "--no-deps", "--target", tmp_path / "site", wheel_of_this_checkout)
+    print(run(other, "-c", RUNS_ELSEWHERE, tmp_path / "site"))

@@ -1,0 +1,532 @@
+"""The operators of `csrc/`, called as the native backend calls them, and wrongly.
+
+That the backend computes the right losses is `test_correctness.py`'s subject, on the best
+instruction set of the machine; here every instruction set that runs is tried. `fuzz_native.py`
+looks for accesses outside the tensors.
+"""
+
+import math
+import os
+import subprocess
+import sys
+from functools import cache
+from pathlib import Path
+
+import pytest
+import torch
+from fuzz_native import AKL, INT64_MAX, INT64_MIN, between_guards, bits, library_under_test
+from problems import OBJECTIVES, make_problem, with_everything
+
+from tropd_kernels import LogitsTeacher, distillation_loss, native
+from tropd_kernels.rows.layout import Coef, Stat
+from tropd_kernels.rows.native_rows import GENERATORS
+
+if native.WHY_NOT is not None:
+    pytest.skip(f"no native kernels: {native.WHY_NOT}", allow_module_level=True)
+
+ops = torch.ops.tropd_native
+PLAIN = [1.0, 0.0, 1.0, 0.0, 1.0]  # scale and soft cap of both sides, temperature
+TRANSFORMED = [1.3, 9.0, 0.8, 7.0, 1.2]
+
+needs_products = pytest.mark.skipif(
+    not native.HAS_BF16_PRODUCTS, reason="this CPU has no AVX512-BF16"
+)
+
+
+@pytest.fixture(params=native.instruction_sets())
+def instruction_set(request):
+    """Runs on each, and leaves the best one in use."""
+    assert ops.use_instruction_set(request.param) == request.param
+    yield request.param
+    ops.use_instruction_set(native.instruction_sets()[0])
+
+
+@pytest.fixture
+def use_threads():
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
+    assert a.dtype == b.dtype and a.shape == b.shape
+    return torch.equal(*(bits(each.contiguous().reshape(-1)) for each in (a, b)))
+
+
+@pytest.mark.skipif("TROPD_SANITIZE" not in os.environ, reason="not under `make sanitize`")
+def test_make_sanitize_tests_a_library_with_sanitizers():
+    assert library_under_test()
+
+
+def test_random_calls_touch_nothing_but_their_tensors():
+    """On memory between pages that nobody may touch, where one stray read ends the process."""
+    program = Path(__file__).with_name("fuzz_native.py")
+    path = os.pathsep.join([str(program.parents[1]), os.environ.get("PYTHONPATH", "")])
+    run = subprocess.run(
+        [sys.executable, program, "--seconds", "3", "--seed", "1"],
+        env=os.environ | {"PYTHONPATH": path}, capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    assert run.returncode == 0, run.stderr
+
+
+# --- exp, log1p, tanh ----------------------------------------------------------------------------
+
+
+def elementary(function, x: torch.Tensor) -> torch.Tensor:
+    out = torch.full_like(x, 7.0)
+    ops.elementary(("exp", "log1p", "tanh").index(function), x, out)
+    return out
+
+
+def every_magnitude(low: float, high: float, dtype, count: int = 200_000) -> torch.Tensor:
+    """Values spread evenly, and evenly over the exponents down to the subnormal ones."""
+    least = math.log10(torch.finfo(dtype).smallest_normal) - 5
+    powers = torch.logspace(least, math.log10(max(abs(low), high)), count // 4, dtype=torch.float64)
+    values = torch.cat([torch.linspace(low, high, count, dtype=torch.float64), powers, -powers])
+    return values[(values >= low) & (values <= high)].to(dtype)
+
+
+def ulps(found: torch.Tensor, exact: torch.Tensor, dtype) -> float:
+    """The largest error, in units of the last place that `dtype` has at the exact value."""
+    finfo = torch.finfo(dtype)
+    digits = round(-math.log2(finfo.eps)) + 1
+    smallest = round(math.log2(finfo.smallest_normal)) - digits + 1
+    exponent = (torch.frexp(exact)[1] - digits).clamp_min(smallest)
+    error = (found.double() - exact).abs()
+    return float((error / torch.ldexp(torch.ones_like(exact), exponent)).max())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])
+@pytest.mark.parametrize(
+    ("function", "bound", "low", "high"),
+    [("exp", 2, -104.5, 88.72), ("log1p", 4, 0.0, 1.0), ("tanh", 4, -30.0, 30.0)],
+)
+def test_elementary_functions_are_good_to_a_few_units_in_the_last_place(
+    function, bound, low, high, dtype, instruction_set
+):
+    if dtype == torch.float64 and function == "exp":
+        low, high = -746.5, 709.78
+    x = every_magnitude(low, high, dtype)
+    exact = getattr(torch, function)(x.double())
+    if function == "exp":
+        subnormal = (exact > 0) & (exact < torch.finfo(dtype).smallest_normal)
+        assert subnormal.sum() > 1000
+    slack = 1 if dtype == torch.float64 else 0  # torch's own error
+    assert ulps(elementary(function, x), exact, dtype) <= bound + slack
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])
+def test_elementary_functions_of_special_values(dtype, instruction_set):
+    inf, nan = math.inf, math.nan
+    beyond = 88.73 if dtype == torch.float32 else 709.79
+    below = -104.0 if dtype == torch.float32 else -745.2
+    for function, given, expected in (
+        ("exp", [0.0, -0.0, inf, -inf, nan], [1.0, 1.0, inf, 0.0, nan]),
+        ("exp", [beyond, below, 1e30, -1e30], [inf, 0.0, inf, 0.0]),
+        ("log1p", [0.0, nan], [0.0, nan]),
+        ("tanh", [0.0, -0.0, inf, -inf, nan, 1e30, -1e30], [0.0, 0.0, 1.0, -1.0, nan, 1.0, -1.0]),
+    ):
+        found = elementary(function, torch.tensor(given, dtype=dtype))
+        expected = torch.tensor(expected, dtype=dtype)
+        torch.testing.assert_close(found, expected, rtol=0, atol=0, equal_nan=True, msg=function)
+
+
+# --- rows ----------------------------------------------------------------------------------------
+
+
+@cache
+def reference(name: str, vocab_size: int):
+    """A problem in numbers that are float32 ones, and its results in float64."""
+    problem = make_problem(tokens=5, vocab_size=vocab_size)
+    if vocab_size > 16:
+        problem = with_everything(problem)
+    for field, value in vars(problem).items():
+        if isinstance(value, torch.Tensor) and value.is_floating_point():
+            setattr(problem, field, value.float().double())
+    return problem, problem.call(OBJECTIVES[name], "hidden", "reference", torch.float64)
+
+
+@pytest.mark.parametrize("vocab_size", [1, 2, 15, 16, 17, 1023, 1025])
+@pytest.mark.parametrize(
+    "name", ["tropd_expected", "tropd_bucket", "gkd", "akl", "alpha", "todi", "reverse_kl"]
+)
+def test_every_instruction_set_agrees_with_the_reference(name, vocab_size, instruction_set):
+    """At vocabularies around the width of a vector and around a block of the sums."""
+    problem, (loss, gradients, stats) = reference(name, vocab_size)
+    for dtype, bound in ((torch.float32, 1e-5), (torch.float64, 1e-12)):
+        found = problem.call(OBJECTIVES[name], "hidden", "native", dtype)
+        pairs = [(found[0], loss), *((found[1][key], value) for key, value in gradients.items())]
+        for key, truth in vars(stats).items():
+            ours = getattr(found[2], key)
+            # The masses of K are known where the objective needed them.
+            unknown = ours.isnan() if key.endswith("topk_mass") else torch.zeros_like(truth).bool()
+            pairs.append((ours.masked_fill(unknown, 0), truth.masked_fill(unknown, 0)))
+        for ours, truth in pairs:
+            # Where one id is left, the truth is 0 and the error is that of a log-prob of 0.
+            assert (ours.double() - truth).norm() <= bound * (truth.norm() + 0.1)
+
+
+def outcome(objective, logits, teacher_logits) -> list[torch.Tensor]:
+    """Loss, d_logits and statistics of the native backend on logits that exist."""
+    problem = with_everything(make_problem(tokens=logits.shape[0], vocab_size=logits.shape[1]))
+    z = logits.clone().requires_grad_()
+    out = distillation_loss(
+        z, problem.labels, LogitsTeacher(teacher_logits), objective,
+        backend="native", **problem.options,
+    )  # fmt: skip
+    out.loss.backward()
+    return [out.loss.detach(), z.grad, *(s for s in vars(out.stats).values() if s is not None)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("name", ["tropd_ppo", "tropd_bucket", "akl", "skew_reverse", "jeffreys"])
+def test_rows_are_the_same_bits_on_any_number_of_threads(name, dtype, instruction_set, use_threads):
+    logits, teacher = (3 * torch.randn(2, 37, 1500)).to(dtype)
+    use_threads(1)
+    first = outcome(OBJECTIVES[name], logits, teacher)
+    assert first[1].isfinite().all() and first[1].any()
+    for threads in (1, 2, 5):
+        use_threads(threads)
+        again = outcome(OBJECTIVES[name], logits, teacher)
+        assert all(same_bits(a, b) for a, b in zip(first, again, strict=True)), threads
+
+
+@needs_products
+@pytest.mark.parametrize("name", ["tropd", "gkd"])
+def test_losses_of_bfloat16_heads_are_the_same_bits_on_any_number_of_threads(name, use_threads):
+    problem = with_everything(make_problem(tokens=150, vocab_size=700, width=33, teacher_width=64))
+    use_threads(1)
+    first = problem.call(OBJECTIVES[name], "hidden", "native", torch.bfloat16)
+    for threads in (1, 2, 5):
+        use_threads(threads)
+        again = problem.call(OBJECTIVES[name], "hidden", "native", torch.bfloat16)
+        assert same_bits(first[0], again[0]), threads
+        assert sorted(first[1]) == ["bias", "hidden", "weight"]
+        assert all(same_bits(first[1][key], again[1][key]) for key in first[1]), threads
+
+
+def row_arguments(n=3, vocab=20, dtype=torch.float32, scales=PLAIN) -> dict:
+    """What the three row operators share, all of it right."""
+    wide = torch.promote_types(dtype, torch.float32)
+    return {
+        "student": (3 * torch.randn(n, vocab)).to(dtype),
+        "teacher": (3 * torch.randn(n, vocab)).to(dtype),
+        "bias": torch.randn(vocab, dtype=wide) if scales is TRANSFORMED else None,
+        "teacher_bias": torch.randn(vocab, dtype=wide) if scales is TRANSFORMED else None,
+        "scales": scales,
+        "labels": torch.randint(vocab, (n,)),
+    }
+
+
+def gradient_arguments(generator: int = 0, c: float = 0.5, **how) -> dict:
+    """Statistics as the operator makes them, and a weight on every term."""
+    arguments = row_arguments(**how)
+    n, wide = arguments["labels"].shape[0], torch.promote_types(
+        arguments["student"].dtype, torch.float32
+    )  # fmt: skip
+    coefs, stats = torch.randn(len(Coef), n, dtype=wide), torch.empty(len(Stat), n, dtype=wide)
+    made = torch.empty_like(coefs)
+    ops.statistics(**arguments, stats=stats, coefs=made)
+    coefs[: Coef.THRESHOLD], coefs[Coef.THRESHOLD] = made[: Coef.THRESHOLD], -4.0
+    more = {"ids": None, "added": None, "out": torch.empty_like(arguments["student"])}
+    return arguments | {"coefs": coefs, **more, "top_k": True, "generator": generator, "c": c}
+
+
+@pytest.mark.parametrize("scales", [PLAIN, TRANSFORMED], ids=["plain", "transformed"])
+@pytest.mark.parametrize("vocab", [1, 17, 1030])
+@pytest.mark.parametrize("generator", range(AKL), ids=[str(g) for g in GENERATORS[:AKL]])
+def test_the_gradient_may_be_written_over_the_logits(generator, vocab, scales, instruction_set):
+    arguments = gradient_arguments(generator, n=5, vocab=vocab, scales=scales)
+    arguments["ids"] = torch.randint(vocab, (5, 3))
+    arguments["added"] = torch.randn(5, 3)
+    for dtype in (torch.float32, torch.bfloat16):
+        expected = torch.empty(5, vocab, dtype=dtype)
+        ops.gradient(**arguments | {"out": expected})
+        assert expected.isfinite().all() and (expected.any() or vocab == 1)
+        student = arguments["student"].clone()
+        over = student.view(dtype)[:, :vocab]  # a bfloat16 row begins where the float32 one does
+        ops.gradient(**arguments | {"student": student, "out": over})
+        assert same_bits(over, expected)
+
+
+@pytest.mark.parametrize("wrong", [-1, 20, 21, 2**40, INT64_MIN, INT64_MAX])
+def test_labels_outside_the_vocabulary_are_read_and_written_nowhere(wrong, instruction_set):
+    arguments = gradient_arguments(n=3, vocab=20)
+    for name in ("student", "teacher"):
+        arguments[name] = between_guards(60, torch.float32).view(3, 20).copy_(arguments[name])
+    stats, coefs = torch.zeros(len(Stat), 3), torch.zeros(len(Coef), 3)
+    shared = {name: arguments[name] for name in row_arguments()}
+    shared["labels"] = torch.tensor([wrong, 5, wrong])
+    ops.statistics(**shared, stats=stats, coefs=coefs)
+    for stat in (Stat.LOG_PROB, Stat.TEACHER_LOG_PROB):
+        assert stats[stat].isnan().tolist() == [True, False, True]
+    assert stats[Stat.ENTROPY : Stat.REWARD].isfinite().all()
+
+    without = arguments["coefs"].clone()
+    without[Coef.LABEL, ::2] = 0
+    expected = torch.empty(3, 20)
+    labels = torch.tensor([0, 5, 0])
+    ops.gradient(**arguments | {"labels": labels, "coefs": without, "out": expected})
+    around = between_guards(60, torch.float32).view(3, 20)
+    ops.gradient(**arguments | {"labels": shared["labels"], "out": around})
+    assert same_bits(around, expected)
+
+
+@pytest.mark.parametrize("wrong", [-1, 20, 21, 2**40, INT64_MIN, INT64_MAX])
+def test_given_ids_outside_the_vocabulary_are_ignored(wrong, instruction_set):
+    arguments = gradient_arguments(n=3, vocab=20)
+    right = {"ids": torch.tensor([[4, 4], [7, 7], [19, 19]]), "added": torch.tensor([[1.0, 0]] * 3)}
+    expected, found = torch.empty(3, 20), between_guards(60, torch.float32).view(3, 20)
+    ops.gradient(**arguments | right | {"out": expected})
+    ids = right["ids"].clone()
+    ids[:, 1] = wrong
+    ops.gradient(**arguments | {"ids": ids, "added": torch.ones(3, 2), "out": found})
+    assert same_bits(found, expected)
+
+
+# --- products ------------------------------------------------------------------------------------
+
+SHAPES = [  # m, n, k: a tile is 6 x 64, a panel 2048 deep
+    (1, 1, 1), (1, 1, 2), (2, 3, 1), (5, 63, 7), (6, 64, 32), (7, 65, 33), (13, 129, 31),
+    (97, 5, 48), (3, 70, 2047), (2, 66, 2049), (8, 3, 4101),
+]  # fmt: skip
+
+
+def integers(rows, cols, low=-8, dtype=torch.bfloat16, lead=0, gap=0):
+    """Small enough that every sum of their products is exact in float32. `gap` columns of NaN after
+    each row, `lead` before."""
+    whole = torch.full((rows, lead + cols + gap), math.nan, dtype=dtype)
+    part = whole[:, lead : lead + cols]
+    return part.copy_(torch.randint(low, 9, (rows, cols)))
+
+
+def product(operator, a, b) -> torch.Tensor:
+    left = a.double().T if operator == "gemm_tn" else a.double()
+    return left @ (b.double().T if operator == "gemm_nt" else b.double())
+
+
+def operands(operator, m, n, k, make):
+    return make(*((k, m) if operator == "gemm_tn" else (m, k))), make(
+        *((n, k) if operator == "gemm_nt" else (k, n))
+    )
+
+
+products = pytest.mark.parametrize("operator", ["gemm_nt", "gemm_nn", "gemm_tn"])
+
+
+@needs_products
+@products
+@pytest.mark.parametrize(("lead", "gap"), [(0, 0), (1, 0), (3, 4), (0, 64)])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_products_of_integers_are_exact_at_any_shape_and_stride(operator, shape, lead, gap):
+    m, n, k = shape
+    a, b = operands(operator, m, n, k, lambda r, c: integers(r, c, lead=lead, gap=gap))
+    whole = torch.full((m, lead + n + gap), math.nan)
+    out = whole[:, lead : lead + n]
+    getattr(ops, operator)(a, b, out, *([False] if operator == "gemm_tn" else []))
+    assert torch.equal(out.double(), product(operator, a, b))
+    assert whole[:, :lead].isnan().all() and whole[:, lead + n :].isnan().all()
+
+
+@needs_products
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_transposed_products_can_add_or_round_once(shape):
+    m, n, k = shape
+    a, b = operands("gemm_tn", m, n, k, integers)
+    exact = product("gemm_tn", a, b)
+    out = integers(m, n, dtype=torch.float32, lead=1, gap=2)
+    expected = out.double() + exact
+    ops.gemm_tn(a, b, out, True)
+    assert torch.equal(out.double(), expected)
+    whole = torch.full((m, n + 3), math.nan, dtype=torch.bfloat16)
+    ops.gemm_tn(a, b, whole[:, 1 : n + 1], False)
+    assert torch.equal(whole[:, 1 : n + 1], exact.bfloat16())
+    assert whole[:, 0].isnan().all() and whole[:, n + 1 :].isnan().all()
+
+
+@needs_products
+@products
+def test_products_add_in_float32(operator):
+    a, b = operands(operator, 70, 100, 3001, lambda r, c: torch.randn(r, c).bfloat16())
+    out = torch.empty(70, 100)
+    getattr(ops, operator)(a, b, out, *([False] if operator == "gemm_tn" else []))
+    exact = product(operator, a, b)
+    # A random walk of roundings: sums that were bf16, or half of the terms, are 100 times worse.
+    assert float((out - exact).norm() / exact.norm()) < 3001**0.5 * torch.finfo(torch.float32).eps
+
+
+@needs_products
+@products
+def test_products_are_the_same_bits_on_any_number_of_threads(operator, use_threads):
+    a, b = operands(operator, 200, 700, 2100, lambda r, c: torch.randn(r, c).bfloat16())
+    results = []
+    for threads in (1, 1, 2, 5):
+        use_threads(threads)
+        results.append(torch.full((200, 700), math.nan))
+        getattr(ops, operator)(a, b, results[-1], *([False] if operator == "gemm_tn" else []))
+    assert all(same_bits(results[0], each) for each in results)
+
+
+# --- bad arguments -------------------------------------------------------------------------------
+
+
+def right_arguments(operator: str) -> dict:
+    bf16 = lambda *shape: torch.randn(*shape).bfloat16()
+    if operator in ("statistics", "sums", "gradient"):
+        arguments = row_arguments(scales=TRANSFORMED)
+    if operator == "statistics":
+        return arguments | {"stats": torch.empty(len(Stat), 3), "coefs": torch.empty(len(Coef), 3)}
+    if operator == "sums":
+        made = {"coefs": torch.zeros(len(Coef), 3), "sums": torch.empty(8, 3)}
+        options = {"top_k": 5, "k_alone": False, "generator": 1, "c": 0.5}
+        return arguments | made | {"needed": torch.ones(3, dtype=torch.bool)} | options
+    if operator == "gradient":
+        given = {"ids": torch.zeros(3, 4, dtype=torch.int64), "added": torch.zeros(3, 4)}
+        return gradient_arguments(scales=TRANSFORMED) | given
+    return {
+        "elementary": {"which": 0, "input": torch.zeros(4), "out": torch.zeros(4)},
+        "gemm_nt": {"a": bf16(3, 4), "b": bf16(5, 4), "out": torch.zeros(3, 5)},
+        "gemm_nn": {"a": bf16(3, 4), "b": bf16(4, 5), "out": torch.zeros(3, 5)},
+        "gemm_tn": {"a": bf16(4, 3), "b": bf16(4, 5), "out": torch.zeros(3, 5), "add": True},
+    }[operator]
+
+
+def bad_arguments():
+    """(operator, argument, how to spoil it or what to give, what the error has to say)"""
+    rows = ("statistics", "sums", "gradient")
+    to = lambda dtype: lambda t: t.to(dtype)
+    meta, half, double = to("meta"), to(torch.float16), to(torch.float64)
+    short, narrow = lambda t: t[:-1], lambda t: t[..., :-1]
+    spread = lambda t: t.repeat_interleave(2, -1)[..., ::2]
+    overlapping = lambda t: t[:1].expand(t.shape)
+
+    def everywhere(operators, argument, *bad):
+        for operator in operators:
+            yield operator, argument, meta, f"move {argument} there"
+            for spoil, message in bad:
+                yield operator, argument, spoil, f"{argument} {message}"
+
+    layout = [
+        (spread, "must have unit stride along its rows"),
+        (overlapping, "must have .* rows that do not overlap"),
+    ]
+    element = [(half, "must be float32, bfloat16 or float64")]
+    vector = [(short, "has shape"), (spread, "must be contiguous"), (to(torch.int32), "must be")]
+    yield from everywhere(
+        rows, "student", (lambda t: t[0], r"has shape \(20\), expected \(n, m\)"), *layout,
+        *element, (lambda t: t[:, :0], "has no columns"),
+    )  # fmt: skip
+    yield from everywhere(
+        rows, "teacher", (short, r"has shape \(2, 20\), expected \(3, 20\)"), *layout, *element,
+        (narrow, r"has shape \(3, 19\), expected \(3, 20\)"),
+    )  # fmt: skip
+    for operator in rows:
+        teacher = {"teacher": torch.zeros(3, 20, dtype=torch.float64), "teacher_bias": None}
+        yield operator, "", teacher, "teacher and student must both be float64, or neither"
+    for name in ("bias", "teacher_bias"):
+        yield from everywhere(rows, name, *vector, (double, "must be float32"))
+    yield from everywhere(rows, "labels", *vector, (double, "must be int64"))
+    for operator in rows:
+        yield operator, "scales", [1.0, 0.0, 1.0, 0.0], "scales must hold 5 numbers, got 4"
+        for scales in ([1, 0, 1, 0, 0.0], [1, 0, 1, 0, -1.0], [1, 0, 1, 0, math.nan]):
+            yield operator, "scales", scales, "temperature must be above 0"
+        for scales in ([1, -1.0, 1, 0, 1], [1, 0, 1, math.nan, 1]):
+            yield operator, "scales", scales, "a soft cap not below 0"
+    matrix = [(short, "has shape"), (narrow, "has shape"), *layout]
+    accumulator = [*matrix, (double, "must be float32 for these logits")]
+    yield from everywhere(["statistics"], "stats", *accumulator)
+    yield from everywhere(rows, "coefs", *accumulator)
+    yield from everywhere(["sums"], "sums", *accumulator)
+    yield from everywhere(["sums"], "needed", *vector)
+    for top_k in (-1, INT64_MIN):
+        yield "sums", "top_k", top_k, "top_k must be at least 0"
+    for operator in ("sums", "gradient"):
+        for generator in (-1, AKL + 1, INT64_MIN, INT64_MAX):
+            yield operator, "generator", generator, "generator must lie between 0 and 10"
+    for generator in (1, 2, 3, 4, 5):
+        for c in (0.0, 1.0):
+            spoil = {"generator": generator, "c": c}
+            yield "sums", "", spoil, f"generator {generator} is not defined at parameter"
+    yield "gradient", "ids", None, "ids and added come together"
+    yield "gradient", "added", None, "ids and added come together"
+    yield from everywhere(
+        ["gradient"], "ids", (short, "has shape"), (to(torch.int32), "must be int64"), *layout,
+        (lambda t: torch.cat([t, t], 1)[:, :4], "and added must be contiguous"),
+    )  # fmt: skip
+    yield from everywhere(["gradient"], "added", *accumulator)
+    yield "gradient", "added", lambda t: torch.cat([t, t], 1)[:, :4], "added must be contiguous"
+    yield from everywhere(
+        ["gradient"], "out", *matrix, *element, (double, "and student must both be float64")
+    )
+
+    for which in (-1, 3, INT64_MAX):
+        yield "elementary", "which", which, "which must be 0"
+    for argument in ("input", "out"):
+        for spoil in (short, spread, double, half, to(torch.bfloat16)):
+            yield "elementary", argument, spoil, "must be"
+        yield "elementary", argument, meta, "move .* there"
+
+    if native.HAS_BF16_PRODUCTS:
+        gemms = ("gemm_nt", "gemm_nn", "gemm_tn")
+        for name in ("a", "b"):
+            yield from everywhere(
+                gemms, name, *layout, (half, "must be bfloat16"), (lambda t: t[0], "has shape"),
+                (to(torch.float32), "must be bfloat16"),
+            )  # fmt: skip
+        yield "gemm_nt", "a", narrow, "a and b do not fit: inner sizes 3 and 4"
+        yield "gemm_nn", "b", short, "a and b do not fit: inner sizes 4 and 3"
+        yield "gemm_tn", "a", short, "a and b do not fit: inner sizes 3 and 4"
+        empty = {
+            "gemm_nt": lambda t: t[:, :0], "gemm_tn": lambda t: t[:0],
+        }  # fmt: skip
+        for operator, none in empty.items():
+            for_both = {"a": none(right_arguments(operator)["a"])}
+            for_both["b"] = none(right_arguments(operator)["b"])
+            yield operator, "", for_both, "an inner size of 0"
+        nothing = {"a": torch.empty(3, 0).bfloat16(), "b": torch.empty(0, 5).bfloat16()}
+        yield "gemm_nn", "", nothing, "an inner size of 0"
+        yield from everywhere(gemms, "out", *matrix, (half, "must be float32"))
+        yield "gemm_tn", "out", to(torch.bfloat16), "out must be float32 to be added to"
+
+
+OPERATORS = ("statistics", "sums", "gradient", "elementary")
+if native.HAS_BF16_PRODUCTS:
+    OPERATORS += ("gemm_nt", "gemm_nn", "gemm_tn")
+
+
+@pytest.mark.parametrize("operator", OPERATORS)
+def test_right_arguments_are_accepted(operator):
+    getattr(ops, operator)(**right_arguments(operator))
+
+
+@pytest.mark.parametrize("operator", OPERATORS)
+def test_a_wrong_argument_is_an_error_that_names_it(operator):
+    cases = [case[1:] for case in bad_arguments() if case[0] == operator]
+    assert cases
+    for argument, bad, message in cases:
+        arguments = right_arguments(operator)
+        if isinstance(bad, dict):
+            arguments |= bad
+        else:
+            arguments[argument] = bad(arguments[argument]) if callable(bad) else bad
+        with pytest.raises(RuntimeError, match=message):
+            getattr(ops, operator)(**arguments)
+
+
+def test_float64_logits_want_float64_company():
+    """Everything that is read as an accumulator would be read in the wrong size."""
+    for operator, names in {
+        "statistics": ("bias", "teacher_bias", "stats", "coefs"),
+        "sums": ("coefs", "sums"),
+        "gradient": ("coefs", "added", "out"),
+    }.items():
+        for name in names:
+            right = {
+                key: value.double()
+                if isinstance(value, torch.Tensor) and value.is_floating_point()
+                else value
+                for key, value in right_arguments(operator).items()
+            }
+            getattr(ops, operator)(**right)
+            with pytest.raises(RuntimeError, match=f"{name} .*float64"):
+                getattr(ops, operator)(**right | {name: right[name].float()})
