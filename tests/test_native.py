@@ -36,9 +36,9 @@ needs_products = pytest.mark.skipif(
 @pytest.fixture(params=native.instruction_sets())
 def instruction_set(request):
     """Runs on each, and leaves the best one in use."""
-    assert ops.use_instruction_set(request.param) == request.param
+    before = ops.use_instruction_set(request.param)
     yield request.param
-    ops.use_instruction_set(native.instruction_sets()[0])
+    assert ops.use_instruction_set(before) == request.param
 
 
 @pytest.fixture
@@ -67,6 +67,11 @@ def test_random_calls_touch_nothing_but_their_tensors():
         env=os.environ | {"PYTHONPATH": path}, capture_output=True, text=True, timeout=120,
     )  # fmt: skip
     assert run.returncode == 0, run.stderr
+
+
+def test_an_unknown_instruction_set_is_an_error():
+    with pytest.raises(RuntimeError, match="no kernels named AVX-9"):
+        ops.use_instruction_set("AVX-9")
 
 
 # --- exp, log1p, tanh ----------------------------------------------------------------------------

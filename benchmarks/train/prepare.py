@@ -1,0 +1,33 @@
+"""Writes what `run.yaml` reads: the teacher, the student and the prompts, in build/train/."""
+
+import json
+import sys
+
+from benchmarks.demo import DemoError
+from benchmarks.demo.__main__ import CACHE, REPOSITORY
+from benchmarks.demo.model import load_teacher, make_student
+from benchmarks.demo.prompts import PROMPTS
+
+FOLDER = REPOSITORY / "build" / "train"
+STUDENT_LAYERS = 10
+
+
+def main() -> int:
+    try:
+        teacher, tokenizer = load_teacher(CACHE)
+    except DemoError as error:
+        print(f"train: {error}", file=sys.stderr)
+        return 2
+    student = make_student(teacher, STUDENT_LAYERS)
+    for name, model in (("teacher", teacher), ("student", student)):
+        model.save_pretrained(FOLDER / name)
+        tokenizer.save_pretrained(FOLDER / name)
+    rows = [{"prompt": [{"role": "user", "content": text}]} for text in PROMPTS]
+    lines = "".join(json.dumps(row) + "\n" for row in rows)
+    (FOLDER / "prompts.jsonl").write_text(lines, encoding="utf-8")
+    print(FOLDER.relative_to(REPOSITORY))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

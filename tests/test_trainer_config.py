@@ -1,0 +1,241 @@
+"""Settings of the trainer, and the command line: what is accepted, and which key an error names."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import subprocess
+import sys
+
+import pytest
+
+pytest.importorskip("trl", reason="the trainer needs trl")
+
+import tiny
+
+from tropd_kernels import AOPD, EOPD, GKD, OPD, SFT, Divergence, TrOPD, cli
+from tropd_kernels.trainer import TrOPDConfig
+from tropd_kernels.trainer.prefix import column_ids, cut, is_complete, scheduled_length
+from tropd_kernels.trainer.registry import OBJECTIVES, build_rule, knobs
+
+pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
+HERE = dict(use_cpu=True, bf16=False, report_to="none")
+
+
+def config(**settings) -> TrOPDConfig:
+    return TrOPDConfig("unused", **(HERE | settings))
+
+
+# --- objectives --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("settings", "rule"),
+    [
+        ({}, TrOPD()),
+        ({"objective_kwargs": {"top_k": 8, "gate": "expected"}}, TrOPD(top_k=8, gate="expected")),
+        ({"objective_kwargs": '{"top_k": null}'}, TrOPD(top_k=None)),
+        ({"prefix_weight": 0.5}, TrOPD(prefix_weight=0.5)),
+        ({"prefix_weight": None}, TrOPD(prefix_weight=None)),
+        ({"objective": "opd", "objective_kwargs": {"kl_penalty_coef": 0.5}},
+         OPD(kl_penalty_coef=0.5)),
+        ({"objective": "gkd"}, GKD(0.5)),
+        ({"objective": "gkd", "beta": 0.1}, GKD(0.1)),
+        ({"objective": "gkd", "beta": 1.0}, GKD(1.0)),
+        ({"objective": "jsd", "beta": 0.0}, Divergence("forward_kl")),
+        ({"objective": "forward_kl", "objective_kwargs": {"top_k": 4}},
+         Divergence("forward_kl", top_k=4)),
+        ({"objective": "eopd"}, EOPD()),
+        ({"objective": "aopd"}, AOPD()),
+        ({"objective": "sft"}, SFT()),
+    ],
+)  # fmt: skip
+def test_settings_make_the_rule(settings, rule):
+    assert config(**settings).rule() == rule
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_knobs_are_the_constructor_s(name):
+    """A knob that is listed and not taken, or taken and not listed, would mislead."""
+    for knob in knobs(name):
+        value = inspect.signature(OBJECTIVES[name]).parameters[knob].default
+        build_rule(name, {} if value is inspect.Parameter.empty else {knob: value})
+    others = {k for other in OBJECTIVES for k in knobs(other)} - set(knobs(name))
+    for knob in others:
+        with pytest.raises((TypeError, ValueError)):
+            build_rule(name, {knob: 0.25})
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"objective": "tropdd"}, "unknown 'tropdd' (did you mean 'tropd'?)"),
+        ({"objective_kwargs": {"topk": 8}}, "objective_kwargs: no objective has a knob 'topk'"),
+        ({"objective_kwargs": {"alpha": 0.1}},
+         "'tropd' takes no 'alpha'; it belongs to skew_forward, skew_reverse, alpha"),
+        ({"objective_kwargs": {"beta": 0.1}}, "objective_kwargs: 'beta' is a key of its own"),
+        ({"objective_kwargs": {"gate": "never"}}, "objective_kwargs: tropd: gate must be one of"),
+        ({"objective_kwargs": [1]}, "objective_kwargs: expected a mapping"),
+        ({"beta": 0.5}, "objective 'tropd' takes no 'beta'; it belongs"),
+        ({"beta": 2.0, "objective": "gkd"}, "beta"),
+        ({"objective": "gkd", "prefix_weight": 0.5}, "prefix_weight: objective 'gkd' takes no"),
+        ({"stage_fraction": 0.5}, "stage_fraction: objective 'tropd' takes no"),
+        ({"objective": "reopold", "stage_fraction": 1.5}, "stage_fraction: must be in [0, 1]"),
+        ({"prefix_schedule": "cosin"}, "prefix_schedule: must be one of none, cosine, linear"),
+        ({"prefix_schedule": "cosine"}, "prefix_length: 0 with prefix_schedule 'cosine'"),
+        ({"prefix_length": 4}, "prefix_length: 4 with prefix_schedule 'none'"),
+        ({"prefix_length": -1}, "prefix_length: must be 0 tokens or more"),
+        ({"prefix_schedule": "linear", "prefix_length": 600}, "prefix_length: 600 is more than"),
+        ({"prefix_fraction": 1.5}, "prefix_fraction: must be in [0, 1]"),
+        ({"prefix_steps": -1}, "prefix_steps"),
+        ({"kl_discount_factor": 1.1}, "kl_discount_factor: must be in [0, 1]"),
+        ({"kl_discount_factor": 0.9, "objective": "gkd"}, "kl_discount_factor: objective 'gkd'"),
+        ({"importance_gamma": -1.0}, "importance_gamma: must be in"),
+        ({"importance_gamma": 0.5, "objective": "sft"}, "importance_gamma: objective 'sft'"),
+        ({"temperature": 0.0}, "temperature: must be positive"),
+        ({"max_completion_length": None}, "max_completion_length: must be at least 1"),
+        ({"backend": "cuda"}, "backend: backend must be None or one of"),
+    ],
+)  # fmt: skip
+def test_error_names_the_key(settings, message):
+    with pytest.raises(ValueError) as error:
+        config(**settings)
+    assert message in str(error.value)
+
+
+# --- the prefix --------------------------------------------------------------------------------
+
+
+def test_schedules():
+    lengths = {
+        name: [scheduled_length(name, 100, step, 10) for step in (0, 1, 5, 9, 10, 20)]
+        for name in ("none", "cosine", "linear", "constant")
+    }
+    assert lengths["none"] == [0] * 6
+    assert lengths["cosine"] == [100, 97, 50, 2, 0, 0]
+    assert lengths["linear"] == [100, 90, 50, 10, 0, 0]
+    assert lengths["constant"] == [100] * 6
+    assert scheduled_length("cosine", 100, 0, 0) == 0
+
+
+def test_cut_and_complete():
+    assert cut([5, 6, 7, 8], 3, {9}) == [5, 6, 7]
+    assert cut([5, 9, 7, 8], 3, {9}) == [5, 9]
+    assert cut([], 3, {9}) == []
+    assert [is_complete(p, 3, {9}) for p in ([], [5], [5, 9], [5, 6, 7])] == [0, 0, 1, 1]
+
+
+def test_column_follows_its_prompt():
+    tokens = tiny.tokenizer()
+
+    def text(words):
+        return tokens(words)["input_ids"]
+
+    assert column_ids(" w2 w3", "w0 w1", text("w0 w1"), text, "answer") == text("w2 w3")
+    with pytest.raises(ValueError, match="answer: 'w2' does not tokenise .* from token 1 on"):
+        column_ids("w2", "w0 w1", text("w0 w1"), text, "answer")
+    with pytest.raises(ValueError, match="answer: expected text to go with"):
+        column_ids([{"role": "assistant", "content": "w2"}], "w0", text("w0"), text, "answer")
+
+
+# --- the command line --------------------------------------------------------------------------
+
+
+def test_core_and_cli_import_without_trl():
+    """The library, and the two commands that need only torch, must not pull in the trainer."""
+    code = (
+        "import sys; sys.modules['trl'] = None; import tropd_kernels, tropd_kernels.cli\n"
+        "assert 'transformers' not in sys.modules\n"
+        "try:\n import tropd_kernels.trainer\n"
+        "except ImportError as e: print(e)\n"
+        "assert tropd_kernels.cli.main(['train']) == 2\n"
+        "assert tropd_kernels.cli.main(['env']) == 0\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "pip install 'tropd-kernels[trainer]'" in done.stdout
+    assert "pip install 'tropd-kernels[trainer]'" in done.stderr
+
+
+def test_env_and_check(capsys, monkeypatch):
+    assert cli.main(["env"]) == 0
+    printed = capsys.readouterr().out
+    assert "backend torch" in printed and "trl" in printed
+    assert cli.main(["check", "--device", "cpu"]) == 0
+    assert "worst gradient error" in capsys.readouterr().out
+    monkeypatch.setattr(cli, "CHECK_TOLERANCE", 1e-12)
+    assert cli.main(["check", "--device", "cpu"]) == 1
+    assert "FAILED" in capsys.readouterr().out
+
+
+@pytest.fixture
+def run_file(tmp_path):
+    """A run in a file: two saved models, their tokenizer, prompts."""
+    for name, seed in (("student", 0), ("teacher", 1)):
+        tiny.model(seed).save_pretrained(tmp_path / name)
+        tiny.tokenizer().save_pretrained(tmp_path / name)
+    tiny.prompts().to_json(tmp_path / "prompts.jsonl")
+    lines = dict(
+        model=tmp_path / "student", teacher_model=tmp_path / "teacher",
+        dataset=tmp_path / "prompts.jsonl", output_dir=tmp_path / "out", use_cpu="true",
+        bf16="false", report_to="none", max_steps=3, per_device_train_batch_size=4,
+        max_completion_length=6, learning_rate="5e-3", save_strategy='"no"', logging_steps=1,
+        objective_kwargs="{top_k: 8}",
+    )  # fmt: skip
+    path = tmp_path / "run.yaml"
+    path.write_text("".join(f"{key}: {value}\n" for key, value in lines.items()))
+    return path
+
+
+@pytest.mark.parametrize("peft", [None, "true", '{"r": 2}'])
+def test_train_from_a_file(run_file, peft):
+    flags = ["--max_steps", "2"]
+    if peft is not None:
+        pytest.importorskip("peft")
+        flags += ["--peft", peft]
+    assert cli.main(["train", "--config", str(run_file), *flags]) == 0
+    out = run_file.parent / "out"
+    saved = "model.safetensors" if peft is None else "adapter_model.safetensors"
+    assert (out / saved).exists() and (out / "tokenizer.json").exists()
+    if peft == '{"r": 2}':
+        assert json.loads((out / "adapter_config.json").read_text())["r"] == 2
+
+
+def test_flags_win_and_numbers_are_numbers(run_file):
+    run, settings = cli.parse_run(["--config", str(run_file), "--objective", "opd", "--max-steps",
+                                   "2", "--objective_kwargs", "{}"])  # fmt: skip
+    assert run.model.endswith("student")
+    assert (settings.objective, settings.max_steps, settings.learning_rate) == ("opd", 2, 5e-3)
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("objektive: opd", "unknown key 'objektive' (did you mean 'objective'?)"),
+        ("teacher: x", "unknown key 'teacher'"),
+        ("objective: opdd", "objective: unknown 'opdd' (did you mean 'opd'?)"),
+        ("dataset: nowhere.jsonl", "dataset: there is no file nowhere.jsonl"),
+        ("peft: {rank: 4}", "peft: "),
+        ("model: null", "missing: model"),
+        ("- a list", "expected lines of 'key: value'"),
+        ("a: [", "run.yaml: while parsing"),
+    ],
+)
+def test_bad_file(run_file, capsys, line, message):
+    key = line.split(":")[0]
+    rest = [old for old in run_file.read_text().splitlines() if not old.startswith(key + ":")]
+    run_file.write_text(line if line[0] in "-a" else "\n".join([*rest, line]))
+    assert cli.main(["train", "--config", str(run_file)]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_bad_flags(capsys, run_file):
+    assert cli.main(["train", "--config", str(run_file), "--objectve", "opd"]) == 2
+    assert "unknown key 'objectve' (did you mean 'objective'?)" in capsys.readouterr().err
+    assert cli.main(["train", "--config", "nowhere.yaml"]) == 2
+    assert "nowhere.yaml" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        cli.main(["train", "--config", str(run_file), "--max_steps", "many"])
+    assert "max_steps" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        cli.main(["env", "--verbose"])

@@ -1,0 +1,261 @@
+"""The command line.
+
+    tropd train --config run.yaml [--key value ...]   trains a student on a teacher and prompts
+    tropd check                                       fused against reference on this machine
+    tropd env                                         versions, devices and backends
+
+`train` needs `pip install 'tropd-kernels[trainer]'`; the other two need only torch. Its keys are
+`Run`'s below and every field of `TrOPDConfig`; flags win over the file. Several processes:
+`accelerate launch -m tropd_kernels.cli train --config run.yaml`.
+"""
+
+import argparse
+import importlib.metadata
+import importlib.util
+import json
+import platform
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from . import __version__
+from .backends import available_backends, choose_backend
+from .functional import linear_distillation_loss
+from .objectives import GKD, OPD, TokenRule, TrOPD
+from .teachers import HiddenTeacher
+
+#: Data files by suffix, with the loader that `datasets` has for them.
+LOADERS = {".json": "json", ".jsonl": "json", ".parquet": "parquet"}
+#: Largest relative error of a float32 gradient that `check` accepts, against float64.
+CHECK_TOLERANCE = 1e-4
+
+
+@dataclass
+class Run:
+    """What a run needs besides its `TrOPDConfig`.
+
+    model, teacher_model: name or folder; the teacher may come from `teacher_model_name_or_path`.
+    dataset, eval_dataset: a .json, .jsonl or .parquet file, or a name on the hub; with a "prompt".
+    dataset_split: of a data set from the hub.
+    peft: true for a LoRA on all linear layers but the head, or the arguments of peft's LoraConfig.
+    """
+
+    model: str | None = None
+    teacher_model: str | None = None
+    dataset: str | None = None
+    eval_dataset: str | None = None
+    dataset_split: str = "train"
+    peft: dict | str | None = None
+
+
+class UsageError(Exception):
+    """What the user can mend; printed without a traceback."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs a command; returns the exit status: 0, 1 for a failed check, 2 for a usage error."""
+    parser = argparse.ArgumentParser(prog="tropd", description=__doc__.split("\n\n")[0])
+    commands = parser.add_subparsers(dest="command", required=True)
+    commands.add_parser("train", help="train a student", add_help=False)
+    check = commands.add_parser("check", help="compare fused and reference losses here")
+    check.add_argument("--device", default=None, help="default: a GPU if there is one")
+    commands.add_parser("env", help="print versions, devices and backends")
+    options, rest = parser.parse_known_args(arguments)
+    if options.command != "train" and rest:
+        parser.error(f"unknown arguments: {' '.join(rest)}")
+    try:
+        if options.command == "train":
+            return train(rest)
+        return run_check(options.device) if options.command == "check" else print_environment()
+    except UsageError as error:
+        print(f"tropd {options.command}: {error}", file=sys.stderr)
+        return 2
+
+
+# --- train -------------------------------------------------------------------------------------
+
+
+def train(arguments: Sequence[str]) -> int:
+    """`tropd train`: trains, then saves model and tokenizer in `output_dir`."""
+    run, config = parse_run(arguments)
+    from .trainer import TrOPDTrainer
+
+    trainer = TrOPDTrainer(
+        run.model,
+        run.teacher_model,
+        config,
+        load_data(run.dataset, run.dataset_split),
+        None if run.eval_dataset is None else load_data(run.eval_dataset, run.dataset_split),
+        peft_config=lora(run.peft),
+    )
+    trainer.train(resume_from_checkpoint=config.resume_from_checkpoint)
+    trainer.save_model()
+    return 0
+
+
+def parse_run(arguments: Sequence[str]) -> tuple[Run, Any]:
+    """(Run, TrOPDConfig) of file and flags; raises UsageError before any model is loaded."""
+    try:
+        from .trainer import TrOPDConfig
+        from .trainer.registry import nearest
+    except ImportError as error:
+        raise UsageError(str(error)) from error
+    from trl import TrlParser  # type: ignore[attr-defined]
+
+    outer = argparse.ArgumentParser(prog="tropd train", add_help=False, allow_abbrev=False)
+    outer.add_argument("--config", help="YAML file of keys; flags win over it")
+    options, flags = outer.parse_known_args(arguments)
+    classes: Any = [Run, TrOPDConfig]
+    usage = "tropd train --config FILE [--key value ...]"  # not all of its 200 keys in each error
+    parser = TrlParser(
+        classes, prog="tropd train", usage=usage, parents=[outer], allow_abbrev=False
+    )
+    unknown = parser.set_defaults_with_config(**read_config(options.config))
+    unknown += parser.parse_known_args(flags)[1]
+    if unknown:
+        keys = [*Run.__dataclass_fields__, *TrOPDConfig.__dataclass_fields__]
+        named = [flag[2:].split("=")[0] for flag in unknown if flag.startswith("--")] or unknown
+        raise UsageError("; ".join(f"unknown key {key!r}{nearest(key, keys)}" for key in named))
+    try:
+        run, config, _ = parser.parse_args_into_dataclasses(flags, look_for_args_file=False)
+    except (ImportError, TypeError, ValueError) as error:
+        raise UsageError(str(error)) from error
+    run.teacher_model = run.teacher_model or config.teacher_model_name_or_path
+    missing = [key for key in ("model", "dataset") if getattr(run, key) is None]
+    if run.teacher_model is None and config.rule().uses_teacher:
+        missing.append("teacher_model")
+    if missing:
+        raise UsageError(f"missing: {', '.join(missing)}; give them in --config or as flags")
+    lora(run.peft)
+    return run, config
+
+
+def read_config(path: str | None) -> dict[str, Any]:
+    """The keys of a YAML file; none without a file."""
+    import yaml  # comes with transformers
+
+    if path is None:
+        return {}
+    try:
+        keys = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise UsageError(f"--config {path}: {error}") from error
+    if not isinstance(keys, dict) or not all(isinstance(key, str) for key in keys):
+        raise UsageError(f"--config {path}: expected lines of 'key: value', got {keys!r:.80}")
+    return keys
+
+
+def load_data(source: str, split: str) -> Any:
+    """A file, or a name on the hub, as a `datasets.Dataset`."""
+    from datasets import load_dataset
+
+    path = Path(source)
+    if path.suffix not in LOADERS:
+        return load_dataset(source, split=split)
+    if not path.exists():
+        raise UsageError(f"dataset: there is no file {source}")
+    if path.stat().st_size == 0:
+        raise UsageError(f"dataset: the file {source} is empty")
+    return load_dataset(LOADERS[path.suffix], data_files=source, split="train")
+
+
+def lora(peft: Any) -> Any:
+    """peft's LoraConfig for this key; None for no adapter."""
+    if isinstance(peft, str):
+        try:
+            peft = json.loads(peft.lower() if peft.lower() in ("true", "false") else peft)
+        except json.JSONDecodeError as error:
+            raise UsageError(f"peft: expected true, false or JSON, got {peft!r}") from error
+    if not peft:
+        return None
+    if not isinstance(peft, (bool, dict)):
+        raise UsageError(f"peft: expected true, false or a mapping, got {peft!r}")
+    if importlib.util.find_spec("peft") is None:
+        raise UsageError("peft: it is not installed: pip install peft")
+    from peft import LoraConfig
+
+    options: dict[str, Any] = {"task_type": "CAUSAL_LM", "target_modules": "all-linear"}
+    try:
+        return LoraConfig(**(options | (peft if isinstance(peft, dict) else {})))
+    except (TypeError, ValueError) as error:
+        raise UsageError(f"peft: {error}") from error
+
+
+# --- check -------------------------------------------------------------------------------------
+
+
+def run_check(device: str | None) -> int:
+    """`tropd check`: gradients of the best backend here against the reference in float64."""
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    backend = choose_backend(None, torch.device(device))
+    print(f"backend {backend} on {device}, against the reference in float64")
+    rules = {
+        "tropd": TrOPD(),
+        "opd": OPD(),
+        "gkd": GKD(),
+        "tropd, whole vocabulary": TrOPD(top_k=None),
+    }
+    errors = {name: gradient_error(rule, backend, device) for name, rule in rules.items()}
+    for name, error in errors.items():
+        print(f"  {name:<24} {error:.1e}")
+    worst = max(errors.values())
+    passed = worst <= CHECK_TOLERANCE
+    print(f"worst gradient error {worst:.1e}: {'passed' if passed else 'FAILED'}")
+    return 0 if passed else 1
+
+
+def gradient_error(rule: TokenRule, backend: str, device: str) -> float:
+    """Largest relative error, in norm, of the gradients of hidden states and head: 96 tokens, 4,099
+    ids, float32."""
+    draw = torch.Generator().manual_seed(0)
+
+    def normal(*shape: int, scale: float = 1.0) -> torch.Tensor:
+        return scale * torch.randn(*shape, generator=draw, dtype=torch.float64)
+
+    hidden, teacher_hidden = normal(96, 64), normal(96, 48)
+    weight, teacher_weight = normal(4099, 64, scale=0.3), normal(4099, 48, scale=0.3)
+    labels = torch.randint(4099, (96,), generator=draw)
+    uniforms = torch.rand(96, generator=draw)
+
+    def gradients(backend: str, dtype: torch.dtype, device: str) -> list[torch.Tensor]:
+        h, w = (t.to(device, dtype).requires_grad_() for t in (hidden, weight))
+        teacher = HiddenTeacher(teacher_hidden.to(device, dtype), teacher_weight.to(device, dtype))
+        linear_distillation_loss(
+            h, w, labels.to(device), teacher, rule, uniforms=uniforms.to(device), backend=backend
+        ).loss.backward()
+        return [h.grad.double().cpu(), w.grad.double().cpu()]
+
+    pairs = zip(
+        gradients(backend, torch.float32, device), gradients("reference", torch.float64, "cpu")
+    )
+    return max(float((ours - true).norm() / true.norm()) for ours, true in pairs)
+
+
+# --- env ---------------------------------------------------------------------------------------
+
+
+def print_environment() -> int:
+    """`tropd env`: what a report of a fault should begin with."""
+    rows = {"tropd-kernels": __version__, "Python": platform.python_version()}
+    for package in ("torch", "triton", "transformers", "trl", "accelerate", "peft", "datasets"):
+        try:
+            rows[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            rows[package] = "not installed"
+    rows["platform"] = platform.platform()
+    rows["CPU"] = f"{platform.machine()}, {torch.get_num_threads()} threads"
+    for i in range(torch.cuda.device_count()):
+        properties = torch.cuda.get_device_properties(i)
+        rows[f"GPU {i}"] = f"{properties.name}, {properties.total_memory / 2**30:.0f} GiB"
+    rows |= {f"backend {name}": state for name, state in available_backends().items()}
+    for name, value in rows.items():
+        print(f"{name:<18} {value}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,315 @@
+"""The one file that leans on TRL's private hooks.
+
+`DistillationTrainer` generates on-policy, splits the generation batch into micro-batches, reaches
+the student's backbone through its DDP wrapper, counts tokens over the accumulation window and logs.
+All of that stays TRL's. `DistillationAdapter` replaces three things:
+
+    the teacher     prepared here, so that its padded vocabulary may differ from the student's
+    the loss        `distill(student, teacher, inputs, normalizer)`, on hidden states and heads
+    generation      `write_prefixes(...)` may put a teacher's text in front of the student's
+
+A subclass overrides those two methods and sees nothing private. `HOOKS` and `ATTRIBUTES` are what
+we rely on; a test holds them against the TRL that is installed.
+"""
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+from trl import DistillationTrainer  # type: ignore[attr-defined]
+from trl.models.utils import prepare_deepspeed
+from trl.trainer.utils import RepeatSampler, create_model_from_path
+
+from ..functional import TokenStats
+from ..heads import Head, read_head
+from .checks import check_context, check_ids
+from .prefix import is_complete
+
+#: Methods of DistillationTrainer that are overridden or called, with their leading parameters.
+HOOKS = (
+    ("_compute_loss", "self unwrapped_student inputs num_items_in_batch"),
+    ("_generate_and_score_completions", "self inputs"),
+    ("_generate_single_turn", "self prompt_ids images multimodal_fields has_tool_images"),
+    (
+        "_get_last_hidden_state",
+        "self unwrapped_model input_ids attention_mask logits_to_keep pixel_values image_grid_thw "
+        "pixel_attention_mask spatial_shapes image_sizes token_type_ids mm_token_type_ids "
+        "image_position_ids",
+    ),
+    ("_get_train_sampler", "self dataset"),
+    ("_set_signature_columns_if_needed", "self"),
+    ("compute_loss", "self model inputs return_outputs num_items_in_batch"),
+    ("training_step", "self model inputs num_items_in_batch"),
+)
+#: Attributes of an instance.
+ATTRIBUTES = (
+    "_forward_redirection", "_metrics", "_signature_columns", "_step", "_tokenizer",
+    "chat_template", "chat_template_kwargs", "eos_token_ids", "generation_config",
+    "model_wrapped", "teacher_model", "use_vllm",
+)  # fmt: skip
+#: Further fields of a micro-batch that go to the backbone, where a processor made them.
+_MULTIMODAL = tuple(HOOKS[3][1].split()[5:])
+
+
+@dataclass(frozen=True, eq=False)
+class Side:
+    """One model on one micro-batch: hidden (B, C, H), so placed that hidden[:, i] predicts the
+    completion's token i, and its head, both in the dtype in which to multiply."""
+
+    hidden: Tensor
+    weight: Tensor
+    bias: Tensor | None
+    logit_scale: float
+    softcap: float | None
+
+
+class EpochSampler(RepeatSampler):
+    """TRL's sampler with a permutation that is a function of (seed, epoch).
+
+    TRL's own takes the next permutation from a generator at each epoch, so a run resumed in its
+    second epoch would see the first one's order again.
+    """
+
+    def set_epoch(self, epoch: int) -> None:
+        if self.shuffle:
+            self.generator.manual_seed((self.seed or 0) + epoch)
+
+
+class DistillationAdapter(DistillationTrainer):
+    """`DistillationTrainer` with its teacher, its loss and its prefixes left to a subclass."""
+
+    # Unions of what transformers and TRL allow; which one it is follows from the config.
+    accelerator: Any
+    args: Any
+    chat_template_kwargs: Any
+    generation_config: Any
+    model: Any
+    processing_class: Any
+    teacher_model: Any
+    _buffered_inputs: Any
+    _signature_columns: Any
+
+    def __init__(self, model: Any, teacher_model: Any, args: Any, *rest: Any, **keywords: Any):
+        super().__init__(model, None, args, *rest, **keywords)
+        self._refuse_sharding()
+        self._student_head = read_head(self.model, verify=True)
+        self._teacher_head: Head | None = None
+        self._contexts = {"student": self.model.config}
+        self._shared = self._student_head.vocab_size  # ids that both sides have
+        if teacher_model is not None:
+            self._load_teacher(teacher_model)
+            self._share_vocabulary()
+        self._stats: TokenStats | None = None
+        self._rows: list[dict] | None = None
+        self._prefix_lengths: list[int] = []
+
+    # What a subclass gives.
+
+    def distill(
+        self, student: Side, teacher: Side | None, inputs: dict[str, Any], normalizer: Any
+    ) -> tuple[Tensor, TokenStats]:
+        """The loss (scalar) of a micro-batch and its per-token statistics (B, C).
+
+        normalizer: what to divide the sum over tokens by; None where the mean over this micro-batch
+        is wanted (evaluation).
+        """
+        raise NotImplementedError
+
+    def write_prefixes(
+        self, rows: list[dict], prompt_ids: list[list[int]], images: Any, multimodal_fields: dict
+    ) -> list[list[int]] | None:
+        """The beginning of each completion that the student is not to write; None: no prefixes.
+
+        rows: the generation batch, as the data set gives it.
+        """
+        return None
+
+    # What a subclass may call.
+
+    @property
+    def mode(self) -> str:
+        """ "train" or "eval": the key of TRL's metrics."""
+        return "train" if self.model.training else "eval"
+
+    def log_metrics(self, metrics: dict[str, float]) -> None:
+        """Adds values to those that TRL averages and reports at the next log."""
+        for name, value in metrics.items():
+            self._metrics[self.mode][name].append(value)
+
+    def generate_with_teacher(
+        self, prompt_ids: list[list[int]], images: Any, multimodal_fields: dict, tokens: int
+    ) -> list[list[int]]:
+        """What the teacher writes after these prompts, at most so many tokens each."""
+        wrapped, use_vllm = self.model_wrapped, self.use_vllm
+        self.model_wrapped, self.use_vllm = self.teacher_model, False
+        try:
+            with self._limit(tokens):
+                return super()._generate_single_turn(prompt_ids, images, multimodal_fields)
+        finally:
+            self.model_wrapped, self.use_vllm = wrapped, use_vllm
+
+    # The teacher.
+
+    def _load_teacher(self, teacher: str | PreTrainedModel) -> None:
+        if isinstance(teacher, str):
+            options = dict(self.args.teacher_model_init_kwargs or {})
+            options.setdefault("trust_remote_code", self.args.trust_remote_code)
+            if self.args.teacher_model_revision is not None:
+                options.setdefault("revision", self.args.teacher_model_revision)
+            if self.args.distributed_state.distributed_type in ("MULTI_GPU", "DEEPSPEED"):
+                options["device_map"] = None
+            teacher = create_model_from_path(teacher, **options)
+        elif self.args.teacher_model_init_kwargs is not None:
+            raise ValueError(
+                "teacher_model_init_kwargs: the teacher is already a model; leave the key out, or "
+                "give the teacher by its name"
+            )
+        teacher.eval()
+        if getattr(teacher, "hf_device_map", None) is None:
+            teacher.to(self.accelerator.device)
+        # Before accelerate wraps the forward in autocast, whose rounding the check would see.
+        self._teacher_head = read_head(teacher, verify=True)
+        self._contexts["teacher"] = teacher.config
+        if self.is_deepspeed_enabled:
+            self.teacher_model = prepare_deepspeed(teacher, self.accelerator)
+        else:
+            self.teacher_model = self.accelerator.prepare_model(teacher, evaluation_mode=True)
+
+    def _share_vocabulary(self) -> None:
+        """Neither side writes an id that the other's padded vocabulary does not have."""
+        heights = [head.vocab_size for head in (self._student_head, self._teacher_head)]
+        self._shared = min(heights)
+        if heights[0] != heights[1]:
+            config = self.generation_config
+            beyond = range(self._shared, max(heights))
+            config.suppress_tokens = [*(config.suppress_tokens or ()), *beyond]
+
+    def _refuse_sharding(self) -> None:
+        plugin = getattr(self.accelerator.state, "deepspeed_plugin", None)
+        if self.is_fsdp_enabled or (plugin is not None and plugin.zero_stage == 3):
+            raise NotImplementedError(
+                "the trainer reads the head's weight whole, which FSDP and ZeRO-3 keep in shards: "
+                "use DDP, or DeepSpeed ZeRO 1 or 2"
+            )
+
+    # The loss. `_compute_loss` runs inside the student wrapper's forward, where a collective would
+    # hang; `compute_loss` runs after it.
+
+    def _compute_loss(self, unwrapped_student, inputs, num_items_in_batch):
+        # TRL's redirection replaces the forward that accelerate has put into autocast.
+        with self.accelerator.autocast():
+            student = self._side(unwrapped_student, self._student_head, inputs)
+            teacher = None
+            if self.teacher_model is not None:
+                unwrapped = self.accelerator.unwrap_model(self.teacher_model)
+                with torch.no_grad():
+                    teacher = self._forward_redirection(
+                        self.teacher_model, unwrapped, self._side, unwrapped, self._teacher_head,
+                        inputs,
+                    )  # fmt: skip
+        loss, self._stats = self.distill(student, teacher, inputs, num_items_in_batch)
+        mask = inputs["loss_mask"]
+        return loss, (self._stats.entropy * mask).sum(), mask.sum()
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        mask = inputs["completion_mask"]
+        inputs["loss_mask"] = mask * inputs["tool_mask"] if "tool_mask" in inputs else mask
+        result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        self.after_loss(result[0] if return_outputs else result, self._stats, inputs)
+        self._stats = None
+        return result
+
+    def after_loss(self, loss: Tensor, stats: TokenStats, inputs: dict[str, Any]) -> None:
+        """Called after each loss, where collectives are safe."""
+
+    def _side(self, model: PreTrainedModel, head: Head, inputs: dict[str, Any]) -> Side:
+        hidden = self._get_last_hidden_state(
+            model,
+            torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], dim=1),
+            torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], dim=1),
+            inputs["completion_ids"].shape[1],
+            **{name: inputs[name] for name in _MULTIMODAL if name in inputs},
+        )
+        weight, bias, device = head.weight, head.bias, head.weight.device
+        dtype = weight.dtype
+        if torch.is_autocast_enabled(device.type):
+            dtype = torch.get_autocast_dtype(device.type)
+        usable = slice(head.vocab_size)
+        return Side(
+            hidden.to(device, dtype),
+            weight[usable].to(dtype),
+            None if bias is None else bias[usable].to(dtype),
+            head.logit_scale,
+            head.softcap,
+        )
+
+    # Generation.
+
+    def _generate_and_score_completions(self, inputs):
+        self._rows, self._prefix_lengths = inputs, [0] * len(inputs)
+        output = super()._generate_and_score_completions(inputs)
+        # Any more would be read past the end of an embedding. vLLM is not told to suppress them.
+        check_ids(output["prompt_ids"], self._shared, "prompt", self._tokenizer)
+        check_ids(output["completion_ids"], self._shared, "completion", self._tokenizer)
+        # Shuffled and split with the rest of the generation batch.
+        device, first = self.accelerator.device, self.accelerator.process_index * len(inputs)
+        output["sequence_ids"] = torch.arange(first, first + len(inputs), device=device)
+        output["prefix_lengths"] = torch.tensor(self._prefix_lengths, device=device)
+        return output
+
+    def _generate_single_turn(self, prompt_ids, images, multimodal_fields, has_tool_images=False):
+        rows, self._rows = self._rows, None  # None again in the turns after a tool's answer
+        prefixes = None
+        if rows is not None:
+            check_context(prompt_ids, self.max_completion_length, self._contexts, self._tokenizer)
+            prefixes = self.write_prefixes(rows, prompt_ids, images, multimodal_fields)
+        if prefixes is None:
+            return super()._generate_single_turn(
+                prompt_ids, images, multimodal_fields, has_tool_images
+            )
+        self._prefix_lengths = [len(prefix) for prefix in prefixes]
+        limit, ends = self.max_completion_length, self.eos_token_ids
+        open_ = [prefix for prefix in prefixes if not is_complete(prefix, limit, ends)]
+        # Several processes generate together or not at all, so there nobody leaves early.
+        if not open_ and self.accelerator.num_processes == 1:
+            return prefixes
+        with self._limit(max([limit - len(prefix) for prefix in open_], default=1)):
+            rest = super()._generate_single_turn(
+                [prompt + prefix for prompt, prefix in zip(prompt_ids, prefixes)],
+                images, multimodal_fields, has_tool_images,
+            )  # fmt: skip
+        return [
+            prefix if is_complete(prefix, limit, ends) else (prefix + own)[:limit]
+            for prefix, own in zip(prefixes, rest)
+        ]
+
+    @contextlib.contextmanager
+    def _limit(self, tokens: int) -> Iterator[None]:
+        """At most so many new tokens in what is generated inside."""
+        owners = [(self.generation_config, "max_new_tokens")]
+        if self.use_vllm:
+            owners.append((self.vllm_generation, "max_completion_length"))
+        before = [getattr(owner, name) for owner, name in owners]
+        try:
+            for owner, name in owners:
+                setattr(owner, name, tokens)
+            yield
+        finally:
+            for (owner, name), value in zip(owners, before):
+                setattr(owner, name, value)
+
+    def _get_train_sampler(self, dataset=None):
+        theirs = super()._get_train_sampler(dataset)
+        names = (
+            "data_source",
+            "mini_repeat_count",
+            "batch_size",
+            "repeat_count",
+            "shuffle",
+            "seed",
+        )
+        return EpochSampler(**{name: getattr(theirs, name) for name in names})

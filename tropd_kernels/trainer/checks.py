@@ -1,0 +1,132 @@
+"""Inputs that are refused, each with what is wrong and what to do.
+
+Data sets without rows or prompts, prompts that do not fit the context, a teacher that reads other
+tokens than the student, and a loss that is no number.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+#: Text on which two tokenizers of one vocabulary, but different merges or rules, part ways.
+_PROBE = "The 2nd test: naïve façade, x = -3.14;\n\n  if (a != b) { 数学 }\tEnd."
+
+
+def check_dataset(name: str, dataset: Any, columns: Sequence[str] = ()) -> None:
+    """Raises ValueError for a data set that has no rows, no `prompt` or lacks one of `columns`.
+
+    A streaming data set cannot be counted, and says nothing of its columns until it is read.
+    """
+    if isinstance(dataset, Mapping):
+        for key, part in dataset.items():
+            check_dataset(f"{name}[{key!r}]", part, columns)
+        return
+    if dataset is None:
+        return
+    if hasattr(dataset, "__len__") and len(dataset) == 0:
+        raise ValueError(f"{name}: the data set is empty; expected rows with a 'prompt'")
+    present = getattr(dataset, "column_names", None)
+    missing = [] if present is None else [c for c in ("prompt", *columns) if c not in present]
+    if missing:
+        raise ValueError(
+            f"{name}: no column {', '.join(map(repr, missing))}; it has "
+            f"{', '.join(map(repr, present))}"
+        )
+
+
+def check_context(
+    prompt_ids: list[list[int]],
+    completion: int,  # tokens
+    configs: Mapping[str, Any],
+    tokenizer: PreTrainedTokenizerBase,
+) -> None:
+    """Raises ValueError where a prompt and a completion of full length exceed a model's context,
+    as its config gives it in `max_position_embeddings`."""
+    for side, config in configs.items():
+        context = getattr(config.get_text_config(), "max_position_embeddings", None)
+        for ids in prompt_ids if context else ():
+            if len(ids) + completion > context:
+                start = tokenizer.decode(ids[:16])
+                raise ValueError(
+                    f"a prompt of {len(ids)} tokens and max_completion_length {completion} exceed "
+                    f"the {side}'s context of {context}: drop or cut the prompt that begins with "
+                    f"{start!r}, or lower max_completion_length"
+                )
+
+
+def check_ids(
+    ids: torch.Tensor, vocab_size: int, what: str, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    """Raises ValueError for an id that one of the two models does not have."""
+    highest = int(ids.max()) if ids.numel() else 0
+    if highest >= vocab_size:
+        raise ValueError(
+            f"a {what} holds id {highest} ({tokenizer.decode([highest])!r}), but student and "
+            f"teacher have only the ids below {vocab_size} in common: choose a teacher that knows "
+            "this token, or keep it out of the prompts"
+        )
+
+
+def find_tokenizer(teacher: Any, trust_remote_code: bool) -> PreTrainedTokenizerBase | None:
+    """The teacher's tokenizer by the teacher's name, or None where there is none to be had.
+
+    The name of a model that is loaded already is looked up on this machine alone.
+    """
+    by_name = isinstance(teacher, str)
+    name = teacher if by_name else getattr(teacher.config, "_name_or_path", "")
+    if not name:
+        return None
+    try:
+        return AutoTokenizer.from_pretrained(
+            name, trust_remote_code=trust_remote_code, local_files_only=not by_name
+        )
+    except (OSError, ValueError, KeyError):
+        return None
+
+
+def check_tokenizers(student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase) -> None:
+    """Raises ValueError where an id or a text means different things to the two, saying which.
+
+    An id that only one of them has is no conflict: vocabularies padded differently are compared on
+    what both have.
+    """
+    ours, theirs = student.get_vocab(), teacher.get_vocab()
+    differ = [
+        f"{token!r} is {i} for the student and {theirs[token]} for the teacher"
+        for token, i in ours.items()
+        if theirs.get(token, i) != i
+    ]
+    by_id = {i: token for token, i in theirs.items()}
+    differ += [
+        f"{i} is {token!r} for the student and {by_id[i]!r} for the teacher"
+        for token, i in ours.items()
+        if token not in theirs and i in by_id
+    ]
+    if not differ:
+        texts = [t(_PROBE, add_special_tokens=False)["input_ids"] for t in (student, teacher)]
+        if texts[0] != texts[1]:
+            differ = [f"the text {_PROBE[:24]!r}... has {len(texts[0])} and {len(texts[1])} tokens"]
+    if differ:
+        more = f" and {len(differ) - 3} more" if len(differ) > 3 else ""
+        raise ValueError(
+            f"teacher_model: its tokenizer is not the student's: {'; '.join(differ[:3])}{more}. "
+            "Distillation compares the two token by token: choose models of one family"
+        )
+
+
+def stop_on(loss: float, inputs: Mapping[str, Any], folder: str, step: int, process: int) -> None:
+    """Raises FloatingPointError, in every process; those whose loss it is save the batch first."""
+    if math.isfinite(loss):
+        raise FloatingPointError(f"the loss of another process is not finite at step {step}")
+    path = Path(folder) / f"nonfinite_loss_step_{step}_process_{process}.pt"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    torch.save({"loss": loss, "step": step, "inputs": dict(inputs)}, path)
+    raise FloatingPointError(
+        f"the loss is {loss} at step {step}: the batch is in {path} (torch.load). The weights may "
+        "hold NaN already; go on from the last checkpoint with a lower learning_rate, or with an "
+        "objective of bounded loss"
+    )

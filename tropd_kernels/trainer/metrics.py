@@ -1,0 +1,89 @@
+"""Per-token statistics to the means that are logged.
+
+Each metric is a sum and a count over the tokens that it is about. Sums and counts travel, means are
+taken last, so that processes with few tokens weigh little. What an objective does not compute (NaN)
+or a batch does not hold is left out rather than logged as 0.
+
+| metric              | over              | what                                                   |
+|---------------------|-------------------|--------------------------------------------------------|
+| trust_ratio         | student's tokens  | mean of the gate M                                     |
+| outlier_ratio       | student's tokens  | mean of 1 - M                                          |
+| reward_mean, _min   | student's tokens  | R, nats; minus its mean is the K1 reverse KL           |
+| reverse_kl          | student's tokens  | exact, nats                                            |
+| forward_kl          | student's tokens  | exact, nats                                            |
+| teacher_topk_mass   | student's tokens  | q's mass on its top-k, where the objective looks at it |
+| student_topk_mass   | student's tokens  | p's mass there                                         |
+| teacher_entropy     | all tokens        | nats                                                   |
+| prefix_nll          | teacher's tokens  | -log p of the prefix, nats                             |
+| prefix_length       | completions       | tokens                                                 |
+
+The student's entropy and the lengths of completions are TRL's own metrics.
+"""
+
+import resource
+import sys
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..functional import TokenStats
+
+PREFIX = "tropd/"
+
+_STUDENT = {
+    "trust_ratio": "trust",
+    "outlier_ratio": "outlier",
+    "reward_mean": "reward",
+    "reverse_kl": "reverse_kl",
+    "forward_kl": "forward_kl",
+    "teacher_topk_mass": "teacher_topk_mass",
+    "student_topk_mass": "student_topk_mass",
+}
+NAMES = (*_STUDENT, "teacher_entropy", "prefix_nll", "prefix_length")
+
+
+def token_sums(
+    stats: TokenStats,  # (B, T) each
+    counted: Tensor,  # (B, T) bool
+    teacher_prefix: Tensor,  # (B, T) bool
+) -> tuple[Tensor, Tensor]:
+    """Sums and counts (2, len(NAMES)) of this process, and its smallest reward (1,)."""
+    student, teacher = counted & ~teacher_prefix, counted & teacher_prefix
+    columns = [_sum(getattr(stats, field), student) for field in _STUDENT.values()]
+    columns.append(_sum(stats.teacher_entropy, counted))
+    columns.append(_sum(-stats.log_probs, teacher))
+    completions = counted.new_tensor(counted.shape[0], dtype=torch.float32)
+    columns.append(torch.stack([teacher_prefix.sum().float(), completions]))
+    lowest = torch.full((1,), float("inf"), device=counted.device)
+    if stats.reward is not None and student.any():
+        lowest = stats.reward[student].min().float().reshape(1)
+    return torch.stack(columns, dim=1), lowest
+
+
+def means(accelerator: Any, sums: Tensor, lowest: Tensor) -> dict[str, float]:
+    """Metrics of all processes' tokens. A collective: every process has to come here."""
+    totals, counts = accelerator.reduce(sums, reduction="sum").tolist()
+    lowest = accelerator.gather(lowest).min().item()
+    result = {
+        PREFIX + name: total / count for name, total, count in zip(NAMES, totals, counts) if count
+    }
+    if lowest != float("inf"):
+        result[PREFIX + "reward_min"] = lowest
+    return result
+
+
+def peak_memory_gib(device: torch.device) -> float:
+    """Most memory that this process has held so far: on its GPU, or in all on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    unit = 1 if sys.platform == "darwin" else 2**10
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
+
+
+def _sum(value: Tensor | None, where: Tensor) -> Tensor:
+    """Sum and count (2,) of the known values there."""
+    if value is None:
+        return torch.zeros(2, device=where.device)
+    known = where & ~value.isnan()
+    return torch.stack([value.where(known, 0.0).sum().float(), known.sum().float()])

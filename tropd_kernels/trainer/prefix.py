@@ -1,0 +1,99 @@
+"""Off-policy guidance: the teacher writes the first l tokens of a completion, the student goes on.
+
+    l(step) = floor(alpha(step / steps) * L)         alpha from 1 to 0, L the initial length
+
+    "cosine"    alpha(x) = (1 + cos(pi x)) / 2       TrOPD (arXiv 2606.01249)
+    "linear"    alpha(x) = 1 - x
+    "constant"  alpha(x) = 1
+    "none"      alpha(x) = 0
+
+The prefix comes from a column of the data set or from the teacher itself; this module cuts and
+checks token ids, and knows neither models nor trainers.
+"""
+
+import math
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+SCHEDULES = ("none", "cosine", "linear", "constant")
+
+_ALPHA: dict[str, Callable[[float], float]] = {
+    "none": lambda x: 0.0,
+    "cosine": lambda x: (1 + math.cos(math.pi * x)) / 2,
+    "linear": lambda x: 1 - x,
+    "constant": lambda x: 1.0,
+}
+
+
+def scheduled_length(schedule: str, initial: int, step: int, steps: int) -> int:
+    """Length of the prefix in tokens at this step, counted from 0; `steps` is when it reaches 0.
+
+    With steps = 0 the prefix is at the schedule's end from the start.
+    """
+    done = 1.0 if steps <= 0 else min(step / steps, 1.0)
+    # 1e-9: the cosine of half a turn may come out a little below 0, and floor would see it.
+    return math.floor(_ALPHA[schedule](done) * initial + 1e-9)
+
+
+def column_ids(
+    answer: str | list[dict[str, str]],
+    prompt: str | list[dict[str, str]],
+    prompt_ids: Sequence[int],
+    tokenize: Callable[[Any], list[int]],
+    column: str,
+) -> list[int]:
+    """Token ids of the teacher's answer, as they follow `prompt_ids`.
+
+    Prompt and answer are tokenised together and the prompt's ids taken off the front, so that the
+    student sees what the teacher's text really looks like. For a conversational prompt the answer
+    is the assistant's messages, or the text of one. tokenize: text or messages to ids.
+
+    Raises ValueError, with the column's name, where the answer is of the wrong kind or the joint
+    ids do not begin with the prompt's: then there is no position at which the student could go on.
+    """
+    conversation = not isinstance(prompt, str)
+    if conversation and isinstance(answer, str):
+        answer = [{"role": "assistant", "content": answer}]
+    if not isinstance(answer, str if isinstance(prompt, str) else list):
+        raise ValueError(
+            f"{column}: expected text{' or messages' if conversation else ''} to go with the "
+            f"prompt {_short(prompt)}, got {_short(answer)}"
+        )
+    joint = tokenize(prompt + answer)  # type: ignore[operator]  # both text, or both messages
+    if list(joint[: len(prompt_ids)]) != list(prompt_ids):
+        first = next(
+            (i for i, (a, b) in enumerate(zip(prompt_ids, joint)) if a != b),
+            min(len(joint), len(prompt_ids)),
+        )
+        raise ValueError(
+            f"{column}: {_short(answer)} does not tokenise to a continuation of its prompt "
+            f"{_short(prompt)}: together they differ from the prompt's ids from token {first} on. "
+            "Let the answer begin at a token's border (usually with a space or a new line)"
+        )
+    return list(joint[len(prompt_ids) :])
+
+
+def cut(ids: Sequence[int], length: int, eos_token_ids: Collection[int]) -> list[int]:
+    """The first `length` ids, and none after the first that ends a completion."""
+    kept = list(ids[:length])
+    end = next((i for i, token in enumerate(kept) if token in eos_token_ids), None)
+    return kept if end is None else kept[: end + 1]
+
+
+def prefix_mask(inputs: Mapping[str, Any]) -> Tensor:
+    """(B, C) bool: the tokens of a micro-batch's completions that the teacher wrote."""
+    ids = inputs["completion_ids"]
+    return torch.arange(ids.shape[1], device=ids.device)[None] < inputs["prefix_lengths"][:, None]
+
+
+def is_complete(prefix: Sequence[int], limit: int, eos_token_ids: Collection[int]) -> bool:
+    """Whether nothing is left for the student to write."""
+    return len(prefix) >= limit or (len(prefix) > 0 and prefix[-1] in eos_token_ids)
+
+
+def _short(value: Any, length: int = 80) -> str:
+    text = repr(value)
+    return text if len(text) <= length else text[: length - 3] + "..."

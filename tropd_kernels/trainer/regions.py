@@ -1,0 +1,94 @@
+"""Completions with their tokens coloured by what the objective made of them.
+
+    prefix    the teacher wrote it
+    trusted   inside the gate
+    outlier   outside
+
+In the terminal where rich is installed, and as an HTML file that needs nothing but a browser.
+"""
+
+import html
+import importlib.util
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from .prefix import prefix_mask
+
+#: Region: style in a terminal, background in a browser.
+STYLES = {
+    "prefix": ("blue", "#cfe2ff"),
+    "trusted": ("green", "#d1e7dd"),
+    "outlier": ("bold red", "#f8c9cd"),
+}
+#: Completions to keep of a micro-batch.
+SHOWN = 4
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A prompt, and its completion token by token: (text, region)."""
+
+    prompt: str
+    tokens: tuple[tuple[str, str], ...]
+
+
+def samples(
+    inputs: Mapping[str, Any],
+    trust: Tensor,  # (B, C)
+    counted: Tensor,  # (B, C) bool
+    tokenizer: Any,
+) -> list[Sample]:
+    """The first completions of a micro-batch. A trust between 0 and 1 goes to the nearer side."""
+    prefix = prefix_mask(inputs)
+    result = []
+    for i in range(min(SHOWN, len(counted))):
+        prompt = inputs["prompt_ids"][i][inputs["prompt_mask"][i].bool()]
+        parts = []
+        for token, inside, guided, counts in zip(
+            inputs["completion_ids"][i].tolist(), trust[i].tolist(), prefix[i].tolist(),
+            counted[i].tolist(),
+        ):  # fmt: skip
+            if counts:
+                region = "prefix" if guided else "trusted" if inside >= 0.5 else "outlier"
+                parts.append((tokenizer.decode([token]), region))
+        result.append(Sample(tokenizer.decode(prompt), tuple(parts)))
+    return result
+
+
+def show(shown: Sequence[Sample]) -> None:
+    """Prints them; nothing where rich is not installed."""
+    if importlib.util.find_spec("rich") is None:
+        return
+    from rich.console import Console
+    from rich.text import Text
+
+    console = Console()
+    for sample in shown:
+        text = Text(sample.prompt, style="dim")
+        for token, region in sample.tokens:
+            text.append(token, style=STYLES[region][0])
+        console.print(text)
+    console.print(Text.assemble(*((f" {name} ", style) for name, (style, _) in STYLES.items())))
+
+
+def write_page(shown: Sequence[Sample], path: Path) -> None:
+    """Writes them as a page of HTML."""
+    rules = "".join(f".{name}{{background:{colour}}}" for name, (_, colour) in STYLES.items())
+    legend = " ".join(f'<span class="{name}">{name}</span>' for name in STYLES)
+    blocks = "".join(
+        f"<pre><i>{html.escape(sample.prompt)}</i>"
+        + "".join(f'<span class="{r}">{html.escape(token)}</span>' for token, r in sample.tokens)
+        + "</pre>"
+        for sample in shown
+    )
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(
+        f'<!doctype html><meta charset="utf-8"><title>{path.stem}</title>'
+        f"<style>body{{font:16px sans-serif}}pre{{white-space:pre-wrap}}{rules}</style>"
+        f"<p>{legend}</p>{blocks}\n",
+        encoding="utf-8",
+    )

@@ -1,0 +1,114 @@
+"""Objectives by name, as a config or a command line gives them.
+
+A name stands for a constructor in `objectives.py`, and the objective's knobs are that constructor's
+arguments; their defaults are the papers'. Two of them have fields of their own in the config,
+because users know them by those names: `beta` and `prefix_weight`. This module only matches names
+and says what goes with what.
+"""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+from collections.abc import Callable, Iterable, Mapping
+from functools import partial
+from typing import Any
+
+from ..objectives import (
+    AOPD,
+    DIVERGENCES,
+    EOPD,
+    GKD,
+    MOPD,
+    OPD,
+    REOPOLD,
+    SFT,
+    TOP_K_GENERATORS,
+    ClipOutlier,
+    Divergence,
+    EntropyOPD,
+    MaskOutlier,
+    TokenRule,
+    TopKJSD,
+    TrOPD,
+)
+
+#: Divergences over the vocabulary, each an objective by its own name, and the knobs of each.
+_DIVERGENCE_KNOBS: dict[str, tuple[str, ...]] = {
+    name: () for name in DIVERGENCES if name not in TOP_K_GENERATORS
+} | {
+    "forward_kl": ("top_k", "top_k_tail"),
+    "jsd": ("beta",),
+    "skew_forward": ("alpha",),
+    "skew_reverse": ("alpha",),
+    "alpha": ("alpha",),
+    "akl": ("head_mass",),
+}
+
+_NAMED: dict[str, Callable[..., TokenRule]] = {
+    "tropd": TrOPD,
+    "opd": OPD,
+    "gkd": GKD,
+    "eopd": EOPD,
+    "entropy_opd": EntropyOPD,
+    "reopold": REOPOLD,
+    "clip_outlier": ClipOutlier,
+    "mask_outlier": MaskOutlier,
+    "aopd": AOPD,
+    "mopd": MOPD,
+    "topk_jsd": TopKJSD,
+    "sft": SFT,
+}
+#: What builds the rule of each objective.
+OBJECTIVES = _NAMED | {name: partial(Divergence, name) for name in _DIVERGENCE_KNOBS}
+
+
+def knobs(objective: str) -> tuple[str, ...]:
+    """Names of the arguments that this objective's constructor takes."""
+    if objective in _DIVERGENCE_KNOBS:
+        return _DIVERGENCE_KNOBS[objective]
+    return tuple(inspect.signature(OBJECTIVES[objective]).parameters)
+
+
+def takers(knob: str) -> list[str]:
+    """The objectives that take this knob."""
+    return [name for name in OBJECTIVES if knob in knobs(name)]
+
+
+def check_knobs(objective: str, given: Iterable[str], where: str) -> None:
+    """Raises ValueError for the first knob that the objective does not take, naming it, `where` it
+    was given, and the objectives that do take it."""
+    for knob in given:
+        if knob in knobs(objective):
+            continue
+        others = takers(knob)
+        if others:
+            raise ValueError(
+                f"{where}: objective {objective!r} takes no {knob!r}; it belongs to "
+                f"{', '.join(others)}"
+            )
+        every = sorted({name for other in OBJECTIVES for name in knobs(other)})
+        raise ValueError(
+            f"{where}: no objective has a knob {knob!r}{nearest(knob, every)}. {objective!r} takes "
+            f"{', '.join(knobs(objective)) or 'none'}"
+        )
+
+
+def check_objective(objective: str) -> None:
+    """Raises ValueError for an unknown name, with the nearest known one."""
+    if objective not in OBJECTIVES:
+        raise ValueError(
+            f"objective: unknown {objective!r}{nearest(objective, OBJECTIVES)}. Known: "
+            f"{', '.join(OBJECTIVES)}"
+        )
+
+
+def build_rule(objective: str, arguments: Mapping[str, Any]) -> TokenRule:
+    """The `TokenRule` of a checked name with checked knobs; a wrong value of one raises."""
+    return OBJECTIVES[objective](**arguments)
+
+
+def nearest(name: Any, known: Iterable[str]) -> str:
+    """' (did you mean ...?)', or nothing where no known name is near."""
+    close = difflib.get_close_matches(str(name), list(known), n=1)
+    return f" (did you mean {close[0]!r}?)" if close else ""
