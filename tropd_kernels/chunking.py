@@ -24,7 +24,7 @@ from dataclasses import dataclass
 import torch
 
 from .objectives import TokenRule
-from .products import products_for
+from .products import HALF, products_for
 from .rows.layout import Coef, Stat
 from .rows.torch_rows import scratch_bytes as torch_scratch
 
@@ -34,7 +34,8 @@ MULTIPLE = 128
 ROWS = 512
 #: Tokens whose gradients enter one pair of products.
 SUPER_ROWS = 2048
-#: The same on a CPU: its products need fewer rows to run at full speed, and memory is dearer.
+#: The same for half-precision inputs on a CPU: its products need fewer rows to run at full speed, and
+#: float32 logits weigh more beside such inputs.
 CPU_ROWS, CPU_SUPER_ROWS = 256, 1024
 
 
@@ -144,7 +145,7 @@ def plan_chunks(
             flop,
         )  # fmt: skip
 
-    small = device_type == "cpu" and not in_place
+    small = device_type == "cpu" and dtype in HALF
     rows = min(CPU_ROWS if small else ROWS, ROWS, longest)
     super_rows = min(CPU_SUPER_ROWS if small else SUPER_ROWS, SUPER_ROWS, longest)
     if products.rounds_d_weight and needs_weight_grad and tokens <= 2 * hidden_size:

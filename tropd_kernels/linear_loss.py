@@ -116,6 +116,7 @@ def forward(problem: Problem, needs: Needs, loss_scale: Tensor) -> Result:
         return c
 
     loop.run(rows, options)
+    loop.finish()
     return result
 
 
@@ -125,6 +126,7 @@ def backward(problem: Problem, coefs: Tensor, needs: Needs) -> Result:
     result = Result(stats=coefs, coefs=coefs)
     loop = _Loop(problem, index, needs, None, result)
     loop.run(lambda batch, tokens: coefs[:, tokens], problem.options)
+    loop.finish()
     return result
 
 
@@ -272,15 +274,14 @@ class _Loop:
                     self._store_d_logits(batch, coefs, options, tokens)
             if self.needs and self.has_head:
                 self._products(d_logits[: stop - start], self.tokens(start, stop))
-        self._finish()
 
     def _weighed(self, coefs: Tensor) -> Tensor:
         if self.row_scale is None or not self.needs:
             return coefs
         return torch.cat([coefs[:FIRST_WEIGHT], coefs[FIRST_WEIGHT:] * self.row_scale])
 
-    def _finish(self) -> None:
-        """Sums over tokens, scaled and rounded once."""
+    def finish(self) -> None:
+        """Sums over tokens, scaled and rounded once; when the chunks' buffers are gone."""
         result, student = self.result, self.problem.student
         for name, tensor in (("d_weight", student.weight), ("d_bias", student.bias)):
             total = getattr(result, name)
