@@ -34,8 +34,8 @@ MULTIPLE = 128
 ROWS = 512
 #: Tokens whose gradients enter one pair of products.
 SUPER_ROWS = 2048
-#: The same for half-precision inputs on a CPU: its products need fewer rows to run at full speed, and
-#: float32 logits weigh more beside such inputs.
+#: The same for half-precision inputs on a CPU: its products need fewer rows to run at full speed,
+#: and float32 logits weigh more beside such inputs.
 CPU_ROWS, CPU_SUPER_ROWS = 256, 1024
 
 
