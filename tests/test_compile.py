@@ -16,7 +16,8 @@ from tropd_kernels import (
     linear_log_probs,
     ops,
 )
-from tropd_kernels.linear_loss import INPUTS
+from tropd_kernels.linear_loss import INPUTS, Needs, Problem, Side, backward, forward
+from tropd_kernels.rows.layout import LogitTransform, RowOptions
 
 #: opcheck compares outputs, so it needs an objective that leaves no statistic unknown (NaN).
 RULE = OBJECTIVES["forward_kl_top_k"]
@@ -117,6 +118,32 @@ def test_modules_are_their_functions(device):
     assert torch.equal(ours, theirs)
     assert not list(module.parameters())
     assert "temperature=2.0" in repr(module)
+
+
+@pytest.mark.parametrize("ignore_index", [None, -100])
+@pytest.mark.parametrize("name", ["tropd", "gkd", "reverse_kl", "eopd", "sft"])
+def test_loop_and_rows_look_at_no_value(name, ignore_index):
+    """On a device whose tensors hold none, where a look at one (a host sync on a GPU) raises: only
+    the drop of tokens that do not count needs it."""
+    meta = dict(device="meta")
+    teacher = Side(torch.empty(700, 8, **meta), torch.empty(300, 8, **meta))
+    options = RowOptions(OBJECTIVES[name], LogitTransform(), LogitTransform())
+    problem = Problem(
+        Side(torch.empty(700, 16, **meta), torch.empty(300, 16, **meta)), teacher,
+        torch.empty(700, dtype=torch.int64, **meta), {"uniforms": torch.empty(700, **meta)},
+        options, "torch", ignore_index, None,
+    )  # fmt: skip
+
+    def run():
+        needs = Needs(student=True, weight=True)
+        result = forward(problem, needs, torch.ones((), **meta))
+        backward(problem, result.coefs, needs)
+
+    if ignore_index is None:
+        run()
+    else:
+        with pytest.raises(NotImplementedError, match="meta"):
+            run()
 
 
 @pytest.mark.gpu
