@@ -109,21 +109,26 @@ void tiles(
   }
 }
 
-// Panel of B from rows that are steps of k: to[p][column] = (b[2p][column], b[2p + 1][column]).
-// Columns beyond `cols`, and an odd last step's partner, are 0.
-void pack_rows(const uint16_t* b, int64_t stride, int64_t k, int64_t cols, uint16_t* to) {
+// 16 columns of two rows side by side, as pairs; a missing second row is 0.
+inline __m512i two_steps(const uint16_t* from, int64_t stride, __mmask16 mask, bool second) {
   const __m512i order = _mm512_set_epi16(
       31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6, 21, 5, 20, 4, 19,
       3, 18, 2, 17, 1, 16, 0);
+  const __m256i even = _mm256_maskz_loadu_epi16(mask, from);
+  const __m256i odd = _mm256_maskz_loadu_epi16(second ? mask : 0, from + stride);
+  const __m512i both = _mm512_inserti64x4(_mm512_castsi256_si512(even), odd, 1);
+  return _mm512_permutexvar_epi16(order, both);
+}
+
+// Panel of B from rows that are steps of k: to[p][column] = (b[2p][column], b[2p + 1][column]).
+// Columns beyond `cols`, and an odd last step's partner, are 0.
+void pack_rows(const uint16_t* b, int64_t stride, int64_t k, int64_t cols, uint16_t* to) {
   for (int64_t p = 0; p < k; p += 2) {
     for (int j = 0; j < 4; ++j) {
       const int64_t left = std::min<int64_t>(16, cols - 16 * j);
       const __mmask16 mask = left <= 0 ? 0 : __mmask16((1u << left) - 1);
-      const uint16_t* from = b + p * stride + 16 * j;
-      const __m256i even = _mm256_maskz_loadu_epi16(mask, from);
-      const __m256i odd = _mm256_maskz_loadu_epi16(p + 1 < k ? mask : 0, from + stride);
-      const __m512i both = _mm512_inserti64x4(_mm512_castsi256_si512(even), odd, 1);
-      _mm512_store_si512(to + p * NR + 32 * j, _mm512_permutexvar_epi16(order, both));
+      const __m512i pairs = two_steps(b + p * stride + 16 * j, stride, mask, p + 1 < k);
+      _mm512_store_si512(to + p * NR + 32 * j, pairs);
     }
   }
 }
@@ -177,18 +182,12 @@ void pack_columns(const uint16_t* b, int64_t stride, int64_t k, int64_t cols, ui
 
 // A's pairs for `m` columns of a (k, m), as to[p][row]: the rows of a.T with two steps of k.
 void pack_transposed(const uint16_t* a, int64_t stride, int64_t k, int64_t m, uint16_t* to) {
-  const __m512i order = _mm512_set_epi16(
-      31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6, 21, 5, 20, 4, 19,
-      3, 18, 2, 17, 1, 16, 0);
   for (int64_t p = 0; p < k; p += 2) {
     for (int64_t j = 0; j < m; j += 16) {
       const int64_t left = std::min<int64_t>(16, m - j);
       const __mmask16 mask = __mmask16((1u << left) - 1);
-      const uint16_t* from = a + p * stride + j;
-      const __m256i even = _mm256_maskz_loadu_epi16(mask, from);
-      const __m256i odd = _mm256_maskz_loadu_epi16(p + 1 < k ? mask : 0, from + stride);
-      const __m512i both = _mm512_inserti64x4(_mm512_castsi256_si512(even), odd, 1);
-      _mm512_mask_storeu_epi32(to + p * m + 2 * j, mask, _mm512_permutexvar_epi16(order, both));
+      const __m512i pairs = two_steps(a + p * stride + j, stride, mask, p + 1 < k);
+      _mm512_mask_storeu_epi32(to + p * m + 2 * j, mask, pairs);
     }
   }
 }

@@ -53,12 +53,12 @@ struct Source {
   Vector<T> one(int64_t v) const { return tail(v, 1); }  // in lane 0
 };
 
-// Calls f(first, count) for the vectors of [0, vocab): count is `lanes` but for the last.
 template <class T, class F>
 TROPD_INLINE void for_blocks(int64_t vocab, const F& f) {
   for (int64_t low = 0; low < vocab; low += BLOCK) f(low, low + BLOCK < vocab ? low + BLOCK : vocab);
 }
 
+// Calls f(first, count) for the vectors of [low, high): count is `lanes` but for the last.
 template <class T, class F>
 TROPD_INLINE void for_vectors(int64_t low, int64_t high, const F& f) {
   constexpr int lanes = Types<T>::lanes;
@@ -374,7 +374,7 @@ struct RowCoefs {
   }
 };
 
-// d loss / d transformed logits, but for the label and the given ids; z is transformed, t raw.
+// d loss / d transformed logits, but for the label and the given ids, from transformed logits.
 template <class T, bool TEACHER>
 TROPD_INLINE Vector<T> gradient_at(
     const RowCoefs<T>& row, const GradientOptions& o, const Divergence& divergence, Vector<T> z,

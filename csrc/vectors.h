@@ -82,7 +82,7 @@ TROPD_INLINE double total(typename Types<T>::wide v) {
   return sum;
 }
 
-// 2^n for integers n in the exponent's range, given as n + Types<T>::round.
+// 2^n for integers n in the exponent's range.
 template <class T>
 TROPD_INLINE Vector<T> power_of_two(Bits<T> n) {
   return reinterpret_cast<Vector<T>>((n + Types<T>::bias) << Types<T>::mantissa);

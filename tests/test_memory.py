@@ -18,7 +18,9 @@ from tropd_kernels import (
     TrOPD,
     chunking,
     linear_distillation_loss,
+    native,
     plan_chunks,
+    products,
 )
 from tropd_kernels.linear_loss import Needs, Problem, Side, backward, forward
 from tropd_kernels.rows.layout import LogitTransform, RowOptions
@@ -193,10 +195,34 @@ def test_plan_keeps_to_its_budget():
         plan_chunks(**shape, max_workspace_bytes=1000)
 
 
+@pytest.mark.skipif(not native.uses_bf16_products(), reason="this CPU's bf16 products are torch's")
+def test_a_batch_in_one_chunk_stays_so_while_that_fits_the_budget():
+    """Halving the super-chunk would bring the accumulator back, which is larger than what it
+    saves."""
+    shape = dict(
+        tokens=1024, vocab_size=151_936, hidden_size=1024, device="cpu", backend="native",
+        teacher_hidden_size=2048,
+    )  # fmt: skip
+    free = plan_chunks(**shape)
+    assert free.rounds_d_weight and free.super_rows == 1024
+    tight = plan_chunks(**shape, max_workspace_bytes=500_000_000)
+    assert tight.rounds_d_weight and tight.rows == 128 and tight.workspace_bytes <= 500_000_000
+    long = plan_chunks(**shape | {"tokens": 4096})
+    assert not long.rounds_d_weight and long.workspace["d_weight accumulator"] > 0
+    with pytest.raises(ValueError, match=f"128 tokens take {tight.workspace_bytes} bytes"):
+        plan_chunks(**shape, max_workspace_bytes=tight.workspace_bytes - 1)
+
+
+def test_a_cpu_with_amx_keeps_the_library_s_products(monkeypatch):
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: True)
+    chosen = products.products_for("native", torch.bfloat16, "cpu")
+    assert type(chosen) is products.TorchProducts
+    if native.WHY_NOT is None:
+        assert "AVX512-BF16" not in native.description()
+
+
 def test_gemms_that_run_are_those_of_the_plan(device, monkeypatch):
     """Counts the products at the loop's own doors."""
-    from tropd_kernels import products
-
     backend = "triton" if device == "cuda" else "torch"
     calls = []
     for name in ("logits_into", "d_hidden", "d_weight"):
@@ -223,8 +249,6 @@ def test_gemms_that_run_are_those_of_the_plan(device, monkeypatch):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_masked_tokens_are_dropped_before_the_first_gemm(backend, device, monkeypatch):
-    from tropd_kernels import products
-
     seen = []
     original = products.TorchProducts.logits_into
     monkeypatch.setattr(

@@ -98,7 +98,8 @@ def plan_chunks(
     """The chunk sizes, GEMM work and workspace of one call of `linear_distillation_loss`.
 
     tokens: tokens that count. teacher_hidden_size: width of a `HiddenTeacher`; None for the others.
-    max_workspace_bytes: shrinks super_rows first, then rows, in steps of 128 tokens.
+    max_workspace_bytes: shrinks super_rows first, then rows, in steps of 128 tokens; rows first
+        where one product rounds d_weight, which then needs no accumulator.
 
     Raises ValueError where even one step does not fit the budget.
     """
@@ -120,7 +121,7 @@ def plan_chunks(
         scratch = products.scratch_bytes(rows, super_rows, widths)
         if backend == "torch":
             scratch += torch_scratch(rows, vocab_size, logit_size, device_type)
-        d_logits = products.gradient_dtype.itemsize * min(super_rows, longest) * vocab_size
+        d_logits = products.gradient_dtype.itemsize * super_rows * vocab_size
         in_one = products.rounds_d_weight and super_rows >= tokens
         workspace = {
             "student logits": logit_size * rows * vocab_size,
@@ -148,20 +149,23 @@ def plan_chunks(
     small = device_type == "cpu" and dtype in HALF
     rows = min(CPU_ROWS if small else ROWS, ROWS, longest)
     super_rows = min(CPU_SUPER_ROWS if small else SUPER_ROWS, SUPER_ROWS, longest)
-    if products.rounds_d_weight and needs_weight_grad and tokens <= 2 * hidden_size:
-        super_rows = longest
-    chosen = plan(rows, rows if in_place else super_rows)
-    while max_workspace_bytes is not None and chosen.workspace_bytes > max_workspace_bytes:
-        rows, super_rows = chosen.rows, chosen.super_rows
-        if super_rows > rows:
-            super_rows -= MULTIPLE
-        elif rows > MULTIPLE:
-            rows -= MULTIPLE
-            super_rows = rows
-        else:
-            raise ValueError(
-                f"max_workspace_bytes={max_workspace_bytes} is too small for vocabulary "
-                f"{vocab_size}: chunks of {MULTIPLE} tokens take {chosen.workspace_bytes} bytes"
-            )
-        chosen = plan(rows, super_rows)
-    return chosen
+    whole = products.rounds_d_weight and needs_weight_grad and tokens <= 2 * hidden_size
+    # In the order of preference; the budget takes the first that fits.
+    fewer_rows = range(rows, 0, -MULTIPLE)
+    sizes = [(r, longest) for r in fewer_rows] if whole else []
+    if not in_place:
+        sizes += [(rows, many) for many in range(super_rows, rows, -MULTIPLE)]
+    sizes += [(r, r) for r in fewer_rows]
+    plans = (plan(*size) for size in sizes)
+    if max_workspace_bytes is None:
+        return next(plans)
+    smallest = None
+    for chosen in plans:
+        if chosen.workspace_bytes <= max_workspace_bytes:
+            return chosen
+        if smallest is None or chosen.workspace_bytes < smallest.workspace_bytes:
+            smallest = chosen
+    raise ValueError(
+        f"max_workspace_bytes={max_workspace_bytes} is too small for vocabulary {vocab_size}: "
+        f"chunks of {smallest.rows} tokens take {smallest.workspace_bytes} bytes, the least"
+    )

@@ -36,7 +36,13 @@ def instruction_sets() -> list[str]:
     return list(torch.ops.tropd_native.instruction_sets())
 
 
+def uses_bf16_products() -> bool:
+    """Whether this CPU's bfloat16 products are ours. With AMX, oneDNN's bf16 mode has units that
+    the AVX512-BF16 kernel does not use."""
+    return HAS_BF16_PRODUCTS and not torch.cpu._is_amx_tile_supported()
+
+
 def description() -> str:
     """The instruction sets in use."""
-    products = ", products on AVX512-BF16" if HAS_BF16_PRODUCTS else ""
+    products = ", products on AVX512-BF16" if uses_bf16_products() else ""
     return f"rows on {instruction_sets()[0]}{products}"
