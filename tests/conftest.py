@@ -10,6 +10,8 @@ if not torch.cuda.is_available():
 
 import pytest
 
+from tropd_kernels import native
+
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
@@ -21,3 +23,13 @@ def device():
 @pytest.fixture(autouse=True)
 def _seeded():
     torch.manual_seed(0)
+
+
+def pytest_collection_modifyitems(items):
+    """Where csrc/ is not built, for want of a compiler, the suites run over the other backends."""
+    if native.WHY_NOT is None:
+        return
+    for item in items:
+        parameters = getattr(item, "callspec", None)
+        if parameters is not None and parameters.params.get("backend") == "native":
+            item.add_marker(pytest.mark.skip(reason=f"backend 'native': {native.WHY_NOT}"))

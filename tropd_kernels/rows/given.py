@@ -1,10 +1,13 @@
-"""The set K of a teacher that sends its ids."""
+"""What a teacher that sends no dense row says: its statistics, and the set K of its ids."""
 
 from __future__ import annotations
 
 import math
 
 from torch import Tensor
+
+from .layout import RowBatch, Stat
+from .rule import topk_entropy
 
 
 def given_top_k(
@@ -18,3 +21,15 @@ def given_top_k(
         smallest = log_probs.topk(k, dim=-1).values[:, -1:]
         log_probs = log_probs.masked_fill(log_probs < smallest, -math.inf)
     return ids.masked_fill(~usable, 0), log_probs
+
+
+def given_statistics(batch: RowBatch, stats: Tensor) -> None:
+    """Fills TEACHER_LOG_PROB and TEACHER_ENTROPY of stats (Stat, n), as far as the teacher said."""
+    if batch.label_log_probs is not None:
+        stats[Stat.TEACHER_LOG_PROB] = batch.label_log_probs
+    if batch.teacher_entropy is not None:
+        stats[Stat.TEACHER_ENTROPY] = batch.teacher_entropy
+    elif batch.ids is not None:
+        log_probs = batch.topk_log_probs.to(stats.dtype)
+        _, known = given_top_k(batch.ids, log_probs, None, batch.student.shape[-1])
+        stats[Stat.TEACHER_ENTROPY] = topk_entropy(known)

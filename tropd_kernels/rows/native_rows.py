@@ -11,9 +11,9 @@ import math
 import torch
 from torch import Tensor
 
-from .given import given_top_k
+from .given import given_statistics, given_top_k
 from .layout import Coef, LogitTransform, RowBatch, RowOptions, Stat
-from .rule import Gate, Sums, apply_rule, forward_kl, gate, rows_with_sums, topk_entropy
+from .rule import Gate, Sums, apply_rule, forward_kl, gate, rows_with_sums
 from .torch_rows import on_top_k, sum_terms, transform
 
 ops = torch.ops.tropd_native
@@ -35,13 +35,7 @@ def forward(batch: RowBatch, options: RowOptions) -> tuple[Tensor, Tensor]:
     rule, sides = options.rule, _sides(batch, options)
     stats, coefs = _statistics(batch, sides)
     if batch.teacher is None:
-        if batch.label_log_probs is not None:
-            stats[Stat.TEACHER_LOG_PROB] = batch.label_log_probs
-        if batch.teacher_entropy is not None:
-            stats[Stat.TEACHER_ENTROPY] = batch.teacher_entropy
-        elif batch.ids is not None:
-            whole = given_top_k(batch.ids, batch.topk_log_probs, None, batch.student.shape[1])
-            stats[Stat.TEACHER_ENTROPY] = topk_entropy(whole[1].to(stats.dtype))
+        given_statistics(batch, stats)
     gated = gate(stats, batch, options)
     sums = _sums(batch, options, sides, stats, coefs, gated)
     apply_rule(stats, coefs, gated, sums, batch, options)
@@ -120,6 +114,7 @@ def _sums(
     if batch.teacher is None:
         _, lq, lp = _given(batch, options, coefs)
         sums = sum_terms(lp, lq, lq > -math.inf, rule, dense=False)
+        unknown = torch.zeros_like(batch.labels, dtype=torch.bool)
     elif rule.sums_are_statistics:
         one, zero = torch.ones_like(stats[0]), torch.zeros_like(stats[0])
         return Sums(one, one, zero, zero, zero, stats[Stat.FORWARD_KL])
@@ -135,13 +130,8 @@ def _sums(
         if not rule.uses_top_k:
             return sums
         unknown = ~needed
-        stats[Stat.TEACHER_TOPK_MASS] = sums.teacher_mass.masked_fill(unknown, math.nan)
-        stats[Stat.STUDENT_TOPK_MASS] = sums.student_mass.masked_fill(unknown, math.nan)
-        return sums
-    stats[Stat.TEACHER_TOPK_MASS], stats[Stat.STUDENT_TOPK_MASS] = (
-        sums.teacher_mass,
-        sums.student_mass,
-    )
+    stats[Stat.TEACHER_TOPK_MASS] = sums.teacher_mass.masked_fill(unknown, math.nan)
+    stats[Stat.STUDENT_TOPK_MASS] = sums.student_mass.masked_fill(unknown, math.nan)
     return sums
 
 
@@ -156,7 +146,5 @@ def _given(batch: RowBatch, options: RowOptions, coefs: Tensor) -> tuple[Tensor,
     how = options.student
     at = None if how.bias is None else how.bias[ids]
     logits = transform(batch.student.gather(1, ids), how, coefs.dtype, bias=at)
-    lp = (logits - coefs[Coef.STUDENT_MAX].unsqueeze(-1)) - coefs[Coef.STUDENT_LOG_SUM].unsqueeze(
-        -1
-    )
-    return ids.contiguous(), lq, lp
+    high, log_sum = (coefs[row].unsqueeze(-1) for row in (Coef.STUDENT_MAX, Coef.STUDENT_LOG_SUM))
+    return ids.contiguous(), lq, (logits - high) - log_sum

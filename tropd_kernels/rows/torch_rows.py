@@ -22,9 +22,9 @@ from torch import Tensor
 
 from ..objectives import TokenRule
 from .generators import generator_terms
-from .given import given_top_k
+from .given import given_statistics, given_top_k
 from .layout import FIRST_WEIGHT, Coef, LogitTransform, RowBatch, RowOptions, Stat
-from .rule import Gate, Sums, apply_rule, forward_kl, gate, rows_with_sums, topk_entropy
+from .rule import Gate, Sums, apply_rule, forward_kl, gate, rows_with_sums
 from .top_k import columns_reaching, kth_largest
 
 #: Elements of one block's temporary: 4 MiB of float32 on a CPU, enough to fill a GPU on one.
@@ -111,12 +111,7 @@ def _statistics(part: RowBatch, options: RowOptions, s: Tensor, c: Tensor):
     s[Stat.LOG_PROB] = _pick(lp, part.labels)
     s[Stat.ENTROPY] = c[Coef.ENTROPY] = -_dot(p, lp)
     if part.teacher is None:
-        if part.label_log_probs is not None:
-            s[Stat.TEACHER_LOG_PROB] = part.label_log_probs
-        if part.teacher_entropy is not None:
-            s[Stat.TEACHER_ENTROPY] = part.teacher_entropy
-        elif part.ids is not None:
-            s[Stat.TEACHER_ENTROPY] = topk_entropy(_given(part, None, lp.shape[-1], s.dtype)[1])
+        given_statistics(part, s)
         return lp, None
     lq = _log_probs(part.teacher, options.teacher, s.dtype)
     q = lq.exp()

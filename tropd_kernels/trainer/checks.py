@@ -34,7 +34,7 @@ def check_dataset(name: str, dataset: Any, columns: Sequence[str] = ()) -> None:
     if missing:
         raise ValueError(
             f"{name}: no column {', '.join(map(repr, missing))}; it has "
-            f"{', '.join(map(repr, present))}"
+            f"{', '.join(map(repr, present))}: rename_column() gives a column the name looked for"
         )
 
 

@@ -1,0 +1,77 @@
+// The f-divergences from their generators: the table of tropd_kernels/rows/generators.py. Included by
+// row_kernels.h.
+
+namespace tropd {
+namespace TROPD_ISA {
+namespace {
+
+template <class T>
+struct Terms {
+  Vector<T> value, slope;  // q f(u) and p g
+};
+
+struct Divergence {
+  Generator generator;
+  double c, log_c, log_1_c;
+  Divergence(Generator generator, double c)
+      : generator(generator), c(generator == CHI2 ? 2.0 : c),
+        log_c(c > 0 && c < 1 ? std::log(c) : 0), log_1_c(c > 0 && c < 1 ? std::log1p(-c) : 0) {}
+};
+
+// See the table in tropd_kernels/rows/generators.py.
+template <class T>
+TROPD_INLINE Terms<T> terms(
+    const Divergence& d, Vector<T> lp, Vector<T> lq, Vector<T> p, Vector<T> q) {
+  const T c = T(d.c), rest = T(1 - d.c), infinity = std::numeric_limits<T>::infinity();
+  switch (d.generator) {
+    case JSD:
+    case SKEW_FORWARD:
+    case SKEW_REVERSE:
+    case TOPK_JSD: {
+      Vector<T> lm = logaddexp<T>(lq + T(d.log_c), lp + T(d.log_1_c));
+      if (d.generator == JSD) {
+        Vector<T> student = product<T>(p, lp - lm) * rest;
+        return {product<T>(q, lq - lm) * c + student, student};
+      }
+      Vector<T> both = exp<T>(lp + lq - lm);  // p q / m
+      both = both == both ? both : all<T>(0);
+      if (d.generator == SKEW_REVERSE) {
+        Vector<T> student = product<T>(p, lp - lm);
+        return {student, student + both * c};
+      }
+      const T factor = d.generator == TOPK_JSD ? c : T(1);
+      return {product<T>(q, lq - lm) * factor, both * (-factor * rest)};
+    }
+    case ALPHA:
+    case CHI2: {
+      Vector<T> exponent = lp * c + lq * rest;
+      exponent = lp == -infinity && lq == -infinity ? all<T>(-infinity) : exponent;
+      Vector<T> power = exp<T>(exponent);
+      const T factor = d.generator == CHI2 ? 2 : 1;
+      return {(power - p * c - q * rest) * (factor / (c * (c - 1))), (power - p) * (factor / (c - 1))};
+    }
+    case TOTAL_VARIATION: {
+      Vector<T> gap = p - q;
+      Vector<T> half = p * T(0.5);
+      Vector<T> slope = gap > T(0) ? half : gap < T(0) ? -half : all<T>(0);
+      return {(gap < T(0) ? -gap : gap) * T(0.5), slope};
+    }
+    case MOPD: {
+      Vector<T> reverse = product<T>(p, lp - lq);
+      return {reverse - p + q, reverse};
+    }
+    case TODI: {
+      Vector<T> reverse = product<T>(p, lp - lq);
+      Vector<T> share = T(1) / (exp<T>(lp - lq) + T(1));
+      share = share == share ? share : all<T>(0.5);
+      Vector<T> away = (T(1) - share) * reverse;
+      return {share * product<T>(q, lq - lp) + away, away + (T(1) - share) * p - share * q};
+    }
+    default:
+      return {all<T>(0), all<T>(0)};
+  }
+}
+
+}  // namespace
+}  // namespace TROPD_ISA
+}  // namespace tropd

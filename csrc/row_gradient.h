@@ -1,0 +1,111 @@
+// The last pass over a row: d loss / d logits from its coefficients, by the formula of
+// tropd_kernels/rows/__init__.py. Included by row_kernels.h.
+
+namespace tropd {
+namespace TROPD_ISA {
+namespace {
+
+template <class T>
+struct RowCoefs {
+  T c[COEFS];
+  bool idle, needs_teacher;
+
+  RowCoefs(const Rows& rows, int64_t i) {
+    for (int j = 0; j < COEFS; ++j) c[j] = static_cast<const T*>(rows.coefs)[j * rows.coefs_stride + i];
+    idle = true;
+    for (int j = P; j < COEFS; ++j) idle = idle && c[j] == 0;
+    needs_teacher = c[P_TOP_K] != 0 || c[REVERSE] != 0 || c[Q] != 0 || c[GENERATOR] != 0;
+  }
+};
+
+// d loss / d transformed logits, but for the label and the given ids, from transformed logits.
+template <class T, bool TEACHER>
+TROPD_INLINE Vector<T> gradient_at(
+    const RowCoefs<T>& row, const GradientOptions& o, const Divergence& divergence, Vector<T> z,
+    Vector<T> t) {
+  const T* c = row.c;
+  const Vector<T> lp = (z - c[STUDENT_MAX]) - c[STUDENT_LOG_SUM], p = exp<T>(lp), zero{};
+  Vector<T> d = p * c[P];
+  if (c[ENTROPY_WEIGHT] != 0) d -= product<T>(p, (lp + c[MEAN_ENTROPY]) * c[ENTROPY_WEIGHT]);
+  if (!TEACHER) return d;
+  const Vector<T> lq = (t - c[TEACHER_MAX]) - c[TEACHER_LOG_SUM];
+  const auto member = lq >= c[THRESHOLD];
+  if (!o.top_k || any<T>(member)) {
+    const Vector<T> q = exp<T>(lq);
+    Vector<T> more = p * c[P_TOP_K] - q * c[Q];
+    if (o.generator != NONE && c[GENERATOR] != 0) {
+      more += terms<T>(divergence, lp, lq, p, q).slope * c[GENERATOR];
+    }
+    d += o.top_k ? (member ? more : zero) : more;
+  }
+  if (c[REVERSE] != 0) {
+    const Vector<T> gap = (z - c[STUDENT_MAX]) - (t - c[TEACHER_MAX]);
+    d += product<T>(p, (gap - c[MEAN_REVERSE_KL]) * c[REVERSE]);
+  }
+  return d;
+}
+
+template <class T, bool PLAIN>
+TROPD_INLINE Vector<T> chain_rule(Vector<T> d, Vector<T> z, const Logits& how) {
+  if (PLAIN) return d;
+  if (how.cap != 0) {
+    const Vector<T> tanh = z * T(how.temperature / how.cap);
+    d = d * (T(1) - tanh * tanh);
+  }
+  return d * T(how.scale / how.temperature);
+}
+
+template <class T>
+struct Special {  // an entry with something of its own: the label, the ids of a given top-k
+  int64_t id;
+  T added, z, t;
+};
+
+template <class T, bool PLAIN, bool TEACHER, class SZ, class ST, class Out>
+void row_gradient(
+    const SZ& z, const ST& t, const Rows& rows, const GradientOptions& o, int64_t i, Out* out,
+    std::vector<Special<T>>& special) {
+  const RowCoefs<T> row(rows, i);
+  if (row.idle) {  // its logits may hold anything, NaN too
+    std::memset(out, 0, rows.vocab * sizeof(Out));
+    return;
+  }
+  const Divergence divergence(o.generator, o.c);
+  // `out` may be the logits' own memory: what the special entries need is read first.
+  special.clear();
+  auto add = [&](int64_t id, T value) {
+    if (id < 0 || id >= rows.vocab || value == 0) return;
+    special.push_back({id, value, z.one(id)[0], TEACHER ? t.one(id)[0] : T(0)});
+  };
+  add(rows.labels[i], -row.c[LABEL]);
+  for (int64_t j = 0; j < o.given; ++j) {
+    add(o.ids[i * o.given + j], static_cast<const T*>(o.added)[i * o.given + j]);
+  }
+  std::sort(special.begin(), special.end(), [](const Special<T>& a, const Special<T>& b) {
+    return a.id < b.id;
+  });
+  for_vectors<T>(0, rows.vocab, [&](int64_t v, int count) __attribute__((always_inline)) {
+    const Vector<T> zv = get<T>(z, v, count), tv = TEACHER ? get<T>(t, v, count) : Vector<T>{};
+    Vector<T> d = gradient_at<T, TEACHER>(row, o, divergence, zv, tv);
+    d = chain_rule<T, PLAIN>(d, zv, rows.student);
+    if (count == Types<T>::lanes) {
+      store<T>(out + v, d);
+    } else {
+      Out last[Types<T>::lanes];
+      store<T>(last, d);
+      std::memcpy(out + v, last, count * sizeof(Out));
+    }
+  });
+  for (size_t j = 0; j < special.size();) {
+    const Special<T>& s = special[j];
+    Vector<T> d = gradient_at<T, TEACHER>(row, o, divergence, all<T>(s.z), all<T>(s.t));
+    for (; j < special.size() && special[j].id == s.id; ++j) d += special[j].added;
+    Out one[Types<T>::lanes];
+    store<T>(one, chain_rule<T, PLAIN>(d, all<T>(s.z), rows.student));
+    std::memcpy(out + s.id, one, sizeof(Out));
+  }
+}
+
+}  // namespace
+}  // namespace TROPD_ISA
+}  // namespace tropd

@@ -1,0 +1,80 @@
+// Sums over K, or over the vocabulary, that a rule needs. Included by row_kernels.h.
+
+namespace tropd {
+namespace TROPD_ISA {
+namespace {
+
+template <class T, class SZ, class ST>
+void row_sums(
+    const SZ& z, const ST& t, const Rows& rows, const SumOptions& o, int64_t i,
+    std::vector<T>& buffer) {
+  T* c = static_cast<T*>(rows.coefs) + i;
+  const int64_t cs = rows.coefs_stride;
+  const T z_high = c[STUDENT_MAX * cs], z_log = c[STUDENT_LOG_SUM * cs];
+  const T t_high = c[TEACHER_MAX * cs], t_log = c[TEACHER_LOG_SUM * cs];
+  const T infinity = std::numeric_limits<T>::infinity();
+  T threshold = -infinity;
+  if (o.generator == AKL) {
+    threshold = head_threshold<T>(t, t_high, t_log, rows.vocab, o.c, buffer);
+  } else if (o.top_k > 0) {
+    const int64_t k = o.top_k < rows.vocab ? o.top_k : rows.vocab;
+    const T kth = kth_largest<T>(t, rows.vocab, k, buffer);
+    c[THRESHOLD * cs] = threshold = with_margin<T>((kth - t_high) - t_log, rows.teacher.cap);
+  }
+  const bool everything = threshold == -infinity;  // then masks are not needed
+  const Divergence divergence(o.generator, o.c);
+  std::vector<T>& on_k = buffer;  // log-probs of the student on K
+  on_k.clear();
+  typename Types<T>::wide sum[SUMS]{};
+  for_blocks<T>(rows.vocab, [&](int64_t low, int64_t end) __attribute__((always_inline)) {
+    Vector<T> part[SUMS]{};
+    for_vectors<T>(low, end, [&](int64_t v, int count) __attribute__((always_inline)) {
+      const Vector<T> lq = (get<T>(t, v, count) - t_high) - t_log;
+      const auto member = lq >= threshold;
+      if (o.k_alone && !everything && __builtin_expect(!any<T>(member), 1)) return;
+      const Vector<T> lp = (get<T>(z, v, count) - z_high) - z_log;
+      const Vector<T> p = exp<T>(lp), q = exp<T>(lq), zero{};
+      const Vector<T> p_k = member ? p : zero, q_k = member ? q : zero;
+      part[STUDENT_MASS] += p_k;
+      part[TEACHER_MASS] += q_k;
+      part[STUDENT_TAIL] += member ? zero : p;
+      part[TEACHER_TAIL] += member ? zero : q;
+      part[SUM_FORWARD_KL] += product<T>(q_k, lq - lp);
+      if (o.generator == AKL) {
+        const Vector<T> gap = p > q ? p - q : q - p;
+        part[VALUE] += member ? gap : zero;
+        part[SLOPE] += member ? zero : gap;
+      } else if (o.generator != NONE) {
+        const Terms<T> f = terms<T>(divergence, lp, lq, p, q);
+        part[VALUE] += member ? f.value : zero;
+        part[SLOPE] += member ? f.slope : zero;
+      }
+      if (!everything && o.top_k > 0) {
+        for (int j = 0; j < count; ++j) {
+          if (member[j]) on_k.push_back(lp[j]);
+        }
+      }
+    });
+    for (int j = 0; j < SUMS; ++j) flush<T>(sum[j], part[j]);
+  });
+  double result[SUMS];
+  for (int j = 0; j < SUMS; ++j) result[j] = total<T>(sum[j]);
+  if (o.k_alone) {
+    for (auto [tail, mass] : {std::pair{STUDENT_TAIL, STUDENT_MASS}, {TEACHER_TAIL, TEACHER_MASS}}) {
+      result[tail] = std::max(0.0, 1 - result[mass]);
+    }
+  }
+  result[STUDENT_LOG_MASS] = std::log(result[STUDENT_MASS]);
+  if (!on_k.empty()) {  // exact where the mass itself underflows
+    const double high = *std::max_element(on_k.begin(), on_k.end());
+    double mass = 0;
+    for (T lp : on_k) mass += std::exp(lp - high);
+    if (high > -infinity) result[STUDENT_LOG_MASS] = high + std::log(mass);
+  }
+  T* out = static_cast<T*>(o.sums) + i;
+  for (int j = 0; j < SUMS; ++j) out[j * o.sums_stride] = T(result[j]);
+}
+
+}  // namespace
+}  // namespace TROPD_ISA
+}  // namespace tropd
