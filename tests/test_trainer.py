@@ -1,16 +1,9 @@
-"""The trainer against a loop written by hand, on tiny random models.
-
-`by_hand` is the specification of one step: every completion alone, without padding, through the
-models' own logits in float64, with the reference loss. Whatever the trainer does with padding,
-micro-batches, wrappers, heads and draws has to come out the same.
-"""
+"""The trainer against a loop written by hand (`training.by_hand`), on tiny random models."""
 
 from __future__ import annotations
 
 import copy
-import dataclasses
 import inspect
-import json
 import math
 import os
 import subprocess
@@ -24,18 +17,13 @@ pytest.importorskip("trl", reason="the trainer needs trl")
 
 import tiny
 import transformers
+from training import RATE, by_hand, make, rewards_by_hand, step_and_compare
 from trl import DistillationTrainer
 
-from tropd_kernels import LogitsTeacher, distillation_loss
-from tropd_kernels.credit import importance_weights, return_to_go
-from tropd_kernels.draws import bernoulli_uniforms
 from tropd_kernels.trainer import TrOPDConfig, TrOPDTrainer, adapter
 from tropd_kernels.trainer.registry import OBJECTIVES
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
-RATE = 0.05
-#: Plain SGD, so that a step is the gradient.
-SGD = dict(optim="sgd", learning_rate=RATE, max_grad_norm=0.0, lr_scheduler_type="constant")
 KINDS = {
     "untied": {},
     "tied": {"tie_word_embeddings": True, "spread": 1.0},
@@ -43,129 +31,15 @@ KINDS = {
         kind=transformers.Gemma2ForCausalLM, config=transformers.Gemma2Config, head_dim=8,
         final_logit_softcapping=5.0, tie_word_embeddings=False,
     ),
+    "gpt2, learned positions": dict(
+        kind=transformers.GPT2LMHeadModel, config=transformers.GPT2Config, n_inner=48,
+        resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, spread=1.0,
+    ),
     "granite, scaled": dict(
         kind=transformers.GraniteForCausalLM, config=transformers.GraniteConfig,
         logits_scaling=4.0, spread=16.0,
     ),
 }  # fmt: skip
-
-
-class Spy(TrOPDTrainer):
-    """Keeps the micro-batches, and what the loss was called with."""
-
-    def distill(self, student, teacher, inputs, normalizer):
-        loss, stats = super().distill(student, teacher, inputs, normalizer)
-        kept = {k: v.clone() if torch.is_tensor(v) else v for k, v in inputs.items()}
-        self.__dict__.setdefault("seen", []).append((kept, self.model.training))
-        self.__dict__.setdefault("dtypes", set()).add(student.hidden.dtype)
-        self.__dict__.setdefault("losses", []).append(loss.item())
-        return loss, stats
-
-    @property
-    def batches(self):
-        return [inputs for inputs, training in self.seen if training]
-
-
-def make(folder, student=None, teacher=None, data=None, evaluate=None, peft=None, **settings):
-    defaults = dict(
-        max_steps=1, per_device_train_batch_size=4, max_completion_length=10, logging_steps=1,
-        bf16=False, use_cpu=True, report_to="none", save_strategy="no", disable_tqdm=True,
-        gradient_checkpointing=False, seed=5, **SGD,
-    )  # fmt: skip
-    return Spy(
-        tiny.model(0) if student is None else student,
-        tiny.model(1, hidden_size=48) if teacher is None else teacher,
-        TrOPDConfig(str(folder), **(defaults | settings)),
-        train_dataset=tiny.prompts() if data is None else data,
-        eval_dataset=evaluate,
-        processing_class=tiny.tokenizer(),
-        peft_config=peft,
-    )
-
-
-def by_hand(trainer, student, teacher) -> torch.Tensor:
-    """Loss of the first step, with gradients in the float64 model `student`."""
-    args = trainer.args
-    rows = [
-        {k: v[i] for k, v in batch.items() if v.ndim}
-        for batch in trainer.batches
-        for i in range(len(batch["prompt_ids"]))
-    ]
-    tokens = sum(int(row["completion_mask"].sum()) for row in rows)
-    total, kept = torch.zeros((), dtype=torch.float64), 0.0
-    for row in rows:
-        prompt = row["prompt_ids"][row["prompt_mask"].bool()]
-        labels = row["completion_ids"][row["completion_mask"].bool()]
-        ids = torch.cat([prompt, labels])[None]
-        place = slice(len(prompt) - 1, len(ids[0]) - 1)
-        logits = student(ids).logits[0, place].double()
-        with torch.no_grad():
-            theirs = teacher(ids).logits[0, place].double()
-        positions = torch.arange(len(labels))
-        prefix = positions < row["prefix_lengths"]
-        options = {}
-        lp, lq = (x.detach().log_softmax(-1).gather(1, labels[:, None])[:, 0]
-                  for x in (logits / args.temperature, theirs / args.temperature))  # fmt: skip
-        reward, own = (lq - lp)[None], ~prefix[None]
-        if args.kl_discount_factor:
-            future = return_to_go(reward, own, args.kl_discount_factor)[0]
-            options["advantages"] = torch.where(prefix, reward[0], future)
-        if args.importance_gamma is not None:
-            weights = importance_weights(reward, own, args.importance_gamma)[0]
-            options["token_weight"] = torch.where(prefix, 1.0, weights)
-        out = distillation_loss(
-            logits, labels, LogitsTeacher(theirs), args.rule(), reduction="sum",
-            temperature=args.temperature, teacher_prefix=prefix, backend="reference",
-            uniforms=bernoulli_uniforms(args.seed, 0, row["sequence_ids"], positions), **options,
-        )  # fmt: skip
-        total, kept = total + out.loss, kept + out.stats.kept.sum().item()
-    loss = total / (kept if args.rule().normalize == "kept" else tokens)
-    loss.backward()
-    return loss.detach()
-
-
-def rewards_by_hand(batches) -> tuple[torch.Tensor, torch.Tensor]:
-    """Rewards of the student's tokens and -log p of the teacher's, before the first step."""
-    teacher, student = tiny.model(1, hidden_size=48).double(), tiny.model(0).double()
-    own, guided = [], []
-    rows = [(batch, i) for batch in batches for i in range(len(batch["prompt_ids"]))]
-    for batch, i in rows:
-        prompt = batch["prompt_ids"][i][batch["prompt_mask"][i].bool()]
-        labels = batch["completion_ids"][i][batch["completion_mask"][i].bool()]
-        ids = torch.cat([prompt, labels])[None]
-        with torch.no_grad():
-            lp, lq = (
-                m(ids).logits[0, len(prompt) - 1 : -1].log_softmax(-1).gather(1, labels[:, None])
-                for m in (student, teacher)
-            )
-        length = int(batch["prefix_lengths"][i])
-        own.append((lq - lp)[length:])
-        guided.append(-lp[:length])
-    return torch.cat(own), torch.cat(guided)
-
-
-def step_and_compare(trainer, teacher, tolerance=2e-5):
-    """Trains one step of SGD and compares loss and gradients with `by_hand`."""
-    before = copy.deepcopy(trainer.model)
-    twin = copy.deepcopy(trainer.model).double()
-    trainer.train()
-    loss = by_hand(trainer, twin, copy.deepcopy(teacher).double())
-    assert sum(trainer.losses) == pytest.approx(loss.item(), rel=1e-5, abs=1e-6)
-    moved = 0.0
-    old = dict(before.named_parameters())
-    true = dict(twin.named_parameters())
-    for name, new in trainer.model.named_parameters():
-        if not new.requires_grad:
-            assert torch.equal(new, old[name])
-            continue
-        step = (old[name] - new).double() / RATE
-        gradient = true[name].grad
-        reach = max(gradient.norm().item(), 1e-3)
-        # The step is read off float32 parameters.
-        rounding = old[name].norm().item() * 1e-7 / RATE
-        assert (step - gradient).norm().item() <= tolerance * reach + rounding, name
-        moved += gradient.norm().item()
-    assert moved > 0.1
 
 
 # --- TRL's private side ------------------------------------------------------------------------
@@ -285,6 +159,15 @@ def test_completions_end_at_any_eos_or_at_the_limit(tmp_path):
     assert min(ends.values()) > 0, ends
 
 
+def test_empty_completions(tmp_path):
+    """A student that ends at once still has that one token to learn from."""
+    teacher = tiny.model(1, hidden_size=48)
+    trainer = make(tmp_path, teacher=teacher)
+    trainer.generation_config.suppress_tokens = [i for i in range(tiny.VOCAB) if i != 2]
+    step_and_compare(trainer, teacher)
+    assert trainer.batches[0]["completion_ids"].tolist() == [[2]] * 4
+
+
 @pytest.mark.parametrize("objective", OBJECTIVES)
 def test_every_objective_trains(tmp_path, objective):
     trainer = make(tmp_path, objective=objective, prefix_schedule="constant", prefix_length=3)
@@ -309,7 +192,7 @@ def test_reopold_changes_its_stage():
 _PROCESS = """
 import sys, torch
 import tiny
-from test_trainer import make
+from training import make
 trainer = make(
     sys.argv[1], per_device_train_batch_size=1, gradient_accumulation_steps=2, ddp_backend="gloo",
     prefix_schedule="constant", prefix_length=2,
@@ -336,7 +219,7 @@ def test_two_processes_are_the_large_batch(tmp_path):
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
     saved = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
-    trainer = make(tmp_path)
+    trainer = make(tmp_path, per_device_train_batch_size=1, gradient_accumulation_steps=4)
     trainer.seen = [(batch, True) for batches, *_ in saved for batch in batches]
     keys = torch.cat([batch["sequence_ids"] for batch in trainer.batches])
     assert sorted(keys.tolist()) == [0, 1, 2, 3]
@@ -361,101 +244,6 @@ def test_two_processes_are_the_large_batch(tmp_path):
     assert log["tropd/prefix_nll"] == pytest.approx(means[1], rel=1e-4)
 
 
-# --- the prefix --------------------------------------------------------------------------------
-
-
-def test_prefix_from_the_column(tmp_path):
-    """The teacher's words stand at the head of the completion, fewer at every step."""
-    answers = [" " + " ".join(tiny.WORDS[i : i + 6]) for i in range(8)]
-    data = tiny.prompts(8, teacher_completion=answers)
-    trainer = make(
-        tmp_path, data=data, max_steps=4, prefix_schedule="linear", prefix_length=4,
-    )  # fmt: skip
-    trainer.train()
-    tokens = tiny.tokenizer()
-    expected = {p: tokens(a)["input_ids"] for p, a in zip(data["prompt"], answers)}
-    for batch, length in zip(trainer.batches, (4, 3, 2, 1)):
-        assert (batch["prefix_lengths"] == length).all()
-        for prompt, ids in zip(batch["prompt_ids"], batch["completion_ids"]):
-            text = tokens.decode(prompt[prompt != 0])
-            assert ids[:length].tolist() == expected[text][:length]
-        assert batch["completion_ids"].shape[1] <= 10
-    logged = [log["tropd/prefix_length"] for log in trainer.state.log_history if "loss" in log]
-    assert logged == [4, 3, 2, 1]
-
-
-def test_prefix_from_messages_ends_the_completion(tmp_path):
-    """A prefix that ends the turn leaves the student nothing to write."""
-    talk = [[{"role": "user", "content": f"w{i} w{i + 1}"}] for i in range(8)]
-    data = tiny.prompts(8, teacher_completion=[f"w{i}" for i in range(8)]).remove_columns("prompt")
-    data = data.add_column("prompt", talk)
-    trainer = make(tmp_path, data=data, prefix_schedule="constant", prefix_length=10)
-    trainer.train()
-    for batch in trainer.batches:
-        for ids, mask in zip(batch["completion_ids"], batch["loss_mask"]):
-            assert int(mask.sum()) == 2 and ids[1] == 3  # the word, and the template's end of turn
-
-
-def test_prefix_by_the_teacher(tmp_path):
-    """Where there is no column the teacher writes, and the student goes on from there. Both write
-    without doubt, so that the writer of each token can be told."""
-    student, teacher = tiny.model(0, spread=300.0), tiny.model(1, spread=300.0)
-    before = copy.deepcopy(student)
-    trainer = make(tmp_path, student, teacher, prefix_schedule="constant", prefix_length=5)
-    trainer.train()
-    batch = trainer.batches[0]
-    agree = {teacher: [], before: []}
-    for i in range(4):
-        prompt = batch["prompt_ids"][i][batch["prompt_mask"][i].bool()]
-        labels = batch["completion_ids"][i][batch["completion_mask"][i].bool()]
-        length = int(batch["prefix_lengths"][i])
-        assert 1 <= length <= 5
-        for model, part in ((teacher, slice(length)), (before, slice(length, None))):
-            with torch.no_grad():
-                logits = model(torch.cat([prompt, labels])[None]).logits[0, len(prompt) - 1 : -1]
-            agree[model].append((logits.argmax(-1) == labels)[part].float())
-    for hits in agree.values():
-        assert torch.cat(hits).mean() > 0.8
-
-
-def test_draws_change_with_the_step(tmp_path):
-    """... and with seed, completion and position, but not with padding."""
-    trainer = make(tmp_path)
-
-    def draws(width=6, ids=(0, 1)):
-        tokens = torch.zeros(len(ids), width, dtype=torch.long)
-        return trainer._uniforms({"completion_ids": tokens, "sequence_ids": torch.tensor(ids)})
-
-    first = draws()
-    assert torch.equal(draws(width=9)[:, :6], first)
-    assert torch.equal(draws(ids=(1, 0)).flip(0), first)
-    assert first.unique().numel() == first.numel()
-    trainer.state.global_step = 1
-    assert not torch.isin(draws(), first).any()
-    trainer.args.seed = 6
-    trainer.state.global_step = 0
-    assert not torch.isin(draws(), first).any()
-
-
-def test_no_prefix_while_evaluating(tmp_path):
-    trainer = make(tmp_path, evaluate=tiny.prompts(4), prefix_schedule="constant", prefix_length=4)
-    trainer.train()
-    metrics = trainer.evaluate()
-    assert math.isfinite(metrics["eval_loss"])
-    last = trainer.state.log_history[-1]
-    assert last["eval_tropd/prefix_length"] == 0
-    assert 0 <= last["eval_tropd/trust_ratio"] <= 1
-    assert "eval_tropd/prefix_nll" not in last
-
-
-def test_prefix_that_does_not_continue_its_prompt(tmp_path):
-    """Glued to the prompt's last word, the first word of the answer makes another token of it."""
-    data = tiny.prompts(8, teacher_completion=["w1 w2"] * 8)
-    trainer = make(tmp_path, data=data, prefix_schedule="constant", prefix_length=2)
-    with pytest.raises(ValueError, match="teacher_completion: 'w1 w2' does not tokenise"):
-        trainer.train()
-
-
 # --- metrics -----------------------------------------------------------------------------------
 
 
@@ -472,6 +260,35 @@ def test_metrics_are_means_over_tokens(tmp_path):
                  "peak_memory_gib", "teacher_topk_mass", "student_topk_mass"):  # fmt: skip
         assert log[f"tropd/{name}"] > 0
     assert log["entropy"] > 0
+
+
+@pytest.mark.parametrize("rich_progress", [True, False, None])
+def test_progress(tmp_path, capsys, rich_progress):
+    """Not at a terminal, None stays with transformers' display."""
+    pytest.importorskip("rich")
+    trainer = make(tmp_path, rich_progress=rich_progress, disable_tqdm=False)
+    shown = [type(callback).__name__ for callback in trainer.callback_handler.callbacks]
+    assert ("RichProgressCallback" in shown) == bool(rich_progress)
+    assert ("ProgressCallback" in shown) == (not rich_progress)
+    trainer.train()
+    assert ("Training" in capsys.readouterr().out) == bool(rich_progress)
+
+
+def test_regions_are_shown(tmp_path, capsys):
+    """Every token once, in its region, with markup of the text escaped."""
+    trainer = make(tmp_path, log_regions=True, prefix_schedule="constant", prefix_length=3)
+    trainer.train()
+    (page,) = (tmp_path / "regions").glob("train_*.html")
+    text = page.read_text()
+    batch = trainer.batches[0]
+    assert text.count('class="prefix"') - 1 == int(batch["prefix_lengths"].sum())  # 1: the legend
+    spans = sum(text.count(f'class="{name}"') - 1 for name in ("prefix", "trusted", "outlier"))
+    assert spans == int(batch["completion_mask"].sum())
+    log = trainer.state.log_history[0]
+    own = spans - int(batch["prefix_lengths"].sum())
+    assert text.count('class="trusted"') - 1 == round(log["tropd/trust_ratio"] * own)
+    assert "<s>" not in text and "<pad>" not in text
+    assert "outlier" in capsys.readouterr().out
 
 
 # --- resume ------------------------------------------------------------------------------------
@@ -491,109 +308,3 @@ def test_resumed_run_has_the_same_losses(tmp_path, stop):
     assert resumed.losses == whole.losses[2 * stop :]
     for ours, theirs in zip(resumed.model.parameters(), whole.model.parameters()):
         assert torch.equal(ours, theirs)
-
-
-# --- what is refused ---------------------------------------------------------------------------
-
-
-def test_vocabularies_padded_differently(tmp_path):
-    """Each side's extra rows are never written, never read, and get no gradient."""
-    student, teacher = tiny.model(0, vocab_size=104), tiny.model(1, hidden_size=48, vocab_size=112)
-    trainer = make(tmp_path, student, teacher, prefix_schedule="constant", prefix_length=3)
-    trainer.train()
-    assert all(int(b["completion_ids"].max()) < 104 for b in trainer.batches)
-    teacher = tiny.model(1, hidden_size=48, vocab_size=100)
-    trainer = make(tmp_path, tiny.model(0, vocab_size=104), teacher)
-    extra = trainer.model.lm_head.weight[100:].detach().clone()
-    trainer.train()
-    assert all(int(b["completion_ids"].max()) < 100 for b in trainer.batches)
-    assert torch.equal(trainer.model.lm_head.weight[100:], extra)
-
-
-def test_another_tokenizer_is_refused(tmp_path):
-    teacher = tiny.model(1)
-    folder = tmp_path / "teacher"
-    teacher.save_pretrained(folder)
-    tiny.tokenizer(("w1", "w0", *tiny.WORDS[2:])).save_pretrained(folder)
-    with pytest.raises(ValueError, match="teacher_model: .*'w0' is 5 for the student and 6 for"):
-        make(tmp_path, teacher=str(folder))
-    tiny.tokenizer().save_pretrained(folder)
-    make(tmp_path, teacher=str(folder))
-
-
-def test_teacher_is_needed(tmp_path):
-    args = TrOPDConfig(str(tmp_path), bf16=False, use_cpu=True, report_to="none")
-    with pytest.raises(ValueError, match="teacher_model: objective 'tropd' needs a teacher"):
-        TrOPDTrainer(tiny.model(0), None, args, train_dataset=tiny.prompts())
-
-
-def test_sft_goes_without_a_teacher(tmp_path):
-    args = TrOPDConfig(
-        str(tmp_path), objective="sft", bf16=False, use_cpu=True, report_to="none", max_steps=1,
-        per_device_train_batch_size=2, max_completion_length=4, save_strategy="no",
-    )  # fmt: skip
-    trainer = TrOPDTrainer(
-        tiny.model(0), None, args, tiny.prompts(), processing_class=tiny.tokenizer()
-    )
-    assert math.isfinite(trainer.train().training_loss)
-
-
-def test_bad_data_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="train_dataset: the data set is empty"):
-        make(tmp_path, data=tiny.prompts(0))
-    with pytest.raises(ValueError, match="train_dataset: no column 'prompt'; it has 'text'"):
-        make(tmp_path, data=tiny.prompts().rename_column("prompt", "text"))
-    with pytest.raises(ValueError, match="no column 'guide'"):
-        make(tmp_path, prefix_schedule="linear", prefix_length=2, prefix_column="guide")
-
-
-def test_prompt_beyond_the_context(tmp_path):
-    data = tiny.prompts(7).add_item({"prompt": " ".join(["w7"] * 60)})
-    trainer = make(tmp_path, data=data, per_device_train_batch_size=8)
-    with pytest.raises(ValueError, match="a prompt of 60 tokens .* exceed the student's context"):
-        trainer.train()
-
-
-def test_nan_stops_and_saves_the_batch(tmp_path):
-    teacher = tiny.model(1)
-    trainer = make(tmp_path, teacher=teacher)
-    with torch.no_grad():
-        teacher.lm_head.weight[:] = math.nan
-    with pytest.raises(FloatingPointError, match="the loss is nan at step 0") as caught:
-        trainer.train()
-    (path,) = tmp_path.glob("nonfinite_loss_step_0_process_0.pt")
-    assert str(path) in str(caught.value)
-    saved = torch.load(path)
-    assert torch.equal(saved["inputs"]["completion_ids"], trainer.batches[0]["completion_ids"])
-
-
-def test_adapter_on_the_head_is_refused(tmp_path):
-    peft = pytest.importorskip("peft")
-    config = peft.LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj", "lm_head"])
-    with pytest.raises(ValueError, match="lm_head"):
-        make(tmp_path, peft=config)
-
-
-def test_saved_config_reads_back(tmp_path):
-    """`to_dict` of a config makes the same one again: no default turns into a given value."""
-    args = TrOPDConfig(str(tmp_path), bf16=False, use_cpu=True, report_to="none")
-    again = dataclasses.replace(args)
-    assert again.beta is None and again.rule() == args.rule()
-    json.dumps(args.to_dict())
-
-
-def test_regions_are_shown(tmp_path, capsys):
-    """Every token once, in its region, with markup of the text escaped."""
-    trainer = make(tmp_path, log_regions=True, prefix_schedule="constant", prefix_length=3)
-    trainer.train()
-    (page,) = (tmp_path / "regions").glob("train_*.html")
-    text = page.read_text()
-    batch = trainer.batches[0]
-    assert text.count('class="prefix"') - 1 == int(batch["prefix_lengths"].sum())  # 1: the legend
-    spans = sum(text.count(f'class="{name}"') - 1 for name in ("prefix", "trusted", "outlier"))
-    assert spans == int(batch["completion_mask"].sum())
-    log = trainer.state.log_history[0]
-    own = spans - int(batch["prefix_lengths"].sum())
-    assert text.count('class="trusted"') - 1 == round(log["tropd/trust_ratio"] * own)
-    assert "<s>" not in text and "<pad>" not in text
-    assert "outlier" in capsys.readouterr().out

@@ -12,6 +12,7 @@ import pytest
 pytest.importorskip("trl", reason="the trainer needs trl")
 
 import tiny
+from served import serve
 
 from tropd_kernels import AOPD, EOPD, GKD, OPD, SFT, Divergence, TrOPD, cli
 from tropd_kernels.trainer import TrOPDConfig
@@ -20,6 +21,9 @@ from tropd_kernels.trainer.registry import OBJECTIVES, build_rule, knobs
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
 HERE = dict(use_cpu=True, bf16=False, report_to="none")
+
+
+URL = "http://127.0.0.1:1"
 
 
 def config(**settings) -> TrOPDConfig:
@@ -95,6 +99,25 @@ def test_knobs_are_the_constructor_s(name):
         ({"temperature": 0.0}, "temperature: must be positive"),
         ({"max_completion_length": None}, "max_completion_length: must be at least 1"),
         ({"backend": "cuda"}, "backend: backend must be None or one of"),
+        ({"teacher_model_server_url": URL, "objective": "gkd"},
+         "teacher_model_server_url: objective 'gkd': TokenRule"),
+        ({"teacher_model_server_url": URL, "objective_kwargs": {"top_k": None}},
+         "needs the teacher's whole distribution"),
+        ({"teacher_model_server_url": URL, "temperature": 0.7}, "temperature: a server gives"),
+        ({"teacher_model_server_url": URL, "precomputed_teacher": True}, "give one of them"),
+        ({"teacher_server_retries": -1}, "teacher_server_retries: must be a whole number"),
+        ({"teacher_server_concurrency": 0}, "teacher_server_concurrency: must be"),
+        ({"teacher_server_timeout": 0}, "teacher_server_timeout: must be in"),
+        ({"precomputed_teacher": True, "objective": "reverse_kl"},
+         "precomputed_teacher: objective 'reverse_kl'"),
+        ({"precomputed_teacher": True, "prefix_schedule": "linear", "prefix_length": 4},
+         "prefix_length: with precomputed_teacher"),
+        ({"precomputed_teacher": True, "lmbda": 0.5}, "lmbda: with precomputed_teacher"),
+        ({"lmbda": 1.5}, "lmbda: must be in [0, 1]"),
+        ({"num_iterations": 0}, "num_iterations: must be a whole number of at least 1"),
+        ({"drift_tau": 1.0}, "drift_tau: with num_iterations 1"),
+        ({"drift_tau": 0.0, "num_iterations": 2}, "drift_tau: must be in"),
+        ({"drift_block_size": 0}, "drift_block_size: must be"),
     ],
 )  # fmt: skip
 def test_error_names_the_key(settings, message):
@@ -199,6 +222,18 @@ def test_train_from_a_file(run_file, peft):
     assert (out / saved).exists() and (out / "tokenizer.json").exists()
     if peft == '{"r": 2}':
         assert json.loads((out / "adapter_config.json").read_text())["r"] == 2
+
+
+def test_train_with_a_served_teacher(run_file, capsys):
+    lines = run_file.read_text().splitlines()
+    run_file.write_text("\n".join(line for line in lines if "teacher_model" not in line))
+    assert cli.main(["train", "--config", str(run_file)]) == 2
+    assert "missing: teacher_model" in capsys.readouterr().err
+    with serve(tiny.model(1), tiny.tokenizer()) as served:
+        arguments = ["train", "--config", str(run_file), "--teacher_model_server_url", served.url]
+        assert cli.main(arguments) == 0
+    assert sum("prompt_logprobs" in request for request in served.requests) == 12
+    assert (run_file.parent / "out" / "model.safetensors").exists()
 
 
 def test_flags_win_and_numbers_are_numbers(run_file):

@@ -124,9 +124,9 @@ def parse_run(arguments: Sequence[str]) -> tuple[Run, Any]:
         run, config, _ = parser.parse_args_into_dataclasses(flags, look_for_args_file=False)
     except (ImportError, TypeError, ValueError) as error:
         raise UsageError(str(error)) from error
-    run.teacher_model = run.teacher_model or config.teacher_model_name_or_path
     missing = [key for key in ("model", "dataset") if getattr(run, key) is None]
-    if run.teacher_model is None and config.rule().uses_teacher:
+    teacher = run.teacher_model or config.teacher_model_name_or_path
+    if teacher is None and config.loads_teacher and config.rule().uses_teacher:
         missing.append("teacher_model")
     if missing:
         raise UsageError(f"missing: {', '.join(missing)}; give them in --config or as flags")

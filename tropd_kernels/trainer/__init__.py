@@ -7,6 +7,8 @@
 | adapter.py   | the one file that leans on TRL's private hooks                            |
 | trainer.py   | `TrOPDTrainer`: what is done with hidden states, prefixes and draws       |
 | prefix.py    | the guidance prefix: how long, from where, and where the student goes on  |
+| signals.py   | a teacher's log-probs that come from a server or from columns             |
+| server.py    | the client of a served teacher                                            |
 | checks.py    | inputs that are refused: tokenizers, data sets, prompts, losses           |
 | regions.py   | completions with their tokens coloured: trusted, outlier, prefix          |
 | metrics.py   | per-token statistics to logged means, over all processes                  |
@@ -23,6 +25,7 @@ except ImportError as error:
     ) from error
 
 from .config import TrOPDConfig
+from .server import TeacherServer, TeacherServerError
 from .trainer import TrOPDTrainer
 
-__all__ = ["TrOPDConfig", "TrOPDTrainer"]
+__all__ = ["TeacherServer", "TeacherServerError", "TrOPDConfig", "TrOPDTrainer"]

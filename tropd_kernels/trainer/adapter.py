@@ -2,22 +2,26 @@
 
 `DistillationTrainer` generates on-policy, splits the generation batch into micro-batches, reaches
 the student's backbone through its DDP wrapper, counts tokens over the accumulation window and logs.
-All of that stays TRL's. `DistillationAdapter` replaces three things:
+All of that stays TRL's. `DistillationAdapter` replaces these things:
 
     the teacher     prepared here, so that its padded vocabulary may differ from the student's
     the loss        `distill(student, teacher, inputs, normalizer)`, on hidden states and heads
-    generation      `write_prefixes(...)` may put a teacher's text in front of the student's
+    generation      `write_prefixes(...)` may put a teacher's text in front of the student's, and
+                    `given_completions(...)` replace it; `teacher_tensors(...)` go with it
+    reuse           a generation batch serves `num_iterations` optimiser steps, as in GRPO
 
-A subclass overrides those two methods and sees nothing private. `HOOKS` and `ATTRIBUTES` are what
+A subclass overrides those methods and sees nothing private. `HOOKS` and `ATTRIBUTES` are what
 we rely on; a test holds them against the TRL that is installed.
 """
 
 import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
+from datasets import IterableDataset
 from torch import Tensor
 from transformers import PreTrainedModel
 from trl import DistillationTrainer  # type: ignore[attr-defined]
@@ -34,6 +38,7 @@ HOOKS = (
     ("_compute_loss", "self unwrapped_student inputs num_items_in_batch"),
     ("_generate_and_score_completions", "self inputs"),
     ("_generate_single_turn", "self prompt_ids images multimodal_fields has_tool_images"),
+    ("_get_output_dir", "self trial"),
     (
         "_get_last_hidden_state",
         "self unwrapped_model input_ids attention_mask logits_to_keep pixel_values image_grid_thw "
@@ -41,18 +46,21 @@ HOOKS = (
         "image_position_ids",
     ),
     ("_get_train_sampler", "self dataset"),
+    ("_load_from_checkpoint", "self resume_from_checkpoint model"),
+    ("_prepare_inputs", "self generation_batch"),
+    ("_save_checkpoint", "self model trial"),
     ("_set_signature_columns_if_needed", "self"),
     ("compute_loss", "self model inputs return_outputs num_items_in_batch"),
     ("training_step", "self model inputs num_items_in_batch"),
 )
 #: Attributes of an instance.
 ATTRIBUTES = (
-    "_forward_redirection", "_metrics", "_signature_columns", "_step", "_tokenizer",
-    "chat_template", "chat_template_kwargs", "eos_token_ids", "generation_config",
+    "_buffered_inputs", "_forward_redirection", "_metrics", "_signature_columns", "_step",
+    "_tokenizer", "chat_template", "chat_template_kwargs", "eos_token_ids", "generation_config",
     "model_wrapped", "teacher_model", "use_vllm",
 )  # fmt: skip
 #: Further fields of a micro-batch that go to the backbone, where a processor made them.
-_MULTIMODAL = tuple(HOOKS[3][1].split()[5:])
+_MULTIMODAL = tuple(dict(HOOKS)["_get_last_hidden_state"].split()[5:])
 
 
 @dataclass(frozen=True, eq=False)
@@ -96,6 +104,11 @@ class DistillationAdapter(DistillationTrainer):
     def __init__(self, model: Any, teacher_model: Any, args: Any, *rest: Any, **keywords: Any):
         super().__init__(model, None, args, *rest, **keywords)
         self._refuse_sharding()
+        if args.num_iterations > 1 and isinstance(self.train_dataset, IterableDataset):
+            raise ValueError(
+                "num_iterations: TRL's loader does not repeat the rows of a streaming data set "
+                "over several steps: load the data set whole, or leave num_iterations at 1"
+            )
         self._student_head = read_head(self.model, verify=True)
         self._teacher_head: Head | None = None
         self._contexts = {"student": self.model.config}
@@ -127,6 +140,21 @@ class DistillationAdapter(DistillationTrainer):
         rows: the generation batch, as the data set gives it.
         """
         return None
+
+    def given_completions(self, rows: list[dict]) -> list[list[int]] | None:
+        """Whole completions that nobody is to write; None: the student writes."""
+        return None
+
+    def teacher_tensors(
+        self,
+        rows: list[dict],
+        prompt_ids: list[list[int]],
+        completion_ids: list[list[int]],
+        width: int,
+    ) -> dict[str, Tensor]:
+        """What a teacher outside this process says of the completions: tensors (B, width, ...) that
+        go along with them."""
+        return {}
 
     # What a subclass may call.
 
@@ -220,6 +248,9 @@ class DistillationAdapter(DistillationTrainer):
         inputs["loss_mask"] = mask * inputs["tool_mask"] if "tool_mask" in inputs else mask
         result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         self.after_loss(result[0] if return_outputs else result, self._stats, inputs)
+        if self.model.training and self.args.num_iterations > 1:
+            # The first step on a batch is taken by the policy that wrote it.
+            inputs.setdefault("old_log_probs", self._stats.log_probs)
         self._stats = None
         return result
 
@@ -227,13 +258,15 @@ class DistillationAdapter(DistillationTrainer):
         """Called after each loss, where collectives are safe."""
 
     def _side(self, model: PreTrainedModel, head: Head, inputs: dict[str, Any]) -> Side:
-        hidden = self._get_last_hidden_state(
-            model,
-            torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], dim=1),
-            torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], dim=1),
-            inputs["completion_ids"].shape[1],
-            **{name: inputs[name] for name in _MULTIMODAL if name in inputs},
-        )
+        mask = torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], dim=1)
+        with _positions_behind_padding(model, mask):
+            hidden = self._get_last_hidden_state(
+                model,
+                torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], dim=1),
+                mask,
+                inputs["completion_ids"].shape[1],
+                **{name: inputs[name] for name in _MULTIMODAL if name in inputs},
+            )
         weight, bias, device = head.weight, head.bias, head.weight.device
         dtype = weight.dtype
         if torch.is_autocast_enabled(device.type):
@@ -259,6 +292,9 @@ class DistillationAdapter(DistillationTrainer):
         device, first = self.accelerator.device, self.accelerator.process_index * len(inputs)
         output["sequence_ids"] = torch.arange(first, first + len(inputs), device=device)
         output["prefix_lengths"] = torch.tensor(self._prefix_lengths, device=device)
+        width = output["completion_ids"].shape[1]
+        prompts, completions = (_ids(output, part) for part in ("prompt", "completion"))
+        output |= self.teacher_tensors(inputs, prompts, completions, width)
         return output
 
     def _generate_single_turn(self, prompt_ids, images, multimodal_fields, has_tool_images=False):
@@ -266,6 +302,9 @@ class DistillationAdapter(DistillationTrainer):
         prefixes = None
         if rows is not None:
             check_context(prompt_ids, self.max_completion_length, self._contexts, self._tokenizer)
+            given = self.given_completions(rows)
+            if given is not None:
+                return given
             prefixes = self.write_prefixes(rows, prompt_ids, images, multimodal_fields)
         if prefixes is None:
             return super()._generate_single_turn(
@@ -286,6 +325,32 @@ class DistillationAdapter(DistillationTrainer):
             prefix if is_complete(prefix, limit, ends) else (prefix + own)[:limit]
             for prefix, own in zip(prefixes, rest)
         ]
+
+    # A generation batch for several optimiser steps.
+
+    def _iteration(self) -> int:
+        """Which step on the present generation batch comes next, from 0."""
+        return self.state.global_step % self.args.num_iterations
+
+    def _prepare_inputs(self, generation_batch):
+        if self.model.training and self._iteration() and self._buffered_inputs is not None:
+            return self._buffered_inputs[self._step % self.args.gradient_accumulation_steps]
+        return super()._prepare_inputs(generation_batch)
+
+    def _save_checkpoint(self, model, trial):
+        super()._save_checkpoint(model, trial)
+        if self._iteration():  # a resumed run has to go on with this batch
+            folder = Path(self._get_output_dir(trial=trial), f"checkpoint-{self.state.global_step}")
+            torch.save(self._buffered_inputs, folder / self._batch_file())
+
+    def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        file = Path(resume_from_checkpoint, self._batch_file())
+        if file.exists():
+            self._buffered_inputs = torch.load(file, map_location=self.accelerator.device)
+
+    def _batch_file(self) -> str:
+        return f"generation_batch_{self.accelerator.process_index}.pt"
 
     @contextlib.contextmanager
     def _limit(self, tokens: int) -> Iterator[None]:
@@ -312,4 +377,34 @@ class DistillationAdapter(DistillationTrainer):
             "shuffle",
             "seed",
         )
-        return EpochSampler(**{name: getattr(theirs, name) for name in names})
+        sampler = EpochSampler(**{name: getattr(theirs, name) for name in names})
+        sampler.repeat_count *= self.args.num_iterations
+        return sampler
+
+
+@contextlib.contextmanager
+def _positions_behind_padding(model: PreTrainedModel, mask: Tensor) -> Iterator[None]:
+    """Counts positions from the first token that is no padding, as generation does.
+
+    Only for learned absolute positions (GPT-2 and its kin call their table `wpe`): TRL passes none,
+    and those models would count the padding on the left. Relative positions do not mind it.
+    """
+    backbone = next((m for m in model.modules() if hasattr(m, "wpe")), None)
+    if backbone is None:
+        yield
+        return
+
+    def add_positions(module, arguments, keywords):
+        return arguments, keywords | {"position_ids": (mask.cumsum(1) - 1).clamp_min(0)}
+
+    hook = backbone.register_forward_pre_hook(add_positions, with_kwargs=True)
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
+def _ids(batch: dict[str, Any], part: str) -> list[list[int]]:
+    """The prompts or completions of a batch without their padding."""
+    mask = batch[f"{part}_mask"].bool()
+    return [ids[here].tolist() for ids, here in zip(batch[f"{part}_ids"], mask)]

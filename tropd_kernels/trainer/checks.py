@@ -5,7 +5,7 @@ tokens than the student, and a loss that is no number.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -116,6 +116,25 @@ def check_tokenizers(student: PreTrainedTokenizerBase, teacher: PreTrainedTokeni
             f"teacher_model: its tokenizer is not the student's: {'; '.join(differ[:3])}{more}. "
             "Distillation compares the two token by token: choose models of one family"
         )
+
+
+def check_server_tokenizer(
+    student: PreTrainedTokenizerBase, tokenize: Callable[[str], list[int] | None]
+) -> None:
+    """Raises ValueError where a served teacher reads a text as other tokens. `tokenize` gives None
+    where the server does not say."""
+    ours, theirs = student(_PROBE, add_special_tokens=False)["input_ids"], tokenize(_PROBE)
+    if theirs is None or list(ours) == list(theirs):
+        return
+    at = next(
+        (i for i, (a, b) in enumerate(zip(ours, theirs)) if a != b), min(len(ours), len(theirs))
+    )
+    raise ValueError(
+        f"teacher_model_server_url: its tokenizer is not the student's: {_PROBE[:24]!r}... is "
+        f"{len(ours)} tokens for the student and {len(theirs)} for the teacher, and token {at} is "
+        f"{ours[at : at + 1]} and {theirs[at : at + 1]}. Distillation compares the two token by "
+        "token: serve a teacher of the student's family"
+    )
 
 
 def stop_on(loss: float, inputs: Mapping[str, Any], folder: str, step: int, process: int) -> None:

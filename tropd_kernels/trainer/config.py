@@ -14,6 +14,7 @@ from ..backends import choose_backend
 from ..objectives import TokenRule
 from .prefix import SCHEDULES
 from .registry import OBJECTIVES, build_rule, check_knobs, check_objective, knobs
+from .signals import check_served
 
 PREFIX_WEIGHT = 0.001
 STAGE_FRACTION = 0.5
@@ -46,12 +47,30 @@ class TrOPDConfig(DistillationConfig):
         that term treat a prefix like any other token, and refuse another value.
     prefix_column: column with the teacher's answer: text, or messages for a conversational prompt.
         A data set without it has the teacher write the prefix.
+    lmbda: GKD's share of on-policy steps (default 1: all). In the others the completions are the
+        teacher's whole answers, from prefix_column or written on the spot.
+    teacher_model_server_url: a teacher behind HTTP that speaks vLLM's completions protocol
+        (`server.py`), instead of one in this process: for objectives of K1 and the teacher's top-k,
+        at temperature 1. `teacher_model_name_or_path` is then the served name, if the server has
+        several. Its tokenizer is checked where the server offers /tokenize.
+        teacher_server_timeout: seconds a request; teacher_server_retries: attempts after the first;
+        teacher_server_concurrency: requests at once.
+    precomputed_teacher: the data set's columns hold fixed completions, `completion_ids` (C), and
+        the teacher's log-probs of them, `teacher_label_log_probs` (C), and for objectives that use
+        the top-k `teacher_ids` and `teacher_log_probs` (C, K), at this temperature. No teacher is
+        loaded and nothing is generated.
+    num_iterations: optimiser steps on each generation batch, as in GRPO (default 1). From the
+        second on the ratio to the policy that sampled takes part: PPO's clip, `drift_tau`.
+    drift_tau: blockwise policy-drift gates: blocks of drift_block_size (64) tokens on which the
+        policy has moved by s nats a token since sampling weigh exp(-drift_tau |s|), relative to
+        their mean over the micro-batch. None (default): no gates.
     kl_discount_factor: replaces the K1 reward by its discounted sum to the end of the completion;
         0 (default) leaves the immediate reward, 1 is the plain sum.
     importance_gamma: IW-OPD's gamma (the paper's 0.5): early tokens weigh up to 1 + gamma. None
         (default) weighs all alike.
     backend: "triton", "native", "torch" or "reference"; None takes the best one here.
     max_workspace_bytes: bound on the loss's temporaries; see `plan_chunks`.
+    rich_progress: rich's progress display in place of tqdm's; None (default): at a terminal.
     log_regions: with each log, shows a few completions with their tokens coloured by region
         (trusted, outlier, prefix) in the terminal and in `output_dir`/regions.
 
@@ -70,10 +89,20 @@ class TrOPDConfig(DistillationConfig):
     prefix_steps: int | None = None
     prefix_weight: float | None = PREFIX_WEIGHT
     prefix_column: str | None = "teacher_completion"
+    lmbda: float = 1.0
+    teacher_model_server_url: str | None = None
+    teacher_server_timeout: float = 600.0
+    teacher_server_retries: int = 5
+    teacher_server_concurrency: int = 8
+    precomputed_teacher: bool = False
+    num_iterations: int = 1
+    drift_tau: float | None = None
+    drift_block_size: int = 64
     kl_discount_factor: float = 0.0
     importance_gamma: float | None = None
     backend: str | None = None
     max_workspace_bytes: int | None = None
+    rich_progress: bool | None = None
     log_regions: bool = False
 
     def __post_init__(self):
@@ -85,6 +114,7 @@ class TrOPDConfig(DistillationConfig):
         self._check_objective()
         self._check_prefix()
         self._check_credit()
+        self._check_teacher()
         if self.temperature <= 0:
             raise ValueError(f"temperature: must be positive, got {self.temperature}")
         try:
@@ -104,6 +134,11 @@ class TrOPDConfig(DistillationConfig):
             switch = STAGE_FRACTION if self.stage_fraction is None else self.stage_fraction
             arguments["stage"] = 1 if progress < switch else 2
         return build_rule(self.objective, arguments)
+
+    @property
+    def loads_teacher(self) -> bool:
+        """Whether a teacher's model is to be loaded into this process."""
+        return not (self.teacher_model_server_url or self.precomputed_teacher)
 
     def _check_objective(self) -> None:
         check_objective(self.objective)
@@ -153,7 +188,44 @@ class TrOPDConfig(DistillationConfig):
         if self.prefix_steps is not None and self.prefix_steps < 0:
             raise ValueError(f"prefix_steps: must be 0 steps or more, got {self.prefix_steps}")
 
+    def _check_teacher(self) -> None:
+        source = "teacher_model_server_url" if self.teacher_model_server_url else None
+        if self.precomputed_teacher:
+            if source:
+                raise ValueError(f"precomputed_teacher: goes without {source}: give one of them")
+            source = "precomputed_teacher"
+            if self.prefix_length or self.lmbda != 1:
+                key = "prefix_length" if self.prefix_length else "lmbda"
+                raise ValueError(
+                    f"{key}: with precomputed_teacher the completions are those of the data set; "
+                    f"leave {key} out"
+                )
+        if source:
+            try:
+                check_served(self.rule(0.0))
+                check_served(self.rule(1.0))
+            except ValueError as error:
+                raise ValueError(f"{source}: objective {self.objective!r}: {error}") from error
+        if self.teacher_model_server_url and self.temperature != 1:
+            raise ValueError(
+                f"temperature: a server gives log-probs at temperature 1, not {self.temperature}: "
+                "set temperature 1, or load the teacher in this process"
+            )
+        _at_least("teacher_server_retries", self.teacher_server_retries, 0)
+        _at_least("teacher_server_concurrency", self.teacher_server_concurrency, 1)
+        _within("teacher_server_timeout", self.teacher_server_timeout, 1e-3, 1e9)
+
     def _check_credit(self) -> None:
+        _within("lmbda", self.lmbda, 0.0, 1.0)
+        _at_least("num_iterations", self.num_iterations, 1)
+        _at_least("drift_block_size", self.drift_block_size, 1)
+        if self.drift_tau is not None:
+            _within("drift_tau", self.drift_tau, 1e-6, 1e6)
+            if self.num_iterations == 1:
+                raise ValueError(
+                    "drift_tau: with num_iterations 1 the policy that learns is the one that "
+                    "sampled, so every gate is 1: set num_iterations to 2 or more"
+                )
         _within("kl_discount_factor", self.kl_discount_factor, 0.0, 1.0)
         rule = self.rule()
         if self.kl_discount_factor and rule.policy_gradient == 0:
@@ -174,3 +246,8 @@ class TrOPDConfig(DistillationConfig):
 def _within(key: str, value: float, low: float, high: float) -> None:
     if not low <= value <= high:  # written so that NaN fails
         raise ValueError(f"{key}: must be in [{low:g}, {high:g}], got {value}")
+
+
+def _at_least(key: str, value: int, low: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < low:
+        raise ValueError(f"{key}: must be a whole number of at least {low}, got {value!r}")

@@ -1,31 +1,42 @@
 """`TrOPDTrainer`: one step of on-policy distillation with any objective of this package.
 
-A generation batch is written once per optimiser step, by the student alone or by the student after
-a teacher's prefix. Each micro-batch then goes through both backbones, and one call of
-`linear_distillation_loss` compares hidden states through the two heads. What surrounds that
-(generation, checkpoints, PEFT, logging, evaluation) is TRL's and transformers'.
+A generation batch is written once per optimiser step (or `num_iterations` of them), by the student
+alone or by the student after a teacher's prefix. Each micro-batch then goes through both backbones,
+and one call of `linear_distillation_loss` compares hidden states through the two heads. A teacher
+behind a server, or in the data set's columns, gives log-probs of a few ids instead (`signals.py`).
+What surrounds that (generation, checkpoints, PEFT, logging, evaluation) is TRL's and transformers'.
 """
 
+import random
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel, TrainerCallback
+from transformers import PreTrainedModel, ProgressCallback, TrainerCallback
+from trl import RichProgressCallback  # type: ignore[attr-defined]
 from trl.trainer.utils import get_config_model_id
 
-from ..credit import importance_weights, return_to_go
+from ..credit import drift_gates, importance_weights, return_to_go
 from ..draws import bernoulli_uniforms
 from ..functional import DistillationOutput, TokenStats, linear_distillation_loss
-from ..objectives import OPD, TokenRule
-from ..teachers import HiddenTeacher
-from . import metrics
+from ..objectives import OPD, SFT, TokenRule
+from ..teachers import HiddenTeacher, Teacher
+from . import metrics, signals
 from .adapter import DistillationAdapter, Side
-from .checks import check_dataset, check_tokenizers, find_tokenizer, stop_on
+from .checks import (
+    check_dataset,
+    check_server_tokenizer,
+    check_tokenizers,
+    find_tokenizer,
+    stop_on,
+)
 from .config import TrOPDConfig
-from .prefix import column_ids, cut, prefix_mask, scheduled_length
+from .prefix import column_ids, cut, is_complete, prefix_mask, scheduled_length
 from .regions import Sample, samples, show, write_page
+from .server import TeacherServer
 
 _IGNORED = -100
 
@@ -37,8 +48,9 @@ class TrOPDTrainer(DistillationAdapter):
     TRL's `DistillationTrainer`.
 
     model: student, a model or its name. teacher_model: likewise; None takes
-        `args.teacher_model_name_or_path`; only objective "sft" does without. The vocabularies may
-        be padded to different heights; the ids that both have are compared.
+        `args.teacher_model_name_or_path`. Objective "sft" does without, and so do a served and a
+        precomputed teacher. The vocabularies may be padded to different heights; the ids that both
+        have are compared.
     args: a `TrOPDConfig`; None takes its defaults, that is TrOPD as in the paper without guidance.
     train_dataset, eval_dataset, processing_class, callbacks, optimizers, quantization_config,
     peft_config, tools: as in TRL.
@@ -77,17 +89,55 @@ class TrOPDTrainer(DistillationAdapter):
         if not isinstance(args, TrOPDConfig):
             raise TypeError(f"args must be a TrOPDConfig, got a {type(args).__name__}")
         self._samples: list[Sample] = []
-        teacher_model = teacher_model or args.teacher_model_name_or_path
-        if teacher_model is None and (args.rule().uses_teacher or args.prefix_length):
-            raise ValueError(f"teacher_model: objective {args.objective!r} needs a teacher")
+        self._server: TeacherServer | None = None
+        loaded = self._loaded_teacher(teacher_model, args)
+        columns = signals.columns_of(args.rule()) if args.precomputed_teacher else ()
+        if args.precomputed_teacher and tools:
+            raise ValueError("tools: precomputed_teacher fixes the completions: leave tools out")
         guided = args.prefix_schedule != "none"
         named = guided and args.prefix_column not in (None, "teacher_completion")
-        check_dataset("train_dataset", train_dataset, [args.prefix_column] if named else [])
-        check_dataset("eval_dataset", eval_dataset)
+        check_dataset(
+            "train_dataset", train_dataset, [*columns, *([args.prefix_column] if named else [])]
+        )
+        check_dataset("eval_dataset", eval_dataset, columns)
         super().__init__(
-            model, teacher_model, args, train_dataset, eval_dataset, processing_class, callbacks,
+            model, loaded, args, train_dataset, eval_dataset, processing_class, callbacks,
             optimizers, quantization_config, peft_config, tools,
         )  # fmt: skip
+        if args.teacher_model_server_url:
+            self._connect()
+        at_terminal = sys.stdout.isatty() and not args.disable_tqdm
+        if at_terminal if args.rich_progress is None else args.rich_progress:
+            self.remove_callback(ProgressCallback)
+            self.add_callback(RichProgressCallback)
+
+    @staticmethod
+    def _loaded_teacher(teacher_model: Any, args: TrOPDConfig) -> Any:
+        """The teacher to load into this process, or None where its log-probs come otherwise."""
+        if not args.loads_teacher:
+            if teacher_model is None:
+                return None
+            raise ValueError(
+                "teacher_model: teacher_model_server_url and precomputed_teacher stand for the "
+                "teacher: give one of the three"
+            )
+        loaded = teacher_model or args.teacher_model_name_or_path
+        if loaded is None and (args.rule().uses_teacher or args.prefix_length or args.lmbda < 1):
+            raise ValueError(
+                f"teacher_model: objective {args.objective!r} needs a teacher: give a model, "
+                "teacher_model_server_url, or precomputed_teacher"
+            )
+        return loaded
+
+    def _connect(self) -> None:
+        """Finds the server, and whether its tokenizer is the student's."""
+        args = self.args
+        self._server = TeacherServer(
+            args.teacher_model_server_url, args.teacher_model_name_or_path,
+            timeout=args.teacher_server_timeout, retries=args.teacher_server_retries,
+            concurrency=args.teacher_server_concurrency,
+        )  # fmt: skip
+        check_server_tokenizer(self._tokenizer, self._server.tokenize)
 
     def _load_teacher(self, teacher: str | PreTrainedModel) -> None:
         tokenizer = find_tokenizer(teacher, self.args.trust_remote_code)
@@ -97,8 +147,10 @@ class TrOPDTrainer(DistillationAdapter):
 
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()
-        if self.args.prefix_column and self.args.prefix_column not in self._signature_columns:
-            self._signature_columns += [self.args.prefix_column]
+        columns = [self.args.prefix_column] if self.args.prefix_column else []
+        if self.args.precomputed_teacher:
+            columns += signals.columns_of(self.args.rule())
+        self._signature_columns += [c for c in columns if c not in self._signature_columns]
 
     # The loss.
 
@@ -116,22 +168,28 @@ class TrOPDTrainer(DistillationAdapter):
             share = 1 / self.current_gradient_accumulation_steps
         else:
             share = 1.0
-        credit = self._credit(student, teacher, labels, prefix)
+        signal = signals.teacher_of(inputs) if teacher is None else _frozen(teacher)
+        old = inputs.get("old_log_probs")
         out = self._compare(
-            student, teacher, labels, rule,
+            student, signal, labels, rule,
             teacher_prefix=prefix, uniforms=self._uniforms(inputs), normalizer=normalizer,
-            **credit,
+            old_log_probs=old, **self._credit(student, signal, labels, prefix, old),
         )  # fmt: skip
         return out.loss * share, out.stats
 
     def _compare(
-        self, student: Side, teacher: Side | None, labels: Tensor, rule: TokenRule, **options: Any
+        self,
+        student: Side,
+        teacher: Teacher | None,
+        labels: Tensor,
+        rule: TokenRule,
+        **options: Any,
     ) -> DistillationOutput:
         return linear_distillation_loss(
             student.hidden,
             student.weight,
             labels,
-            None if teacher is None else _frozen(teacher),
+            teacher,
             rule,
             bias=student.bias,
             logit_scale=student.logit_scale,
@@ -157,20 +215,36 @@ class TrOPDTrainer(DistillationAdapter):
 
     @torch.no_grad()
     def _credit(
-        self, student: Side, teacher: Side | None, labels: Tensor, prefix: Tensor
+        self,
+        student: Side,
+        teacher: Teacher | None,
+        labels: Tensor,
+        prefix: Tensor,
+        old_log_probs: Tensor | None,
     ) -> dict[str, Tensor]:
         """`advantages` and `token_weight` (B, C), where the config asks for them: one more pass
         over the heads, for the rewards. The teacher's tokens take no part and weigh 1."""
         discount, gamma = self.args.kl_discount_factor, self.args.importance_gamma
-        if not discount and gamma is None:
+        drifted = self.args.drift_tau is not None and old_log_probs is not None
+        if not discount and gamma is None and not drifted:
             return {}
-        rewards = self._compare(student, teacher, labels, OPD(), reduction="sum").stats.reward
+        k1 = OPD() if teacher is not None else SFT()
+        stats = self._compare(
+            student, teacher, labels, k1, reduction="sum", old_log_probs=old_log_probs
+        ).stats
         own = (labels != _IGNORED) & ~prefix
         credit = {}
         if discount:
-            credit["advantages"] = return_to_go(rewards, own, discount).where(own, rewards)
+            credit["advantages"] = return_to_go(stats.reward, own, discount).where(
+                own, stats.reward
+            )
+        weights = torch.ones_like(stats.log_probs)
         if gamma is not None:
-            weights = importance_weights(rewards, own, gamma)
+            weights = weights * importance_weights(stats.reward, own, gamma)
+        if drifted:
+            block, tau = self.args.drift_block_size, self.args.drift_tau
+            weights = weights * drift_gates(old_log_probs, stats.log_probs, own, block, tau)
+        if gamma is not None or drifted:
             credit["token_weight"] = weights.masked_fill(prefix, 1.0)
         return credit
 
@@ -207,24 +281,82 @@ class TrOPDTrainer(DistillationAdapter):
             write_page(self._samples, folder / f"{self.mode}_{self.state.global_step:05d}.html")
         self._samples = []
 
-    # The prefix.
+    # Completions that the student does not write, or not alone.
 
     def write_prefixes(
         self, rows: list[dict], prompt_ids: list[list[int]], images: Any, multimodal_fields: dict
     ) -> list[list[int]] | None:
         """The teacher's tokens at the head of each completion; none while evaluating."""
-        length = self.prefix_length()
-        if length == 0 or not self.model.training:
+        if not self.model.training:
+            return None
+        whole = self._off_policy()
+        length = self.max_completion_length if whole else self.prefix_length()
+        if length == 0:
             return None
         column = self.args.prefix_column
         if column is None or column not in rows[0]:
-            written = self.generate_with_teacher(prompt_ids, images, multimodal_fields, length)
+            written = self._teacher_writes(prompt_ids, images, multimodal_fields, length)
         else:
             written = [
                 column_ids(row[column], row["prompt"], ids, self._tokenize, column)
                 for row, ids in zip(rows, prompt_ids)
             ]
-        return [cut(ids, length, self.eos_token_ids) for ids in written]
+        prefixes = [cut(ids, length, self.eos_token_ids) for ids in written]
+        if whole:
+            end = [self._tokenizer.eos_token_id]
+            prefixes = [
+                ids if is_complete(ids, length, self.eos_token_ids) else ids + end
+                for ids in prefixes
+            ]
+        return prefixes
+
+    def _off_policy(self) -> bool:
+        """Whether this step's completions are the teacher's: drawn by seed and step, so that every
+        process and a resumed run draw alike."""
+        draw = random.Random(f"{self.args.seed} {self.state.global_step}").random()
+        return draw >= self.args.lmbda
+
+    def _teacher_writes(
+        self, prompt_ids: list[list[int]], images: Any, multimodal_fields: dict, tokens: int
+    ) -> list[list[int]]:
+        if self._server is None:
+            return self.generate_with_teacher(prompt_ids, images, multimodal_fields, tokens)
+        args = self.args
+        sampling = {"temperature": args.temperature, "top_p": args.top_p}
+        for name, unset in (("top_k", 0), ("min_p", None), ("repetition_penalty", 1.0)):
+            if getattr(args, name) != unset:
+                sampling[name] = getattr(args, name)
+        key = f"{args.seed} {self.state.global_step} {self.accelerator.process_index}"
+        draw = random.Random(key)
+        seeds = [draw.getrandbits(31) for _ in prompt_ids]
+        return self._server.generate(prompt_ids, tokens, seeds=seeds, **sampling)
+
+    def given_completions(self, rows: list[dict]) -> list[list[int]] | None:
+        if not self.args.precomputed_teacher:
+            return None
+        return signals.fixed_completions(rows, self.max_completion_length)
+
+    def teacher_tensors(
+        self,
+        rows: list[dict],
+        prompt_ids: list[list[int]],
+        completion_ids: list[list[int]],
+        width: int,
+    ) -> dict[str, Tensor]:
+        rule = self.args.rule()
+        top_k = signals.wanted(rule)
+        if self.args.precomputed_teacher:
+            scores = signals.column_scores(rows, self.max_completion_length, top_k)
+        elif self._server is not None and rule.uses_teacher:
+            if "image" in rows[0] or "images" in rows[0]:
+                raise NotImplementedError(
+                    "teacher_model_server_url: images are not sent to a teacher's server: load the "
+                    "teacher in this process"
+                )
+            scores = self._server.score(prompt_ids, completion_ids, top_k)
+        else:
+            return {}
+        return signals.batch_tensors(scores, width, self.accelerator.device)
 
     def prefix_length(self) -> int:
         """l at the current optimiser step, in tokens."""

@@ -1,0 +1,141 @@
+"""Who writes which tokens of a completion: the teacher's prefix, its whole answer, the student."""
+
+from __future__ import annotations
+
+import copy
+import math
+
+import pytest
+import torch
+
+pytest.importorskip("trl", reason="the trainer needs trl")
+
+import tiny
+from training import make
+
+pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
+
+
+def test_prefix_from_the_column(tmp_path):
+    """The teacher's words stand at the head of the completion, fewer at every step."""
+    answers = [" " + " ".join(tiny.WORDS[i : i + 6]) for i in range(8)]
+    data = tiny.prompts(8, teacher_completion=answers)
+    trainer = make(
+        tmp_path, data=data, max_steps=4, prefix_schedule="linear", prefix_length=4,
+    )  # fmt: skip
+    trainer.train()
+    tokens = tiny.tokenizer()
+    expected = {p: tokens(a)["input_ids"] for p, a in zip(data["prompt"], answers)}
+    for batch, length in zip(trainer.batches, (4, 3, 2, 1)):
+        assert (batch["prefix_lengths"] == length).all()
+        for prompt, ids in zip(batch["prompt_ids"], batch["completion_ids"]):
+            text = tokens.decode(prompt[prompt != 0])
+            assert ids[:length].tolist() == expected[text][:length]
+        assert batch["completion_ids"].shape[1] <= 10
+    logged = [log["tropd/prefix_length"] for log in trainer.state.log_history if "loss" in log]
+    assert logged == [4, 3, 2, 1]
+
+
+def test_prefix_from_messages_ends_the_completion(tmp_path):
+    """A prefix that ends the turn leaves the student nothing to write."""
+    talk = [[{"role": "user", "content": f"w{i} w{i + 1}"}] for i in range(8)]
+    data = tiny.prompts(8, teacher_completion=[f"w{i}" for i in range(8)]).remove_columns("prompt")
+    data = data.add_column("prompt", talk)
+    trainer = make(tmp_path, data=data, prefix_schedule="constant", prefix_length=10)
+    trainer.train()
+    for batch in trainer.batches:
+        for ids, mask in zip(batch["completion_ids"], batch["loss_mask"]):
+            assert int(mask.sum()) == 2 and ids[1] == 3  # the word, and the template's end of turn
+
+
+def test_prefix_by_the_teacher(tmp_path):
+    """Where there is no column the teacher writes, and the student goes on from there. Both write
+    without doubt, so that the writer of each token can be told."""
+    student, teacher = tiny.model(0, spread=300.0), tiny.model(1, spread=300.0)
+    before = copy.deepcopy(student)
+    trainer = make(tmp_path, student, teacher, prefix_schedule="constant", prefix_length=5)
+    trainer.train()
+    batch = trainer.batches[0]
+    agree = {teacher: [], before: []}
+    for i in range(4):
+        prompt = batch["prompt_ids"][i][batch["prompt_mask"][i].bool()]
+        labels = batch["completion_ids"][i][batch["completion_mask"][i].bool()]
+        length = int(batch["prefix_lengths"][i])
+        assert 1 <= length <= 5
+        for model, part in ((teacher, slice(length)), (before, slice(length, None))):
+            with torch.no_grad():
+                logits = model(torch.cat([prompt, labels])[None]).logits[0, len(prompt) - 1 : -1]
+            agree[model].append((logits.argmax(-1) == labels)[part].float())
+    for hits in agree.values():
+        assert torch.cat(hits).mean() > 0.8
+
+
+def test_draws_change_with_the_step(tmp_path):
+    """... and with seed, completion and position, but not with padding."""
+    trainer = make(tmp_path)
+
+    def draws(width=6, ids=(0, 1)):
+        tokens = torch.zeros(len(ids), width, dtype=torch.long)
+        return trainer._uniforms({"completion_ids": tokens, "sequence_ids": torch.tensor(ids)})
+
+    first = draws()
+    assert torch.equal(draws(width=9)[:, :6], first)
+    assert torch.equal(draws(ids=(1, 0)).flip(0), first)
+    assert first.unique().numel() == first.numel()
+    trainer.state.global_step = 1
+    assert not torch.isin(draws(), first).any()
+    trainer.args.seed = 6
+    trainer.state.global_step = 0
+    assert not torch.isin(draws(), first).any()
+
+
+def test_no_prefix_while_evaluating(tmp_path):
+    trainer = make(tmp_path, evaluate=tiny.prompts(4), prefix_schedule="constant", prefix_length=4)
+    trainer.train()
+    metrics = trainer.evaluate()
+    assert math.isfinite(metrics["eval_loss"])
+    last = trainer.state.log_history[-1]
+    assert last["eval_tropd/prefix_length"] == 0
+    assert 0 <= last["eval_tropd/trust_ratio"] <= 1
+    assert "eval_tropd/prefix_nll" not in last
+
+
+def test_prefix_that_does_not_continue_its_prompt(tmp_path):
+    """Glued to the prompt's last word, the first word of the answer makes another token of it."""
+    data = tiny.prompts(8, teacher_completion=["w1 w2"] * 8)
+    trainer = make(tmp_path, data=data, prefix_schedule="constant", prefix_length=2)
+    with pytest.raises(ValueError, match="teacher_completion: 'w1 w2' does not tokenise"):
+        trainer.train()
+
+
+def test_off_policy_steps(tmp_path):
+    """lmbda: in some steps the completions are the teacher's, whole and ended, as the seed says."""
+    answers = [" " + " ".join(tiny.WORDS[i : i + 3 + i]) for i in range(8)]
+    data = tiny.prompts(8, teacher_completion=answers)
+    trainer = make(tmp_path, data=data, objective="gkd", lmbda=0.5, max_steps=12)
+    trainer.train()
+    tokens = tiny.tokenizer()
+    expected = {p: tokens(a)["input_ids"] for p, a in zip(data["prompt"], answers)}
+    steps = []
+    for batch in trainer.batches:
+        written = batch["completion_mask"].sum(1)
+        steps.append(bool((batch["prefix_lengths"] == written).all()))
+        assert steps[-1] or not batch["prefix_lengths"].any()
+        for prompt, ids, n in zip(batch["prompt_ids"], batch["completion_ids"], written):
+            answer = [*expected[tokens.decode(prompt[prompt != 0])], 2][:10]
+            assert (ids[:n].tolist() == answer) == steps[-1]
+    assert 2 <= sum(steps) <= 10
+    again = make(tmp_path, data=data, objective="gkd", lmbda=0.5, max_steps=12)
+    again.train()
+    assert again.losses == trainer.losses
+
+
+def test_off_policy_without_a_column(tmp_path):
+    """The teacher writes the whole of it."""
+    trainer = make(tmp_path, objective="gkd", lmbda=0.0)
+    trainer.train()
+    (batch,) = trainer.batches
+    written = batch["completion_mask"].sum(1)
+    assert (batch["prefix_lengths"] == written).all() and (written > 1).any()
+    last = batch["completion_ids"].gather(1, written[:, None] - 1)[:, 0]
+    assert ((written == 10) | torch.isin(last, torch.tensor([2, 3]))).all()

@@ -1,0 +1,105 @@
+"""What the trainer refuses, and how models of two vocabularies or without a teacher get on."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+
+import pytest
+import torch
+
+pytest.importorskip("trl", reason="the trainer needs trl")
+
+import tiny
+from training import make
+
+from tropd_kernels.trainer import TrOPDConfig, TrOPDTrainer
+
+pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
+
+
+def test_vocabularies_padded_differently(tmp_path):
+    """Each side's extra rows are never written, never read, and get no gradient."""
+    student, teacher = tiny.model(0, vocab_size=104), tiny.model(1, hidden_size=48, vocab_size=112)
+    trainer = make(tmp_path, student, teacher, prefix_schedule="constant", prefix_length=3)
+    trainer.train()
+    assert all(int(b["completion_ids"].max()) < 104 for b in trainer.batches)
+    teacher = tiny.model(1, hidden_size=48, vocab_size=100)
+    trainer = make(tmp_path, tiny.model(0, vocab_size=104), teacher)
+    extra = trainer.model.lm_head.weight[100:].detach().clone()
+    trainer.train()
+    assert all(int(b["completion_ids"].max()) < 100 for b in trainer.batches)
+    assert torch.equal(trainer.model.lm_head.weight[100:], extra)
+
+
+def test_another_tokenizer_is_refused(tmp_path):
+    teacher = tiny.model(1)
+    folder = tmp_path / "teacher"
+    teacher.save_pretrained(folder)
+    tiny.tokenizer(("w1", "w0", *tiny.WORDS[2:])).save_pretrained(folder)
+    with pytest.raises(ValueError, match="teacher_model: .*'w0' is 5 for the student and 6 for"):
+        make(tmp_path, teacher=str(folder))
+    tiny.tokenizer().save_pretrained(folder)
+    make(tmp_path, teacher=str(folder))
+
+
+def test_teacher_is_needed(tmp_path):
+    args = TrOPDConfig(str(tmp_path), bf16=False, use_cpu=True, report_to="none")
+    with pytest.raises(ValueError, match="teacher_model: objective 'tropd' needs a teacher"):
+        TrOPDTrainer(tiny.model(0), None, args, train_dataset=tiny.prompts())
+
+
+def test_sft_goes_without_a_teacher(tmp_path):
+    args = TrOPDConfig(
+        str(tmp_path), objective="sft", bf16=False, use_cpu=True, report_to="none", max_steps=1,
+        per_device_train_batch_size=2, max_completion_length=4, save_strategy="no",
+    )  # fmt: skip
+    trainer = TrOPDTrainer(
+        tiny.model(0), None, args, tiny.prompts(), processing_class=tiny.tokenizer()
+    )
+    assert math.isfinite(trainer.train().training_loss)
+
+
+def test_bad_data_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="train_dataset: the data set is empty"):
+        make(tmp_path, data=tiny.prompts(0))
+    with pytest.raises(ValueError, match="train_dataset: no column 'prompt'; it has 'text'"):
+        make(tmp_path, data=tiny.prompts().rename_column("prompt", "text"))
+    with pytest.raises(ValueError, match="no column 'guide'"):
+        make(tmp_path, prefix_schedule="linear", prefix_length=2, prefix_column="guide")
+
+
+def test_prompt_beyond_the_context(tmp_path):
+    data = tiny.prompts(7).add_item({"prompt": " ".join(["w7"] * 60)})
+    trainer = make(tmp_path, data=data, per_device_train_batch_size=8)
+    with pytest.raises(ValueError, match="a prompt of 60 tokens .* exceed the student's context"):
+        trainer.train()
+
+
+def test_nan_stops_and_saves_the_batch(tmp_path):
+    teacher = tiny.model(1)
+    trainer = make(tmp_path, teacher=teacher)
+    with torch.no_grad():
+        teacher.lm_head.weight[:] = math.nan
+    with pytest.raises(FloatingPointError, match="the loss is nan at step 0") as caught:
+        trainer.train()
+    (path,) = tmp_path.glob("nonfinite_loss_step_0_process_0.pt")
+    assert str(path) in str(caught.value)
+    saved = torch.load(path)
+    assert torch.equal(saved["inputs"]["completion_ids"], trainer.batches[0]["completion_ids"])
+
+
+def test_adapter_on_the_head_is_refused(tmp_path):
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj", "lm_head"])
+    with pytest.raises(ValueError, match="lm_head"):
+        make(tmp_path, peft=config)
+
+
+def test_saved_config_reads_back(tmp_path):
+    """`to_dict` of a config makes the same one again: no default turns into a given value."""
+    args = TrOPDConfig(str(tmp_path), bf16=False, use_cpu=True, report_to="none")
+    again = dataclasses.replace(args)
+    assert again.beta is None and again.rule() == args.rule()
+    json.dumps(args.to_dict())

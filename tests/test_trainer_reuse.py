@@ -1,0 +1,101 @@
+"""Several optimiser steps on one generation batch: ratio, drift gates, resume."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+
+pytest.importorskip("trl", reason="the trainer needs trl")
+
+import tiny
+from training import RATE, by_hand, make
+
+pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
+CREDIT = dict(drift_tau=3.0, drift_block_size=4, importance_gamma=0.5, kl_discount_factor=0.5)
+CASES = {
+    "tropd": {},
+    "opd, credit": dict(objective="opd", **CREDIT),
+    "eopd, clipped": dict(objective="eopd", objective_kwargs={"clip_ratio": 0.05}),
+    "tropd, prefix, drift": dict(
+        drift_tau=3.0, drift_block_size=4, prefix_schedule="constant", prefix_length=3,
+        prefix_weight=0.5,
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_second_step_on_a_batch(tmp_path, case):
+    """Against the loop by hand, with the log-probs of the policy that wrote the batch: losses and
+    gradients of the second step, which the first has moved away from."""
+    settings = dict(
+        per_device_train_batch_size=1,
+        gradient_accumulation_steps=4,
+        num_iterations=2,
+        **CASES[case],
+    )
+    teacher = tiny.model(1, hidden_size=48)
+    first = make(tmp_path, teacher=teacher, **settings)
+    first.train()
+    trainer = make(tmp_path, teacher=teacher, max_steps=2, **settings)
+    trainer.train()
+    assert trainer.losses[:4] == first.losses
+    for one, other in zip(trainer.batches[:4], trainer.batches[4:]):
+        assert torch.equal(one["completion_ids"], other["completion_ids"])
+    twin = copy.deepcopy(first.model).double()
+    loss = by_hand(
+        trainer, twin, copy.deepcopy(teacher).double(), step=1, sampler=tiny.model(0).double()
+    )
+    assert sum(trainer.losses[4:]) == pytest.approx(loss.item(), rel=1e-4)
+    old, new = (torch.cat([p.detach().flatten() for p in m.parameters()])
+                for m in (first.model, trainer.model))  # fmt: skip
+    gradient = torch.cat([p.grad.flatten() for p in twin.parameters()])
+    error = ((old - new).double() / RATE - gradient).norm()
+    assert error <= 1e-4 * gradient.norm() + 2e-7 * old.norm() / RATE
+
+
+def test_each_batch_is_used_so_often(tmp_path):
+    """Three steps a batch, with rows of the data set that come once an epoch."""
+    trainer = make(tmp_path, num_iterations=3, max_steps=6, per_device_train_batch_size=4)
+    trainer.train()
+    batches = [b["completion_ids"] for b in trainer.batches]
+    for start in (0, 3):
+        assert all(torch.equal(batches[start], b) for b in batches[start : start + 3])
+    prompts = [
+        {tuple(p[p != 0].tolist()) for p in trainer.batches[i]["prompt_ids"]} for i in (0, 3)
+    ]
+    assert not prompts[0] & prompts[1]
+
+
+def test_evaluation_between_leaves_the_batch(tmp_path):
+    plain = make(tmp_path, num_iterations=2, max_steps=2)
+    plain.train()
+    evaluated = make(
+        tmp_path, num_iterations=2, max_steps=2, evaluate=tiny.prompts(4),
+        eval_strategy="steps", eval_steps=1,
+    )  # fmt: skip
+    evaluated.train()
+    training = [loss for loss, (_, on) in zip(evaluated.losses, evaluated.seen) if on]
+    assert training == plain.losses
+
+
+@pytest.mark.parametrize("stop", [2, 3])  # in the middle of a batch's steps, and after them
+def test_resume_goes_on_with_the_batch(tmp_path, stop):
+    settings = dict(
+        max_steps=6, num_iterations=3, per_device_train_batch_size=2, save_strategy="steps",
+        save_steps=stop, optim="adamw_torch", learning_rate=1e-3, drift_tau=2.0,
+        gradient_accumulation_steps=2,
+    )  # fmt: skip
+    whole = make(tmp_path, **settings)
+    whole.train()
+    resumed = make(tmp_path, tiny.model(9), **settings)
+    resumed.train(resume_from_checkpoint=str(tmp_path / f"checkpoint-{stop}"))
+    assert resumed.losses == whole.losses[2 * stop :]
+    for ours, theirs in zip(resumed.model.parameters(), whole.model.parameters()):
+        assert torch.equal(ours, theirs)
+
+
+def test_streams_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="num_iterations: .* load the data set whole"):
+        make(tmp_path, data=tiny.prompts().to_iterable_dataset(), num_iterations=2)

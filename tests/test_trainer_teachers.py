@@ -1,0 +1,247 @@
+"""Teachers outside the process: a real server on loopback, and columns of the data set."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+pytest.importorskip("trl", reason="the trainer needs trl")
+
+import tiny
+from served import serve
+from training import make, step_and_compare
+
+from tropd_kernels.trainer import server as server_module
+from tropd_kernels.trainer.server import TeacherServer, TeacherServerError
+
+pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
+TOP_4 = dict(objective_kwargs={"top_k": 4})
+STEPS = dict(max_steps=3, optim="adamw_torch", learning_rate=1e-3)
+OBJECTIVES = {
+    "tropd": TOP_4,
+    "opd": dict(objective="opd"),
+    "eopd": dict(objective="eopd", objective_kwargs={"top_k": 4, "entropy_threshold": 0.0}),
+    "clip_outlier": dict(objective="clip_outlier", kl_discount_factor=0.5, importance_gamma=0.5),
+}
+
+
+def teacher():
+    return tiny.model(1, hidden_size=48)
+
+
+@pytest.fixture
+def served(monkeypatch):
+    monkeypatch.setattr(server_module, "BACKOFF_SECONDS", 0.01)
+    with serve(teacher(), tiny.tokenizer()) as running:
+        yield running
+
+
+def remote(folder, served, **settings):
+    return make(folder, teacher_model_server_url=served.url, **settings)
+
+
+def weights(trainer):
+    return torch.cat([p.detach().flatten() for p in trainer.model.parameters()])
+
+
+# --- the same numbers --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_served_teacher_is_the_loaded_one(tmp_path, served, name):
+    """eopd gates by the teacher's entropy, of which four ids give a bound only: the threshold is
+    one that every token passes."""
+    here = make(tmp_path, teacher=teacher(), **STEPS, **OBJECTIVES[name])
+    here.train()
+    there = remote(tmp_path, served, **STEPS, **OBJECTIVES[name])
+    there.train()
+    assert there.losses == pytest.approx(here.losses, rel=1e-4)
+    torch.testing.assert_close(weights(there), weights(here), rtol=1e-3, atol=2e-5)
+    k = 0 if name in ("opd", "clip_outlier") else 4
+    assert {r["prompt_logprobs"] for r in served.requests if "prompt_logprobs" in r} == {k}
+    logs = [t.state.log_history[0] for t in (here, there)]
+    for metric in ("trust_ratio", "reward_mean", "reward_min"):
+        assert logs[1][f"tropd/{metric}"] == pytest.approx(logs[0][f"tropd/{metric}"], rel=1e-4)
+    assert "tropd/reverse_kl" in logs[0] and "tropd/reverse_kl" not in logs[1]
+
+
+def test_step_with_a_served_teacher(tmp_path, served):
+    trainer = remote(tmp_path, served, **TOP_4)
+    step_and_compare(trainer, teacher())
+
+
+def test_server_writes_the_prefix(tmp_path, served):
+    settings = dict(prefix_schedule="constant", prefix_length=3, **TOP_4)
+    runs = []
+    for _ in range(2):
+        runs.append(remote(tmp_path, served, **settings))
+        runs[-1].train()
+    first, second = (run.batches[0] for run in runs)
+    assert (first["prefix_lengths"] >= 1).all() and (first["prefix_lengths"] <= 3).all()
+    assert torch.equal(first["completion_ids"], second["completion_ids"])  # seeds are sent
+    wrote = [r for r in served.requests if r.get("return_token_ids")]
+    assert len(wrote) == 8 and all(r["max_tokens"] == 3 for r in wrote)
+
+
+def columns_of(trainer):
+    """The completions of a run's first batch, with the teacher's log-probs, as a data set."""
+    rows = {"prompt": [], "completion_ids": [], "teacher_label_log_probs": []}
+    rows |= {"teacher_ids": [], "teacher_log_probs": []}
+    words = tiny.tokenizer()
+    batch = trainer.batches[0]
+    for i, prompt in enumerate(batch["prompt_ids"]):
+        length = int(batch["completion_mask"][i].sum())
+        rows["prompt"].append(words.decode(prompt[prompt != 0]))
+        rows["completion_ids"].append(batch["completion_ids"][i, :length].tolist())
+        for name in ("teacher_label_log_probs", "teacher_ids", "teacher_log_probs"):
+            rows[name].append(batch[name][i, :length].tolist())
+    return tiny.Dataset.from_dict(rows)
+
+
+def test_columns_are_the_served_teacher(tmp_path, served):
+    """The same completions and log-probs, read from the data set: the same step, no generation."""
+    source = remote(tmp_path, served, **TOP_4)
+    source.train()
+    data = columns_of(source)
+    order = source.batches[0]["sequence_ids"].argsort()
+    data = data.select(order.tolist())
+    asked = len(served.requests)
+    replay = make(tmp_path, data=data, precomputed_teacher=True, shuffle_dataset=False, **TOP_4)
+    replay.generation_config = None  # nothing may be generated
+    replay.train()
+    assert len(served.requests) == asked
+    assert replay.losses == pytest.approx(source.losses, rel=1e-5)
+    torch.testing.assert_close(weights(replay), weights(source), rtol=1e-4, atol=1e-6)
+
+
+def test_columns_are_cut_at_the_limit(tmp_path, served):
+    source = remote(tmp_path, served, **TOP_4)
+    source.train()
+    replay = make(
+        tmp_path,
+        data=columns_of(source),
+        precomputed_teacher=True,
+        max_completion_length=3,
+        **TOP_4,
+    )
+    replay.train()
+    (batch,) = replay.batches
+    assert batch["completion_ids"].shape == (4, 3) and batch["teacher_ids"].shape == (4, 3, 4)
+
+
+# --- a server that fails -----------------------------------------------------------------------
+
+
+def test_failed_requests_are_repeated(tmp_path, served):
+    trainer = remote(tmp_path, served, **TOP_4)
+    served.faults.status += [503, 500, 429]
+    trainer.train()
+    assert served.faults.status == []
+    assert len([r for r in served.requests if "prompt_logprobs" in r]) == 4 + 3
+
+
+def test_server_that_dies_leaves_the_checkpoint(tmp_path, served):
+    """... and the run goes on from it as if nothing had happened."""
+    settings = STEPS | TOP_4 | dict(max_steps=4, save_strategy="steps", save_steps=2)
+    whole = remote(tmp_path / "whole", served, **settings)
+    whole.train()
+    cut = remote(tmp_path / "cut", served, teacher_server_retries=1, **settings)
+    steps = iter(range(10))
+    distill = cut.distill
+
+    def dies_in_the_third(*arguments):
+        served.faults.dead = next(steps) == 1
+        return distill(*arguments)
+
+    cut.distill = dies_in_the_third
+    with pytest.raises(TeacherServerError) as error:
+        cut.train()
+    for words in (served.url, "request ", " of 4 (the log-probs of", "2 attempts", "resume_from"):
+        assert words in str(error.value)
+    served.faults.dead = False
+    resumed = remote(tmp_path / "cut", served, **settings)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "cut" / "checkpoint-2"))
+    assert resumed.losses == whole.losses[2:]
+    assert torch.equal(weights(resumed), weights(whole))
+
+
+@pytest.mark.parametrize(
+    ("fault", "words"),
+    [
+        (dict(most=2), "start the server with --max-logprobs 4"),
+        (dict(without_label=True), "which should be the 4 likeliest and its own"),
+        (dict(drop_last=True), "tokens were asked"),
+        (dict(nan=True), "hold NaN"),
+        (dict(status=[404] * 20), "HTTP 404: .*made to fail with 404"),
+        (dict(status=[503] * 20), "HTTP 503 after 3 attempts"),
+    ],
+)
+def test_bad_answers_name_the_request(tmp_path, served, fault, words):
+    trainer = remote(tmp_path, served, teacher_server_retries=2, **TOP_4)
+    for name, value in fault.items():
+        setattr(served.faults, name, value)
+    with pytest.raises(TeacherServerError, match=words) as error:
+        trainer.train()
+    assert "after a prompt of" in str(error.value)
+
+
+def test_server_without_token_ids(tmp_path, served):
+    served.faults.no_token_ids = True
+    trainer = remote(tmp_path, served, prefix_schedule="constant", prefix_length=2, **TOP_4)
+    with pytest.raises(TeacherServerError, match="return_token_ids"):
+        trainer.train()
+
+
+def test_another_tokenizer_is_refused(tmp_path, served):
+    served.faults.other_tokens = True
+    with pytest.raises(ValueError, match="teacher_model_server_url: its tokenizer is not"):
+        remote(tmp_path, served, **TOP_4)
+
+
+def test_nobody_there(tmp_path):
+    url = "http://127.0.0.1:9"  # the discard service, which nobody runs
+    with pytest.raises(TeacherServerError, match="the list of models failed: no answer after 1"):
+        TeacherServer(url, retries=0)
+
+
+def test_label_among_the_likeliest_counts_once(served):
+    """vLLM sends the label's log-prob besides the k likeliest, or as one of them."""
+    client = TeacherServer(served.url + "/v1/", concurrency=2)
+    model = teacher()
+    ids = [5, 6, 7, 8, 9]
+    with torch.no_grad():
+        log_probs = model(torch.tensor([ids])).logits[0].log_softmax(-1)
+    (scores,) = client.score([ids[:2]], [ids[2:]], top_k=6)
+    expected = log_probs[1:4]
+    torch.testing.assert_close(scores.log_probs, expected.topk(6).values)
+    torch.testing.assert_close(
+        scores.label_log_probs, expected.gather(1, torch.tensor(ids[2:])[:, None])[:, 0]
+    )
+    assert client.score([ids], [[]], top_k=6)[0].ids.shape == (0, 6)
+
+
+# --- settings ----------------------------------------------------------------------------------
+
+
+def test_columns_that_do_not_fit(tmp_path, served):
+    source = remote(tmp_path, served, **TOP_4)
+    source.train()
+    data = columns_of(source)
+
+    def trained(data, **settings):
+        make(tmp_path, data=data, precomputed_teacher=True, **(TOP_4 | settings)).train()
+
+    with pytest.raises(ValueError, match="train_dataset: no column 'teacher_ids'"):
+        trained(data.remove_columns("teacher_ids"))
+    with pytest.raises(ValueError, match="teacher_ids: 4 ids a token, but .* top_k is 5"):
+        trained(data, objective_kwargs={"top_k": 5})
+    short = data.map(lambda row: {"teacher_label_log_probs": row["teacher_label_log_probs"][:-1]})
+    with pytest.raises(ValueError, match="teacher_label_log_probs: expected"):
+        trained(short)
+    with pytest.raises(ValueError, match="completion_ids: expected a list of at least one id"):
+        trained(data.map(lambda row: {"completion_ids": []}))
+
+
+def test_one_teacher_only(tmp_path, served):
+    with pytest.raises(ValueError, match="teacher_model: .* give one of the three"):
+        remote(tmp_path, served, teacher=teacher(), **TOP_4)

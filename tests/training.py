@@ -1,0 +1,158 @@
+"""Runs of the trainer on tiny random models, and one step of them written by hand.
+
+`by_hand` is the specification of one step: every completion alone, without padding, through the
+models' own logits in float64, with the reference loss. Whatever the trainer does with padding,
+micro-batches, wrappers, heads and draws has to come out the same.
+"""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import tiny
+import torch
+
+from tropd_kernels import LogitsTeacher, distillation_loss
+from tropd_kernels.credit import drift_gates, importance_weights, return_to_go
+from tropd_kernels.draws import bernoulli_uniforms
+from tropd_kernels.trainer import TrOPDConfig, TrOPDTrainer
+
+RATE = 0.05
+#: Plain SGD, so that a step is the gradient.
+SGD = dict(optim="sgd", learning_rate=RATE, max_grad_norm=0.0, lr_scheduler_type="constant")
+
+
+class Spy(TrOPDTrainer):
+    """Keeps the micro-batches, and what the loss was called with."""
+
+    def distill(self, student, teacher, inputs, normalizer):
+        loss, stats = super().distill(student, teacher, inputs, normalizer)
+        kept = {k: v.clone() if torch.is_tensor(v) else v for k, v in inputs.items()}
+        self.__dict__.setdefault("seen", []).append((kept, self.model.training))
+        self.__dict__.setdefault("dtypes", set()).add(student.hidden.dtype)
+        self.__dict__.setdefault("losses", []).append(loss.item())
+        return loss, stats
+
+    @property
+    def batches(self):
+        return [inputs for inputs, training in self.seen if training]
+
+
+def make(folder, student=None, teacher=None, data=None, evaluate=None, peft=None, **settings):
+    """A trainer; a teacher where none is given, unless the settings say where its log-probs are."""
+    defaults = dict(
+        max_steps=1, per_device_train_batch_size=4, max_completion_length=10, logging_steps=1,
+        bf16=False, use_cpu=True, report_to="none", save_strategy="no", disable_tqdm=True,
+        gradient_checkpointing=False, seed=5, **SGD,
+    )  # fmt: skip
+    args = TrOPDConfig(str(folder), **(defaults | settings))
+    if teacher is None and args.loads_teacher:
+        teacher = tiny.model(1, hidden_size=48)
+    return Spy(
+        tiny.model(0) if student is None else student,
+        teacher,
+        args,
+        train_dataset=tiny.prompts() if data is None else data,
+        eval_dataset=evaluate,
+        processing_class=tiny.tokenizer(),
+        peft_config=peft,
+    )
+
+
+def by_hand(trainer, student, teacher, step=0, sampler=None) -> torch.Tensor:
+    """Loss of a step, with gradients in the float64 model `student`. sampler: the model that wrote
+    the completions, where it is another one."""
+    args = trainer.args
+    each = args.gradient_accumulation_steps
+    rows = [
+        {k: v[i] for k, v in batch.items() if v.ndim}
+        for batch in trainer.batches[step * each : (step + 1) * each]
+        for i in range(len(batch["prompt_ids"]))
+    ]
+    tokens = sum(int(row["completion_mask"].sum()) for row in rows)
+    total, kept = torch.zeros((), dtype=torch.float64), 0.0
+    for row in rows:
+        prompt = row["prompt_ids"][row["prompt_mask"].bool()]
+        labels = row["completion_ids"][row["completion_mask"].bool()]
+        ids = torch.cat([prompt, labels])[None]
+        place = slice(len(prompt) - 1, len(ids[0]) - 1)
+        logits = student(ids).logits[0, place].double()
+        with torch.no_grad():
+            theirs = teacher(ids).logits[0, place].double()
+        positions = torch.arange(len(labels))
+        prefix = positions < row["prefix_lengths"]
+        options = {}
+        lp, lq = (x.detach().log_softmax(-1).gather(1, labels[:, None])[:, 0]
+                  for x in (logits / args.temperature, theirs / args.temperature))  # fmt: skip
+        lo = lp
+        if sampler is not None:
+            with torch.no_grad():
+                old = sampler(ids).logits[0, place].double() / args.temperature
+            lo = options["old_log_probs"] = old.log_softmax(-1).gather(1, labels[:, None])[:, 0]
+        reward, own = (lq - lo)[None], ~prefix[None]
+        if args.kl_discount_factor:
+            future = return_to_go(reward, own, args.kl_discount_factor)[0]
+            options["advantages"] = torch.where(prefix, reward[0], future)
+        if args.importance_gamma is not None:
+            weights = importance_weights(reward, own, args.importance_gamma)[0]
+            options["token_weight"] = torch.where(prefix, 1.0, weights)
+        if args.drift_tau is not None and sampler is not None:
+            # The mean of the gates is over a micro-batch, here a single completion.
+            assert args.per_device_train_batch_size == 1
+            gates = drift_gates(lo[None], lp[None], own, args.drift_block_size, args.drift_tau)[0]
+            earlier = options.get("token_weight", torch.ones_like(gates))
+            options["token_weight"] = torch.where(prefix, 1.0, gates * earlier)
+        out = distillation_loss(
+            logits, labels, LogitsTeacher(theirs), args.rule(), reduction="sum",
+            temperature=args.temperature, teacher_prefix=prefix, backend="reference",
+            uniforms=bernoulli_uniforms(args.seed, step, row["sequence_ids"], positions), **options,
+        )  # fmt: skip
+        total, kept = total + out.loss, kept + out.stats.kept.sum().item()
+    loss = total / (kept if args.rule().normalize == "kept" else tokens)
+    loss.backward()
+    return loss.detach()
+
+
+def rewards_by_hand(batches) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rewards of the student's tokens and -log p of the teacher's, before the first step."""
+    teacher, student = tiny.model(1, hidden_size=48).double(), tiny.model(0).double()
+    own, guided = [], []
+    rows = [(batch, i) for batch in batches for i in range(len(batch["prompt_ids"]))]
+    for batch, i in rows:
+        prompt = batch["prompt_ids"][i][batch["prompt_mask"][i].bool()]
+        labels = batch["completion_ids"][i][batch["completion_mask"][i].bool()]
+        ids = torch.cat([prompt, labels])[None]
+        with torch.no_grad():
+            lp, lq = (
+                m(ids).logits[0, len(prompt) - 1 : -1].log_softmax(-1).gather(1, labels[:, None])
+                for m in (student, teacher)
+            )
+        length = int(batch["prefix_lengths"][i])
+        own.append((lq - lp)[length:])
+        guided.append(-lp[:length])
+    return torch.cat(own), torch.cat(guided)
+
+
+def step_and_compare(trainer, teacher, tolerance=2e-5):
+    """Trains one step of SGD and compares loss and gradients with `by_hand`."""
+    before = copy.deepcopy(trainer.model)
+    twin = copy.deepcopy(trainer.model).double()
+    trainer.train()
+    loss = by_hand(trainer, twin, copy.deepcopy(teacher).double())
+    assert sum(trainer.losses) == pytest.approx(loss.item(), rel=1e-5, abs=1e-6)
+    moved = 0.0
+    old = dict(before.named_parameters())
+    true = dict(twin.named_parameters())
+    for name, new in trainer.model.named_parameters():
+        if not new.requires_grad:
+            assert torch.equal(new, old[name])
+            continue
+        step = (old[name] - new).double() / RATE
+        gradient = true[name].grad
+        reach = max(gradient.norm().item(), 1e-3)
+        # The step is read off float32 parameters.
+        rounding = old[name].norm().item() * 1e-7 / RATE
+        assert (step - gradient).norm().item() <= tolerance * reach + rounding, name
+        moved += gradient.norm().item()
+    assert moved > 0.1

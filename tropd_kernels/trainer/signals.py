@@ -1,0 +1,126 @@
+"""A teacher that is no model in this process: its log-probs as tensors of a generation batch.
+
+| from                    | ids, log_probs (B, C, K)        | label_log_probs (B, C)   |
+|-------------------------|---------------------------------|--------------------------|
+| a server (`server.py`)  | `prompt_logprobs`, K = top_k    | likewise                 |
+| columns of the data set | teacher_ids, teacher_log_probs  | teacher_label_log_probs  |
+
+With columns the completions are fixed too, in `completion_ids`: log-probs belong to tokens. The
+tensors travel with their completions through TRL's shuffling and splitting, and become a
+`TopKTeacher` or `SampledTeacher` once they are next to the student.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..objectives import TokenRule
+from ..teachers import SampledTeacher, TopKTeacher, check_serves
+from .server import TokenScores
+
+COMPLETION = "completion_ids"
+LABEL, IDS, LOG_PROBS = "teacher_label_log_probs", "teacher_ids", "teacher_log_probs"
+
+
+def columns_of(rule: TokenRule) -> tuple[str, ...]:
+    """Columns that a data set needs for this objective."""
+    return (COMPLETION, LABEL) + ((IDS, LOG_PROBS) if rule.uses_top_k else ())
+
+
+def check_served(rule: TokenRule) -> None:
+    """Raises ValueError where log-probs of a few ids cannot give what the rule needs."""
+    k = wanted(rule)
+    zeros = torch.zeros(1, k)
+    known = (
+        SampledTeacher(zeros.sum(1)) if k == 0 else TopKTeacher(zeros.long(), zeros, zeros[:, 0])
+    )
+    check_serves(known, rule)
+
+
+def wanted(rule: TokenRule) -> int:
+    """The likeliest ids a token whose log-probs this rule needs."""
+    return rule.top_k if rule.uses_top_k else 0
+
+
+def batch_tensors(scores: Sequence[TokenScores], width: int, device: Any) -> dict[str, Tensor]:
+    """(B, width) and (B, width, K) of one TokenScores a completion; what is beyond a completion's
+    end does not count."""
+    batch = {LABEL: _stack([s.label_log_probs for s in scores], width, 0.0)}
+    if scores and scores[0].ids is not None:
+        batch[IDS] = _stack([s.ids for s in scores], width, -1)
+        batch[LOG_PROBS] = _stack([s.log_probs for s in scores], width, -torch.inf)
+    return {name: tensor.to(device) for name, tensor in batch.items()}
+
+
+def teacher_of(inputs: Mapping[str, Any]) -> TopKTeacher | SampledTeacher | None:
+    """The teacher of a micro-batch that holds such tensors."""
+    if IDS in inputs:
+        return TopKTeacher(inputs[IDS], inputs[LOG_PROBS], inputs[LABEL])
+    return SampledTeacher(inputs[LABEL]) if LABEL in inputs else None
+
+
+def fixed_completions(rows: Sequence[Mapping[str, Any]], limit: int) -> list[list[int]]:
+    """The first `limit` ids of each row's completion. Raises ValueError for one without ids."""
+    return [_completion(row)[:limit] for row in rows]
+
+
+def column_scores(rows: Sequence[Mapping[str, Any]], limit: int, top_k: int) -> list[TokenScores]:
+    """Scores of the first `limit` tokens of each row. Raises ValueError, with the column's name,
+    for a column that is not as long as its completion or holds fewer than `top_k` ids a token."""
+    return [_row_scores(row, limit, top_k) for row in rows]
+
+
+def _row_scores(row: Mapping[str, Any], limit: int, top_k: int) -> TokenScores:
+    tokens = len(_completion(row))
+    label = _column(row, LABEL, tokens, 1)
+    if not top_k:
+        return TokenScores(label[:limit].float())
+    ids, log_probs = _column(row, IDS, tokens, 2), _column(row, LOG_PROBS, tokens, 2)
+    if ids.shape != log_probs.shape:
+        raise ValueError(
+            f"{IDS}: must have the shape of {LOG_PROBS}, {tuple(log_probs.shape)}; got "
+            f"{tuple(ids.shape)}"
+        )
+    if ids.shape[1] < top_k:
+        raise ValueError(
+            f"{IDS}: {ids.shape[1]} ids a token, but the objective's top_k is {top_k}: lower "
+            "top_k, or ask the teacher for more"
+        )
+    return TokenScores(label[:limit].float(), ids[:limit].long(), log_probs[:limit].float())
+
+
+def _completion(row: Mapping[str, Any]) -> list[int]:
+    ids = row.get(COMPLETION)
+    if not isinstance(ids, (list, tuple)) or not ids:
+        raise ValueError(
+            f"{COMPLETION}: expected a list of at least one id, got {ids!r:.60}: drop such rows"
+        )
+    return list(ids)
+
+
+def _column(row: Mapping[str, Any], name: str, tokens: int, dims: int) -> Tensor:
+    """A column of numbers as float64, (tokens,) or (tokens, K)."""
+    try:
+        tensor = torch.tensor(row.get(name), dtype=torch.float64)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(f"{name}: expected numbers, got {row.get(name)!r:.60}") from error
+    if tensor.dim() != dims or len(tensor) != tokens or tensor.isnan().any():
+        expected = f"{tokens} numbers" if dims == 1 else f"{tokens} rows of K numbers"
+        raise ValueError(
+            f"{name}: expected {expected} (no NaN), as many as {COMPLETION}; got shape "
+            f"{tuple(tensor.shape)}"
+        )
+    return tensor
+
+
+def _stack(parts: Sequence[Any], width: int, fill: float) -> Tensor:
+    """Parts (C_i,) or (C_i, K_i) as (B, width) or (B, width, K), filled up on the right."""
+    most = max((part.shape[1] for part in parts if part.dim() == 2), default=0)
+
+    def filled(part: Tensor) -> Tensor:
+        further = (0, most - part.shape[1]) if part.dim() == 2 else ()
+        return torch.nn.functional.pad(part, (*further, 0, width - len(part)), value=fill)
+
+    return torch.stack([filled(part) for part in parts])
