@@ -5,10 +5,6 @@ from __future__ import annotations
 import copy
 import inspect
 import math
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -17,7 +13,7 @@ pytest.importorskip("trl", reason="the trainer needs trl")
 
 import tiny
 import transformers
-from training import RATE, by_hand, make, rewards_by_hand, step_and_compare
+from training import make, rewards_by_hand, step_and_compare
 from trl import DistillationTrainer
 
 from tropd_kernels.trainer import TrOPDConfig, TrOPDTrainer, adapter
@@ -187,61 +183,6 @@ def test_reopold_changes_its_stage():
         "clip",
     ]
     assert args.rule(0.5).entropy_top_fraction == pytest.approx(0.2)
-
-
-_PROCESS = """
-import sys, torch
-import tiny
-from training import make
-trainer = make(
-    sys.argv[1], per_device_train_batch_size=1, gradient_accumulation_steps=2, ddp_backend="gloo",
-    prefix_schedule="constant", prefix_length=2,
-)
-trainer.train()
-rank = trainer.accelerator.process_index
-parameters = [p.detach() for p in trainer.model.parameters()]
-log = trainer.state.log_history[0]
-torch.save((trainer.batches, parameters, trainer.losses, log), f"{sys.argv[1]}/{rank}.pt")
-"""
-
-
-@pytest.mark.slow
-def test_two_processes_are_the_large_batch(tmp_path):
-    """Tokens are counted, draws keyed and metrics summed over both."""
-    (tmp_path / "process.py").write_text(_PROCESS)
-    root = Path(__file__).parents[1]
-    path = f"{root}{os.pathsep}{root / 'tests'}"
-    done = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
-         str(tmp_path / "process.py"), str(tmp_path)],
-        env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
-        cwd=root, capture_output=True, text=True, timeout=280,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-3000:]
-    saved = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
-    trainer = make(tmp_path, per_device_train_batch_size=1, gradient_accumulation_steps=4)
-    trainer.seen = [(batch, True) for batches, *_ in saved for batch in batches]
-    keys = torch.cat([batch["sequence_ids"] for batch in trainer.batches])
-    assert sorted(keys.tolist()) == [0, 1, 2, 3]
-    twin = tiny.model(0).double()
-    loss = by_hand(trainer, twin, tiny.model(1, hidden_size=48).double())
-    # Each process has divided by its share of the tokens, and DDP takes the mean.
-    assert sum(sum(losses) for _, _, losses, _ in saved) / 2 == pytest.approx(loss.item(), rel=1e-5)
-    for new, other, old, true in zip(
-        saved[0][1], saved[1][1], tiny.model(0).parameters(), twin.parameters(), strict=True
-    ):
-        assert torch.equal(new, other)
-        torch.testing.assert_close(
-            (old.detach() - new).double() / RATE, true.grad, rtol=1e-3, atol=2e-4
-        )
-    log = saved[0][3]
-    assert log["tropd/prefix_length"] == 2
-    assert log["tropd/trust_ratio"] + log["tropd/outlier_ratio"] == pytest.approx(1)
-    # Means of two micro-batches' means, each over both processes.
-    halves = [rewards_by_hand([saved[0][0][k], saved[1][0][k]]) for k in range(2)]
-    means = [torch.stack([half[j].mean() for half in halves]).mean().item() for j in range(2)]
-    assert log["tropd/reward_mean"] == pytest.approx(means[0], rel=1e-4)
-    assert log["tropd/prefix_nll"] == pytest.approx(means[1], rel=1e-4)
 
 
 # --- metrics -----------------------------------------------------------------------------------

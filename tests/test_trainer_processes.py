@@ -1,0 +1,125 @@
+"""The trainer on two processes, DDP over gloo (`accelerate launch` would run CPUs by MPI)."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("trl", reason="the trainer needs trl")
+
+import tiny
+from training import RATE, by_hand, make, rewards_by_hand
+
+pytestmark = [pytest.mark.filterwarnings("ignore::FutureWarning"), pytest.mark.slow]
+ROOT = Path(__file__).parents[1]
+
+
+def on_two_processes(code: str, folder: Path, *arguments: str) -> list:
+    """What each process of this program has saved under `<rank>.pt`."""
+    (folder / "process.py").write_text(code)
+    done = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
+         str(folder / "process.py"), str(folder), *arguments],
+        env={**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}",
+             "OMP_NUM_THREADS": "1"},
+        cwd=ROOT, capture_output=True, text=True, timeout=280,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    return [torch.load(folder / f"{rank}.pt") for rank in range(2)]
+
+
+_ONE_STEP = """
+import sys, torch
+import tiny
+from training import make
+trainer = make(
+    sys.argv[1], per_device_train_batch_size=1, gradient_accumulation_steps=2, ddp_backend="gloo",
+    prefix_schedule="constant", prefix_length=2,
+)
+trainer.train()
+rank = trainer.accelerator.process_index
+parameters = [p.detach() for p in trainer.model.parameters()]
+log = trainer.state.log_history[0]
+torch.save((trainer.batches, parameters, trainer.losses, log), f"{sys.argv[1]}/{rank}.pt")
+"""
+
+
+def test_two_processes_are_the_large_batch(tmp_path):
+    """Tokens are counted, draws keyed and metrics summed over both."""
+    saved = on_two_processes(_ONE_STEP, tmp_path)
+    trainer = make(tmp_path, per_device_train_batch_size=1, gradient_accumulation_steps=4)
+    trainer.seen = [(batch, True) for batches, *_ in saved for batch in batches]
+    keys = torch.cat([batch["sequence_ids"] for batch in trainer.batches])
+    assert sorted(keys.tolist()) == [0, 1, 2, 3]
+    twin = tiny.model(0).double()
+    loss = by_hand(trainer, twin, tiny.model(1, hidden_size=48).double())
+    # Each process has divided by its share of the tokens, and DDP takes the mean.
+    assert sum(sum(losses) for _, _, losses, _ in saved) / 2 == pytest.approx(loss.item(), rel=1e-5)
+    for new, other, old, true in zip(
+        saved[0][1], saved[1][1], tiny.model(0).parameters(), twin.parameters(), strict=True
+    ):
+        assert torch.equal(new, other)
+        torch.testing.assert_close(
+            (old.detach() - new).double() / RATE, true.grad, rtol=1e-3, atol=2e-4
+        )
+    log = saved[0][3]
+    assert log["tropd/prefix_length"] == 2
+    assert log["tropd/trust_ratio"] + log["tropd/outlier_ratio"] == pytest.approx(1)
+    # Means of two micro-batches' means, each over both processes.
+    halves = [rewards_by_hand([saved[0][0][k], saved[1][0][k]]) for k in range(2)]
+    means = [torch.stack([half[j].mean() for half in halves]).mean().item() for j in range(2)]
+    assert log["tropd/reward_mean"] == pytest.approx(means[0], rel=1e-4)
+    assert log["tropd/prefix_nll"] == pytest.approx(means[1], rel=1e-4)
+
+
+_CURVE = """
+import sys, torch
+from datasets import Dataset
+from training import make
+from test_trainer_processes import CURVE
+data = Dataset.from_json(f"{sys.argv[1]}/data.jsonl")
+trainer = make(
+    sys.argv[1], data=data, per_device_train_batch_size=2, ddp_backend="gloo", **CURVE
+)
+trainer.train()
+rank = trainer.accelerator.process_index
+parameters = [p.detach() for p in trainer.model.parameters()]
+torch.save((trainer.losses, parameters), f"{sys.argv[1]}/{rank}.pt")
+"""
+CURVE = dict(
+    max_steps=20, precomputed_teacher=True, objective_kwargs={"top_k": 4}, num_iterations=2,
+    kl_discount_factor=0.5, learning_rate=0.05, max_grad_norm=0.5,
+)  # fmt: skip
+
+
+def test_curve_of_two_processes(tmp_path):
+    """Fixed completions, so that nobody samples: twenty steps, two rows each on two processes, and
+    four on one."""
+    draw = torch.Generator().manual_seed(0)
+    rows = []
+    for row, prompt in enumerate(tiny.prompts(12)["prompt"]):
+        length = 2 + row % 7
+        log_probs = torch.randn(length, tiny.VOCAB, generator=draw).log_softmax(-1)
+        ids = torch.randint(4, tiny.VOCAB, (length,), generator=draw)
+        best = log_probs.topk(4)
+        rows.append(dict(
+            prompt=prompt, completion_ids=ids.tolist(), teacher_ids=best.indices.tolist(),
+            teacher_log_probs=best.values.tolist(),
+            teacher_label_log_probs=log_probs.gather(1, ids[:, None])[:, 0].tolist(),
+        ))  # fmt: skip
+    data = tiny.Dataset.from_list(rows)
+    data.to_json(tmp_path / "data.jsonl")
+    saved = on_two_processes(_CURVE, tmp_path)
+    trainer = make(tmp_path, data=data, per_device_train_batch_size=4, **CURVE)
+    trainer.train()
+    curve = [(a + b) / 2 for a, b in zip(saved[0][0], saved[1][0], strict=True)]
+    assert curve == pytest.approx(trainer.losses, rel=1e-3, abs=1e-4)
+    assert max(curve) - min(curve) > 0.5
+    for one, other, alone in zip(saved[0][1], saved[1][1], trainer.model.parameters()):
+        assert torch.equal(one, other)
+        torch.testing.assert_close(one, alone.detach(), rtol=1e-3, atol=1e-4)
