@@ -11,12 +11,16 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.distributed import ProcessGroup
 
 from . import ops
 from .backends import choose_backend
 from .draws import uniforms_like
 from .linear_loss import INPUTS
 from .objectives import TokenRule, TrOPD
+from .parallel import group_of, local_part, whole_tensor
+from .parallel_checks import agree
+from .parallel_loss import sharded_loss
 from .products import result_dtype
 from .reference_backend import reference_loss
 from .rows.layout import Stat
@@ -91,6 +95,7 @@ def linear_distillation_loss(
     reduction: str = "mean",
     backend: str | None = None,
     max_workspace_bytes: int | None = None,
+    process_group: ProcessGroup | None = None,
 ) -> DistillationOutput:
     """Distillation loss of a student's head, without ever holding the logits of all tokens.
 
@@ -113,18 +118,37 @@ def linear_distillation_loss(
     reduction: "mean" and "sum" form the gradients in the forward; "none" gives per-token losses and
     recomputes. backend: None takes the best available; see `available_backends`.
     max_workspace_bytes: shrinks the chunks; see `plan_chunks`.
+    process_group: the ranks over which the heads are sharded by vocabulary: `weight` and `bias`,
+    and a teacher's `weight` and `bias` or logits, then hold this rank's consecutive ids, ids
+    running on from rank to rank; the two sides may be cut differently. All else, hidden and labels
+    included, is the same on every rank, and so are the loss, the statistics and hidden's gradient,
+    which is the complete one: add no all-reduce of your own. A weight that is a DTensor with
+    Shard(0) brings its group along. Collective: every rank of the group makes the same call, and
+    with reduction="none" the same backward. Not for backend="reference"; under torch.compile it
+    runs eagerly. See `parallel` for what is communicated.
 
-    Raises ValueError, TypeError or RuntimeError that say what was given and what was expected.
+    Raises ValueError, TypeError or RuntimeError that say what was given and what was expected; with
+    a process_group on every rank, naming the one at fault.
     """
-    check_head("student", hidden, weight, bias)
-    check_scale("student", logit_scale, softcap)
-    return _distill(
-        hidden, weight, bias, labels, teacher, objective,
-        (float(logit_scale), float(softcap or 0.0)), temperature,
-        dict(old_log_probs=old_log_probs, advantages=advantages, weight=token_weight,
-             prefix=teacher_prefix, uniforms=uniforms),
-        seed, ignore_index, normalizer, reduction, backend, max_workspace_bytes,
-    )  # fmt: skip
+    group = group_of(process_group, weight)
+    if group is not None:
+        hidden = whole_tensor("hidden", hidden)
+        weight, bias = local_part("weight", weight, group), local_part("bias", bias, group)
+
+    def call():
+        check_head("student", hidden, weight, bias)
+        check_scale("student", logit_scale, softcap)
+        return _flat_call(
+            hidden, weight, bias, labels, teacher, objective,
+            (float(logit_scale), float(softcap or 0.0)), temperature,
+            dict(old_log_probs=old_log_probs, advantages=advantages, weight=token_weight,
+                 prefix=teacher_prefix, uniforms=uniforms),
+            seed, ignore_index, normalizer, reduction, backend, max_workspace_bytes, group,
+        )  # fmt: skip
+
+    if group is not None:
+        return _distill_sharded(group, call, labels, teacher, reduction)
+    return _distill(call(), labels, teacher, reduction)
 
 
 def distillation_loss(
@@ -157,12 +181,13 @@ def distillation_loss(
         raise TypeError(f"logits must be of a float dtype, got {logits.dtype}")
     if logits.dim() < 1 or logits.shape[-1] == 0:
         raise ValueError(f"logits must be (*, V), got {tuple(logits.shape)}")
-    return _distill(
+    call = _flat_call(
         logits, None, None, labels, teacher, objective, (1.0, 0.0), temperature,
         dict(old_log_probs=old_log_probs, advantages=advantages, weight=token_weight,
              prefix=teacher_prefix, uniforms=uniforms),
-        seed, ignore_index, normalizer, reduction, backend, None,
+        seed, ignore_index, normalizer, reduction, backend, None, None,
     )  # fmt: skip
+    return _distill(call, labels, teacher, reduction)
 
 
 def linear_log_probs(
@@ -202,13 +227,18 @@ def linear_log_probs(
     return log_probs
 
 
-def _distill(
+def _flat_call(
     student, weight, bias, labels, teacher, objective, student_scales, temperature, per_token,
-    seed, ignore_index, normalizer, reduction, backend, max_workspace_bytes,
-) -> DistillationOutput:  # fmt: skip
+    seed, ignore_index, normalizer, reduction, backend, max_workspace_bytes, group,
+):  # fmt: skip
+    """(what `_run` takes, the statistic whose sum divides the loss): the arguments, checked."""
     rule = TrOPD() if objective is None else objective
     _check_call(student, labels, rule, temperature, ignore_index, reduction, max_workspace_bytes)
     backend = choose_backend(backend, student.device)
+    if group is not None and backend == "reference":
+        raise NotImplementedError(
+            "backend='reference' takes no process_group: use 'torch', 'native' or 'triton'"
+        )
     check_serves(teacher, rule)
     _check_devices(student, {"weight": weight, "bias": bias, "labels": labels} | _public(per_token))
     if rule.gate == "bernoulli" and per_token["uniforms"] is None:
@@ -220,7 +250,7 @@ def _distill(
             )
         per_token["uniforms"] = uniforms_like(labels, seed)
     (teacher_source, teacher_weight, teacher_bias), teacher_scales, known = _flat_teacher(
-        teacher, labels, student
+        teacher, labels, student, group
     )
     per_token = {name: _per_token(name, t, labels) for name, t in per_token.items()}
     inputs = {k: v for k, v in (per_token | known).items() if v is not None}
@@ -241,12 +271,29 @@ def _distill(
     formed = reduction != "none" and weight is not None and grad
     tensors = (student, weight, bias)
     needs = [formed and t is not None and t.requires_grad for t in tensors]
-    loss, token_loss, stats = _run(
+    call = (
         (student.reshape(-1, student.shape[-1]), weight, bias, flat_labels,
          teacher_source, teacher_weight, teacher_bias),
         inputs, scale, needs, rule, [*student_scales, *teacher_scales, float(temperature)],
         backend, ignore_index, max_workspace_bytes,
     )  # fmt: skip
+    return call, after
+
+
+def _distill(flat_call, labels, teacher, reduction) -> DistillationOutput:
+    call, after = flat_call
+    return _output(_run(*call), after, labels, teacher, reduction)
+
+
+@torch.compiler.disable
+def _distill_sharded(group, prepare, labels, teacher, reduction) -> DistillationOutput:
+    """`prepare` makes this rank's flat call; what it raises is raised on every rank."""
+    (call, after), shard = agree(group, prepare, reduction)
+    return _output(sharded_loss(shard, *call), after, labels, teacher, reduction)
+
+
+def _output(found, after, labels, teacher, reduction) -> DistillationOutput:
+    loss, token_loss, stats = found
     stats = stats.detach()
     if after is not None:
         loss = loss / stats[after].sum().clamp_min(1)
@@ -270,7 +317,7 @@ def _run(tensors, inputs, scale, needs, rule, scales, backend, ignore_index, max
 # --- the teacher, flat -------------------------------------------------------------------------
 
 
-def _flat_teacher(teacher: Teacher | None, labels: Tensor, student: Tensor):
+def _flat_teacher(teacher: Teacher | None, labels: Tensor, student: Tensor, group=None):
     """(logits or hidden, weight, bias), (logit scale, soft cap), per-token tensors by name."""
     nothing, plain = (None, None, None), (1.0, 0.0)
     if teacher is None:
@@ -289,7 +336,8 @@ def _flat_teacher(teacher: Teacher | None, labels: Tensor, student: Tensor):
             )
         flat = teacher.hidden.reshape(-1, teacher.hidden.shape[-1])
         scales = (float(teacher.logit_scale), float(teacher.softcap or 0.0))
-        return (flat, teacher.weight, teacher.bias), scales, {}
+        weight = local_part("the teacher's weight", teacher.weight, group)
+        return (flat, weight, local_part("the teacher's bias", teacher.bias, group)), scales, {}
     if isinstance(teacher, LogitsTeacher):
         return (teacher.logits.reshape(-1, teacher.logits.shape[-1]), None, None), plain, {}
     dtype = result_dtype(student.dtype)
