@@ -178,10 +178,11 @@ def tokens_that_count(problem: Problem) -> Tensor | None:
 def _raise_bad_value(name: str, problem: Problem, outside: Tensor):
     if name == "label":
         label = int(problem.labels[outside][0])
+        held = "" if problem.shard is None else problem.shard.whereabouts()
         raise ValueError(
             f"label {label} lies outside the vocabulary of {problem.vocab_size} ids that student "
-            f"and teacher share, and is not ignore_index={problem.ignore_index}: mask such tokens, "
-            "or check that labels and model use the same tokenizer"
+            f"and teacher share{held}, and is not ignore_index={problem.ignore_index}: mask such "
+            "tokens, or check that labels and model use the same tokenizer"
         )
     if name == "uniforms":
         raise ValueError("uniforms must lie in [0, 1), as torch.rand draws them")

@@ -73,6 +73,11 @@ class Shard:
     def largest(self) -> int:
         return max(high - low for low, high in zip(self.bounds, self.bounds[1:]))
 
+    def whereabouts(self) -> str:
+        """For errors: what the group holds."""
+        heights = [high - low for low, high in zip(self.bounds, self.bounds[1:])]
+        return f" (the {self.size} ranks of process_group hold {heights} of them)"
+
     def gather(self, tensor: Tensor) -> Tensor:
         """(R, *): every rank's tensor, which has the same shape on all."""
         return gather(self.group, tensor)

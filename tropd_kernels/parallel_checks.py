@@ -226,8 +226,9 @@ def _layout(group: dist.ProcessGroup, heights: list[int], teacher_heights: list[
         if low == high:
             raise ValueError(
                 f"rank {rank} of {len(heights)} holds none of the {v} ids that student and teacher "
-                f"share: the student's shards have {heights} rows, the teacher's {teacher_heights}; "
-                "pass a process_group that covers the heads, or shard the student's more evenly"
+                f"share: the student's shards have {heights} rows, the teacher's "
+                f"{teacher_heights}; pass a process_group that covers the heads, or shard the "
+                "student's more evenly"
             )
     return shard
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from . import ops
-from .linear_loss import INPUTS, Needs, backward, forward
+from .linear_loss import INPUTS, Needs, Problem, backward, forward
 from .parallel import Shard
 
 
@@ -91,7 +91,8 @@ class _ShardedLoss(torch.autograd.Function):
         return (*gradients, *[None] * (len(ctx.needs_input_grad) - 3))
 
 
-def _problem(tensors, settings, n_pieces, rest):
-    *settings, shard = settings
+def _problem(tensors, settings, n_pieces, rest) -> Problem:
+    *options, shard = settings
     pieces, inputs = rest[:n_pieces], rest[n_pieces:]
-    return ops.flat_problem(*tensors, inputs, *settings, shard=shard, teacher_pieces=tuple(pieces))
+    arguments = [*tensors, inputs, *options, shard, tuple(pieces)]
+    return ops.flat_problem(*arguments)

@@ -68,7 +68,9 @@ def head_threshold(shard: Shard, part: RowBatch, options: RowOptions, coefs: Ten
         reached = shard.gather(reached).double().sum(0)
         enough = (reached >= options.rule.divergence_parameter).sum(-1, keepdim=True)
         found += (enough - 1).clamp_min(0) << shift
-    coefs[Coef.THRESHOLD] = _float(found.squeeze(1) + lowest, word).to(coefs.dtype)
+    # The engine may transform logits by another arithmetic than the search did.
+    threshold = _float(found.squeeze(1) + lowest, word)
+    coefs[Coef.THRESHOLD] = with_margin(threshold, options.teacher.softcap)
 
 
 def _log_q(part: RowBatch, rows: slice | Tensor, options: RowOptions, coefs: Tensor) -> Tensor:
