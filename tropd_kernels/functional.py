@@ -147,7 +147,10 @@ def linear_distillation_loss(
         )  # fmt: skip
 
     if group is not None:
-        return _distill_sharded(group, call, labels, teacher, reduction)
+        sharded = _distill_sharded
+        if torch.compiler.is_compiling():  # as a decorator it would import the compiler with us
+            sharded = torch.compiler.disable(_distill_sharded)
+        return sharded(group, call, labels, teacher, reduction)
     return _distill(call(), labels, teacher, reduction)
 
 
@@ -285,7 +288,6 @@ def _distill(flat_call, labels, teacher, reduction) -> DistillationOutput:
     return _output(_run(*call), after, labels, teacher, reduction)
 
 
-@torch.compiler.disable
 def _distill_sharded(group, prepare, labels, teacher, reduction) -> DistillationOutput:
     """`prepare` makes this rank's flat call; what it raises is raised on every rank."""
     (call, after), shard = agree(group, prepare, reduction)
