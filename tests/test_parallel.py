@@ -1,7 +1,11 @@
 """Heads sharded over the vocabulary: processes on loopback against the same op in one process.
 
-Each test spawns its processes once and runs many cases in them; a case that fails is reported by
-name, rank and traceback.
+A test spawns its processes once, which is what takes the time, and runs many cases in them: each is
+reported by name, rank and traceback, and the first that fails ends the rank.
+
+agreement: every objective, teacher form, backend and option, equal to the whole head's loss,
+statistics and gradients. communication: bytes sent, as `parallel` states them, at three heights of
+the head. bad_inputs: what one rank alone is given is an error on every rank.
 """
 
 import importlib.util
@@ -33,7 +37,9 @@ from tropd_kernels import (
     LogitsTeacher,
     TopKTeacher,
     TrOPD,
+    distillation_loss,
     linear_distillation_loss,
+    linear_log_probs,
     native,
     parallel,
     parallel_checks,
@@ -209,7 +215,7 @@ def every_objective(ranks):
         # ranks; two ranks take two of the four combinations, four ranks one.
         combinations = list(product(BACKENDS, (bare, everything)))
         turn = [i % 2, 3 - i % 2] if ranks == 2 else [2 - i % 2]
-        for backend, make in {combinations[at % len(combinations)] for at in turn}:
+        for backend, make in dict.fromkeys(combinations[at % len(combinations)] for at in turn):
             yield (
                 f"{backend} {name} {form} {make.__name__}",
                 partial(compare, make(), name, form, backend),
@@ -299,6 +305,15 @@ def corners(ranks, backend):
             partial(compare, less, name, "hidden", backend, only_stats=name != "forward_kl"),
         )
     yield f"{backend} a NaN shows", partial(a_nan_shows, backend)
+    yield f"{backend} log-probs", partial(log_probs, backend)
+    for name, form, reduction in [
+        ("tropd", "hidden", "mean"), ("akl", "logits", "sum"), ("opd", "sampled", "none"),
+        ("tropd_expected", "top_k", "mean"), ("entropy_opd", "hidden", "none"),
+    ]:  # fmt: skip
+        yield (
+            f"{backend} existing logits {name} {form} {reduction}",
+            partial(existing_logits, name, form, backend, reduction),
+        )
 
 
 def ragged(cuts, ranks):
@@ -309,6 +324,48 @@ def lower_teacher():
     problem = bare(teacher_vocab_size=31)
     problem.labels = problem.labels % 31
     return problem
+
+
+def existing_logits(name, form, backend, reduction):
+    """`distillation_loss` on the shards of logits."""
+    problem = everything()
+    problem.student_head, problem.bias = {}, None
+    teacher, options = arguments(problem, OBJECTIVES[name], form, torch.float32)
+    logits = (problem.hidden @ problem.weight.T).float()
+    gradients, losses = [], []
+    for sharded in (False, True):
+        leaf = (mine(logits, -1) if sharded else logits).clone().requires_grad_()
+        out = distillation_loss(
+            leaf, problem.labels, shard_of(teacher) if sharded else teacher, OBJECTIVES[name],
+            backend=backend, reduction=reduction, **options,
+            process_group=dist.group.WORLD if sharded else None,
+        )  # fmt: skip
+        (out.loss * torch.linspace(-1, 2, 7)).sum().backward()
+        losses.append(out.loss.detach())
+        gradients.append(leaf.grad if sharded else mine(leaf.grad, -1))
+    assert relative_error(losses[1], losses[0]) <= FLOAT32
+    assert relative_error(gradients[1], gradients[0]) <= FLOAT32
+
+
+def log_probs(backend):
+    """`linear_log_probs` and the entropies, differentiable."""
+    problem = everything()
+    results = []
+    for sharded in (False, True):
+        hidden = problem.hidden.float().requires_grad_()
+        weight, bias = (
+            (mine(t) if sharded else t).float().requires_grad_()
+            for t in (problem.weight, problem.bias)
+        )
+        found = linear_log_probs(
+            hidden, weight, problem.labels, bias=bias, return_entropy=True, backend=backend,
+            process_group=dist.group.WORLD if sharded else None, **problem.student_head,
+        )  # fmt: skip
+        (found[0] * torch.linspace(-1, 2, 7) + found[1] ** 2).sum().backward()
+        heads = [t.grad if sharded else mine(t.grad) for t in (weight, bias)]
+        results.append([found[0].detach(), found[1].detach(), hidden.grad, *heads])
+    for whole, shard in zip(*results, strict=True):
+        assert relative_error(shard, whole) <= FLOAT32
 
 
 def a_nan_shows(backend):
@@ -333,11 +390,6 @@ def agreement(ranks):
         for name, form in [("tropd_bucket", "hidden"), ("akl", "logits"), ("jeffreys", "hidden"),
                            ("tropd_expected", "top_k")]:  # fmt: skip
             yield f"triton {name} {form}", partial(compare, everything(), name, form, "triton")
-
-
-@pytest.mark.parametrize("ranks", [2, 4])
-def test_a_sharded_head_agrees_with_the_whole_one(ranks, tmp_path):
-    run(ranks, tmp_path, agreement)
 
 
 # --- communication -------------------------------------------------------------------------------
@@ -422,10 +474,6 @@ def communication(ranks):
 
     yield "differently cut", differently_cut
     yield "looks once", looks_once
-
-
-def test_communication_does_not_grow_with_the_vocabulary(tmp_path):
-    run(2, tmp_path, communication)
 
 
 # --- bad input -----------------------------------------------------------------------------------
@@ -589,8 +637,14 @@ def dtensors():
         linear_distillation_loss(cut(hidden), head, teacher=theirs, **given)
 
 
-def test_bad_input_is_an_error_on_every_rank(tmp_path):
-    run(4, tmp_path, bad_inputs)
+def all_cases(ranks):
+    for cases in (agreement, communication, bad_inputs):
+        yield from ((f"{cases.__name__}: {name}", case) for name, case in cases(ranks))
+
+
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_agreement_with_the_whole_head_communication_and_bad_input(ranks, tmp_path):
+    run(ranks, tmp_path, all_cases)
 
 
 # --- ranks that end, or hang ---------------------------------------------------------------------

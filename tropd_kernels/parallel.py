@@ -148,12 +148,13 @@ def whoami(group: dist.ProcessGroup) -> str:
 # --- groups and DTensors -------------------------------------------------------------------------
 
 
-def group_of(process_group: dist.ProcessGroup | None, weight: Tensor) -> dist.ProcessGroup | None:
-    """The group whose ranks share the head: the one given, or the mesh's of a DTensor with
-    Shard(0); None for a head on one rank."""
+def group_of(
+    process_group: dist.ProcessGroup | None, head: Tensor, name: str = "weight", dim: int = 0
+) -> dist.ProcessGroup | None:
+    """The group whose ranks share the head (or logits): the one given, or that of the mesh over
+    which a DTensor is sharded along `dim`; None where all is on one rank."""
     if process_group is None:
-        on_mesh = getattr(weight, "device_mesh", None) is not None
-        return _mesh_group("weight", weight) if on_mesh else None
+        return _mesh_group(name, head, dim) if _on_mesh(head) else None
     if not isinstance(process_group, dist.ProcessGroup):
         raise TypeError(
             f"process_group must be a torch.distributed.ProcessGroup, got {process_group!r} (on a "
@@ -167,36 +168,26 @@ def group_of(process_group: dist.ProcessGroup | None, weight: Tensor) -> dist.Pr
     return process_group
 
 
-def local_part(name: str, tensor: Tensor | None, group: dist.ProcessGroup | None) -> Tensor | None:
-    """What this rank holds of a DTensor with Shard(0), differentiable; other tensors as they
-    are."""
-    if tensor is None or getattr(tensor, "device_mesh", None) is None:
+def local_part(
+    name: str, tensor: Tensor | None, group: dist.ProcessGroup | None, dim: int = 0
+) -> Tensor | None:
+    """What this rank holds of a DTensor that is sharded over the group along `dim`, differentiable;
+    other tensors as they are."""
+    if group is None or tensor is None or not _on_mesh(tensor):
         return tensor
-    over = dist.get_process_group_ranks(_mesh_group(name, tensor))
-    if group is None or over != dist.get_process_group_ranks(group):
-        ranks = None if group is None else dist.get_process_group_ranks(group)
+    ours = dist.get_process_group_ranks(group)
+    over = dist.get_process_group_ranks(_mesh_group(name, tensor, dim))
+    if over != ours:
         raise ValueError(
-            f"{name} is a DTensor sharded over ranks {over}, process_group covers {ranks}: pass "
+            f"{name} is a DTensor sharded over ranks {over}, process_group covers {ours}: pass "
             "the group of the head's mesh"
         )
     return tensor.to_local()  # type: ignore[attr-defined]
 
 
-def _mesh_group(name: str, tensor: Any) -> dist.ProcessGroup:
-    """The group over which a DTensor's dimension 0 is sharded."""
-    split = [dim for dim, placement in enumerate(tensor.placements) if placement.is_shard(0)]
-    whole = [dim for dim, placement in enumerate(tensor.placements) if placement.is_replicate()]
-    if len(split) != 1 or len(split) + len(whole) != len(tensor.placements):
-        raise ValueError(
-            f"{name} is a DTensor with placements {tensor.placements}: its vocabulary must be "
-            "sharded by one Shard(0), and replicated otherwise"
-        )
-    return tensor.device_mesh.get_group(split[0])
-
-
-def whole_tensor(name: str, tensor: Tensor) -> Tensor:
+def whole_tensor(name: str, tensor: Tensor, group: dist.ProcessGroup | None) -> Tensor:
     """A replicated DTensor as the tensor that every rank holds; other tensors as they are."""
-    if getattr(tensor, "device_mesh", None) is None:
+    if group is None or not _on_mesh(tensor):
         return tensor
     placements = tensor.placements  # type: ignore[attr-defined]
     if not all(placement.is_replicate() for placement in placements):
@@ -205,6 +196,24 @@ def whole_tensor(name: str, tensor: Tensor) -> Tensor:
             "holds all tokens; redistribute it to Replicate()"
         )
     return tensor.to_local()  # type: ignore[attr-defined]
+
+
+def _on_mesh(tensor: Any) -> bool:
+    """Is a DTensor, without importing the class, which takes longer than all of ours."""
+    return getattr(tensor, "device_mesh", None) is not None
+
+
+def _mesh_group(name: str, tensor: Any, dim: int) -> dist.ProcessGroup:
+    """The group over which a DTensor is sharded along `dim`."""
+    dim %= tensor.dim()
+    split = [at for at, placement in enumerate(tensor.placements) if placement.is_shard(dim)]
+    whole = [at for at, placement in enumerate(tensor.placements) if placement.is_replicate()]
+    if len(split) != 1 or len(split) + len(whole) != len(tensor.placements):
+        raise ValueError(
+            f"{name} is a DTensor with placements {tensor.placements}: its vocabulary must be "
+            f"sharded by one Shard({dim}), and replicated otherwise"
+        )
+    return tensor.device_mesh.get_group(split[0])
 
 
 def bounds(heights: list[int], vocab_size: int) -> tuple[int, ...]:

@@ -89,11 +89,13 @@ def _may_look(call) -> bool:
 
 
 def _heights(call) -> tuple[int, int]:
-    """Rows of the student's shard, and of the teacher's; -1 where there is none."""
-    (_, weight, _, _, teacher, teacher_weight, _), *_ = call
-    if teacher is None:
-        return weight.shape[0], -1
-    return weight.shape[0], (teacher.t() if teacher_weight is None else teacher_weight).shape[0]
+    """Ids of the student's shard, and of the teacher's; -1 where there is none."""
+    (student, weight, _, _, teacher, teacher_weight, _), *_ = call
+    ours, theirs = (
+        -1 if source is None else source.shape[1] if head is None else head.shape[0]
+        for source, head in ((student, weight), (teacher, teacher_weight))
+    )
+    return ours, theirs
 
 
 def _facts(call, reduction: str) -> Facts:
@@ -114,10 +116,11 @@ def _facts(call, reduction: str) -> Facts:
     scale_words = ("logit_scale", "softcap", "the teacher's logit_scale", "the teacher's softcap")
     wants = [name for name, need in zip(("hidden", "weight", "bias"), needs, strict=True) if need]
     source = teacher if teacher_weight is not None else None
+    name, shape = ("hidden", tuple(hidden.shape)) if weight is not None else ("logits", len(hidden))
     rows = None if teacher is None else teacher.shape[0]
     return [
         ("weight", head(weight), None),
-        ("hidden", f"{hidden.dtype} {tuple(hidden.shape)}", None),
+        (name, f"{hidden.dtype} {shape}", None),
         ("bias", kind(bias), None),
         ("requires_grad", f"of {' and '.join(wants) or 'nothing'}", None),
         ("the teacher's weight", head(teacher_weight), None),
