@@ -14,7 +14,9 @@ void row_sums(
   const T t_high = c[TEACHER_MAX * cs], t_log = c[TEACHER_LOG_SUM * cs];
   const T infinity = std::numeric_limits<T>::infinity();
   T threshold = -infinity;
-  if (o.generator == AKL) {
+  if (o.threshold_given) {
+    threshold = c[THRESHOLD * cs];
+  } else if (o.generator == AKL) {
     threshold = head_threshold<T>(t, t_high, t_log, rows.vocab, o.c, buffer);
   } else if (o.top_k > 0) {
     const int64_t k = o.top_k < rows.vocab ? o.top_k : rows.vocab;

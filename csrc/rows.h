@@ -51,6 +51,7 @@ struct SumOptions {
   void* sums = nullptr;          // (SUMS, n)
   int64_t sums_stride = 0;
   int64_t top_k = 0;             // 0: K is the whole vocabulary
+  bool threshold_given = false;  // K, or the head of AKL, is lq >= THRESHOLD as coefs have it
   bool k_alone = false;          // nothing outside K is asked for: tails are 1 - mass
   Generator generator = NONE;
   double c = 0.5;                // its parameter; of AKL, the head's mass

@@ -11,12 +11,17 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.distributed import ProcessGroup
 
 from . import ops
+from .arguments import check_call, check_devices, flat_per_token, public
 from .backends import choose_backend
 from .draws import uniforms_like
 from .linear_loss import INPUTS
 from .objectives import TokenRule, TrOPD
+from .parallel import group_of, local_part, whole_tensor
+from .parallel_checks import agree
+from .parallel_loss import sharded_loss
 from .products import result_dtype
 from .reference_backend import reference_loss
 from .rows.layout import Stat
@@ -29,8 +34,6 @@ from .teachers import (
     check_scale,
     check_serves,
 )
-
-REDUCTIONS = ("mean", "sum", "none")
 
 
 @dataclass(frozen=True, eq=False)
@@ -91,6 +94,7 @@ def linear_distillation_loss(
     reduction: str = "mean",
     backend: str | None = None,
     max_workspace_bytes: int | None = None,
+    process_group: ProcessGroup | None = None,
 ) -> DistillationOutput:
     """Distillation loss of a student's head, without ever holding the logits of all tokens.
 
@@ -113,18 +117,35 @@ def linear_distillation_loss(
     reduction: "mean" and "sum" form the gradients in the forward; "none" gives per-token losses and
     recomputes. backend: None takes the best available; see `available_backends`.
     max_workspace_bytes: shrinks the chunks; see `plan_chunks`.
+    process_group: the ranks over which the heads are sharded by vocabulary: `weight` and `bias`,
+    and a teacher's `weight` and `bias` or logits, then hold this rank's consecutive ids, ids
+    running on from rank to rank; the two sides may be cut differently. All else, hidden and labels
+    included, is the same on every rank, and so are the loss, the statistics and hidden's gradient,
+    which is the complete one: add no all-reduce of your own. A weight that is a DTensor with
+    Shard(0) brings its group along. Collective: every rank of the group makes the same call, and
+    with reduction="none" the same backward. Not for backend="reference"; under torch.compile it
+    runs eagerly. See `parallel` for what is communicated.
 
-    Raises ValueError, TypeError or RuntimeError that say what was given and what was expected.
+    Raises ValueError, TypeError or RuntimeError that say what was given and what was expected; with
+    a process_group on every rank, naming the one at fault.
     """
-    check_head("student", hidden, weight, bias)
-    check_scale("student", logit_scale, softcap)
-    return _distill(
-        hidden, weight, bias, labels, teacher, objective,
-        (float(logit_scale), float(softcap or 0.0)), temperature,
-        dict(old_log_probs=old_log_probs, advantages=advantages, weight=token_weight,
-             prefix=teacher_prefix, uniforms=uniforms),
-        seed, ignore_index, normalizer, reduction, backend, max_workspace_bytes,
-    )  # fmt: skip
+    group = group_of(process_group, weight)
+
+    def call():
+        student = whole_tensor("hidden", hidden, group)
+        head, shift = local_part("weight", weight, group), local_part("bias", bias, group)
+        check_head("student", student, head, shift)
+        check_scale("student", logit_scale, softcap)
+        return _flat_call(
+            student, head, shift, labels, teacher, objective,
+            (float(logit_scale), float(softcap or 0.0)), temperature,
+            dict(old_log_probs=old_log_probs, advantages=advantages, weight=token_weight,
+                 prefix=teacher_prefix, uniforms=uniforms),
+            seed, ignore_index, normalizer, reduction, backend, max_workspace_bytes, group,
+        )  # fmt: skip
+
+    found, after = _found(call, group, reduction)
+    return _output(found, after, labels, teacher, reduction)
 
 
 def distillation_loss(
@@ -144,25 +165,33 @@ def distillation_loss(
     normalizer: float | Tensor | None = None,
     reduction: str = "mean",
     backend: str | None = None,
+    process_group: ProcessGroup | None = None,
 ) -> DistillationOutput:
     """The same loss on logits that already exist. Arguments as in `linear_distillation_loss`.
 
     Logits may be of any float dtype; they are read as they are and reduced in float32. Their
     gradient is made in the backward, which reads them once more; nothing of their size is held in
-    between.
+    between. With a process_group they are this rank's ids, as a column-parallel head gives them.
     """
-    if not isinstance(logits, Tensor):
-        raise TypeError(f"logits must be a tensor, got {type(logits).__name__}")
-    if not logits.is_floating_point():
-        raise TypeError(f"logits must be of a float dtype, got {logits.dtype}")
-    if logits.dim() < 1 or logits.shape[-1] == 0:
-        raise ValueError(f"logits must be (*, V), got {tuple(logits.shape)}")
-    return _distill(
-        logits, None, None, labels, teacher, objective, (1.0, 0.0), temperature,
-        dict(old_log_probs=old_log_probs, advantages=advantages, weight=token_weight,
-             prefix=teacher_prefix, uniforms=uniforms),
-        seed, ignore_index, normalizer, reduction, backend, None,
-    )  # fmt: skip
+    group = group_of(process_group, logits, "logits", -1)
+
+    def call():
+        if not isinstance(logits, Tensor):
+            raise TypeError(f"logits must be a tensor, got {type(logits).__name__}")
+        if not logits.is_floating_point():
+            raise TypeError(f"logits must be of a float dtype, got {logits.dtype}")
+        if logits.dim() < 1 or logits.shape[-1] == 0:
+            raise ValueError(f"logits must be (*, V), got {tuple(logits.shape)}")
+        return _flat_call(
+            local_part("logits", logits, group, -1), None, None, labels, teacher, objective,
+            (1.0, 0.0), temperature,
+            dict(old_log_probs=old_log_probs, advantages=advantages, weight=token_weight,
+                 prefix=teacher_prefix, uniforms=uniforms),
+            seed, ignore_index, normalizer, reduction, backend, None, group,
+        )  # fmt: skip
+
+    found, after = _found(call, group, reduction)
+    return _output(found, after, labels, teacher, reduction)
 
 
 def linear_log_probs(
@@ -178,6 +207,7 @@ def linear_log_probs(
     return_entropy: bool = False,
     backend: str | None = None,
     max_workspace_bytes: int | None = None,
+    process_group: ProcessGroup | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """log p(label) per token, shaped like labels, in nats, float32; differentiable in hidden,
     weight and bias, by recomputing. 0 where the label is `ignore_index`.
@@ -185,32 +215,41 @@ def linear_log_probs(
     With `return_entropy`, also H(p) per token, differentiable as well. Arguments and errors as in
     `linear_distillation_loss`.
     """
-    check_head("student", hidden, weight, bias)
-    check_scale("student", logit_scale, softcap)
-    rule = TokenRule(policy_gradient=0.0, nll_weight=1.0, entropy_coef=float(return_entropy))
-    _check_call(hidden, labels, rule, temperature, ignore_index, "none", max_workspace_bytes)
-    _check_devices(hidden, {"weight": weight, "bias": bias, "labels": labels})
-    scales = [float(logit_scale), float(softcap or 0.0), 1.0, 0.0, float(temperature)]
-    flat = (hidden.reshape(-1, hidden.shape[-1]), weight, bias, labels.reshape(-1))
-    _, _, stats = _run(
-        (*flat, None, None, None), {}, None, [False] * 3, rule, scales,
-        choose_backend(backend, hidden.device), ignore_index, max_workspace_bytes,
-    )  # fmt: skip
+    group = group_of(process_group, weight)
+
+    def call():
+        student = whole_tensor("hidden", hidden, group)
+        head, shift = local_part("weight", weight, group), local_part("bias", bias, group)
+        check_head("student", student, head, shift)
+        check_scale("student", logit_scale, softcap)
+        rule = TokenRule(policy_gradient=0.0, nll_weight=1.0, entropy_coef=float(return_entropy))
+        check_call(student, labels, rule, temperature, ignore_index, "none", max_workspace_bytes)
+        check_devices(student, {"weight": head, "bias": shift, "labels": labels})
+        scales = [float(logit_scale), float(softcap or 0.0), 1.0, 0.0, float(temperature)]
+        flat = (student.reshape(-1, student.shape[-1]), head, shift, labels.reshape(-1))
+        one = student.new_ones((), dtype=result_dtype(student.dtype))
+        return (
+            (*flat, None, None, None), {}, one, [False] * 3, rule, scales,
+            _backend(backend, student, group), ignore_index, max_workspace_bytes,
+        ), None  # fmt: skip
+
+    (_, _, stats), _ = _found(call, group, "none")
     log_probs = stats[Stat.LOG_PROB].reshape(labels.shape)
     if return_entropy:
         return log_probs, stats[Stat.ENTROPY].reshape(labels.shape)
     return log_probs
 
 
-def _distill(
+def _flat_call(
     student, weight, bias, labels, teacher, objective, student_scales, temperature, per_token,
-    seed, ignore_index, normalizer, reduction, backend, max_workspace_bytes,
-) -> DistillationOutput:  # fmt: skip
+    seed, ignore_index, normalizer, reduction, backend, max_workspace_bytes, group,
+):  # fmt: skip
+    """(what `_run` takes, the statistic whose sum divides the loss): the arguments, checked."""
     rule = TrOPD() if objective is None else objective
-    _check_call(student, labels, rule, temperature, ignore_index, reduction, max_workspace_bytes)
-    backend = choose_backend(backend, student.device)
+    check_call(student, labels, rule, temperature, ignore_index, reduction, max_workspace_bytes)
+    backend = _backend(backend, student, group)
     check_serves(teacher, rule)
-    _check_devices(student, {"weight": weight, "bias": bias, "labels": labels} | _public(per_token))
+    check_devices(student, {"weight": weight, "bias": bias, "labels": labels} | public(per_token))
     if rule.gate == "bernoulli" and per_token["uniforms"] is None:
         if seed is None:
             raise ValueError(
@@ -220,9 +259,9 @@ def _distill(
             )
         per_token["uniforms"] = uniforms_like(labels, seed)
     (teacher_source, teacher_weight, teacher_bias), teacher_scales, known = _flat_teacher(
-        teacher, labels, student
+        teacher, labels, student, group
     )
-    per_token = {name: _per_token(name, t, labels) for name, t in per_token.items()}
+    per_token = {name: flat_per_token(name, t, labels) for name, t in per_token.items()}
     inputs = {k: v for k, v in (per_token | known).items() if v is not None}
 
     flat_labels = labels.reshape(-1)
@@ -241,12 +280,43 @@ def _distill(
     formed = reduction != "none" and weight is not None and grad
     tensors = (student, weight, bias)
     needs = [formed and t is not None and t.requires_grad for t in tensors]
-    loss, token_loss, stats = _run(
+    call = (
         (student.reshape(-1, student.shape[-1]), weight, bias, flat_labels,
          teacher_source, teacher_weight, teacher_bias),
         inputs, scale, needs, rule, [*student_scales, *teacher_scales, float(temperature)],
         backend, ignore_index, max_workspace_bytes,
     )  # fmt: skip
+    return call, after
+
+
+def _found(call, group, reduction: str):
+    """((loss, token_loss, stats), the statistic whose sum divides the loss) of the flat call that
+    `call` makes of this rank's arguments; with a group, what it raises is raised on every rank."""
+    if group is None:
+        arguments, after = call()
+        return _run(*arguments), after
+    sharded = _found_sharded
+    if torch.compiler.is_compiling():  # as a decorator it would import the compiler with us
+        sharded = torch.compiler.disable(_found_sharded)
+    return sharded(call, group, reduction)
+
+
+def _found_sharded(call, group, reduction: str):
+    (arguments, after), shard = agree(group, call, reduction)
+    return sharded_loss(shard, *arguments), after
+
+
+def _backend(requested: str | None, student: Tensor, group) -> str:
+    backend = choose_backend(requested, student.device)
+    if group is not None and backend == "reference":
+        raise NotImplementedError(
+            "backend='reference' takes no process_group: use 'torch', 'native' or 'triton'"
+        )
+    return backend
+
+
+def _output(found, after, labels, teacher, reduction) -> DistillationOutput:
+    loss, token_loss, stats = found
     stats = stats.detach()
     if after is not None:
         loss = loss / stats[after].sum().clamp_min(1)
@@ -257,8 +327,6 @@ def _distill(
 
 def _run(tensors, inputs, scale, needs, rule, scales, backend, ignore_index, max_workspace_bytes):
     """(loss, token_loss, stats) of the flat problem."""
-    if scale is None:
-        scale = tensors[0].new_ones((), dtype=result_dtype(tensors[0].dtype))
     settings = (rule.key, scales, backend, ignore_index, max_workspace_bytes)
     row_inputs = [inputs.get(name) for name in INPUTS]
     if backend == "reference":
@@ -270,7 +338,7 @@ def _run(tensors, inputs, scale, needs, rule, scales, backend, ignore_index, max
 # --- the teacher, flat -------------------------------------------------------------------------
 
 
-def _flat_teacher(teacher: Teacher | None, labels: Tensor, student: Tensor):
+def _flat_teacher(teacher: Teacher | None, labels: Tensor, student: Tensor, group=None):
     """(logits or hidden, weight, bias), (logit scale, soft cap), per-token tensors by name."""
     nothing, plain = (None, None, None), (1.0, 0.0)
     if teacher is None:
@@ -280,18 +348,21 @@ def _flat_teacher(teacher: Teacher | None, labels: Tensor, student: Tensor):
             f"the {type(teacher).__name__} covers tokens of shape {tuple(teacher.tokens_shape)}, "
             f"labels are {tuple(labels.shape)}: give one teacher entry per label"
         )
-    _check_devices(student, {f"teacher {k}": getattr(teacher, k) for k in teacher.__match_args__})
+    check_devices(student, {f"teacher {k}": getattr(teacher, k) for k in teacher.__match_args__})
     if isinstance(teacher, HiddenTeacher):
         if result_dtype(teacher.hidden.dtype) != result_dtype(student.dtype):
             raise TypeError(
                 f"teacher hidden is {teacher.hidden.dtype}, student {student.dtype}: float64 on "
                 "one side alone; cast one of them"
             )
-        flat = teacher.hidden.reshape(-1, teacher.hidden.shape[-1])
+        hidden = whole_tensor("the teacher's hidden", teacher.hidden, group)
+        flat = hidden.reshape(-1, hidden.shape[-1])
         scales = (float(teacher.logit_scale), float(teacher.softcap or 0.0))
-        return (flat, teacher.weight, teacher.bias), scales, {}
+        weight = local_part("the teacher's weight", teacher.weight, group)
+        return (flat, weight, local_part("the teacher's bias", teacher.bias, group)), scales, {}
     if isinstance(teacher, LogitsTeacher):
-        return (teacher.logits.reshape(-1, teacher.logits.shape[-1]), None, None), plain, {}
+        logits = local_part("the teacher's logits", teacher.logits, group, -1)
+        return (logits.reshape(-1, logits.shape[-1]), None, None), plain, {}
     dtype = result_dtype(student.dtype)
     known = {"label_log_probs": teacher.label_log_probs.reshape(-1).to(dtype)}
     if isinstance(teacher, TopKTeacher):
@@ -352,76 +423,3 @@ def _normalizer(value, device, dtype) -> Tensor:
     if not isinstance(value, (int, float)) or not 0 < value < float("inf"):
         raise ValueError(f"normalizer must be a positive number, got {value!r}")
     return torch.full((), float(value), dtype=dtype, device=device)
-
-
-# --- checks ------------------------------------------------------------------------------------
-
-
-def _check_call(
-    student, labels, rule, temperature, ignore_index, reduction, max_workspace_bytes
-) -> None:
-    if not isinstance(rule, TokenRule):
-        raise TypeError(f"objective must be a TokenRule, such as TrOPD(); got {rule!r}")
-    if not isinstance(labels, Tensor) or labels.dtype != torch.int64 or (
-        labels.shape != student.shape[:-1]
-    ):  # fmt: skip
-        given = (
-            f"{labels.dtype} {tuple(labels.shape)}" if isinstance(labels, Tensor) else repr(labels)
-        )
-        raise (TypeError if getattr(labels, "shape", None) == student.shape[:-1] else ValueError)(
-            f"labels must be int64 of shape {tuple(student.shape[:-1])}, got {given}: shift them "
-            "so that hidden[i] (or logits[i]) predicts labels[i]"
-        )
-    if not isinstance(temperature, (int, float)) or not 0 < temperature < float("inf"):
-        raise ValueError(f"temperature must be a positive number, got {temperature!r}")
-    if ignore_index is not None and not isinstance(ignore_index, int):
-        raise TypeError(f"ignore_index must be an int or None, got {ignore_index!r}")
-    if reduction not in REDUCTIONS:
-        raise ValueError(
-            f"reduction must be one of {', '.join(map(repr, REDUCTIONS))}; got {reduction!r}"
-        )
-    if max_workspace_bytes is not None and not (
-        isinstance(max_workspace_bytes, int) and max_workspace_bytes > 0
-    ):
-        raise ValueError(
-            f"max_workspace_bytes must be positive or None, got {max_workspace_bytes!r}"
-        )
-
-
-def _per_token(name: str, value: Tensor | None, labels: Tensor) -> Tensor | None:
-    """Flat and detached, after a look at shape and dtype."""
-    if value is None:
-        return None
-    public = {"weight": "token_weight", "prefix": "teacher_prefix"}.get(name, name)
-    if not isinstance(value, Tensor) or value.shape != labels.shape:
-        given = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
-        raise ValueError(
-            f"{public} must be a tensor of the labels' shape {tuple(labels.shape)}, got {given}"
-        )
-    if name == "prefix":
-        if value.dtype != torch.bool:
-            raise TypeError(f"{public} must be bool, got {value.dtype}: pass {public}.bool()")
-    elif not value.is_floating_point():
-        raise TypeError(f"{public} must be of a float dtype, got {value.dtype}")
-    elif value.requires_grad:
-        raise ValueError(
-            f"{public} requires grad, but the loss treats it as a constant (K1 back-propagated "
-            "directly would never see the teacher): pass it detached"
-        )
-    return value.reshape(-1)
-
-
-def _public(per_token: dict) -> dict:
-    """Per-token tensors under the names that the caller used."""
-    return {
-        {"weight": "token_weight", "prefix": "teacher_prefix"}.get(k, k): v
-        for k, v in per_token.items()
-    }
-
-
-def _check_devices(student: Tensor, tensors: dict) -> None:
-    for name, tensor in tensors.items():
-        if isinstance(tensor, Tensor) and tensor.device != student.device:
-            raise ValueError(
-                f"{name} is on {tensor.device}, the student on {student.device}: move it there"
-            )

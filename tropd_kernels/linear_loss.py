@@ -23,6 +23,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields, replace
 from types import ModuleType
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -31,6 +32,10 @@ from .backends import engine_for
 from .chunking import ChunkPlan, plan_chunks
 from .products import products_for, result_dtype, stored_dtype
 from .rows.layout import FIRST_WEIGHT, Coef, LogitTransform, RowBatch, RowOptions, Stat
+from .rows.sharded import ShardRows
+
+if TYPE_CHECKING:
+    from .parallel import Shard
 
 
 @dataclass(frozen=True)
@@ -41,6 +46,8 @@ class Side:
     source: Tensor
     weight: Tensor | None = None
     bias: Tensor | None = None
+    #: Of a shard of the vocabulary whose rows lie in several tensors: those, in the order of ids.
+    pieces: tuple[Tensor, ...] = ()
 
     @property
     def vocab_size(self) -> int:
@@ -59,10 +66,18 @@ class Problem:
     backend: str
     ignore_index: int | None
     max_workspace_bytes: int | None
+    shard: Shard | None = None  # the sides hold a part of the vocabulary; labels name any of it
+
+    @property
+    def columns(self) -> int:
+        """Of the logits that are formed here."""
+        return self.vocab_size if self.shard is None else self.shard.width
 
     @property
     def vocab_size(self) -> int:
         """The ids that both sides have."""
+        if self.shard is not None:
+            return self.shard.vocab_size
         sizes = [side.vocab_size for side in (self.student, self.teacher) if side is not None]
         return min(sizes)
 
@@ -163,10 +178,11 @@ def tokens_that_count(problem: Problem) -> Tensor | None:
 def _raise_bad_value(name: str, problem: Problem, outside: Tensor):
     if name == "label":
         label = int(problem.labels[outside][0])
+        held = "" if problem.shard is None else problem.shard.whereabouts()
         raise ValueError(
             f"label {label} lies outside the vocabulary of {problem.vocab_size} ids that student "
-            f"and teacher share, and is not ignore_index={problem.ignore_index}: mask such tokens, "
-            "or check that labels and model use the same tokenizer"
+            f"and teacher share{held}, and is not ignore_index={problem.ignore_index}: mask such "
+            "tokens, or check that labels and model use the same tokenizer"
         )
     if name == "uniforms":
         raise ValueError("uniforms must lie in [0, 1), as torch.rand draws them")
@@ -180,9 +196,11 @@ class _Loop:
     def __init__(self, problem, index, needs, loss_scale, result: Result):
         self.problem, self.index, self.needs = problem, index, needs
         self.result = result
-        self.engine: ModuleType = engine_for(problem.backend)
+        self.engine: ModuleType | ShardRows = engine_for(problem.backend)
+        if problem.shard is not None:
+            self.engine = ShardRows(self.engine, problem.shard)
         self.n = problem.labels.shape[0] if index is None else index.shape[0]
-        self.vocab_size = problem.vocab_size
+        self.columns = problem.columns
         self.has_head = problem.student.weight is not None
         source = problem.student.source
         # The row's weights carry the scale, so that sums need none; but float16 d_logits would
@@ -199,16 +217,18 @@ class _Loop:
             # The first product overwrites; rows beyond the shared vocabulary stay 0.
             dtype = source.dtype if self.plan.rounds_d_weight else problem.dtype
             result.d_weight = source.new_empty(problem.student.weight.shape, dtype=dtype)
-            result.d_weight[0 if self.n == 0 else self.vocab_size :].zero_()
+            result.d_weight[0 if self.n == 0 else self.columns :].zero_()
         if needs.bias:
             result.d_bias = source.new_zeros((problem.student.vocab_size,), dtype=problem.dtype)
 
     def _plan(self) -> ChunkPlan:
         student, teacher = self.problem.student, self.problem.teacher
         teacher_head = teacher is not None and teacher.weight is not None
+        shard = self.problem.shard
         return plan_chunks(
             self.n,
-            self.vocab_size,
+            # Ranks exchange numbers chunk by chunk: all make the plan of the largest shard.
+            self.columns if shard is None else shard.largest,
             student.source.shape[-1],
             teacher.weight.shape[1] if teacher_head else None,
             dtype=student.source.dtype,
@@ -225,7 +245,7 @@ class _Loop:
             return None
         rows = min(self.plan.rows, self.n)
         dtype = result_dtype(side.source.dtype)
-        return side.source.new_empty((rows, self.vocab_size), dtype=dtype)
+        return side.source.new_empty((rows, self.columns), dtype=dtype)
 
     def tokens(self, start: int, stop: int) -> slice | Tensor:
         stop = min(stop, self.n)
@@ -233,12 +253,21 @@ class _Loop:
 
     def logits(self, side: Side, tokens: slice | Tensor, buffer: Tensor | None) -> Tensor:
         """Raw logits of these tokens, over the shared ids, without the bias."""
-        rows = side.source[tokens]
         if side.weight is None:
-            return rows[:, : self.vocab_size]
+            if side.pieces:
+                return torch.cat([piece[tokens] for piece in side.pieces], dim=-1)
+            return side.source[tokens][:, : self.columns]
+        rows = side.source[tokens]
         products = products_for(self.problem.backend, rows.dtype, rows.device.type)
         out = buffer[: rows.shape[0]]
-        return products.logits_into(out, rows, side.weight[: self.vocab_size])
+        if not side.pieces:
+            return products.logits_into(out, rows, side.weight[: self.columns])
+        low = 0
+        for piece in side.pieces:
+            high = low + piece.shape[0]
+            products.logits_into(out[:, low:high], rows, piece)
+            low = high
+        return out
 
     def batch(self, tokens, student_buffer, teacher_buffer) -> RowBatch:
         problem, teacher = self.problem, self.problem.teacher
@@ -256,7 +285,7 @@ class _Loop:
         z_buffer, t_buffer = self.buffer(problem.student), self.buffer(problem.teacher)
         d_logits = z_buffer
         if self.needs and self.has_head and not plan.in_place:
-            size = (min(plan.super_rows, self.n), self.vocab_size)
+            size = (min(plan.super_rows, self.n), self.columns)
             d_logits = problem.student.source.new_empty(size, dtype=self.products.gradient_dtype)
         step = plan.super_rows
         for start in range(0, self.n, step):
@@ -291,9 +320,11 @@ class _Loop:
                 setattr(result, name, total.to(stored_dtype(tensor.dtype)))
 
     def _products(self, d_logits: Tensor, tokens: slice | Tensor) -> None:
-        student, result, v = self.problem.student, self.result, self.vocab_size
+        student, result, v = self.problem.student, self.result, self.columns
         if self.needs.student:
             d_hidden = self.products.d_hidden(d_logits, student.weight[:v])
+            if self.problem.shard is not None:
+                self.problem.shard.sum_(d_hidden)
             if self.late_scale is not None:
                 d_hidden *= self.late_scale
             result.d_student[tokens] = d_hidden.to(result.d_student.dtype)
@@ -306,7 +337,7 @@ class _Loop:
 
     def _store_d_logits(self, batch, coefs, options, tokens) -> None:
         """Existing logits: their gradient is the result itself (`backward` drops no tokens)."""
-        v, d = self.vocab_size, self.result.d_student
+        v, d = self.columns, self.result.d_student
         self.engine.gradient(batch, coefs, options, d[tokens][:, :v])
 
     def entropy_threshold(self, fraction: float) -> Tensor:

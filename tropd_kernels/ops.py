@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .linear_loss import INPUTS, Needs, Problem, Side, backward, forward
+from .linear_loss import INPUTS, Needs, Problem, Result, Side, backward, forward
 from .objectives import decode_rule
 from .products import TILE_ROWS, result_dtype, stored_dtype
 from .rows.layout import FIRST_WEIGHT, Coef, LogitTransform, RowOptions, Stat
@@ -55,13 +55,9 @@ def distill(
         student, weight, bias, labels, teacher, teacher_weight, teacher_bias, inputs,
         rule, scales, backend, ignore_index, max_workspace_bytes,
     )  # fmt: skip
-    with _device_of(student):
+    with device_of(student):
         result = forward(problem, Needs(*needs), loss_scale)
-    token_loss = result.stats[Stat.TOKEN_LOSS].clone()
-    if "weight" in problem.inputs:
-        # Not a product alone: 0 * inf at a token that does not count would be NaN.
-        row_weight = problem.inputs["weight"].to(token_loss.dtype)
-        token_loss = torch.where(token_loss == 0, 0.0, token_loss * row_weight)
+    token_loss = weighed_losses(problem, result)
     loss = token_loss.sum() * loss_scale
     d_student, d_weight, d_bias = (
         student.new_empty(0) if g is None else g
@@ -114,7 +110,7 @@ def distill_backward(
         student, weight, bias, labels, teacher, teacher_weight, teacher_bias, inputs,
         rule, scales, backend, ignore_index, max_workspace_bytes,
     )  # fmt: skip
-    with _device_of(student):
+    with device_of(student):
         result = backward(problem, coefs, Needs(*needs))
     d_weight, d_bias = result.d_weight, result.d_bias
     return (
@@ -161,14 +157,14 @@ def _setup_context(ctx, inputs, output):
 def _backward(ctx, d_loss, d_token_loss, d_stats, *_):
     if ctx.formed:
         gradients = [
-            _scaled(g, d_loss, dtype) if need and d_loss is not None else None
+            scaled(g, d_loss, dtype) if need and d_loss is not None else None
             for g, dtype, need in zip(ctx.saved_tensors, ctx.dtypes, ctx.needs, strict=True)
         ]
     else:
         student, weight, bias, labels, *rest = ctx.saved_tensors
         teacher, teacher_weight, teacher_bias, coefs, loss_scale, *row_inputs = rest
         needs = list(ctx.needs_input_grad[:3])
-        carried = _carry(coefs, loss_scale, d_loss, d_token_loss, d_stats)
+        carried = carry(coefs, loss_scale, d_loss, d_token_loss, d_stats)
         made = distill_backward(
             student, weight, bias, labels, teacher, teacher_weight, teacher_bias, row_inputs,
             carried, needs, *ctx.settings,
@@ -180,7 +176,17 @@ def _backward(ctx, d_loss, d_token_loss, d_stats, *_):
 distill.register_autograd(_backward, setup_context=_setup_context)
 
 
-def _carry(coefs, loss_scale, d_loss, d_token_loss, d_stats) -> Tensor:
+def weighed_losses(problem: Problem, result: Result) -> Tensor:
+    """(N,): each token's loss times its weight."""
+    token_loss = result.stats[Stat.TOKEN_LOSS].clone()
+    if "weight" in problem.inputs:
+        # Not a product alone: 0 * inf at a token that does not count would be NaN.
+        row_weight = problem.inputs["weight"].to(token_loss.dtype)
+        token_loss = torch.where(token_loss == 0, 0.0, token_loss * row_weight)
+    return token_loss
+
+
+def carry(coefs, loss_scale, d_loss, d_token_loss, d_stats) -> Tensor:
     """Coefficients (Coef, N) times the incoming gradients."""
     incoming = coefs.new_zeros(coefs.shape[1:])
     if d_loss is not None:
@@ -201,7 +207,7 @@ def _carry(coefs, loss_scale, d_loss, d_token_loss, d_stats) -> Tensor:
     return carried
 
 
-def _scaled(gradient: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
+def scaled(gradient: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
     """gradient * factor, rounded once to dtype, without a float32 copy of the whole."""
     result = torch.empty_like(gradient, dtype=dtype)
     if gradient.dtype == dtype or gradient.device.type != "cpu":
@@ -213,23 +219,25 @@ def _scaled(gradient: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
     return result
 
 
-def _device_of(tensor: Tensor):
+def device_of(tensor: Tensor):
     """Triton launches on the current GPU, which need not be the tensors'."""
     return torch.cuda.device_of(tensor) if tensor.is_cuda else nullcontext()
 
 
 def flat_problem(
     student, weight, bias, labels, teacher, teacher_weight, teacher_bias, inputs,
-    rule, scales, backend, ignore_index, max_workspace_bytes,
+    rule, scales, backend, ignore_index, max_workspace_bytes, shard=None, teacher_pieces=(),
 ) -> Problem:  # fmt: skip
     scale, cap, teacher_scale, teacher_cap, temperature = scales
     # Both sides are cut to the ids they share, their biases too.
     sides = [(weight, student), (teacher_weight, teacher)]
     sizes = [w.shape[0] if w is not None else s.shape[-1] for w, s in sides if s is not None]
-    v = min(sizes)
+    v = min(sizes) if shard is None else shard.width
     return Problem(
         student=Side(student, weight, bias),
-        teacher=None if teacher is None else Side(teacher, teacher_weight, teacher_bias),
+        teacher=None
+        if teacher is None
+        else Side(teacher, teacher_weight, teacher_bias, teacher_pieces),
         labels=labels,
         inputs={k: t for k, t in zip(INPUTS, inputs, strict=True) if t is not None},
         options=RowOptions(
@@ -241,8 +249,10 @@ def flat_problem(
                 temperature,
                 None if teacher_bias is None else teacher_bias[:v],
             ),
+            sharded=shard is not None,
         ),
         backend=backend,
         ignore_index=ignore_index,
         max_workspace_bytes=max_workspace_bytes,
+        shard=shard,
     )

@@ -77,6 +77,7 @@ class RowOptions:
     student: LogitTransform
     teacher: LogitTransform
     entropy_threshold: Tensor | None = None  # 0-dim: rows with a lower H(p) do not count
+    sharded: bool = False  # these columns are a part of the rows, whose normalisers coefs hold
 
 
 @dataclass(frozen=True)

@@ -11,9 +11,10 @@ import math
 import torch
 from torch import Tensor
 
+from ..objectives import TokenRule
 from .given import given_statistics, given_top_k
 from .layout import Coef, LogitTransform, RowBatch, RowOptions, Stat
-from .rule import Gate, Sums, apply_rule, forward_kl, gate, rows_with_sums
+from .rule import SUMS, Gate, Sums, apply_rule, as_matrix, forward_kl, gate, rows_with_sums
 from .torch_rows import on_top_k, sum_terms, transform
 
 ops = torch.ops.tropd_native
@@ -22,11 +23,6 @@ ops = torch.ops.tropd_native
 GENERATORS = (
     None, "jsd", "skew_forward", "skew_reverse", "topk_jsd", "alpha", "chi2", "total_variation",
     "todi", "mopd", "akl",
-)  # fmt: skip
-#: Fields of `Sums`, in the order of csrc/rows.h.
-SUMS = (
-    "teacher_mass", "student_mass", "teacher_tail", "student_tail", "student_log_mass",
-    "forward_kl", "value", "slope",
 )  # fmt: skip
 
 
@@ -66,6 +62,29 @@ def gradient(batch: RowBatch, coefs: Tensor, options: RowOptions, out: Tensor) -
     )  # fmt: skip
     if not direct:
         out.copy_(target)
+
+
+def statistics(batch: RowBatch, options: RowOptions) -> tuple[Tensor, Tensor]:
+    """Of a part of each row; see `torch_rows.statistics`."""
+    stats, coefs = _statistics(batch, _sides(batch, options))
+    sides = ((batch.student, options.student), (batch.teacher, options.teacher))
+    for (logits, how), at in zip(sides, (Coef.STUDENT_MAX, Coef.TEACHER_MAX), strict=True):
+        rows = (coefs[at] == -math.inf).nonzero().squeeze(-1)
+        if logits is not None and rows.numel():
+            # The kernel's maximum passes over NaN: are the ids excluded, or is it a defect?
+            z = transform(logits[rows], how, coefs.dtype)
+            coefs[at + 1, rows] = torch.where(z.isnan().any(-1), math.nan, -math.inf)
+    return stats, coefs
+
+
+def sums(batch: RowBatch, options: RowOptions, gated: Gate, stats: Tensor, coefs: Tensor) -> Tensor:
+    """Of a part of each row; see `torch_rows.sums`."""
+    rule = options.rule
+    if batch.teacher is None:
+        _, lq, lp = _given(batch, options, coefs)
+        return as_matrix(sum_terms(lp, lq, lq > -math.inf, rule, dense=False))
+    needed = rows_with_sums(gated, rule)
+    return _dense_sums(batch, _sides(batch, options), needed, coefs, rule, given=True)
 
 
 def _statistics(batch: RowBatch, sides) -> tuple[Tensor, Tensor]:
@@ -120,12 +139,7 @@ def _sums(
         return Sums(one, one, zero, zero, zero, stats[Stat.FORWARD_KL])
     else:
         needed = rows_with_sums(gated, rule)
-        made = coefs.new_empty((len(SUMS), coefs.shape[1]))
-        ops.sums(
-            *sides, batch.labels, needed, coefs, made, rule.top_k if rule.uses_top_k else 0,
-            rule.sums_on_k_alone, GENERATORS.index(_divergence(rule)),
-            rule.divergence_parameter if _divergence(rule) else 0.5,
-        )  # fmt: skip
+        made = _dense_sums(batch, sides, needed, coefs, rule)
         sums = Sums(**dict(zip(SUMS, made.unbind(), strict=True)))
         if not rule.uses_top_k:
             return sums
@@ -133,6 +147,19 @@ def _sums(
     stats[Stat.TEACHER_TOPK_MASS] = sums.teacher_mass.masked_fill(unknown, math.nan)
     stats[Stat.STUDENT_TOPK_MASS] = sums.student_mass.masked_fill(unknown, math.nan)
     return sums
+
+
+def _dense_sums(
+    batch: RowBatch, sides, needed: Tensor, coefs: Tensor, rule: TokenRule, given: bool = False
+) -> Tensor:
+    """(len(SUMS), n), in the order of csrc/rows.h; K by its k-th id, or as THRESHOLD gives it."""
+    made = coefs.new_empty((len(SUMS), coefs.shape[1]))
+    ops.sums(
+        *sides, batch.labels, needed, coefs, made, rule.top_k if rule.uses_top_k else 0,
+        rule.sums_on_k_alone, GENERATORS.index(_divergence(rule)),
+        rule.divergence_parameter if _divergence(rule) else 0.5, given,
+    )  # fmt: skip
+    return made
 
 
 def _divergence(rule) -> str | None:

@@ -12,7 +12,7 @@ the rows that need it:
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
@@ -39,6 +39,17 @@ class Sums:
     forward_kl: Tensor
     value: Tensor | None = None
     slope: Tensor | None = None
+
+
+#: Rows of the sums as a matrix (len(SUMS), n).
+SUMS = tuple(f.name for f in fields(Sums))
+
+
+def as_matrix(sums: Sums) -> Tensor:
+    """(len(SUMS), n); 0 where not asked."""
+    unasked = torch.zeros_like(sums.forward_kl)
+    rows = (getattr(sums, name) for name in SUMS)
+    return torch.stack([unasked if row is None else row for row in rows])
 
 
 @dataclass

@@ -9,6 +9,8 @@ On rows of 151,936 and k = 64 that is some ten times cheaper than `topk`.
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -20,10 +22,25 @@ def kth_largest(values: Tensor, k: int) -> Tensor:
     k = min(k, values.shape[-1])
     if _too_short(values, k):
         return values.topk(k, dim=-1).values[:, -1]
-    blocks, rest = _blocks(values)
-    best = blocks.amax(-1).topk(k, dim=-1, sorted=False).indices
-    candidates = blocks.gather(1, best.unsqueeze(-1).expand(-1, -1, BLOCK)).flatten(1)
-    return torch.cat([candidates, rest], dim=-1).topk(k, dim=-1).values[:, -1]
+    return _candidates(values, k).topk(k, dim=-1).values[:, -1]
+
+
+def largest(values: Tensor, k: int) -> Tensor:
+    """(rows, k): the k largest of each row of (rows, V), k <= V, in no particular order."""
+    if values.device.type != "cpu" or _too_short(values, k):
+        return values.topk(k, dim=-1, sorted=False).values
+    return _candidates(values, k).topk(k, dim=-1, sorted=False).values
+
+
+def with_margin(threshold: Tensor, softcap: float | None) -> Tensor:
+    """A little below the k-th largest log-prob (rows,). The gradient pass may meet logits made
+    again, by a product of another height that rounds otherwise: a margin of a few last bits keeps
+    the k-th id in K there, too. Ids that the teacher excludes are never in K, however few it
+    leaves."""
+    limits = torch.finfo(threshold.dtype)
+    reach = threshold.abs() + (1 + (softcap or 0))
+    threshold = (threshold - 16 * limits.eps * reach).nan_to_num_(nan=-math.inf)
+    return threshold.clamp_min(limits.min)
 
 
 def columns_reaching(values: Tensor, threshold: Tensor) -> Tensor:
@@ -37,6 +54,14 @@ def columns_reaching(values: Tensor, threshold: Tensor) -> Tensor:
     inside = best.unsqueeze(-1) + torch.arange(BLOCK, device=values.device)
     after = torch.arange(width - rest.shape[1], width, device=values.device)
     return torch.cat([inside.flatten(1), after.expand(rows, -1)], dim=-1)
+
+
+def _candidates(values: Tensor, k: int) -> Tensor:
+    """(rows, M): entries of each row, among which are its k largest."""
+    blocks, rest = _blocks(values)
+    best = blocks.amax(-1).topk(k, dim=-1, sorted=False).indices
+    candidates = blocks.gather(1, best.unsqueeze(-1).expand(-1, -1, BLOCK)).flatten(1)
+    return torch.cat([candidates, rest], dim=-1)
 
 
 def _too_short(values: Tensor, k: int) -> bool:

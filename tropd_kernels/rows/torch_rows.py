@@ -24,8 +24,8 @@ from ..objectives import TokenRule
 from .generators import generator_terms
 from .given import given_statistics, given_top_k
 from .layout import FIRST_WEIGHT, Coef, LogitTransform, RowBatch, RowOptions, Stat
-from .rule import Gate, Sums, apply_rule, forward_kl, gate, rows_with_sums
-from .top_k import columns_reaching, kth_largest
+from .rule import SUMS, Gate, Sums, apply_rule, as_matrix, forward_kl, gate, rows_with_sums
+from .top_k import columns_reaching, kth_largest, with_margin
 
 #: Elements of one block's temporary: 4 MiB of float32 on a CPU, enough to fill a GPU on one.
 BLOCK_ELEMENTS = {"cpu": 1 << 20}
@@ -77,6 +77,52 @@ def gradient(batch: RowBatch, coefs: Tensor, options: RowOptions, out: Tensor) -
         _gradient(part, coefs[:, rows], options, out[rows])
 
 
+def statistics(batch: RowBatch, options: RowOptions) -> tuple[Tensor, Tensor]:
+    """stats and coefs up to REVERSE_KL of a part of each row, by its own normalisers, which coefs
+    hold: both -inf where the part's ids are all excluded (see `sharded`)."""
+    dtype = torch.promote_types(batch.student.dtype, torch.float32)
+    n = batch.student.shape[0]
+    stats = batch.student.new_full((len(Stat), n), math.nan, dtype=dtype)
+    coefs = batch.student.new_zeros((len(Coef), n), dtype=dtype)
+    for rows, part in _blocks(batch):
+        s, c = stats[:, rows], coefs[:, rows]
+        lp, lq = _statistics(part, options, s, c)
+        sides = [(part.student, options.student, lp, Coef.STUDENT_MAX)]
+        if lq is not None:
+            sides.append((part.teacher, options.teacher, lq, Coef.TEACHER_MAX))
+        for logits, how, log_probs, at in sides:
+            high = c[at] = transform(logits, how, dtype).amax(-1)
+            c[at + 1] = torch.where(high == -math.inf, -math.inf, -log_probs.amax(-1))
+        # relative to the maxima alone, as the other engines have it
+        c[Coef.REVERSE_KL] += c[Coef.STUDENT_LOG_SUM] - c[Coef.TEACHER_LOG_SUM]
+    return stats, coefs
+
+
+def sums(batch: RowBatch, options: RowOptions, gated: Gate, stats: Tensor, coefs: Tensor) -> Tensor:
+    """The share (len(SUMS), n) of a part of each row in its sums, by the normalisers and the
+    threshold that coefs hold; anything in rows that need no sums."""
+    rule = options.rule
+    needed = rows_with_sums(gated, rule)
+    if batch.teacher is None:  # a few ids a row: all are summed, and known
+        needed = torch.ones_like(needed)
+    made = coefs.new_zeros((len(SUMS), coefs.shape[1]))
+    for rows, part in _blocks(batch):
+        picked = needed[rows].nonzero().squeeze(-1) if coefs.device.type == "cpu" else slice(None)
+        c = coefs[:, rows][:, picked].unsqueeze(-1)
+        lp = _log_p(transform(part.student[picked], options.student, c.dtype), c, options)
+        if part.teacher is None:
+            ids, lq, on_k = _given(part, rule.top_k, lp.shape[-1], c.dtype)
+            ids, lq, on_k = ids[picked], lq[picked], on_k[picked]
+            found = sum_terms(lp.gather(-1, ids), lq, on_k, rule, dense=False)
+        else:
+            masked = rule.uses_top_k or rule.divergence == "akl"
+            lq = _log_q(part.teacher[picked], c, options)
+            threshold = c[Coef.THRESHOLD].squeeze(-1) if masked else None
+            found = _dense_terms(lp, lq, threshold, rule)
+        made[:, rows][:, picked] = as_matrix(found)
+    return made
+
+
 def transform(
     logits: Tensor, how: LogitTransform, dtype: torch.dtype, bias: Tensor | None = None
 ) -> Tensor:
@@ -102,6 +148,21 @@ def _log_probs(logits: Tensor, how: LogitTransform, dtype: torch.dtype) -> Tenso
     """(rows, V). `log_softmax` subtracts the maximum first and the logarithm last, as it has to be;
     the gradient pass calls it again rather than rebuild it from stored normalisers."""
     return transform(logits, how, dtype).log_softmax(-1)
+
+
+def _log_p(z: Tensor, c: Tensor, options: RowOptions) -> Tensor:
+    """From transformed student logits; of a part of a row, by the normalisers in c (Coef, n, 1)."""
+    if options.sharded:
+        return (z - c[Coef.STUDENT_MAX]) - c[Coef.STUDENT_LOG_SUM]
+    return z.log_softmax(-1)
+
+
+def _log_q(logits: Tensor, c: Tensor, options: RowOptions) -> Tensor:
+    """The same from a teacher's raw logits."""
+    t = transform(logits, options.teacher, c.dtype)
+    if options.sharded:
+        return (t - c[Coef.TEACHER_MAX]) - c[Coef.TEACHER_LOG_SUM]
+    return t.log_softmax(-1)
 
 
 def _statistics(part: RowBatch, options: RowOptions, s: Tensor, c: Tensor):
@@ -153,30 +214,29 @@ def _sums(
     some = lp.device.type == "cpu" and not bool(needed.all())
     if some:
         lp, lq = lp[needed], lq[needed]
-    on_k = None
+    threshold = None
     if rule.divergence == "akl":  # whose gradient is not confined to its head
-        on_k = lq >= _head_threshold(lq, rule.divergence_parameter).unsqueeze(-1)
+        threshold = _head_threshold(lq, rule.divergence_parameter)
     elif rule.uses_top_k:
-        # The gradient pass may meet logits made again, by a product of another height that rounds
-        # otherwise: a margin of a few last bits keeps the k-th id in K there, too.
-        limits = torch.finfo(lq.dtype)
-        threshold = _kth_largest(lq, rule.top_k)
-        reach = threshold.abs() + (1 + (options.teacher.softcap or 0))
-        # Ids that the teacher excludes are never in K, however few it leaves.
-        threshold = (threshold - 16 * limits.eps * reach).nan_to_num_(nan=-math.inf)
-        threshold = threshold.clamp_min(limits.min)
+        threshold = with_margin(_kth_largest(lq, rule.top_k), options.teacher.softcap)
         c[Coef.THRESHOLD, needed if some else slice(None)] = threshold
-        if rule.sums_on_k_alone and lp.device.type == "cpu":
-            columns = columns_reaching(lq, threshold)
-            lp, lq = lp.gather(-1, columns), lq.gather(-1, columns)
-        on_k = lq >= threshold.unsqueeze(-1)
-    sums = sum_terms(lp, lq, on_k, rule, dense=True)
+    sums = _dense_terms(lp, lq, threshold, rule)
     if some:
         sums = _spread(sums, needed)
     if rule.uses_top_k:
         s[Stat.TEACHER_TOPK_MASS] = sums.teacher_mass.masked_fill(~needed, math.nan)
         s[Stat.STUDENT_TOPK_MASS] = sums.student_mass.masked_fill(~needed, math.nan)
     return sums
+
+
+def _dense_terms(lp: Tensor, lq: Tensor, threshold: Tensor | None, rule: TokenRule) -> Sums:
+    """Sums over the entries that reach the row's threshold; None stands for all of them."""
+    if threshold is None:
+        return sum_terms(lp, lq, None, rule, dense=True)
+    if rule.uses_top_k and rule.sums_on_k_alone and lp.device.type == "cpu":
+        columns = columns_reaching(lq, threshold)
+        lp, lq = lp.gather(-1, columns), lq.gather(-1, columns)
+    return sum_terms(lp, lq, lq >= threshold.unsqueeze(-1), rule, dense=True)
 
 
 def sum_terms(lp: Tensor, lq: Tensor, on_k: Tensor | None, rule: TokenRule, dense: bool) -> Sums:
@@ -237,10 +297,13 @@ def _gradient(part: RowBatch, c: Tensor, options: RowOptions, out: Tensor) -> No
     needs_teacher = (c[[Coef.P_TOP_K, Coef.REVERSE, Coef.Q, Coef.GENERATOR]] != 0).any(0)
     idle = (c[FIRST_WEIGHT:] == 0).all(0)
     c = c.unsqueeze(-1)
+    if options.sharded:  # log-ratios are formed with the log-sums here
+        c = c.clone()
+        c[Coef.REVERSE_KL] -= c[Coef.STUDENT_LOG_SUM] - c[Coef.TEACHER_LOG_SUM]
     z = transform(part.student, options.student, c.dtype)
-    d = z.softmax(-1)
+    d = _log_p(z, c, options).exp_() if options.sharded else z.softmax(-1)
     if rule.entropy_coef:
-        inner = z.log_softmax(-1).add_(c[Coef.ENTROPY]).where(d > 0, 0.0)
+        inner = _log_p(z, c, options).add_(c[Coef.ENTROPY]).where(d > 0, 0.0)
         d *= c[Coef.P] - c[Coef.ENTROPY_WEIGHT] * inner
     else:
         d *= c[Coef.P]
@@ -248,12 +311,12 @@ def _gradient(part: RowBatch, c: Tensor, options: RowOptions, out: Tensor) -> No
         picked = needs_teacher.nonzero().squeeze(-1) if on_cpu else slice(None)
         if not on_cpu or bool(needs_teacher.any()):
             add = _add_on_top_k if rule.uses_top_k and on_cpu else _add_teacher_terms
-            lp = z[picked].log_softmax(-1)
-            lq = _log_probs(part.teacher[picked], options.teacher, c.dtype)
+            lp = _log_p(z[picked], c[:, picked], options)
+            lq = _log_q(part.teacher[picked], c[:, picked], options)
             add(d, lp, lq, c[:, picked], picked, rule)
     elif part.ids is not None and rule.uses_sums:
         ids, lq, on_k = _given(part, rule.top_k, d.shape[-1], d.dtype)
-        lp = z.log_softmax(-1).gather(-1, ids)
+        lp = _log_p(z, c, options).gather(-1, ids)
         d.scatter_add_(-1, ids, on_top_k(lp, lp.exp(), lq, c, rule).where(on_k, 0.0))
     labels = part.labels.unsqueeze(-1)
     inside = (labels >= 0) & (labels < d.shape[-1])

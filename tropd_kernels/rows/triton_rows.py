@@ -16,7 +16,7 @@ from ..objectives import TokenRule
 from . import triton_kernels as kernels
 from .given import given_top_k
 from .layout import Coef, LogitTransform, RowBatch, RowOptions, Stat
-from .rule import topk_entropy
+from .rule import Gate, topk_entropy
 
 #: Rows of one program of the rule kernel.
 RULE_BLOCK = 128
@@ -24,8 +24,29 @@ RULE_BLOCK = 128
 
 def forward(batch: RowBatch, options: RowOptions) -> tuple[Tensor, Tensor]:
     """stats (Stat, n) and coefs (Coef, n) of the chunk."""
-    rule, z = options.rule, _rows(batch.student)
-    t = None if batch.teacher is None else _rows(batch.teacher)
+    rule, n = options.rule, batch.student.shape[0]
+    stats, coefs = statistics(batch, options)
+    if n == 0:
+        return stats, coefs
+    sums = None
+    dense = batch.teacher is not None
+    if dense and rule.uses_sums and not rule.sums_are_statistics:
+        sums = _dense_sums(batch, options, stats, coefs)
+    elif dense:
+        coefs[Coef.THRESHOLD] = -math.inf
+    elif batch.ids is not None and rule.uses_sums:
+        sums = _given_sums(batch, options, stats, coefs)
+    kernels.rule_kernel[(-(-n // RULE_BLOCK),)](
+        *_gate_inputs(batch, rule), batch.weight, options.entropy_threshold, stats, coefs, sums, n,
+        n, ACC=_acc(stats.dtype), **_gate_constants(rule), **_rule_constants(rule),
+        DENSE=dense, BLOCK=RULE_BLOCK, **FUSION_OFF,
+    )  # fmt: skip
+    return stats, coefs
+
+
+def statistics(batch: RowBatch, options: RowOptions) -> tuple[Tensor, Tensor]:
+    """stats and coefs up to REVERSE_KL, also of a part of each row; see `torch_rows.statistics`."""
+    z, t = _rows(batch.student), None if batch.teacher is None else _rows(batch.teacher)
     n, vocab_size = z.shape
     dtype = torch.promote_types(z.dtype, torch.float32)
     stats = z.new_full((len(Stat), n), math.nan, dtype=dtype)
@@ -33,50 +54,65 @@ def forward(batch: RowBatch, options: RowOptions) -> tuple[Tensor, Tensor]:
     if n == 0:
         return stats, coefs
     entropy = batch.teacher_entropy
-    given = None
-    if batch.ids is not None:
-        given = given_top_k(batch.ids, batch.topk_log_probs, rule.top_k, vocab_size)
-        if entropy is None:
-            whole = given_top_k(batch.ids, batch.topk_log_probs, None, vocab_size)
-            entropy = topk_entropy(whole[1]).to(dtype)
-    both = _transforms(options)
-    strides = (z.stride(0), 0 if t is None else t.stride(0))
+    if batch.ids is not None and entropy is None:
+        whole = given_top_k(batch.ids, batch.topk_log_probs, None, vocab_size)
+        entropy = topk_entropy(whole[1]).to(dtype)
     kernels.statistics_kernel[(n,)](
         z, t, options.student.bias, options.teacher.bias, batch.labels, batch.label_log_probs,
-        entropy, stats, coefs, vocab_size, *strides, n,
-        ACC=_acc(dtype), **both, **launch_options(vocab_size, dtype, loads=1 + (t is not None)),
-    )  # fmt: skip
-    gate_inputs = (
-        batch.old_log_probs, batch.advantages, batch.uniforms,
-        batch.prefix if rule.prefix_weight is not None else None,
-    )  # fmt: skip
-    sums = None
-    if t is not None and rule.uses_sums and not rule.sums_are_statistics:
-        sums = z.new_empty((kernels.SUMS, n), dtype=dtype)
-        kernels.dense_sums_kernel[(n,)](
-            z, t, options.student.bias, options.teacher.bias, *gate_inputs,
-            options.entropy_threshold, stats, coefs, sums, vocab_size, *strides, n,
-            ACC=_acc(dtype), **both, **_gate_constants(rule), GENERATOR=rule.generator,
-            TOP_K=rule.top_k if rule.uses_top_k else None,
-            SEARCH_BLOCK=min(512, launch_options(vocab_size, dtype, 2)["BLOCK"]),
-            **launch_options(vocab_size, dtype, loads=4),
-        )  # fmt: skip
-    elif t is not None:
-        coefs[Coef.THRESHOLD] = -math.inf
-    elif given is not None and rule.uses_sums:
-        sums = z.new_empty((kernels.SUMS, n), dtype=dtype)
-        ids, log_probs = given
-        kernels.given_sums_kernel[(n,)](
-            z, options.student.bias, ids, log_probs, stats, coefs, sums, z.stride(0),
-            ids.shape[1], n, ACC=_acc(dtype), **_transform("", options.student),
-            **_generator_constants(rule), BLOCK=_power_of_two(ids.shape[1]), **FUSION_OFF,
-        )  # fmt: skip
-    kernels.rule_kernel[(-(-n // RULE_BLOCK),)](
-        *gate_inputs, batch.weight, options.entropy_threshold, stats, coefs, sums, n, n,
-        ACC=_acc(dtype), **_gate_constants(rule), **_rule_constants(rule),
-        DENSE=t is not None, BLOCK=RULE_BLOCK, **FUSION_OFF,
+        entropy, stats, coefs, vocab_size, z.stride(0), 0 if t is None else t.stride(0), n,
+        ACC=_acc(dtype), **_transforms(options),
+        **launch_options(vocab_size, dtype, loads=1 + (t is not None)),
     )  # fmt: skip
     return stats, coefs
+
+
+def sums(batch: RowBatch, options: RowOptions, gated: Gate, stats: Tensor, coefs: Tensor) -> Tensor:
+    """Of a part of each row; see `torch_rows.sums`."""
+    if batch.teacher is None:
+        return _given_sums(batch, options, stats, coefs)
+    return _dense_sums(batch, options, stats, coefs, threshold_given=True)
+
+
+def _dense_sums(
+    batch: RowBatch,
+    options: RowOptions,
+    stats: Tensor,
+    coefs: Tensor,
+    threshold_given: bool = False,
+) -> Tensor:
+    """(SUMS, n). K by its k-th id, or as THRESHOLD gives it."""
+    rule, z, t = options.rule, _rows(batch.student), _rows(batch.teacher)
+    n, vocab_size = z.shape
+    sums = coefs.new_empty((kernels.SUMS, n))
+    kernels.dense_sums_kernel[(n,)](
+        z, t, options.student.bias, options.teacher.bias, *_gate_inputs(batch, rule),
+        options.entropy_threshold, stats, coefs, sums, vocab_size, z.stride(0), t.stride(0), n,
+        ACC=_acc(coefs.dtype), **_transforms(options), **_gate_constants(rule),
+        GENERATOR=rule.generator, TOP_K=rule.top_k if rule.uses_top_k else None,
+        THRESHOLD_GIVEN=threshold_given,
+        SEARCH_BLOCK=min(512, launch_options(vocab_size, coefs.dtype, 2)["BLOCK"]),
+        **launch_options(vocab_size, coefs.dtype, loads=4),
+    )  # fmt: skip
+    return sums
+
+
+def _given_sums(batch: RowBatch, options: RowOptions, stats: Tensor, coefs: Tensor) -> Tensor:
+    """(SUMS, n) over a top-k teacher's K."""
+    rule, z = options.rule, _rows(batch.student)
+    n, vocab_size = z.shape
+    sums = coefs.new_empty((kernels.SUMS, n))
+    ids, log_probs = given_top_k(batch.ids, batch.topk_log_probs, rule.top_k, vocab_size)
+    kernels.given_sums_kernel[(n,)](
+        z, options.student.bias, ids, log_probs, stats, coefs, sums, z.stride(0),
+        ids.shape[1], n, ACC=_acc(coefs.dtype), **_transform("", options.student),
+        **_generator_constants(rule), BLOCK=_power_of_two(ids.shape[1]), **FUSION_OFF,
+    )  # fmt: skip
+    return sums
+
+
+def _gate_inputs(batch: RowBatch, rule: TokenRule) -> tuple:
+    prefix = batch.prefix if rule.prefix_weight is not None else None
+    return batch.old_log_probs, batch.advantages, batch.uniforms, prefix
 
 
 def entropy(batch: RowBatch, options: RowOptions) -> Tensor:

@@ -35,10 +35,12 @@ def dense_sums_kernel(
     TEACHER_CAP: tl.constexpr, TEMPERATURE: tl.constexpr,
     GATE: tl.constexpr, OUTLIER_IS: tl.constexpr, TAU: tl.constexpr, KL_ENTROPY: tl.constexpr,
     DIVERGENCE: tl.constexpr, C: tl.constexpr, LOG_C: tl.constexpr, LOG_1_C: tl.constexpr,
-    GENERATOR: tl.constexpr, TOP_K: tl.constexpr, BLOCK: tl.constexpr, SEARCH_BLOCK: tl.constexpr,
+    GENERATOR: tl.constexpr, TOP_K: tl.constexpr, THRESHOLD_GIVEN: tl.constexpr,
+    BLOCK: tl.constexpr, SEARCH_BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Sums over K (or the vocabulary) for a row that needs them; a row that does not costs
-    nothing."""
+    nothing. THRESHOLD_GIVEN: K, or the head of AKL, is that of the threshold in coefs, of rows of
+    which these are a part."""
     row = tl.program_id(0).to(tl.int64)
     gate = _row_gate(
         row, old_log_probs, advantages, uniforms, prefix, entropy_threshold, stats, columns,
@@ -65,7 +67,9 @@ def dense_sums_kernel(
         t_log_sum = tl.load(coefs + TEACHER_LOG_SUM * columns)
         # Ids that the teacher excludes are never in K, however few it leaves.
         floor: tl.constexpr = -1e300 if ACC == tl.float64 else -3e38
-        if DIVERGENCE == "akl":
+        if THRESHOLD_GIVEN:
+            threshold = tl.load(coefs + C_THRESHOLD * columns)
+        elif DIVERGENCE == "akl":
             threshold = _search(
                 teacher, teacher_bias, t_top, t_log_sum, C, vocab_size, True, ACC,
                 TEACHER_SCALE, TEACHER_CAP, TEMPERATURE, SEARCH_BLOCK,

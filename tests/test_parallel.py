@@ -1,0 +1,695 @@
+"""Heads sharded over the vocabulary: processes on loopback against the same op in one process.
+
+A test spawns its processes once, which is what takes the time, and runs many cases in them: each is
+reported by name, rank and traceback, and the first that fails ends the rank.
+
+agreement: every objective, teacher form, backend and option, equal to the whole head's loss,
+statistics and gradients. communication: bytes sent, as `parallel` states them, at three heights of
+the head. bad_inputs: what one rank alone is given is an error on every rank.
+"""
+
+import importlib.util
+import os
+import time
+import traceback
+from datetime import timedelta
+from functools import partial
+from itertools import product
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from problems import (
+    OBJECTIVES,
+    TEACHERS,
+    K,
+    make_problem,
+    relative_error,
+    serves,
+    with_everything,
+)
+
+from tropd_kernels import (
+    OPD,
+    SFT,
+    HiddenTeacher,
+    LogitsTeacher,
+    TopKTeacher,
+    TrOPD,
+    distillation_loss,
+    linear_distillation_loss,
+    linear_log_probs,
+    native,
+    parallel,
+    parallel_checks,
+)
+
+FLOAT32 = 1e-5
+BACKENDS = ("torch",) if native.WHY_NOT else ("torch", "native")
+
+
+# --- processes -----------------------------------------------------------------------------------
+
+
+def worker(rank, ranks, folder, body, timeout):
+    torch.set_num_threads(1)
+    dist.init_process_group(
+        "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=ranks,
+        timeout=timedelta(seconds=timeout),
+    )  # fmt: skip
+    report = ""
+    try:
+        for name, case in body(ranks):
+            torch.manual_seed(0)
+            try:
+                case()
+            except Exception:
+                report += f"--- rank {rank}: {name}\n{traceback.format_exc()}\n"
+                break  # the ranks are out of step now
+    finally:
+        with open(f"{folder}/{rank}", "w") as file:
+            file.write(report or "passed")
+
+
+def run(ranks, folder, body, timeout=60, may_die=()):
+    """Runs `body(ranks)`, which yields (name, case), on every rank."""
+    processes = mp.start_processes(
+        worker, args=(ranks, str(folder), body, timeout), nprocs=ranks, join=False,
+        start_method="spawn",
+    )  # fmt: skip
+    for process in processes.processes:
+        process.join(240)
+        assert not process.is_alive(), "a rank hangs"
+    reports = [
+        (folder / str(rank)).read_text() if (folder / str(rank)).exists() else f"rank {rank} died"
+        for rank in range(ranks)
+        if rank not in may_die
+    ]
+    failed = [report for report in reports if report != "passed"]
+    assert not failed, "\n".join(failed)
+
+
+# --- shards --------------------------------------------------------------------------------------
+
+
+def ends(rows, ranks):
+    """First ids of shards of ceil(rows / ranks) rows, the last one shorter, and the end."""
+    return [min(rank * -(-rows // ranks), rows) for rank in range(ranks + 1)]
+
+
+def mine(tensor, dim=0, cuts=None):
+    bounds = cuts or ends(tensor.shape[dim], dist.get_world_size())
+    low, high = bounds[dist.get_rank()], bounds[dist.get_rank() + 1]
+    return tensor.narrow(dim, low, high - low).contiguous()
+
+
+def shard_of(teacher, cuts=None):
+    if isinstance(teacher, HiddenTeacher):
+        bias = None if teacher.bias is None else mine(teacher.bias, 0, cuts)
+        return HiddenTeacher(
+            teacher.hidden, mine(teacher.weight, 0, cuts), bias, teacher.logit_scale,
+            teacher.softcap,
+        )  # fmt: skip
+    if isinstance(teacher, LogitsTeacher):
+        return LogitsTeacher(mine(teacher.logits, -1, cuts))
+    return teacher
+
+
+def arguments(problem, rule, form, dtype):
+    """Teacher and options, in this dtype."""
+    options = problem.options
+    teacher = None
+    if rule.uses_teacher:
+        teacher = problem.teacher(form, dtype, options.get("temperature", 1.0))
+    wide = torch.promote_types(dtype, torch.float32)
+    options = {
+        k: v.to(wide) if isinstance(v, torch.Tensor) and v.is_floating_point() else v
+        for k, v in options.items()
+    }
+    return teacher, options | problem.student_head
+
+
+def compare(
+    problem, rule, form, backend, bound=FLOAT32, dtype=torch.float32, incoming=1.0,
+    cuts=None, teacher_cuts=None, trained=("hidden", "weight", "bias"), only_stats=False, **more,
+):  # fmt: skip
+    """Loss, statistics and gradients of the sharded call against the whole head's, on this rank."""
+    rule = OBJECTIVES.get(rule, rule)
+    teacher, options = arguments(problem, rule, form, dtype)
+    tensors = {"hidden": problem.hidden, "weight": problem.weight, "bias": problem.bias}
+    results = []
+    for sharded in (False, True):
+        leaves = {}
+        for name, tensor in tensors.items():
+            if tensor is not None:
+                part = mine(tensor, 0, cuts) if sharded and name != "hidden" else tensor
+                leaves[name] = part.to(dtype).clone().requires_grad_(name in trained)
+        out = linear_distillation_loss(
+            leaves["hidden"], leaves["weight"], problem.labels,
+            shard_of(teacher, teacher_cuts) if sharded else teacher, rule, backend=backend,
+            bias=leaves.get("bias"), process_group=dist.group.WORLD if sharded else None,
+            **(options | more),
+        )  # fmt: skip
+        (out.loss * incoming).sum().backward()
+        results.append((out, {k: leaf.grad for k, leaf in leaves.items()}))
+    (whole, expected), (shard, found) = results
+    for name, value in vars(whole.stats).items():
+        ours = getattr(shard.stats, name)
+        assert (ours is None) == (value is None), name
+        if value is not None:
+            bounds = dict(rtol=20 * bound, atol=20 * bound, equal_nan=True)
+            torch.testing.assert_close(ours, value, msg=name, **bounds)
+    alike("the statistics", torch.stack([v for v in vars(shard.stats).values() if v is not None]))
+    if only_stats:
+        return
+    assert shard.loss.dtype == whole.loss.dtype
+    # Losses of both signs cancel in the sum, whose rounding is theirs.
+    losses = whole.stats.token_loss
+    cancelled = max(1.0, float(losses.abs().sum() / losses.sum().abs()))
+    error = relative_error(shard.loss.detach(), whole.loss.detach())
+    assert error <= bound * cancelled, f"loss: {error}, cancelled {cancelled}"
+    alike("the loss", shard.loss.detach())
+    for name, truth in expected.items():
+        assert (truth is None) == (found[name] is None) == (name not in trained), name
+        if truth is None:
+            continue
+        # A shard's part of the head's gradient, by the norm of the whole.
+        part = truth if name == "hidden" else mine(truth, 0, cuts)
+        error = (found[name].double() - part.double()).norm() / truth.double().norm().clamp_min(
+            1e-30
+        )
+        assert error <= bound, f"d_{name}: {error}"
+        assert found[name].dtype == dtype
+    if found["hidden"] is not None:
+        alike("d_hidden", found["hidden"])
+
+
+def alike(what, tensor):
+    everyone = parallel.gather(dist.group.WORLD, tensor.double().nan_to_num(nan=-1e300))
+    assert all(torch.equal(each, everyone[0]) for each in everyone), f"{what}: the ranks differ"
+
+
+def bare(tokens=10, teacher_vocab_size=41, **sizes):
+    return make_problem(tokens, teacher_vocab_size=teacher_vocab_size, **sizes)
+
+
+def everything(**sizes):
+    return with_everything(bare(7, **sizes))
+
+
+# --- agreement with one process ------------------------------------------------------------------
+
+
+def served():
+    for name in OBJECTIVES:
+        for form in TEACHERS:
+            if serves(form, name) and (form == "sampled" or name != "sft"):
+                yield name, form
+
+
+def every_objective(ranks):
+    """V is divisible by neither number of ranks, and the heads are cut at different ids."""
+    for i, (name, form) in enumerate(served()):
+        # Each backend and each kind of problem with every objective and form, over both numbers of
+        # ranks; two ranks take two of the four combinations, four ranks one.
+        combinations = list(product(BACKENDS, (bare, everything)))
+        turn = [i % 2, 3 - i % 2] if ranks == 2 else [2 - i % 2]
+        for backend, make in dict.fromkeys(combinations[at % len(combinations)] for at in turn):
+            yield (
+                f"{backend} {name} {form} {make.__name__}",
+                partial(compare, make(), name, form, backend),
+            )
+
+
+def every_option(ranks):
+    some = ("tropd", "opd", "gkd", "akl", "entropy_opd", "tropd_renormalize_both", "tropd_bucket")
+    for backend, name in product(BACKENDS, some):
+        case = partial(compare, everything(), name, "hidden", backend)
+        incoming = torch.linspace(-1, 2, 7)
+        yield f"{backend} {name} none", partial(case, reduction="none", incoming=incoming)
+        yield f"{backend} {name} sum", partial(case, reduction="sum", normalizer=None)
+        yield f"{backend} {name} frozen head", partial(case, trained=("hidden",))
+        yield f"{backend} {name} frozen body", partial(case, trained=("weight",), normalizer=3.0)
+        yield f"{backend} {name} float64", partial(case, bound=1e-13, dtype=torch.float64)
+        yield f"{backend} {name} bf16", partial(case, bound=2**-7, dtype=torch.bfloat16)
+        # several chunks, of which the last is shorter
+        many = partial(compare, bare(700), name, "hidden", backend)
+        yield f"{backend} {name} chunks", partial(many, max_workspace_bytes=2_000_000)
+        more = dict(reduction="none", incoming=torch.linspace(-1, 2, 700))
+        yield f"{backend} {name} chunks none", partial(many, max_workspace_bytes=2_000_000, **more)
+    for backend in BACKENDS:
+        yield from corners(ranks, backend)
+
+
+def corners(ranks, backend):
+    for name, form in [
+        ("tropd", "hidden"),
+        ("tropd", "top_k"),
+        ("opd", "sampled"),
+        ("akl", "logits"),
+    ]:
+        none = bare()
+        none.labels = torch.full_like(none.labels, -100)
+        yield f"{backend} {name} no token counts", partial(compare, none, name, form, backend)
+        yield f"{backend} {name} no tokens", partial(compare, bare(0), name, form, backend)
+        yield (
+            f"{backend} {name} a seed",
+            partial(compare, bare(), name, form, backend, seed=5, uniforms=None),
+        )
+        yield (
+            f"{backend} {name} every token counts",
+            partial(compare, bare(), name, form, backend, ignore_index=None),
+        )
+    cuts, teacher_cuts = ragged([0, 2, 30, 33, 37], ranks), ragged([0, 33, 34, 35, 41], ranks)
+    for name in ("tropd_expected", "gkd"):
+        yield (
+            f"{backend} {name} ragged shards",
+            partial(
+                compare, everything(), name, "hidden", backend,
+                cuts=cuts, teacher_cuts=teacher_cuts,
+            ),
+        )  # fmt: skip
+        yield (
+            f"{backend} {name} ragged logits",
+            partial(
+                compare, everything(), name, "logits", backend,
+                cuts=cuts, teacher_cuts=teacher_cuts,
+            ),
+        )  # fmt: skip
+        yield (
+            f"{backend} {name} a lower teacher",
+            partial(compare, lower_teacher(), name, "hidden", backend),
+        )
+    for k in (1, 20, 60):  # fewer than a shard holds, more than one holds, more than there are
+        rule = TrOPD(gate="expected", top_k=k)
+        yield f"{backend} top {k}", partial(compare, everything(), rule, "logits", backend)
+    tied = bare()
+    tied.teacher_weight[[1, 8, 17, 26, 33]] = 3 * tied.teacher_weight[0]
+    yield f"{backend} ties", partial(compare, tied, "tropd_expected", "hidden", backend)
+    for name in ("tropd_expected", "gkd", "jeffreys", "akl", "mopd"):
+        # One shard of four has no id left, on both sides; of two, half of one.
+        cut = bare()
+        cut.labels = cut.labels % 30
+        cut.bias, cut.teacher_bias = (torch.zeros(n, dtype=torch.float64) for n in (37, 41))
+        cut.bias[30:] = cut.teacher_bias[30:] = -torch.inf
+        yield f"{backend} {name} excluded ids", partial(compare, cut, name, "hidden", backend)
+    # The teacher alone excludes them, and a label: both KLs are infinite or not as in one process.
+    less = bare()
+    less.teacher_bias = torch.zeros(41, dtype=torch.float64)
+    less.teacher_bias[10:20] = -torch.inf
+    less.labels[:3] = torch.tensor([12, 19, 31])
+    for name in ("tropd_expected", "forward_kl"):
+        yield (
+            f"{backend} {name} excluded by the teacher",
+            partial(compare, less, name, "hidden", backend, only_stats=name != "forward_kl"),
+        )
+    yield f"{backend} a NaN shows", partial(a_nan_shows, backend)
+    yield f"{backend} log-probs", partial(log_probs, backend)
+    for name, form, reduction in [
+        ("tropd", "hidden", "mean"), ("akl", "logits", "sum"), ("opd", "sampled", "none"),
+        ("tropd_expected", "top_k", "mean"), ("entropy_opd", "hidden", "none"),
+    ]:  # fmt: skip
+        yield (
+            f"{backend} existing logits {name} {form} {reduction}",
+            partial(existing_logits, name, form, backend, reduction),
+        )
+
+
+def ragged(cuts, ranks):
+    return cuts if ranks == 4 else [cuts[0], cuts[1], cuts[4]]
+
+
+def lower_teacher():
+    problem = bare(teacher_vocab_size=31)
+    problem.labels = problem.labels % 31
+    return problem
+
+
+def existing_logits(name, form, backend, reduction):
+    """`distillation_loss` on the shards of logits."""
+    problem = everything()
+    problem.student_head, problem.bias = {}, None
+    teacher, options = arguments(problem, OBJECTIVES[name], form, torch.float32)
+    logits = (problem.hidden @ problem.weight.T).float()
+    gradients, losses = [], []
+    for sharded in (False, True):
+        leaf = (mine(logits, -1) if sharded else logits).clone().requires_grad_()
+        out = distillation_loss(
+            leaf, problem.labels, shard_of(teacher) if sharded else teacher, OBJECTIVES[name],
+            backend=backend, reduction=reduction, **options,
+            process_group=dist.group.WORLD if sharded else None,
+        )  # fmt: skip
+        (out.loss * torch.linspace(-1, 2, 7)).sum().backward()
+        losses.append(out.loss.detach())
+        gradients.append(leaf.grad if sharded else mine(leaf.grad, -1))
+    assert relative_error(losses[1], losses[0]) <= FLOAT32
+    assert relative_error(gradients[1], gradients[0]) <= FLOAT32
+
+
+def log_probs(backend):
+    """`linear_log_probs` and the entropies, differentiable."""
+    problem = everything()
+    results = []
+    for sharded in (False, True):
+        hidden = problem.hidden.float().requires_grad_()
+        weight, bias = (
+            (mine(t) if sharded else t).float().requires_grad_()
+            for t in (problem.weight, problem.bias)
+        )
+        found = linear_log_probs(
+            hidden, weight, problem.labels, bias=bias, return_entropy=True, backend=backend,
+            process_group=dist.group.WORLD if sharded else None, **problem.student_head,
+        )  # fmt: skip
+        (found[0] * torch.linspace(-1, 2, 7) + found[1] ** 2).sum().backward()
+        heads = [t.grad if sharded else mine(t.grad) for t in (weight, bias)]
+        results.append([found[0].detach(), found[1].detach(), hidden.grad, *heads])
+    for whole, shard in zip(*results, strict=True):
+        assert relative_error(shard, whole) <= FLOAT32
+
+
+def a_nan_shows(backend):
+    """A shard whose logits are all NaN is not mistaken for one whose ids are all excluded."""
+    problem = bare()
+    problem.weight[30:] = torch.nan
+    weight = mine(problem.weight).float()
+    teacher = shard_of(problem.teacher("hidden", torch.float32))
+    out = linear_distillation_loss(
+        problem.hidden.float(), weight, problem.labels, teacher, OPD(), backend=backend,
+        process_group=dist.group.WORLD,
+    )  # fmt: skip
+    assert out.loss.isnan()
+    assert out.stats.log_probs.isnan().all()
+
+
+def agreement(ranks):
+    yield from every_objective(ranks)
+    # The options' cases in turns: each runs on two ranks or on four.
+    yield from (case for i, case in enumerate(every_option(ranks)) if i % 2 == ranks % 4 // 2)
+    if ranks == 2 and importlib.util.find_spec("triton"):
+        for name, form in [("tropd_bucket", "hidden"), ("akl", "logits"), ("jeffreys", "hidden"),
+                           ("tropd_expected", "top_k")]:  # fmt: skip
+            yield f"triton {name} {form}", partial(compare, everything(), name, form, "triton")
+
+
+# --- communication -------------------------------------------------------------------------------
+
+
+class Counted:
+    """Bytes that this rank sends, by the function that sends them."""
+
+    def __init__(self, monkeypatch):
+        self.bytes = dict.fromkeys(("all_gather", "all_reduce", "batch_isend_irecv"), 0)
+        for name, sent in (
+            ("all_gather", lambda parts, tensor, **_: [tensor]),
+            ("all_reduce", lambda tensor, **_: [tensor]),
+            ("batch_isend_irecv", lambda ops: [op.tensor for op in ops if op.op is dist.isend]),
+        ):
+            monkeypatch.setattr(dist, name, partial(self.count, name, sent, getattr(dist, name)))
+
+    def count(self, name, sent, function, *args, **kwargs):
+        self.bytes[name] += sum(t.numel() * t.element_size() for t in sent(*args, **kwargs))
+        return function(*args, **kwargs)
+
+
+def sent_by(problem, rule, form, **options):
+    """Bytes sent by one call, the backward included."""
+    with pytest.MonkeyPatch.context() as patch:
+        counted = Counted(patch)
+        teacher, given = arguments(problem, rule, form, torch.float32)
+        hidden = problem.hidden.float().requires_grad_()
+        weight = mine(problem.weight.float()).requires_grad_()
+        out = linear_distillation_loss(
+            hidden, weight, problem.labels, shard_of(teacher), rule,
+            process_group=dist.group.WORLD, **(given | options),
+        )  # fmt: skip
+        out.loss.sum().backward()
+        return counted.bytes
+
+
+def communication(ranks):
+    """Numbers of 4 bytes a token: what `parallel` states, H = 16 for d_hidden."""
+    n, stated = 10, {
+        ("tropd", "hidden"): 11 + K + 8,
+        ("opd", "hidden"): 11,
+        ("gkd", "logits"): 11 + 8,
+        ("reverse_kl", "hidden"): 11,
+        ("akl", "hidden"): 11 + 120 + 8,
+        ("tropd", "top_k"): 4 + 8,
+        ("opd", "sampled"): 4,
+        ("entropy_opd", "sampled"): 4 + 4,
+    }  # fmt: skip
+
+    def check(name, form, numbers, reduction):
+        for v in (37, 301, 1003):
+            sent = sent_by(bare(vocab_size=v, teacher_vocab_size=v), OBJECTIVES[name], form,
+                           reduction=reduction)  # fmt: skip
+            assert sent == {
+                "all_gather": 4 * numbers * n + 64 * 8,
+                "all_reduce": 4 * 16 * n,
+                "batch_isend_irecv": 0,
+            }, f"{v}: {sent}"
+
+    for (name, form), numbers in stated.items():
+        for reduction in ("mean", "none"):
+            yield f"{name} {form} {reduction}", partial(check, name, form, numbers, reduction)
+
+    def differently_cut():
+        """The rows of the teacher's head that change ranks follow from the padding, not from V."""
+        rank, rule = dist.get_rank(), OBJECTIVES["tropd"]
+        for v in (40, 400):
+            problem = bare(vocab_size=v, teacher_vocab_size=v + 3 * ranks)
+            sent = sent_by(problem, rule, "hidden")["batch_isend_irecv"]
+            assert sent == 4 * 24 * 3 * (rank + 1) * (rank + 1 < ranks), sent
+
+    def looks_once():
+        """Where looking at values costs a host sync, and the caller wants none, the checks are made
+        in the first call with the same shapes and options alone."""
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(parallel_checks, "_may_look", lambda call: False)
+            calls = [sent_by(bare(), OPD(), "sampled")["all_gather"] for _ in range(3)]
+            calls.append(sent_by(bare(), OPD(), "sampled", temperature=2.0)["all_gather"])
+        first, second = 4 * 4 * n + 64 * 8, 4 * 4 * n
+        assert calls == [first, second, second, first], calls
+
+    yield "differently cut", differently_cut
+    yield "looks once", looks_once
+
+
+# --- bad input -----------------------------------------------------------------------------------
+
+
+def bad_inputs(ranks):
+    """What one rank alone is given; every rank raises, and the next call is in step again."""
+    last = ranks - 1
+    at_fault = f"rank {last} of {ranks}"
+    labels = bare().labels
+    other = labels.clone()
+    other[3] = (other[3] + 1) % 37
+    top_k = bare().teacher("top_k", torch.float32)
+
+    def call(rule=None, form="hidden", everywhere=None, **wrong):
+        """`wrong` arguments on the last rank, `everywhere` on all."""
+        rule = rule or OBJECTIVES["tropd"]
+        problem = bare()
+        teacher, options = arguments(problem, rule, form, torch.float32)
+        given = dict(
+            hidden=problem.hidden.float().requires_grad_(),
+            weight=mine(problem.weight.float()).requires_grad_(),
+            labels=problem.labels, teacher=shard_of(teacher), objective=rule,
+            process_group=dist.group.WORLD, backend="torch", **options,
+        ) | (everywhere or {})  # fmt: skip
+        if dist.get_rank() == last:
+            given |= wrong
+        return linear_distillation_loss(**given)
+
+    def refused(match, kind=ValueError, **case):
+        with pytest.raises(kind, match=match):
+            call(**case)
+        assert call().loss.isfinite()
+
+    def disagree(name):
+        return f"disagree on {name}: {at_fault}"
+
+    def wide(width, dtype=torch.float32):
+        heights = {"hidden": 10, "weight": mine(bare().weight).shape[0]}
+        return {name: torch.zeros(tall, width, dtype=dtype) for name, tall in heights.items()}
+
+    n = 10
+    none = dict(uniforms=None, teacher=None)
+    sft = dict(objective=SFT(), teacher=None)
+    # name: (what the error says, what is wrong on the last rank, what is given on all)
+    cases = {
+        "dtype": (disagree("weight"), wide(16, torch.float64) | none, sft),
+        "hidden size": (disagree("weight") + ".*width 12, rank 0 .*width 16", wide(12), {}),
+        "its shapes": (f"{at_fault}: student hidden must be", dict(hidden=torch.zeros(n, 15)), {}),
+        "no tensor": (f"{at_fault}: labels must be int64", dict(labels=None), {}),
+        "labels": (disagree("labels") + ".*other values", dict(labels=other), {}),
+        "order of labels": (disagree("labels"), dict(labels=labels.flip(0)), {}),
+        "fewer tokens": (
+            disagree("hidden"), dict(hidden=torch.zeros(9, 16), labels=labels[:9]) | none, sft
+        ),
+        "temperature": (
+            disagree("temperature") + " has 2.0, rank 0 1.0", dict(temperature=2.0), {}
+        ),
+        "logit scale": (disagree("logit_scale"), dict(logit_scale=2.0), {}),
+        "soft cap": (disagree("softcap"), dict(softcap=30.0), {}),
+        "objective": (disagree("objective"), dict(objective=OBJECTIVES["gkd"]), {}),
+        "reduction": (disagree("reduction"), dict(reduction="sum"), {}),
+        "ignore_index": (disagree("ignore_index"), dict(ignore_index=-1), {}),
+        "normalizer": (disagree("normalizer"), dict(normalizer=3.0), {}),
+        "workspace": (disagree("max_workspace_bytes"), dict(max_workspace_bytes=10**9), {}),
+        "uniforms": (disagree("uniforms or seed"), dict(uniforms=torch.rand(n) / 2), {}),
+        "seed": (disagree("uniforms or seed"), dict(seed=1), dict(uniforms=None, seed=0)),
+        "token_weight": (disagree("token_weight"), dict(token_weight=torch.ones(n)), {}),
+        "old_log_probs": (
+            disagree("old_log_probs") + ".*other values", dict(old_log_probs=-torch.ones(n)),
+            dict(old_log_probs=-2 * torch.ones(n)),
+        ),
+        "prefix": (
+            disagree("teacher_prefix") + ".*other values",
+            dict(teacher_prefix=torch.ones(n).bool()), dict(teacher_prefix=torch.zeros(n).bool()),
+        ),
+        "advantages": (disagree("advantages"), dict(advantages=torch.ones(n)), {}),
+        "bias": (disagree("bias"), dict(bias=mine(torch.zeros(37))), {}),
+        "frozen": (disagree("requires_grad"), dict(hidden=torch.zeros(n, 16)), {}),
+        "teacher's form": (disagree("the teacher's weight"), dict(teacher=top_k), {}),
+        "teacher's ids": (
+            disagree("the teacher's ids"),
+            dict(teacher=TopKTeacher(top_k.ids.roll(1, 0), top_k.log_probs, top_k.label_log_probs)),
+            dict(teacher=top_k),
+        ),
+        "teacher's width": (
+            disagree("the teacher's weight") + ".*width 8",
+            dict(teacher=HiddenTeacher(torch.zeros(n, 8), torch.zeros(10, 8))), {},
+        ),
+        # wrong on all ranks alike
+        "labels beyond the shards": (
+            "label 37 lies outside the vocabulary of 37 ids.*ranks of process_group hold", {},
+            dict(labels=labels.new_full((n,), 37)),
+        ),
+        "a rank with no id": (
+            f"rank {ranks // 2} of {ranks} holds none of the .* ids that student and teacher", {},
+            dict(teacher=LogitsTeacher(torch.zeros(n, 3))),
+        ),
+    }  # fmt: skip
+    if not native.WHY_NOT:
+        cases["backend"] = (disagree("backend"), dict(backend="native"), {})
+    for name, (match, wrong, everywhere) in cases.items():
+        yield name, partial(refused, match, everywhere=everywhere, **wrong)
+    half, by_name = torch.zeros(n, 16).bfloat16(), dict(process_group="world")
+    for match, kind, wrong, everywhere in (
+        (f"{at_fault}: student hidden is", TypeError, dict(hidden=half), {}),
+        (f"{at_fault}: objective must be", TypeError, dict(objective=3), {}),
+        ("backend='reference' takes no", NotImplementedError, {}, dict(backend="reference")),
+        ("process_group must be", TypeError, {}, by_name),
+    ):
+        yield match, partial(refused, match, kind, everywhere=everywhere, **wrong)
+    yield "outside the group", partial(outside_the_group, ranks)
+    yield "DTensors", dtensors
+
+
+def outside_the_group(ranks):
+    inside = list(range(1, ranks))
+    group = dist.new_group(inside)
+    problem = bare()
+    if dist.get_rank() == 0:
+        with pytest.raises(TypeError, match="outside it, new_group"):
+            linear_distillation_loss(
+                problem.hidden, problem.weight, problem.labels, None, SFT(), process_group=group
+            )
+        return
+    bounds = ends(37, len(inside))
+    at = inside.index(dist.get_rank())
+    weight = problem.weight[bounds[at] : bounds[at + 1]]
+    out = linear_distillation_loss(
+        problem.hidden, weight, problem.labels, None, SFT(), process_group=group
+    )
+    whole = linear_distillation_loss(problem.hidden, problem.weight, problem.labels, None, SFT())
+    assert relative_error(out.loss, whole.loss) < 1e-12
+
+
+def dtensors():
+    """A head that is a DTensor with Shard(0) brings its group; its gradient is one, too."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    problem = bare()
+    teacher = problem.teacher("hidden", torch.float32)
+    hidden = problem.hidden.float().requires_grad_()
+    weight = problem.weight.float().requires_grad_()
+    rule = OBJECTIVES["tropd_expected"]
+    given = dict(labels=problem.labels, objective=rule)
+    linear_distillation_loss(hidden, weight, teacher=teacher, **given).loss.backward()
+
+    def cut(tensor, placement=None):
+        return distribute_tensor(tensor.detach(), mesh, [placement or Shard(0)]).requires_grad_()
+
+    ours, head = cut(hidden, Replicate()), cut(weight)
+    theirs = HiddenTeacher(teacher.hidden, cut(teacher.weight).detach())
+    linear_distillation_loss(ours, head, teacher=theirs, **given).loss.backward()
+    assert relative_error(ours.grad.to_local(), hidden.grad) < FLOAT32
+    assert relative_error(head.grad.full_tensor(), weight.grad) < FLOAT32
+    with pytest.raises(ValueError, match="weight is a DTensor with placements"):
+        linear_distillation_loss(hidden, cut(weight, Shard(1)), teacher=theirs, **given)
+    with pytest.raises(ValueError, match="hidden is a DTensor with placements"):
+        linear_distillation_loss(cut(hidden), head, teacher=theirs, **given)
+
+
+def all_cases(ranks):
+    for cases in (agreement, communication, bad_inputs):
+        yield from ((f"{cases.__name__}: {name}", case) for name, case in cases(ranks))
+
+
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_agreement_with_the_whole_head_communication_and_bad_input(ranks, tmp_path):
+    run(ranks, tmp_path, all_cases)
+
+
+# --- ranks that end, or hang ---------------------------------------------------------------------
+
+
+def hangs_and_ends(ranks):
+    """Rank 1 hangs in the middle of a call that it shares with rank 0, rank 2 ends in another."""
+    rank, seconds = dist.get_rank(), 4
+    groups = [dist.new_group([0, other], timeout=timedelta(seconds=seconds)) for other in (1, 2)]
+
+    def call(group):
+        problem = bare()
+        low, high = ends(37, 2)[min(rank, 1) :][:2]
+        hidden = problem.hidden.requires_grad_()
+        linear_distillation_loss(
+            hidden, problem.weight[low:high], problem.labels, None, SFT(), process_group=group
+        )
+
+    def fails(group):
+        started = time.monotonic()
+        with pytest.raises(RuntimeError, match="rank 0 of 2: an exchange .* process_group"):
+            call(group)
+        assert time.monotonic() - started < 2 * seconds
+
+    def hangs():
+        if rank == 0:
+            fails(groups[0])
+        elif rank == 1:
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(parallel.Shard, "gather", lambda *_: time.sleep(seconds + 2))
+                with pytest.raises(AttributeError):
+                    call(groups[0])
+        dist.barrier()
+
+    def ends_early():
+        if rank == 0:
+            fails(groups[1])
+        elif rank == 2:
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(parallel.Shard, "sum_", lambda *_: os._exit(1))
+                call(groups[1])
+
+    yield "hangs", hangs
+    yield "ends", ends_early
+
+
+def test_a_rank_that_ends_or_hangs_is_an_error_within_the_time_out(tmp_path):
+    run(3, tmp_path, hangs_and_ends, may_die=(2,))

@@ -1,0 +1,80 @@
+"""Checks of the public functions' arguments, but for heads and teachers (see `teachers`)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .objectives import TokenRule
+
+REDUCTIONS = ("mean", "sum", "none")
+
+
+def check_call(
+    student, labels, rule, temperature, ignore_index, reduction, max_workspace_bytes
+) -> None:
+    if not isinstance(rule, TokenRule):
+        raise TypeError(f"objective must be a TokenRule, such as TrOPD(); got {rule!r}")
+    if not isinstance(labels, Tensor) or labels.dtype != torch.int64 or (
+        labels.shape != student.shape[:-1]
+    ):  # fmt: skip
+        given = (
+            f"{labels.dtype} {tuple(labels.shape)}" if isinstance(labels, Tensor) else repr(labels)
+        )
+        raise (TypeError if getattr(labels, "shape", None) == student.shape[:-1] else ValueError)(
+            f"labels must be int64 of shape {tuple(student.shape[:-1])}, got {given}: shift them "
+            "so that hidden[i] (or logits[i]) predicts labels[i]"
+        )
+    if not isinstance(temperature, (int, float)) or not 0 < temperature < float("inf"):
+        raise ValueError(f"temperature must be a positive number, got {temperature!r}")
+    if ignore_index is not None and not isinstance(ignore_index, int):
+        raise TypeError(f"ignore_index must be an int or None, got {ignore_index!r}")
+    if reduction not in REDUCTIONS:
+        raise ValueError(
+            f"reduction must be one of {', '.join(map(repr, REDUCTIONS))}; got {reduction!r}"
+        )
+    if max_workspace_bytes is not None and not (
+        isinstance(max_workspace_bytes, int) and max_workspace_bytes > 0
+    ):
+        raise ValueError(
+            f"max_workspace_bytes must be positive or None, got {max_workspace_bytes!r}"
+        )
+
+
+def flat_per_token(name: str, value: Tensor | None, labels: Tensor) -> Tensor | None:
+    """Flat and detached, after a look at shape and dtype."""
+    if value is None:
+        return None
+    public = {"weight": "token_weight", "prefix": "teacher_prefix"}.get(name, name)
+    if not isinstance(value, Tensor) or value.shape != labels.shape:
+        given = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
+        raise ValueError(
+            f"{public} must be a tensor of the labels' shape {tuple(labels.shape)}, got {given}"
+        )
+    if name == "prefix":
+        if value.dtype != torch.bool:
+            raise TypeError(f"{public} must be bool, got {value.dtype}: pass {public}.bool()")
+    elif not value.is_floating_point():
+        raise TypeError(f"{public} must be of a float dtype, got {value.dtype}")
+    elif value.requires_grad:
+        raise ValueError(
+            f"{public} requires grad, but the loss treats it as a constant (K1 back-propagated "
+            "directly would never see the teacher): pass it detached"
+        )
+    return value.reshape(-1)
+
+
+def public(per_token: dict) -> dict:
+    """Per-token tensors under the names that the caller used."""
+    return {
+        {"weight": "token_weight", "prefix": "teacher_prefix"}.get(k, k): v
+        for k, v in per_token.items()
+    }
+
+
+def check_devices(student: Tensor, tensors: dict) -> None:
+    for name, tensor in tensors.items():
+        if isinstance(tensor, Tensor) and tensor.device != student.device:
+            raise ValueError(
+                f"{name} is on {tensor.device}, the student on {student.device}: move it there"
+            )

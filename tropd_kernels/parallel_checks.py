@@ -1,0 +1,245 @@
+"""Do the ranks of a process group make the same call? And which part of the head does each hold?
+
+One exchange of 64 int64 numbers, before anything else: whether the rank's own checks passed,
+the heights of its shards, and a digest of every argument that has to be the same everywhere. All
+ranks see all numbers, so an error is raised on every one of them, and names the rank and the
+argument; only then do the ranks exchange words as well.
+
+hidden itself is compared by shape and dtype alone: its replicas may differ in a last bit. What
+steers the loss token by token (labels, draws, weights, log-probs given) is compared to the bit,
+by a digest: ranks that disagreed on it would sum gradients of different losses.
+
+The exchange costs a host sync on a GPU. Where the caller has asked for none (`ignore_index=None`),
+it is made in the first call with these shapes and options alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from hashlib import blake2b
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from .linear_loss import INPUTS
+from .parallel import Shard, bounds, gather
+
+#: Errors that a rank can pass on to the others, by their code.
+ERRORS: tuple[type[Exception], ...] = (
+    ValueError, TypeError, NotImplementedError, RuntimeError
+)  # fmt: skip
+#: Numbers of a call.
+NUMBERS = 64
+#: Bytes of a message between ranks.
+MESSAGE = 2000
+#: What the caller calls the per-token inputs.
+PUBLIC = {
+    "weight": "token_weight",
+    "prefix": "teacher_prefix",
+    "uniforms": "uniforms or seed",
+    "ids": "the teacher's ids",
+    "topk_log_probs": "the teacher's log_probs",
+    "label_log_probs": "the teacher's label_log_probs",
+    "teacher_entropy": "the teacher's entropy",
+}
+#: Facts about a call: name of the argument, and what it is, in words or as a tensor of values.
+Facts = list[tuple[str, str, Tensor | None]]
+
+_seen: WeakKeyDictionary[dist.ProcessGroup, dict[Any, Shard]] = WeakKeyDictionary()
+
+
+def agree(group: dist.ProcessGroup, prepare: Callable[[], Any], reduction: str) -> tuple:
+    """What `prepare` makes of this rank's arguments, the arguments of `sharded_loss` first, and the
+    rank's Shard.
+
+    Raises on every rank what `prepare` raises on any, and ValueError where the ranks disagree.
+    """
+    error: Exception | None = None
+    try:
+        prepared = prepare()
+        call = prepared[0]
+        heights, facts = _heights(call), _facts(call, reduction)
+    except Exception as raised:
+        error, heights, facts = raised, (0, 0), None
+    key = None
+    if facts is not None and not _may_look(call):
+        key = (heights, tuple(words for _, words, _ in facts))
+        known = _seen.setdefault(group, {}).get(key)
+        if known is not None:
+            return prepared, known
+    table = gather(group, _numbers(group, error, heights, facts)).tolist()
+    _raise_errors(group, error, [row[0] for row in table])
+    _raise_differences(group, facts, [row[3:] for row in table])
+    shard = _layout(group, [row[1] for row in table], [row[2] for row in table])
+    if key is not None:
+        _seen[group][key] = shard
+    return prepared, shard
+
+
+def _may_look(call) -> bool:
+    """Values can be looked at: on a CPU, or where the call waits for the GPU in any case."""
+    (_, _, _, labels, *_), *_, ignore_index, _ = call
+    return labels.device.type == "cpu" or ignore_index is not None
+
+
+# --- what is compared ----------------------------------------------------------------------------
+
+
+def _heights(call) -> tuple[int, int]:
+    """Ids of the student's shard, and of the teacher's; -1 where there is none."""
+    (student, weight, _, _, teacher, teacher_weight, _), *_ = call
+    ours, theirs = (
+        -1 if source is None else source.shape[1] if head is None else head.shape[0]
+        for source, head in ((student, weight), (teacher, teacher_weight))
+    )
+    return ours, theirs
+
+
+def _facts(call, reduction: str) -> Facts:
+    """The same list of arguments on every rank, whatever they are."""
+    tensors, inputs, scale, needs, rule, scales, backend, ignore_index, max_workspace_bytes = call
+    hidden, weight, bias, labels, teacher, teacher_weight, teacher_bias = tensors
+
+    def kind(tensor: Tensor | None) -> str:
+        return "none" if tensor is None else f"{tensor.dtype}"
+
+    def head(tensor: Tensor | None) -> str:
+        return "none" if tensor is None else f"{tensor.dtype} of width {tensor.shape[1]}"
+
+    def values(name: str, tensor: Tensor | None) -> tuple[str, str, Tensor | None]:
+        words = "none" if tensor is None else f"{tensor.dtype} {tuple(tensor.shape)} with values"
+        return name, words, tensor
+
+    scale_words = ("logit_scale", "softcap", "the teacher's logit_scale", "the teacher's softcap")
+    wants = [name for name, need in zip(("hidden", "weight", "bias"), needs, strict=True) if need]
+    source = teacher if teacher_weight is not None else None
+    name, shape = ("hidden", tuple(hidden.shape)) if weight is not None else ("logits", len(hidden))
+    rows = None if teacher is None else teacher.shape[0]
+    return [
+        ("weight", head(weight), None),
+        (name, f"{hidden.dtype} {shape}", None),
+        ("bias", kind(bias), None),
+        ("requires_grad", f"of {' and '.join(wants) or 'nothing'}", None),
+        ("the teacher's weight", head(teacher_weight), None),
+        ("the teacher's hidden", kind(source), None),
+        ("the teacher's logits", kind(None if source is not None else teacher), None),
+        ("the teacher", f"{rows} rows", None),
+        ("the teacher's bias", kind(teacher_bias), None),
+        ("objective", repr(rule), None),
+        *[(name, repr(value), None) for name, value in zip(scale_words, scales)],
+        ("temperature", repr(scales[-1]), None),
+        ("ignore_index", repr(ignore_index), None),
+        ("reduction", repr(reduction), None),
+        ("backend", repr(backend), None),
+        ("max_workspace_bytes", repr(max_workspace_bytes), None),
+        values("labels", labels),
+        *[values(PUBLIC.get(name, name), inputs.get(name)) for name in INPUTS],
+        values("normalizer", scale),
+    ]
+
+
+def _numbers(
+    group: dist.ProcessGroup, error: Exception | None, heights: tuple[int, int], facts: Facts | None
+) -> Tensor:
+    """(NUMBERS,): the error's code or 0, two heights, and each fact's words and values."""
+    home = _home(group)
+    if error is not None:
+        code = next((i for i, e in enumerate(ERRORS) if isinstance(error, e)), len(ERRORS) - 1)
+        return torch.tensor([code + 1, *[0] * (NUMBERS - 1)], device=home)
+    numbers = torch.zeros(NUMBERS, dtype=torch.int64)
+    words = torch.tensor([0, *heights, *[_hash(words) for _, words, _ in facts]])
+    numbers[: len(words)] = words
+    numbers = numbers.to(home)
+    digests = [digest(value).to(home) for _, _, value in facts if value is not None]
+    numbers[len(words) : len(words) + len(digests)] = torch.stack(digests)
+    return numbers
+
+
+def _hash(words: str) -> int:
+    return int.from_bytes(blake2b(words.encode(), digest_size=7).digest(), "big")
+
+
+def digest(values: Tensor) -> Tensor:
+    """A 0-d int64 tensor that changes with any value, and with their order."""
+    prime = 2**31 - 1  # so that no product reaches 2^63
+    flat = values.detach().reshape(-1)
+    if flat.is_floating_point():
+        words = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+        flat = flat.view(words[flat.element_size()])
+    flat = flat.long()
+    at = torch.arange(1, flat.numel() + 1, device=flat.device)
+    low, high = (flat & 0xFFFFFFFF) % prime, (flat >> 32) % prime
+    mixed = (low * 48271 + high * 69621 + at) % prime
+    return (mixed * (at * 16807 % prime + 1) % prime * (mixed + 1) % prime).sum()
+
+
+def _home(group: dist.ProcessGroup) -> torch.device:
+    """Where the group's backend takes tensors, whatever this rank was given."""
+    if "nccl" in dist.get_backend(group):
+        return torch.device("cuda", torch.cuda.current_device())
+    return torch.device("cpu")
+
+
+# --- what follows from it ------------------------------------------------------------------------
+
+
+def _raise_errors(group: dist.ProcessGroup, error: Exception | None, codes: list[int]) -> None:
+    if not any(codes):
+        return
+    said = _texts(group, "" if error is None else str(error))
+    if error is not None and not isinstance(error, ERRORS):
+        raise error
+    first = next(rank for rank, code in enumerate(codes) if code)
+    kind = ERRORS[codes[first] - 1]
+    raise kind(f"rank {first} of {len(codes)}: {said[first]}") from error
+
+
+def _raise_differences(group: dist.ProcessGroup, facts: Facts, table: list[list[int]]) -> None:
+    compared = [(name, words) for name, words, _ in facts]
+    # Where the words agree, so does the list of those that have values.
+    compared += [(name, "other values") for name, _, value in facts if value is not None]
+    for i, (name, words) in enumerate(compared):
+        odd = [rank for rank, row in enumerate(table) if row[i] != table[0][i]]
+        if not odd:
+            continue
+        said = _texts(group, words)
+        has = f"rank {odd[0]} of {len(table)} has {said[odd[0]]}"
+        has += f", rank 0 {said[0]}" if said[odd[0]] != said[0] else " than rank 0"
+        others = f" (ranks {odd[1:]} differ from rank 0, too)" if len(odd) > 1 else ""
+        raise ValueError(
+            f"the ranks of process_group disagree on {name}: {has}{others}. With a head sharded "
+            "over the vocabulary every rank is given the same tokens and options, and only its own "
+            "rows of the head"
+        )
+
+
+def _layout(group: dist.ProcessGroup, heights: list[int], teacher_heights: list[int]) -> Shard:
+    dense = teacher_heights[0] >= 0
+    v = min(sum(heights), sum(teacher_heights)) if dense else sum(heights)
+    shard = Shard(
+        group=group,
+        bounds=bounds(heights, v),
+        teacher_bounds=bounds(teacher_heights, sum(teacher_heights)) if dense else None,
+        vocab_size=v,
+    )
+    for rank, (low, high) in enumerate(zip(shard.bounds, shard.bounds[1:])):
+        if low == high:
+            raise ValueError(
+                f"rank {rank} of {len(heights)} holds none of the {v} ids that student and teacher "
+                f"share: the student's shards have {heights} rows, the teacher's "
+                f"{teacher_heights}; pass a process_group that covers the heads, or shard the "
+                "student's more evenly"
+            )
+    return shard
+
+
+def _texts(group: dist.ProcessGroup, text: str) -> list[str]:
+    """Every rank's text."""
+    data = text.encode()[:MESSAGE].ljust(MESSAGE, b"\0")
+    sent = torch.tensor(list(data), dtype=torch.uint8, device=_home(group))
+    return [
+        bytes(row).rstrip(b"\0").decode(errors="replace") for row in gather(group, sent).tolist()
+    ]

@@ -1,0 +1,98 @@
+"""The loss of a vocabulary-parallel head as an autograd function: `ops.distill` of one shard.
+
+Not a custom op, whose schema has no room for a process group. Under torch.compile the call runs
+eagerly, a graph break; with fullgraph=True it is an error.
+
+As in `ops.py`, gradients of a scalar loss are formed in the forward and scaled in the backward,
+which then communicates nothing; per-token losses recompute in the backward, which then sums
+d_hidden over the ranks, so all of them have to run it, in the same order.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from . import ops
+from .linear_loss import INPUTS, Needs, Problem, backward, forward
+from .parallel import Shard
+
+
+def sharded_loss(
+    shard: Shard, tensors, inputs, scale, needs, rule, scales, backend, ignore_index,
+    max_workspace_bytes,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """(loss, token_loss, stats) of the flat problem, as `ops.distill` gives them."""
+    student, weight, bias, labels, *teacher = tensors
+    teacher, pieces = _aligned(shard, *teacher)
+    settings = (rule.key, scales, backend, ignore_index, max_workspace_bytes, shard)
+    row_inputs = [inputs.get(name) for name in INPUTS]
+    return _ShardedLoss.apply(
+        student, weight, bias, labels, *teacher, scale, needs, settings, len(pieces), *pieces,
+        *row_inputs,
+    )  # fmt: skip
+
+
+def _aligned(shard: Shard, source, weight, bias):
+    """The teacher's logits, or its head, for the ids of this shard: (source, weight, bias) and the
+    pieces of what lies in several tensors."""
+    if source is None:
+        return (None, None, None), ()
+    if weight is None:
+        pieces = tuple(part.t() for part in shard.reshard(source.t()))
+        return (pieces[0], None, None), pieces if len(pieces) > 1 else ()
+    pieces = shard.reshard(weight)
+    if bias is not None:
+        bias = torch.cat(shard.reshard(bias))
+    return (source, pieces[0], bias), pieces if len(pieces) > 1 else ()
+
+
+class _ShardedLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx, student, weight, bias, labels, teacher, teacher_weight, teacher_bias, scale, needs,
+        settings, n_pieces, *rest,
+    ):  # fmt: skip
+        tensors = (student, weight, bias, labels, teacher, teacher_weight, teacher_bias)
+        problem = _problem(tensors, settings, n_pieces, rest)
+        with ops.device_of(student):
+            result = forward(problem, Needs(*needs), scale)
+        token_loss = ops.weighed_losses(problem, result)
+        loss = token_loss.sum() * scale
+        ctx.set_materialize_grads(False)
+        ctx.needs, ctx.settings, ctx.n_pieces = list(needs), settings, n_pieces
+        if any(needs):
+            ctx.mark_non_differentiable(token_loss, result.stats)
+            ctx.dtypes = [None if t is None else t.dtype for t in (student, weight, bias)]
+            ctx.save_for_backward(result.d_student, result.d_weight, result.d_bias)
+        else:
+            ctx.save_for_backward(*tensors, result.coefs, scale, *rest)
+        return loss, token_loss, result.stats
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, d_loss, d_token_loss, d_stats):
+        if any(ctx.needs):
+            gradients = [
+                ops.scaled(g, d_loss, dtype) if need and d_loss is not None else None
+                for g, dtype, need in zip(ctx.saved_tensors, ctx.dtypes, ctx.needs, strict=True)
+            ]
+        else:
+            *tensors, coefs, scale = ctx.saved_tensors[:9]
+            problem = _problem(tensors, ctx.settings, ctx.n_pieces, ctx.saved_tensors[9:])
+            carried = ops.carry(coefs, scale, d_loss, d_token_loss, d_stats)
+            with ops.device_of(tensors[0]):
+                result = backward(problem, carried, Needs(*ctx.needs_input_grad[:3]))
+            made = (result.d_student, result.d_weight, result.d_bias)
+            gradients = [
+                None if g is None else g.to(t.dtype) for g, t in zip(made, tensors, strict=False)
+            ]
+        return (*gradients, *[None] * (len(ctx.needs_input_grad) - 3))
+
+
+def _problem(tensors, settings, n_pieces, rest) -> Problem:
+    *options, shard = settings
+    pieces, inputs = rest[:n_pieces], rest[n_pieces:]
+    arguments = [*tensors, inputs, *options, shard, tuple(pieces)]
+    return ops.flat_problem(*arguments)

@@ -1,0 +1,203 @@
+"""The row engine of one shard of the vocabulary: any backend's passes, with exchanges in between.
+
+A rank has columns [low, low + width) of every row. Its engine makes the passes over those; here the
+shards' numbers become the rows':
+
+    statistics   each shard by its own normaliser, then one exchange. With P_r the shard's share of
+                 the student's mass, Q_r of the teacher's, the chain rule gives, exactly,
+                     H(p)      = sum_r P_r (H_r - log P_r)
+                     KL(p||q)  = sum_r P_r (KL_r + log P_r - log Q_r)      KL(q||p) likewise
+                     log p(y)  = log p_r(y) + log P_r                      on the shard that has y
+    threshold    of K and of AKL's head, where the rule has one (`sharded_search`)
+    sums         over K or the vocabulary, by the whole row's normaliser, hence additive: one more
+                 exchange, where the rule needs them
+    rule         on every rank alike: the same numbers go in, in the same order
+    gradient     of the shard's columns, with nothing to exchange
+
+The exchanges gather a few numbers a token from every rank, 4 or 11 statistics and 8 sums, and each
+rank adds them up in float64 in the order of ranks: all get the same bits, whatever the collective's
+own order. Their sizes depend on the batch's shape and on the rule, never on values, so that ranks
+whose arithmetic differs in a last bit still meet in the same collective.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from types import ModuleType
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from .given import given_statistics, given_top_k
+from .layout import Coef, RowBatch, RowOptions, Stat
+from .rule import SUMS, Gate, Sums, apply_rule, forward_kl, gate, rows_with_sums, topk_entropy
+from .sharded_search import head_threshold, top_k_threshold
+
+if TYPE_CHECKING:
+    from ..parallel import Shard
+
+#: What a shard says of a row, and what it says besides where there is a dense teacher.
+STUDENT_COEFS = (Coef.STUDENT_MAX, Coef.STUDENT_LOG_SUM)
+STUDENT_STATS = (Stat.LOG_PROB, Stat.ENTROPY)
+TEACHER_COEFS = (Coef.TEACHER_MAX, Coef.TEACHER_LOG_SUM, Coef.REVERSE_KL)
+TEACHER_STATS = (
+    Stat.TEACHER_LOG_PROB, Stat.TEACHER_ENTROPY, Stat.FORWARD_KL, Stat.REVERSE_KL
+)  # fmt: skip
+
+
+class ShardRows:
+    """The interface of a row engine, on a shard's columns and every rank's numbers.
+
+    Batches come with labels and ids of the whole vocabulary, and logits of the shard.
+    """
+
+    def __init__(self, engine: ModuleType, shard: Shard):
+        self.engine, self.shard = engine, shard
+
+    def forward(self, batch: RowBatch, options: RowOptions) -> tuple[Tensor, Tensor]:
+        """stats (Stat, n), the same on every rank, and coefs (Coef, n)."""
+        part = self._part(batch, options)
+        stats, coefs = self._statistics(part, options)
+        if batch.teacher is None:
+            given_statistics(part, stats)
+        gated = gate(stats, part, options)
+        sums = self._sums(part, options, gated, stats, coefs)
+        apply_rule(stats, coefs, gated, sums, part, options)
+        if batch.teacher is None and sums is not None:
+            stats[Stat.FORWARD_KL] = forward_kl(sums, options.rule)[0]
+        return stats, coefs
+
+    def entropy(self, batch: RowBatch, options: RowOptions) -> Tensor:
+        """H(p) (n,) alone, for rules that rank the batch by it."""
+        return self._statistics(self._part(batch, options), options)[0][Stat.ENTROPY]
+
+    def gradient(self, batch: RowBatch, coefs: Tensor, options: RowOptions, out: Tensor) -> None:
+        """Writes the shard's columns of d_logits."""
+        self.engine.gradient(self._part(batch, options), coefs, options, out)
+
+    def _part(self, batch: RowBatch, options: RowOptions) -> RowBatch:
+        """With labels and ids as columns of this shard; those of other shards lie outside it. K and
+        the entropy of a top-k teacher are those of its whole row."""
+        labels = batch.labels - self.shard.low
+        if batch.ids is None:
+            return replace(batch, labels=labels)
+        v, log_probs = self.shard.vocab_size, batch.topk_log_probs
+        entropy = batch.teacher_entropy
+        if entropy is None:
+            entropy = topk_entropy(given_top_k(batch.ids, log_probs, None, v)[1])
+        ids, log_probs = given_top_k(batch.ids, log_probs, options.rule.top_k, v)
+        columns = ids - self.shard.low
+        here = (columns >= 0) & (columns < self.shard.width)
+        return replace(
+            batch,
+            labels=labels,
+            ids=columns.masked_fill(~here, -1),
+            topk_log_probs=log_probs.masked_fill(~here, -math.inf),
+            teacher_entropy=entropy,
+        )
+
+    def _statistics(self, part: RowBatch, options: RowOptions) -> tuple[Tensor, Tensor]:
+        """Those of the whole rows, up to REVERSE_KL."""
+        stats, coefs = self.engine.statistics(part, options)
+        dense = part.teacher is not None
+        sides = [(Stat.LOG_PROB, Coef.STUDENT_MAX, Coef.STUDENT_LOG_SUM)]
+        if dense:
+            sides.append((Stat.TEACHER_LOG_PROB, Coef.TEACHER_MAX, Coef.TEACHER_LOG_SUM))
+        inside = (part.labels >= 0) & (part.labels < self.shard.width)
+        for log_prob, high, log_sum in sides:
+            # A label among ids that are all excluded is excluded itself, not unknown.
+            empty = (coefs[high] == -math.inf) & (coefs[log_sum] == -math.inf)
+            stats[log_prob] = stats[log_prob].masked_fill(empty & inside, -math.inf)
+        which = list(STUDENT_COEFS + (TEACHER_COEFS if dense else ()))
+        what = list(STUDENT_STATS + (TEACHER_STATS if dense else ()))
+        gathered = self.shard.gather(torch.cat([coefs[which], stats[what]])).double()
+        # Two dictionaries: Coef and Stat are integers, and equal as keys.
+        of_coefs = dict(zip(which, gathered[:, : len(which)].unbind(1), strict=True))
+        of_stats = dict(zip(what, gathered[:, len(which) :].unbind(1), strict=True))
+        _merge(of_coefs, of_stats, stats, coefs, dense)
+        return stats, coefs
+
+    def _sums(
+        self, part: RowBatch, options: RowOptions, gated: Gate, stats: Tensor, coefs: Tensor
+    ) -> Sums | None:
+        """The sums that the rule needs, of the whole rows."""
+        rule, dense = options.rule, part.teacher is not None
+        if dense:
+            coefs[Coef.THRESHOLD] = -math.inf
+        if not rule.uses_sums:
+            return None
+        if dense and rule.sums_are_statistics:
+            one, zero = torch.ones_like(stats[0]), torch.zeros_like(stats[0])
+            return Sums(one, one, zero, zero, zero, stats[Stat.FORWARD_KL])
+        needed = rows_with_sums(gated, rule) if dense else torch.ones_like(gated.on_policy)
+        if dense and rule.uses_top_k:
+            top_k_threshold(self.shard, part, options, needed, coefs)
+        elif dense and rule.divergence == "akl":
+            head_threshold(self.shard, part, options, coefs)
+        made = self.engine.sums(part, options, gated, stats, coefs)
+        gathered = self.shard.gather(made).double()
+        total = gathered.sum(0)
+        log_mass = SUMS.index("student_log_mass")
+        total[log_mass] = gathered[:, log_mass].logsumexp(0)
+        sums = Sums(**dict(zip(SUMS, total.to(made.dtype).unbind(), strict=True)))
+        if not dense or rule.sums_on_k_alone:
+            sums.teacher_tail = (1 - sums.teacher_mass).clamp_min(0)
+            sums.student_tail = (1 - sums.student_mass).clamp_min(0)
+        if rule.uses_top_k or not dense:
+            stats[Stat.TEACHER_TOPK_MASS] = sums.teacher_mass.masked_fill(~needed, math.nan)
+            stats[Stat.STUDENT_TOPK_MASS] = sums.student_mass.masked_fill(~needed, math.nan)
+        # Rows without sums ignore them, but their masses are divided by.
+        sums.teacher_mass = sums.teacher_mass.masked_fill(~needed, 1.0)
+        sums.student_mass = sums.student_mass.masked_fill(~needed, 1.0)
+        return sums
+
+
+# --- the chain rule ------------------------------------------------------------------------------
+
+
+def _merge(c: dict, s: dict, stats: Tensor, coefs: Tensor, dense: bool) -> None:
+    """Shards' numbers (R, n) by Coef and Stat, into those of the whole rows."""
+    high, log_sum, share = _normaliser(c[Coef.STUDENT_MAX], c[Coef.STUDENT_LOG_SUM])
+    coefs[Coef.STUDENT_MAX], coefs[Coef.STUDENT_LOG_SUM] = high, log_sum
+    stats[Stat.LOG_PROB] = _label(s[Stat.LOG_PROB], share)
+    entropy = _expect(share, s[Stat.ENTROPY] - share, stats.dtype)
+    stats[Stat.ENTROPY] = coefs[Coef.ENTROPY] = entropy
+    if not dense:
+        return
+    t_high, t_log_sum, t_share = _normaliser(c[Coef.TEACHER_MAX], c[Coef.TEACHER_LOG_SUM])
+    coefs[Coef.TEACHER_MAX], coefs[Coef.TEACHER_LOG_SUM] = t_high, t_log_sum
+    stats[Stat.TEACHER_LOG_PROB] = _label(s[Stat.TEACHER_LOG_PROB], t_share)
+    t_entropy = _expect(t_share, s[Stat.TEACHER_ENTROPY] - t_share, stats.dtype)
+    stats[Stat.TEACHER_ENTROPY] = t_entropy
+    for stat, ours, theirs in (
+        (Stat.REVERSE_KL, share, t_share),
+        (Stat.FORWARD_KL, t_share, share),
+    ):
+        # Mass where the other side excludes a whole shard makes the divergence infinite.
+        value = torch.where(theirs == -math.inf, math.inf, s[stat] + (ours - theirs))
+        stats[stat] = _expect(ours, value, stats.dtype)
+    # E_p of the log-ratio relative to the rows' maxima: each shard knows it relative to its own.
+    moved = (c[Coef.STUDENT_MAX] - high) - (c[Coef.TEACHER_MAX] - t_high)
+    coefs[Coef.REVERSE_KL] = _expect(share, c[Coef.REVERSE_KL] + moved, stats.dtype)
+
+
+def _normaliser(high: Tensor, log_sum: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Maximum and log-sum (n,) of the whole rows, and the log of each shard's mass (R, n)."""
+    top = high.amax(0)
+    log_mass = (high - top.masked_fill(top == -math.inf, 0.0)) + log_sum
+    total = log_mass.logsumexp(0)
+    return top, total, log_mass - total
+
+
+def _label(log_prob: Tensor, log_share: Tensor) -> Tensor:
+    """The label's log-prob (n,) from the one shard that has it; NaN where none has."""
+    known = log_prob + log_share
+    return known.nansum(0).masked_fill(known.isnan().all(0), math.nan)
+
+
+def _expect(log_share: Tensor, value: Tensor, dtype: torch.dtype) -> Tensor:
+    """sum over shards of share * value, with 0 * anything = 0 in the working precision."""
+    share = log_share.exp()
+    return torch.where(share.to(dtype) == 0, 0.0, share * value).sum(0)

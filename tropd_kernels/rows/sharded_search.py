@@ -1,0 +1,98 @@
+"""Which ids are in K, or in AKL's head, where a teacher's row is sharded over ranks.
+
+K: the k-th largest of a row is among the k largest of each shard. Every rank sends those, k numbers
+a token, and takes the k-th largest of all.
+
+Head by mass: no few numbers a shard hold it, so it is searched for, as `triton_kernels.search` does
+within a row. Floats up to 0 order as 31-bit (63-bit in float64) integers, whose bits are fixed from
+the top, four at a time: each rank says how much of its mass reaches each of sixteen pivots, and the
+last pivot that enough of it reaches fixes the digit. Eight rounds (sixteen in float64), 120 (248)
+numbers a token, find the exact value, whatever the vocabulary. Meanwhile the shard's rows lie
+sorted in memory, 8 bytes (16) a logit beside the logits.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from .layout import Coef, RowBatch, RowOptions
+from .top_k import largest, with_margin
+from .torch_rows import block_rows, transform
+
+if TYPE_CHECKING:
+    from ..parallel import Shard
+
+DIGIT = 4  # bits
+
+
+def top_k_threshold(
+    shard: Shard, part: RowBatch, options: RowOptions, needed: Tensor, coefs: Tensor
+) -> None:
+    """Sets THRESHOLD in the rows `needed` (n,): K is lq >= THRESHOLD, ties and all."""
+    rule, n = options.rule, coefs.shape[1]
+    k = min(rule.top_k, shard.vocab_size)
+    ours = min(k, shard.width)
+    best = coefs.new_full((k, n), -math.inf)
+    for rows in _blocks(part):
+        if needed.device.type == "cpu":  # elsewhere a host sync
+            rows = rows.start + needed[rows].nonzero().squeeze(-1)
+        best[:ours, rows] = largest(_log_q(part, rows, options, coefs), ours).t()
+    candidates = shard.gather(best).flatten(0, 1)
+    kth = candidates.topk(k, dim=0).values[-1]
+    threshold = with_margin(kth, options.teacher.softcap)
+    coefs[Coef.THRESHOLD] = torch.where(needed, threshold, -math.inf)
+
+
+def head_threshold(shard: Shard, part: RowBatch, options: RowOptions, coefs: Tensor) -> None:
+    """Sets THRESHOLD: the smallest log-prob in the smallest set of likeliest ids of the whole row
+    with at least the rule's mass."""
+    n, word = coefs.shape[1], torch.int32 if coefs.dtype == torch.float32 else torch.int64
+    lowest = _ordered(coefs.new_full((), -math.inf), word)
+    order = torch.empty((n, shard.width), dtype=word, device=coefs.device)
+    above = coefs.new_zeros((n, shard.width + 1))  # mass from an entry on
+    for rows in _blocks(part):
+        lq = _log_q(part, rows, options, coefs).clamp_max(0).sort(dim=-1).values
+        order[rows] = (_ordered(lq, word) - lowest).to(word)
+        above[rows, :-1] = lq.double().exp().flip(-1).cumsum(-1).flip(-1).to(above.dtype)
+    bits = 8 * word.itemsize - 1
+    found = torch.zeros((n, 1), dtype=torch.int64, device=coefs.device)
+    for shift in range(bits - bits % DIGIT, -1, -DIGIT):
+        # The first digit has fewer bits: 2^31 and 2^63 are never reached.
+        digits = torch.arange(2 ** min(DIGIT, bits - shift), device=coefs.device)
+        pivots = found + (digits << shift)
+        reached = above.gather(1, torch.searchsorted(order, pivots.to(word)))
+        reached = shard.gather(reached).double().sum(0)
+        enough = (reached >= options.rule.divergence_parameter).sum(-1, keepdim=True)
+        found += (enough - 1).clamp_min(0) << shift
+    # The engine may transform logits by another arithmetic than the search did.
+    threshold = _float(found.squeeze(1) + lowest, word)
+    coefs[Coef.THRESHOLD] = with_margin(threshold, options.teacher.softcap)
+
+
+def _log_q(part: RowBatch, rows: slice | Tensor, options: RowOptions, coefs: Tensor) -> Tensor:
+    """The shard's teacher log-probs of these rows, by the whole row's normaliser."""
+    t = transform(part.teacher[rows], options.teacher, coefs.dtype)
+    high, log_sum = coefs[Coef.TEACHER_MAX, rows], coefs[Coef.TEACHER_LOG_SUM, rows]
+    return (t - high.unsqueeze(-1)) - log_sum.unsqueeze(-1)
+
+
+def _blocks(part: RowBatch):
+    n, width = part.student.shape
+    size = block_rows(width, part.student.device.type)
+    for start in range(0, n, size):
+        yield slice(start, min(start + size, n))
+
+
+def _ordered(values: Tensor, word: torch.dtype) -> Tensor:
+    """int64 in the order of the floats; -0 just below 0."""
+    bits = values.contiguous().view(word)
+    return torch.where(bits < 0, bits ^ torch.iinfo(word).max, bits).long()
+
+
+def _float(order: Tensor, word: torch.dtype) -> Tensor:
+    bits = torch.where(order < 0, order ^ torch.iinfo(word).max, order)
+    return bits.to(word).view(torch.float32 if word == torch.int32 else torch.float64)
