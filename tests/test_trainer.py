@@ -16,8 +16,8 @@ import transformers
 from training import make, rewards_by_hand, step_and_compare
 from trl import DistillationTrainer
 
+from tropd_kernels.registry import OBJECTIVES
 from tropd_kernels.trainer import TrOPDConfig, TrOPDTrainer, adapter
-from tropd_kernels.trainer.registry import OBJECTIVES
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
 KINDS = {

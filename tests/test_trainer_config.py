@@ -15,9 +15,9 @@ import tiny
 from served import serve
 
 from tropd_kernels import AOPD, EOPD, GKD, OPD, SFT, Divergence, TrOPD, cli
+from tropd_kernels.registry import OBJECTIVES, build_rule, knobs
 from tropd_kernels.trainer import TrOPDConfig
 from tropd_kernels.trainer.prefix import column_ids, cut, is_complete, scheduled_length
-from tropd_kernels.trainer.registry import OBJECTIVES, build_rule, knobs
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
 HERE = dict(use_cpu=True, bf16=False, report_to="none")

@@ -100,8 +100,8 @@ def train(arguments: Sequence[str]) -> int:
 def parse_run(arguments: Sequence[str]) -> tuple[Run, Any]:
     """(Run, TrOPDConfig) of file and flags; raises UsageError before any model is loaded."""
     try:
+        from .registry import nearest
         from .trainer import TrOPDConfig
-        from .trainer.registry import nearest
     except ImportError as error:
         raise UsageError(str(error)) from error
     from trl import TrlParser  # type: ignore[attr-defined]

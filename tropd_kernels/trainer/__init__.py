@@ -3,7 +3,6 @@
 | file         | what is in it                                                             |
 |--------------|---------------------------------------------------------------------------|
 | config.py    | `TrOPDConfig`: every setting, checked before a model is loaded            |
-| registry.py  | objectives by the names that a config gives them                          |
 | adapter.py   | the one file that leans on TRL's private hooks                            |
 | trainer.py   | `TrOPDTrainer`: what is done with hidden states, prefixes and draws       |
 | prefix.py    | the guidance prefix: how long, from where, and where the student goes on  |

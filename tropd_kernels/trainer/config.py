@@ -12,8 +12,8 @@ from trl import DistillationConfig  # type: ignore[attr-defined]
 
 from ..backends import choose_backend
 from ..objectives import TokenRule
+from ..registry import OBJECTIVES, build_rule, check_knobs, check_objective, knobs
 from .prefix import SCHEDULES
-from .registry import OBJECTIVES, build_rule, check_knobs, check_objective, knobs
 from .signals import check_served
 
 PREFIX_WEIGHT = 0.001

@@ -6,7 +6,7 @@
     POST /v1/completions               prompt (ids), return_token_ids=True: the teacher's own text
     POST /tokenize                     whether its tokenizer is the student's
 
-Only ids, log-probs and, once, a probe text travel: for a token with k log-probs some 60 k bytes of
+Only ids, log-probs and, once, a probe text travel: for a token with k log-probs some 75 k bytes of
 JSON. Sequences go one a request, several at a time; a request that fails is sent again after a
 growing pause. vLLM gives a prompt's log-probs before temperature.
 

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from typing import Any
 
-from ..objectives import (
+from .objectives import (
     AOPD,
     DIVERGENCES,
     EOPD,
