@@ -99,7 +99,8 @@ def test_the_wheel_holds_the_package_its_type_marker_and_its_licence(checkout: P
     packed = {name for name in names if name.startswith("tropd_kernels/")}
     source = checkout / "tropd_kernels"
     expected = {f"tropd_kernels/{path.relative_to(source)}" for path in source.rglob("*.py")}
-    assert packed == expected | {"tropd_kernels/py.typed"}
+    expected |= {"tropd_kernels/py.typed", "tropd_kernels/integrations/verl_example.yaml"}
+    assert packed == expected
     assert any(name.endswith(".dist-info/licenses/LICENSE") for name in names)
     assert {name.split("/")[0].split("-")[0] for name in names} == {"tropd_kernels"}, "strays"
 
