@@ -8,10 +8,10 @@ exist, `linear_log_probs` gives per-token log-probabilities of a head. The mathe
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
-from torch.distributed import ProcessGroup
 
 from . import ops
 from .arguments import check_call, check_devices, flat_per_token, public
@@ -34,6 +34,9 @@ from .teachers import (
     check_scale,
     check_serves,
 )
+
+if TYPE_CHECKING:  # a torch without distributed has no such name
+    from torch.distributed import ProcessGroup
 
 
 @dataclass(frozen=True, eq=False)
