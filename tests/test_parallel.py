@@ -10,9 +10,7 @@ the head. bad_inputs: what one rank alone is given is an error on every rank.
 
 import importlib.util
 import os
-import sys
 import time
-import traceback
 from datetime import timedelta
 from functools import partial
 from itertools import chain, product
@@ -20,7 +18,7 @@ from itertools import chain, product
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
+from parallel_bad_input import bad_inputs
 from problems import (
     OBJECTIVES,
     TEACHERS,
@@ -28,15 +26,12 @@ from problems import (
     make_problem,
     relative_error,
     serves,
-    with_everything,
 )
+from sharding import arguments, bare, ends, everything, mine, run, shard_of
 
 from tropd_kernels import (
     OPD,
     SFT,
-    HiddenTeacher,
-    LogitsTeacher,
-    TopKTeacher,
     TrOPD,
     distillation_loss,
     linear_distillation_loss,
@@ -52,87 +47,6 @@ pytestmark = pytest.mark.skipif(
 
 FLOAT32 = 1e-5
 BACKENDS = ("torch",) if native.WHY_NOT else ("torch", "native")
-
-
-# --- processes -----------------------------------------------------------------------------------
-
-
-def worker(rank, ranks, folder, body, timeout):
-    torch.set_num_threads(1)
-    if sys.platform == "linux":
-        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-    dist.init_process_group(
-        "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=ranks,
-        timeout=timedelta(seconds=timeout),
-    )  # fmt: skip
-    report = "passed"
-    for name, case in body(ranks):
-        torch.manual_seed(0)
-        try:
-            case()
-        except BaseException:  # pytest's "did not raise" is no Exception
-            report = f"--- rank {rank}: {name}\n{traceback.format_exc()}\n"
-            break  # the ranks are out of step now
-    with open(f"{folder}/{rank}", "w") as file:
-        file.write(report)
-
-
-def run(ranks, folder, body, timeout=60, may_die=()):
-    """Runs `body(ranks)`, which yields (name, case), on every rank."""
-    processes = mp.start_processes(
-        worker, args=(ranks, str(folder), body, timeout), nprocs=ranks, join=False,
-        start_method="spawn",
-    )  # fmt: skip
-    for process in processes.processes:
-        process.join(240)
-        assert not process.is_alive(), "a rank hangs"
-    reports = [
-        (folder / str(rank)).read_text() if (folder / str(rank)).exists() else f"rank {rank} died"
-        for rank in range(ranks)
-        if rank not in may_die
-    ]
-    failed = [report for report in reports if report != "passed"]
-    assert not failed, "\n".join(failed)
-
-
-# --- shards --------------------------------------------------------------------------------------
-
-
-def ends(rows, ranks):
-    """First ids of shards of ceil(rows / ranks) rows, the last one shorter, and the end."""
-    return [min(rank * -(-rows // ranks), rows) for rank in range(ranks + 1)]
-
-
-def mine(tensor, dim=0, cuts=None):
-    bounds = cuts or ends(tensor.shape[dim], dist.get_world_size())
-    low, high = bounds[dist.get_rank()], bounds[dist.get_rank() + 1]
-    return tensor.narrow(dim, low, high - low).contiguous()
-
-
-def shard_of(teacher, cuts=None):
-    if isinstance(teacher, HiddenTeacher):
-        bias = None if teacher.bias is None else mine(teacher.bias, 0, cuts)
-        return HiddenTeacher(
-            teacher.hidden, mine(teacher.weight, 0, cuts), bias, teacher.logit_scale,
-            teacher.softcap,
-        )  # fmt: skip
-    if isinstance(teacher, LogitsTeacher):
-        return LogitsTeacher(mine(teacher.logits, -1, cuts))
-    return teacher
-
-
-def arguments(problem, rule, form, dtype):
-    """Teacher and options, in this dtype."""
-    options = problem.options
-    teacher = None
-    if rule.uses_teacher:
-        teacher = problem.teacher(form, dtype, options.get("temperature", 1.0))
-    wide = torch.promote_types(dtype, torch.float32)
-    options = {
-        k: v.to(wide) if isinstance(v, torch.Tensor) and v.is_floating_point() else v
-        for k, v in options.items()
-    }
-    return teacher, options | problem.student_head
 
 
 def compare(
@@ -193,14 +107,6 @@ def compare(
 def alike(what, tensor):
     everyone = parallel.gather(dist.group.WORLD, tensor.double().nan_to_num(nan=-1e300))
     assert all(torch.equal(each, everyone[0]) for each in everyone), f"{what}: the ranks differ"
-
-
-def bare(tokens=10, teacher_vocab_size=41, **sizes):
-    return make_problem(tokens, teacher_vocab_size=teacher_vocab_size, **sizes)
-
-
-def everything(**sizes):
-    return with_everything(bare(7, **sizes))
 
 
 # --- agreement with one process ------------------------------------------------------------------
@@ -270,6 +176,8 @@ def corners(ranks, backend):
             partial(compare, bare(), name, form, backend, ignore_index=None),
         )
     cuts, teacher_cuts = ragged([0, 2, 30, 33, 37], ranks), ragged([0, 33, 34, 35, 41], ranks)
+    for name in ("tropd_expected", "reverse_kl", "gkd"):
+        yield f"{backend} {name} near agreement", partial(near_agreement, name, backend)
     for name in ("tropd_expected", "gkd"):
         yield (
             f"{backend} {name} ragged shards",
@@ -332,6 +240,32 @@ def lower_teacher():
     problem = bare(teacher_vocab_size=31)
     problem.labels = problem.labels % 31
     return problem
+
+
+def near_agreement(name, backend):
+    """Where student and teacher nearly agree, and differences of shards' numbers cancel, gradients
+    are as good as in one process."""
+    problem = make_problem(tokens=32, vocab_size=611, width=64, teacher_width=64)
+    noise = torch.randn(problem.hidden.shape, dtype=torch.float64)
+    problem.hidden, problem.weight = (
+        problem.hidden.float().double(),
+        problem.weight.float().double(),
+    )
+    problem.teacher_hidden = (problem.hidden + 0.02 * noise).float().double()
+    problem.teacher_weight = problem.weight
+    _, exact, _ = problem.call(OBJECTIVES[name], "hidden", "reference", torch.float64)
+    _, whole, _ = problem.call(OBJECTIVES[name], "hidden", backend)
+    hidden = problem.hidden.float().requires_grad_()
+    weight = mine(problem.weight).float().requires_grad_()
+    teacher, options = arguments(problem, OBJECTIVES[name], "hidden", torch.float32)
+    linear_distillation_loss(
+        hidden, weight, problem.labels, shard_of(teacher), OBJECTIVES[name], backend=backend,
+        process_group=dist.group.WORLD, **options,
+    ).loss.backward()  # fmt: skip
+    for key, ours in (("hidden", hidden.grad), ("weight", weight.grad)):
+        part = mine if key == "weight" else lambda tensor: tensor
+        floor = relative_error(part(whole[key]), part(exact[key]))
+        assert relative_error(ours, part(exact[key])) <= 2 * floor + 1e-6, key
 
 
 def existing_logits(name, form, backend, reduction):
@@ -483,170 +417,6 @@ def communication(ranks):
 
     yield "differently cut", differently_cut
     yield "looks once", looks_once
-
-
-# --- bad input -----------------------------------------------------------------------------------
-
-
-def bad_inputs(ranks):
-    """What one rank alone is given; every rank raises, and the next call is in step again."""
-    last = ranks - 1
-    at_fault = f"rank {last} of {ranks}"
-    labels = bare().labels
-    other = labels.clone()
-    other[3] = (other[3] + 1) % 37
-    top_k = bare().teacher("top_k", torch.float32)
-
-    def call(rule=None, form="hidden", everywhere=None, **wrong):
-        """`wrong` arguments on the last rank, `everywhere` on all."""
-        rule = rule or OBJECTIVES["tropd"]
-        problem = bare()
-        teacher, options = arguments(problem, rule, form, torch.float32)
-        given = dict(
-            hidden=problem.hidden.float().requires_grad_(),
-            weight=mine(problem.weight.float()).requires_grad_(),
-            labels=problem.labels, teacher=shard_of(teacher), objective=rule,
-            process_group=dist.group.WORLD, backend="torch", **options,
-        ) | (everywhere or {})  # fmt: skip
-        if dist.get_rank() == last:
-            given |= wrong
-        return linear_distillation_loss(**given)
-
-    def refused(match, kind=ValueError, **case):
-        with pytest.raises(kind, match=match):
-            call(**case)
-        assert call().loss.isfinite()
-
-    def disagree(name):
-        return f"disagree on {name}: {at_fault}"
-
-    def wide(width, dtype=torch.float32):
-        heights = {"hidden": 10, "weight": mine(bare().weight).shape[0]}
-        return {name: torch.zeros(tall, width, dtype=dtype) for name, tall in heights.items()}
-
-    n = 10
-    none = dict(uniforms=None, teacher=None)
-    sft = dict(objective=SFT(), teacher=None)
-    # name: (what the error says, what is wrong on the last rank, what is given on all)
-    cases = {
-        "dtype": (disagree("weight"), wide(16, torch.float64) | none, sft),
-        "hidden size": (disagree("weight") + ".*width 12, rank 0 .*width 16", wide(12), {}),
-        "its shapes": (f"{at_fault}: student hidden must be", dict(hidden=torch.zeros(n, 15)), {}),
-        "no tensor": (f"{at_fault}: labels must be int64", dict(labels=None), {}),
-        "labels": (disagree("labels") + ".*other values", dict(labels=other), {}),
-        "order of labels": (disagree("labels"), dict(labels=labels.flip(0)), {}),
-        "fewer tokens": (
-            disagree("hidden"), dict(hidden=torch.zeros(9, 16), labels=labels[:9]) | none, sft
-        ),
-        "temperature": (
-            disagree("temperature") + " has 2.0, rank 0 1.0", dict(temperature=2.0), {}
-        ),
-        "logit scale": (disagree("logit_scale"), dict(logit_scale=2.0), {}),
-        "soft cap": (disagree("softcap"), dict(softcap=30.0), {}),
-        "objective": (disagree("objective"), dict(objective=OBJECTIVES["gkd"]), {}),
-        "reduction": (disagree("reduction"), dict(reduction="sum"), {}),
-        "ignore_index": (disagree("ignore_index"), dict(ignore_index=-1), {}),
-        "normalizer": (disagree("normalizer"), dict(normalizer=3.0), {}),
-        "workspace": (disagree("max_workspace_bytes"), dict(max_workspace_bytes=10**9), {}),
-        "uniforms": (disagree("uniforms or seed"), dict(uniforms=torch.rand(n) / 2), {}),
-        "seed": (disagree("uniforms or seed"), dict(seed=1), dict(uniforms=None, seed=0)),
-        "token_weight": (disagree("token_weight"), dict(token_weight=torch.ones(n)), {}),
-        "old_log_probs": (
-            disagree("old_log_probs") + ".*other values", dict(old_log_probs=-torch.ones(n)),
-            dict(old_log_probs=-2 * torch.ones(n)),
-        ),
-        "prefix": (
-            disagree("teacher_prefix") + ".*other values",
-            dict(teacher_prefix=torch.ones(n).bool()), dict(teacher_prefix=torch.zeros(n).bool()),
-        ),
-        "advantages": (disagree("advantages"), dict(advantages=torch.ones(n)), {}),
-        "bias": (disagree("bias"), dict(bias=mine(torch.zeros(37))), {}),
-        "frozen": (disagree("requires_grad"), dict(hidden=torch.zeros(n, 16)), {}),
-        "frozen, to recompute": (
-            disagree("requires_grad"), dict(hidden=torch.zeros(n, 16)), dict(reduction="none"),
-        ),
-        "teacher's form": (disagree("the teacher's weight"), dict(teacher=top_k), {}),
-        "teacher's ids": (
-            disagree("the teacher's ids"),
-            dict(teacher=TopKTeacher(top_k.ids.roll(1, 0), top_k.log_probs, top_k.label_log_probs)),
-            dict(teacher=top_k),
-        ),
-        "teacher's width": (
-            disagree("the teacher's weight") + ".*width 8",
-            dict(teacher=HiddenTeacher(torch.zeros(n, 8), torch.zeros(10, 8))), {},
-        ),
-        # wrong on all ranks alike
-        "labels beyond the shards": (
-            "label 37 lies outside the vocabulary of 37 ids.*ranks of process_group hold", {},
-            dict(labels=labels.new_full((n,), 37)),
-        ),
-        "a rank with no id": (
-            f"rank {ranks // 2} of {ranks} holds none of the .* ids that student and teacher", {},
-            dict(teacher=LogitsTeacher(torch.zeros(n, 3))),
-        ),
-    }  # fmt: skip
-    if not native.WHY_NOT:
-        cases["backend"] = (disagree("backend"), dict(backend="native"), {})
-    for name, (match, wrong, everywhere) in cases.items():
-        yield name, partial(refused, match, everywhere=everywhere, **wrong)
-    half, by_name = torch.zeros(n, 16).bfloat16(), dict(process_group="world")
-    for match, kind, wrong, everywhere in (
-        (f"{at_fault}: student hidden is", TypeError, dict(hidden=half), {}),
-        (f"{at_fault}: objective must be", TypeError, dict(objective=3), {}),
-        ("backend='reference' takes no", NotImplementedError, {}, dict(backend="reference")),
-        ("process_group must be", TypeError, {}, by_name),
-    ):
-        yield match, partial(refused, match, kind, everywhere=everywhere, **wrong)
-    yield "outside the group", partial(outside_the_group, ranks)
-    yield "DTensors", dtensors
-
-
-def outside_the_group(ranks):
-    inside = list(range(1, ranks))
-    group = dist.new_group(inside)
-    problem = bare()
-    if dist.get_rank() == 0:
-        with pytest.raises(TypeError, match="outside it, new_group"):
-            linear_distillation_loss(
-                problem.hidden, problem.weight, problem.labels, None, SFT(), process_group=group
-            )
-        return
-    bounds = ends(37, len(inside))
-    at = inside.index(dist.get_rank())
-    weight = problem.weight[bounds[at] : bounds[at + 1]]
-    out = linear_distillation_loss(
-        problem.hidden, weight, problem.labels, None, SFT(), process_group=group
-    )
-    whole = linear_distillation_loss(problem.hidden, problem.weight, problem.labels, None, SFT())
-    assert relative_error(out.loss, whole.loss) < 1e-12
-
-
-def dtensors():
-    """A head that is a DTensor with Shard(0) brings its group; its gradient is one, too."""
-    from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.tensor import Replicate, Shard, distribute_tensor
-
-    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
-    problem = bare()
-    teacher = problem.teacher("hidden", torch.float32)
-    hidden = problem.hidden.float().requires_grad_()
-    weight = problem.weight.float().requires_grad_()
-    rule = OBJECTIVES["tropd_expected"]
-    given = dict(labels=problem.labels, objective=rule)
-    linear_distillation_loss(hidden, weight, teacher=teacher, **given).loss.backward()
-
-    def cut(tensor, placement=None):
-        return distribute_tensor(tensor.detach(), mesh, [placement or Shard(0)]).requires_grad_()
-
-    ours, head = cut(hidden, Replicate()), cut(weight)
-    theirs = HiddenTeacher(teacher.hidden, cut(teacher.weight).detach())
-    linear_distillation_loss(ours, head, teacher=theirs, **given).loss.backward()
-    assert relative_error(ours.grad.to_local(), hidden.grad) < FLOAT32
-    assert relative_error(head.grad.full_tensor(), weight.grad) < FLOAT32
-    with pytest.raises(ValueError, match="weight is a DTensor with placements"):
-        linear_distillation_loss(hidden, cut(weight, Shard(1)), teacher=theirs, **given)
-    with pytest.raises(ValueError, match="hidden is a DTensor with placements"):
-        linear_distillation_loss(cut(hidden), head, teacher=theirs, **given)
 
 
 def all_cases(ranks):
