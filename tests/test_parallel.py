@@ -268,6 +268,28 @@ def near_agreement(name, backend):
         assert relative_error(ours, part(exact[key])) <= 2 * floor + 1e-6, key
 
 
+def compiled():
+    """Under torch.compile the call is a graph break, and with fullgraph=True an error."""
+    problem = bare()
+    teacher, options = arguments(problem, OBJECTIVES["gkd"], "hidden", torch.float32)
+    teacher, weight = shard_of(teacher), mine(problem.weight.float())
+
+    def loss(hidden):
+        out = linear_distillation_loss(
+            2 * hidden, weight, problem.labels, teacher, OBJECTIVES["gkd"],
+            process_group=dist.group.WORLD, **options,
+        )  # fmt: skip
+        return 3 * out.loss
+
+    eager, broken = (problem.hidden.float().requires_grad_() for _ in range(2))
+    loss(eager).backward()
+    torch.compile(loss, backend="eager")(broken).backward()
+    assert torch.equal(broken.grad, eager.grad)
+    torch._dynamo.reset()
+    with pytest.raises(torch._dynamo.exc.Unsupported):
+        torch.compile(loss, backend="eager", fullgraph=True)(broken)
+
+
 def existing_logits(name, form, backend, reduction):
     """`distillation_loss` on the shards of logits."""
     problem = everything()
@@ -329,6 +351,8 @@ def agreement(ranks):
     # The other cases in turns: each runs on two ranks or on four.
     rest = chain(every_option(ranks), *(corners(ranks, backend) for backend in BACKENDS))
     yield from (case for i, case in enumerate(rest) if i % 2 == ranks % 4 // 2)
+    if ranks == 2:
+        yield "compiled", compiled
     if ranks == 2 and importlib.util.find_spec("triton"):
         for name, form in [("tropd_bucket", "hidden"), ("akl", "logits"), ("jeffreys", "hidden"),
                            ("tropd_expected", "top_k")]:  # fmt: skip
@@ -427,6 +451,16 @@ def all_cases(ranks):
 @pytest.mark.parametrize("ranks", [2, 4])
 def test_agreement_with_the_whole_head_communication_and_bad_input(ranks, tmp_path):
     run(ranks, tmp_path, all_cases)
+
+
+@pytest.mark.parametrize(
+    ("device", "ignore_index", "looks"),
+    [("cpu", None, True), ("meta", -100, True), ("meta", None, False)],
+)
+def test_the_checks_add_no_host_sync_where_the_caller_wants_none(device, ignore_index, looks):
+    tensors = (None, None, None, torch.empty(1, device=device), None, None, None)
+    call = (tensors, {}, None, [], None, [], "torch", ignore_index, None)
+    assert parallel_checks._may_look(call) == looks
 
 
 # --- ranks that end, or hang ---------------------------------------------------------------------
