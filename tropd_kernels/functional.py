@@ -125,7 +125,8 @@ def linear_distillation_loss(
     running on from rank to rank; the two sides may be cut differently. All else, hidden and labels
     included, is the same on every rank, and so are the loss, the statistics and hidden's gradient,
     which is the complete one: add no all-reduce of your own. A weight that is a DTensor with
-    Shard(0) brings its group along. Collective: every rank of the group makes the same call, and
+    Shard(0) brings its group along (one that FSDP shards has to be gathered: its ranks hold other
+    tokens, which is an error here). Collective: every rank of the group makes the same call, and
     with reduction="none" the same backward. Not for backend="reference"; under torch.compile it
     runs eagerly. See `parallel` for what is communicated.
 

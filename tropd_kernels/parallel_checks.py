@@ -218,7 +218,8 @@ def _raise_differences(group: dist.ProcessGroup, facts: Facts, table: list[list[
         raise ValueError(
             f"the ranks of process_group disagree on {name}: {has}{others}. With a head sharded "
             "over the vocabulary every rank is given the same tokens and options, and only its own "
-            "rows of the head"
+            "rows of the head; where FSDP sharded the head of ranks with other tokens, gather it "
+            "first"
         )
 
 
