@@ -11,15 +11,14 @@ the head. bad_inputs: what one rank alone is given is an error on every rank.
 import importlib.util
 import os
 import time
-import traceback
 from datetime import timedelta
 from functools import partial
-from itertools import product
+from itertools import chain, product
 
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
+from parallel_bad_input import bad_inputs
 from problems import (
     OBJECTIVES,
     TEACHERS,
@@ -27,15 +26,12 @@ from problems import (
     make_problem,
     relative_error,
     serves,
-    with_everything,
 )
+from sharding import arguments, bare, ends, everything, mine, run, shard_of
 
 from tropd_kernels import (
     OPD,
     SFT,
-    HiddenTeacher,
-    LogitsTeacher,
-    TopKTeacher,
     TrOPD,
     distillation_loss,
     linear_distillation_loss,
@@ -45,89 +41,12 @@ from tropd_kernels import (
     parallel_checks,
 )
 
+pytestmark = pytest.mark.skipif(
+    not (dist.is_available() and dist.is_gloo_available()), reason="this torch has no gloo"
+)
+
 FLOAT32 = 1e-5
 BACKENDS = ("torch",) if native.WHY_NOT else ("torch", "native")
-
-
-# --- processes -----------------------------------------------------------------------------------
-
-
-def worker(rank, ranks, folder, body, timeout):
-    torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=ranks,
-        timeout=timedelta(seconds=timeout),
-    )  # fmt: skip
-    report = ""
-    try:
-        for name, case in body(ranks):
-            torch.manual_seed(0)
-            try:
-                case()
-            except Exception:
-                report += f"--- rank {rank}: {name}\n{traceback.format_exc()}\n"
-                break  # the ranks are out of step now
-    finally:
-        with open(f"{folder}/{rank}", "w") as file:
-            file.write(report or "passed")
-
-
-def run(ranks, folder, body, timeout=60, may_die=()):
-    """Runs `body(ranks)`, which yields (name, case), on every rank."""
-    processes = mp.start_processes(
-        worker, args=(ranks, str(folder), body, timeout), nprocs=ranks, join=False,
-        start_method="spawn",
-    )  # fmt: skip
-    for process in processes.processes:
-        process.join(240)
-        assert not process.is_alive(), "a rank hangs"
-    reports = [
-        (folder / str(rank)).read_text() if (folder / str(rank)).exists() else f"rank {rank} died"
-        for rank in range(ranks)
-        if rank not in may_die
-    ]
-    failed = [report for report in reports if report != "passed"]
-    assert not failed, "\n".join(failed)
-
-
-# --- shards --------------------------------------------------------------------------------------
-
-
-def ends(rows, ranks):
-    """First ids of shards of ceil(rows / ranks) rows, the last one shorter, and the end."""
-    return [min(rank * -(-rows // ranks), rows) for rank in range(ranks + 1)]
-
-
-def mine(tensor, dim=0, cuts=None):
-    bounds = cuts or ends(tensor.shape[dim], dist.get_world_size())
-    low, high = bounds[dist.get_rank()], bounds[dist.get_rank() + 1]
-    return tensor.narrow(dim, low, high - low).contiguous()
-
-
-def shard_of(teacher, cuts=None):
-    if isinstance(teacher, HiddenTeacher):
-        bias = None if teacher.bias is None else mine(teacher.bias, 0, cuts)
-        return HiddenTeacher(
-            teacher.hidden, mine(teacher.weight, 0, cuts), bias, teacher.logit_scale,
-            teacher.softcap,
-        )  # fmt: skip
-    if isinstance(teacher, LogitsTeacher):
-        return LogitsTeacher(mine(teacher.logits, -1, cuts))
-    return teacher
-
-
-def arguments(problem, rule, form, dtype):
-    """Teacher and options, in this dtype."""
-    options = problem.options
-    teacher = None
-    if rule.uses_teacher:
-        teacher = problem.teacher(form, dtype, options.get("temperature", 1.0))
-    wide = torch.promote_types(dtype, torch.float32)
-    options = {
-        k: v.to(wide) if isinstance(v, torch.Tensor) and v.is_floating_point() else v
-        for k, v in options.items()
-    }
-    return teacher, options | problem.student_head
 
 
 def compare(
@@ -190,14 +109,6 @@ def alike(what, tensor):
     assert all(torch.equal(each, everyone[0]) for each in everyone), f"{what}: the ranks differ"
 
 
-def bare(tokens=10, teacher_vocab_size=41, **sizes):
-    return make_problem(tokens, teacher_vocab_size=teacher_vocab_size, **sizes)
-
-
-def everything(**sizes):
-    return with_everything(bare(7, **sizes))
-
-
 # --- agreement with one process ------------------------------------------------------------------
 
 
@@ -233,13 +144,16 @@ def every_option(ranks):
         yield f"{backend} {name} frozen body", partial(case, trained=("weight",), normalizer=3.0)
         yield f"{backend} {name} float64", partial(case, bound=1e-13, dtype=torch.float64)
         yield f"{backend} {name} bf16", partial(case, bound=2**-7, dtype=torch.bfloat16)
-        # several chunks, of which the last is shorter
-        many = partial(compare, bare(700), name, "hidden", backend)
-        yield f"{backend} {name} chunks", partial(many, max_workspace_bytes=2_000_000)
+        yield f"{backend} {name} fp16", partial(case, bound=2**-10, dtype=torch.float16)
+        # Several chunks, of which the last is shorter, by a budget in which ranks with a small
+        # shard would make larger chunks if they planned for themselves.
+        many = partial(
+            compare, bare(700), name, "hidden", backend, cuts=ragged([0, 2, 30, 33, 37], ranks),
+            max_workspace_bytes={"torch": 800_000, "native": 300_000}[backend],
+        )  # fmt: skip
+        yield f"{backend} {name} chunks", many
         more = dict(reduction="none", incoming=torch.linspace(-1, 2, 700))
-        yield f"{backend} {name} chunks none", partial(many, max_workspace_bytes=2_000_000, **more)
-    for backend in BACKENDS:
-        yield from corners(ranks, backend)
+        yield f"{backend} {name} chunks none", partial(many, **more)
 
 
 def corners(ranks, backend):
@@ -262,6 +176,8 @@ def corners(ranks, backend):
             partial(compare, bare(), name, form, backend, ignore_index=None),
         )
     cuts, teacher_cuts = ragged([0, 2, 30, 33, 37], ranks), ragged([0, 33, 34, 35, 41], ranks)
+    for name in ("tropd_expected", "reverse_kl", "gkd"):
+        yield f"{backend} {name} near agreement", partial(near_agreement, name, backend)
     for name in ("tropd_expected", "gkd"):
         yield (
             f"{backend} {name} ragged shards",
@@ -287,18 +203,18 @@ def corners(ranks, backend):
     tied = bare()
     tied.teacher_weight[[1, 8, 17, 26, 33]] = 3 * tied.teacher_weight[0]
     yield f"{backend} ties", partial(compare, tied, "tropd_expected", "hidden", backend)
+    bounds = ends(37, ranks)
     for name in ("tropd_expected", "gkd", "jeffreys", "akl", "mopd"):
-        # One shard of four has no id left, on both sides; of two, half of one.
-        cut = bare()
-        cut.labels = cut.labels % 30
+        cut = bare()  # the last shard has no id left, on both sides
+        cut.labels = cut.labels % bounds[-2]
         cut.bias, cut.teacher_bias = (torch.zeros(n, dtype=torch.float64) for n in (37, 41))
-        cut.bias[30:] = cut.teacher_bias[30:] = -torch.inf
+        cut.bias[bounds[-2] :] = cut.teacher_bias[bounds[-2] :] = -torch.inf
         yield f"{backend} {name} excluded ids", partial(compare, cut, name, "hidden", backend)
-    # The teacher alone excludes them, and a label: both KLs are infinite or not as in one process.
+    # The teacher alone excludes a shard, with two labels: KL(p||q) is infinite.
     less = bare()
     less.teacher_bias = torch.zeros(41, dtype=torch.float64)
-    less.teacher_bias[10:20] = -torch.inf
-    less.labels[:3] = torch.tensor([12, 19, 31])
+    less.teacher_bias[bounds[1] : bounds[2]] = -torch.inf
+    less.labels[:3] = torch.tensor([bounds[1] + 2, bounds[2] - 1, 3])
     for name in ("tropd_expected", "forward_kl"):
         yield (
             f"{backend} {name} excluded by the teacher",
@@ -324,6 +240,54 @@ def lower_teacher():
     problem = bare(teacher_vocab_size=31)
     problem.labels = problem.labels % 31
     return problem
+
+
+def near_agreement(name, backend):
+    """Where student and teacher nearly agree, and differences of shards' numbers cancel, gradients
+    are as good as in one process."""
+    problem = make_problem(tokens=32, vocab_size=611, width=64, teacher_width=64)
+    noise = torch.randn(problem.hidden.shape, dtype=torch.float64)
+    problem.hidden, problem.weight = (
+        problem.hidden.float().double(),
+        problem.weight.float().double(),
+    )
+    problem.teacher_hidden = (problem.hidden + 0.02 * noise).float().double()
+    problem.teacher_weight = problem.weight
+    _, exact, _ = problem.call(OBJECTIVES[name], "hidden", "reference", torch.float64)
+    _, whole, _ = problem.call(OBJECTIVES[name], "hidden", backend)
+    hidden = problem.hidden.float().requires_grad_()
+    weight = mine(problem.weight).float().requires_grad_()
+    teacher, options = arguments(problem, OBJECTIVES[name], "hidden", torch.float32)
+    linear_distillation_loss(
+        hidden, weight, problem.labels, shard_of(teacher), OBJECTIVES[name], backend=backend,
+        process_group=dist.group.WORLD, **options,
+    ).loss.backward()  # fmt: skip
+    for key, ours in (("hidden", hidden.grad), ("weight", weight.grad)):
+        part = mine if key == "weight" else lambda tensor: tensor
+        floor = relative_error(part(whole[key]), part(exact[key]))
+        assert relative_error(ours, part(exact[key])) <= 2 * floor + 1e-6, key
+
+
+def compiled():
+    """Under torch.compile the call is a graph break, and with fullgraph=True an error."""
+    problem = bare()
+    teacher, options = arguments(problem, OBJECTIVES["gkd"], "hidden", torch.float32)
+    teacher, weight = shard_of(teacher), mine(problem.weight.float())
+
+    def loss(hidden):
+        out = linear_distillation_loss(
+            2 * hidden, weight, problem.labels, teacher, OBJECTIVES["gkd"],
+            process_group=dist.group.WORLD, **options,
+        )  # fmt: skip
+        return 3 * out.loss
+
+    eager, broken = (problem.hidden.float().requires_grad_() for _ in range(2))
+    loss(eager).backward()
+    torch.compile(loss, backend="eager")(broken).backward()
+    assert torch.equal(broken.grad, eager.grad)
+    torch._dynamo.reset()
+    with pytest.raises(torch._dynamo.exc.Unsupported):
+        torch.compile(loss, backend="eager", fullgraph=True)(broken)
 
 
 def existing_logits(name, form, backend, reduction):
@@ -371,7 +335,7 @@ def log_probs(backend):
 def a_nan_shows(backend):
     """A shard whose logits are all NaN is not mistaken for one whose ids are all excluded."""
     problem = bare()
-    problem.weight[30:] = torch.nan
+    problem.weight[ends(37, dist.get_world_size())[-2] :] = torch.nan
     weight = mine(problem.weight).float()
     teacher = shard_of(problem.teacher("hidden", torch.float32))
     out = linear_distillation_loss(
@@ -384,8 +348,11 @@ def a_nan_shows(backend):
 
 def agreement(ranks):
     yield from every_objective(ranks)
-    # The options' cases in turns: each runs on two ranks or on four.
-    yield from (case for i, case in enumerate(every_option(ranks)) if i % 2 == ranks % 4 // 2)
+    # The other cases in turns: each runs on two ranks or on four.
+    rest = chain(every_option(ranks), *(corners(ranks, backend) for backend in BACKENDS))
+    yield from (case for i, case in enumerate(rest) if i % 2 == ranks % 4 // 2)
+    if ranks == 2:
+        yield "compiled", compiled
     if ranks == 2 and importlib.util.find_spec("triton"):
         for name, form in [("tropd_bucket", "hidden"), ("akl", "logits"), ("jeffreys", "hidden"),
                            ("tropd_expected", "top_k")]:  # fmt: skip
@@ -476,167 +443,6 @@ def communication(ranks):
     yield "looks once", looks_once
 
 
-# --- bad input -----------------------------------------------------------------------------------
-
-
-def bad_inputs(ranks):
-    """What one rank alone is given; every rank raises, and the next call is in step again."""
-    last = ranks - 1
-    at_fault = f"rank {last} of {ranks}"
-    labels = bare().labels
-    other = labels.clone()
-    other[3] = (other[3] + 1) % 37
-    top_k = bare().teacher("top_k", torch.float32)
-
-    def call(rule=None, form="hidden", everywhere=None, **wrong):
-        """`wrong` arguments on the last rank, `everywhere` on all."""
-        rule = rule or OBJECTIVES["tropd"]
-        problem = bare()
-        teacher, options = arguments(problem, rule, form, torch.float32)
-        given = dict(
-            hidden=problem.hidden.float().requires_grad_(),
-            weight=mine(problem.weight.float()).requires_grad_(),
-            labels=problem.labels, teacher=shard_of(teacher), objective=rule,
-            process_group=dist.group.WORLD, backend="torch", **options,
-        ) | (everywhere or {})  # fmt: skip
-        if dist.get_rank() == last:
-            given |= wrong
-        return linear_distillation_loss(**given)
-
-    def refused(match, kind=ValueError, **case):
-        with pytest.raises(kind, match=match):
-            call(**case)
-        assert call().loss.isfinite()
-
-    def disagree(name):
-        return f"disagree on {name}: {at_fault}"
-
-    def wide(width, dtype=torch.float32):
-        heights = {"hidden": 10, "weight": mine(bare().weight).shape[0]}
-        return {name: torch.zeros(tall, width, dtype=dtype) for name, tall in heights.items()}
-
-    n = 10
-    none = dict(uniforms=None, teacher=None)
-    sft = dict(objective=SFT(), teacher=None)
-    # name: (what the error says, what is wrong on the last rank, what is given on all)
-    cases = {
-        "dtype": (disagree("weight"), wide(16, torch.float64) | none, sft),
-        "hidden size": (disagree("weight") + ".*width 12, rank 0 .*width 16", wide(12), {}),
-        "its shapes": (f"{at_fault}: student hidden must be", dict(hidden=torch.zeros(n, 15)), {}),
-        "no tensor": (f"{at_fault}: labels must be int64", dict(labels=None), {}),
-        "labels": (disagree("labels") + ".*other values", dict(labels=other), {}),
-        "order of labels": (disagree("labels"), dict(labels=labels.flip(0)), {}),
-        "fewer tokens": (
-            disagree("hidden"), dict(hidden=torch.zeros(9, 16), labels=labels[:9]) | none, sft
-        ),
-        "temperature": (
-            disagree("temperature") + " has 2.0, rank 0 1.0", dict(temperature=2.0), {}
-        ),
-        "logit scale": (disagree("logit_scale"), dict(logit_scale=2.0), {}),
-        "soft cap": (disagree("softcap"), dict(softcap=30.0), {}),
-        "objective": (disagree("objective"), dict(objective=OBJECTIVES["gkd"]), {}),
-        "reduction": (disagree("reduction"), dict(reduction="sum"), {}),
-        "ignore_index": (disagree("ignore_index"), dict(ignore_index=-1), {}),
-        "normalizer": (disagree("normalizer"), dict(normalizer=3.0), {}),
-        "workspace": (disagree("max_workspace_bytes"), dict(max_workspace_bytes=10**9), {}),
-        "uniforms": (disagree("uniforms or seed"), dict(uniforms=torch.rand(n) / 2), {}),
-        "seed": (disagree("uniforms or seed"), dict(seed=1), dict(uniforms=None, seed=0)),
-        "token_weight": (disagree("token_weight"), dict(token_weight=torch.ones(n)), {}),
-        "old_log_probs": (
-            disagree("old_log_probs") + ".*other values", dict(old_log_probs=-torch.ones(n)),
-            dict(old_log_probs=-2 * torch.ones(n)),
-        ),
-        "prefix": (
-            disagree("teacher_prefix") + ".*other values",
-            dict(teacher_prefix=torch.ones(n).bool()), dict(teacher_prefix=torch.zeros(n).bool()),
-        ),
-        "advantages": (disagree("advantages"), dict(advantages=torch.ones(n)), {}),
-        "bias": (disagree("bias"), dict(bias=mine(torch.zeros(37))), {}),
-        "frozen": (disagree("requires_grad"), dict(hidden=torch.zeros(n, 16)), {}),
-        "teacher's form": (disagree("the teacher's weight"), dict(teacher=top_k), {}),
-        "teacher's ids": (
-            disagree("the teacher's ids"),
-            dict(teacher=TopKTeacher(top_k.ids.roll(1, 0), top_k.log_probs, top_k.label_log_probs)),
-            dict(teacher=top_k),
-        ),
-        "teacher's width": (
-            disagree("the teacher's weight") + ".*width 8",
-            dict(teacher=HiddenTeacher(torch.zeros(n, 8), torch.zeros(10, 8))), {},
-        ),
-        # wrong on all ranks alike
-        "labels beyond the shards": (
-            "label 37 lies outside the vocabulary of 37 ids.*ranks of process_group hold", {},
-            dict(labels=labels.new_full((n,), 37)),
-        ),
-        "a rank with no id": (
-            f"rank {ranks // 2} of {ranks} holds none of the .* ids that student and teacher", {},
-            dict(teacher=LogitsTeacher(torch.zeros(n, 3))),
-        ),
-    }  # fmt: skip
-    if not native.WHY_NOT:
-        cases["backend"] = (disagree("backend"), dict(backend="native"), {})
-    for name, (match, wrong, everywhere) in cases.items():
-        yield name, partial(refused, match, everywhere=everywhere, **wrong)
-    half, by_name = torch.zeros(n, 16).bfloat16(), dict(process_group="world")
-    for match, kind, wrong, everywhere in (
-        (f"{at_fault}: student hidden is", TypeError, dict(hidden=half), {}),
-        (f"{at_fault}: objective must be", TypeError, dict(objective=3), {}),
-        ("backend='reference' takes no", NotImplementedError, {}, dict(backend="reference")),
-        ("process_group must be", TypeError, {}, by_name),
-    ):
-        yield match, partial(refused, match, kind, everywhere=everywhere, **wrong)
-    yield "outside the group", partial(outside_the_group, ranks)
-    yield "DTensors", dtensors
-
-
-def outside_the_group(ranks):
-    inside = list(range(1, ranks))
-    group = dist.new_group(inside)
-    problem = bare()
-    if dist.get_rank() == 0:
-        with pytest.raises(TypeError, match="outside it, new_group"):
-            linear_distillation_loss(
-                problem.hidden, problem.weight, problem.labels, None, SFT(), process_group=group
-            )
-        return
-    bounds = ends(37, len(inside))
-    at = inside.index(dist.get_rank())
-    weight = problem.weight[bounds[at] : bounds[at + 1]]
-    out = linear_distillation_loss(
-        problem.hidden, weight, problem.labels, None, SFT(), process_group=group
-    )
-    whole = linear_distillation_loss(problem.hidden, problem.weight, problem.labels, None, SFT())
-    assert relative_error(out.loss, whole.loss) < 1e-12
-
-
-def dtensors():
-    """A head that is a DTensor with Shard(0) brings its group; its gradient is one, too."""
-    from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.tensor import Replicate, Shard, distribute_tensor
-
-    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
-    problem = bare()
-    teacher = problem.teacher("hidden", torch.float32)
-    hidden = problem.hidden.float().requires_grad_()
-    weight = problem.weight.float().requires_grad_()
-    rule = OBJECTIVES["tropd_expected"]
-    given = dict(labels=problem.labels, objective=rule)
-    linear_distillation_loss(hidden, weight, teacher=teacher, **given).loss.backward()
-
-    def cut(tensor, placement=None):
-        return distribute_tensor(tensor.detach(), mesh, [placement or Shard(0)]).requires_grad_()
-
-    ours, head = cut(hidden, Replicate()), cut(weight)
-    theirs = HiddenTeacher(teacher.hidden, cut(teacher.weight).detach())
-    linear_distillation_loss(ours, head, teacher=theirs, **given).loss.backward()
-    assert relative_error(ours.grad.to_local(), hidden.grad) < FLOAT32
-    assert relative_error(head.grad.full_tensor(), weight.grad) < FLOAT32
-    with pytest.raises(ValueError, match="weight is a DTensor with placements"):
-        linear_distillation_loss(hidden, cut(weight, Shard(1)), teacher=theirs, **given)
-    with pytest.raises(ValueError, match="hidden is a DTensor with placements"):
-        linear_distillation_loss(cut(hidden), head, teacher=theirs, **given)
-
-
 def all_cases(ranks):
     for cases in (agreement, communication, bad_inputs):
         yield from ((f"{cases.__name__}: {name}", case) for name, case in cases(ranks))
@@ -645,6 +451,16 @@ def all_cases(ranks):
 @pytest.mark.parametrize("ranks", [2, 4])
 def test_agreement_with_the_whole_head_communication_and_bad_input(ranks, tmp_path):
     run(ranks, tmp_path, all_cases)
+
+
+@pytest.mark.parametrize(
+    ("device", "ignore_index", "looks"),
+    [("cpu", None, True), ("meta", -100, True), ("meta", None, False)],
+)
+def test_the_checks_add_no_host_sync_where_the_caller_wants_none(device, ignore_index, looks):
+    tensors = (None, None, None, torch.empty(1, device=device), None, None, None)
+    call = (tensors, {}, None, [], None, [], "torch", ignore_index, None)
+    assert parallel_checks._may_look(call) == looks
 
 
 # --- ranks that end, or hang ---------------------------------------------------------------------

@@ -88,11 +88,15 @@ def train(arguments: Sequence[str]) -> int:
         run.model,
         run.teacher_model,
         config,
-        load_data(run.dataset, run.dataset_split),
-        None if run.eval_dataset is None else load_data(run.eval_dataset, run.dataset_split),
+        load_data("dataset", run.dataset, run.dataset_split),
+        None
+        if run.eval_dataset is None
+        else load_data("eval_dataset", run.eval_dataset, run.dataset_split),
         peft_config=lora(run.peft),
     )
-    trainer.train(resume_from_checkpoint=config.resume_from_checkpoint)
+    # "true" stands for the last checkpoint of output_dir.
+    last = str(config.resume_from_checkpoint).lower() == "true"
+    trainer.train(resume_from_checkpoint=last or config.resume_from_checkpoint)
     trainer.save_model()
     return 0
 
@@ -149,18 +153,26 @@ def read_config(path: str | None) -> dict[str, Any]:
     return keys
 
 
-def load_data(source: str, split: str) -> Any:
-    """A file, or a name on the hub, as a `datasets.Dataset`."""
+def load_data(key: str, source: str, split: str) -> Any:
+    """A file, or a name on the hub, as a `datasets.Dataset`. `key` names it in errors."""
     from datasets import load_dataset
 
     path = Path(source)
-    if path.suffix not in LOADERS:
+    loader = LOADERS.get(path.suffix)
+    if loader and not path.exists():
+        raise UsageError(f"{key}: there is no file {source}")
+    if loader and path.stat().st_size == 0:
+        raise UsageError(f"{key}: the file {source} is empty")
+    try:
+        if loader:
+            return load_dataset(loader, data_files=source, split="train")
         return load_dataset(source, split=split)
-    if not path.exists():
-        raise UsageError(f"dataset: there is no file {source}")
-    if path.stat().st_size == 0:
-        raise UsageError(f"dataset: the file {source} is empty")
-    return load_dataset(LOADERS[path.suffix], data_files=source, split="train")
+    except Exception as error:  # of many kinds, and several deep
+        reason = error.__cause__ or error
+        raise UsageError(
+            f"{key}: {source} cannot be read: {reason}. Expected a .json, .jsonl or .parquet file, "
+            "or a name on the hub"
+        ) from error
 
 
 def lora(peft: Any) -> Any:

@@ -8,10 +8,10 @@ exist, `linear_log_probs` gives per-token log-probabilities of a head. The mathe
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
-from torch.distributed import ProcessGroup
 
 from . import ops
 from .arguments import check_call, check_devices, flat_per_token, public
@@ -34,6 +34,9 @@ from .teachers import (
     check_scale,
     check_serves,
 )
+
+if TYPE_CHECKING:  # a torch without distributed has no such name
+    from torch.distributed import ProcessGroup
 
 
 @dataclass(frozen=True, eq=False)
@@ -122,7 +125,8 @@ def linear_distillation_loss(
     running on from rank to rank; the two sides may be cut differently. All else, hidden and labels
     included, is the same on every rank, and so are the loss, the statistics and hidden's gradient,
     which is the complete one: add no all-reduce of your own. A weight that is a DTensor with
-    Shard(0) brings its group along. Collective: every rank of the group makes the same call, and
+    Shard(0) brings its group along (one that FSDP shards has to be gathered: its ranks hold other
+    tokens, which is an error here). Collective: every rank of the group makes the same call, and
     with reduction="none" the same backward. Not for backend="reference"; under torch.compile it
     runs eagerly. See `parallel` for what is communicated.
 

@@ -118,7 +118,7 @@ class Shard:
             exchange(
                 self.group, lambda: [work.wait() for work in dist.batch_isend_irecv(transfers)]
             )
-        return tuple(pieces[peer] for peer in sorted(pieces))
+        return tuple(pieces.values())  # in the order of ranks, and so of ids
 
 
 def gather(group: dist.ProcessGroup, tensor: Tensor) -> Tensor:

@@ -48,7 +48,9 @@ PUBLIC = {
 #: Facts about a call: name of the argument, and what it is, in words or as a tensor of values.
 Facts = list[tuple[str, str, Tensor | None]]
 
-_seen: WeakKeyDictionary[dist.ProcessGroup, dict[Any, Shard]] = WeakKeyDictionary()
+#: By group and call, the heights of all ranks' shards. No Shard, which would keep the group alive.
+_seen: WeakKeyDictionary[dist.ProcessGroup, dict[Any, tuple[list[int], list[int]]]]
+_seen = WeakKeyDictionary()
 
 
 def agree(group: dist.ProcessGroup, prepare: Callable[[], Any], reduction: str) -> tuple:
@@ -69,14 +71,14 @@ def agree(group: dist.ProcessGroup, prepare: Callable[[], Any], reduction: str) 
         key = (heights, tuple(words for _, words, _ in facts))
         known = _seen.setdefault(group, {}).get(key)
         if known is not None:
-            return prepared, known
+            return prepared, _layout(group, *known)
     table = gather(group, _numbers(group, error, heights, facts)).tolist()
     _raise_errors(group, error, [row[0] for row in table])
     _raise_differences(group, facts, [row[3:] for row in table])
-    shard = _layout(group, [row[1] for row in table], [row[2] for row in table])
+    every = [row[1] for row in table], [row[2] for row in table]
     if key is not None:
-        _seen[group][key] = shard
-    return prepared, shard
+        _seen[group][key] = every
+    return prepared, _layout(group, *every)
 
 
 def _may_look(call) -> bool:
@@ -100,7 +102,7 @@ def _heights(call) -> tuple[int, int]:
 
 def _facts(call, reduction: str) -> Facts:
     """The same list of arguments on every rank, whatever they are."""
-    tensors, inputs, scale, needs, rule, scales, backend, ignore_index, max_workspace_bytes = call
+    tensors, inputs, scale, _, rule, scales, backend, ignore_index, max_workspace_bytes = call
     hidden, weight, bias, labels, teacher, teacher_weight, teacher_bias = tensors
 
     def kind(tensor: Tensor | None) -> str:
@@ -114,7 +116,11 @@ def _facts(call, reduction: str) -> Facts:
         return name, words, tensor
 
     scale_words = ("logit_scale", "softcap", "the teacher's logit_scale", "the teacher's softcap")
-    wants = [name for name, need in zip(("hidden", "weight", "bias"), needs, strict=True) if need]
+    wants = [
+        name
+        for name, tensor in (("hidden", hidden), ("weight", weight), ("bias", bias))
+        if tensor is not None and tensor.requires_grad and torch.is_grad_enabled()
+    ]
     source = teacher if teacher_weight is not None else None
     name, shape = ("hidden", tuple(hidden.shape)) if weight is not None else ("logits", len(hidden))
     rows = None if teacher is None else teacher.shape[0]
@@ -212,8 +218,8 @@ def _raise_differences(group: dist.ProcessGroup, facts: Facts, table: list[list[
         raise ValueError(
             f"the ranks of process_group disagree on {name}: {has}{others}. With a head sharded "
             "over the vocabulary every rank is given the same tokens and options, and only its own "
-            "rows of the head; a head that FSDP2 has sharded for storage, on ranks with tokens of "
-            "their own, goes through gathering.gathered() first"
+            "rows of the head; where FSDP sharded the head of ranks with other tokens, gather it "
+            "first"
         )
 
 

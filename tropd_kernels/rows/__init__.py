@@ -16,7 +16,14 @@ those given),
 where pg = p f'(p/q) belongs to the rule's generator (P already holds minus its sum). Rows from
 `Coef.P` on are linear in the row's weight, so an incoming gradient multiplies them alone.
 
+Where the vocabulary is sharded over ranks, `sharded` stands between the loop and the backend with
+the same two calls, and makes them of the backend's passes over a part of each row:
+
+    statistics(batch, options)                  stats and coefs by the part's own normalisers
+    sums(batch, options, gated, stats, coefs)   by the normalisers and THRESHOLD of the whole rows
+    gradient(...)                               as above, likewise
+
 Files: `layout` (this interface's data), `rule` (gate and rule on vectors of rows, in torch),
-`generators` (the f-divergences), `torch_rows` (the twin to read), `triton_rows` and
-`triton_kernels`.
+`generators` (the f-divergences), `torch_rows` (the twin to read), `native_rows`, `triton_rows` and
+`triton_kernels`, `sharded` and `sharded_search`.
 """

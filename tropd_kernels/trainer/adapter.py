@@ -79,12 +79,19 @@ class EpochSampler(RepeatSampler):
     """TRL's sampler with a permutation that is a function of (seed, epoch).
 
     TRL's own takes the next permutation from a generator at each epoch, so a run resumed in its
-    second epoch would see the first one's order again.
+    second epoch would see the first one's order again. The epoch follows from the optimiser step:
+    `set_epoch` does not come through the wrappers that accelerate puts around the sampler of a
+    resumed run.
     """
 
-    def set_epoch(self, epoch: int) -> None:
+    state: Any
+    steps_per_epoch: int
+
+    def __iter__(self):
         if self.shuffle:
+            epoch = self.state.global_step // max(self.steps_per_epoch, 1)
             self.generator.manual_seed((self.seed or 0) + epoch)
+        return super().__iter__()
 
 
 class DistillationAdapter(DistillationTrainer):
@@ -140,6 +147,10 @@ class DistillationAdapter(DistillationTrainer):
         rows: the generation batch, as the data set gives it.
         """
         return None
+
+    def asks_teacher(self) -> bool:
+        """Whether the loss looks at the teacher at all; if not, its forward is saved."""
+        return True
 
     def given_completions(self, rows: list[dict]) -> list[list[int]] | None:
         """Whole completions that nobody is to write; None: the student writes."""
@@ -232,7 +243,7 @@ class DistillationAdapter(DistillationTrainer):
         with self.accelerator.autocast():
             student = self._side(unwrapped_student, self._student_head, inputs)
             teacher = None
-            if self.teacher_model is not None:
+            if self.teacher_model is not None and self.asks_teacher():
                 unwrapped = self.accelerator.unwrap_model(self.teacher_model)
                 with torch.no_grad():
                     teacher = self._forward_redirection(
@@ -313,14 +324,15 @@ class DistillationAdapter(DistillationTrainer):
         self._prefix_lengths = [len(prefix) for prefix in prefixes]
         limit, ends = self.max_completion_length, self.eos_token_ids
         open_ = [prefix for prefix in prefixes if not is_complete(prefix, limit, ends)]
-        # Several processes generate together or not at all, so there nobody leaves early.
-        if not open_ and self.accelerator.num_processes == 1:
+        # vLLM's processes generate together or not at all, so there nobody leaves early.
+        if not open_ and not (self.use_vllm and self.accelerator.num_processes > 1):
             return prefixes
-        with self._limit(max([limit - len(prefix) for prefix in open_], default=1)):
-            rest = super()._generate_single_turn(
-                [prompt + prefix for prompt, prefix in zip(prompt_ids, prefixes)],
-                images, multimodal_fields, has_tool_images,
-            )  # fmt: skip
+        begun = [prompt + prefix for prompt, prefix in zip(prompt_ids, prefixes)]
+        tokens = max([limit - len(prefix) for prefix in open_], default=1)
+        # All rows are given as many tokens as the one with the shortest prefix needs.
+        check_context(begun, tokens, self._contexts, self._tokenizer)
+        with self._limit(tokens):
+            rest = super()._generate_single_turn(begun, images, multimodal_fields, has_tool_images)
         return [
             prefix if is_complete(prefix, limit, ends) else (prefix + own)[:limit]
             for prefix, own in zip(prefixes, rest)
@@ -339,15 +351,18 @@ class DistillationAdapter(DistillationTrainer):
 
     def _save_checkpoint(self, model, trial):
         super()._save_checkpoint(model, trial)
-        if self._iteration():  # a resumed run has to go on with this batch
+        if self._iteration() and not self.args.save_only_model:
+            # A resumed run has to go on with this batch.
             folder = Path(self._get_output_dir(trial=trial), f"checkpoint-{self.state.global_step}")
             torch.save(self._buffered_inputs, folder / self._batch_file())
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
         super()._load_from_checkpoint(resume_from_checkpoint, model)
         file = Path(resume_from_checkpoint, self._batch_file())
-        if file.exists():
-            self._buffered_inputs = torch.load(file, map_location=self.accelerator.device)
+        device = self.accelerator.device
+        # On more processes than before some have no file: then all write anew, or none.
+        if self.accelerator.gather(torch.tensor([file.exists()], device=device)).all():
+            self._buffered_inputs = torch.load(file, map_location=device)
 
     def _batch_file(self) -> str:
         return f"generation_batch_{self.accelerator.process_index}.pt"
@@ -379,6 +394,8 @@ class DistillationAdapter(DistillationTrainer):
         )
         sampler = EpochSampler(**{name: getattr(theirs, name) for name in names})
         sampler.repeat_count *= self.args.num_iterations
+        batches = sampler.num_samples // sampler.batch_size
+        sampler.state, sampler.steps_per_epoch = self.state, batches * self.args.num_iterations
         return sampler
 
 

@@ -38,6 +38,17 @@ def check_dataset(name: str, dataset: Any, columns: Sequence[str] = ()) -> None:
         )
 
 
+def check_rows(dataset: Any, batch: int) -> None:
+    """Raises ValueError for a data set that does not fill one generation batch, of which a run
+    would take no step at all."""
+    if dataset is not None and hasattr(dataset, "__len__") and len(dataset) < batch:
+        raise ValueError(
+            f"train_dataset: {len(dataset)} rows are fewer than one optimiser step takes, {batch} "
+            "(per_device_train_batch_size x gradient_accumulation_steps x processes): lower one of "
+            "them, or add rows"
+        )
+
+
 def check_context(
     prompt_ids: list[list[int]],
     completion: int,  # tokens

@@ -48,7 +48,9 @@ class TrOPDConfig(DistillationConfig):
     prefix_column: column with the teacher's answer: text, or messages for a conversational prompt.
         A data set without it has the teacher write the prefix.
     lmbda: GKD's share of on-policy steps (default 1: all). In the others the completions are the
-        teacher's whole answers, from prefix_column or written on the spot.
+        teacher's whole answers, from prefix_column or written on the spot. Objective "sft" trains
+        on the teacher's text with lmbda 0. To an objective with a prefix term those answers are one
+        long prefix, of prefix_weight.
     teacher_model_server_url: a teacher behind HTTP that speaks vLLM's completions protocol
         (`server.py`), instead of one in this process: for objectives of K1 and the teacher's top-k,
         at temperature 1. `teacher_model_name_or_path` is then the served name, if the server has
@@ -92,7 +94,7 @@ class TrOPDConfig(DistillationConfig):
     lmbda: float = 1.0
     teacher_model_server_url: str | None = None
     teacher_server_timeout: float = 600.0
-    teacher_server_retries: int = 5
+    teacher_server_retries: int = 9
     teacher_server_concurrency: int = 8
     precomputed_teacher: bool = False
     num_iterations: int = 1
@@ -168,8 +170,7 @@ class TrOPDConfig(DistillationConfig):
                 f"prefix_schedule: must be one of {', '.join(SCHEDULES)}; got "
                 f"{self.prefix_schedule!r}"
             )
-        if self.prefix_length < 0:
-            raise ValueError(f"prefix_length: must be 0 tokens or more, got {self.prefix_length}")
+        _at_least("prefix_length", self.prefix_length, 0)
         if (self.prefix_schedule == "none") != (self.prefix_length == 0):
             raise ValueError(
                 f"prefix_length: {self.prefix_length} with prefix_schedule "
@@ -185,8 +186,10 @@ class TrOPDConfig(DistillationConfig):
                 f"{self.max_completion_length}"
             )
         _within("prefix_fraction", self.prefix_fraction, 0.0, 1.0)
-        if self.prefix_steps is not None and self.prefix_steps < 0:
-            raise ValueError(f"prefix_steps: must be 0 steps or more, got {self.prefix_steps}")
+        if self.prefix_steps is not None:
+            _at_least("prefix_steps", self.prefix_steps, 0)
+        if self.max_workspace_bytes is not None:
+            _at_least("max_workspace_bytes", self.max_workspace_bytes, 1)
 
     def _check_teacher(self) -> None:
         source = "teacher_model_server_url" if self.teacher_model_server_url else None
@@ -206,7 +209,12 @@ class TrOPDConfig(DistillationConfig):
                 check_served(self.rule(1.0))
             except ValueError as error:
                 raise ValueError(f"{source}: objective {self.objective!r}: {error}") from error
-        if self.teacher_model_server_url and self.temperature != 1:
+        url = self.teacher_model_server_url
+        if url is not None and not url.startswith(("http://", "https://")):
+            raise ValueError(
+                f"teacher_model_server_url: must begin with http:// or https://: {url!r}"
+            )
+        if url and self.temperature != 1:
             raise ValueError(
                 f"temperature: a server gives log-probs at temperature 1, not {self.temperature}: "
                 "set temperature 1, or load the teacher in this process"
@@ -244,7 +252,8 @@ class TrOPDConfig(DistillationConfig):
 
 
 def _within(key: str, value: float, low: float, high: float) -> None:
-    if not low <= value <= high:  # written so that NaN fails
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if not (number and low <= value <= high):  # written so that NaN fails
         raise ValueError(f"{key}: must be in [{low:g}, {high:g}], got {value}")
 
 

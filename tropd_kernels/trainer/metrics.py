@@ -17,6 +17,7 @@ or a batch does not hold is left out rather than logged as 0.
 | prefix_nll          | teacher's tokens  | -log p of the prefix, nats                             |
 | prefix_length       | completions       | tokens                                                 |
 
+TRL takes the mean of micro-batches' means over an accumulation window and the steps between logs.
 The student's entropy and the lengths of completions are TRL's own metrics.
 """
 
@@ -40,6 +41,8 @@ _STUDENT = {
     "teacher_topk_mass": "teacher_topk_mass",
     "student_topk_mass": "student_topk_mass",
 }
+#: Metrics that are no means, and what makes one of several micro-batches'.
+EXTREMES = {PREFIX + "reward_min": min, PREFIX + "peak_memory_gib": max}
 NAMES = (*_STUDENT, "teacher_entropy", "prefix_nll", "prefix_length")
 
 

@@ -26,7 +26,7 @@ import torch
 import urllib3
 from torch import Tensor
 
-#: Pause before the second, third, ... attempt: this many seconds, doubled each time.
+#: urllib3 repeats at once, then after twice this many seconds, doubled each time, 120 at most.
 BACKOFF_SECONDS = 0.5
 _REPEATED = (408, 429, 500, 502, 503, 504)
 _QUOTED = 300  # characters of a server's own words in an error
@@ -63,7 +63,7 @@ class TeacherServer:
         model: str | None = None,
         *,
         timeout: float = 600.0,
-        retries: int = 5,
+        retries: int = 9,
         concurrency: int = 8,
         api_key: str | None = None,
     ):
@@ -175,6 +175,8 @@ class TeacherServer:
             return read(choices[0])
         except ValueError as error:
             raise self._error(what, str(error)) from error
+        except (AttributeError, KeyError, TypeError) as error:
+            raise self._error(what, f"its answer is malformed: {_quote(response)}") from error
 
     def _request(self, method: str, path: str, body: Any, what: str) -> urllib3.BaseHTTPResponse:
         try:
@@ -187,8 +189,8 @@ class TeacherServer:
 
     def _error(self, what: str, reason: str) -> TeacherServerError:
         return TeacherServerError(
-            f"teacher server {self.url}: {what} failed: {reason}. Checkpoints that were written "
-            "are whole: with the server mended, go on by resume_from_checkpoint"
+            f"teacher server {self.url}: {what} failed: {reason}. Look at the server; a run that "
+            "had begun goes on from its last checkpoint, which is whole, by resume_from_checkpoint"
         )
 
 

@@ -26,6 +26,8 @@ LABEL, IDS, LOG_PROBS = "teacher_label_log_probs", "teacher_ids", "teacher_log_p
 
 def columns_of(rule: TokenRule) -> tuple[str, ...]:
     """Columns that a data set needs for this objective."""
+    if not rule.uses_teacher:
+        return (COMPLETION,)
     return (COMPLETION, LABEL) + ((IDS, LOG_PROBS) if rule.uses_top_k else ())
 
 
@@ -93,17 +95,21 @@ def _row_scores(row: Mapping[str, Any], limit: int, top_k: int) -> TokenScores:
 
 def _completion(row: Mapping[str, Any]) -> list[int]:
     ids = row.get(COMPLETION)
+    if isinstance(ids, Tensor):  # a data set with_format("torch")
+        ids = ids.tolist()
     if not isinstance(ids, (list, tuple)) or not ids:
         raise ValueError(
             f"{COMPLETION}: expected a list of at least one id, got {ids!r:.60}: drop such rows"
         )
+    if min(ids) < 0:
+        raise ValueError(f"{COMPLETION}: holds the id {min(ids)}: take padding off")
     return list(ids)
 
 
 def _column(row: Mapping[str, Any], name: str, tokens: int, dims: int) -> Tensor:
     """A column of numbers as float64, (tokens,) or (tokens, K)."""
     try:
-        tensor = torch.tensor(row.get(name), dtype=torch.float64)
+        tensor = torch.as_tensor(row.get(name), dtype=torch.float64)
     except (TypeError, ValueError, RuntimeError) as error:
         raise ValueError(f"{name}: expected numbers, got {row.get(name)!r:.60}") from error
     if tensor.dim() != dims or len(tensor) != tokens or tensor.isnan().any():

@@ -28,6 +28,7 @@ from . import metrics, signals
 from .adapter import DistillationAdapter, Side
 from .checks import (
     check_dataset,
+    check_rows,
     check_server_tokenizer,
     check_tokenizers,
     find_tokenizer,
@@ -95,18 +96,26 @@ class TrOPDTrainer(DistillationAdapter):
         columns = signals.columns_of(args.rule()) if args.precomputed_teacher else ()
         if args.precomputed_teacher and tools:
             raise ValueError("tools: precomputed_teacher fixes the completions: leave tools out")
-        guided = args.prefix_schedule != "none"
+        guided = args.prefix_schedule != "none" or args.lmbda < 1
         named = guided and args.prefix_column not in (None, "teacher_completion")
         check_dataset(
             "train_dataset", train_dataset, [*columns, *([args.prefix_column] if named else [])]
         )
         check_dataset("eval_dataset", eval_dataset, columns)
+        if args.teacher_model_server_url:
+            self._server = TeacherServer(
+                args.teacher_model_server_url, args.teacher_model_name_or_path,
+                timeout=args.teacher_server_timeout, retries=args.teacher_server_retries,
+                concurrency=args.teacher_server_concurrency,
+            )  # fmt: skip
         super().__init__(
             model, loaded, args, train_dataset, eval_dataset, processing_class, callbacks,
             optimizers, quantization_config, peft_config, tools,
         )  # fmt: skip
-        if args.teacher_model_server_url:
-            self._connect()
+        if self._server is not None:
+            check_server_tokenizer(self._tokenizer, self._server.tokenize)
+        each = args.per_device_train_batch_size * args.gradient_accumulation_steps
+        check_rows(train_dataset, each * self.accelerator.num_processes)
         at_terminal = sys.stdout.isatty() and not args.disable_tqdm
         if at_terminal if args.rich_progress is None else args.rich_progress:
             self.remove_callback(ProgressCallback)
@@ -123,22 +132,12 @@ class TrOPDTrainer(DistillationAdapter):
                 "teacher: give one of the three"
             )
         loaded = teacher_model or args.teacher_model_name_or_path
-        if loaded is None and (args.rule().uses_teacher or args.prefix_length or args.lmbda < 1):
+        if loaded is None and args.rule().uses_teacher:
             raise ValueError(
                 f"teacher_model: objective {args.objective!r} needs a teacher: give a model, "
                 "teacher_model_server_url, or precomputed_teacher"
             )
         return loaded
-
-    def _connect(self) -> None:
-        """Finds the server, and whether its tokenizer is the student's."""
-        args = self.args
-        self._server = TeacherServer(
-            args.teacher_model_server_url, args.teacher_model_name_or_path,
-            timeout=args.teacher_server_timeout, retries=args.teacher_server_retries,
-            concurrency=args.teacher_server_concurrency,
-        )  # fmt: skip
-        check_server_tokenizer(self._tokenizer, self._server.tokenize)
 
     def _load_teacher(self, teacher: str | PreTrainedModel) -> None:
         tokenizer = find_tokenizer(teacher, self.args.trust_remote_code)
@@ -247,6 +246,8 @@ class TrOPDTrainer(DistillationAdapter):
             weights = weights * drift_gates(old_log_probs, stats.log_probs, own, block, tau)
         if gamma is not None or drifted:
             credit["token_weight"] = weights.masked_fill(prefix, 1.0)
+        if not all(tensor.isfinite().all() for tensor in credit.values()):
+            return {}  # the loss is not finite either, and `after_loss` stops every process
         return credit
 
     def after_loss(self, loss: Tensor, stats: TokenStats, inputs: dict[str, Any]) -> None:
@@ -254,7 +255,7 @@ class TrOPDTrainer(DistillationAdapter):
         counted = inputs["loss_mask"].bool()
         sums, lowest = metrics.token_sums(stats, counted, prefix_mask(inputs) & counted)
         self.log_metrics(metrics.means(self.accelerator, sums, lowest))
-        if self.args.log_regions:
+        if self.args.log_regions and self.accelerator.is_main_process:
             self._samples = samples(inputs, stats.trust, counted, self._tokenizer)
         finite = self.accelerator.gather(loss.detach().isfinite().reshape(1))
         if not finite.all():
@@ -275,6 +276,9 @@ class TrOPDTrainer(DistillationAdapter):
         return loss
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        for name, extreme in metrics.EXTREMES.items():  # of which TRL would log the mean
+            if values := self._metrics[self.mode].get(name):
+                self._metrics[self.mode][name] = [extreme(values)]
         super().log(logs, start_time)
         if self._samples and self.accelerator.is_main_process:
             show(self._samples)
@@ -296,6 +300,11 @@ class TrOPDTrainer(DistillationAdapter):
             return None
         column = self.args.prefix_column
         if column is None or column not in rows[0]:
+            if self.teacher_model is None and self._server is None:
+                raise ValueError(
+                    "teacher_model: the data set has no column of the teacher's text "
+                    f"({column!r}), and there is no teacher to write it: give one of the two"
+                )
             written = self._teacher_writes(prompt_ids, images, multimodal_fields, length)
         else:
             written = [
@@ -323,14 +332,21 @@ class TrOPDTrainer(DistillationAdapter):
         if self._server is None:
             return self.generate_with_teacher(prompt_ids, images, multimodal_fields, tokens)
         args = self.args
-        sampling = {"temperature": args.temperature, "top_p": args.top_p}
-        for name, unset in (("top_k", 0), ("min_p", None), ("repetition_penalty", 1.0)):
-            if getattr(args, name) != unset:
-                sampling[name] = getattr(args, name)
+        # All of them: for what is not sent vLLM takes the teacher's own generation_config.
+        sampling = {
+            "temperature": args.temperature,
+            "top_p": args.top_p,
+            "top_k": args.top_k or -1,
+            "min_p": args.min_p or 0.0,
+            "repetition_penalty": args.repetition_penalty,
+        }
         key = f"{args.seed} {self.state.global_step} {self.accelerator.process_index}"
         draw = random.Random(key)
         seeds = [draw.getrandbits(31) for _ in prompt_ids]
         return self._server.generate(prompt_ids, tokens, seeds=seeds, **sampling)
+
+    def asks_teacher(self) -> bool:
+        return self.args.rule().uses_teacher
 
     def given_completions(self, rows: list[dict]) -> list[list[int]] | None:
         if not self.args.precomputed_teacher:
@@ -346,9 +362,11 @@ class TrOPDTrainer(DistillationAdapter):
     ) -> dict[str, Tensor]:
         rule = self.args.rule()
         top_k = signals.wanted(rule)
+        if not rule.uses_teacher:
+            return {}
         if self.args.precomputed_teacher:
             scores = signals.column_scores(rows, self.max_completion_length, top_k)
-        elif self._server is not None and rule.uses_teacher:
+        elif self._server is not None:
             if "image" in rows[0] or "images" in rows[0]:
                 raise NotImplementedError(
                     "teacher_model_server_url: images are not sent to a teacher's server: load the "
