@@ -22,6 +22,7 @@ class Faults:
     drop_last: bool = False  # one position too few
     without_label: bool = False
     nan: bool = False
+    without_logprob: bool = False
     no_token_ids: bool = False
     other_tokens: bool = False
 
@@ -97,7 +98,8 @@ def serve(model, tokenizer):
         best = log_probs.topk(min(k, faults.most or k)).indices.tolist() if k else []
         named = best if faults.without_label else [*best, label]
         values = {i: float("nan") if faults.nan else log_probs[i].item() for i in named}
-        return {str(i): {"logprob": v, "decoded_token": ""} for i, v in values.items()}
+        field = "rank" if faults.without_logprob else "logprob"
+        return {str(i): {field: v, "decoded_token": ""} for i, v in values.items()}
 
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     thread = threading.Thread(target=server.serve_forever, daemon=True)

@@ -195,6 +195,13 @@ def test_metrics_are_means_over_tokens(tmp_path):
     own, guided = rewards_by_hand(trainer.batches)
     assert log["tropd/reward_mean"] == pytest.approx(own.mean().item(), rel=1e-4)
     assert log["tropd/reward_min"] == pytest.approx(own.min().item(), rel=1e-4)
+    split = make(
+        tmp_path, prefix_schedule="constant", prefix_length=3, per_device_train_batch_size=1,
+        gradient_accumulation_steps=4,
+    )  # fmt: skip
+    split.train()
+    lowest = rewards_by_hand(split.batches)[0].min().item()
+    assert split.state.log_history[0]["tropd/reward_min"] == pytest.approx(lowest, rel=1e-4)
     assert log["tropd/prefix_nll"] == pytest.approx(guided.mean().item(), rel=1e-4)
     assert log["tropd/trust_ratio"] + log["tropd/outlier_ratio"] == pytest.approx(1)
     for name in ("reverse_kl", "forward_kl", "teacher_entropy", "tokens_per_second",

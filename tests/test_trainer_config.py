@@ -81,6 +81,10 @@ def test_knobs_are_the_constructor_s(name):
         ({"objective_kwargs": {"gate": "never"}}, "objective_kwargs: tropd: gate must be one of"),
         ({"objective_kwargs": [1]}, "objective_kwargs: expected a mapping"),
         ({"beta": 0.5}, "objective 'tropd' takes no 'beta'; it belongs"),
+        ({"lmbda": None}, "lmbda: must be in [0, 1], got None"),
+        ({"prefix_schedule": "linear", "prefix_length": 4.5}, "prefix_length: must be a whole"),
+        ({"max_workspace_bytes": -1}, "max_workspace_bytes: must be a whole number"),
+        ({"teacher_model_server_url": "localhost:9"}, "must begin with http:// or https://"),
         ({"beta": 2.0, "objective": "gkd"}, "beta"),
         ({"objective": "gkd", "prefix_weight": 0.5}, "prefix_weight: objective 'gkd' takes no"),
         ({"stage_fraction": 0.5}, "stage_fraction: objective 'tropd' takes no"),
@@ -88,7 +92,7 @@ def test_knobs_are_the_constructor_s(name):
         ({"prefix_schedule": "cosin"}, "prefix_schedule: must be one of none, cosine, linear"),
         ({"prefix_schedule": "cosine"}, "prefix_length: 0 with prefix_schedule 'cosine'"),
         ({"prefix_length": 4}, "prefix_length: 4 with prefix_schedule 'none'"),
-        ({"prefix_length": -1}, "prefix_length: must be 0 tokens or more"),
+        ({"prefix_length": -1}, "prefix_length: must be a whole number of at least 0"),
         ({"prefix_schedule": "linear", "prefix_length": 600}, "prefix_length: 600 is more than"),
         ({"prefix_fraction": 1.5}, "prefix_fraction: must be in [0, 1]"),
         ({"prefix_steps": -1}, "prefix_steps"),
@@ -250,6 +254,7 @@ def test_flags_win_and_numbers_are_numbers(run_file):
         ("teacher: x", "unknown key 'teacher'"),
         ("objective: opdd", "objective: unknown 'opdd' (did you mean 'opd'?)"),
         ("dataset: nowhere.jsonl", "dataset: there is no file nowhere.jsonl"),
+        ("eval_dataset: nowhere.jsonl", "eval_dataset: there is no file nowhere.jsonl"),
         ("peft: {rank: 4}", "peft: "),
         ("model: null", "missing: model"),
         ("- a list", "expected lines of 'key: value'"),
@@ -262,6 +267,20 @@ def test_bad_file(run_file, capsys, line, message):
     run_file.write_text(line if line[0] in "-a" else "\n".join([*rest, line]))
     assert cli.main(["train", "--config", str(run_file)]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_number_in_a_file_of_the_wrong_type(run_file, capsys):
+    run_file.write_text(run_file.read_text().replace("max_steps: 3", "max_steps: 2.5"))
+    with pytest.raises(SystemExit):
+        cli.main(["train", "--config", str(run_file)])
+    assert "--max_steps" in capsys.readouterr().err
+
+
+def test_broken_data_file(run_file, capsys):
+    (run_file.parent / "prompts.jsonl").write_text('{"prompt": "w1"\n')
+    assert cli.main(["train", "--config", str(run_file)]) == 2
+    error = capsys.readouterr().err
+    assert "tropd train: dataset: " in error and "cannot be read: " in error
 
 
 def test_bad_flags(capsys, run_file):

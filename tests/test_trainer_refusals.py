@@ -61,13 +61,53 @@ def test_sft_goes_without_a_teacher(tmp_path):
     assert math.isfinite(trainer.train().training_loss)
 
 
+def test_sft_on_the_teacher_s_text(tmp_path):
+    """Without a teacher's model: lmbda 0 and a column, or completions given as ids."""
+    settings = dict(
+        objective="sft", bf16=False, use_cpu=True, report_to="none", max_steps=1,
+        per_device_train_batch_size=2, max_completion_length=4, save_strategy="no",
+    )  # fmt: skip
+    text = tiny.prompts(8, teacher_completion=[" w1 w2"] * 8)
+    ids = tiny.prompts(8, completion_ids=[[6, 7, 2]] * 8)
+    for data, more in ((text, {"lmbda": 0.0}), (ids, {"precomputed_teacher": True})):
+        args = TrOPDConfig(str(tmp_path), **settings, **more)
+        trainer = TrOPDTrainer(tiny.model(0), None, args, data, processing_class=tiny.tokenizer())
+        assert math.isfinite(trainer.train().training_loss)
+        assert trainer._buffered_inputs[0]["completion_ids"].tolist() == [[6, 7, 2]] * 2
+    args = TrOPDConfig(str(tmp_path), **settings, lmbda=0.0)
+    trainer = TrOPDTrainer(
+        tiny.model(0), None, args, tiny.prompts(), processing_class=tiny.tokenizer()
+    )
+    with pytest.raises(ValueError, match="teacher_model: the data set has no column"):
+        trainer.train()
+
+
 def test_bad_data_is_refused(tmp_path):
     with pytest.raises(ValueError, match="train_dataset: the data set is empty"):
         make(tmp_path, data=tiny.prompts(0))
     with pytest.raises(ValueError, match="train_dataset: no column 'prompt'; it has 'text'"):
         make(tmp_path, data=tiny.prompts().rename_column("prompt", "text"))
     with pytest.raises(ValueError, match="no column 'guide'"):
+        make(tmp_path, lmbda=0.5, objective="gkd", prefix_column="guide")
+    with pytest.raises(ValueError, match="no column 'guide'"):
         make(tmp_path, prefix_schedule="linear", prefix_length=2, prefix_column="guide")
+
+
+def test_fewer_rows_than_a_step(tmp_path):
+    with pytest.raises(ValueError, match="train_dataset: 6 rows are fewer than one .* takes, 8"):
+        make(tmp_path, data=tiny.prompts(6), gradient_accumulation_steps=2)
+
+
+def test_prefix_beyond_the_context(tmp_path):
+    """Each row is given as many new tokens as the one with the shortest prefix needs."""
+    words = " ".join(tiny.WORDS[:50])
+    answers = [" w1 w2", " " + words] * 4
+    data = tiny.prompts(8, teacher_completion=answers)
+    trainer = make(
+        tmp_path, data=data, max_completion_length=58, prefix_schedule="constant", prefix_length=58
+    )
+    with pytest.raises(ValueError, match="exceed the student's context of 64"):
+        trainer.train()
 
 
 def test_prompt_beyond_the_context(tmp_path):
@@ -77,9 +117,10 @@ def test_prompt_beyond_the_context(tmp_path):
         trainer.train()
 
 
-def test_nan_stops_and_saves_the_batch(tmp_path):
+@pytest.mark.parametrize("credit", [{}, {"kl_discount_factor": 0.5}, {"importance_gamma": 0.5}])
+def test_nan_stops_and_saves_the_batch(tmp_path, credit):
     teacher = tiny.model(1)
-    trainer = make(tmp_path, teacher=teacher)
+    trainer = make(tmp_path, teacher=teacher, **credit)
     with torch.no_grad():
         teacher.lm_head.weight[:] = math.nan
     with pytest.raises(FloatingPointError, match="the loss is nan at step 0") as caught:

@@ -81,6 +81,9 @@ def test_server_writes_the_prefix(tmp_path, served):
     assert torch.equal(first["completion_ids"], second["completion_ids"])  # seeds are sent
     wrote = [r for r in served.requests if r.get("return_token_ids")]
     assert len(wrote) == 8 and all(r["max_tokens"] == 3 for r in wrote)
+    # What is not sent a server takes from the model's own generation_config.
+    unset = dict(temperature=1.0, top_p=1.0, top_k=-1, min_p=0.0, repetition_penalty=1.0)
+    assert all(unset.items() <= r.items() for r in wrote)
 
 
 def columns_of(trainer):
@@ -172,6 +175,7 @@ def test_server_that_dies_leaves_the_checkpoint(tmp_path, served):
         (dict(without_label=True), "which should be the 4 likeliest and its own"),
         (dict(drop_last=True), "tokens were asked"),
         (dict(nan=True), "hold NaN"),
+        (dict(without_logprob=True), "its answer is malformed: .*rank"),
         (dict(status=[404] * 20), "HTTP 404: .*made to fail with 404"),
         (dict(status=[503] * 20), "HTTP 503 after 3 attempts"),
     ],
@@ -238,6 +242,9 @@ def test_columns_that_do_not_fit(tmp_path, served):
     short = data.map(lambda row: {"teacher_label_log_probs": row["teacher_label_log_probs"][:-1]})
     with pytest.raises(ValueError, match="teacher_label_log_probs: expected"):
         trained(short)
+    with pytest.raises(ValueError, match="completion_ids: holds the id -100: take padding off"):
+        trained(data.map(lambda row: {"completion_ids": [-100, *row["completion_ids"][1:]]}))
+    trained(data.with_format("torch"))
     with pytest.raises(ValueError, match="completion_ids: expected a list of at least one id"):
         trained(data.map(lambda row: {"completion_ids": []}))
 

@@ -150,7 +150,9 @@ def read_config(path: str | None) -> dict[str, Any]:
         raise UsageError(f"--config {path}: {error}") from error
     if not isinstance(keys, dict) or not all(isinstance(key, str) for key in keys):
         raise UsageError(f"--config {path}: expected lines of 'key: value', got {keys!r:.80}")
-    return keys
+    # As flags arrive, so that argparse checks a number's type and names its key.
+    numbers = {key: str(value) for key, value in keys.items() if type(value) in (int, float)}
+    return keys | numbers
 
 
 def load_data(key: str, source: str, split: str) -> Any:

@@ -82,7 +82,9 @@ def check_ids(
         )
 
 
-def find_tokenizer(teacher: Any, trust_remote_code: bool) -> PreTrainedTokenizerBase | None:
+def find_tokenizer(
+    teacher: Any, trust_remote_code: bool, revision: str | None = None
+) -> PreTrainedTokenizerBase | None:
     """The teacher's tokenizer by the teacher's name, or None where there is none to be had.
 
     The name of a model that is loaded already is looked up on this machine alone.
@@ -93,7 +95,10 @@ def find_tokenizer(teacher: Any, trust_remote_code: bool) -> PreTrainedTokenizer
         return None
     try:
         return AutoTokenizer.from_pretrained(
-            name, trust_remote_code=trust_remote_code, local_files_only=not by_name
+            name,
+            trust_remote_code=trust_remote_code,
+            local_files_only=not by_name,
+            revision=revision or "main",
         )
     except (OSError, ValueError, KeyError):
         return None

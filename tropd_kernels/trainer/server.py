@@ -152,7 +152,7 @@ class TeacherServer:
             try:
                 return [future.result() for future in futures]
             except BaseException:
-                pool.shutdown(wait=False, cancel_futures=True)
+                pool.shutdown(cancel_futures=True)
                 raise
 
     def _served_model(self) -> str:

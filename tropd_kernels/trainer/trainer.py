@@ -140,7 +140,9 @@ class TrOPDTrainer(DistillationAdapter):
         return loaded
 
     def _load_teacher(self, teacher: str | PreTrainedModel) -> None:
-        tokenizer = find_tokenizer(teacher, self.args.trust_remote_code)
+        tokenizer = find_tokenizer(
+            teacher, self.args.trust_remote_code, self.args.teacher_model_revision
+        )
         if tokenizer is not None:
             check_tokenizers(self._tokenizer, tokenizer)
         super()._load_teacher(teacher)
