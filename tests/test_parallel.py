@@ -40,6 +40,7 @@ from tropd_kernels import (
     parallel,
     parallel_checks,
 )
+from tropd_kernels.gathering import gathered_tokens
 
 pytestmark = pytest.mark.skipif(
     not (dist.is_available() and dist.is_gloo_available()), reason="this torch has no gloo"
@@ -443,8 +444,43 @@ def communication(ranks):
     yield "looks once", looks_once
 
 
+def sequence_parallel(ranks):
+    """Each rank has a share of the tokens, and gets their gradients back."""
+
+    def shares():
+        problem = bare(4 * ranks)
+        teacher, options = arguments(problem, OBJECTIVES["tropd"], "top_k", torch.float32)
+        hidden, weight = problem.hidden.float(), problem.weight.float()
+
+        def call(hidden, weight, **group):
+            out = linear_distillation_loss(
+                hidden, weight, problem.labels, teacher, OBJECTIVES["tropd"], **options, **group
+            )
+            out.loss.backward()
+            return out.loss.detach()
+
+        whole = hidden.clone().requires_grad_()
+        expected = call(whole, weight)
+        mine_ = mine(hidden).requires_grad_()
+        everyone = gathered_tokens(mine_, dist.group.WORLD)
+        assert torch.equal(everyone, hidden)
+        loss = call(everyone, mine(weight), process_group=dist.group.WORLD)
+        torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(mine_.grad, mine(whole.grad), rtol=1e-4, atol=1e-6)
+
+    def uneven():
+        rank = dist.get_rank()
+        with pytest.raises(
+            ValueError, match=r"hidden: rank 1 of \d holds \(2, 3\), rank 0 \(4, 3\)"
+        ):
+            gathered_tokens(torch.zeros(4 if rank != 1 else 2, 3), dist.group.WORLD)
+
+    yield "shares of the tokens", shares
+    yield "uneven shares", uneven
+
+
 def all_cases(ranks):
-    for cases in (agreement, communication, bad_inputs):
+    for cases in (agreement, communication, sequence_parallel, bad_inputs):
         yield from ((f"{cases.__name__}: {name}", case) for name, case in cases(ranks))
 
 

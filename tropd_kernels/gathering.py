@@ -1,7 +1,7 @@
-"""Heads that are sharded for storage (FSDP2), whole for one call.
+"""What is stored in shards, whole for one call: FSDP2's heads, and sequence-parallel hidden states.
 
-Under `fully_shard` a parameter outside its own module's forward is a DTensor, of which each process
-holds some rows. The loss wants the whole head, for this process's tokens:
+**Heads.** Under `fully_shard` a parameter outside its own module's forward is a DTensor, of which
+each process holds some rows. The loss wants the whole head, for this process's tokens:
 
     forward     one all-gather a call: V x H elements, alive until the backward is done
     backward    each process has the gradient of its own tokens; the sum over processes goes back to
@@ -13,6 +13,11 @@ them: the tokens of the others would be lost, silently.
 Inside the forward of the FSDP2 unit that holds the head it is whole already, and comes back as it
 is. Tied embeddings have to be there: FSDP2 wants parameters that share memory in one unit, so the
 loss goes into that unit's forward.
+
+**Hidden states.** Under sequence parallelism, as in Megatron-LM, each rank of a tensor-parallel
+group holds the last hidden states of its share of the tokens. The loss of a vocabulary-parallel
+head (`process_group=`) wants all of them on every rank, and gives every rank their complete
+gradient: forward is an all-gather of N x H elements, and backward keeps the rank's own rows.
 """
 
 from __future__ import annotations
@@ -20,7 +25,10 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
+
+from .parallel import gather
 
 
 def gathered(parameter: Tensor, *, mean: bool = True) -> Tensor:
@@ -58,3 +66,39 @@ class _Scaled(torch.autograd.Function):
     @staticmethod
     def backward(ctx, gradient: Tensor):
         return gradient * ctx.scale, None
+
+
+def gathered_tokens(hidden: Tensor, process_group: dist.ProcessGroup) -> Tensor:
+    """All ranks' tokens (R * n, *) in the order of the ranks, from this rank's (n, *);
+    differentiable.
+
+    hidden: hidden states, or whatever else has the tokens in dimension 0 (labels, weights); as many
+    on every rank. The gradient that comes back has to be the complete one on every rank, as the
+    loss with the same `process_group` returns it; this rank's rows of it go on.
+
+    A collective. Raises ValueError, on every rank, where the ranks hold other shapes.
+    """
+    shape = torch.tensor([hidden.dim(), *hidden.shape][:8], device=hidden.device)
+    shape = torch.nn.functional.pad(shape, (0, 8 - shape.numel()))
+    shapes = gather(process_group, shape).tolist()
+    for rank, other in enumerate(shapes):
+        if other != shapes[0]:
+            raise ValueError(
+                f"hidden: rank {rank} of {len(shapes)} holds {tuple(other[1 : other[0] + 1])}, "
+                f"rank 0 {tuple(shapes[0][1 : shapes[0][0] + 1])}: pad the tokens, with labels "
+                f"that are ignored, to as many on every rank"
+            )
+    return _Tokens.apply(hidden, process_group)
+
+
+class _Tokens(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, hidden: Tensor, group: dist.ProcessGroup) -> Tensor:
+        ctx.own = slice(
+            dist.get_rank(group) * len(hidden), (dist.get_rank(group) + 1) * len(hidden)
+        )
+        return gather(group, hidden).flatten(0, 1)
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor):
+        return gradient[ctx.own], None
