@@ -94,9 +94,8 @@ def gathered_tokens(hidden: Tensor, process_group: dist.ProcessGroup) -> Tensor:
 class _Tokens(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden: Tensor, group: dist.ProcessGroup) -> Tensor:
-        ctx.own = slice(
-            dist.get_rank(group) * len(hidden), (dist.get_rank(group) + 1) * len(hidden)
-        )
+        first = dist.get_rank(group) * len(hidden)
+        ctx.own = slice(first, first + len(hidden))
         return gather(group, hidden).flatten(0, 1)
 
     @staticmethod
