@@ -84,12 +84,12 @@ class EpochSampler(RepeatSampler):
     resumed run.
     """
 
-    state: Any
+    trainer: Any  # whose state is another object once training has begun
     steps_per_epoch: int
 
     def __iter__(self):
         if self.shuffle:
-            epoch = self.state.global_step // max(self.steps_per_epoch, 1)
+            epoch = self.trainer.state.global_step // max(self.steps_per_epoch, 1)
             self.generator.manual_seed((self.seed or 0) + epoch)
         return super().__iter__()
 
@@ -395,7 +395,7 @@ class DistillationAdapter(DistillationTrainer):
         sampler = EpochSampler(**{name: getattr(theirs, name) for name in names})
         sampler.repeat_count *= self.args.num_iterations
         batches = sampler.num_samples // sampler.batch_size
-        sampler.state, sampler.steps_per_epoch = self.state, batches * self.args.num_iterations
+        sampler.trainer, sampler.steps_per_epoch = self, batches * self.args.num_iterations
         return sampler
 
 
