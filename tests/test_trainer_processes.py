@@ -1,11 +1,6 @@
-"""The trainer on two processes, DDP over gloo (`accelerate launch` would run CPUs by MPI)."""
+"""The trainer on two processes equals the trainer on one, under every engine."""
 
 from __future__ import annotations
-
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -13,45 +8,33 @@ import torch
 pytest.importorskip("trl", reason="the trainer needs trl")
 
 import tiny
+from engines import ENGINES, on_two_processes
 from training import RATE, by_hand, make, rewards_by_hand
 
 pytestmark = [pytest.mark.filterwarnings("ignore::FutureWarning"), pytest.mark.slow]
-ROOT = Path(__file__).parents[1]
-
-
-def on_two_processes(code: str, folder: Path, *arguments: str) -> list:
-    """What each process of this program has saved under `<rank>.pt`."""
-    (folder / "process.py").write_text(code)
-    done = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
-         str(folder / "process.py"), str(folder), *arguments],
-        env={**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}",
-             "OMP_NUM_THREADS": "1"},
-        cwd=ROOT, capture_output=True, text=True, timeout=280,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-3000:]
-    return [torch.load(folder / f"{rank}.pt") for rank in range(2)]
 
 
 _ONE_STEP = """
 import sys, torch
-import tiny
+from engines import use, whole_parameters
+settings = use(sys.argv[2])
 from training import make
 trainer = make(
-    sys.argv[1], per_device_train_batch_size=1, gradient_accumulation_steps=2, ddp_backend="gloo",
-    prefix_schedule="constant", prefix_length=2,
+    sys.argv[1], per_device_train_batch_size=1, gradient_accumulation_steps=2,
+    prefix_schedule="constant", prefix_length=2, **settings,
 )
 trainer.train()
 rank = trainer.accelerator.process_index
-parameters = [p.detach() for p in trainer.model.parameters()]
+parameters = whole_parameters(trainer.model)
 log = trainer.state.log_history[0]
 torch.save((trainer.batches, parameters, trainer.losses, log), f"{sys.argv[1]}/{rank}.pt")
 """
 
 
-def test_two_processes_are_the_large_batch(tmp_path):
+@pytest.mark.parametrize("engine", ENGINES)
+def test_two_processes_are_the_large_batch(tmp_path, engine):
     """Tokens are counted, draws keyed and metrics summed over both."""
-    saved = on_two_processes(_ONE_STEP, tmp_path)
+    saved = on_two_processes(_ONE_STEP, tmp_path, engine)
     trainer = make(tmp_path, per_device_train_batch_size=1, gradient_accumulation_steps=4)
     trainer.seen = [(batch, True) for batches, *_ in saved for batch in batches]
     keys = torch.cat([batch["sequence_ids"] for batch in trainer.batches])
@@ -105,16 +88,18 @@ def test_resume_in_the_second_epoch(tmp_path):
 
 _CURVE = """
 import sys, torch
+from engines import use, whole_parameters
+settings = use(sys.argv[2])
 from datasets import Dataset
 from training import make
 from test_trainer_processes import CURVE
 data = Dataset.from_json(f"{sys.argv[1]}/data.jsonl")
 trainer = make(
-    sys.argv[1], data=data, per_device_train_batch_size=2, ddp_backend="gloo", **CURVE
+    sys.argv[1], data=data, per_device_train_batch_size=2, **settings, **CURVE
 )
 trainer.train()
 rank = trainer.accelerator.process_index
-parameters = [p.detach() for p in trainer.model.parameters()]
+parameters = whole_parameters(trainer.model)
 torch.save((trainer.losses, parameters), f"{sys.argv[1]}/{rank}.pt")
 """
 CURVE = dict(
@@ -123,7 +108,8 @@ CURVE = dict(
 )  # fmt: skip
 
 
-def test_curve_of_two_processes(tmp_path):
+@pytest.mark.parametrize("engine", ENGINES)
+def test_curve_of_two_processes(tmp_path, engine):
     """Fixed completions, so that nobody samples: twenty steps, two rows each on two processes, and
     four on one."""
     draw = torch.Generator().manual_seed(0)
@@ -140,7 +126,7 @@ def test_curve_of_two_processes(tmp_path):
         ))  # fmt: skip
     data = tiny.Dataset.from_list(rows)
     data.to_json(tmp_path / "data.jsonl")
-    saved = on_two_processes(_CURVE, tmp_path)
+    saved = on_two_processes(_CURVE, tmp_path, engine)
     trainer = make(tmp_path, data=data, per_device_train_batch_size=4, **CURVE)
     trainer.train()
     curve = [(a + b) / 2 for a, b in zip(saved[0][0], saved[1][0], strict=True)]

@@ -25,6 +25,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .gathering import gathered
+
 __all__ = ["Head", "check_head", "read_head"]
 
 
@@ -156,6 +158,20 @@ def read_head(model: nn.Module, verify: bool = False) -> Head:
         except ValueError as error:
             failure = error
     raise failure
+
+
+def current(head: Head, model: nn.Module) -> Head:
+    """`head` with the parameters that `model` holds now: FSDP2 and ZeRO-3 put others in the place
+    of those that `read_head` saw. A DTensor is gathered (see `gathering`): a collective.
+
+    Raises what `read_head` raises for a weight that is not whole or no longer plain.
+    """
+    base = _unwrap(model)
+    linear = _plain_linear(base, base.get_output_embeddings())
+    if linear.weight is head.weight:
+        return head
+    bias = None if linear.bias is None else gathered(linear.bias)
+    return replace(head, weight=gathered(linear.weight), bias=bias)
 
 
 @torch.no_grad()

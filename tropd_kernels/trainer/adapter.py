@@ -29,9 +29,17 @@ from trl.models.utils import prepare_deepspeed
 from trl.trainer.utils import RepeatSampler, create_model_from_path
 
 from ..functional import TokenStats
-from ..heads import Head, read_head
+from ..heads import Head, current
 from .checks import check_context, check_ids
 from .prefix import is_complete
+from .sharding import (
+    fsdp_version,
+    generates_together,
+    mark_for_generation,
+    read_whole_head,
+    refuse_fsdp_1,
+    shard_frozen,
+)
 
 #: Methods of DistillationTrainer that are overridden or called, with their leading parameters.
 HOOKS = (
@@ -46,7 +54,7 @@ HOOKS = (
         "image_position_ids",
     ),
     ("_get_train_sampler", "self dataset"),
-    ("_load_from_checkpoint", "self resume_from_checkpoint model"),
+    ("_load_optimizer_and_scheduler", "self checkpoint"),
     ("_prepare_inputs", "self generation_batch"),
     ("_save_checkpoint", "self model trial"),
     ("_set_signature_columns_if_needed", "self"),
@@ -110,13 +118,15 @@ class DistillationAdapter(DistillationTrainer):
 
     def __init__(self, model: Any, teacher_model: Any, args: Any, *rest: Any, **keywords: Any):
         super().__init__(model, None, args, *rest, **keywords)
-        self._refuse_sharding()
+        refuse_fsdp_1(self.accelerator)
         if args.num_iterations > 1 and isinstance(self.train_dataset, IterableDataset):
             raise ValueError(
                 "num_iterations: TRL's loader does not repeat the rows of a streaming data set "
                 "over several steps: load the data set whole, or leave num_iterations at 1"
             )
-        self._student_head = read_head(self.model, verify=True)
+        self._student_head = read_whole_head(self.model)
+        if fsdp_version(self.accelerator):
+            mark_for_generation(self.model)
         self._teacher_head: Head | None = None
         self._contexts = {"student": self.model.config}
         self._shared = self._student_head.vocab_size  # ids that both sides have
@@ -211,10 +221,12 @@ class DistillationAdapter(DistillationTrainer):
         if getattr(teacher, "hf_device_map", None) is None:
             teacher.to(self.accelerator.device)
         # Before accelerate wraps the forward in autocast, whose rounding the check would see.
-        self._teacher_head = read_head(teacher, verify=True)
+        self._teacher_head = read_whole_head(teacher)
         self._contexts["teacher"] = teacher.config
         if self.is_deepspeed_enabled:
             self.teacher_model = prepare_deepspeed(teacher, self.accelerator)
+        elif fsdp_version(self.accelerator):
+            self.teacher_model = shard_frozen(teacher, self.accelerator)
         else:
             self.teacher_model = self.accelerator.prepare_model(teacher, evaluation_mode=True)
 
@@ -226,14 +238,6 @@ class DistillationAdapter(DistillationTrainer):
             config = self.generation_config
             beyond = range(self._shared, max(heights))
             config.suppress_tokens = [*(config.suppress_tokens or ()), *beyond]
-
-    def _refuse_sharding(self) -> None:
-        plugin = getattr(self.accelerator.state, "deepspeed_plugin", None)
-        if self.is_fsdp_enabled or (plugin is not None and plugin.zero_stage == 3):
-            raise NotImplementedError(
-                "the trainer reads the head's weight whole, which FSDP and ZeRO-3 keep in shards: "
-                "use DDP, or DeepSpeed ZeRO 1 or 2"
-            )
 
     # The loss. `_compute_loss` runs inside the student wrapper's forward, where a collective would
     # hang; `compute_loss` runs after it.
@@ -278,6 +282,7 @@ class DistillationAdapter(DistillationTrainer):
                 inputs["completion_ids"].shape[1],
                 **{name: inputs[name] for name in _MULTIMODAL if name in inputs},
             )
+        head = current(head, model)  # an engine may have put shards in its place
         weight, bias, device = head.weight, head.bias, head.weight.device
         dtype = weight.dtype
         if torch.is_autocast_enabled(device.type):
@@ -324,8 +329,10 @@ class DistillationAdapter(DistillationTrainer):
         self._prefix_lengths = [len(prefix) for prefix in prefixes]
         limit, ends = self.max_completion_length, self.eos_token_ids
         open_ = [prefix for prefix in prefixes if not is_complete(prefix, limit, ends)]
-        # vLLM's processes generate together or not at all, so there nobody leaves early.
-        if not open_ and not (self.use_vllm and self.accelerator.num_processes > 1):
+        # Nobody leaves early where processes generate together or not at all.
+        processes = self.accelerator.num_processes
+        together = (self.use_vllm and processes > 1) or generates_together(self.accelerator)
+        if not open_ and not together:
             return prefixes
         begun = [prompt + prefix for prompt, prefix in zip(prompt_ids, prefixes)]
         tokens = max([limit - len(prefix) for prefix in open_], default=1)
@@ -356,9 +363,12 @@ class DistillationAdapter(DistillationTrainer):
             folder = Path(self._get_output_dir(trial=trial), f"checkpoint-{self.state.global_step}")
             torch.save(self._buffered_inputs, folder / self._batch_file())
 
-    def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
-        super()._load_from_checkpoint(resume_from_checkpoint, model)
-        file = Path(resume_from_checkpoint, self._batch_file())
+    def _load_optimizer_and_scheduler(self, checkpoint):
+        # Not with the model, which DeepSpeed loads by itself.
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is None:
+            return
+        file = Path(checkpoint, self._batch_file())
         device = self.accelerator.device
         # On more processes than before some have no file: then all write anew, or none.
         if self.accelerator.gather(torch.tensor([file.exists()], device=device)).all():

@@ -1,0 +1,99 @@
+"""Models whose parameters are stored in shards: FSDP2 and DeepSpeed's ZeRO-3.
+
+| who     | what FSDP2 does                             | what ZeRO-3 does                        |
+|---------|---------------------------------------------|-----------------------------------------|
+| student | accelerate wraps it, a unit for each layer  | the engine gathers the head when the    |
+|         | and one for the last norm and the head      | loss, in the student's forward, asks it |
+| teacher | `shard_frozen`: likewise, without gradients | TRL's `prepare_deepspeed`               |
+
+Both put other tensors in the place of the parameters that were read when the trainer was made, so
+each call reads the head again (`heads.current`). The loss has to run in the forward of the wrapped
+student, where FSDP2 and ZeRO-3 hold the head whole and take its gradient for their reduction.
+
+Processes that share parameters also generate together: each token is a gather, which all have to
+come to until the last of them has ended its completions.
+"""
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+from torch import nn
+
+from ..heads import Head, read_head
+
+
+def fsdp_version(accelerator: Any) -> int | None:
+    """1 or 2; None without FSDP."""
+    plugin = getattr(accelerator.state, "fsdp_plugin", None)
+    return None if plugin is None else plugin.fsdp_version
+
+
+def is_zero_3(accelerator: Any) -> bool:
+    plugin = getattr(accelerator.state, "deepspeed_plugin", None)
+    return plugin is not None and plugin.zero_stage == 3
+
+
+def generates_together(accelerator: Any) -> bool:
+    """Whether the processes need each other for every token of a forward."""
+    sharded = is_zero_3(accelerator) or fsdp_version(accelerator) is not None
+    return sharded and accelerator.num_processes > 1
+
+
+def refuse_fsdp_1(accelerator: Any) -> None:
+    if fsdp_version(accelerator) == 1:
+        raise NotImplementedError(
+            "FSDP: its first version flattens the head together with other parameters, so that the "
+            "loss cannot read it: set fsdp_version to 2 (FSDP_VERSION=2)"
+        )
+
+
+def read_whole_head(model: nn.Module) -> Head:
+    """`read_head` with its check, also of a model that ZeRO-3 partitioned while loading it. There
+    the head alone is gathered, and the check, which would run the whole model, is left out."""
+    holder = model.get_output_embeddings()  # type: ignore[operator]
+    parts = [] if holder is None else list(holder.parameters())
+    if not any(hasattr(part, "ds_id") for part in parts):
+        return read_head(model, verify=True)
+    with gathered_parameters(parts):
+        return read_head(model)
+
+
+@contextlib.contextmanager
+def gathered_parameters(parameters: list[nn.Parameter]) -> Iterator[None]:
+    import deepspeed
+
+    with deepspeed.zero.GatheredParameters(parameters):
+        yield
+
+
+def mark_for_generation(model: Any) -> None:
+    """Tells transformers that `generate` has to go on until every process is done. It knows models
+    that it sharded itself; accelerate does the same and leaves no mark."""
+    for one in {model, model.get_base_model() if hasattr(model, "get_base_model") else model}:
+        one._is_fsdp_managed_module = True
+
+
+def shard_frozen(model: nn.Module, accelerator: Any) -> nn.Module:
+    """The model under FSDP2, a unit for each of its layers, for forwards alone.
+
+    accelerate prepares but one model, and TRL's own unit would be the whole model, gathered at
+    once.
+    """
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+    plugin = accelerator.state.fsdp_plugin
+    mesh = getattr(accelerator, "torch_device_mesh", None)
+    options: dict[str, Any] = dict(
+        offload_policy=plugin.cpu_offload,
+        mp_policy=plugin.mixed_precision_policy or MixedPrecisionPolicy(),
+        mesh=None if mesh is None else mesh[tuple(accelerator.parallelism_config.fsdp_dim_names)],
+    )
+    model.requires_grad_(False)
+    layers = set(getattr(model, "_no_split_modules", None) or ())
+    for module in list(model.modules()):
+        if type(module).__name__ in layers:
+            fully_shard(module, **options)
+    fully_shard(model, **options)
+    mark_for_generation(model)
+    return model
