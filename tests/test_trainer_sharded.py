@@ -79,6 +79,10 @@ def student(folder, kind: str, **settings):
         settings["peft"] = LoraConfig(
             target_modules=["q_proj", "v_proj"], r=4, init_lora_weights=False
         )
+    if kind == "guided":  # half of the completions are the teacher's to the end
+        texts = [" w1 w2 </s>" if row % 2 else " w1 w2 w3" for row in range(8)]
+        settings["data"] = tiny.prompts(8, teacher_completion=texts)
+        settings |= dict(prefix_schedule="constant", prefix_length=4)
     settings |= dict(bf16=kind == "bf16", learning_rate=1e-3, max_steps=6, objective="opd")
     model = tiny.model(0, tie_word_embeddings=kind == "tied")
     torch.manual_seed(0)  # the adapter's start
@@ -89,18 +93,23 @@ def student(folder, kind: str, **settings):
 def test_students(tmp_path, engine):
     """The same losses and weights as under DDP, where nothing is sharded."""
     # For its own bf16 DeepSpeed wants a GPU.
-    kinds = ["tied", "lora"] if engine == "zero3" else ["tied", "lora", "bf16"]
+    kinds = ["tied", "lora", "guided", *(["bf16"] if engine == "fsdp2" else [])]
     folders = [tmp_path / name for name in ("ddp", "sharded")]
     for folder in folders:
         folder.mkdir()
     plain = on_two_processes(_STUDENTS, folders[0], "ddp", *kinds)
     sharded = on_two_processes(_STUDENTS, folders[1], engine, *kinds)
-    # One process waits for the other, which still writes.
-    assert plain[0]["lora"]["lengths"] != plain[1]["lora"]["lengths"]
+    # One process waits for the other, which still writes, or has nothing to write.
+    for kind in ("lora", "guided"):
+        assert plain[0][kind]["lengths"] != plain[1][kind]["lengths"]
     for theirs, ours in zip(plain, sharded):
         for kind in kinds:
             one, other = ours[kind], theirs[kind]
             assert one["stored"] == {torch.float32}  # the master weights, and their gradients
+            if kind == "guided":
+                # Of completions that are done, here is still drawn, and thrown away.
+                assert sorted(one["lengths"])[0] == 3
+                continue
             if kind == "bf16":
                 # Rounded elsewhere: by FSDP2 before, not by autocast in, each product.
                 assert one["computed"] == {torch.bfloat16}

@@ -35,7 +35,6 @@ from .prefix import is_complete
 from .sharding import (
     fsdp_version,
     generates_together,
-    mark_for_generation,
     read_whole_head,
     refuse_fsdp_1,
     shard_frozen,
@@ -125,8 +124,6 @@ class DistillationAdapter(DistillationTrainer):
                 "over several steps: load the data set whole, or leave num_iterations at 1"
             )
         self._student_head = read_whole_head(self.model)
-        if fsdp_version(self.accelerator):
-            mark_for_generation(self.model)
         self._teacher_head: Head | None = None
         self._contexts = {"student": self.model.config}
         self._shared = self._student_head.vocab_size  # ids that both sides have

@@ -67,13 +67,6 @@ def gathered_parameters(parameters: list[nn.Parameter]) -> Iterator[None]:
         yield
 
 
-def mark_for_generation(model: Any) -> None:
-    """Tells transformers that `generate` has to go on until every process is done. It knows models
-    that it sharded itself; accelerate does the same and leaves no mark."""
-    for one in {model, model.get_base_model() if hasattr(model, "get_base_model") else model}:
-        one._is_fsdp_managed_module = True
-
-
 def shard_frozen(model: nn.Module, accelerator: Any) -> nn.Module:
     """The model under FSDP2, a unit for each of its layers, for forwards alone.
 
@@ -95,5 +88,4 @@ def shard_frozen(model: nn.Module, accelerator: Any) -> nn.Module:
         if type(module).__name__ in layers:
             fully_shard(module, **options)
     fully_shard(model, **options)
-    mark_for_generation(model)
     return model
