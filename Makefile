@@ -6,6 +6,7 @@
 #   make lint      ruff and mypy
 #   make bench     the benchmarks; writes build/bench/
 #   make wheel     a wheel, in dist/
+#   make engines   the tests that want verl and DeepSpeed, which it installs beside .venv
 #   make sanitize  the native kernels under GCC's sanitizers, in build/sanitize/ (Linux)
 #   make clean     removes what the above made, but for .venv
 #
@@ -20,7 +21,7 @@ PY       = .venv/bin/python
 PIP      = $(PY) -m pip --disable-pip-version-check install --quiet
 READY    = .venv/.ready
 
-.PHONY: demo train test lint bench wheel sanitize clean
+.PHONY: demo train test engines lint bench wheel sanitize clean
 
 demo: $(READY)
 	$(PY) -m benchmarks.demo $(ARGS)
@@ -31,8 +32,26 @@ train: $(READY)
 	.venv/bin/tropd train --config benchmarks/train/run.yaml --peft true --learning_rate 1e-3 --output_dir build/train/lora $(ARGS)
 
 # One thread a worker, or the workers' torch threads fight over the cores.
+PYTEST = -m pytest -n $(WORKERS) --dist worksteal --timeout 300 -p no:benchmark
 test: $(READY)
-	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(PY) -m pytest tests -n $(WORKERS) --dist worksteal --timeout 300 -p no:benchmark $(ARGS)
+	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(PY) $(PYTEST) tests $(ARGS)
+
+# In an environment of their own, which borrows the rest from .venv by a path file: once DeepSpeed is there,
+# everything of transformers imports it. Without their dependencies, which hold servers and GPU kernels;
+# these are the ones that the imports want.
+ENGINES  = build/engines
+NEEDED   = deepspeed==0.19.8 hjson msgpack py-cpuinfo einops verl==0.9.1 tensordict==0.10.0 ray==2.60.0 \
+           hydra-core omegaconf antlr4-python3-runtime==4.9.3 codetiming cloudpickle orjson pyvers pylatexenc \
+           torchdata==0.11.0 wandb protobuf cachetools jsonschema jsonschema-specifications referencing rpds-py attrs
+engines: $(ENGINES)/.ready
+	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(ENGINES)/bin/python $(PYTEST) tests/test_verl.py tests/test_trainer_processes.py tests/test_trainer_sharded.py -k 'verl or zero3' $(ARGS)
+
+$(ENGINES)/.ready: $(READY)
+	$(PY) -m venv --without-pip $(ENGINES)
+	site=$$($(ENGINES)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))'); \
+	$(PY) -c 'import sysconfig; print("import site; site.addsitedir(\"%s\")" % sysconfig.get_path("purelib"))' > "$$site/borrowed.pth"
+	DS_BUILD_OPS=0 $(PY) -m pip --disable-pip-version-check --python $(ENGINES)/bin/python install --quiet --no-build-isolation --no-deps $(NEEDED)
+	touch $@
 
 lint: $(READY)
 	$(PY) -m ruff check

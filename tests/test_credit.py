@@ -1,5 +1,6 @@
 """Temporal credit against a plain double loop in Python floats, over packed and masked batches."""
 
+import itertools
 import math
 
 import pytest
@@ -7,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tropd_kernels import credit
+from tropd_kernels import OPD, HiddenTeacher, credit, linear_distillation_loss
 
 quick = settings(max_examples=15, deadline=None, derandomize=True, database=None)
 
@@ -393,3 +394,59 @@ ONES = torch.ones(2, 5)
 def test_errors_say_what_was_given(call, error, words):
     with pytest.raises(error, match=words):
         call()
+
+
+# Packed rows, as flash-attention's boundaries describe them
+
+
+def test_boundaries_become_ids():
+    boundaries = torch.tensor([0, 2, 2, 5], dtype=torch.int32)
+    assert credit.packed_sequence_ids(boundaries, 7).tolist() == [[0, 0, 2, 2, 2, 3, 3]]
+    assert credit.packed_sequence_ids(boundaries, 0).shape == (1, 0)
+
+
+@pytest.mark.parametrize(
+    ("boundaries", "error", "words"),
+    [
+        ([0, 3], TypeError, "cu_seqlens must be an int32 or int64 tensor, got list"),
+        (torch.tensor([0.0, 3.0]), TypeError, "got torch.float32"),
+        (torch.tensor([[0, 3]]), ValueError, r"shape \(sequences \+ 1,\), got \(1, 2\)"),
+        (torch.tensor([3]), ValueError, "begin with 0"),
+    ],
+)
+def test_bad_boundaries(boundaries, error, words):
+    with pytest.raises(error, match=words):
+        credit.packed_sequence_ids(boundaries, 3)
+
+
+def test_a_packed_row_trains_as_its_sequences_do():
+    """[1, total] with credit over time and a padded tail: loss and gradient of each sequence alone,
+    summed."""
+    draw = torch.Generator().manual_seed(0)
+    lengths, total = [4, 1, 6], 13
+    boundaries = torch.tensor([0, 4, 5, 11])
+    weight, teacher_weight = (torch.randn(29, 8, generator=draw).double() for _ in range(2))
+    packed = torch.randn(1, total, 8, generator=draw).double()
+    labels = torch.randint(29, (1, total), generator=draw)
+    labels[:, sum(lengths) :] = -100
+
+    def loss(hidden, labels, ids):
+        teacher = HiddenTeacher(0.9 * hidden.detach(), teacher_weight)
+        rewards = linear_distillation_loss(hidden, weight, labels, teacher, OPD()).stats.reward
+        counted = labels != -100
+        future = credit.return_to_go(rewards, counted, 0.9, sequence_ids=ids)
+        spread = credit.importance_weights(rewards, counted, sequence_ids=ids)
+        return linear_distillation_loss(
+            hidden, weight, labels, teacher, OPD(), advantages=future, token_weight=spread,
+            reduction="sum",
+        ).loss  # fmt: skip
+
+    whole = packed.clone().requires_grad_()
+    loss(whole, labels, credit.packed_sequence_ids(boundaries, total)).backward()
+    alone = packed.clone().requires_grad_()
+    for start, stop in itertools.pairwise(boundaries):
+        loss(alone[:, start:stop], labels[:, start:stop], None).backward()
+    torch.testing.assert_close(whole.grad, alone.grad, rtol=1e-12, atol=1e-14)
+    mixed = packed.clone().requires_grad_()
+    loss(mixed, labels, None).backward()
+    assert (mixed.grad - alone.grad).norm() > 0.1 * alone.grad.norm()

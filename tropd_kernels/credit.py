@@ -40,12 +40,36 @@ __all__ = [
     "entropy_quantile_mask",
     "exact_kl_baseline",
     "importance_weights",
+    "packed_sequence_ids",
     "return_to_go",
 ]
 
 _FRACTION_UNITS = 10**9
 _LARGEST_RATE = 1e6  # far above any use, and finite in float32 whatever it multiplies
 _INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
+
+
+def packed_sequence_ids(cu_seqlens: Tensor, total: int) -> Tensor:  # (S + 1,) -> (1, total)
+    """`sequence_ids` of one packed row [1, total] from its boundaries.
+
+    cu_seqlens: integers 0, n_1, n_1 + n_2, ...: sequence i has positions [cu_seqlens[i],
+    cu_seqlens[i + 1]). Positions from the last boundary on, if any, are padding, a sequence of
+    their own. Where [1, total] labels are shifted inside the row, as hidden[i] predicts labels[i]
+    wants it, the last position of each sequence predicts nothing and has to be masked.
+
+    Returns (1, total) int64 on its device, without a host sync. Raises TypeError or ValueError on
+    another dtype or shape.
+    """
+    if not isinstance(cu_seqlens, Tensor) or cu_seqlens.dtype not in (torch.int32, torch.int64):
+        given = cu_seqlens.dtype if isinstance(cu_seqlens, Tensor) else type(cu_seqlens).__name__
+        raise TypeError(f"cu_seqlens must be an int32 or int64 tensor, got {given}")
+    if cu_seqlens.dim() != 1 or len(cu_seqlens) < 2:
+        raise ValueError(
+            f"cu_seqlens must have shape (sequences + 1,), got {tuple(cu_seqlens.shape)}: begin "
+            "with 0 and end with the last sequence's end"
+        )
+    position = torch.arange(total, dtype=cu_seqlens.dtype, device=cu_seqlens.device)
+    return torch.searchsorted(cu_seqlens[1:], position, right=True)[None]
 
 
 def return_to_go(
