@@ -13,7 +13,7 @@ pytest.importorskip("trl", reason="the trainer needs trl")
 
 import tiny
 import transformers
-from training import make, rewards_by_hand, step_and_compare
+from training import make, resume_and_compare, rewards_by_hand, step_and_compare
 from trl import DistillationTrainer
 
 from tropd_kernels.registry import OBJECTIVES
@@ -244,15 +244,4 @@ def test_regions_are_shown(tmp_path, capsys):
 
 @pytest.mark.parametrize("stop", [3, 4])  # within an epoch, and at its end
 def test_resumed_run_has_the_same_losses(tmp_path, stop):
-    settings = dict(
-        max_steps=6, per_device_train_batch_size=2, gradient_accumulation_steps=2,
-        save_strategy="steps", save_steps=stop, optim="adamw_torch", learning_rate=1e-3,
-        prefix_schedule="cosine", prefix_length=4,
-    )  # fmt: skip
-    whole = make(tmp_path, **settings)
-    whole.train()
-    resumed = make(tmp_path, tiny.model(9), **settings)
-    resumed.train(resume_from_checkpoint=str(tmp_path / f"checkpoint-{stop}"))
-    assert resumed.losses == whole.losses[2 * stop :]
-    for ours, theirs in zip(resumed.model.parameters(), whole.model.parameters()):
-        assert torch.equal(ours, theirs)
+    resume_and_compare(tmp_path, stop, max_steps=6, prefix_schedule="cosine", prefix_length=4)

@@ -10,7 +10,7 @@ import torch
 pytest.importorskip("trl", reason="the trainer needs trl")
 
 import tiny
-from training import RATE, by_hand, make
+from training import RATE, by_hand, make, resume_and_compare
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
 CREDIT = dict(drift_tau=3.0, drift_block_size=4, importance_gamma=0.5, kl_discount_factor=0.5)
@@ -82,18 +82,7 @@ def test_evaluation_between_leaves_the_batch(tmp_path):
 
 @pytest.mark.parametrize("stop", [2, 3])  # in the middle of a batch's steps, and after them
 def test_resume_goes_on_with_the_batch(tmp_path, stop):
-    settings = dict(
-        max_steps=6, num_iterations=3, per_device_train_batch_size=2, save_strategy="steps",
-        save_steps=stop, optim="adamw_torch", learning_rate=1e-3, drift_tau=2.0,
-        gradient_accumulation_steps=2,
-    )  # fmt: skip
-    whole = make(tmp_path, **settings)
-    whole.train()
-    resumed = make(tmp_path, tiny.model(9), **settings)
-    resumed.train(resume_from_checkpoint=str(tmp_path / f"checkpoint-{stop}"))
-    assert resumed.losses == whole.losses[2 * stop :]
-    for ours, theirs in zip(resumed.model.parameters(), whole.model.parameters()):
-        assert torch.equal(ours, theirs)
+    resume_and_compare(tmp_path, stop, max_steps=6, num_iterations=3, drift_tau=2.0)
 
 
 def test_streams_are_refused(tmp_path):

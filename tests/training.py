@@ -156,3 +156,19 @@ def step_and_compare(trainer, teacher, tolerance=2e-5):
         assert (step - gradient).norm().item() <= tolerance * reach + rounding, name
         moved += gradient.norm().item()
     assert moved > 0.1
+
+
+def resume_and_compare(folder, stop: int, **settings):
+    """A run, and one that goes on from its checkpoint at this step with another student in hand:
+    the same losses and weights, to the bit."""
+    settings |= dict(
+        save_strategy="steps", save_steps=stop, optim="adamw_torch", learning_rate=1e-3,
+        per_device_train_batch_size=2, gradient_accumulation_steps=2,
+    )  # fmt: skip
+    whole = make(folder, **settings)
+    whole.train()
+    resumed = make(folder, tiny.model(9), **settings)
+    resumed.train(resume_from_checkpoint=str(folder / f"checkpoint-{stop}"))
+    assert resumed.losses == whole.losses[2 * stop :]
+    for ours, theirs in zip(resumed.model.parameters(), whole.model.parameters()):
+        assert torch.equal(ours, theirs)

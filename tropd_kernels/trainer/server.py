@@ -98,14 +98,13 @@ class TeacherServer:
             prompt, completion = list(prompts[place]), list(completions[place])
             if not completion:
                 return _no_tokens(top_k)
-            choice = self._complete(
+            return self._complete(
                 f"request {place + 1} of {len(prompts)} (the log-probs of {len(completion)} tokens "
                 f"after a prompt of {len(prompt)} that begins {prompt[:8]})",
                 {"prompt": prompt + completion, "prompt_logprobs": top_k, "max_tokens": 1,
                  "temperature": 1.0},
                 lambda choice: read_scores(choice, prompt, completion, top_k),
             )  # fmt: skip
-            return choice
 
         return self._all(one, len(prompts))
 
