@@ -85,6 +85,8 @@ def student(folder, kind: str, **settings):
         settings |= dict(prefix_schedule="constant", prefix_length=4)
     settings |= dict(bf16=kind == "bf16", learning_rate=1e-3, max_steps=6, objective="opd")
     model = tiny.model(0, tie_word_embeddings=kind == "tied")
+    if kind == "named":  # ZeRO-3 partitions what it loads
+        model, settings["teacher"] = f"{folder}/../student", f"{folder}/../teacher"
     torch.manual_seed(0)  # the adapter's start
     return make(folder, student=model, **settings)
 
@@ -93,7 +95,9 @@ def student(folder, kind: str, **settings):
 def test_students(tmp_path, engine):
     """The same losses and weights as under DDP, where nothing is sharded."""
     # For its own bf16 DeepSpeed wants a GPU.
-    kinds = ["tied", "lora", "guided", *(["bf16"] if engine == "fsdp2" else [])]
+    tiny.model(0).save_pretrained(tmp_path / "student")
+    tiny.model(1, hidden_size=48).save_pretrained(tmp_path / "teacher")
+    kinds = ["tied", "lora", "named", "guided", *(["bf16"] if engine == "fsdp2" else [])]
     folders = [tmp_path / name for name in ("ddp", "sharded")]
     for folder in folders:
         folder.mkdir()

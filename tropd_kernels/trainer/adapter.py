@@ -215,14 +215,15 @@ class DistillationAdapter(DistillationTrainer):
                 "give the teacher by its name"
             )
         teacher.eval()
-        if getattr(teacher, "hf_device_map", None) is None:
-            teacher.to(self.accelerator.device)
+        sharded = fsdp_version(self.accelerator) is not None
+        if not sharded and getattr(teacher, "hf_device_map", None) is None:
+            teacher.to(self.accelerator.device)  # shards are moved one layer at a time
         # Before accelerate wraps the forward in autocast, whose rounding the check would see.
         self._teacher_head = read_whole_head(teacher)
         self._contexts["teacher"] = teacher.config
         if self.is_deepspeed_enabled:
             self.teacher_model = prepare_deepspeed(teacher, self.accelerator)
-        elif fsdp_version(self.accelerator):
+        elif sharded:
             self.teacher_model = shard_frozen(teacher, self.accelerator)
         else:
             self.teacher_model = self.accelerator.prepare_model(teacher, evaluation_mode=True)
