@@ -65,13 +65,20 @@ class Problem:
             return None
         return self.top_k_teacher if form == "top_k" else self.sampled_teacher
 
+    def ready_for(self, form: str | None) -> Problem:
+        """Itself, with the teacher's log-probs made where they are an input, before any clock runs
+        and outside what `torch.compile` traces."""
+        if form in ("top_k", "sampled"):
+            _made = self.top_k_teacher
+        return self
+
     @property
     def sampled_teacher(self) -> SampledTeacher:
         return SampledTeacher(self.top_k_teacher.label_log_probs)
 
     @cached_property
     def top_k_teacher(self) -> TopKTeacher:
-        """The teacher as its likeliest ids; an input, made before any clock runs."""
+        """The teacher as its likeliest ids."""
         dtype = torch.promote_types(self.teacher_hidden.dtype, torch.float32)
         weight = self.teacher_weight.to(dtype)
         top_k, ids, of_label = [], [], []

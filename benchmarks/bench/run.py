@@ -12,8 +12,9 @@ from dataclasses import dataclass
 
 import torch
 
-from benchmarks.bench.accuracy import exact_gradients, gradient_error
-from benchmarks.bench.problem import Gradients, Problem
+from benchmarks.bench.accuracy import Truth, truth
+from benchmarks.bench.losses import LOSSES
+from benchmarks.bench.problem import Problem
 from benchmarks.bench.providers import GEMMS, PROVIDERS, runner, why_not
 from benchmarks.bench.results import Row
 from benchmarks.bench.timing import Call, Turns, check_fits, free, reason_of, take_turns
@@ -49,7 +50,7 @@ def measure_loss(
     tokens, device = problem.hidden.shape[0], settings.device
     names = [GEMMS, *(name for name in settings.providers if loss in PROVIDERS[name].losses)]
     new = [name for name in names if name != GEMMS and (loss, name) not in errors]
-    exact = truth(loss, problem, say) if new else None
+    exact = truth_or_none(loss, problem, say) if new else None
     calls: dict[str, Call] = {}
     reasons: dict[str, str] = {}
     for name in names:
@@ -58,7 +59,7 @@ def measure_loss(
             if reason is None:
                 calls[name] = prepared(name, loss, problem)
                 if exact is not None and name in new:
-                    errors[loss, name] = gradient_error(calls[name][0], problem, exact)
+                    errors[loss, name] = exact.error_of(calls[name][0])
                 calls[name][0](problem)  # the warm-up
         except Exception as error:  # a row that fails is a result
             calls.pop(name, None)
@@ -87,16 +88,17 @@ def measure_loss(
 
 
 def prepared(name: str, loss: str, problem: Problem) -> Call:
+    problem.ready_for(LOSSES[loss].teacher)
     run = runner(name, loss)
     if name == GEMMS or PROVIDERS[name].holds_logits:
         check_fits(run, problem)
     return run, problem
 
 
-def truth(loss: str, problem: Problem, say: Say) -> Gradients | None:
+def truth_or_none(loss: str, problem: Problem, say: Say) -> Truth | None:
     """None where float64 cannot be had; the table then has no errors of this loss."""
     try:
-        return exact_gradients(loss, problem)
+        return truth(loss, problem)
     except Exception as error:
         say(f"no gradient errors of {loss}: {reason_of(error)}")
         return None

@@ -33,6 +33,24 @@ def render(rows: list[Row]) -> str:
     return "\n".join([*lines, *NOTES])
 
 
+def short(rows: list[Row]) -> str:
+    """A line for each provider, 72 columns: for a log of which only the end is kept."""
+    lines = [
+        f"{'loss':12}{'who':16}{'tokens':>7}{'both':>10}{'% GEMMs':>9}{'over MB':>9}{'error':>9}"
+    ]
+    for row in rows:
+        start = f"{row.loss:12}{LABELS.get(row.who, row.who):16}{row.tokens:>7}"
+        if row.both is None:
+            lines.append(f"{start}  {shorten(row.reason, 60)}")
+            continue
+        error = "" if row.error is None else f"{row.error:.1e}"
+        lines.append(
+            f"{start}{seconds(row.both.median):>10}{percent(row.to_gemms):>9}"
+            f"{megabytes(row.workspace):>9}{error:>9}".rstrip()
+        )
+    return "\n".join(lines)
+
+
 def title(row: Row) -> str:
     known = LOSSES.get(row.loss)
     return row.loss if known is None else f"{row.loss}, floor {known.floor}"

@@ -26,6 +26,8 @@ PROBES = (256, 512)
 #: Copies of float32 logits that an eager loss may come to hold; where twice as many fit, nothing is
 #: extrapolated.
 COPIES = 8
+#: Of the free memory, what a run may take.
+FREE_SHARE = 0.9
 
 
 @dataclass(frozen=True)
@@ -71,7 +73,7 @@ def take_turns(
 
 
 def one_turn(call: Call, device: str, seconds: list[tuple[float, float]]) -> int | None:
-    """Its peak. The clock runs within the call whose peak is read, so neither disturbs the other."""
+    """Its peak. The clock runs within the call whose peak is read: neither disturbs the other."""
     run, problem = call
 
     def timed() -> Gradients:
@@ -105,7 +107,13 @@ def check_fits(run: Runner, problem: Problem) -> None:
     if peaks[few] is None or peaks[more] is None:
         return
     needs = peaks[more] + (tokens - more) * (peaks[more] - peaks[few]) / (more - few)
-    if needs > 0.9 * has:
+    check_room(needs, problem)
+
+
+def check_room(needs: float, problem: Problem) -> None:
+    """Raises MemoryError where this many bytes are not free, on a CPU that says what it has."""
+    has = None if problem.hidden.is_cuda else available_memory()
+    if has is not None and needs > FREE_SHARE * has:
         raise MemoryError(f"needs about {needs / 1e9:.1f} GB, {has / 1e9:.1f} GB are free")
 
 
