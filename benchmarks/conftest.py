@@ -25,9 +25,8 @@ def pytest_addoption(parser):
 @pytest.fixture(scope="session")
 def problem(request):
     option = request.config.getoption
-    return make_problem(
-        option("--tokens"), shape(option), getattr(torch, option("--dtype")), DEVICE
-    )
+    dtype = getattr(torch, option("--dtype"))
+    return make_problem(option("--tokens"), shape(option), dtype, DEVICE)
 
 
 @pytest.fixture

@@ -38,6 +38,13 @@ SUITES = ("tests/test_correctness.py", "tests/test_numbers.py", "tests/test_memo
 COMPILED = ("tropd", "gkd")
 WITHOUT_COMPILE = ("triton", "torch", "eager", "lean", "liger", "liger-fused", "trl", "fla",
                    "torch-lce", "cce", "quack")  # fmt: skip
+SHAPE = "--shape qwen3-1.7b --tokens 8192 --repeats 7"
+CHUNKS = "--shape qwen3-1.7b --tokens 8192 --repeats 5"
+TINY_SHAPE = (
+    "--shape small --vocab-size 512 --hidden-size 32 --teacher-hidden-size 48 --tokens 96 "
+    "--repeats 1 --losses tropd"
+)
+TINY_CHUNKS = "--shape small --tokens 160 --repeats 1 --rows 128 --super-rows 128 256"
 
 
 @dataclass(frozen=True)
@@ -50,21 +57,25 @@ class Step:
 
 
 def steps(folder: Path, tiny: bool) -> list[Step]:
-    python = [sys.executable, "-m"]
-    shape = (
-        "--shape small --vocab-size 512 --hidden-size 32 --teacher-hidden-size 48 --tokens 96"
-        " --repeats 1" if tiny else "--shape qwen3-1.7b --tokens 8192 --repeats 7"
-    ).split()  # fmt: skip
-    bench = [*python, "benchmarks.bench", *shape]
-    who = ["ours", "eager"] if tiny else [*WITHOUT_COMPILE]
+    def module(name: str, *options: str) -> list[str]:
+        return [sys.executable, "-m", name, *options]
+
+    def bench(out: str, *options: str) -> list[str]:
+        sizes = TINY_SHAPE if tiny else SHAPE
+        return module("benchmarks.bench", *sizes.split(), *options, "--out", str(folder / out))
+
+    who = ("ours", "eager") if tiny else WITHOUT_COMPILE
+    compiled = ("eager",) if tiny else ("eager", "compile")
+    chunks = (TINY_CHUNKS if tiny else CHUNKS).split()
     return [
-        Step("tests", [*python, "pytest", *tests(tiny)], 0.33),
-        Step("table", [*bench, "--providers", *who, "--out", str(folder / "gpu.json")], 0.40),
-        Step("chunks", [*python, "benchmarks.bench.tuning", *sizes(tiny),
-                        "--out", str(folder / "gpu_tuning.json")], 0.12),
-        Step("compiled", [*bench, "--losses", *(COMPILED[:1] if tiny else COMPILED), "--providers",
-                          "ours", "eager", *([] if tiny else ["compile"]),
-                          "--out", str(folder / "gpu_compiled.json")], 0.15),
+        Step("tests", module("pytest", *tests(tiny)), 0.33),
+        Step("table", bench("gpu.json", "--providers", *who), 0.40),
+        Step("chunks", module(
+            "benchmarks.bench.tuning", *chunks, "--out", str(folder / "gpu_tuning.json")
+        ), 0.12),
+        Step("compiled", bench(
+            "gpu_compiled.json", "--losses", *COMPILED, "--providers", "ours", *compiled
+        ), 0.15),
     ]  # fmt: skip
 
 
@@ -75,24 +86,6 @@ def tests(tiny: bool) -> list[str]:
     # Kernels compile on the processor: several workers keep one GPU busy.
     workers = ["-n", "8"] if importlib.util.find_spec("xdist") else []
     return [*quiet, *workers, "-k", "triton or gpu", *SUITES]
-
-
-def sizes(tiny: bool) -> list[str]:
-    if tiny:
-        return [
-            "--shape",
-            "small",
-            "--tokens",
-            "160",
-            "--repeats",
-            "1",
-            "--rows",
-            "128",
-            "--super-rows",
-            "128",
-            "256",
-        ]
-    return ["--shape", "qwen3-1.7b", "--tokens", "8192", "--repeats", "5"]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

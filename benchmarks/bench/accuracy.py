@@ -38,9 +38,8 @@ def truth(loss: str, problem: Problem) -> Truth:
     vocab_size, width = problem.weight.shape
     tokens = min(TOKENS, problem.hidden.shape[0])
     # Two heads, one gradient, and some copies of the logits.
-    check_room(
-        8 * vocab_size * (2 * width + problem.teacher_weight.shape[1] + 12 * tokens), problem
-    )
+    a_row = 2 * width + problem.teacher_weight.shape[1] + 12 * tokens
+    check_room(8 * vocab_size * a_row, problem.hidden.device)
     part, form = problem.first(TOKENS), LOSSES[loss].teacher
     exact = runner("eager", loss)(problem.first(TOKENS, torch.float64).ready_for(form))
     return Truth(part.ready_for(form), exact)

@@ -10,7 +10,6 @@ import argparse
 import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -21,7 +20,7 @@ from benchmarks.bench.providers import OURS, PROVIDERS, default_providers
 from benchmarks.bench.results import Results, Row, read
 from benchmarks.bench.run import Settings, measure
 from benchmarks.bench.shapes import DEFAULTS, SHAPES, Shape
-from benchmarks.bench.timing import ceilings, reason_of
+from benchmarks.bench.timing import ceilings, check_room, reason_of
 from benchmarks.measure import machine
 from tropd_kernels.registry import nearest
 
@@ -29,6 +28,7 @@ DTYPES = ("bfloat16", "float16", "float32")
 DEVICES = ("cpu", "cuda")
 #: Options that name files: they say nothing of the measurement, and paths stay out of the results.
 FILES = ("--out", "--memory-snapshot")
+REPEATS = {"cuda": 10, "cpu": 3}
 
 
 class UsageError(Exception):
@@ -67,7 +67,11 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     add("--losses", nargs="+", metavar="LOSS", help=f"of {', '.join(LOSSES)}; default: all")
     add("--providers", nargs="+", metavar="WHO",
         help=f"of ours, {', '.join(PROVIDERS)}; default: all that mean something here")  # fmt: skip
-    add("--repeats", type=positive, help="timed runs of each; default: 10 on a GPU, 3 on a CPU")
+    add(
+        "--repeats",
+        type=positive,
+        help=f"timed runs of each; default: {REPEATS['cuda']} on a GPU, {REPEATS['cpu']} on a CPU",
+    )
     add("--device", help="cpu or cuda; default: a GPU if there is one")
     add("--dtype", default="bfloat16", help=f"of the inputs: {', '.join(DTYPES)}")
     add("--out", type=Path, metavar="FILE", help="default: build/bench/DEVICE.json")
@@ -114,50 +118,40 @@ def bench(options: argparse.Namespace, command: str) -> int:
     shape = shape_of(options, device)
     losses, bad_losses = known("--losses", options.losses or list(LOSSES), LOSSES)
     names, bad_names = known("--providers", providers_of(options.providers, device), PROVIDERS)
-    tokens = sorted(set(options.tokens or DEFAULTS[torch.device(device).type][1]))
-    on_gpu = device.startswith("cuda")
-    repeats = options.repeats or (10 if on_gpu else 3)
+    kind = torch.device(device).type
+    tokens = sorted(set(options.tokens or DEFAULTS[kind][1]))
+    repeats = options.repeats or REPEATS[kind]
+    out = options.out or Path("build/bench") / f"{kind}.json"
+    prepare("--out", out)
     status = 2 if bad_losses or bad_names else 0
-    if options.memory_snapshot and not on_gpu:
+    snapshot = options.memory_snapshot
+    if snapshot and kind != "cuda":
         say("--memory-snapshot needs a GPU: on a CPU no allocator sees all; the table comes anyway")
-        status = 2
+        status, snapshot = 2, None
+    if snapshot:
+        prepare("--memory-snapshot", snapshot)
 
     on = machine(device)
-    for line in heading(options, on, shape, device, tokens):
-        print(line)
-    sys.stdout.flush()
-    facts: dict[str, Any] = {
-        "command": command,
-        "machine": on,
-        "shape": {key: getattr(shape, key) for key in Shape.__dataclass_fields__},
-        "dtype": options.dtype,
-        "device": torch.device(device).type,
-        "ignored": options.mask,
-        "repeats": repeats,
-    }
-    out = options.out or Path("build/bench") / f"{torch.device(device).type}.json"
-    prepare("--out", out)
+    print("\n".join(heading(options, on, shape, device, tokens)), flush=True)
+    facts = {
+        "command": command, "machine": on, "shape": vars(shape), "dtype": options.dtype,
+        "device": kind, "ignored": options.mask, "repeats": repeats,
+        "ceilings": ceilings(device, dtype),
+    }  # fmt: skip
     try:
+        # Drawn in float32, the teacher's head from a second draw.
+        rows_of_heads = shape.hidden_size + 2 * shape.teacher_hidden_size
+        check_room(4 * shape.vocab_size * rows_of_heads, device)
         problem = make_problem(max(tokens), shape, dtype, device, ignored=options.mask)
-        facts["ceilings"] = ceilings(device, dtype)
     except (RuntimeError, MemoryError) as error:
-        raise UsageError(
-            f"the inputs do not fit: {reason_of(error)}; take fewer --tokens"
-        ) from None
+        reason = reason_of(error)
+        raise UsageError(f"the inputs do not fit: {reason}; take a smaller shape") from None
     rows: list[Row] = []
     settings = Settings(tokens, losses, names, repeats, device)
-    recording = options.memory_snapshot if on_gpu else None
-    if recording:
-        prepare("--memory-snapshot", recording)
-        torch.cuda.memory._record_memory_history()
     try:
-        for more in measure(problem, settings, say):
+        for more in measure(problem, settings, say, snapshot):
             rows += more
             Results(facts, rows).write(out)
-            if recording:  # of the first loss: the history of all would not load
-                torch.cuda.memory._dump_snapshot(str(recording))
-                torch.cuda.memory._record_memory_history(enabled=None)
-                recording = None
     except KeyboardInterrupt:
         say("interrupted: the table has what was finished")
         status = 130
@@ -171,11 +165,8 @@ def heading(
     options: argparse.Namespace, on: dict[str, str], shape: Shape, device: str, tokens: list[int]
 ) -> list[str]:
     lines = []
-    if not torch.cuda.is_available() and options.shape is None and options.device is None:
-        count = " and ".join(map(str, tokens))
-        lines.append(
-            f"no GPU: small shapes, {count} tokens; name others by --shape and --tokens, see --help"
-        )
+    if not torch.cuda.is_available() and (options.shape or options.vocab_size) is None:
+        lines.append("no GPU: small shapes, whose ratios are not those of a model; see --shape")
     if options.providers is None:
         left_out = [name for name in PROVIDERS if name not in default_providers(device)]
         lines.append(f"not by default on {device}: {', '.join(left_out)}; --providers takes them")
@@ -183,7 +174,7 @@ def heading(
     return [
         *lines,
         *(f"{name}: {fact}" for name, fact in on.items()),
-        f"{shape}, {options.dtype}{ignored}",
+        f"{' and '.join(map(str, tokens))} tokens, {shape}, {options.dtype}{ignored}",
     ]
 
 

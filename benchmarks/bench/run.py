@@ -7,8 +7,10 @@ warmed up, and only then timed; where any of it fails the row says why and the o
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
@@ -33,20 +35,31 @@ class Settings:
     device: str
 
 
-def measure(problem: Problem, settings: Settings, say: Say) -> Iterator[list[Row]]:
-    """The rows of each loss as soon as they are there. `problem` has the most tokens."""
+def measure(
+    problem: Problem, settings: Settings, say: Say, snapshot: Path | None = None
+) -> Iterator[list[Row]]:
+    """The rows of each loss as soon as they are there. `problem` has the most tokens. snapshot: a
+    file for the allocations of the first loss; those of all would be too many to look at."""
+    if snapshot:
+        torch.cuda.memory._record_memory_history()
     errors: dict[tuple[str, str], float] = {}
     for tokens in settings.tokens:
         part = problem.first(tokens)
         for loss in settings.losses:
-            yield measure_loss(loss, part, settings, errors, say)
+            rows = measure_loss(loss, part, settings, errors, say)
+            if snapshot:
+                torch.cuda.memory._dump_snapshot(str(snapshot))
+                torch.cuda.memory._record_memory_history(enabled=None)
+                snapshot = None
+            yield rows
 
 
 def measure_loss(
     loss: str, problem: Problem, settings: Settings, errors: dict[tuple[str, str], float], say: Say
 ) -> list[Row]:
     """errors: of (loss, provider), filled here; they are taken at the first number of tokens."""
-    torch.compiler.reset()  # what was compiled for another number of tokens
+    if "torch._dynamo" in sys.modules:
+        torch.compiler.reset()  # what was compiled for another number of tokens
     tokens, device = problem.hidden.shape[0], settings.device
     names = [GEMMS, *(name for name in settings.providers if loss in PROVIDERS[name].losses)]
     new = [name for name in names if name != GEMMS and (loss, name) not in errors]

@@ -10,6 +10,7 @@ and the others go on.
 
 from __future__ import annotations
 
+import gc
 import re
 import time
 from collections.abc import Callable, Mapping
@@ -51,15 +52,20 @@ def take_turns(
     seconds: dict[str, list[tuple[float, float]]] = {name: [] for name in calls}
     peaks: dict[str, list[int | None]] = {name: [] for name in calls}
     failed: dict[str, str] = {}
-    for _ in range(repeats):
-        for name, call in calls.items():
-            if name in failed:
-                continue
-            try:
-                peaks[name].append(one_turn(call, device, seconds[name]))
-            except Exception as error:  # a row that fails is a result
-                failed[name] = reason_of(error)
-                free(device)
+    gc.collect()
+    gc.freeze()  # each turn collects garbage: not all of torch again
+    try:
+        for _ in range(repeats):
+            for name, call in calls.items():
+                if name in failed:
+                    continue
+                try:
+                    peaks[name].append(one_turn(call, device, seconds[name]))
+                except Exception as error:  # a row that fails is a result
+                    failed[name] = reason_of(error)
+                    free(device)
+    finally:
+        gc.unfreeze()
 
     def turns(name: str) -> Turns:
         forward, backward = zip(*seconds[name])
@@ -90,10 +96,8 @@ def one_turn(call: Call, device: str, seconds: list[tuple[float, float]]) -> int
 
 
 def check_fits(run: Runner, problem: Problem) -> None:
-    """Raises MemoryError where a function that holds all logits cannot have them: a system that
-    runs out of memory kills the whole run. What it would need is extrapolated from two small runs.
-    On a GPU an allocation that fails is an error like others; nothing is checked there, nor on a
-    system that does not say what it has."""
+    """`check_room` for a function that holds all logits; what it would need is extrapolated from
+    two small runs. On a GPU an allocation that fails is an error like others."""
     tokens, (few, more) = problem.hidden.shape[0], PROBES
     has = None if problem.hidden.is_cuda else available_memory()
     logits = 4 * tokens * problem.weight.shape[0]
@@ -107,12 +111,13 @@ def check_fits(run: Runner, problem: Problem) -> None:
     if peaks[few] is None or peaks[more] is None:
         return
     needs = peaks[more] + (tokens - more) * (peaks[more] - peaks[few]) / (more - few)
-    check_room(needs, problem)
+    check_room(needs, problem.hidden.device)
 
 
-def check_room(needs: float, problem: Problem) -> None:
-    """Raises MemoryError where this many bytes are not free, on a CPU that says what it has."""
-    has = None if problem.hidden.is_cuda else available_memory()
+def check_room(needs: float, device: str | torch.device) -> None:
+    """Raises MemoryError where this many bytes are not free, on a CPU that says what it has: a
+    system that runs out of memory kills the whole run."""
+    has = None if torch.device(device).type == "cuda" else available_memory()
     if has is not None and needs > FREE_SHARE * has:
         raise MemoryError(f"needs about {needs / 1e9:.1f} GB, {has / 1e9:.1f} GB are free")
 
