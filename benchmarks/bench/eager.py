@@ -2,9 +2,8 @@
 
 eager  logits of all tokens in the inputs' dtype, float32 softmax, autograd for the rest; tokens
        that do not count are multiplied with like the others and left out of the mean
-lean   as a careful author writes it: tokens that do not count go first, the teacher is reduced to
-       what the loss reads before the student's logits exist, and log-probs of a few ids come from
-       the logits and their logsumexp, not from a log-softmax of all
+lean   as a careful author writes it without a kernel: tokens that do not count go first, and the
+       rest is done a chunk at a time, each recomputed in the backward (4S + 2T)
 
 `compile` is the first of them under torch.compile. In float64 `eager` is the truth that gradient
 errors are taken against.
@@ -13,15 +12,20 @@ errors are taken against.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from benchmarks.bench.losses import LOSSES, TOP_K
 from benchmarks.bench.problem import IGNORED, Problem, capped
 
 LossFunction = Callable[[Problem], Tensor]
+
+#: Tokens of `lean` at a time.
+CHUNK = 1024
 
 
 def eager(name: str) -> LossFunction:
@@ -34,10 +38,19 @@ def eager(name: str) -> LossFunction:
 
 
 def lean(name: str) -> LossFunction:
-    per_token = LEAN[name]
+    per_token = EAGER[name]
+
+    def chunk(part: Problem, hidden: Tensor, weight: Tensor) -> Tensor:
+        made = part.__dict__.get("top_k_teacher")
+        return per_token(replace(part, hidden=hidden, weight=weight).given(made)).sum()
 
     def loss(problem: Problem) -> Tensor:
-        return per_token(problem, kept(problem)).mean()
+        counted = problem.take(kept(problem))
+        total = counted.hidden.new_zeros((), dtype=torch.float32)
+        for start in range(0, len(counted.labels), CHUNK):
+            part = counted.take(slice(start, start + CHUNK))
+            total = total + checkpoint(chunk, part, part.hidden, part.weight, use_reentrant=False)
+        return total / len(counted.labels)
 
     return loss
 
@@ -158,58 +171,4 @@ EAGER: dict[str, Callable[[Problem], Tensor]] = {
     "gkd": eager_gkd,
     "forward_kl": eager_forward_kl,
     "sft": eager_sft,
-}
-
-# --- lean --------------------------------------------------------------------------------------
-
-
-def lean_student(problem: Problem, rows: Tensor | None) -> tuple[Tensor, Tensor]:
-    """(logits, their logsumexp)."""
-    logits = widened(rows_of(problem.hidden, rows), problem.weight, problem.softcap)
-    return logits, logits.logsumexp(-1)
-
-
-def lean_teacher(problem: Problem, rows: Tensor | None) -> Tensor:
-    hidden = rows_of(problem.teacher_hidden, rows)
-    return widened(hidden, problem.teacher_weight, problem.softcap).log_softmax(-1)
-
-
-def lean_opd(problem: Problem, rows: Tensor | None) -> Tensor:
-    logits, lse = lean_student(problem, rows)
-    lp = gather(logits, rows_of(problem.labels, rows)) - lse
-    return policy_gradient(lp, rows_of(problem.top_k_teacher.label_log_probs, rows))
-
-
-def lean_top_k(problem: Problem, rows: Tensor | None, lq: Tensor, top: Tensor, ids: Tensor):
-    logits, lse = lean_student(problem, rows)
-    lp = gather(logits, rows_of(problem.labels, rows)) - lse
-    forward_kl = (top.exp() * (top - logits.gather(-1, ids) + lse[:, None])).sum(-1)
-    return gated(lp, lq, forward_kl, rows_of(problem.uniforms, rows))
-
-
-def lean_tropd(problem: Problem, rows: Tensor | None) -> Tensor:
-    log_q = lean_teacher(problem, rows)
-    lq = gather(log_q, rows_of(problem.labels, rows))
-    top, ids = log_q.topk(min(TOP_K, log_q.shape[-1]), dim=-1)
-    del log_q
-    return lean_top_k(problem, rows, lq, top, ids)
-
-
-def lean_tropd_given(problem: Problem, rows: Tensor | None) -> Tensor:
-    t = problem.top_k_teacher
-    lq, top, ids = (rows_of(part, rows) for part in (t.label_log_probs, t.log_probs, t.ids))
-    return lean_top_k(problem, rows, lq, top, ids)
-
-
-def lean_sft(problem: Problem, rows: Tensor | None) -> Tensor:
-    logits, lse = lean_student(problem, rows)
-    return lse - gather(logits, rows_of(problem.labels, rows))
-
-
-#: Over the whole vocabulary there is little to save: those are eager's alone.
-LEAN: dict[str, Callable[[Problem, Tensor | None], Tensor]] = {
-    "opd": lean_opd,
-    "tropd_given": lean_tropd_given,
-    "tropd": lean_tropd,
-    "sft": lean_sft,
 }

@@ -7,7 +7,7 @@ padding do in a batch.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
@@ -51,6 +51,25 @@ class Problem:
             self.softcap,
             self.has_ignored,
         )
+
+    def take(self, rows: Tensor | slice | None) -> Problem:
+        """Some of the tokens, all of which count; gradients flow back to this problem's. None is
+        all of them."""
+        if rows is None:
+            return self
+        part = replace(
+            self, hidden=self.hidden[rows], teacher_hidden=self.teacher_hidden[rows],
+            labels=self.labels[rows], uniforms=self.uniforms[rows], has_ignored=False,
+        )  # fmt: skip
+        return part.given(self.__dict__.get("top_k_teacher"), rows)
+
+    def given(self, teacher: TopKTeacher | None, rows: Tensor | slice = slice(None)) -> Problem:
+        """Itself, with these rows of a teacher's log-probs that have been made already."""
+        if teacher is not None:
+            self.__dict__["top_k_teacher"] = TopKTeacher(
+                teacher.ids[rows], teacher.log_probs[rows], teacher.label_log_probs[rows]
+            )
+        return self
 
     @property
     def gradient_bytes(self) -> int:

@@ -75,7 +75,7 @@ OURS = ("triton", "native", "torch")
 PROVIDERS: dict[str, Provider] = {
     **{backend: ours(backend) for backend in OURS},
     "eager": Provider("eager PyTorch", ALL, eager.eager, holds_logits=True),
-    "lean": Provider("eager, lean", tuple(eager.LEAN), eager.lean, holds_logits=True),
+    "lean": Provider("eager, chunked", ALL, eager.lean),
     "compile": Provider("eager, compiled", ALL, eager.compiled, holds_logits=True),
     "liger": Provider(
         "Liger chunked", DIVERGENCES, rivals.liger, softcap=False,
