@@ -67,23 +67,17 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     add("--losses", nargs="+", metavar="LOSS", help=f"of {', '.join(LOSSES)}; default: all")
     add("--providers", nargs="+", metavar="WHO",
         help=f"of ours, {', '.join(PROVIDERS)}; default: all that mean something here")  # fmt: skip
-    add(
-        "--repeats",
-        type=positive,
-        help=f"timed runs of each; default: {REPEATS['cuda']} on a GPU, {REPEATS['cpu']} on a CPU",
-    )
+    often = f"{REPEATS['cuda']} on a GPU, {REPEATS['cpu']} on a CPU"
+    add("--repeats", type=positive, help=f"timed runs of each; default: {often}")
     add("--device", help="cpu or cuda; default: a GPU if there is one")
     add("--dtype", default="bfloat16", help=f"of the inputs: {', '.join(DTYPES)}")
     add("--out", type=Path, metavar="FILE", help="default: build/bench/DEVICE.json")
     add("--plot", nargs="*", metavar="FILE",
         help="draw time, memory and roofline beside the results; of stored files if any are given, "
         "which then are all that is done")  # fmt: skip
-    add(
-        "--memory-snapshot",
-        type=Path,
-        metavar="FILE",
-        help="who allocated what in the first loss, for pytorch.org/memory_viz; needs a GPU",
-    )
+    add("--memory-snapshot", type=Path, metavar="FILE",
+        help="who allocated what in the first loss, whose times suffer by it; for "
+        "pytorch.org/memory_viz, on a GPU")  # fmt: skip
     add("--readme", action="store_true", help="renew README's figures from benchmarks/results")
     return parser.parse_args(arguments)
 

@@ -63,6 +63,7 @@ def take_turns(
                     peaks[name].append(one_turn(call, device, seconds[name]))
                 except Exception as error:  # a row that fails is a result
                     failed[name] = reason_of(error)
+                if name in failed:  # only now is what it held without an owner
                     free(device)
     finally:
         gc.unfreeze()
@@ -143,7 +144,9 @@ def free(device: str) -> None:
 def ceilings(device: str, dtype: torch.dtype) -> dict[str, float]:
     """What the machine does at most: FLOP per second of a large product in `dtype`, and bytes per
     second of a large copy, each byte read and written. Medians of five, after a warm-up."""
-    size, floats = (8192, 2**30) if torch.device(device).type == "cuda" else (2048, 2**25)
+    size, floats = 2048, 2**25
+    if torch.device(device).type == "cuda":
+        size, floats = 8192, min(2**30, torch.cuda.mem_get_info(device)[0] // 32)
     a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
     source = torch.randn(floats, device=device)
     target = torch.empty_like(source)
