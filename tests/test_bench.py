@@ -126,10 +126,10 @@ def test_halves_are_timed_apart(provider):
     provider("slow", slow)
     problem = make_problem(8, TINY)
     run = runner("slow", "opd")
-    measured, failed = timing.take_turns({"slow": (run, problem)}, 3, "cpu")
+    measured, failed = timing.take_turns({"slow": (run, problem)}, 1, "cpu")
     turns = measured["slow"]
     assert not failed and turns.forward.median >= 0.05 > turns.backward.median > 0
-    assert turns.both.p20 >= turns.forward.p20 + turns.backward.p20
+    assert turns.both.median == pytest.approx(turns.forward.median + turns.backward.median)
     assert turns.peak is None or turns.peak >= 0
 
 
