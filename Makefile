@@ -4,7 +4,7 @@
 #   make train     trains SmolLM2's student by the trainer, full weights and then LoRA; writes build/train/
 #   make test      the tests
 #   make lint      ruff and mypy
-#   make bench     the benchmarks; writes build/bench/
+#   make bench     the table beside the field, tropd bench; writes build/bench/
 #   make wheel     a wheel, in dist/
 #   make engines   the tests that want verl and DeepSpeed, which it installs beside .venv
 #   make sanitize  the native kernels under GCC's sanitizers, in build/sanitize/ (Linux)
@@ -59,8 +59,7 @@ lint: $(READY)
 	$(PY) -m mypy
 
 bench: $(READY)
-	mkdir -p build/bench
-	$(PY) -m pytest benchmarks --benchmark-columns=median,iqr,min,rounds --benchmark-json=build/bench/benchmark.json $(ARGS)
+	.venv/bin/tropd bench $(ARGS)
 
 # build/lib is where setuptools would pick up files that the package no longer has.
 wheel: $(READY)

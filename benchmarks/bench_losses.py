@@ -1,44 +1,47 @@
-"""Loss and all gradients with a dense teacher: eager, `torch.compile`, and every backend that runs.
+"""Loss and all gradients under pytest-benchmark, for its histories and comparisons of runs:
 
-    make bench
-    make bench ARGS="--tokens 1024 --vocab-size 151936 --hidden-size 1024"
+    python -m pytest benchmarks --benchmark-columns=median,iqr,min,rounds --benchmark-autosave
+    python -m pytest benchmarks --tokens 1024 --vocab-size 151936 --hidden-size 1024
 
-Each row of the table is one provider's median; its peak memory is over the inputs, its gradients
-included; its error is against float64. For ratios use `python -m benchmarks.compare`, whose runs
-are interleaved.
+Eager, `torch.compile` and our backends, one after the other. For ratios, and for the field, use
+`tropd bench`, whose runs take turns.
 """
 
 import pytest
 import torch
 
-from benchmarks.losses import OBJECTIVES, gradient_error, provider
-from benchmarks.measure import peak_memory
-
-from .conftest import ON_GPU
+from benchmarks.bench.accuracy import truth
+from benchmarks.bench.losses import LOSSES
+from benchmarks.bench.providers import runner, why_not
+from benchmarks.bench.results import Row
+from benchmarks.measure import Times, peak_memory
 
 #: On a CPU, Triton runs in its interpreter, whose time means nothing.
-PROVIDERS = ("eager", "compile", "torch", *(["triton"] if ON_GPU else []))
+PROVIDERS = ("eager", "compile", "torch", "triton" if torch.cuda.is_available() else "native")
 
 
-@pytest.mark.parametrize("objective", OBJECTIVES)
+@pytest.mark.parametrize("loss", LOSSES)
 @pytest.mark.parametrize("name", PROVIDERS)
-def bench_loss_and_gradients(benchmark, table, problem, name, objective):
-    run = provider(name, objective)
+def bench_loss_and_gradients(benchmark, rows, problem, name, loss):
+    if reason := why_not(name, problem):
+        pytest.skip(reason)
+    run = runner(name, loss)
 
     def call():
         found = run(problem)
-        if ON_GPU:
+        if problem.hidden.is_cuda:
             torch.cuda.synchronize()
         return found
 
     call()
     benchmark.pedantic(call, rounds=3, warmup_rounds=0)
-    row = {
-        "loss": objective,
-        "provider": name,
-        "median": benchmark.stats.stats.median,
-        "peak": peak_memory(call, device=problem.hidden.device),
-        "error": gradient_error(name, objective, problem),
-    }
-    benchmark.extra_info.update(row)
-    table.append(row)
+    stats = benchmark.stats.stats
+    peak = peak_memory(call, device=problem.hidden.device)
+    row = Row(
+        problem.hidden.shape[0], loss, name,
+        both=Times(stats.median, stats.q1, stats.q3), peak=peak,
+        workspace=None if peak is None else max(0, peak - problem.gradient_bytes),
+        error=truth(loss, problem).error_of(run),
+    )  # fmt: skip
+    benchmark.extra_info.update(loss=loss, provider=name, peak=row.peak, error=row.error)
+    rows.append(row)

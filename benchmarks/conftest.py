@@ -3,35 +3,40 @@
 import pytest
 import torch
 
-from benchmarks.losses import make_problem
+from benchmarks.bench import table
+from benchmarks.bench.problem import make_problem
+from benchmarks.bench.shapes import DEFAULTS, SHAPES, Shape
 from benchmarks.measure import machine
 
-ON_GPU = torch.cuda.is_available()
-ROWS: list[dict] = []
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+SHAPE, TOKENS = DEFAULTS[DEVICE]
+ROWS = []
 
 
 def pytest_addoption(parser):
     group = parser.getgroup("shapes")
-    group.addoption("--tokens", type=int, default=8192 if ON_GPU else 256)
-    group.addoption("--vocab-size", type=int, default=151_936 if ON_GPU else 32_768)
-    group.addoption("--hidden-size", type=int, default=2048 if ON_GPU else 256)
-    group.addoption("--teacher-hidden-size", type=int, default=4096 if ON_GPU else 512)
+    group.addoption("--shape", choices=SHAPES, default=SHAPE)
+    group.addoption("--tokens", type=int, default=TOKENS[0])
+    for size in ("vocab_size", "hidden_size", "teacher_hidden_size"):
+        group.addoption(f"--{size.replace('_', '-')}", type=int, help="in place of the shape's")
     group.addoption("--dtype", choices=["bfloat16", "float32"], default="bfloat16")
 
 
 @pytest.fixture(scope="session")
 def problem(request):
     option = request.config.getoption
-    return make_problem(
-        option("--tokens"), option("--vocab-size"), option("--hidden-size"),
-        option("--teacher-hidden-size"), getattr(torch, option("--dtype")),
-        "cuda" if ON_GPU else "cpu",
-    )  # fmt: skip
+    dtype = getattr(torch, option("--dtype"))
+    return make_problem(option("--tokens"), shape(option), dtype, DEVICE)
 
 
 @pytest.fixture
-def table():
+def rows():
     return ROWS
+
+
+def shape(option):
+    named = vars(SHAPES[option("--shape")])
+    return Shape(**{key: (key != "softcap" and option(key)) or named[key] for key in named})
 
 
 def pytest_terminal_summary(terminalreporter, config):
@@ -40,16 +45,7 @@ def pytest_terminal_summary(terminalreporter, config):
     option = config.getoption
     write = terminalreporter.write_line
     terminalreporter.section("time, memory and error of loss and all gradients")
-    for name, fact in machine("cuda" if ON_GPU else "cpu").items():
+    for name, fact in machine(DEVICE).items():
         write(f"{name}: {fact}")
-    write(
-        f"{option('--tokens')} tokens, vocabulary {option('--vocab-size')}, widths "
-        f"{option('--hidden-size')} and {option('--teacher-hidden-size')}, {option('--dtype')}"
-    )
-    write(f"{'loss':12}{'provider':10}{'median s':>10}{'peak MB':>10}{'gradient error':>16}")
-    for row in ROWS:
-        memory = "-" if row["peak"] is None else f"{row['peak'] / 1e6:.0f}"
-        write(
-            f"{row['loss']:12}{row['provider']:10}{row['median']:>10.3f}{memory:>10}"
-            f"{row['error']:>16.1e}"
-        )
+    write(f"{option('--tokens')} tokens, {shape(option)}, {option('--dtype')}")
+    write(table.short(ROWS))

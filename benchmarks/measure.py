@@ -26,7 +26,7 @@ import os
 import platform
 import subprocess
 import time
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
@@ -35,7 +35,10 @@ import torch
 
 Name = TypeVar("Name", bound=Hashable)
 
-PACKAGES = ("tropd_kernels", "torch", "triton", "transformers", "trl", "liger_kernel", "numpy")
+PACKAGES = (
+    "tropd_kernels", "torch", "triton", "transformers", "trl", "liger_kernel", "fla_core",
+    "cut_cross_entropy", "quack_kernels", "numpy",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -63,12 +66,12 @@ def interleaved_times(
     seconds: dict[Name, list[float]] = {name: [] for name in functions}
     for _ in range(repeats):
         for name, function in functions.items():
-            _synchronize(device)
+            synchronize(device)
             start = time.perf_counter()
             function()
-            _synchronize(device)
+            synchronize(device)
             seconds[name].append(time.perf_counter() - start)
-    return {name: _summary(runs) for name, runs in seconds.items()}
+    return {name: summary(runs) for name, runs in seconds.items()}
 
 
 @dataclass(frozen=True)
@@ -103,14 +106,14 @@ def interleaved_measurements(
             def timed(function=function, runs=seconds[name]) -> object:
                 start = time.perf_counter()
                 result = function()
-                _synchronize(device)
+                synchronize(device)
                 runs.append(time.perf_counter() - start)
                 return result
 
             peaks[name].append(peak_memory(timed, device=device))
     return {
         name: Measurement(
-            _summary(seconds[name]),
+            summary(seconds[name]),
             None if None in peaks[name] else max(peaks[name]),
         )
         for name in functions
@@ -128,11 +131,11 @@ def peak_memory(
     """
     gc.collect()
     if torch.device(device).type == "cuda":
-        _synchronize(device)
+        synchronize(device)
         torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device)
         result = function()
-        _synchronize(device)
+        synchronize(device)
         peak = torch.cuda.max_memory_allocated(device)
         del result
         return peak - before
@@ -181,13 +184,14 @@ def machine(device: torch.device | str = "cpu") -> dict[str, str]:
     return facts
 
 
-def _synchronize(device: torch.device | str) -> None:
+def synchronize(device: torch.device | str) -> None:
     if torch.device(device).type == "cuda":
         torch.cuda.synchronize(device)
 
 
-def _summary(seconds: list[float]) -> Times:
-    p20, median, p80 = torch.tensor(seconds).quantile(torch.tensor([0.2, 0.5, 0.8])).tolist()
+def summary(seconds: Sequence[float]) -> Times:
+    found = torch.tensor(seconds, dtype=torch.float64)
+    p20, median, p80 = found.quantile(found.new_tensor([0.2, 0.5, 0.8])).tolist()
     return Times(median=median, p20=p20, p80=p80)
 
 

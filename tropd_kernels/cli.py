@@ -2,14 +2,17 @@
 
     tropd train --config run.yaml [--key value ...]   trains a student on a teacher and prompts
     tropd check                                       fused against reference on this machine
+    tropd bench [--shape NAME ...]                    time, memory and error beside the field's
     tropd env                                         versions, devices and backends
 
-`train` needs `pip install 'tropd-kernels[trainer]'`; the other two need only torch. Its keys are
+`train` needs `pip install 'tropd-kernels[trainer]'`, `bench` the repository; the other two need
+only torch. The keys of `train` are
 `Run`'s below and every field of `TrOPDConfig`; flags win over the file. Several processes:
 `accelerate launch -m tropd_kernels.cli train --config run.yaml`.
 """
 
 import argparse
+import importlib
 import importlib.metadata
 import importlib.util
 import json
@@ -61,15 +64,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="tropd", description=__doc__.split("\n\n")[0])
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("train", help="train a student", add_help=False)
+    commands.add_parser("bench", help="compare with the field, in a checkout", add_help=False)
     check = commands.add_parser("check", help="compare fused and reference losses here")
     check.add_argument("--device", default=None, help="default: a GPU if there is one")
     commands.add_parser("env", help="print versions, devices and backends")
     options, rest = parser.parse_known_args(arguments)
-    if options.command != "train" and rest:
+    if options.command not in ("train", "bench") and rest:
         parser.error(f"unknown arguments: {' '.join(rest)}")
     try:
         if options.command == "train":
             return train(rest)
+        if options.command == "bench":
+            return bench(rest)
         return run_check(options.device) if options.command == "check" else print_environment()
     except UsageError as error:
         print(f"tropd {options.command}: {error}", file=sys.stderr)
@@ -247,6 +253,23 @@ def gradient_error(rule: TokenRule, backend: str, device: str) -> float:
         gradients(backend, torch.float32, device), gradients("reference", torch.float64, "cpu")
     )
     return max(float((ours - true).norm() / true.norm()) for ours, true in pairs)
+
+
+# --- bench -------------------------------------------------------------------------------------
+
+
+def bench(arguments: Sequence[str]) -> int:
+    """`tropd bench`: the table of benchmarks/bench, which lies beside the package in a checkout and
+    in no wheel."""
+    root = Path(__file__).resolve().parents[1]
+    if not (root / "benchmarks" / "bench" / "command.py").is_file():
+        raise UsageError(
+            "the benchmarks come with the source, not with the wheel: clone the repository and "
+            "run `pip install -e '.[bench]'` there"
+        )
+    if str(root) not in sys.path:  # an editable install finds the package alone
+        sys.path.insert(0, str(root))
+    return importlib.import_module("benchmarks.bench.command").main(arguments)
 
 
 # --- env ---------------------------------------------------------------------------------------

@@ -1,0 +1,118 @@
+"""README's figures, generated from the stored results between two marks.
+
+Every file of `benchmarks/results` that holds rows of this table becomes a table of its own, under
+the command, commit, machine and versions that it was measured with. `tests/test_bench.py` fails
+where README and results differ; `tropd bench --readme` renews it.
+"""
+
+from __future__ import annotations
+
+import textwrap
+from pathlib import Path
+
+from benchmarks.bench.losses import LOSSES
+from benchmarks.bench.providers import GEMMS, LABELS
+from benchmarks.bench.results import Results, Row, is_results, read
+from benchmarks.bench.table import count, figures, megabytes, seconds, times
+
+ROOT = Path(__file__).resolve().parents[2]
+README, RESULTS = ROOT / "README.md", ROOT / "benchmarks" / "results"
+BEGIN, END = "<!-- figures: begin (tropd bench --readme) -->", "<!-- figures: end -->"
+#: Columns of the text, as elsewhere in README.
+WIDTH = 110
+#: Versions that a figure depends on, of those that the file has.
+VERSIONS = {
+    "torch": "torch", "triton": "Triton", "liger_kernel": "Liger", "trl": "TRL",
+    "fla_core": "FLA", "cut_cross_entropy": "CCE", "quack_kernels": "QuACK",
+}  # fmt: skip
+
+
+def write(readme: Path = README, folder: Path = RESULTS) -> None:
+    page = readme.read_text("utf-8")
+    readme.write_text(page.replace(block(page), render(folder)), "utf-8")
+
+
+def block(page: str) -> str:
+    """What stands between the marks, marks included."""
+    begin, end = page.find(BEGIN), page.find(END)
+    if not 0 <= begin < end:
+        raise ValueError(f"README.md: expected the marks {BEGIN} and {END}, in this order")
+    return page[begin : end + len(END)]
+
+
+def render(folder: Path = RESULTS) -> str:
+    """What should stand there."""
+    files = sorted(path for path in folder.glob("*.json") if is_results(path))
+    files.sort(key=lambda path: not path.name.startswith("gpu"))  # GPUs first
+    return "\n\n".join([BEGIN, *(section(read(path), path) for path in files), END])
+
+
+def section(results: Results, path: Path) -> str:
+    rows = results.rows
+    tokens = list(dict.fromkeys(row.tokens for row in rows))
+    # One provider on one loss over many sizes is a curve.
+    grows = len(tokens) > 2 and len({(r.loss, r.who) for r in rows if r.who != GEMMS}) == 1
+    return f"{caption(results, tokens, path)}\n\n{curve(rows) if grows else by_loss(rows)}"
+
+
+def caption(results: Results, tokens: list[int], path: Path) -> str:
+    facts, on = results.facts, results.facts["machine"]
+    size = f"{tokens[0]:,}" if len(tokens) == 1 else f"{tokens[0]:,} to {tokens[-1]:,}"
+    versions = ", ".join(f"{name} {on[key]}" for key, name in VERSIONS.items() if key in on)
+    ignored = f", {facts['ignored']:.0%} of them ignored" if facts.get("ignored") else ""
+    text = (
+        f"**{size} tokens**{ignored}, {results.shape}, {facts['dtype']}: `{facts['command']}` at "
+        f"{on.get('commit', 'an unknown commit')}; {on.get('gpu', on['cpu'])}; Python "
+        f"{on['python']}, {versions}"
+    )
+    picture = path.with_suffix(".png")
+    if picture.exists():
+        text += f" ([picture](benchmarks/results/{picture.name}))"
+    return textwrap.fill(text + ":", WIDTH, break_long_words=False, break_on_hyphens=False)
+
+
+def by_loss(rows: list[Row]) -> str:
+    sizes = len({row.tokens for row in rows}) > 1
+    halves = any(row.forward for row in rows)
+    head = [*(["tokens"] if sizes else []), "loss", "who"]
+    head += [*(["forward", "backward"] if halves else []), "time (p20-p80)", "over GEMMs"]
+    lines, last = [[*head, "tokens/s", "memory", "gradient error"]], (0, "")
+    for row in rows:
+        first = (row.tokens, row.loss) != last
+        last = (row.tokens, row.loss)
+        size = [f"{row.tokens:,}" if first else ""] if sizes else []
+        known = LOSSES.get(row.loss)
+        loss = (row.loss if known is None else known.title) if first else ""
+        lines.append([*size, loss, LABELS.get(row.who, row.who), *cells(row, halves)])
+    return markdown(lines)
+
+
+def cells(row: Row, halves: bool) -> list[str]:
+    error = "" if row.error is None else f"{row.error:.1e}".replace("e-0", "e-")
+    if row.both is None:
+        return [*(["", ""] if halves else []), row.reason or "not run", "", "", "", error]
+    parts = [seconds(half.median) for half in (row.forward, row.backward)] if halves else []
+    memory = "-" if row.workspace is None else f"{megabytes(row.workspace)} MB"
+    over = "" if row.to_gemms is None else f"{row.to_gemms:.2f}"
+    return [*parts, times(row.both), over, count(row.tokens_per_second), memory, error]
+
+
+def curve(rows: list[Row]) -> str:
+    rows = [row for row in rows if row.who != GEMMS and row.both]
+    return markdown([
+        [f"{LABELS[rows[0].who]}, {LOSSES[rows[0].loss].title}", *(f"{r.tokens:,}" for r in rows)],
+        ["ms a token", *(figures(1e3 * r.both.median / r.tokens) for r in rows)],
+        ["over GEMMs", *("-" if r.to_gemms is None else f"{r.to_gemms:.2f}" for r in rows)],
+        ["memory, MB", *(megabytes(r.workspace) for r in rows)],
+    ])  # fmt: skip
+
+
+def markdown(lines: list[list[str]]) -> str:
+    """A table whose columns also line up in the source."""
+    widths = [max(len(cell) for cell in column) for column in zip(*lines)]
+    rule = ["-" * width for width in widths]
+    padded = [
+        [cell.ljust(width) for cell, width in zip(line, widths)]
+        for line in [lines[0], rule, *lines[1:]]
+    ]
+    return "\n".join(f"| {' | '.join(line)} |" for line in padded)

@@ -1,0 +1,109 @@
+"""The rows of the table, and the JSON file that keeps them.
+
+A file holds what a reader needs to judge the rows: the command, machine and versions, shape, dtype,
+and the ceilings that the machine reached. It is written after every loss, so that a run that is cut
+short keeps what it has. `read` also takes the files of earlier versions, which timed no halves and
+whose floors stood apart.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from benchmarks.bench.providers import GEMMS
+from benchmarks.bench.shapes import Shape
+from benchmarks.measure import Times
+
+
+@dataclass(frozen=True)
+class Row:
+    """One provider on one loss. Seconds and bytes; `reason` says why there are no figures.
+
+    to_gemms: time over that of the bare products, timed in the same turns. peak: over the inputs;
+    workspace: over the inputs and the returned gradients. error: of the gradients, against float64.
+    """
+
+    tokens: int
+    loss: str
+    who: str
+    forward: Times | None = None
+    backward: Times | None = None
+    both: Times | None = None
+    to_gemms: float | None = None
+    peak: int | None = None
+    workspace: int | None = None
+    error: float | None = None
+    reason: str | None = None
+
+    @property
+    def tokens_per_second(self) -> float | None:
+        return None if self.both is None else self.tokens / self.both.median
+
+
+@dataclass(frozen=True)
+class Results:
+    """facts: what the file says besides its rows."""
+
+    facts: dict[str, Any]
+    rows: list[Row]
+
+    @property
+    def shape(self) -> Shape:
+        shape = self.facts["shape"]
+        return Shape(**{key: shape.get(key) for key in Shape.__dataclass_fields__})
+
+    def write(self, path: Path) -> None:
+        """By a second file: a run that ends while it writes leaves the last one whole."""
+        rows = [asdict(row) | {"tokens_per_second": row.tokens_per_second} for row in self.rows]
+        part = path.with_suffix(".part")
+        part.write_text(json.dumps(self.facts | {"rows": rows}, indent=1) + "\n", "utf-8")
+        part.replace(path)
+
+
+def read(path: Path) -> Results:
+    """Raises ValueError where the file is none of ours."""
+    try:
+        found = json.loads(path.read_text("utf-8"))
+        rows = found.pop("rows") if "rows" in found else found.pop("points")
+        if any("seconds_per_token" in row for row in rows):
+            return Results(found, [grown(row) for row in rows])
+        if any("objective" in row for row in rows):
+            return Results(found, [earlier(row) for row in rows])
+        return Results(found, [Row(**_timed(row)) for row in rows])
+    except (KeyError, TypeError, AttributeError, UnicodeDecodeError, ValueError) as error:
+        raise ValueError(
+            f"{path.name} is not a file of results: expected the JSON that `tropd bench` writes"
+        ) from error
+
+
+def is_results(path: Path) -> bool:
+    """Whether a JSON file holds rows of this table; other measurements lie beside them."""
+    found = json.loads(path.read_text("utf-8"))
+    return "machine" in found and ("rows" in found or "points" in found)
+
+
+def _timed(row: dict[str, Any]) -> dict[str, Any]:
+    row = {key: value for key, value in row.items() if key in Row.__dataclass_fields__}
+    halves = ("forward", "backward", "both")
+    return row | {key: Times(**row[key]) for key in halves if row.get(key)}
+
+
+def earlier(row: dict[str, Any]) -> Row:
+    """Of benchmarks/cpu.py, which had one row for each floor: its loss is the floor's name."""
+    gemms = row["objective"] == "bare GEMMs"
+    found = Row(**_timed(row | {
+        "loss": row["who"] if gemms else row["objective"], "both": row["times"],
+    }))  # fmt: skip
+    return replace(found, who=GEMMS) if gemms else found
+
+
+def grown(point: dict[str, Any]) -> Row:
+    """Of benchmarks/growth.py: TrOPD on `native`, beside bare products scaled to its tokens."""
+    both = Times(**point["times"])
+    return Row(
+        point["tokens"], "tropd", "native", both=both, to_gemms=both.median / point["gemms"],
+        workspace=point["workspace"],
+    )  # fmt: skip

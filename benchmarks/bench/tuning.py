@@ -1,0 +1,149 @@
+"""Which chunk sizes are fastest here: a sweep over the plan's two sizes.
+
+    python -m benchmarks.bench.tuning --shape qwen3-1.7b --tokens 8192 --out build/bench/tuning.json
+
+`rows` tokens of float32 logits at a time, gradients of `super_rows` tokens in a pair of products
+(`tropd_kernels/chunking.py`). The best backend of the device, one loss, runs in turns; the defaults
+are among them and marked. Prints milliseconds and peak memory over inputs and gradients.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+
+from benchmarks.bench.command import UsageError, device_of, one_of, positive, prepare, say
+from benchmarks.bench.losses import LOSSES
+from benchmarks.bench.problem import Gradients, Problem, make_problem
+from benchmarks.bench.providers import Runner, runner
+from benchmarks.bench.shapes import DEFAULTS, SHAPES
+from benchmarks.bench.table import megabytes, seconds
+from benchmarks.bench.timing import reason_of, take_turns
+from benchmarks.measure import machine
+from tropd_kernels import chunking
+from tropd_kernels.backends import choose_backend
+
+ROWS = (256, 512, 1024, 2048)
+SUPER_ROWS = (1024, 2048, 4096, 8192)
+
+Sizes = tuple[int, int]
+
+
+@contextmanager
+def chunks_of(sizes: Sizes) -> Iterator[None]:
+    """The plan's sizes, for the time being, on either kind of device."""
+    names = ("ROWS", "SUPER_ROWS", "CPU_ROWS", "CPU_SUPER_ROWS")
+    before = {name: getattr(chunking, name) for name in names}
+    for name, size in zip(names, sizes * 2):
+        setattr(chunking, name, size)
+    try:
+        yield
+    finally:
+        for name, size in before.items():
+            setattr(chunking, name, size)
+
+
+def defaults(device: str) -> Sizes:
+    if torch.device(device).type == "cpu":
+        return chunking.CPU_ROWS, chunking.CPU_SUPER_ROWS
+    return chunking.ROWS, chunking.SUPER_ROWS
+
+
+def with_chunks(run: Runner, sizes: Sizes) -> Runner:
+    def forward(problem: Problem):
+        with chunks_of(sizes):
+            return run.forward(problem)
+
+    def backward(problem: Problem, state) -> Gradients:
+        with chunks_of(sizes):
+            return run.backward(problem, state)
+
+    return Runner(forward, backward)
+
+
+def sweep(
+    problem: Problem, loss: str, sizes: Sequence[Sizes], repeats: int, device: str
+) -> list[dict]:
+    """Fastest first; sizes that cannot run last, with the reason."""
+    run = runner(choose_backend(None, torch.device(device)), loss)
+    calls, failed = {}, {}
+    for pair in sizes:
+        call = (with_chunks(run, pair), problem)
+        try:
+            call[0](problem)
+        except Exception as error:
+            failed[name_of(pair)] = reason_of(error)
+        else:
+            calls[name_of(pair)] = call
+    measured, more = take_turns(calls, repeats, device)
+    found = []
+    for pair in sizes:
+        key = name_of(pair)
+        row = {"rows": pair[0], "super_rows": pair[1], "default": pair == defaults(device)}
+        if key in measured:
+            mine = measured[key]
+            over = None if mine.peak is None else max(0, mine.peak - problem.gradient_bytes)
+            row |= {"seconds": vars(mine.both), "workspace": over}
+        else:
+            row |= {"reason": (failed | more)[key]}
+        found.append(row)
+    return sorted(found, key=lambda row: row["seconds"]["median"] if "seconds" in row else 1e9)
+
+
+def name_of(pair: Sizes) -> str:
+    return f"{pair[0]} {pair[1]}"
+
+
+def render(rows: list[dict]) -> str:
+    lines = [f"{'rows':>6}{'super_rows':>12}{'median':>11}{'over MB':>9}"]
+    for row in rows:
+        mark = "  default" if row["default"] else ""
+        text = f"{row['rows']:>6}{row['super_rows']:>12}"
+        if "seconds" in row:
+            text += f"{seconds(row['seconds']['median']):>11}{megabytes(row['workspace']):>9}"
+        else:
+            text += f"  {row['reason']}"
+        lines.append(text + mark)
+    return "\n".join(lines)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--shape")
+    parser.add_argument("--tokens", type=positive)
+    parser.add_argument("--loss", default="tropd")
+    parser.add_argument("--repeats", type=positive, default=5)
+    parser.add_argument("--rows", type=positive, nargs="+", default=ROWS)
+    parser.add_argument("--super-rows", type=positive, nargs="+", default=SUPER_ROWS)
+    parser.add_argument("--device")
+    parser.add_argument("--out", type=Path, default=Path("build/bench/tuning.json"))
+    options = parser.parse_args(arguments)
+    try:
+        device = device_of(options.device)
+        shape_name, tokens = DEFAULTS[torch.device(device).type]
+        shape_name = one_of("--shape", options.shape or shape_name, SHAPES)
+        loss = one_of("--loss", options.loss, LOSSES)
+        prepare("--out", options.out)
+    except UsageError as error:
+        say(f"tuning: {error}")
+        return 2
+    tokens = options.tokens or tokens[0]
+    sizes = {defaults(device)} | {
+        (rows, many) for rows in options.rows for many in options.super_rows if many >= rows
+    }
+    problem = make_problem(tokens, SHAPES[shape_name], device=device)
+    rows = sweep(problem, loss, sorted(sizes), options.repeats, device)
+    facts = {"machine": machine(device), "shape": shape_name, "tokens": tokens, "loss": loss}
+    options.out.write_text(json.dumps(facts | {"sweep": rows}, indent=1) + "\n", "utf-8")
+    print(f"chunk sizes, {loss}, {tokens} tokens, {SHAPES[shape_name]}")
+    print(render(rows))
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
