@@ -58,10 +58,11 @@ class TrOPDTrainer(DistillationAdapter):
 
     Raises, before training: ValueError or TypeError for a head that cannot be read (an adapter on
     it, quantised, logits that no scale and cap express), a teacher with another tokenizer, an empty
-    data set; NotImplementedError under FSDP and ZeRO-3. While training: ValueError for a prompt
-    that exceeds the context or a prefix that does not continue its prompt; FloatingPointError for a
-    loss that is NaN or infinite, after saving the batch under `output_dir`; TeacherServerError for
-    a served teacher that does not answer, with the checkpoints so far intact.
+    data set; NotImplementedError under FSDP's first version (FSDP2 and ZeRO-3 will do). While
+    training: ValueError for a prompt that exceeds the context or a prefix that does not continue
+    its prompt; FloatingPointError for a loss that is NaN or infinite, after saving the batch under
+    `output_dir`; TeacherServerError for a served teacher that does not answer, with the checkpoints
+    so far intact.
     """
 
     _tag_names = ["trl", "tropd"]  # noqa: RUF012
