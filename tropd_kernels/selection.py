@@ -97,7 +97,8 @@ def probabilities(norms: Tensor, fraction: float) -> Tensor:
     order = _ascending(finite, units)
     size, total = units[order].double(), units[order].cumsum(0).double()
     # What is left of fraction * n for the j smallest rows, when all larger ones are kept.
-    places = torch.arange(1, len(norms) + 1, device=norms.device) - (1 - fraction) * finite.sum()
+    missing = (1 - fraction) * finite.sum().double()
+    places = torch.arange(1, len(norms) + 1, device=norms.device) - missing
     below_one = (size * places <= total) & finite[order]
     last = (below_one.sum() - 1).clamp_min(0).view(1)
     c = places.index_select(0, last) / total.index_select(0, last)
