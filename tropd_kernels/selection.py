@@ -83,8 +83,9 @@ def within_tolerance(norms: Tensor, tolerance: float) -> Tensor:
     """(n,) bool: the rows to keep."""
     finite, units = _in_units(norms.double().square())
     order = _ascending(finite, units)
+    # Rows that are not finite come last, where the sum is the total, which is above any tolerance.
     small = units[order].cumsum(0) <= int(tolerance**2 * UNITS)
-    out = small & finite[order] & (units > 0).any()
+    out = small & (units > 0).any()
     return torch.ones_like(finite).index_copy(0, order, ~out)
 
 
