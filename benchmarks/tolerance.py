@@ -14,7 +14,8 @@ rows      A student writes completions, and one call makes the loss's gradients 
           CPU has products of it.
 training  The demonstration's student learns for some steps with each option, over several seeds.
           KL to the teacher before and after: KL(teacher || student) on the teacher's own
-          completions, the same for all, and KL(student || teacher) on the student's.
+          completions, the same for all, and KL(student || teacher) on the student's. Seeds can be
+          run apart, `training --seed 1 --seeds 1`: those that the file holds stay.
 
 Needs the model that `benchmarks.demo` installs. Shares depend on the text; nothing here is a bound.
 """
@@ -311,6 +312,7 @@ def print_learning(runs: list[dict]) -> None:
     """Mean and standard deviation over seeds, and the mean difference to the exact run of the same
     seed with its standard error."""
     exact = {run["seed"]: run for run in runs if run["option"] == EXACT}
+    runs = [run for run in runs if run["seed"] in exact]
     for name, kl in product(ARMS, ("forward_kl", "reverse_kl")):
         mine = [run for run in runs if run["option"] == name]
         values = [run[kl] for run in mine]
@@ -343,12 +345,15 @@ def main() -> None:
         found = []
         for case in cases:  # kept as they come: the whole takes long
             found.append(case)
-            # Read now: the other part may have been written meanwhile.
+            # Read now: the other part may have been written meanwhile, and other seeds' training.
             results = json.loads(options.output.read_text()) if options.output.exists() else {}
-            results[part] = about | {"cases": found}
+            others = results.get(part, {}).get("cases", []) if part == "training" else []
+            mine = [run["seed"] for run in found] if part == "training" else []
+            kept = [run for run in others if run["seed"] not in mine]
+            results[part] = about | {"cases": kept + found}
             options.output.write_text(json.dumps(results, indent=1) + "\n")
         if part == "training":
-            print_learning(found)
+            print_learning(kept + found)
 
 
 def parse() -> argparse.Namespace:
