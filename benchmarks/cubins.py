@@ -211,13 +211,13 @@ def _compiling_for(target: GPUTarget, seen: Callable) -> Iterator[None]:
     @torch.no_grad()
     def distill(*args):
         # The body of the custom op: on meta tensors the op itself would stop at its fake.
-        problem = ops.flat_problem(*args[:8], *args[10:])
+        problem = ops.flat_problem(*args[:8], *args[10:15])
         needs = linear_loss.Needs(*args[9])
         result = linear_loss.forward(problem, needs, args[8])
         if not needs:
             linear_loss.backward(problem, result.coefs, linear_loss.Needs(student=True))
         loss = result.stats[Stat.TOKEN_LOSS]
-        return loss.sum(), loss, result.stats
+        return loss.sum(), loss, result.stats, ops.no_shares(problem)
 
     driver.set_active(_Pretender(target))  # for good: asking for the one before would want a GPU
     with (

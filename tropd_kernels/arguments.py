@@ -41,6 +41,43 @@ def check_call(
         )
 
 
+def check_selection(tolerance, sampling, reduction: str, backend: str | None, seed) -> None:
+    number = (int, float)
+    if isinstance(tolerance, bool) or not isinstance(tolerance, number) or not 0 <= tolerance < 1:
+        raise ValueError(
+            f"gradient_tolerance must be a number in [0, 1), got {tolerance!r}: the share of the "
+            "gradient's norm that may be left out, 0 for none"
+        )
+    if sampling is not None and (
+        isinstance(sampling, bool) or not isinstance(sampling, number) or not 0 < sampling <= 1
+    ):
+        raise ValueError(
+            f"gradient_sampling must be None or a number in (0, 1], got {sampling!r}: the share of "
+            "the tokens whose gradients are kept, on average"
+        )
+    if tolerance > 0 and sampling is not None:
+        raise ValueError(
+            f"gradient_tolerance={tolerance} and gradient_sampling={sampling} both choose the rows "
+            "that make the gradient: pass one of them"
+        )
+    if not tolerance and sampling is None:
+        return
+    name = "gradient_sampling" if sampling is not None else "gradient_tolerance"
+    if reduction == "none":
+        raise NotImplementedError(
+            f"{name} needs gradients that are formed in the forward, and reduction='none' "
+            "recomputes them for any incoming gradient: use 'mean' or 'sum'"
+        )
+    if backend == "reference":
+        raise NotImplementedError(
+            f"backend='reference' takes no {name}: use 'torch', 'native' or 'triton'"
+        )
+    if sampling is not None and seed is None:
+        raise ValueError(
+            "gradient_sampling draws at random: pass seed=<an integer that changes every step>"
+        )
+
+
 def flat_per_token(name: str, value: Tensor | None, labels: Tensor) -> Tensor | None:
     """Flat and detached, after a look at shape and dtype."""
     if value is None:

@@ -14,7 +14,9 @@ them are smaller than the accumulator 4 V H, which is then not needed.
 
 GEMM work, in units of S = 2 N V H (student head) and T = 2 N V G (teacher head): 3 S + T with
 gradients formed in the forward; 3 S without a dense teacher; one S less for each frozen side; 4 S +
-2 T where `reduction="none"` recomputes; one S more for a rule that ranks the batch by entropy.
+2 T where `reduction="none"` recomputes; one S more for a rule that ranks the batch by entropy. Rows
+that a gradient tolerance or sampling leaves out spare their part of the last two S, which depends
+on the batch: the plan counts all rows.
 """
 
 from __future__ import annotations
@@ -27,6 +29,8 @@ from .objectives import TokenRule
 from .products import HALF, products_for
 from .rows.layout import Coef, Stat
 from .rows.torch_rows import scratch_bytes as torch_scratch
+from .selection import Share
+from .selection import workspace_bytes as selection_workspace
 
 #: Sizes are multiples of this many tokens.
 MULTIPLE = 128
@@ -94,12 +98,14 @@ def plan_chunks(
     needs_hidden_grad: bool = True,
     needs_weight_grad: bool = True,
     max_workspace_bytes: int | None = None,
+    selects_rows: bool = False,
 ) -> ChunkPlan:
     """The chunk sizes, GEMM work and workspace of one call of `linear_distillation_loss`.
 
     tokens: tokens that count. teacher_hidden_size: width of a `HiddenTeacher`; None for the others.
     max_workspace_bytes: shrinks super_rows first, then rows, in steps of 128 tokens; rows first
         where one product rounds d_weight, which then needs no accumulator.
+    selects_rows: with `gradient_tolerance` or `gradient_sampling`.
 
     Raises ValueError where even one step does not fit the budget.
     """
@@ -135,6 +141,12 @@ def plan_chunks(
             else 0,
             "statistics and coefficients": logit_size * tokens * (len(Stat) + len(Coef)),
             "temporaries": scratch,
+            "selection of rows": logit_size * tokens * len(Share)
+            + selection_workspace(
+                super_rows, vocab_size, hidden_size, products.result_dtype, device_type
+            )
+            if selects_rows and gradients
+            else 0,
         }
         prepass = objective is not None and objective.entropy_top_fraction is not None
         student = repeats + needs_hidden_grad + needs_weight_grad + prepass

@@ -1,4 +1,5 @@
-"""Uniform draws for the Bernoulli trust gate: a function of (seed, step, sequence id, position).
+"""Uniform draws, for the trust gate and for sampled gradients: functions of (seed, step, sequence
+id, position).
 
 A recomputed forward, a resumed run, another split into micro-batches and every tensor-parallel rank
 must draw the same number for the same token, so the draw comes from no generator with state but
@@ -14,8 +15,9 @@ grow by W0 and W1 between rounds. The words here:
     key       (seed low, seed high), of the 64-bit seed in two's complement
     uniform   (first output word >> 8) / 2^24: float32, exact, 0 <= u < 1
 
-The other three output words are not used: an element costs one block, and no element's draw depends
-on a neighbour.
+The second and third output word give a sampled gradient's draw, float64 of 53 bits, which is thus
+independent of the gate's under the same seed; the fourth is not used. An element costs one block,
+and no element's draw depends on a neighbour.
 
 Arithmetic is int64 tensor arithmetic kept below 2^49, so it means the same on every device, eager
 or compiled, and the global random state is neither read nor changed.
@@ -24,7 +26,7 @@ or compiled, and the global random state is neither read nor changed.
 import torch
 from torch import Tensor
 
-__all__ = ["bernoulli_uniforms", "philox4x32", "uniforms_like"]
+__all__ = ["bernoulli_uniforms", "philox4x32", "sampling_uniforms", "uniforms_like"]
 
 _M0, _M1 = 0xD2511F53, 0xCD9E8D57
 _W0, _W1 = 0x9E3779B9, 0xBB67AE85
@@ -62,12 +64,7 @@ def bernoulli_uniforms(
             f"positions must be on sequence_ids' device {sequence_ids.device}, "
             f"got {positions.device}: move it with .to()"
         )
-    seed = _scalar("seed", seed, -(2**63), 2**64 - 1, positions.device)
-    step = _scalar("step", step, 0, _WORD, positions.device)
-    sequence_ids, positions = sequence_ids.long(), positions.long()
-    counter = (positions & _WORD, sequence_ids & _WORD, (sequence_ids >> 32) & _WORD, step & _WORD)
-    word = philox4x32(counter, (seed & _WORD, (seed >> 32) & _WORD))[0]
-    return _uniform(word)
+    return _uniform(_words(seed, step, sequence_ids, positions)[0])
 
 
 def uniforms_like(labels: Tensor, seed: int | Tensor) -> Tensor:
@@ -81,17 +78,18 @@ def uniforms_like(labels: Tensor, seed: int | Tensor) -> Tensor:
     Returns float32 (*), on the labels' device. Raises TypeError or ValueError on a wrong type or
     range.
     """
-    if not isinstance(labels, Tensor):
-        raise TypeError(
-            f"labels must be a tensor, got {type(labels).__name__}: pass the labels of the loss"
-        )
-    *leading, length = labels.shape or (1,)
-    rows = 1
-    for size in leading:
-        rows *= size
-    sequence_ids = torch.arange(rows, device=labels.device).unsqueeze(1)
-    positions = torch.arange(length, device=labels.device)
-    return bernoulli_uniforms(seed, 0, sequence_ids, positions).view(labels.shape)
+    return bernoulli_uniforms(seed, 0, *_places(labels)).view(labels.shape)
+
+
+def sampling_uniforms(labels: Tensor, seed: int | Tensor) -> Tensor:
+    """Uniforms in [0, 1) of the shape (*) of `labels` that decide which tokens' gradients a sample
+    keeps: places, arguments and errors as in `uniforms_like`, of which they are independent.
+
+    Returns float64: a token may be kept with a probability below 2^-24, which float32 draws miss.
+    """
+    _, high, low, _ = _words(seed, 0, *_places(labels))
+    bits = ((high >> 5) << 26) + (low >> 6)
+    return (bits.to(torch.float64) * 2.0**-53).view(labels.shape)
 
 
 def philox4x32(
@@ -110,6 +108,31 @@ def philox4x32(
         c0, c1, c2, c3 = hi1 ^ c1 ^ k0, lo1, hi0 ^ c3 ^ k1, lo0
         k0, k1 = (k0 + _W0) & _WORD, (k1 + _W1) & _WORD
     return c0, c1, c2, c3
+
+
+def _words(
+    seed: int | Tensor, step: int | Tensor, sequence_ids: Tensor, positions: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The block of each token."""
+    seed = _scalar("seed", seed, -(2**63), 2**64 - 1, positions.device)
+    step = _scalar("step", step, 0, _WORD, positions.device)
+    sequence_ids, positions = sequence_ids.long(), positions.long()
+    counter = (positions & _WORD, sequence_ids & _WORD, (sequence_ids >> 32) & _WORD, step & _WORD)
+    return philox4x32(counter, (seed & _WORD, (seed >> 32) & _WORD))
+
+
+def _places(labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Sequence ids (rows, 1) and positions (length,) of tokens that are known by their place."""
+    if not isinstance(labels, Tensor):
+        raise TypeError(
+            f"labels must be a tensor, got {type(labels).__name__}: pass the labels of the loss"
+        )
+    *leading, length = labels.shape or (1,)
+    rows = 1
+    for size in leading:
+        rows *= size
+    sequence_ids = torch.arange(rows, device=labels.device).unsqueeze(1)
+    return sequence_ids, torch.arange(length, device=labels.device)
 
 
 def _multiply(constant: int, word: Tensor) -> tuple[Tensor, Tensor]:

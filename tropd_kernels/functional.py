@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from . import ops
-from .arguments import check_call, check_devices, flat_per_token, public
+from .arguments import check_call, check_devices, check_selection, flat_per_token, public
 from .backends import choose_backend
-from .draws import uniforms_like
+from .draws import sampling_uniforms, uniforms_like
 from .linear_loss import INPUTS
 from .objectives import TokenRule, TrOPD
 from .parallel import group_of, local_part, whole_tensor
@@ -25,6 +25,7 @@ from .parallel_loss import sharded_loss
 from .products import result_dtype
 from .reference_backend import reference_loss
 from .rows.layout import Stat
+from .selection import EVERY_ROW, Selection, Share, relative_error
 from .teachers import (
     HiddenTeacher,
     LogitsTeacher,
@@ -50,6 +51,10 @@ class TokenStats:
     clip. trust: the gate's M; outlier: 1 - M; both 0 on a prefix. teacher_topk_mass,
     student_topk_mass: of K. token_loss: before `token_weight`. kept: passed gate and entropy
     filter.
+
+    With `gradient_tolerance` or `gradient_sampling`, where gradients were formed: gradient_norm: of
+    the token's share of d_weight in the loss's gradient, ||d_logits|| ||hidden|| (||d_logits||
+    where the head is frozen). gradient_weight: 0 left out, 1 kept, 1 / probability where sampled.
     """
 
     log_probs: Tensor
@@ -65,14 +70,20 @@ class TokenStats:
     student_topk_mass: Tensor | None
     token_loss: Tensor
     kept: Tensor
+    gradient_norm: Tensor | None = None
+    gradient_weight: Tensor | None = None
 
 
 @dataclass(frozen=True, eq=False)
 class DistillationOutput:
-    """loss: scalar, or shaped like labels with reduction="none". stats: per token, detached."""
+    """loss: scalar, or shaped like labels with reduction="none". stats: per token, detached.
+    gradient_error: scalar, ||left out|| / ||all|| of the tokens' shares with `gradient_tolerance`,
+    the standard deviation relative to ||all|| with `gradient_sampling`; None without them, and
+    where no gradient was formed."""
 
     loss: Tensor
     stats: TokenStats
+    gradient_error: Tensor | None = None
 
 
 def linear_distillation_loss(
@@ -98,6 +109,8 @@ def linear_distillation_loss(
     backend: str | None = None,
     max_workspace_bytes: int | None = None,
     process_group: ProcessGroup | None = None,
+    gradient_tolerance: float = 0.0,
+    gradient_sampling: float | None = None,
 ) -> DistillationOutput:
     """Distillation loss of a student's head, without ever holding the logits of all tokens.
 
@@ -129,9 +142,19 @@ def linear_distillation_loss(
     tokens, which is an error here). Collective: every rank of the group makes the same call, and
     with reduction="none" the same backward. Not for backend="reference"; under torch.compile it
     runs eagerly. See `parallel` for what is communicated.
+    gradient_tolerance: leaves the tokens of smallest gradient out of d_hidden (whose rows are then
+    0), d_weight and the bias's gradient. What is guaranteed, up to rounding: with G_i the gradient
+    that token i adds to `weight`, the left out have sqrt(sum ||G_i||^2) at most this times that of
+    all tokens. d_weight is a sum in which tokens may cancel: its own error is at most the sum of
+    `stats.gradient_norm` where `stats.gradient_weight` is 0 (Frobenius norm), which may be larger
+    than tolerance * ||d_weight||. Loss and all other statistics stay exact.
+    gradient_sampling: keeps this share of the tokens, on average, at random by the size of their
+    gradients, scaled so that all gradients are unbiased; needs `seed`. Both cost a host sync per
+    super-chunk (see `plan_chunks`), are chosen within it, and are not for reduction="none" or
+    backend="reference". See `selection`.
 
-    Raises ValueError, TypeError or RuntimeError that say what was given and what was expected; with
-    a process_group on every rank, naming the one at fault.
+    Raises ValueError, TypeError, NotImplementedError or RuntimeError that say what was given and
+    what was expected; with a process_group on every rank, naming the one at fault.
     """
     group = group_of(process_group, weight)
 
@@ -140,12 +163,14 @@ def linear_distillation_loss(
         head, shift = local_part("weight", weight, group), local_part("bias", bias, group)
         check_head("student", student, head, shift)
         check_scale("student", logit_scale, softcap)
+        check_selection(gradient_tolerance, gradient_sampling, reduction, backend, seed)
         return _flat_call(
             student, head, shift, labels, teacher, objective,
             (float(logit_scale), float(softcap or 0.0)), temperature,
             dict(old_log_probs=old_log_probs, advantages=advantages, weight=token_weight,
                  prefix=teacher_prefix, uniforms=uniforms),
             seed, ignore_index, normalizer, reduction, backend, max_workspace_bytes, group,
+            gradient_tolerance, gradient_sampling,
         )  # fmt: skip
 
     found, after = _found(call, group, reduction)
@@ -234,10 +259,10 @@ def linear_log_probs(
         one = student.new_ones((), dtype=result_dtype(student.dtype))
         return (
             (*flat, None, None, None), {}, one, [False] * 3, rule, scales,
-            _backend(backend, student, group), ignore_index, max_workspace_bytes,
+            _backend(backend, student, group), ignore_index, max_workspace_bytes, EVERY_ROW,
         ), None  # fmt: skip
 
-    (_, _, stats), _ = _found(call, group, "none")
+    (_, _, stats, _), _ = _found(call, group, "none")
     log_probs = stats[Stat.LOG_PROB].reshape(labels.shape)
     if return_entropy:
         return log_probs, stats[Stat.ENTROPY].reshape(labels.shape)
@@ -247,6 +272,7 @@ def linear_log_probs(
 def _flat_call(
     student, weight, bias, labels, teacher, objective, student_scales, temperature, per_token,
     seed, ignore_index, normalizer, reduction, backend, max_workspace_bytes, group,
+    tolerance=0.0, sampling=None,
 ):  # fmt: skip
     """(what `_run` takes, the statistic whose sum divides the loss): the arguments, checked."""
     rule = TrOPD() if objective is None else objective
@@ -284,18 +310,21 @@ def _flat_call(
     formed = reduction != "none" and weight is not None and grad
     tensors = (student, weight, bias)
     needs = [formed and t is not None and t.requires_grad for t in tensors]
+    draws = None if sampling is None else sampling_uniforms(labels, seed).reshape(-1)
+    selection = Selection(float(tolerance), None if sampling is None else float(sampling), draws)
     call = (
         (student.reshape(-1, student.shape[-1]), weight, bias, flat_labels,
          teacher_source, teacher_weight, teacher_bias),
         inputs, scale, needs, rule, [*student_scales, *teacher_scales, float(temperature)],
-        backend, ignore_index, max_workspace_bytes,
+        backend, ignore_index, max_workspace_bytes, selection,
     )  # fmt: skip
     return call, after
 
 
 def _found(call, group, reduction: str):
-    """((loss, token_loss, stats), the statistic whose sum divides the loss) of the flat call that
-    `call` makes of this rank's arguments; with a group, what it raises is raised on every rank."""
+    """((loss, token_loss, stats, shares), the statistic whose sum divides the loss) of the flat
+    call that `call` makes of this rank's arguments; with a group, what it raises is raised on every
+    rank."""
     if group is None:
         arguments, after = call()
         return _run(*arguments), after
@@ -320,23 +349,37 @@ def _backend(requested: str | None, student: Tensor, group) -> str:
 
 
 def _output(found, after, labels, teacher, reduction) -> DistillationOutput:
-    loss, token_loss, stats = found
+    loss, token_loss, stats, shares = found
     stats = stats.detach()
+    selected = shares is not None and len(shares) > 0
+    gradient_norm = shares[Share.NORM] if selected else None
     if after is not None:
-        loss = loss / stats[after].sum().clamp_min(1)
+        divisor = stats[after].sum().clamp_min(1)
+        loss = loss / divisor
+        gradient_norm = gradient_norm / divisor if selected else None
     if reduction == "none":
         loss = token_loss.reshape(labels.shape)
-    return DistillationOutput(loss, _token_stats(stats, labels, teacher))
+    if not selected:
+        return DistillationOutput(loss, _token_stats(stats, labels, teacher))
+    gradient = dict(gradient_norm=gradient_norm, gradient_weight=shares[Share.WEIGHT])
+    return DistillationOutput(
+        loss, _token_stats(stats, labels, teacher, **gradient), relative_error(shares)
+    )
 
 
-def _run(tensors, inputs, scale, needs, rule, scales, backend, ignore_index, max_workspace_bytes):
-    """(loss, token_loss, stats) of the flat problem."""
+def _run(
+    tensors, inputs, scale, needs, rule, scales, backend, ignore_index, max_workspace_bytes,
+    selection,
+):  # fmt: skip
+    """(loss, token_loss, stats, shares) of the flat problem."""
     settings = (rule.key, scales, backend, ignore_index, max_workspace_bytes)
     row_inputs = [inputs.get(name) for name in INPUTS]
     if backend == "reference":
         arguments = (*tensors, row_inputs, *settings)
-        return reference_loss(ops.flat_problem(*arguments), scale)
-    return ops.distill(*tensors, row_inputs, scale, needs, *settings)[:3]
+        return *reference_loss(ops.flat_problem(*arguments), scale), None
+    selects = (selection.tolerance, selection.sampling, selection.draws)
+    found = ops.distill(*tensors, row_inputs, scale, needs, *settings, *selects)
+    return *found[:3], found[-1]
 
 
 # --- the teacher, flat -------------------------------------------------------------------------
@@ -378,7 +421,9 @@ def _flat_teacher(teacher: Teacher | None, labels: Tensor, student: Tensor, grou
     return nothing, plain, known
 
 
-def _token_stats(stats: Tensor, labels: Tensor, teacher: Teacher | None) -> TokenStats:
+def _token_stats(
+    stats: Tensor, labels: Tensor, teacher: Teacher | None, **more: Tensor
+) -> TokenStats:
     dense = isinstance(teacher, (HiddenTeacher, LogitsTeacher))
     top_k = dense or isinstance(teacher, TopKTeacher)
     given = {
@@ -402,7 +447,8 @@ def _token_stats(stats: Tensor, labels: Tensor, teacher: Teacher | None) -> Toke
         **{
             name: stats[row].reshape(labels.shape) if given.get(row, True) else None
             for name, row in names.items()
-        }
+        },
+        **{name: value.reshape(labels.shape) for name, value in more.items()},
     )
 
 

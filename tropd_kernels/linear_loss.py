@@ -17,6 +17,8 @@ token counts, and there is none.
 way (3 S + T), without it returns the coefficients from which `backward` recomputes them for any
 incoming gradient. Logits that exist already go through the same loop, without the GEMMs: there
 `backward` reads them once more, which costs less than holding their gradient.
+
+With a selection (`selection.py`) the two products of a super-chunk see some of its rows alone.
 """
 
 from __future__ import annotations
@@ -33,6 +35,7 @@ from .chunking import ChunkPlan, plan_chunks
 from .products import products_for, result_dtype, stored_dtype
 from .rows.layout import FIRST_WEIGHT, Coef, LogitTransform, RowBatch, RowOptions, Stat
 from .rows.sharded import ShardRows
+from .selection import EVERY_ROW, Selection, Share, move_to_front, row_norms, weighed_sum
 
 if TYPE_CHECKING:
     from .parallel import Shard
@@ -67,6 +70,7 @@ class Problem:
     ignore_index: int | None
     max_workspace_bytes: int | None
     shard: Shard | None = None  # the sides hold a part of the vocabulary; labels name any of it
+    selection: Selection = EVERY_ROW
 
     @property
     def columns(self) -> int:
@@ -101,13 +105,15 @@ class Needs:
 @dataclass
 class Result:
     """stats (Stat, N) and coefs (Coef, N), 0 for tokens that do not count; the gradients asked for,
-    times the loop's `loss_scale`, in the dtype in which they wait for the backward."""
+    times the loop's `loss_scale`, in the dtype in which they wait for the backward. shares
+    (Share, N) where the problem's selection is on."""
 
     stats: Tensor
     coefs: Tensor
     d_student: Tensor | None = None
     d_weight: Tensor | None = None
     d_bias: Tensor | None = None
+    shares: Tensor | None = None
 
 
 def forward(problem: Problem, needs: Needs, loss_scale: Tensor) -> Result:
@@ -217,9 +223,11 @@ class _Loop:
             # The first product overwrites; rows beyond the shared vocabulary stay 0.
             dtype = source.dtype if self.plan.rounds_d_weight else problem.dtype
             result.d_weight = source.new_empty(problem.student.weight.shape, dtype=dtype)
-            result.d_weight[0 if self.n == 0 else self.columns :].zero_()
+            result.d_weight[self.columns :].zero_()
         if needs.bias:
             result.d_bias = source.new_zeros((problem.student.vocab_size,), dtype=problem.dtype)
+        if needs and problem.selection.on:
+            result.shares = result.stats.new_zeros((len(Share), problem.labels.shape[0]))
 
     def _plan(self) -> ChunkPlan:
         student, teacher = self.problem.student, self.problem.teacher
@@ -237,6 +245,7 @@ class _Loop:
             needs_hidden_grad=self.needs.student,
             needs_weight_grad=self.needs.weight,
             max_workspace_bytes=self.problem.max_workspace_bytes if self.has_head else None,
+            selects_rows=bool(self.needs) and self.problem.selection.on,
         )
 
     def buffer(self, side: Side | None) -> Tensor | None:
@@ -301,7 +310,9 @@ class _Loop:
                     self.engine.gradient(batch, coefs, options, out)
                 elif self.needs:
                     self._store_d_logits(batch, coefs, options, tokens)
-            if self.needs and self.has_head:
+            if self.result.shares is not None:
+                self._selected_products(d_logits[: stop - start], self._indices(start, stop))
+            elif self.needs and self.has_head:
                 self._products(d_logits[: stop - start], self.tokens(start, stop))
 
     def _weighed(self, coefs: Tensor) -> Tensor:
@@ -312,6 +323,10 @@ class _Loop:
     def finish(self) -> None:
         """Sums over tokens, scaled and rounded once; when the chunks' buffers are gone."""
         result, student = self.result, self.problem.student
+        if self.first and result.d_weight is not None:  # no product has overwritten it
+            result.d_weight.zero_()
+        if self.late_scale is not None and result.shares is not None:
+            result.shares[Share.NORM] *= self.late_scale
         for name, tensor in (("d_weight", student.weight), ("d_bias", student.bias)):
             total = getattr(result, name)
             if total is not None:
@@ -319,7 +334,49 @@ class _Loop:
                     total *= self.late_scale
                 setattr(result, name, total.to(stored_dtype(tensor.dtype)))
 
-    def _products(self, d_logits: Tensor, tokens: slice | Tensor) -> None:
+    def _indices(self, start: int, stop: int) -> Tensor:
+        tokens = self.tokens(start, stop)
+        if isinstance(tokens, Tensor):
+            return tokens
+        return torch.arange(tokens.start, tokens.stop, device=self.problem.labels.device)
+
+    def _selected_products(self, d_logits: Tensor, tokens: Tensor) -> None:
+        """The products of those rows that the selection keeps."""
+        shares = self._shares(d_logits, tokens)
+        self.result.shares[:, tokens] = shares
+        out = shares[Share.WEIGHT] == 0
+        kept = len(tokens) - int(out.sum())  # the super-chunk's host sync
+        if kept == 0:
+            return
+        weights = None if self.problem.selection.sampling is None else shares[Share.WEIGHT]
+        if kept < len(tokens):
+            # A stable sort instead of nonzero(), as in `tokens_that_count`.
+            index = torch.argsort(out, stable=True)[:kept]
+            d_logits, tokens = move_to_front(d_logits, index), tokens[index]
+            weights = None if weights is None else weights[index]
+        self._products(d_logits, tokens, weights)
+
+    def _shares(self, d_logits: Tensor, tokens: Tensor) -> Tensor:
+        """(Share, n) of these tokens, the same on every rank."""
+        problem, shard = self.problem, self.problem.shard
+        norms = row_norms(d_logits, problem.dtype)
+        if shard is not None:
+            squares = norms.double().square()
+            shard.sum_(squares)
+            norms = squares.sqrt().to(problem.dtype)
+        hidden = problem.student.source[tokens]
+        if self.needs.weight:
+            norms = norms * torch.linalg.vector_norm(hidden, dim=1, dtype=problem.dtype)
+        shares = problem.selection.shares(norms, hidden, tokens)
+        # Hidden states of ranks may differ in a last bit, and with it the number of rows that they
+        # would sum d_hidden of: the first rank decides.
+        return shares if shard is None else shard.gather(shares)[0]
+
+    def _products(
+        self, d_logits: Tensor, tokens: slice | Tensor, weights: Tensor | None = None
+    ) -> None:
+        """Adds these rows' gradients, times `weights` where there are any: on the hidden states and
+        on the results, which are narrower than d_logits."""
         student, result, v = self.problem.student, self.result, self.columns
         if self.needs.student:
             d_hidden = self.products.d_hidden(d_logits, student.weight[:v])
@@ -327,12 +384,19 @@ class _Loop:
                 self.problem.shard.sum_(d_hidden)
             if self.late_scale is not None:
                 d_hidden *= self.late_scale
+            if weights is not None:
+                d_hidden *= weights[:, None]
             result.d_student[tokens] = d_hidden.to(result.d_student.dtype)
         if self.needs.weight:
             hidden = student.source[tokens]
+            if weights is not None:
+                hidden = (hidden * weights[:, None]).to(hidden.dtype)
             self.products.d_weight(result.d_weight[:v], d_logits, hidden, self.first)
         if self.needs.bias:
-            result.d_bias[:v] += d_logits.sum(0, dtype=result.d_bias.dtype)
+            if weights is None:
+                result.d_bias[:v] += d_logits.sum(0, dtype=result.d_bias.dtype)
+            else:
+                result.d_bias[:v] += weighed_sum(d_logits, weights)
         self.first = False
 
     def _store_d_logits(self, batch, coefs, options, tokens) -> None:

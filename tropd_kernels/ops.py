@@ -2,7 +2,7 @@
 
     tropd_kernels::distill            loss, per-token losses, statistics, coefficients, and, where
     `needs`
-                                      says so, the gradients of the loss
+                                      says so, the gradients of the loss and tokens' shares of them
     tropd_kernels::distill_backward   gradients from coefficients that carry the incoming gradient
 
 Autograd: with `needs`, `distill` has formed the gradients of its first output (the scalar loss) and
@@ -13,7 +13,7 @@ again. The gradients are constants of the forward, so a second differentiation r
 
 Arguments are flat because an op's schema is: `rule` is `TokenRule.key`, `scales` is logit scale and
 soft cap (0: none) of student and teacher and the temperature, `inputs` the per-token tensors in the
-order of `linear_loss.INPUTS`.
+order of `linear_loss.INPUTS`; the last three are `selection.Selection`.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from .linear_loss import INPUTS, Needs, Problem, Result, Side, backward, forward
 from .objectives import decode_rule
 from .products import TILE_ROWS, result_dtype, stored_dtype
 from .rows.layout import FIRST_WEIGHT, Coef, LogitTransform, RowOptions, Stat
+from .selection import EVERY_ROW, Selection, Share
 
 Gradients = tuple[Tensor, Tensor, Tensor]
 
@@ -50,10 +51,14 @@ def distill(
     backend: str,
     ignore_index: int | None,
     max_workspace_bytes: int | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    tolerance: float = 0.0,
+    sampling: float | None = None,
+    draws: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     problem = flat_problem(
         student, weight, bias, labels, teacher, teacher_weight, teacher_bias, inputs,
         rule, scales, backend, ignore_index, max_workspace_bytes,
+        selection=Selection(tolerance, sampling, draws),
     )  # fmt: skip
     with device_of(student):
         result = forward(problem, Needs(*needs), loss_scale)
@@ -63,15 +68,18 @@ def distill(
         student.new_empty(0) if g is None else g
         for g in (result.d_student, result.d_weight, result.d_bias)
     )
-    return loss, token_loss, result.stats, result.coefs, d_student, d_weight, d_bias
+    shares = no_shares(problem) if result.shares is None else result.shares
+    return loss, token_loss, result.stats, result.coefs, d_student, d_weight, d_bias, shares
 
 
 @distill.register_fake
 def _(
     student, weight, bias, labels, teacher, teacher_weight, teacher_bias, inputs,
     loss_scale, needs, rule, scales, backend, ignore_index, max_workspace_bytes,
+    tolerance=0.0, sampling=None, draws=None,
 ):  # fmt: skip
     dtype, n = result_dtype(student.dtype), labels.shape[0]
+    selects = any(needs) and Selection(tolerance, sampling, draws).on
 
     def gradient(of, need):
         shape = of.shape if need else (0,)
@@ -85,6 +93,7 @@ def _(
         gradient(student, needs[0]),
         gradient(weight, needs[1]),
         gradient(bias, needs[2]),
+        student.new_empty((len(Share) if selects else 0, n), dtype=dtype),
     )
 
 
@@ -135,18 +144,19 @@ def _(
 def _setup_context(ctx, inputs, output):
     (
         student, weight, bias, labels, teacher, teacher_weight, teacher_bias, row_inputs,
-        loss_scale, needs, *ctx.settings,
+        loss_scale, needs, *settings,
     ) = inputs  # fmt: skip
-    _, token_loss, stats, coefs, d_student, d_weight, d_bias = output
+    _, token_loss, stats, coefs, d_student, d_weight, d_bias, shares = output
+    ctx.settings = settings[:5]  # a recomputing backward selects no rows
     ctx.formed = any(needs)
     ctx.set_materialize_grads(False)
     if ctx.formed:
-        ctx.mark_non_differentiable(token_loss, stats, coefs, d_student, d_weight, d_bias)
+        ctx.mark_non_differentiable(token_loss, stats, coefs, d_student, d_weight, d_bias, shares)
         ctx.needs = list(needs)
         ctx.dtypes = [None if t is None else t.dtype for t in (student, weight, bias)]
         ctx.save_for_backward(d_student, d_weight, d_bias)
     else:
-        ctx.mark_non_differentiable(coefs, d_student, d_weight, d_bias)
+        ctx.mark_non_differentiable(coefs, d_student, d_weight, d_bias, shares)
         ctx.save_for_backward(
             student, weight, bias, labels, teacher, teacher_weight, teacher_bias, coefs,
             loss_scale, *row_inputs,
@@ -170,7 +180,7 @@ def _backward(ctx, d_loss, d_token_loss, d_stats, *_):
             carried, needs, *ctx.settings,
         )  # fmt: skip
         gradients = [g if need else None for g, need in zip(made, needs, strict=True)]
-    return (*gradients, *[None] * 12)
+    return (*gradients, *[None] * (len(ctx.needs_input_grad) - 3))
 
 
 distill.register_autograd(_backward, setup_context=_setup_context)
@@ -184,6 +194,11 @@ def weighed_losses(problem: Problem, result: Result) -> Tensor:
         row_weight = problem.inputs["weight"].to(token_loss.dtype)
         token_loss = torch.where(token_loss == 0, 0.0, token_loss * row_weight)
     return token_loss
+
+
+def no_shares(problem: Problem) -> Tensor:
+    """(0, N): what stands for the shares of tokens where no rows were selected."""
+    return problem.labels.new_empty((0, problem.labels.shape[0]), dtype=problem.dtype)
 
 
 def carry(coefs, loss_scale, d_loss, d_token_loss, d_stats) -> Tensor:
@@ -227,6 +242,7 @@ def device_of(tensor: Tensor):
 def flat_problem(
     student, weight, bias, labels, teacher, teacher_weight, teacher_bias, inputs,
     rule, scales, backend, ignore_index, max_workspace_bytes, shard=None, teacher_pieces=(),
+    selection=EVERY_ROW,
 ) -> Problem:  # fmt: skip
     scale, cap, teacher_scale, teacher_cap, temperature = scales
     # Both sides are cut to the ids they share, their biases too.
@@ -255,4 +271,5 @@ def flat_problem(
         ignore_index=ignore_index,
         max_workspace_bytes=max_workspace_bytes,
         shard=shard,
+        selection=selection,
     )

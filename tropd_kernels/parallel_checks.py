@@ -44,6 +44,7 @@ PUBLIC = {
     "topk_log_probs": "the teacher's log_probs",
     "label_log_probs": "the teacher's label_log_probs",
     "teacher_entropy": "the teacher's entropy",
+    "draws": "seed",
 }
 #: Facts about a call: name of the argument, and what it is, in words or as a tensor of values.
 Facts = list[tuple[str, str, Tensor | None]]
@@ -83,7 +84,7 @@ def agree(group: dist.ProcessGroup, prepare: Callable[[], Any], reduction: str) 
 
 def _may_look(call) -> bool:
     """Values can be looked at: on a CPU, or where the call waits for the GPU in any case."""
-    (_, _, _, labels, *_), *_, ignore_index, _ = call
+    (_, _, _, labels, *_), *_, ignore_index, _, _ = call
     return labels.device.type == "cpu" or ignore_index is not None
 
 
@@ -102,7 +103,8 @@ def _heights(call) -> tuple[int, int]:
 
 def _facts(call, reduction: str) -> Facts:
     """The same list of arguments on every rank, whatever they are."""
-    tensors, inputs, scale, _, rule, scales, backend, ignore_index, max_workspace_bytes = call
+    tensors, inputs, scale, _, rule, scales, backend, ignore_index, *more = call
+    max_workspace_bytes, selection = more
     hidden, weight, bias, labels, teacher, teacher_weight, teacher_bias = tensors
 
     def kind(tensor: Tensor | None) -> str:
@@ -141,9 +143,12 @@ def _facts(call, reduction: str) -> Facts:
         ("reduction", repr(reduction), None),
         ("backend", repr(backend), None),
         ("max_workspace_bytes", repr(max_workspace_bytes), None),
+        ("gradient_tolerance", repr(selection.tolerance), None),
+        ("gradient_sampling", repr(selection.sampling), None),
         values("labels", labels),
         *[values(PUBLIC.get(name, name), inputs.get(name)) for name in INPUTS],
         values("normalizer", scale),
+        values(PUBLIC["draws"], selection.draws),
     ]
 
 

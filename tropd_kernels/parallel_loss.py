@@ -5,7 +5,8 @@ eagerly, a graph break; with fullgraph=True it is an error.
 
 As in `ops.py`, gradients of a scalar loss are formed in the forward and scaled in the backward,
 which then communicates nothing; per-token losses recompute in the backward, which then sums
-d_hidden over the ranks, so all of them have to run it, in the same order.
+d_hidden over the ranks, so all of them have to run it, in the same order. Where rows of d_logits
+are selected, the first rank's choice is everyone's.
 """
 
 from __future__ import annotations
@@ -21,12 +22,12 @@ from .parallel import Shard
 
 def sharded_loss(
     shard: Shard, tensors, inputs, scale, needs, rule, scales, backend, ignore_index,
-    max_workspace_bytes,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """(loss, token_loss, stats) of the flat problem, as `ops.distill` gives them."""
+    max_workspace_bytes, selection,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """(loss, token_loss, stats, shares) of the flat problem, as `ops.distill` gives them."""
     student, weight, bias, labels, *teacher = tensors
     teacher, pieces = _aligned(shard, *teacher)
-    settings = (rule.key, scales, backend, ignore_index, max_workspace_bytes, shard)
+    settings = (rule.key, scales, backend, ignore_index, max_workspace_bytes, shard, selection)
     row_inputs = [inputs.get(name) for name in INPUTS]
     return _ShardedLoss.apply(
         student, weight, bias, labels, *teacher, scale, needs, settings, len(pieces), *pieces,
@@ -60,19 +61,21 @@ class _ShardedLoss(torch.autograd.Function):
             result = forward(problem, Needs(*needs), scale)
         token_loss = ops.weighed_losses(problem, result)
         loss = token_loss.sum() * scale
+        shares = ops.no_shares(problem) if result.shares is None else result.shares
         ctx.set_materialize_grads(False)
         ctx.needs, ctx.settings, ctx.n_pieces = list(needs), settings, n_pieces
         if any(needs):
-            ctx.mark_non_differentiable(token_loss, result.stats)
+            ctx.mark_non_differentiable(token_loss, result.stats, shares)
             ctx.dtypes = [None if t is None else t.dtype for t in (student, weight, bias)]
             ctx.save_for_backward(result.d_student, result.d_weight, result.d_bias)
         else:
+            ctx.mark_non_differentiable(shares)
             ctx.save_for_backward(*tensors, result.coefs, scale, *rest)
-        return loss, token_loss, result.stats
+        return loss, token_loss, result.stats, shares
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, d_loss, d_token_loss, d_stats):
+    def backward(ctx, d_loss, d_token_loss, d_stats, _):
         if any(ctx.needs):
             gradients = [
                 ops.scaled(g, d_loss, dtype) if need and d_loss is not None else None
@@ -92,7 +95,7 @@ class _ShardedLoss(torch.autograd.Function):
 
 
 def _problem(tensors, settings, n_pieces, rest) -> Problem:
-    *options, shard = settings
+    *options, shard, selection = settings
     pieces, inputs = rest[:n_pieces], rest[n_pieces:]
-    arguments = [*tensors, inputs, *options, shard, tuple(pieces)]
+    arguments = [*tensors, inputs, *options, shard, tuple(pieces), selection]
     return ops.flat_problem(*arguments)

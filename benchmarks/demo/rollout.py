@@ -29,8 +29,10 @@ def sample(
     tokenizer: PreTrainedTokenizerBase,
     prompts: list[str],
     new_tokens: int,
+    temperature: float = 1.0,
 ) -> Rollout:
-    """Completions drawn from the student's own distribution: temperature 1 and nothing cut off.
+    """Completions drawn from the student's own distribution, at the loss's temperature and with
+    nothing cut off.
 
     The loss takes the labels for such samples, which top-k or nucleus sampling would not give.
     """
@@ -43,7 +45,7 @@ def sample(
         **batch,
         max_new_tokens=new_tokens,
         do_sample=True,
-        temperature=1.0,
+        temperature=temperature,
         top_k=0,
         top_p=1.0,
         pad_token_id=end,

@@ -1,0 +1,381 @@
+"""What leaving rows out of the gradient products costs in accuracy and saves in time, on real text.
+
+    python -m benchmarks.tolerance                 all; writes benchmarks/results/tolerance_cpu.json
+    python -m benchmarks.tolerance rows            the table alone; "training" the learning alone
+
+rows      A student writes completions, and one call makes the loss's gradients with each option.
+          Two students of SmolLM2-135M-Instruct: "near", a copy whose matrices were moved by noise
+          (late in training, or a larger model of the same family), and "far", the demonstration's
+          third of its layers before any training. Sampled at two temperatures, which are the
+          loss's, too. Errors are relative to the gradients of all rows, in float32, whose rounding
+          is below them; `bound` is what the statistics promise of d_weight without knowing it.
+          Times are seconds of the processor, which other processes on the machine disturb least,
+          as ratios to the exact call in interleaved runs; of TrOPD alone, and in bfloat16 where the
+          CPU has products of it.
+training  The demonstration's student learns for some steps with each option, over several seeds.
+          KL to the teacher before and after: KL(teacher || student) on the teacher's own
+          completions, the same for all, and KL(student || teacher) on the student's. Seeds can be
+          run apart, `training --seed 1 --seeds 1`: those that the file holds stay.
+
+Needs the model that `benchmarks.demo` installs. Shares depend on the text; nothing here is a bound.
+"""
+
+import argparse
+import json
+import math
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
+from itertools import product
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from benchmarks.demo.__main__ import CACHE
+from benchmarks.demo.compare import Batch, make_batch
+from benchmarks.demo.model import load_teacher, make_student
+from benchmarks.demo.prompts import PROMPTS
+from benchmarks.demo.rollout import Rollout, completion_hidden, sample
+from benchmarks.demo.run import STUDENT_LAYERS, prompt_batches
+from benchmarks.measure import machine
+from tropd_kernels import OPD, HiddenTeacher, TrOPD, linear_distillation_loss, native
+from tropd_kernels.functional import DistillationOutput
+from tropd_kernels.heads import read_head
+
+OUTPUT = Path(__file__).parent / "results" / "tolerance_cpu.json"
+TOLERANCES = (1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
+SAMPLES = (0.75, 0.5, 0.25)
+EXACT = "exact"
+#: Standard deviation of the noise that makes the near student, relative to each matrix's own.
+NOISE = 0.03
+OBJECTIVES = {"TrOPD": TrOPD(), "OPD": OPD()}
+TEMPERATURES = (1.0, 0.7)
+#: The objective whose calls are timed: the others differ in the rows' work alone.
+TIMED = "TrOPD"
+#: Options with which the student learns.
+ARMS = {
+    EXACT: {},
+    "tolerance 0.01": {"gradient_tolerance": 0.01},
+    "tolerance 0.1": {"gradient_tolerance": 0.1},
+    "sampling 0.5": {"gradient_sampling": 0.5},
+}
+
+#: Seeds what the KLs are read on, which is the same for every run.
+READING = 0
+
+Model = torch.nn.Module
+
+
+def choices() -> dict[str, dict]:
+    """Options by name: what the table compares."""
+    found: dict[str, dict] = {EXACT: {}}
+    found |= {f"tolerance {t:g}": {"gradient_tolerance": t} for t in TOLERANCES}
+    return found | {f"sampling {f:g}": {"gradient_sampling": f} for f in SAMPLES}
+
+
+def loss_and_gradients(
+    batch: Batch, objective: str, temperature: float, options: dict, seed: int = 0
+) -> tuple[DistillationOutput, Tensor, Tensor]:
+    hidden, weight = (t.detach().requires_grad_() for t in (batch.hidden, batch.weight))
+    out = linear_distillation_loss(
+        hidden,
+        weight,
+        batch.labels,
+        HiddenTeacher(batch.teacher_hidden, batch.teacher_weight),
+        OBJECTIVES[objective],
+        temperature=temperature,
+        uniforms=batch.uniforms,
+        seed=seed,
+        **options,
+    )
+    return out, *torch.autograd.grad(out.loss, (hidden, weight))
+
+
+# --- rows ----------------------------------------------------------------------------------------
+
+
+def noisy(model: Model, seed: int) -> Model:
+    """Moves every matrix of the model by noise, in place."""
+    draw = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                noise = torch.randn(parameter.shape, generator=draw)
+                parameter += NOISE * parameter.std() * noise
+    return model
+
+
+def in_dtype(batch: Batch, dtype: torch.dtype) -> Batch:
+    values = {k: v.to(dtype) if v.is_floating_point() else v for k, v in vars(batch).items()}
+    return Batch(**values | {"uniforms": batch.uniforms})
+
+
+def processor_times(runs: dict[str, Callable[[], object]], repeats: int) -> dict[str, list[float]]:
+    """Seconds of all threads, run in turn, after one run of each that does not count."""
+    seconds: dict[str, list[float]] = {name: [] for name in runs}
+    for counts in [False] + [True] * repeats:
+        for name, run in runs.items():
+            start = time.process_time()
+            run()
+            if counts:
+                seconds[name].append(time.process_time() - start)
+    return seconds
+
+
+def time_table(batch: Batch, objective: str, temperature: float, repeats: int) -> dict[str, dict]:
+    dtype = torch.bfloat16 if native.uses_bf16_products() else torch.float32
+    run = partial(loss_and_gradients, in_dtype(batch, dtype), objective, temperature)
+    times = processor_times(
+        {name: partial(run, options) for name, options in choices().items()}, repeats
+    )
+    exact = statistics.median(times[EXACT])
+    return {
+        name: {
+            "seconds": seconds,
+            "time_ratio": statistics.median(seconds) / exact,
+            "timed_dtype": str(dtype).removeprefix("torch."),
+        }
+        for name, seconds in times.items()
+    }
+
+
+def row_table(batch: Batch, objective: str, temperature: float, repeats: int) -> list[dict]:
+    """One entry for each option."""
+    run = partial(loss_and_gradients, batch, objective, temperature)
+    exact, d_hidden, d_weight = run({})
+    times = time_table(batch, objective, temperature, repeats) if objective == TIMED else {}
+    entries = []
+    for name, options in choices().items():
+        entry = {"option": name, **times.get(name, {})}
+        if options:
+            out, *gradients = run(options)
+            norm, gone = out.stats.gradient_norm, out.stats.gradient_weight == 0
+            errors = [
+                float((ours - truth).norm() / truth.norm())
+                for ours, truth in zip(gradients, (d_hidden, d_weight))
+            ]
+            entry |= {
+                "left_out": float(gone.float().mean()),
+                "stated_error": float(out.gradient_error),
+                "d_hidden_error": errors[0],
+                "d_weight_error": errors[1],
+            }
+            if "gradient_tolerance" in options:
+                entry["d_weight_bound"] = float(norm[gone].sum() / d_weight.norm())
+        else:
+            entry["reverse_kl"] = float(exact.stats.reverse_kl.mean())
+            entry["entropy"] = float(exact.stats.entropy.mean())
+        entries.append(entry)
+    return entries
+
+
+def rows(teacher: Model, tokenizer, new_tokens: int, repeats: int, seed: int) -> Iterator[dict]:
+    layers = teacher.config.num_hidden_layers
+    students = {
+        "near": noisy(make_student(teacher, layers), seed),
+        "far": make_student(teacher, STUDENT_LAYERS),
+    }
+    for (name, student), temperature in product(students.items(), TEMPERATURES):
+        torch.manual_seed(seed)
+        rollout = sample(student, tokenizer, list(PROMPTS), new_tokens, temperature)
+        batch = make_batch(student, teacher, rollout, seed=seed, dtype=torch.float32)
+        for objective in OBJECTIVES:
+            case = {
+                "student": name,
+                "temperature": temperature,
+                "objective": objective,
+                "tokens": len(batch.labels),
+                "vocab_size": len(batch.weight),
+                "hidden_size": batch.weight.shape[1],
+                "rows": row_table(batch, objective, temperature, repeats),
+            }
+            print_case(case)
+            yield case
+
+
+def print_case(case: dict) -> None:
+    exact = case["rows"][0]
+    print(
+        f"\n{case['student']} student, temperature {case['temperature']:g}, {case['objective']}, "
+        f"{case['tokens']} tokens: KL(student || teacher) {exact['reverse_kl']:.3f}, entropy "
+        f"{exact['entropy']:.2f} nats"
+    )
+    print("  option           left out   stated   d_weight   d_hidden      bound   time")
+    for row in case["rows"][1:]:
+        bound = f"{row['d_weight_bound']:.1e}" if "d_weight_bound" in row else "-"
+        print(
+            f"  {row['option']:<16} {row['left_out']:>7.1%} {row['stated_error']:>9.1e} "
+            f"{row['d_weight_error']:>9.1e} {row['d_hidden_error']:>10.1e} {bound:>10} "
+            + (f"{row['time_ratio']:>6.2f}" if "time_ratio" in row else "     -"),
+            flush=True,
+        )
+
+
+# --- training ------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def mean_kl(student: Model, teacher: Model, rollout: Rollout, direction: str) -> float:
+    """Exact, over the vocabulary; mean over the completions' tokens."""
+    student_head, teacher_head = read_head(student), read_head(teacher)
+    out = linear_distillation_loss(
+        completion_hidden(student_head.backbone, rollout),
+        student_head.weight,
+        rollout.labels,
+        HiddenTeacher(completion_hidden(teacher_head.backbone, rollout), teacher_head.weight),
+        OPD(),
+    )
+    counts = rollout.labels >= 0
+    return float(getattr(out.stats, direction)[counts].mean())
+
+
+def pick_training_dtype() -> torch.dtype:
+    return torch.bfloat16 if native.uses_bf16_products() else torch.float32
+
+
+def learn(
+    student: Model, teacher: Model, tokenizer, batches: Iterator[list[str]], steps: int,
+    new_tokens: int, seed: int, options: dict,
+) -> float:  # fmt: skip
+    """The loop of `demo/train.py`; returns the share of tokens that was left out."""
+    dtype = pick_training_dtype()
+    autocast = torch.autocast("cpu", dtype, enabled=dtype != torch.float32)
+    student_head, teacher_head = read_head(student), read_head(teacher)
+    optimizer = torch.optim.AdamW(student.parameters(), 3e-4, weight_decay=0, fused=True)
+    left_out, tokens = 0, 0
+    for number in range(steps):
+        rollout = sample(student, tokenizer, next(batches), new_tokens)
+        with autocast:
+            with torch.no_grad():
+                teacher_hidden = completion_hidden(teacher_head.backbone, rollout)
+            hidden = completion_hidden(student_head.backbone, rollout)
+        out = linear_distillation_loss(
+            hidden.to(dtype),
+            student_head.weight.to(dtype),
+            rollout.labels,
+            HiddenTeacher(teacher_hidden.to(dtype), teacher_head.weight.to(dtype)),
+            TrOPD(),
+            seed=1000 * seed + number,
+            **options,
+        )
+        out.loss.backward()
+        torch.nn.utils.clip_grad_norm_(student.parameters(), max_norm=1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        counts = rollout.labels >= 0
+        tokens += int(counts.sum())
+        if options:
+            left_out += int((out.stats.gradient_weight[counts] == 0).sum())
+    return left_out / tokens
+
+
+def training(
+    teacher: Model, tokenizer, steps: int, seeds: int, new_tokens: int, seed: int
+) -> Iterator[dict]:
+    torch.manual_seed(READING)
+    asked = list(PROMPTS)[:8]
+    text = sample(teacher, tokenizer, asked, new_tokens)
+    student = make_student(teacher, STUDENT_LAYERS)
+    torch.manual_seed(READING)
+    before = {
+        "forward_kl": mean_kl(student, teacher, text, "forward_kl"),
+        "reverse_kl": mean_kl(
+            student, teacher, sample(student, tokenizer, asked, new_tokens), "reverse_kl"
+        ),
+    }
+    print(f"\nbefore: {before}", flush=True)
+    for at, (name, options) in product(range(seeds), ARMS.items()):
+        torch.manual_seed(seed + at)
+        student = make_student(teacher, STUDENT_LAYERS)
+        batches = prompt_batches(PROMPTS, 4)
+        left_out = learn(
+            student, teacher, tokenizer, batches, steps, new_tokens, seed + at, options
+        )
+        torch.manual_seed(READING)
+        written = sample(student, tokenizer, asked, new_tokens)
+        run = {
+            "option": name,
+            "seed": seed + at,
+            "steps": steps,
+            "left_out": left_out,
+            "before": before,
+            "forward_kl": mean_kl(student, teacher, text, "forward_kl"),
+            "reverse_kl": mean_kl(student, teacher, written, "reverse_kl"),
+        }
+        print(run, flush=True)
+        yield run
+
+
+def print_learning(runs: list[dict]) -> None:
+    """Mean and standard deviation over seeds, and the mean difference to the exact run of the same
+    seed with its standard error."""
+    exact = {run["seed"]: run for run in runs if run["option"] == EXACT}
+    runs = [run for run in runs if run["seed"] in exact]
+    for name, kl in product(ARMS, ("forward_kl", "reverse_kl")):
+        mine = [run for run in runs if run["option"] == name]
+        values = [run[kl] for run in mine]
+        paired = [run[kl] - exact[run["seed"]][kl] for run in mine]
+        spread = statistics.stdev(values) if len(values) > 1 else math.nan
+        error = statistics.stdev(paired) / math.sqrt(len(paired)) if len(paired) > 1 else math.nan
+        print(
+            f"  {name:<16} {kl}  {mine[0]['before'][kl]:.3f} -> {statistics.mean(values):.3f} "
+            f"± {spread:.3f}   minus exact {statistics.mean(paired):+.3f} ± {error:.3f}"
+        )
+
+
+# --- both ----------------------------------------------------------------------------------------
+
+
+def main() -> None:
+    options = parse()
+    teacher, tokenizer = load_teacher(CACHE)
+    command = "python -m benchmarks.tolerance " + " ".join(options.parts)
+    for part in options.parts:
+        if part == "rows":
+            cases = rows(teacher, tokenizer, options.tokens, options.repeats, options.seed)
+        else:
+            cases = training(
+                teacher, tokenizer, options.steps, options.seeds, options.training_tokens,
+                options.seed,
+            )  # fmt: skip
+        settings = {k: v for k, v in vars(options).items() if k not in ("output", "parts")}
+        about = {"command": command, "settings": settings, "machine": machine()}
+        found = []
+        for case in cases:  # kept as they come: the whole takes long
+            found.append(case)
+            # Read now: the other part may have been written meanwhile, and other seeds' training.
+            results = json.loads(options.output.read_text()) if options.output.exists() else {}
+            others = results.get(part, {}).get("cases", []) if part == "training" else []
+            mine = [run["seed"] for run in found] if part == "training" else []
+            kept = [run for run in others if run["seed"] not in mine]
+            results[part] = about | {"cases": kept + found}
+            options.output.write_text(json.dumps(results, indent=1) + "\n")
+        if part == "training":
+            print_learning(kept + found)
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.tolerance",
+        description="Rows left out of the gradient products, on real completions.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    add = parser.add_argument
+    add("parts", nargs="*", default=["rows", "training"], metavar="rows | training")
+    add("--tokens", type=int, default=40, help="longest completion of the table's rollouts")
+    add("--repeats", type=int, default=5, help="timed runs of each option")
+    add("--steps", type=int, default=24, help="training steps")
+    add("--seeds", type=int, default=3, help="training runs of each option")
+    add("--training-tokens", type=int, default=24, help="longest completion in training")
+    add("--seed", type=int, default=0)
+    add("--output", type=Path, default=OUTPUT)
+    options = parser.parse_args()
+    if unknown := set(options.parts) - {"rows", "training"}:
+        parser.error(f"parts are rows and training, got {' '.join(sorted(unknown))}")
+    return options
+
+
+if __name__ == "__main__":
+    main()
