@@ -39,7 +39,9 @@ def op_arguments(backend, device, needs, weight=True):
 
 
 @pytest.mark.parametrize("backend", ["torch", "native", "triton"])
-@pytest.mark.parametrize("needs", [[True, True, False], [False, False, False]])
+@pytest.mark.parametrize(
+    "needs", [[True, True, False, False], [True, True, False, True], [False] * 4]
+)
 def test_opcheck(backend, needs, device):
     torch.library.opcheck(ops.distill, op_arguments(backend, device, needs))
 

@@ -4,6 +4,7 @@ do not depend on the chunks."""
 import gc
 import threading
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from tropd_kernels import (
     GKD,
     OPD,
+    Divergence,
     EntropyOPD,
     HiddenTeacher,
     TrOPD,
@@ -23,7 +25,8 @@ from tropd_kernels import (
     products,
 )
 from tropd_kernels.linear_loss import Needs, Problem, Side, backward, forward
-from tropd_kernels.rows.layout import LogitTransform, RowOptions
+from tropd_kernels.rows.layout import Coef, LogitTransform, RowBatch, RowOptions
+from tropd_kernels.rows.sharded_search import head_threshold
 
 BACKENDS = ("torch", "native", "triton")
 
@@ -261,3 +264,38 @@ def test_masked_tokens_are_dropped_before_the_first_gemm(backend, device, monkey
     weight[5] = 0
     problem.call(GKD(), "hidden", backend, token_weight=weight)
     assert seen == [4, 4]  # student and teacher, four tokens each
+
+
+class Allocated(TorchDispatchMode):
+    """Bytes of the large tensors that factories make; results of arithmetic live by blocks."""
+
+    def __init__(self, least: int):
+        super().__init__()
+        self.least, self.bytes = least, 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        if func.__name__.split(".")[0] in ("empty", "new_zeros", "zeros", "new_empty"):
+            size = result.untyped_storage().nbytes()
+            self.bytes += size if size >= self.least else 0
+        return result
+
+
+def test_the_plan_counts_the_search_of_a_sharded_akl():
+    n, width = 128, 5000
+    rule = Divergence("akl")
+    shape = dict(
+        tokens=n, vocab_size=width, hidden_size=64, teacher_hidden_size=64, device="cpu",
+        backend="torch", objective=rule,
+    )  # fmt: skip
+    plans = [plan_chunks(**shape, vocab_parallel=parallel) for parallel in (False, True)]
+    extra = plans[1].workspace_bytes - plans[0].workspace_bytes
+    shard = SimpleNamespace(width=width, vocab_size=width, gather=lambda numbers: numbers[None])
+    part = RowBatch(*torch.randn(2, n, width), labels=torch.zeros(n, dtype=torch.long))
+    coefs = torch.zeros(len(Coef), n)
+    coefs[Coef.TEACHER_LOG_SUM] = part.teacher.logsumexp(-1)
+    with Allocated(n * width) as made:
+        head_threshold(shard, part, RowOptions(rule, LogitTransform(), LogitTransform()), coefs)
+    assert made.bytes <= extra <= 1.01 * made.bytes
+    other = plan_chunks(**shape | {"objective": TrOPD()}, vocab_parallel=True)
+    assert other.workspace["the search for the head"] == 0

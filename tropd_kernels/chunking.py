@@ -99,13 +99,17 @@ def plan_chunks(
     needs_weight_grad: bool = True,
     max_workspace_bytes: int | None = None,
     selects_rows: bool = False,
+    wide_weight_grad: bool = False,
+    vocab_parallel: bool = False,
 ) -> ChunkPlan:
     """The chunk sizes, GEMM work and workspace of one call of `linear_distillation_loss`.
 
     tokens: tokens that count. teacher_hidden_size: width of a `HiddenTeacher`; None for the others.
     max_workspace_bytes: shrinks super_rows first, then rows, in steps of 128 tokens; rows first
         where one product rounds d_weight, which then needs no accumulator.
-    selects_rows: with `gradient_tolerance` or `gradient_sampling`.
+    selects_rows: with `gradient_tolerance` or `gradient_sampling`. wide_weight_grad: d_weight stays
+        in float32, for a weight with `main_grad`; the accumulator then is the gradient.
+    vocab_parallel: `vocab_size` is that of the largest shard, with `process_group`.
 
     Raises ValueError where even one step does not fit the budget.
     """
@@ -128,7 +132,7 @@ def plan_chunks(
         if backend == "torch":
             scratch += torch_scratch(rows, vocab_size, logit_size, device_type)
         d_logits = products.gradient_dtype.itemsize * super_rows * vocab_size
-        in_one = products.rounds_d_weight and super_rows >= tokens
+        in_one = products.rounds_d_weight and super_rows >= tokens and not wide_weight_grad
         workspace = {
             "student logits": logit_size * rows * vocab_size,
             "teacher logits": logit_size * rows * vocab_size if teacher_hidden_size else 0,
@@ -147,6 +151,9 @@ def plan_chunks(
             )
             if selects_rows and gradients
             else 0,
+            "the search for the head": 2 * logit_size * rows * (vocab_size + 1)
+            if vocab_parallel and objective is not None and objective.divergence == "akl"
+            else 0,
         }
         prepass = objective is not None and objective.entropy_top_fraction is not None
         student = repeats + needs_hidden_grad + needs_weight_grad + prepass
@@ -161,7 +168,8 @@ def plan_chunks(
     small = device_type == "cpu" and dtype in HALF
     rows = min(CPU_ROWS if small else ROWS, ROWS, longest)
     super_rows = min(CPU_SUPER_ROWS if small else SUPER_ROWS, SUPER_ROWS, longest)
-    whole = products.rounds_d_weight and needs_weight_grad and tokens <= 2 * hidden_size
+    rounds = products.rounds_d_weight and needs_weight_grad and not wide_weight_grad
+    whole = rounds and tokens <= 2 * hidden_size
     # In the order of preference; the budget takes the first that fits.
     fewer_rows = range(rows, 0, -MULTIPLE)
     sizes = [(r, longest) for r in fewer_rows] if whole else []

@@ -18,6 +18,7 @@ from .arguments import check_call, check_devices, check_selection, flat_per_toke
 from .backends import choose_backend
 from .draws import sampling_uniforms, uniforms_like
 from .linear_loss import INPUTS
+from .main_grad import offers_main_grad
 from .objectives import TokenRule, TrOPD
 from .parallel import group_of, local_part, whole_tensor
 from .parallel_checks import agree
@@ -258,7 +259,7 @@ def linear_log_probs(
         flat = (student.reshape(-1, student.shape[-1]), head, shift, labels.reshape(-1))
         one = student.new_ones((), dtype=result_dtype(student.dtype))
         return (
-            (*flat, None, None, None), {}, one, [False] * 3, rule, scales,
+            (*flat, None, None, None), {}, one, [False] * 4, rule, scales,
             _backend(backend, student, group), ignore_index, max_workspace_bytes, EVERY_ROW,
         ), None  # fmt: skip
 
@@ -310,6 +311,7 @@ def _flat_call(
     formed = reduction != "none" and weight is not None and grad
     tensors = (student, weight, bias)
     needs = [formed and t is not None and t.requires_grad for t in tensors]
+    needs.append(needs[1] and offers_main_grad(weight))
     draws = None if sampling is None else sampling_uniforms(labels, seed).reshape(-1)
     selection = Selection(float(tolerance), None if sampling is None else float(sampling), draws)
     call = (

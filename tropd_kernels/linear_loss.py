@@ -97,6 +97,8 @@ class Needs:
     student: bool = False
     weight: bool = False
     bias: bool = False
+    #: d_weight is not to be rounded to the weight's dtype.
+    wide_weight: bool = False
 
     def __bool__(self):
         return self.student or self.weight or self.bias
@@ -246,6 +248,9 @@ class _Loop:
             needs_weight_grad=self.needs.weight,
             max_workspace_bytes=self.problem.max_workspace_bytes if self.has_head else None,
             selects_rows=bool(self.needs) and self.problem.selection.on,
+            wide_weight_grad=self.needs.wide_weight,
+            objective=self.problem.options.rule,
+            vocab_parallel=shard is not None,
         )
 
     def buffer(self, side: Side | None) -> Tensor | None:
@@ -332,7 +337,8 @@ class _Loop:
             if total is not None:
                 if self.late_scale is not None:
                     total *= self.late_scale
-                setattr(result, name, total.to(stored_dtype(tensor.dtype)))
+                if name != "d_weight" or not self.needs.wide_weight:
+                    setattr(result, name, total.to(stored_dtype(tensor.dtype)))
 
     def _indices(self, start: int, stop: int) -> Tensor:
         tokens = self.tokens(start, stop)

@@ -26,6 +26,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .linear_loss import INPUTS, Needs, Problem, Result, Side, backward, forward
+from .main_grad import add_to_main_grad, offers_main_grad
 from .objectives import decode_rule
 from .products import TILE_ROWS, result_dtype, stored_dtype
 from .rows.layout import FIRST_WEIGHT, Coef, LogitTransform, RowOptions, Stat
@@ -81,9 +82,10 @@ def _(
     dtype, n = result_dtype(student.dtype), labels.shape[0]
     selects = any(needs) and Selection(tolerance, sampling, draws).on
 
-    def gradient(of, need):
-        shape = of.shape if need else (0,)
-        return student.new_empty(shape, dtype=stored_dtype(of.dtype) if need else student.dtype)
+    def gradient(of, need, wide=False):
+        if not need:
+            return student.new_empty(0)
+        return student.new_empty(of.shape, dtype=dtype if wide else stored_dtype(of.dtype))
 
     return (
         student.new_empty((), dtype=dtype),
@@ -91,7 +93,7 @@ def _(
         student.new_empty((len(Stat), n), dtype=dtype),
         student.new_empty((len(Coef), n), dtype=dtype),
         gradient(student, needs[0]),
-        gradient(weight, needs[1]),
+        gradient(weight, *needs[1::2]),
         gradient(bias, needs[2]),
         student.new_empty((len(Share) if selects else 0, n), dtype=dtype),
     )
@@ -152,9 +154,7 @@ def _setup_context(ctx, inputs, output):
     ctx.set_materialize_grads(False)
     if ctx.formed:
         ctx.mark_non_differentiable(token_loss, stats, coefs, d_student, d_weight, d_bias, shares)
-        ctx.needs = list(needs)
-        ctx.dtypes = [None if t is None else t.dtype for t in (student, weight, bias)]
-        ctx.save_for_backward(d_student, d_weight, d_bias)
+        keep_gradients(ctx, needs, (student, weight, bias), (d_student, d_weight, d_bias))
     else:
         ctx.mark_non_differentiable(coefs, d_student, d_weight, d_bias, shares)
         ctx.save_for_backward(
@@ -166,10 +166,7 @@ def _setup_context(ctx, inputs, output):
 @once_differentiable
 def _backward(ctx, d_loss, d_token_loss, d_stats, *_):
     if ctx.formed:
-        gradients = [
-            scaled(g, d_loss, dtype) if need and d_loss is not None else None
-            for g, dtype, need in zip(ctx.saved_tensors, ctx.dtypes, ctx.needs, strict=True)
-        ]
+        gradients = kept_gradients(ctx, d_loss)
     else:
         student, weight, bias, labels, *rest = ctx.saved_tensors
         teacher, teacher_weight, teacher_bias, coefs, loss_scale, *row_inputs = rest
@@ -184,6 +181,26 @@ def _backward(ctx, d_loss, d_token_loss, d_stats, *_):
 
 
 distill.register_autograd(_backward, setup_context=_setup_context)
+
+
+def keep_gradients(ctx, needs, inputs, gradients) -> None:
+    """For a backward that only scales them."""
+    ctx.needs, ctx.dtypes = list(needs[:3]), [None if t is None else t.dtype for t in inputs]
+    ctx.main_weight = inputs[1] if needs[3] else None
+    ctx.save_for_backward(*gradients)
+
+
+def kept_gradients(ctx, d_loss) -> list[Tensor | None]:
+    """Of hidden states, weight and bias, times the incoming gradient."""
+    gradients: list[Tensor | None] = [None, None, None]
+    for i, (gradient, dtype) in enumerate(zip(ctx.saved_tensors, ctx.dtypes, strict=True)):
+        if d_loss is None or not ctx.needs[i]:
+            continue
+        if i == 1 and ctx.main_weight is not None and offers_main_grad(ctx.main_weight):
+            gradients[i] = add_to_main_grad(ctx.main_weight, gradient, d_loss)
+        else:
+            gradients[i] = scaled(gradient, d_loss, dtype)
+    return gradients
 
 
 def weighed_losses(problem: Problem, result: Result) -> Tensor:

@@ -63,11 +63,11 @@ class _ShardedLoss(torch.autograd.Function):
         loss = token_loss.sum() * scale
         shares = ops.no_shares(problem) if result.shares is None else result.shares
         ctx.set_materialize_grads(False)
-        ctx.needs, ctx.settings, ctx.n_pieces = list(needs), settings, n_pieces
-        if any(needs):
+        ctx.formed, ctx.settings, ctx.n_pieces = any(needs), settings, n_pieces
+        if ctx.formed:
             ctx.mark_non_differentiable(token_loss, result.stats, shares)
-            ctx.dtypes = [None if t is None else t.dtype for t in (student, weight, bias)]
-            ctx.save_for_backward(result.d_student, result.d_weight, result.d_bias)
+            made = (result.d_student, result.d_weight, result.d_bias)
+            ops.keep_gradients(ctx, needs, (student, weight, bias), made)
         else:
             ctx.mark_non_differentiable(shares)
             ctx.save_for_backward(*tensors, result.coefs, scale, *rest)
@@ -76,11 +76,8 @@ class _ShardedLoss(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, d_loss, d_token_loss, d_stats, _):
-        if any(ctx.needs):
-            gradients = [
-                ops.scaled(g, d_loss, dtype) if need and d_loss is not None else None
-                for g, dtype, need in zip(ctx.saved_tensors, ctx.dtypes, ctx.needs, strict=True)
-            ]
+        if ctx.formed:
+            gradients = ops.kept_gradients(ctx, d_loss)
         else:
             *tensors, coefs, scale = ctx.saved_tensors[:9]
             problem = _problem(tensors, ctx.settings, ctx.n_pieces, ctx.saved_tensors[9:])
