@@ -19,12 +19,14 @@ if START == "forkserver":
     multiprocessing.set_forkserver_preload(["torch", "torch._dynamo", "tropd_kernels", "pytest"])
 
 
-def worker(rank, ranks, folder, body, timeout):
+def worker(rank, ranks, folder, body, timeout, backend):
     torch.set_num_threads(1)
+    if backend == "nccl":
+        torch.cuda.set_device(rank)
     if sys.platform == "linux":
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     dist.init_process_group(
-        "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=ranks,
+        backend, init_method=f"file://{folder}/store", rank=rank, world_size=ranks,
         timeout=timedelta(seconds=timeout),
     )  # fmt: skip
     report = "passed"
@@ -39,11 +41,11 @@ def worker(rank, ranks, folder, body, timeout):
         file.write(report)
 
 
-def run(ranks, folder, body, timeout=60, may_die=()):
-    """Runs `body(ranks)`, which yields (name, case), on every rank."""
+def run(ranks, folder, body, timeout=60, may_die=(), backend="gloo"):
+    """Runs `body(ranks)`, which yields (name, case), on every rank; with nccl, a GPU each."""
     processes = mp.start_processes(
-        worker, args=(ranks, str(folder), body, timeout), nprocs=ranks, join=False,
-        start_method=START,
+        worker, args=(ranks, str(folder), body, timeout, backend), nprocs=ranks, join=False,
+        start_method=START if backend == "gloo" else "spawn",
     )  # fmt: skip
     for process in processes.processes:
         process.join(240)
