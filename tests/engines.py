@@ -1,8 +1,8 @@
-"""The trainer on two processes, over gloo, under each engine that it runs on.
+"""The trainer under `accelerate launch`: two processes, over gloo, on each engine that it runs on.
 
-`accelerate launch` would run CPUs by MPI, and accelerate shards on accelerators alone. So the
-processes are torch's own, and `use` tells accelerate that they have GPUs, whose device is the CPU;
-from there on everything is accelerate's, transformers' and the engine's.
+accelerate runs CPUs by MPI and shards on accelerators alone. So it is told to launch on GPUs, and
+`use` tells it in the processes that it has some, whose device is the CPU; from there on everything
+is accelerate's, transformers' and the engine's.
 """
 
 from __future__ import annotations
@@ -25,11 +25,10 @@ ENGINES = [
     )),
 ]  # fmt: skip
 _FSDP = {
-    "ACCELERATE_USE_FSDP": "true",
-    "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
-    "FSDP_CPU_RAM_EFFICIENT_LOADING": "false",
-    "FSDP_RESHARD_AFTER_FORWARD": "true",
-    "FSDP_STATE_DICT_TYPE": "FULL_STATE_DICT",
+    "auto_wrap_policy": "TRANSFORMER_BASED_WRAP",
+    "cpu_ram_efficient_loading": "false",
+    "reshard_after_forward": "true",
+    "state_dict_type": "FULL_STATE_DICT",
 }
 _ZERO = {
     "train_batch_size": "auto",
@@ -46,15 +45,35 @@ _ZERO = {
 }
 
 
-def on_two_processes(code: str, folder: Path, *arguments: str, seconds: float = 280) -> list:
-    """What each process of this program has saved under `<rank>.pt`."""
-    (folder / "process.py").write_text(code)
+#: Without it a process may be gone while the other still talks to it.
+_END = """
+torch.distributed.barrier()
+torch.distributed.destroy_process_group()
+"""
+
+
+def launch_flags(engine: str) -> list[str]:
+    if engine == "ddp":
+        return ["--multi_gpu"]
+    if engine == "zero3":
+        return ["--use_deepspeed"]
+    flags = _FSDP | {"version": engine.removeprefix("fsdp")}
+    if engine == "fsdp1":
+        flags |= {"reshard_after_forward": "FULL_SHARD", "sync_module_states": "false"}
+    return ["--use_fsdp", *(f"--fsdp_{name}={value}" for name, value in flags.items())]
+
+
+def on_two_processes(code: str, folder: Path, engine: str, *arguments: str) -> list:
+    """What each process of this program has saved under `<rank>.pt`. Its arguments are the folder,
+    the engine, and these."""
+    (folder / "process.py").write_text(code + _END)
     done = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
-         str(folder / "process.py"), str(folder), *arguments],
+        [sys.executable, "-m", "accelerate.commands.launch", *launch_flags(engine),
+         "--num_processes=2", "--num_machines=1", "--mixed_precision=no", "--dynamo_backend=no",
+         "--main_process_port=0", str(folder / "process.py"), str(folder), engine, *arguments],
         env={**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}",
              "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"},
-        cwd=ROOT, capture_output=True, text=True, timeout=seconds,
+        cwd=ROOT, capture_output=True, text=True, timeout=280,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
     return [torch.load(folder / f"{rank}.pt") for rank in range(2)]
@@ -70,10 +89,7 @@ def use(engine: str) -> dict:
     torch.distributed.init_process_group("gloo")
     PartialState._prepare_backend = lambda *_, **__: ("gloo", DistributedType.MULTI_GPU)
     PartialState.set_device = lambda self: setattr(self, "device", torch.device("cpu"))
-    if engine == "zero3":
-        return dict(deepspeed=_ZERO, use_cpu=False)
-    os.environ.update(_FSDP, FSDP_VERSION=engine.removeprefix("fsdp"))
-    return {}
+    return dict(deepspeed=_ZERO, use_cpu=False) if engine == "zero3" else {}
 
 
 def whole_parameters(model) -> list[torch.Tensor]:

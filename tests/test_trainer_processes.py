@@ -63,7 +63,7 @@ def test_two_processes_are_the_large_batch(tmp_path, engine):
 _RESUME = """
 import sys, torch, tiny
 from training import make
-folder, resume = sys.argv[1:]
+folder, _, resume = sys.argv[1:]
 trainer = make(
     folder, per_device_train_batch_size=1, max_steps=8, save_strategy="steps", save_steps=6,
     ddp_backend="gloo", optim="adamw_torch", learning_rate=1e-3,
@@ -78,8 +78,8 @@ torch.save((trainer.losses, prompts), f"{folder}/{rank}.pt")
 def test_resume_in_the_second_epoch(tmp_path):
     """An epoch is four steps of two rows; what accelerate wraps around the sampler of a resumed run
     hides it from `set_epoch`."""
-    whole = on_two_processes(_RESUME, tmp_path, "")
-    resumed = on_two_processes(_RESUME, tmp_path, str(tmp_path / "checkpoint-6"))
+    whole = on_two_processes(_RESUME, tmp_path, "ddp", "")
+    resumed = on_two_processes(_RESUME, tmp_path, "ddp", str(tmp_path / "checkpoint-6"))
     for (losses, prompts), (later, again) in zip(whole, resumed):
         assert later == losses[6:]
         assert all(torch.equal(a, b) for a, b in zip(again, prompts[6:], strict=True))

@@ -128,7 +128,7 @@ def test_students(tmp_path, engine):
 _REFUSED = """
 import sys, torch
 from engines import use
-settings = use("fsdp1")
+settings = use(sys.argv[2])
 from training import make
 try:
     make(sys.argv[1], **settings)
@@ -138,5 +138,5 @@ except NotImplementedError as error:
 
 
 def test_the_first_fsdp_is_refused(tmp_path):
-    for message in on_two_processes(_REFUSED, tmp_path):
+    for message in on_two_processes(_REFUSED, tmp_path, "fsdp1"):
         assert message.startswith("FSDP: ") and "set fsdp_version to 2" in message
