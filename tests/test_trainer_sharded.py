@@ -52,13 +52,15 @@ def test_checkpoints(tmp_path, engine):
 
 
 _STUDENTS = """
-import sys, torch
+import sys, torch, weakref
 from engines import use, whole_parameters
 settings = use(sys.argv[2])
 from test_trainer_sharded import student
 saved = {}
 for kind in sys.argv[3:]:
     trainer = student(sys.argv[1], kind, per_device_train_batch_size=1, **settings)
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    first, model = weakref.ref(model.get_output_embeddings().weight), None
     trainer.train()
     saved[kind] = dict(
         losses=torch.tensor(trainer.losses),
@@ -66,6 +68,7 @@ for kind in sys.argv[3:]:
         lengths=[batch["completion_mask"].sum().item() for batch in trainer.batches],
         stored={p.dtype for p in trainer.model.parameters()},
         computed=trainer.dtypes,
+        held=first() is not None,
     )
 torch.save(saved, f"{sys.argv[1]}/{trainer.accelerator.process_index}.pt")
 """
@@ -109,6 +112,7 @@ def test_students(tmp_path, engine):
     for theirs, ours in zip(plain, sharded):
         for kind in kinds:
             one, other = ours[kind], theirs[kind]
+            assert one["held"] == (engine == "zero3")  # which keeps the object, and empties it
             assert one["stored"] == {torch.float32}  # the master weights, and their gradients
             if kind == "guided":
                 # Of completions that are done, here is still drawn, and thrown away.

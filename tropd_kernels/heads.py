@@ -168,8 +168,6 @@ def current(head: Head, model: nn.Module) -> Head:
     """
     base = _unwrap(model)
     linear = _plain_linear(base, base.get_output_embeddings())
-    if linear.weight is head.weight:
-        return head
     bias = None if linear.bias is None else gathered(linear.bias)
     return replace(head, weight=gathered(linear.weight), bias=bias)
 

@@ -35,7 +35,7 @@ from .prefix import is_complete
 from .sharding import (
     fsdp_version,
     generates_together,
-    read_whole_head,
+    read_form,
     refuse_fsdp_1,
     shard_frozen,
 )
@@ -123,7 +123,7 @@ class DistillationAdapter(DistillationTrainer):
                 "num_iterations: TRL's loader does not repeat the rows of a streaming data set "
                 "over several steps: load the data set whole, or leave num_iterations at 1"
             )
-        self._student_head = read_whole_head(self.model)
+        self._student_head = read_form(self.model)
         self._teacher_head: Head | None = None
         self._contexts = {"student": self.model.config}
         self._shared = self._student_head.vocab_size  # ids that both sides have
@@ -219,7 +219,7 @@ class DistillationAdapter(DistillationTrainer):
         if not sharded and getattr(teacher, "hf_device_map", None) is None:
             teacher.to(self.accelerator.device)  # shards are moved one layer at a time
         # Before accelerate wraps the forward in autocast, whose rounding the check would see.
-        self._teacher_head = read_whole_head(teacher)
+        self._teacher_head = read_form(teacher)
         self._contexts["teacher"] = teacher.config
         if self.is_deepspeed_enabled:
             self.teacher_model = prepare_deepspeed(teacher, self.accelerator)

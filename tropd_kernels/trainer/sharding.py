@@ -16,6 +16,7 @@ come to until the last of them has ended its completions.
 
 import contextlib
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 from torch import nn
@@ -48,15 +49,21 @@ def refuse_fsdp_1(accelerator: Any) -> None:
         )
 
 
-def read_whole_head(model: nn.Module) -> Head:
-    """`read_head` with its check, also of a model that ZeRO-3 partitioned while loading it. There
-    the head alone is gathered, and the check, which would run the whole model, is left out."""
+def read_form(model: nn.Module) -> Head:
+    """`read_head` with its check, but without the parameters: `heads.current` reads those, and to
+    keep them here would be to keep the whole head beside its shards.
+
+    Where ZeRO-3 partitioned the model while loading it the head alone is gathered, and the check,
+    which would run the whole model, is left out.
+    """
     holder = model.get_output_embeddings()  # type: ignore[operator]
     parts = [] if holder is None else list(holder.parameters())
-    if not any(hasattr(part, "ds_id") for part in parts):
-        return read_head(model, verify=True)
-    with gathered_parameters(parts):
-        return read_head(model)
+    if any(hasattr(part, "ds_id") for part in parts):
+        with gathered_parameters(parts):
+            head = read_head(model)
+    else:
+        head = read_head(model, verify=True)
+    return replace(head, weight=head.weight.detach().new_empty(0), bias=None)
 
 
 @contextlib.contextmanager
