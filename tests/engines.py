@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import signal
 import subprocess
 import sys
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
@@ -67,15 +69,21 @@ def on_two_processes(code: str, folder: Path, engine: str, *arguments: str) -> l
     """What each process of this program has saved under `<rank>.pt`. Its arguments are the folder,
     the engine, and these."""
     (folder / "process.py").write_text(code + _END)
-    done = subprocess.run(
+    process = subprocess.Popen(
         [sys.executable, "-m", "accelerate.commands.launch", *launch_flags(engine),
          "--num_processes=2", "--num_machines=1", "--mixed_precision=no", "--dynamo_backend=no",
          "--main_process_port=0", str(folder / "process.py"), str(folder), engine, *arguments],
         env={**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}",
              "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"},
-        cwd=ROOT, capture_output=True, text=True, timeout=280,
+        cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+        start_new_session=True,
     )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-3000:]
+    try:
+        _, errors = process.communicate(timeout=280)
+    finally:
+        if process.poll() is None:  # with the processes that it launched
+            os.killpg(process.pid, signal.SIGKILL)
+    assert process.returncode == 0, errors[-3000:]
     return [torch.load(folder / f"{rank}.pt") for rank in range(2)]
 
 
@@ -86,7 +94,7 @@ def use(engine: str) -> dict:
     from accelerate import PartialState
     from accelerate.utils import DistributedType
 
-    torch.distributed.init_process_group("gloo")
+    torch.distributed.init_process_group("gloo", timeout=timedelta(seconds=120))
     PartialState._prepare_backend = lambda *_, **__: ("gloo", DistributedType.MULTI_GPU)
     PartialState.set_device = lambda self: setattr(self, "device", torch.device("cpu"))
     return dict(deepspeed=_ZERO, use_cpu=False) if engine == "zero3" else {}

@@ -592,4 +592,6 @@ def test_module_imports_neither_transformers_nor_peft():
     tree = list(ast.walk(ast.parse(inspect.getsource(heads_module))))
     names = [node.module for node in tree if isinstance(node, ast.ImportFrom)]
     names += [alias.name for node in tree if isinstance(node, ast.Import) for alias in node.names]
-    assert {name.partition(".")[0] for name in names} == {"re", "dataclasses", "typing", "torch"}
+    assert {name.partition(".")[0] for name in names} == {
+        "re", "dataclasses", "typing", "torch", "gathering"
+    }  # fmt: skip

@@ -514,7 +514,7 @@ def test_workspace_is_what_the_plan_says(options, dtype):
 
 
 @pytest.mark.parametrize("more", [(0.3,), (0.0, 0.5)])
-@pytest.mark.parametrize("needs", [[True, True, False], [False, False, False]])
+@pytest.mark.parametrize("needs", [[True, True, False, False], [False] * 4])
 def test_opcheck(needs, more, device):
     draws = torch.rand(5, dtype=torch.float64, device=device)
     arguments = (*op_arguments("torch", device, needs), *more)

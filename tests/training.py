@@ -34,6 +34,10 @@ class Spy(TrOPDTrainer):
         self.__dict__.setdefault("losses", []).append(loss.item())
         return loss, stats
 
+    def after_loss(self, loss, stats, inputs):
+        super().after_loss(loss, stats, inputs)
+        self.__dict__.setdefault("loss_values", []).append(loss.item())
+
     @property
     def batches(self):
         return [inputs for inputs, training in self.seen if training]

@@ -17,7 +17,8 @@ Per super-chunk of tokens, in which the products are made, rows are kept in one 
 
 Kept rows move to the front of their own buffer, block by block: their order stays, so a row never
 moves to where one still stands that has to move. Their number is read by the host, one sync a
-super-chunk. Memory beside the numbers a token: one block of rows, two for half precision on a CPU.
+super-chunk. Memory beside the numbers a token: one block of rows, two for half precision on a CPU,
+and a super-chunk's hidden states, in float32 where they are weighed.
 
 Rows with NaN or infinity are always kept, and take no part in the sums. Where all finite rows have
 norm 0, all are kept: float32 squares of a gradient below 1e-22 are 0 too. Sums that decide are of

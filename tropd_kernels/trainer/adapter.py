@@ -35,8 +35,10 @@ from .prefix import is_complete
 from .sharding import (
     fsdp_version,
     generates_together,
+    is_sharded,
     read_form,
     refuse_fsdp_1,
+    reshard,
     shard_frozen,
 )
 
@@ -123,7 +125,7 @@ class DistillationAdapter(DistillationTrainer):
                 "num_iterations: TRL's loader does not repeat the rows of a streaming data set "
                 "over several steps: load the data set whole, or leave num_iterations at 1"
             )
-        self._student_head = read_form(self.model)
+        self._student_head = read_form(self.model, is_sharded(self.accelerator))
         self._teacher_head: Head | None = None
         self._contexts = {"student": self.model.config}
         self._shared = self._student_head.vocab_size  # ids that both sides have
@@ -131,6 +133,7 @@ class DistillationAdapter(DistillationTrainer):
             self._load_teacher(teacher_model)
             self._share_vocabulary()
         self._stats: TokenStats | None = None
+        self._exact_loss: Tensor | None = None
         self._rows: list[dict] | None = None
         self._prefix_lengths: list[int] = []
 
@@ -197,6 +200,7 @@ class DistillationAdapter(DistillationTrainer):
                 return super()._generate_single_turn(prompt_ids, images, multimodal_fields)
         finally:
             self.model_wrapped, self.use_vllm = wrapped, use_vllm
+            reshard(self.teacher_model)
 
     # The teacher.
 
@@ -215,15 +219,15 @@ class DistillationAdapter(DistillationTrainer):
                 "give the teacher by its name"
             )
         teacher.eval()
-        sharded = fsdp_version(self.accelerator) is not None
+        sharded = is_sharded(self.accelerator)
         if not sharded and getattr(teacher, "hf_device_map", None) is None:
             teacher.to(self.accelerator.device)  # shards are moved one layer at a time
         # Before accelerate wraps the forward in autocast, whose rounding the check would see.
-        self._teacher_head = read_form(teacher)
+        self._teacher_head = read_form(teacher, sharded)
         self._contexts["teacher"] = teacher.config
         if self.is_deepspeed_enabled:
             self.teacher_model = prepare_deepspeed(teacher, self.accelerator)
-        elif sharded:
+        elif fsdp_version(self.accelerator):
             self.teacher_model = shard_frozen(teacher, self.accelerator)
         else:
             self.teacher_model = self.accelerator.prepare_model(teacher, evaluation_mode=True)
@@ -253,6 +257,7 @@ class DistillationAdapter(DistillationTrainer):
                         inputs,
                     )  # fmt: skip
         loss, self._stats = self.distill(student, teacher, inputs, num_items_in_batch)
+        self._exact_loss = loss.detach()
         mask = inputs["loss_mask"]
         return loss, (self._stats.entropy * mask).sum(), mask.sum()
 
@@ -260,12 +265,23 @@ class DistillationAdapter(DistillationTrainer):
         mask = inputs["completion_mask"]
         inputs["loss_mask"] = mask * inputs["tool_mask"] if "tool_mask" in inputs else mask
         result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        result = self._unrounded(result, return_outputs)
+        reshard(self.teacher_model)
         self.after_loss(result[0] if return_outputs else result, self._stats, inputs)
         if self.model.training and self.args.num_iterations > 1:
             # The first step on a batch is taken by the policy that wrote it.
             inputs.setdefault("old_log_probs", self._stats.log_probs)
         self._stats = None
         return result
+
+    def _unrounded(self, result, return_outputs):
+        """FSDP2 casts what leaves the student's forward, the loss too, to its low precision: the
+        value before that, with the gradient's way through the cast."""
+        loss = result[0] if return_outputs else result
+        exact, self._exact_loss = self._exact_loss, None
+        if loss.dtype != exact.dtype:
+            loss = loss + (exact - loss.detach())
+        return (loss, *result[1:]) if return_outputs else loss
 
     def after_loss(self, loss: Tensor, stats: TokenStats, inputs: dict[str, Any]) -> None:
         """Called after each loss, where collectives are safe."""
@@ -332,7 +348,11 @@ class DistillationAdapter(DistillationTrainer):
         together = (self.use_vllm and processes > 1) or generates_together(self.accelerator)
         if not open_ and not together:
             return prefixes
-        begun = [prompt + prefix for prompt, prefix in zip(prompt_ids, prefixes)]
+        # What is written after a prefix that is complete is thrown away.
+        begun = [
+            prompt if is_complete(prefix, limit, ends) else prompt + prefix
+            for prompt, prefix in zip(prompt_ids, prefixes)
+        ]
         tokens = max([limit - len(prefix) for prefix in open_], default=1)
         # All rows are given as many tokens as the one with the shortest prefix needs.
         check_context(begun, tokens, self._contexts, self._tokenizer)

@@ -4,7 +4,8 @@
 |---------|---------------------------------------------|-----------------------------------------|
 | student | accelerate wraps it, a unit for each layer  | the engine gathers the head when the    |
 |         | and one for the last norm and the head      | loss, in the student's forward, asks it |
-| teacher | `shard_frozen`: likewise, without gradients | TRL's `prepare_deepspeed`               |
+| teacher | `shard_frozen`: a unit for each layer, and  | TRL's `prepare_deepspeed`               |
+|         | one for the rest, given back after the loss |                                         |
 
 Both put other tensors in the place of the parameters that were read when the trainer was made, so
 each call reads the head again (`heads.current`). The loss has to run in the forward of the wrapped
@@ -14,8 +15,6 @@ Processes that share parameters also generate together: each token is a gather, 
 come to until the last of them has ended its completions.
 """
 
-import contextlib
-from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -35,10 +34,13 @@ def is_zero_3(accelerator: Any) -> bool:
     return plugin is not None and plugin.zero_stage == 3
 
 
+def is_sharded(accelerator: Any) -> bool:
+    return is_zero_3(accelerator) or fsdp_version(accelerator) is not None
+
+
 def generates_together(accelerator: Any) -> bool:
     """Whether the processes need each other for every token of a forward."""
-    sharded = is_zero_3(accelerator) or fsdp_version(accelerator) is not None
-    return sharded and accelerator.num_processes > 1
+    return is_sharded(accelerator) and accelerator.num_processes > 1
 
 
 def refuse_fsdp_1(accelerator: Any) -> None:
@@ -49,29 +51,46 @@ def refuse_fsdp_1(accelerator: Any) -> None:
         )
 
 
-def read_form(model: nn.Module) -> Head:
+def read_form(model: nn.Module, sharded: bool) -> Head:
     """`read_head` with its check, but without the parameters: `heads.current` reads those, and to
     keep them here would be to keep the whole head beside its shards.
 
-    Where ZeRO-3 partitioned the model while loading it the head alone is gathered, and the check,
-    which would run the whole model, is left out.
+    sharded: the model lies on the CPU until it is sharded, where it may not run at all
+    (flash-attention). It is checked only if its config leaves a doubt. Of a model that ZeRO-3 has
+    partitioned while loading it the head alone is gathered, so that it cannot be checked.
     """
     holder = model.get_output_embeddings()  # type: ignore[operator]
     parts = [] if holder is None else list(holder.parameters())
     if any(hasattr(part, "ds_id") for part in parts):
-        with gathered_parameters(parts):
+        head = _partitioned_head(model, parts)
+    elif sharded:
+        try:
             head = read_head(model)
+        except ValueError:
+            head = read_head(model, verify=True)
     else:
         head = read_head(model, verify=True)
     return replace(head, weight=head.weight.detach().new_empty(0), bias=None)
 
 
-@contextlib.contextmanager
-def gathered_parameters(parameters: list[nn.Parameter]) -> Iterator[None]:
+def _partitioned_head(model: nn.Module, parts: list[nn.Parameter]) -> Head:
     import deepspeed
 
-    with deepspeed.zero.GatheredParameters(parameters):
-        yield
+    with deepspeed.zero.GatheredParameters(parts):
+        try:
+            return read_head(model)
+        except ValueError as error:
+            raise ValueError(
+                f"{error}. ZeRO-3 has partitioned this model while loading it: load it before the "
+                "TrOPDConfig is made and pass the model itself, which then is whole and is checked"
+            ) from error
+
+
+def reshard(model: Any) -> None:
+    """Gives back what FSDP2 leaves gathered after a forward that no backward follows: the outermost
+    unit, here embedding, last norm and head."""
+    if hasattr(model, "reshard"):
+        model.reshard()
 
 
 def shard_frozen(model: nn.Module, accelerator: Any) -> nn.Module:
@@ -89,9 +108,14 @@ def shard_frozen(model: nn.Module, accelerator: Any) -> nn.Module:
         mp_policy=plugin.mixed_precision_policy or MixedPrecisionPolicy(),
         mesh=None if mesh is None else mesh[tuple(accelerator.parallelism_config.fsdp_dim_names)],
     )
+    if not all(p.is_floating_point() for p in model.parameters()):
+        raise NotImplementedError(
+            "teacher_model: FSDP2 cannot shard quantised weights: load the teacher in bfloat16, or "
+            "serve it (teacher_model_server_url)"
+        )
     model.requires_grad_(False)
     layers = set(getattr(model, "_no_split_modules", None) or ())
-    for module in list(model.modules()):
+    for module in reversed(list(model.modules())):  # those inside others first
         if type(module).__name__ in layers:
             fully_shard(module, **options)
     fully_shard(model, **options)
