@@ -61,7 +61,7 @@ def measure_products(args):
     roads = {"upcast": {what: without_bf16_mode(run) for what, run in upcast.items()}}
     if products.bf16_in_hardware():
         roads["bf16 mode"] = upcast
-    if native.HAS_BF16_PRODUCTS:
+    if native.BF16_PRODUCTS:
         roads["native"] = three(products.NativeProducts(torch.bfloat16, "cpu"), d_logits)
     roads["mm"] = {
         "logits": lambda: torch.mm(hidden, weight.t(), out=rounded),

@@ -125,7 +125,7 @@ def processor_times(runs: dict[str, Callable[[], object]], repeats: int) -> dict
 
 
 def time_table(batch: Batch, objective: str, temperature: float, repeats: int) -> dict[str, dict]:
-    dtype = torch.bfloat16 if native.uses_bf16_products() else torch.float32
+    dtype = torch.bfloat16 if native.BF16_PRODUCTS else torch.float32
     run = partial(loss_and_gradients, in_dtype(batch, dtype), objective, temperature)
     times = processor_times(
         {name: partial(run, options) for name, options in choices().items()}, repeats
@@ -232,7 +232,7 @@ def mean_kl(student: Model, teacher: Model, rollout: Rollout, direction: str) ->
 
 
 def pick_training_dtype() -> torch.dtype:
-    return torch.bfloat16 if native.uses_bf16_products() else torch.float32
+    return torch.bfloat16 if native.BF16_PRODUCTS else torch.float32
 
 
 def learn(

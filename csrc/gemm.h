@@ -1,4 +1,4 @@
-// Matrix products from bfloat16 to float32 on CPUs with AVX512-BF16: torch has none (its bf16
+// Matrix products from bfloat16 to float32 on CPUs that multiply bfloat16: torch has none (its bf16
 // products round their result), and float32 products are four times slower.
 
 #pragma once
@@ -12,18 +12,34 @@ struct Matrix {
   int64_t rows, cols, stride;
 };
 
-// Splits [0, n) over the threads.
+// torch's pool: splits [0, n) over its threads.
 using Body = void (*)(int64_t begin, int64_t end, void* context);
-using ParallelFor = void (*)(int64_t n, Body, void* context);
+struct Pool {
+  void (*split)(int64_t n, Body, void* context);
+  int64_t threads;
+};
 
-// out (m, n) = a (m, k) @ b (n, k).T
-void gemm_nt(const Matrix& a, const Matrix& b, float* out, int64_t out_stride, ParallelFor);
-// out (m, n) = a (m, k) @ b (k, n)
-void gemm_nn(const Matrix& a, const Matrix& b, float* out, int64_t out_stride, ParallelFor);
-// out (m, n) = [out +] a (k, m).T @ b (k, n); to float32, or rounded once to bfloat16
-void gemm_tn(const Matrix& a, const Matrix& b, float* out, int64_t out_stride, bool add, ParallelFor);
-void gemm_tn(const Matrix& a, const Matrix& b, uint16_t* out, int64_t out_stride, ParallelFor);
+// The products of one instruction set. Every sum of a result has one order, whatever the number of
+// threads.
+struct Products {
+  const char* name;
+  bool (*available)();
+  // out (m, n) = a (m, k) @ b (n, k).T
+  void (*nt)(const Matrix& a, const Matrix& b, float* out, int64_t out_stride, const Pool&);
+  // out (m, n) = a (m, k) @ b (k, n)
+  void (*nn)(const Matrix& a, const Matrix& b, float* out, int64_t out_stride, const Pool&);
+  // out (m, n) = [out +] a (k, m).T @ b (k, n)
+  void (*tn)(const Matrix& a, const Matrix& b, float* out, int64_t out_stride, bool add, const Pool&);
+  // the same, rounded once to bfloat16
+  void (*tn_rounded)(const Matrix& a, const Matrix& b, uint16_t* out, int64_t out_stride, const Pool&);
+};
 
-bool gemm_available();
+#if defined(__x86_64__)
+extern const Products products_avx512_bf16;
+#if defined(__linux__)
+#define TROPD_AMX
+extern const Products products_amx;
+#endif
+#endif
 
 }  // namespace tropd

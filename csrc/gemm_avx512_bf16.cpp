@@ -24,6 +24,7 @@
 
 #include "target.h"
 TROPD_TARGET_BEGIN("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16")
+#include "gemm_pack.h"
 
 namespace tropd {
 namespace {
@@ -31,19 +32,7 @@ namespace {
 constexpr int MR = 6, NR = 64;
 constexpr int64_t KC = 2048;  // steps of k whose panel of B (256 KiB) is packed at once
 
-struct Free {
-  void operator()(void* p) const { ::operator delete(p, std::align_val_t(64)); }
-};
-using Buffer = std::unique_ptr<uint16_t, Free>;
-Buffer buffer(int64_t elements) {
-  return Buffer(static_cast<uint16_t*>(::operator new(elements * 2, std::align_val_t(64))));
-}
-
-int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
-
 enum class Store { set, add, round };
-
-inline __m256i to_bf16(__m512 v) { return reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(v)); }
 
 // out (ROWS, cols) from `pairs` pairs of k. a: pair p of row i at a + i * row + p * step.
 template <int ROWS, Store STORE>
@@ -109,17 +98,6 @@ void tiles(
   }
 }
 
-// 16 columns of two rows side by side, as pairs; a missing second row is 0.
-inline __m512i two_steps(const uint16_t* from, int64_t stride, __mmask16 mask, bool second) {
-  const __m512i order = _mm512_set_epi16(
-      31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6, 21, 5, 20, 4, 19,
-      3, 18, 2, 17, 1, 16, 0);
-  const __m256i even = _mm256_maskz_loadu_epi16(mask, from);
-  const __m256i odd = _mm256_maskz_loadu_epi16(second ? mask : 0, from + stride);
-  const __m512i both = _mm512_inserti64x4(_mm512_castsi256_si512(even), odd, 1);
-  return _mm512_permutexvar_epi16(order, both);
-}
-
 // Panel of B from rows that are steps of k: to[p][column] = (b[2p][column], b[2p + 1][column]).
 // Columns beyond `cols`, and an odd last step's partner, are 0.
 void pack_rows(const uint16_t* b, int64_t stride, int64_t k, int64_t cols, uint16_t* to) {
@@ -130,33 +108,6 @@ void pack_rows(const uint16_t* b, int64_t stride, int64_t k, int64_t cols, uint1
       const __m512i pairs = two_steps(b + p * stride + 16 * j, stride, mask, p + 1 < k);
       _mm512_store_si512(to + p * NR + 32 * j, pairs);
     }
-  }
-}
-
-// 16 rows of 16 pairs, transposed.
-inline void transpose(__m512i r[16]) {
-  __m512i t[16];
-  for (int i = 0; i < 8; ++i) {
-    t[2 * i] = _mm512_unpacklo_epi32(r[2 * i], r[2 * i + 1]);
-    t[2 * i + 1] = _mm512_unpackhi_epi32(r[2 * i], r[2 * i + 1]);
-  }
-  for (int i = 0; i < 4; ++i) {
-    r[4 * i] = _mm512_unpacklo_epi64(t[4 * i], t[4 * i + 2]);
-    r[4 * i + 1] = _mm512_unpackhi_epi64(t[4 * i], t[4 * i + 2]);
-    r[4 * i + 2] = _mm512_unpacklo_epi64(t[4 * i + 1], t[4 * i + 3]);
-    r[4 * i + 3] = _mm512_unpackhi_epi64(t[4 * i + 1], t[4 * i + 3]);
-  }
-  for (int i = 0; i < 4; ++i) {
-    t[i] = _mm512_shuffle_i32x4(r[i], r[4 + i], 0x88);
-    t[4 + i] = _mm512_shuffle_i32x4(r[i], r[4 + i], 0xdd);
-    t[8 + i] = _mm512_shuffle_i32x4(r[8 + i], r[12 + i], 0x88);
-    t[12 + i] = _mm512_shuffle_i32x4(r[8 + i], r[12 + i], 0xdd);
-  }
-  for (int i = 0; i < 4; ++i) {
-    r[i] = _mm512_shuffle_i32x4(t[i], t[8 + i], 0x88);
-    r[8 + i] = _mm512_shuffle_i32x4(t[i], t[8 + i], 0xdd);
-    r[4 + i] = _mm512_shuffle_i32x4(t[4 + i], t[12 + i], 0x88);
-    r[12 + i] = _mm512_shuffle_i32x4(t[4 + i], t[12 + i], 0xdd);
   }
 }
 
@@ -196,7 +147,7 @@ void pack_transposed(const uint16_t* a, int64_t stride, int64_t k, int64_t m, ui
 struct Pairs {
   const uint16_t* data;
   int64_t stride;
-  Buffer copy;
+  Buffer<uint16_t> copy;
 
   Pairs(const Matrix& a, int64_t from, int64_t k) : data(a.data + from), stride(a.stride) {
     if (k % 2 == 0) return;
@@ -223,20 +174,11 @@ void rows_by_panel(
   }
 }
 
-template <class F>
-void run(ParallelFor parallel, int64_t n, const F& f) {
-  parallel(
-      n, [](int64_t begin, int64_t end, void* context) { (*static_cast<const F*>(context))(begin, end); },
-      const_cast<void*>(static_cast<const void*>(&f)));
-}
-
-}  // namespace
-
-void gemm_nt(const Matrix& a, const Matrix& b, float* out, int64_t out_stride, ParallelFor parallel) {
+void gemm_nt(const Matrix& a, const Matrix& b, float* out, int64_t out_stride, const Pool& pool) {
   const int64_t k = a.cols, n = b.rows;
   const Pairs rows(a, 0, k);
-  run(parallel, (n + NR - 1) / NR, [&](int64_t begin, int64_t end) {
-    Buffer panel = buffer(round_up(std::min(k, KC), 2) * NR);
+  run(pool, (n + NR - 1) / NR, [&](int64_t begin, int64_t end) {
+    Buffer<uint16_t> panel = buffer(round_up(std::min(k, KC), 2) * NR);
     for (int64_t block = begin; block < end; ++block) {
       const int64_t column = block * NR, cols = std::min<int64_t>(NR, n - column);
       for (int64_t first = 0; first < k; first += KC) {
@@ -249,10 +191,10 @@ void gemm_nt(const Matrix& a, const Matrix& b, float* out, int64_t out_stride, P
   });
 }
 
-void gemm_nn(const Matrix& a, const Matrix& b, float* out, int64_t out_stride, ParallelFor parallel) {
+void gemm_nn(const Matrix& a, const Matrix& b, float* out, int64_t out_stride, const Pool& pool) {
   const int64_t k = a.cols, n = b.cols;
-  run(parallel, (n + NR - 1) / NR, [&](int64_t begin, int64_t end) {
-    Buffer panel = buffer(round_up(std::min(k, KC), 2) * NR);
+  run(pool, (n + NR - 1) / NR, [&](int64_t begin, int64_t end) {
+    Buffer<uint16_t> panel = buffer(round_up(std::min(k, KC), 2) * NR);
     for (int64_t first = 0; first < k; first += KC) {
       const int64_t depth = std::min(KC, k - first);
       const Pairs rows(a, first, depth);
@@ -266,21 +208,19 @@ void gemm_nn(const Matrix& a, const Matrix& b, float* out, int64_t out_stride, P
   });
 }
 
-namespace {
-
 template <Store STORE, class Out>
-void transposed(const Matrix& a, const Matrix& b, Out* out, int64_t out_stride, ParallelFor parallel) {
+void transposed(const Matrix& a, const Matrix& b, Out* out, int64_t out_stride, const Pool& pool) {
   const int64_t k = a.rows, m = a.cols, n = b.cols, panels = (n + NR - 1) / NR;
   const int64_t depth = round_up(k, 2), block_rows = 16 * MR;
-  Buffer packed = buffer(panels * depth * NR);
-  run(parallel, panels, [&](int64_t begin, int64_t end) {
+  Buffer<uint16_t> packed = buffer(panels * depth * NR);
+  run(pool, panels, [&](int64_t begin, int64_t end) {
     for (int64_t j = begin; j < end; ++j) {
       const int64_t cols = std::min<int64_t>(NR, n - j * NR);
       pack_rows(b.data + j * NR, b.stride, k, cols, packed.get() + j * depth * NR);
     }
   });
-  run(parallel, (m + block_rows - 1) / block_rows, [&](int64_t begin, int64_t end) {
-    Buffer pairs = buffer(block_rows * depth);
+  run(pool, (m + block_rows - 1) / block_rows, [&](int64_t begin, int64_t end) {
+    Buffer<uint16_t> pairs = buffer(block_rows * depth);
     for (int64_t block = begin; block < end; ++block) {
       const int64_t first = block * block_rows, rows = std::min(block_rows, m - first);
       pack_transposed(a.data + first, a.stride, k, rows, pairs.get());
@@ -297,30 +237,26 @@ void transposed(const Matrix& a, const Matrix& b, Out* out, int64_t out_stride, 
   });
 }
 
+void gemm_tn(
+    const Matrix& a, const Matrix& b, float* out, int64_t out_stride, bool add, const Pool& pool) {
+  (add ? transposed<Store::add, float> : transposed<Store::set, float>)(a, b, out, out_stride, pool);
+}
+
+void gemm_tn_rounded(
+    const Matrix& a, const Matrix& b, uint16_t* out, int64_t out_stride, const Pool& pool) {
+  transposed<Store::round>(a, b, out, out_stride, pool);
+}
+
+bool available() {
+  return __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512bw") &&
+         __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
+}
+
 }  // namespace
 
-void gemm_tn(
-    const Matrix& a, const Matrix& b, float* out, int64_t out_stride, bool add, ParallelFor parallel) {
-  (add ? transposed<Store::add, float> : transposed<Store::set, float>)(a, b, out, out_stride, parallel);
-}
-
-void gemm_tn(const Matrix& a, const Matrix& b, uint16_t* out, int64_t out_stride, ParallelFor parallel) {
-  transposed<Store::round>(a, b, out, out_stride, parallel);
-}
+const Products products_avx512_bf16 = {
+    "AVX512-BF16", available, gemm_nt, gemm_nn, gemm_tn, gemm_tn_rounded};
 
 }  // namespace tropd
 TROPD_TARGET_END
 #endif
-
-namespace tropd {
-
-bool gemm_available() {
-#if defined(__x86_64__)
-  return __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512bw") &&
-         __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
-#else
-  return false;
-#endif
-}
-
-}  // namespace tropd

@@ -272,9 +272,47 @@ void elementary(int64_t which, Tensor from, Tensor to) {
 
 // --- products ------------------------------------------------------------------------------------
 
-void threads(int64_t n, Body body, void* context) {
-  torch::stable::parallel_for(
-      0, n, 1, [&](int64_t begin, int64_t end) { body(begin, end, context); });
+std::vector<const Products*> products() {  // those of this CPU, best first
+  std::vector<const Products*> found;
+#if defined(TROPD_AMX)
+  if (products_amx.available()) found.push_back(&products_amx);
+#endif
+#if defined(__x86_64__)
+  if (products_avx512_bf16.available()) found.push_back(&products_avx512_bf16);
+#endif
+  return found;
+}
+
+const Products*& products_in_use() {  // null: none
+  static const std::vector<const Products*> found = products();
+  static const Products* best = found.empty() ? nullptr : found.front();
+  return best;
+}
+
+std::vector<std::string> op_products() {
+  std::vector<std::string> names;
+  for (const Products* p : products()) names.push_back(p->name);
+  return names;
+}
+
+std::string use_products(std::string name) {
+  for (const Products* p : products()) {
+    if (name == p->name) {
+      const std::string before = products_in_use()->name;
+      products_in_use() = p;
+      return before;
+    }
+  }
+  fail("this CPU has no products named ", name, "; products() lists those that it has");
+}
+
+Pool pool() {
+  return {
+      [](int64_t n, Body body, void* context) {
+        torch::stable::parallel_for(
+            0, n, 1, [&](int64_t begin, int64_t end) { body(begin, end, context); });
+      },
+      torch::stable::get_num_threads()};
 }
 
 Matrix matrix(const Tensor& t, const char* name) {
@@ -289,39 +327,40 @@ float* result(const Tensor& t, int64_t rows, int64_t cols) {
   return t.mutable_data_ptr<float>();
 }
 
-void check_gemm(int64_t inner_a, int64_t inner_b) {
-  if (!gemm_available()) fail("this CPU has no AVX512-BF16, which the bfloat16 products need");
+const Products& check_gemm(int64_t inner_a, int64_t inner_b) {
+  if (products_in_use() == nullptr) {
+    fail("this CPU has neither AMX nor AVX512-BF16, which the bfloat16 products need");
+  }
   if (inner_a != inner_b) fail("a and b do not fit: inner sizes ", inner_a, " and ", inner_b);
   if (inner_a < 1) fail("a and b have an inner size of 0");
+  return *products_in_use();
 }
 
 void op_gemm_nt(Tensor a, Tensor b, Tensor out) {
   const Matrix left = matrix(a, "a"), right = matrix(b, "b");
-  check_gemm(left.cols, right.cols);
+  const Products& products = check_gemm(left.cols, right.cols);
   float* to = result(out, left.rows, right.rows);
-  gemm_nt(left, right, to, stride(out), threads);
+  products.nt(left, right, to, stride(out), pool());
 }
 
 void op_gemm_nn(Tensor a, Tensor b, Tensor out) {
   const Matrix left = matrix(a, "a"), right = matrix(b, "b");
-  check_gemm(left.cols, right.rows);
+  const Products& products = check_gemm(left.cols, right.rows);
   float* to = result(out, left.rows, right.cols);
-  gemm_nn(left, right, to, stride(out), threads);
+  products.nn(left, right, to, stride(out), pool());
 }
 
 void op_gemm_tn(Tensor a, Tensor b, Tensor out, bool add) {
   const Matrix left = matrix(a, "a"), right = matrix(b, "b");
-  check_gemm(left.rows, right.rows);
+  const Products& products = check_gemm(left.rows, right.rows);
   if (out.scalar_type() == ScalarType::BFloat16) {
     check_matrix(out, "out", left.cols, right.cols);
     if (add) fail("out must be float32 to be added to");
-    gemm_tn(left, right, static_cast<uint16_t*>(out.mutable_data_ptr()), stride(out), threads);
+    products.tn_rounded(left, right, static_cast<uint16_t*>(out.mutable_data_ptr()), stride(out), pool());
   } else {
-    gemm_tn(left, right, result(out, left.cols, right.cols), stride(out), add, threads);
+    products.tn(left, right, result(out, left.cols, right.cols), stride(out), add, pool());
   }
 }
-
-bool op_gemm_available() { return gemm_available(); }
 
 }  // namespace
 }  // namespace tropd
@@ -342,7 +381,8 @@ STABLE_TORCH_LIBRARY(tropd_native, m) {
   m.def("gemm_nt(Tensor a, Tensor b, Tensor(a!) out) -> ()");
   m.def("gemm_nn(Tensor a, Tensor b, Tensor(a!) out) -> ()");
   m.def("gemm_tn(Tensor a, Tensor b, Tensor(a!) out, bool add) -> ()");
-  m.def("gemm_available() -> bool");
+  m.def("products() -> str[]");
+  m.def("use_products(str name) -> str");
   m.def("instruction_sets() -> str[]");
   m.def("use_instruction_set(str name) -> str");
 }
@@ -355,7 +395,8 @@ STABLE_TORCH_LIBRARY_IMPL(tropd_native, CompositeExplicitAutograd, m) {
   m.impl("gemm_nt", TORCH_BOX(&tropd::op_gemm_nt));
   m.impl("gemm_nn", TORCH_BOX(&tropd::op_gemm_nn));
   m.impl("gemm_tn", TORCH_BOX(&tropd::op_gemm_tn));
-  m.impl("gemm_available", TORCH_BOX(&tropd::op_gemm_available));
+  m.impl("products", TORCH_BOX(&tropd::op_products));
+  m.impl("use_products", TORCH_BOX(&tropd::use_products));
   m.impl("instruction_sets", TORCH_BOX(&tropd::instruction_sets));
   m.impl("use_instruction_set", TORCH_BOX(&tropd::use_instruction_set));
 }

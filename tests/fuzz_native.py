@@ -142,8 +142,9 @@ class Case:
         self.memory = Memory(self.draw)
         self.sane = self.draw.random() < 0.6
         kinds = [self.statistics, self.sums, self.gradient, self.gradient, self.elementary]
-        if native.HAS_BF16_PRODUCTS:
+        if native.BF16_PRODUCTS:
             kinds += [self.product]
+            ops.use_products(self.draw.choice(native.BF16_PRODUCTS))
         self.draw.choice(kinds)()
         if self.draw.random() < 0.1:
             self.spoil()

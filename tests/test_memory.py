@@ -198,7 +198,7 @@ def test_plan_keeps_to_its_budget():
         plan_chunks(**shape, max_workspace_bytes=1000)
 
 
-@pytest.mark.skipif(not native.uses_bf16_products(), reason="this CPU's bf16 products are torch's")
+@pytest.mark.skipif(not native.BF16_PRODUCTS, reason="this CPU's bf16 products are torch's")
 def test_a_batch_in_one_chunk_stays_so_while_that_fits_the_budget():
     """Halving the super-chunk would bring the accumulator back, which is larger than what it
     saves."""

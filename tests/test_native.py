@@ -28,9 +28,6 @@ ops = torch.ops.tropd_native
 PLAIN = [1.0, 0.0, 1.0, 0.0, 1.0]  # scale and soft cap of both sides, temperature
 TRANSFORMED = [1.3, 9.0, 0.8, 7.0, 1.2]
 
-needs_products = pytest.mark.skipif(
-    not native.HAS_BF16_PRODUCTS, reason="this CPU has no AVX512-BF16"
-)
 
 
 @pytest.fixture(params=native.instruction_sets())
@@ -39,6 +36,17 @@ def instruction_set(request):
     before = ops.use_instruction_set(request.param)
     yield request.param
     assert ops.use_instruction_set(before) == request.param
+
+
+@pytest.fixture(
+    params=native.BF16_PRODUCTS
+    or [pytest.param(None, marks=pytest.mark.skip(reason="this CPU multiplies no bfloat16"))]
+)
+def multiplier(request):
+    """Multiplies bfloat16 on each of the CPU's units, and leaves the best one in use."""
+    before = ops.use_products(request.param)
+    yield request.param
+    assert ops.use_products(before) == request.param
 
 
 @pytest.fixture
@@ -199,7 +207,6 @@ def test_rows_are_the_same_bits_on_any_number_of_threads(name, dtype, instructio
         assert all(same_bits(a, b) for a, b in zip(first, again, strict=True)), threads
 
 
-@needs_products
 @pytest.mark.parametrize("name", ["tropd", "gkd"])
 def test_losses_of_bfloat16_heads_are_the_same_bits_on_any_number_of_threads(name, use_threads):
     problem = with_everything(make_problem(tokens=150, vocab_size=700, width=33, teacher_width=64))
@@ -294,9 +301,10 @@ def test_given_ids_outside_the_vocabulary_are_ignored(wrong, instruction_set):
 
 # --- products ------------------------------------------------------------------------------------
 
-SHAPES = [  # m, n, k: a tile is 6 x 64, a panel 2048 deep
+SHAPES = [  # m, n, k: a tile is 6 x 64, a panel 2048 deep; on AMX 32 x 32, 512 deep
     (1, 1, 1), (1, 1, 2), (2, 3, 1), (5, 63, 7), (6, 64, 32), (7, 65, 33), (13, 129, 31),
-    (97, 5, 48), (3, 70, 2047), (2, 66, 2049), (8, 3, 4101),
+    (97, 5, 48), (3, 70, 2047), (2, 66, 2049), (8, 3, 4101), (290, 33, 66), (34, 600, 513),
+    (530, 3, 1100), (1100, 1090, 40),
 ]  # fmt: skip
 
 
@@ -322,11 +330,10 @@ def operands(operator, m, n, k, make):
 products = pytest.mark.parametrize("operator", ["gemm_nt", "gemm_nn", "gemm_tn"])
 
 
-@needs_products
 @products
 @pytest.mark.parametrize(("lead", "gap"), [(0, 0), (1, 0), (3, 4), (0, 64)])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_products_of_integers_are_exact_at_any_shape_and_stride(operator, shape, lead, gap):
+def test_products_of_integers_are_exact_at_any_shape_and_stride(operator, shape, lead, gap, multiplier):
     m, n, k = shape
     a, b = operands(operator, m, n, k, lambda r, c: integers(r, c, lead=lead, gap=gap))
     whole = torch.full((m, lead + n + gap), math.nan)
@@ -336,9 +343,8 @@ def test_products_of_integers_are_exact_at_any_shape_and_stride(operator, shape,
     assert whole[:, :lead].isnan().all() and whole[:, lead + n :].isnan().all()
 
 
-@needs_products
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_transposed_products_can_add_or_round_once(shape):
+def test_transposed_products_can_add_or_round_once(shape, multiplier):
     m, n, k = shape
     a, b = operands("gemm_tn", m, n, k, integers)
     exact = product("gemm_tn", a, b)
@@ -352,9 +358,8 @@ def test_transposed_products_can_add_or_round_once(shape):
     assert whole[:, 0].isnan().all() and whole[:, n + 1 :].isnan().all()
 
 
-@needs_products
 @products
-def test_products_add_in_float32(operator):
+def test_products_add_in_float32(operator, multiplier):
     a, b = operands(operator, 70, 100, 3001, lambda r, c: torch.randn(r, c).bfloat16())
     out = torch.empty(70, 100)
     getattr(ops, operator)(a, b, out, *([False] if operator == "gemm_tn" else []))
@@ -363,9 +368,8 @@ def test_products_add_in_float32(operator):
     assert float((out - exact).norm() / exact.norm()) < 3001**0.5 * torch.finfo(torch.float32).eps
 
 
-@needs_products
 @products
-def test_products_are_the_same_bits_on_any_number_of_threads(operator, use_threads):
+def test_products_are_the_same_bits_on_any_number_of_threads(operator, multiplier, use_threads):
     a, b = operands(operator, 200, 700, 2100, lambda r, c: torch.randn(r, c).bfloat16())
     results = []
     for threads in (1, 1, 2, 5):
@@ -373,6 +377,25 @@ def test_products_are_the_same_bits_on_any_number_of_threads(operator, use_threa
         results.append(torch.full((200, 700), math.nan))
         getattr(ops, operator)(a, b, results[-1], *([False] if operator == "gemm_tn" else []))
     assert all(same_bits(results[0], each) for each in results)
+
+
+@pytest.mark.parametrize("operator", ["gemm_nt", "gemm_nn", "gemm_tn"])
+def test_products_and_those_of_torch_may_take_turns(operator, multiplier):
+    """Both configure the tile units of a CPU that has them, and neither may rely on what it set
+    before."""
+    a, b = operands(operator, 40, 50, 200, integers)
+    left, right = torch.randn(64, 96).bfloat16(), torch.randn(96, 128).bfloat16()
+    expected, out = left @ right, torch.empty(40, 50)
+    for _ in range(3):
+        out.fill_(math.nan)
+        getattr(ops, operator)(a, b, out, *([False] if operator == "gemm_tn" else []))
+        assert torch.equal(out.double(), product(operator, a, b))
+        assert same_bits(left @ right, expected)
+
+
+def test_unknown_products_are_an_error():
+    with pytest.raises(RuntimeError, match="has no products named"):
+        ops.use_products("abacus")
 
 
 # --- bad arguments -------------------------------------------------------------------------------
@@ -474,7 +497,7 @@ def bad_arguments():
             yield "elementary", argument, spoil, "must be"
         yield "elementary", argument, meta, "move .* there"
 
-    if native.HAS_BF16_PRODUCTS:
+    if native.BF16_PRODUCTS:
         gemms = ("gemm_nt", "gemm_nn", "gemm_tn")
         for name in ("a", "b"):
             yield from everywhere(
@@ -498,7 +521,7 @@ def bad_arguments():
 
 
 OPERATORS = ("statistics", "sums", "gradient", "elementary")
-if native.HAS_BF16_PRODUCTS:
+if native.BF16_PRODUCTS:
     OPERATORS += ("gemm_nt", "gemm_nn", "gemm_tn")
 
 

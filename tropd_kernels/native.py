@@ -27,8 +27,8 @@ def _load() -> str | None:
 
 #: Why the compiled operators cannot be used; None when they can.
 WHY_NOT = _load()
-#: bfloat16 products with float32 results (AVX512-BF16).
-HAS_BF16_PRODUCTS = WHY_NOT is None and bool(torch.ops.tropd_native.gemm_available())
+#: bfloat16 products with float32 results that this CPU has, best first; the first is in use.
+BF16_PRODUCTS = list(torch.ops.tropd_native.products()) if WHY_NOT is None else []
 
 
 def instruction_sets() -> list[str]:
@@ -36,13 +36,7 @@ def instruction_sets() -> list[str]:
     return list(torch.ops.tropd_native.instruction_sets())
 
 
-def uses_bf16_products() -> bool:
-    """Whether this CPU's bfloat16 products are ours. With AMX, oneDNN's bf16 mode has units that
-    the AVX512-BF16 kernel does not use."""
-    return HAS_BF16_PRODUCTS and not torch.cpu._is_amx_tile_supported()
-
-
 def description() -> str:
     """The instruction sets in use."""
-    products = ", products on AVX512-BF16" if uses_bf16_products() else ""
+    products = f", products on {BF16_PRODUCTS[0]}" if BF16_PRODUCTS else ""
     return f"rows on {instruction_sets()[0]}{products}"

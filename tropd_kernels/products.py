@@ -5,7 +5,7 @@ never rounded to bf16 on the way to the softmax, which alone would cost 4 to 65 
 where student and teacher agree, and d_weight accumulates over chunks in float32.
 
 On a GPU, cuBLAS does that for half-precision inputs (`out_dtype`). On a CPU no such kernel exists
-in torch. Where `csrc/` is built and the CPU has AVX512-BF16 and no AMX, `NativeProducts` multiplies
+in torch. Where `csrc/` is built and the CPU has AMX or AVX512-BF16, `NativeProducts` multiplies
 there. Elsewhere half-precision weights are upcast in tiles of `TILE_ROWS` rows that stay in the
 cache, and the product is a float32 one; CPUs that multiply bf16 in hardware do that for those
 float32 operands too (oneDNN's bf16 mode), which is exact for weights and hidden states that were
@@ -40,7 +40,7 @@ def stored_dtype(dtype: torch.dtype) -> torch.dtype:
 def products_for(backend: str, dtype: torch.dtype, device_type: str) -> TorchProducts:
     """The products that serve this backend and inputs of this dtype."""
     here = backend == "native" and device_type == "cpu" and dtype == torch.bfloat16
-    return (NativeProducts if here and native.uses_bf16_products() else TorchProducts)(
+    return (NativeProducts if here and native.BF16_PRODUCTS else TorchProducts)(
         dtype, device_type
     )
 
@@ -109,7 +109,7 @@ class TorchProducts:
 
 
 class NativeProducts(TorchProducts):
-    """Products of bfloat16 by `csrc/gemm_avx512_bf16.cpp`."""
+    """Products of bfloat16 by `csrc/gemm_*.cpp`."""
 
     rounds_d_weight = True
 

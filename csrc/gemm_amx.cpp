@@ -1,0 +1,405 @@
+// bfloat16 products on AMX's tile units (Intel from Sapphire Rapids on), under Linux, which has to be
+// asked for them.
+//
+// One micro-kernel: a block of 32 x 32 sums in four tiles, to which tdpbf16ps adds the products of
+// 32 steps of k at once. Both operands are packed, tile by tile: A as 16 rows of 32 steps, B as 16
+// pairs of steps of 16 columns. At most DEPTH steps of k are multiplied between two visits to the
+// sums, so that 32 rows of one operand stay in the L1 cache while the other comes from L2.
+//
+//   gemm_nt   logits = hidden @ weight.T, as (weight @ hidden.T).T: the head's rows are A as they
+//             lie, and the sums are transposed on their way out
+//   gemm_nn   d_hidden = d_logits @ weight: the sums of 512 x 512 stay in L2 while k, the
+//             vocabulary, goes by
+//   gemm_tn   d_weight += d_logits.T @ hidden: 512 ids' d_logits stay in L2, hidden goes by
+//
+// A core here either multiplies or waits for memory: tiles from L2 and lines from memory go through
+// the same few fill buffers, and prefetching the one during the other gained nothing. So rows are
+// read in the order in which they lie, and results that are not read soon are streamed past the cache.
+//
+// tdpbf16ps treats subnormals as zero and adds in float32. Every sum of a result has one order,
+// whatever the number of threads.
+
+#include "gemm.h"
+
+#if defined(TROPD_AMX)
+#include <cpuid.h>
+#include <immintrin.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <cstring>
+#include <memory>
+#include <new>
+
+#include "target.h"
+TROPD_TARGET_BEGIN("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16")
+#include "gemm_pack.h"
+
+namespace tropd {
+namespace {
+
+constexpr int64_t STEP = 32;   // steps of k in a tile
+constexpr int64_t TILE = 512;  // elements of a packed tile, 1 KiB
+constexpr int64_t EDGE = 32;   // a block of sums is EDGE x EDGE
+constexpr int64_t BLOCK = EDGE * EDGE;
+
+constexpr int64_t DEPTH = 16;  // tiles of k: 32 KiB of 32 rows
+
+// Assembly, for what compilers' intrinsics leave out: that tiles read memory, and all of the
+// configuration.
+#define TROPD_LOAD(tile, from) \
+  asm volatile("tileloadd (%0,%1,1), %%tmm" #tile ::"r"(from), "r"(int64_t(64)) : "memory")
+#define TROPD_STORE(tile, to) \
+  asm volatile("tilestored %%tmm" #tile ", (%0,%1,1)" ::"r"(to), "r"(int64_t(64)) : "memory")
+#define TROPD_ZERO(tile) asm volatile("tilezero %%tmm" #tile ::)
+#define TROPD_MULTIPLY(sum, a, b) asm volatile("tdpbf16ps %%tmm" #b ", %%tmm" #a ", %%tmm" #sum ::)
+
+// This thread's tiles, for as long as it lives.
+struct Tiles {
+  Tiles() {
+    struct alignas(64) {
+      uint8_t palette = 1, start = 0, reserved[14] = {};
+      uint16_t bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
+      uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
+    } shape;
+    asm volatile("ldtilecfg %0" ::"m"(shape) : "memory");
+  }
+  ~Tiles() { asm volatile("tilerelease" ::); }
+};
+
+// Which operand goes by; the other one stays in the L1 cache, out of which this keeps the first.
+enum class Passing { a, b };
+#define TROPD_LOAD_PASSING(tile, from) \
+  asm volatile("tileloaddt1 (%0,%1,1), %%tmm" #tile ::"r"(from), "r"(int64_t(64)) : "memory")
+
+// sums (four tiles) = [sums +] a @ b over `steps` tiles of k. The second 16 rows of a and columns
+// of b lie one panel further. The sums after these are likely the next.
+template <Passing PASSING>
+inline void block(
+    const uint16_t* a, int64_t a_panel, const uint16_t* b, int64_t b_panel, int64_t steps, float* sums,
+    bool first) {
+  if (first) {
+    TROPD_ZERO(0);
+    TROPD_ZERO(1);
+    TROPD_ZERO(2);
+    TROPD_ZERO(3);
+  } else {
+    TROPD_LOAD(0, sums);
+    TROPD_LOAD(1, sums + 256);
+    TROPD_LOAD(2, sums + 512);
+    TROPD_LOAD(3, sums + 768);
+  }
+  for (int64_t s = 0; s < steps; ++s, a += TILE, b += TILE) {
+    if constexpr (PASSING == Passing::a) {
+      TROPD_LOAD(6, b);
+      TROPD_LOAD_PASSING(4, a);
+      TROPD_MULTIPLY(0, 4, 6);
+      TROPD_LOAD(7, b + b_panel);
+      TROPD_MULTIPLY(1, 4, 7);
+      TROPD_LOAD_PASSING(5, a + a_panel);
+    } else {
+      TROPD_LOAD(4, a);
+      TROPD_LOAD_PASSING(6, b);
+      TROPD_MULTIPLY(0, 4, 6);
+      TROPD_LOAD(5, a + a_panel);
+      TROPD_MULTIPLY(2, 5, 6);
+      TROPD_LOAD_PASSING(7, b + b_panel);
+    }
+    if constexpr (PASSING == Passing::a) {
+      TROPD_MULTIPLY(2, 5, 6);
+    } else {
+      TROPD_MULTIPLY(1, 4, 7);
+    }
+    TROPD_MULTIPLY(3, 5, 7);
+    for (int i = 0; i < 4; ++i) {
+      _mm_prefetch(reinterpret_cast<const char*>(sums + BLOCK + s % 16 * 64 + 16 * i), _MM_HINT_T0);
+    }
+  }
+  TROPD_STORE(0, sums);
+  TROPD_STORE(1, sums + 256);
+  TROPD_STORE(2, sums + 512);
+  TROPD_STORE(3, sums + 768);
+}
+
+// --- packing: panels of 16, each `steps` tiles; what lies outside is 0 ------------------------------
+
+inline __mmask16 first_of_16(int64_t n) { return n >= 16 ? 0xffff : n <= 0 ? 0 : __mmask16((1u << n) - 1); }
+inline __mmask32 first_of_32(int64_t n) { return n >= 32 ? ~0u : n <= 0 ? 0 : (1u << n) - 1; }
+
+// A from rows (rows, k).
+void pack_rows(const uint16_t* from, int64_t stride, int64_t rows, int64_t k, int64_t steps, uint16_t* to) {
+  for (int64_t low = 0; low < round_up(rows, EDGE); low += 16, to += steps * TILE) {
+    for (int64_t i = 0; i < 16; ++i) {
+      const uint16_t* row = from + (low + i) * stride;
+      for (int64_t s = 0; s < steps; ++s) {
+        const __mmask32 mask = low + i < rows ? first_of_32(k - s * STEP) : 0;
+        _mm512_store_si512(to + s * TILE + i * STEP, _mm512_maskz_loadu_epi16(mask, row + s * STEP));
+      }
+    }
+  }
+}
+
+// A from columns (k, rows): 16 pairs of steps, transposed.
+void pack_rows_transposed(
+    const uint16_t* from, int64_t stride, int64_t rows, int64_t k, int64_t steps, uint16_t* to) {
+  for (int64_t s = 0; s < steps; ++s) {
+    for (int64_t low = 0; low < round_up(rows, EDGE); low += 16) {
+      const __mmask16 mask = first_of_16(rows - low);
+      __m512i r[16];
+      for (int64_t p = 0; p < 16; ++p) {
+        const int64_t step = s * STEP + 2 * p;
+        const uint16_t* pair = from + step * stride + low;
+        r[p] = two_steps(pair, stride, step < k ? mask : 0, step + 1 < k);
+      }
+      transpose(r);
+      uint16_t* tile = to + (low / 16 * steps + s) * TILE;
+      for (int64_t i = 0; i < 16; ++i) _mm512_store_si512(tile + i * STEP, r[i]);
+    }
+  }
+}
+
+// B from rows that are steps of k: (k, columns).
+void pack_columns(
+    const uint16_t* from, int64_t stride, int64_t columns, int64_t k, int64_t steps, uint16_t* to) {
+  const __m512i left = _mm512_set_epi16(
+      47, 15, 46, 14, 45, 13, 44, 12, 43, 11, 42, 10, 41, 9, 40, 8, 39, 7, 38, 6, 37, 5, 36, 4, 35, 3,
+      34, 2, 33, 1, 32, 0);
+  const __m512i right = _mm512_add_epi16(left, _mm512_set1_epi16(16));
+  for (int64_t s = 0; s < steps; ++s) {
+    for (int64_t p = 0; p < 16; ++p) {
+      const int64_t step = s * STEP + 2 * p;
+      const uint16_t* pair = from + step * stride;
+      for (int64_t low = 0; low < columns; low += EDGE) {
+        const __mmask32 mask = first_of_32(columns - low);
+        const __m512i even = _mm512_maskz_loadu_epi16(step < k ? mask : 0, pair + low);
+        const __m512i odd = _mm512_maskz_loadu_epi16(step + 1 < k ? mask : 0, pair + stride + low);
+        uint16_t* tile = to + (low / 16 * steps + s) * TILE + p * STEP;
+        _mm512_store_si512(tile, _mm512_permutex2var_epi16(even, left, odd));
+        _mm512_store_si512(tile + steps * TILE, _mm512_permutex2var_epi16(even, right, odd));
+      }
+    }
+  }
+}
+
+// B from rows that are columns of the product: 16 of them, (columns, k), transposed in pairs.
+void pack_columns_transposed(
+    const uint16_t* from, int64_t stride, int64_t columns, int64_t k, int64_t steps, uint16_t* to) {
+  for (int64_t s = 0; s < steps; ++s, to += TILE) {
+    __m512i r[16];
+    for (int64_t i = 0; i < 16; ++i) {
+      const __mmask32 mask = i < columns ? first_of_32(k - s * STEP) : 0;
+      r[i] = _mm512_maskz_loadu_epi16(mask, from + i * stride + s * STEP);
+    }
+    transpose(r);
+    for (int64_t p = 0; p < 16; ++p) _mm512_store_si512(to + p * STEP, r[p]);
+  }
+}
+
+// --- from sums to results --------------------------------------------------------------------------
+
+enum class Store { set, add, round };
+
+// A block's rows to out; nothing outside rows x columns is written.
+template <Store STORE, class Out>
+inline void store_block(const float* sums, int64_t rows, int64_t columns, Out* out, int64_t stride) {
+  for (int64_t i = 0; i < std::min(rows, EDGE); ++i) {
+    const float* left = sums + i / 16 * 512 + i % 16 * 16;
+    Out* to = out + i * stride;
+    const __m512 low = _mm512_load_ps(left), high = _mm512_load_ps(left + 256);
+    if constexpr (STORE == Store::round) {
+      const __m512i both = _mm512_inserti64x4(_mm512_castsi256_si512(to_bf16(low)), to_bf16(high), 1);
+      const bool line = columns >= EDGE && reinterpret_cast<uintptr_t>(to) % 64 == 0;
+      if (line) {
+        _mm512_stream_si512(reinterpret_cast<__m512i*>(to), both);
+      } else {
+        _mm512_mask_storeu_epi16(to, first_of_32(columns), both);
+      }
+    } else {
+      for (int half = 0; half < 2; ++half) {
+        const __mmask16 mask = first_of_16(columns - 16 * half);
+        __m512 value = half ? high : low;
+        if (STORE == Store::add) value = _mm512_add_ps(value, _mm512_maskz_loadu_ps(mask, to + 16 * half));
+        _mm512_mask_storeu_ps(to + 16 * half, mask, value);
+      }
+    }
+  }
+}
+
+// A 16 x 16 tile, transposed, to out.
+inline void store_transposed(const float* tile, int64_t rows, int64_t columns, float* out, int64_t stride) {
+  __m512i r[16];
+  for (int i = 0; i < 16; ++i) r[i] = _mm512_load_si512(tile + 16 * i);
+  transpose(r);
+  const __mmask16 mask = first_of_16(columns);
+  const bool lines = columns >= 16 && reinterpret_cast<uintptr_t>(out) % 64 == 0 && stride % 16 == 0;
+  for (int64_t i = 0; i < std::min<int64_t>(rows, 16); ++i) {
+    float* to = out + i * stride;
+    if (lines) {
+      _mm512_stream_si512(reinterpret_cast<__m512i*>(to), r[i]);
+    } else {
+      _mm512_mask_storeu_ps(to, mask, _mm512_castsi512_ps(r[i]));
+    }
+  }
+}
+
+// --- the products ------------------------------------------------------------------------------------
+
+void gemm_nt(const Matrix& a, const Matrix& b, float* out, int64_t out_stride, const Pool& pool) {
+  constexpr int64_t TOKENS = 256;  // of a block of sums in L2
+  const int64_t m = a.rows, n = b.rows, k = a.cols, steps = round_up(k, STEP) / STEP;
+  const int64_t panels = round_up(m, EDGE) / 16;
+  // So many ids that their rows of the head take up to half a MiB.
+  const int64_t ids_at_once = std::min<int64_t>(256, std::max<int64_t>(1, (1 << 13) / (steps * EDGE)) * EDGE);
+  Buffer<uint16_t> hidden = buffer(panels * steps * TILE);
+  run(pool, panels, [&](int64_t begin, int64_t end) {
+    for (int64_t p = begin; p < end; ++p) {
+      pack_columns_transposed(
+          a.data + 16 * p * a.stride, a.stride, m - 16 * p, k, steps, hidden.get() + p * steps * TILE);
+    }
+  });
+  run(pool, (n + ids_at_once - 1) / ids_at_once, [&](int64_t begin, int64_t end) {
+    Tiles tiles;
+    Buffer<uint16_t> head = buffer(ids_at_once * steps * STEP);
+    Buffer<float> sums = buffer<float>(ids_at_once * TOKENS + BLOCK);
+    for (int64_t id = begin * ids_at_once; id < std::min(end * ids_at_once, n); id += ids_at_once) {
+      const int64_t ids = std::min(ids_at_once, n - id), id_blocks = round_up(ids, EDGE) / EDGE;
+      pack_rows(b.data + id * b.stride, b.stride, ids, k, steps, head.get());
+      for (int64_t token = 0; token < m; token += TOKENS) {
+        const int64_t tokens = std::min(TOKENS, m - token), token_blocks = round_up(tokens, EDGE) / EDGE;
+        for (int64_t i = 0; i < id_blocks; ++i) {
+          for (int64_t s = 0; s < steps; s += DEPTH) {
+            for (int64_t t = 0; t < token_blocks; ++t) {
+              block<Passing::b>(
+                  head.get() + (2 * i * steps + s) * TILE, steps * TILE,
+                  hidden.get() + ((token / 16 + 2 * t) * steps + s) * TILE, steps * TILE,
+                  std::min(DEPTH, steps - s), sums.get() + (i * token_blocks + t) * BLOCK, s == 0);
+            }
+          }
+        }
+        for (int64_t t = 0; t < tokens; t += 16) {
+          for (int64_t i = 0; i < ids; i += 16) {
+            const float* tile = sums.get() + (i / EDGE * token_blocks + t / EDGE) * BLOCK +
+                                (i / 16 % 2 * 2 + t / 16 % 2) * 256;
+            store_transposed(tile, tokens - t, ids - i, out + (token + t) * out_stride + id + i, out_stride);
+          }
+        }
+      }
+    }
+    _mm_sfence();
+  });
+}
+
+void gemm_nn(const Matrix& a, const Matrix& b, float* out, int64_t out_stride, const Pool& pool) {
+  constexpr int64_t SIDE = 1024;  // of the largest block of sums
+  const int64_t m = a.rows, n = b.cols, k = a.cols, steps = round_up(k, STEP) / STEP;
+  if (m == 0 || n == 0) return;
+  // Blocks for every thread; their sizes change no sum.
+  int64_t down = (m + SIDE - 1) / SIDE, across = (n + SIDE - 1) / SIDE;
+  while (down * across % pool.threads != 0 && down * across < 4 * pool.threads) {
+    if (m / down > n / across ? m / down <= EDGE : n / across <= EDGE) break;
+    m / down > n / across ? ++down : ++across;
+  }
+  const int64_t height = round_up((m + down - 1) / down, EDGE);
+  const int64_t width = round_up((n + across - 1) / across, EDGE);
+  run(pool, down * across, [&](int64_t begin, int64_t end) {
+    Tiles tiles;
+    Buffer<uint16_t> left = buffer(height * DEPTH * STEP), right = buffer(width * DEPTH * STEP);
+    Buffer<float> sums = buffer<float>(height * width + BLOCK);
+    for (int64_t task = begin; task < end; ++task) {
+      const int64_t row = task / across * height, column = task % across * width;
+      const int64_t rows = std::min(height, m - row), columns = std::min(width, n - column);
+      if (rows <= 0 || columns <= 0) continue;
+      const int64_t row_blocks = round_up(rows, EDGE) / EDGE;
+      const int64_t column_blocks = round_up(columns, EDGE) / EDGE;
+      for (int64_t s = 0; s < steps; s += DEPTH) {
+        const int64_t depth = std::min(DEPTH, steps - s), low = s * STEP;
+        pack_rows(a.data + row * a.stride + low, a.stride, rows, k - low, depth, left.get());
+        pack_columns(b.data + low * b.stride + column, b.stride, columns, k - low, depth, right.get());
+        for (int64_t j = 0; j < column_blocks; ++j) {
+          for (int64_t i = 0; i < row_blocks; ++i) {
+            block<Passing::a>(
+                left.get() + 2 * i * depth * TILE, depth * TILE, right.get() + 2 * j * depth * TILE,
+                depth * TILE, depth, sums.get() + (j * row_blocks + i) * BLOCK, s == 0);
+          }
+        }
+      }
+      for (int64_t j = 0; j < column_blocks; ++j) {
+        for (int64_t i = 0; i < row_blocks; ++i) {
+          store_block<Store::set>(
+              sums.get() + (j * row_blocks + i) * BLOCK, rows - i * EDGE, columns - j * EDGE,
+              out + (row + i * EDGE) * out_stride + column + j * EDGE, out_stride);
+        }
+      }
+    }
+  });
+}
+
+template <Store STORE, class Out>
+void transposed(const Matrix& a, const Matrix& b, Out* out, int64_t out_stride, const Pool& pool) {
+  const int64_t k = a.rows, m = a.cols, n = b.cols, steps = round_up(k, STEP) / STEP;
+  const int64_t panels = round_up(n, EDGE) / 16;
+  // So many ids that their d_logits take up to 1 MiB.
+  const int64_t ids_at_once = std::min<int64_t>(512, std::max<int64_t>(1, (1 << 14) / (steps * EDGE)) * EDGE);
+  Buffer<uint16_t> hidden = buffer(panels * steps * TILE);
+  run(pool, panels / 2, [&](int64_t begin, int64_t end) {
+    for (int64_t p = begin; p < end; ++p) {
+      pack_columns(b.data + p * EDGE, b.stride, std::min(EDGE, n - p * EDGE), k, steps,
+                   hidden.get() + 2 * p * steps * TILE);
+    }
+  });
+  run(pool, (m + ids_at_once - 1) / ids_at_once, [&](int64_t begin, int64_t end) {
+    Tiles tiles;
+    Buffer<uint16_t> left = buffer(ids_at_once * steps * STEP);
+    Buffer<float> sums = buffer<float>(ids_at_once * EDGE + BLOCK);
+    for (int64_t id = begin * ids_at_once; id < std::min(end * ids_at_once, m); id += ids_at_once) {
+      const int64_t ids = std::min(ids_at_once, m - id), blocks = round_up(ids, EDGE) / EDGE;
+      pack_rows_transposed(a.data + id, a.stride, ids, k, steps, left.get());
+      for (int64_t j = 0; j < panels / 2; ++j) {
+        for (int64_t s = 0; s < steps; s += DEPTH) {
+          const int64_t depth = std::min(DEPTH, steps - s);
+          const uint16_t* columns = hidden.get() + 2 * j * steps * TILE + s * TILE;
+          for (int64_t i = 0; i < blocks; ++i) {
+            block<Passing::a>(left.get() + 2 * i * steps * TILE + s * TILE, steps * TILE, columns, steps * TILE, depth,
+                  sums.get() + i * BLOCK, s == 0);
+          }
+        }
+        for (int64_t i = 0; i < blocks; ++i) {
+          store_block<STORE>(sums.get() + i * BLOCK, ids - i * EDGE, n - j * EDGE,
+                             out + (id + i * EDGE) * out_stride + j * EDGE, out_stride);
+        }
+      }
+    }
+    _mm_sfence();
+  });
+}
+
+void gemm_tn(
+    const Matrix& a, const Matrix& b, float* out, int64_t out_stride, bool add, const Pool& pool) {
+  (add ? transposed<Store::add, float> : transposed<Store::set, float>)(a, b, out, out_stride, pool);
+}
+
+void gemm_tn_rounded(
+    const Matrix& a, const Matrix& b, uint16_t* out, int64_t out_stride, const Pool& pool) {
+  transposed<Store::round>(a, b, out, out_stride, pool);
+}
+
+// The CPU has the units, and the kernel grants their registers to this process.
+bool available() {
+  static const bool granted = [] {
+    uint32_t a, b, c, d;
+    if (!products_avx512_bf16.available() || __get_cpuid_count(7, 0, &a, &b, &c, &d) == 0) return false;
+    const bool bf16 = d >> 22 & 1, tiles = d >> 24 & 1;
+    constexpr long REQUEST = 0x1023, TILE_DATA = 18;  // ARCH_REQ_XCOMP_PERM
+    return bf16 && tiles && syscall(SYS_arch_prctl, REQUEST, TILE_DATA) == 0;
+  }();
+  return granted;
+}
+
+}  // namespace
+
+const Products products_amx = {"AMX", available, gemm_nt, gemm_nn, gemm_tn, gemm_tn_rounded};
+
+}  // namespace tropd
+TROPD_TARGET_END
+#endif
