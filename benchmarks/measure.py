@@ -3,7 +3,7 @@
     times = interleaved_times({"eager": eager, "fused": fused}, repeats=5)
     times["fused"].median, times["fused"].p20, times["fused"].p80    # seconds
     peak_memory(fused)                                               # bytes, above what was held
-    interleaved_measurements({"eager": eager, "fused": fused}, 5)    # both, from the same runs
+    interleaved_measurements({"eager": eager, "fused": fused}, 5)    # both
     machine()                                                        # {"cpu": …, "torch": …, …}
 
 Times are of interleaved runs (a, b, a, b, …): what slows the machine for a while slows all of them.
@@ -14,7 +14,9 @@ it (oneDNN and C++ kernels allocate on their own), so resident memory counts, by
 that Linux keeps; writing 5 to /proc/self/clear_refs starts that mark anew.
 
 glibc blurs that figure both ways. Freed blocks that it keeps would hide the next call's need of
-them, so they are handed back before (`malloc_trim`). Blocks below 32 MiB that the call itself frees
+them, so they are handed back before (`malloc_trim`), and so is what our `native` backend keeps
+(`tropd_kernels.buffers`): memory is read in runs of their own, and times are those of a loop that
+has come to rest. Blocks below 32 MiB that the call itself frees
 may stay resident until it ends, and count: read figures below some 100 MiB as upper bounds.
 """
 
@@ -32,6 +34,8 @@ from pathlib import Path
 from typing import TypeVar
 
 import torch
+
+from tropd_kernels import buffers
 
 Name = TypeVar("Name", bound=Hashable)
 
@@ -76,7 +80,7 @@ def interleaved_times(
 
 @dataclass(frozen=True)
 class Measurement:
-    """Times and the largest peak of memory of the same runs."""
+    """Times, and the peak of memory of one more run."""
 
     times: Times
     peak: int | None  # bytes, see `peak_memory`
@@ -89,34 +93,11 @@ def interleaved_measurements(
     warmup: int = 1,
     device: torch.device | str = "cpu",
 ) -> dict[Name, Measurement]:
-    """`interleaved_times` and `peak_memory` in one, for functions that take seconds.
-
-    The clock runs within the call whose peak is read, so neither disturbs the other.
-    """
-    if repeats < 1:
-        raise ValueError(f"repeats must be at least 1, got {repeats}")
-    for _ in range(warmup):
-        for function in functions.values():
-            function()
-    seconds: dict[Name, list[float]] = {name: [] for name in functions}
-    peaks: dict[Name, list[int | None]] = {name: [] for name in functions}
-    for _ in range(repeats):
-        for name, function in functions.items():
-
-            def timed(function=function, runs=seconds[name]) -> object:
-                start = time.perf_counter()
-                result = function()
-                synchronize(device)
-                runs.append(time.perf_counter() - start)
-                return result
-
-            peaks[name].append(peak_memory(timed, device=device))
+    """`interleaved_times`, then `peak_memory` of each."""
+    times = interleaved_times(functions, repeats, warmup=warmup, device=device)
     return {
-        name: Measurement(
-            summary(seconds[name]),
-            None if None in peaks[name] else max(peaks[name]),
-        )
-        for name in functions
+        name: Measurement(times[name], peak_memory(function, device=device))
+        for name, function in functions.items()
     }
 
 
@@ -140,6 +121,7 @@ def peak_memory(
         del result
         return peak - before
 
+    buffers.release()
     if not _reset_high_water_mark():
         return None
     before = _process_memory("VmRSS")

@@ -24,6 +24,7 @@
 #if defined(TROPD_AMX)
 #include <cpuid.h>
 #include <immintrin.h>
+#include <sys/mman.h>
 #include <sys/syscall.h>
 #include <unistd.h>
 
@@ -243,51 +244,54 @@ inline void store_transposed(const float* tile, int64_t rows, int64_t columns, f
   }
 }
 
+// Makes pages of a fresh result at once: a fault for each costs twice as much.
+inline void make_pages(void* from, int64_t bytes) {
+#if defined(MADV_POPULATE_WRITE)
+  const uintptr_t page = 4096, first = reinterpret_cast<uintptr_t>(from);
+  const uintptr_t low = first / page * page;
+  madvise(reinterpret_cast<void*>(low), first + bytes - low, MADV_POPULATE_WRITE);
+#endif
+}
+
 // --- the products ------------------------------------------------------------------------------------
 
 void gemm_nt(const Matrix& a, const Matrix& b, float* out, int64_t out_stride, const Pool& pool) {
-  constexpr int64_t TOKENS = 256;  // of a block of sums in L2
-  const int64_t m = a.rows, n = b.rows, k = a.cols, steps = round_up(k, STEP) / STEP;
-  const int64_t panels = round_up(m, EDGE) / 16;
-  // So many ids that their rows of the head take up to half a MiB.
-  const int64_t ids_at_once = std::min<int64_t>(256, std::max<int64_t>(1, (1 << 13) / (steps * EDGE)) * EDGE);
-  Buffer<uint16_t> hidden = buffer(panels * steps * TILE);
-  run(pool, panels, [&](int64_t begin, int64_t end) {
-    for (int64_t p = begin; p < end; ++p) {
-      pack_columns_transposed(
-          a.data + 16 * p * a.stride, a.stride, m - 16 * p, k, steps, hidden.get() + p * steps * TILE);
-    }
-  });
-  run(pool, (n + ids_at_once - 1) / ids_at_once, [&](int64_t begin, int64_t end) {
-    Tiles tiles;
-    Buffer<uint16_t> head = buffer(ids_at_once * steps * STEP);
-    Buffer<float> sums = buffer<float>(ids_at_once * TOKENS + BLOCK);
-    for (int64_t id = begin * ids_at_once; id < std::min(end * ids_at_once, n); id += ids_at_once) {
-      const int64_t ids = std::min(ids_at_once, n - id), id_blocks = round_up(ids, EDGE) / EDGE;
-      pack_rows(b.data + id * b.stride, b.stride, ids, k, steps, head.get());
-      for (int64_t token = 0; token < m; token += TOKENS) {
-        const int64_t tokens = std::min(TOKENS, m - token), token_blocks = round_up(tokens, EDGE) / EDGE;
-        for (int64_t i = 0; i < id_blocks; ++i) {
-          for (int64_t s = 0; s < steps; s += DEPTH) {
-            for (int64_t t = 0; t < token_blocks; ++t) {
-              block<Passing::b>(
-                  head.get() + (2 * i * steps + s) * TILE, steps * TILE,
-                  hidden.get() + ((token / 16 + 2 * t) * steps + s) * TILE, steps * TILE,
-                  std::min(DEPTH, steps - s), sums.get() + (i * token_blocks + t) * BLOCK, s == 0);
-            }
+  constexpr int64_t TOKENS = 256;  // hidden states that stay in L2 while the head goes by
+  const int64_t n = b.rows, k = a.cols, steps = round_up(k, STEP) / STEP;
+  Buffer<uint16_t> hidden = buffer(round_up(std::min(a.rows, TOKENS), EDGE) * steps * STEP);
+  for (int64_t token = 0; token < a.rows; token += TOKENS) {
+    const int64_t m = std::min(TOKENS, a.rows - token), token_blocks = round_up(m, EDGE) / EDGE;
+    run(pool, 2 * token_blocks, [&](int64_t begin, int64_t end) {
+      for (int64_t p = begin; p < end; ++p) {
+        pack_columns_transposed(
+            a.data + (token + 16 * p) * a.stride, a.stride, m - 16 * p, k, steps,
+            hidden.get() + p * steps * TILE);
+      }
+    });
+    run(pool, (n + EDGE - 1) / EDGE, [&](int64_t begin, int64_t end) {
+      Tiles tiles;
+      Buffer<uint16_t> head = buffer(EDGE * steps * STEP);
+      Buffer<float> sums = buffer<float>(token_blocks * BLOCK + BLOCK);
+      for (int64_t id = begin * EDGE; id < std::min(end * EDGE, n); id += EDGE) {
+        const int64_t ids = std::min(EDGE, n - id);
+        pack_rows(b.data + id * b.stride, b.stride, ids, k, steps, head.get());
+        for (int64_t s = 0; s < steps; s += DEPTH) {
+          for (int64_t t = 0; t < token_blocks; ++t) {
+            block<Passing::b>(
+                head.get() + s * TILE, steps * TILE, hidden.get() + (2 * t * steps + s) * TILE,
+                steps * TILE, std::min(DEPTH, steps - s), sums.get() + t * BLOCK, s == 0);
           }
         }
-        for (int64_t t = 0; t < tokens; t += 16) {
+        for (int64_t t = 0; t < m; t += 16) {
           for (int64_t i = 0; i < ids; i += 16) {
-            const float* tile = sums.get() + (i / EDGE * token_blocks + t / EDGE) * BLOCK +
-                                (i / 16 % 2 * 2 + t / 16 % 2) * 256;
-            store_transposed(tile, tokens - t, ids - i, out + (token + t) * out_stride + id + i, out_stride);
+            const float* tile = sums.get() + t / EDGE * BLOCK + (i / 16 * 2 + t / 16 % 2) * 256;
+            store_transposed(tile, m - t, ids - i, out + (token + t) * out_stride + id + i, out_stride);
           }
         }
       }
-    }
-    _mm_sfence();
-  });
+      _mm_sfence();
+    });
+  }
 }
 
 void gemm_nn(const Matrix& a, const Matrix& b, float* out, int64_t out_stride, const Pool& pool) {
@@ -354,6 +358,7 @@ void transposed(const Matrix& a, const Matrix& b, Out* out, int64_t out_stride, 
     Buffer<float> sums = buffer<float>(ids_at_once * EDGE + BLOCK);
     for (int64_t id = begin * ids_at_once; id < std::min(end * ids_at_once, m); id += ids_at_once) {
       const int64_t ids = std::min(ids_at_once, m - id), blocks = round_up(ids, EDGE) / EDGE;
+      make_pages(out + id * out_stride, ((ids - 1) * out_stride + n) * sizeof(Out));
       pack_rows_transposed(a.data + id, a.stride, ids, k, steps, left.get());
       for (int64_t j = 0; j < panels / 2; ++j) {
         for (int64_t s = 0; s < steps; s += DEPTH) {

@@ -5,6 +5,9 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include <sys/mman.h>
+#include <unistd.h>
+
 #include <optional>
 #include <sstream>
 #include <stdexcept>
@@ -270,6 +273,22 @@ void elementary(int64_t which, Tensor from, Tensor to) {
   chosen()->elementary(int(which), type, from.const_data_ptr(), to.mutable_data_ptr(), from.numel());
 }
 
+// Lets the system take a buffer's pages until it is written again; false where it has no such thing.
+bool may_be_reclaimed(Tensor buffer) {
+  check_cpu(buffer, "buffer");
+  if (!buffer.is_contiguous() || buffer.scalar_type() != ScalarType::Byte) {
+    fail("buffer must be contiguous, and uint8");
+  }
+#if defined(MADV_FREE)
+  const uintptr_t page = uintptr_t(sysconf(_SC_PAGESIZE));
+  const uintptr_t first = reinterpret_cast<uintptr_t>(buffer.mutable_data_ptr());
+  const uintptr_t low = (first + page - 1) / page * page, high = (first + buffer.numel()) / page * page;
+  return low < high && madvise(reinterpret_cast<void*>(low), high - low, MADV_FREE) == 0;
+#else
+  return false;
+#endif
+}
+
 // --- products ------------------------------------------------------------------------------------
 
 std::vector<const Products*> products() {  // those of this CPU, best first
@@ -381,6 +400,7 @@ STABLE_TORCH_LIBRARY(tropd_native, m) {
   m.def("gemm_nt(Tensor a, Tensor b, Tensor(a!) out) -> ()");
   m.def("gemm_nn(Tensor a, Tensor b, Tensor(a!) out) -> ()");
   m.def("gemm_tn(Tensor a, Tensor b, Tensor(a!) out, bool add) -> ()");
+  m.def("may_be_reclaimed(Tensor(a!) buffer) -> bool");
   m.def("products() -> str[]");
   m.def("use_products(str name) -> str");
   m.def("instruction_sets() -> str[]");
@@ -395,6 +415,7 @@ STABLE_TORCH_LIBRARY_IMPL(tropd_native, CompositeExplicitAutograd, m) {
   m.impl("gemm_nt", TORCH_BOX(&tropd::op_gemm_nt));
   m.impl("gemm_nn", TORCH_BOX(&tropd::op_gemm_nn));
   m.impl("gemm_tn", TORCH_BOX(&tropd::op_gemm_tn));
+  m.impl("may_be_reclaimed", TORCH_BOX(&tropd::may_be_reclaimed));
   m.impl("products", TORCH_BOX(&tropd::op_products));
   m.impl("use_products", TORCH_BOX(&tropd::use_products));
   m.impl("instruction_sets", TORCH_BOX(&tropd::instruction_sets));

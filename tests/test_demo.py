@@ -69,14 +69,14 @@ def test_times_are_interleaved_and_ordered():
         interleaved_times({"a": lambda: None}, 0)
 
 
-def test_measurements_are_both_from_the_same_runs():
+def test_measurements_are_times_and_the_peak_of_one_more_run():
     def call():
         calls.append(1)
         return torch.ones(64 * MIB // 4)
 
     calls = []
     measured = interleaved_measurements({"a": call, "b": call}, 2)
-    assert len(calls) == 6
+    assert len(calls) == 8
     for measurement in measured.values():
         assert 0 < measurement.times.p20 <= measurement.times.median <= measurement.times.p80
         assert measurement.peak is None or 60 * MIB < measurement.peak < 90 * MIB

@@ -29,7 +29,6 @@ PLAIN = [1.0, 0.0, 1.0, 0.0, 1.0]  # scale and soft cap of both sides, temperatu
 TRANSFORMED = [1.3, 9.0, 0.8, 7.0, 1.2]
 
 
-
 @pytest.fixture(params=native.instruction_sets())
 def instruction_set(request):
     """Runs on each, and leaves the best one in use."""
@@ -333,7 +332,9 @@ products = pytest.mark.parametrize("operator", ["gemm_nt", "gemm_nn", "gemm_tn"]
 @products
 @pytest.mark.parametrize(("lead", "gap"), [(0, 0), (1, 0), (3, 4), (0, 64)])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_products_of_integers_are_exact_at_any_shape_and_stride(operator, shape, lead, gap, multiplier):
+def test_products_of_integers_are_exact_at_any_shape_and_stride(
+    operator, shape, lead, gap, multiplier
+):
     m, n, k = shape
     a, b = operands(operator, m, n, k, lambda r, c: integers(r, c, lead=lead, gap=gap))
     whole = torch.full((m, lead + n + gap), math.nan)

@@ -30,6 +30,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from . import buffers
 from .backends import engine_for
 from .chunking import ChunkPlan, plan_chunks
 from .products import products_for, result_dtype, stored_dtype
@@ -253,13 +254,17 @@ class _Loop:
             vocab_parallel=shard is not None,
         )
 
-    def buffer(self, side: Side | None) -> Tensor | None:
-        """Room for one sub-chunk of this side's logits, where a GEMM makes them."""
+    def logits_size(self, side: Side | None) -> tuple[tuple[int, int], torch.dtype] | None:
+        """Of one sub-chunk of this side's logits, where a GEMM makes them."""
         if side is None or side.weight is None:
             return None
-        rows = min(self.plan.rows, self.n)
-        dtype = result_dtype(side.source.dtype)
-        return side.source.new_empty((rows, self.columns), dtype=dtype)
+        return (min(self.plan.rows, self.n), self.columns), result_dtype(side.source.dtype)
+
+    def d_logits_size(self) -> tuple[tuple[int, int], torch.dtype] | None:
+        """Of a super-chunk, where it does not overwrite the logits."""
+        if not self.needs or not self.has_head or self.plan.in_place:
+            return None
+        return (min(self.plan.super_rows, self.n), self.columns), self.products.gradient_dtype
 
     def tokens(self, start: int, stop: int) -> slice | Tensor:
         stop = min(stop, self.n)
@@ -296,11 +301,20 @@ class _Loop:
     def run(self, rows, options: RowOptions) -> None:
         """`rows(batch, tokens)` gives the coefficients of a sub-chunk."""
         problem, plan = self.problem, self.plan
-        z_buffer, t_buffer = self.buffer(problem.student), self.buffer(problem.teacher)
-        d_logits = z_buffer
-        if self.needs and self.has_head and not plan.in_place:
-            size = (min(plan.super_rows, self.n), self.columns)
-            d_logits = problem.student.source.new_empty(size, dtype=self.products.gradient_dtype)
+        sizes = [self.logits_size(side) for side in (problem.student, problem.teacher)]
+        sizes.append(self.d_logits_size())
+        nbytes = sum(buffers.bytes_for(*size) for size in sizes if size is not None)
+        # A batch in several super-chunks uses its buffers often enough, and has an accumulator
+        # whose rounding wants their room.
+        keep = problem.backend == "native" and (plan.rounds_d_weight or not self.needs.weight)
+        with buffers.arena(nbytes, keep) as arena:
+            like = problem.student.source
+            room = [None if size is None else arena.empty(like, *size) for size in sizes]
+            self._run(rows, options, *room)
+
+    def _run(self, rows, options, z_buffer, t_buffer, d_logits) -> None:
+        plan = self.plan
+        d_logits = z_buffer if d_logits is None else d_logits
         step = plan.super_rows
         for start in range(0, self.n, step):
             stop = min(start + step, self.n)
@@ -413,7 +427,8 @@ class _Loop:
     def entropy_threshold(self, fraction: float) -> Tensor:
         """The batch's entropy quantile, from a pass over the student's logits alone."""
         problem, options = self.problem, self.problem.options
-        buffer = self.buffer(problem.student)
+        size = self.logits_size(problem.student)
+        buffer = None if size is None else problem.student.source.new_empty(size[0], dtype=size[1])
         entropy = problem.student.source.new_empty((self.n,), dtype=problem.dtype)
         for low in range(0, self.n, self.plan.rows):
             tokens = self.tokens(low, low + self.plan.rows)

@@ -199,7 +199,7 @@ def kept_gradients(ctx, d_loss) -> list[Tensor | None]:
         if i == 1 and ctx.main_weight is not None and offers_main_grad(ctx.main_weight):
             gradients[i] = add_to_main_grad(ctx.main_weight, gradient, d_loss)
         else:
-            gradients[i] = scaled(gradient, d_loss, dtype)
+            gradients[i] = scaled(gradient, d_loss, dtype, last_use=not _graph_is_kept())
     return gradients
 
 
@@ -239,8 +239,13 @@ def carry(coefs, loss_scale, d_loss, d_token_loss, d_stats) -> Tensor:
     return carried
 
 
-def scaled(gradient: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
-    """gradient * factor, rounded once to dtype, without a float32 copy of the whole."""
+def scaled(gradient: Tensor, factor: Tensor, dtype: torch.dtype, last_use: bool = False) -> Tensor:
+    """gradient * factor, rounded once to dtype, without a float32 copy of the whole; with
+    `last_use` in the gradient's own memory where that can be."""
+    # A traced gradient belongs to the graph.
+    if last_use and gradient.dtype == dtype and type(gradient) is Tensor:
+        on_cpu = factor.device.type == "cpu"  # where a look at it waits for nothing
+        return gradient if on_cpu and factor == 1 else gradient.mul_(factor)
     result = torch.empty_like(gradient, dtype=dtype)
     if gradient.dtype == dtype or gradient.device.type != "cpu":
         return torch.mul(gradient, factor, out=result)
@@ -249,6 +254,12 @@ def scaled(gradient: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
         rows = slice(low, low + TILE_ROWS)
         result[rows] = gradient[rows] * factor
     return result
+
+
+def _graph_is_kept() -> bool:
+    """Whether another backward may come (`retain_graph=True`)."""
+    asked = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", None)
+    return asked is None or asked()
 
 
 def device_of(tensor: Tensor):

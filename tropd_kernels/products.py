@@ -40,9 +40,7 @@ def stored_dtype(dtype: torch.dtype) -> torch.dtype:
 def products_for(backend: str, dtype: torch.dtype, device_type: str) -> TorchProducts:
     """The products that serve this backend and inputs of this dtype."""
     here = backend == "native" and device_type == "cpu" and dtype == torch.bfloat16
-    return (NativeProducts if here and native.BF16_PRODUCTS else TorchProducts)(
-        dtype, device_type
-    )
+    return (NativeProducts if here and native.BF16_PRODUCTS else TorchProducts)(dtype, device_type)
 
 
 class TorchProducts:

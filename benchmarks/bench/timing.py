@@ -3,9 +3,9 @@
     measured, failed = take_turns({"eager": call, "native": call}, repeats=5, device="cpu")
     measured["native"].forward.median, measured["native"].peak
 
-Each turn times a call's forward and its backward, in the order in which the providers stand, and
-reads its peak of memory (`benchmarks.measure.peak_memory`). Who fails drops out with the reason,
-and the others go on.
+Each turn times a call's forward and its backward, in the order in which the providers stand; after
+them one more call each is for its peak of memory (`benchmarks.measure.peak_memory`). Who fails
+drops out with the reason, and the others go on.
 """
 
 from __future__ import annotations
@@ -15,10 +15,11 @@ import re
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
-from benchmarks.bench.problem import Gradients, Problem
+from benchmarks.bench.problem import Problem
 from benchmarks.bench.providers import Runner
 from benchmarks.measure import Times, available_memory, peak_memory, summary, synchronize
 
@@ -50,17 +51,21 @@ def take_turns(
     """The providers' measurements, and by name why the others have none. Every call has been warmed
     up already."""
     seconds: dict[str, list[tuple[float, float]]] = {name: [] for name in calls}
-    peaks: dict[str, list[int | None]] = {name: [] for name in calls}
+    peaks: dict[str, int | None] = {}
     failed: dict[str, str] = {}
     gc.collect()
     gc.freeze()  # each turn collects garbage: not all of torch again
     try:
-        for _ in range(repeats):
+        for turn in range(repeats + 1):
             for name, call in calls.items():
                 if name in failed:
                     continue
                 try:
-                    peaks[name].append(one_turn(call, device, seconds[name]))
+                    if turn < repeats:
+                        gc.collect()
+                        seconds[name].append(one_turn(call, device))
+                    else:
+                        peaks[name] = peak_memory(partial(one_turn, call, device), device=device)
                 except Exception as error:  # a row that fails is a result
                     failed[name] = reason_of(error)
                 if name in failed:  # only now is what it held without an owner
@@ -70,30 +75,24 @@ def take_turns(
 
     def turns(name: str) -> Turns:
         forward, backward = zip(*seconds[name])
-        known = [peak for peak in peaks[name] if peak is not None]
         return Turns(
             summary(forward), summary(backward), summary([sum(pair) for pair in seconds[name]]),
-            max(known) if len(known) == repeats else None,
+            peaks[name],
         )  # fmt: skip
 
     return {name: turns(name) for name in calls if name not in failed}, failed
 
 
-def one_turn(call: Call, device: str, seconds: list[tuple[float, float]]) -> int | None:
-    """Its peak. The clock runs within the call whose peak is read: neither disturbs the other."""
+def one_turn(call: Call, device: str) -> tuple[float, float]:
+    """Seconds of forward and backward."""
     run, problem = call
-
-    def timed() -> Gradients:
-        start = time.perf_counter()
-        state = run.forward(problem)
-        synchronize(device)
-        middle = time.perf_counter()
-        gradients = run.backward(problem, state)
-        synchronize(device)
-        seconds.append((middle - start, time.perf_counter() - middle))
-        return gradients
-
-    return peak_memory(timed, device=device)
+    start = time.perf_counter()
+    state = run.forward(problem)
+    synchronize(device)
+    middle = time.perf_counter()
+    run.backward(problem, state)
+    synchronize(device)
+    return middle - start, time.perf_counter() - middle
 
 
 def check_fits(run: Runner, problem: Problem) -> None:

@@ -1,0 +1,150 @@
+"""Buffers that outlive a call: reused where nobody can tell, and never somebody's own."""
+
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+from problems import OBJECTIVES, make_problem
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from tropd_kernels import HiddenTeacher, TrOPD, buffers, linear_distillation_loss, native
+
+needs_native = pytest.mark.skipif(native.WHY_NOT is not None, reason=f"{native.WHY_NOT}")
+
+
+@pytest.fixture(autouse=True)
+def blocks(monkeypatch):
+    """Keeps blocks of any size; none before, none after."""
+    monkeypatch.setattr(buffers, "SMALLEST", 1)
+    buffers.release()
+    yield buffers._kept
+    buffers.release()
+
+
+def frozen_call(seed: int, tokens: int = 20) -> torch.Tensor:
+    """d_hidden with a frozen head, whose calls keep their block whatever the dtype."""
+    g = torch.Generator().manual_seed(seed)
+    hidden = torch.randn(tokens, 8, generator=g).requires_grad_()
+    weight, teacher = torch.randn(300, 8, generator=g), torch.randn(tokens, 8, generator=g)
+    labels = torch.randint(300, (tokens,), generator=g)
+    linear_distillation_loss(
+        hidden, weight, labels, HiddenTeacher(teacher, weight), TrOPD(), seed=seed,
+        backend="native",
+    ).loss.backward()  # fmt: skip
+    return hidden.grad
+
+
+@needs_native
+def test_the_next_call_works_in_the_same_block_and_gives_the_same_bits(blocks):
+    first = frozen_call(0)
+    (block,) = blocks
+    address = block.data_ptr()
+    del block
+    frozen_call(1, tokens=13)  # of another size, with other numbers
+    assert [each.data_ptr() for each in blocks] == [address]
+    assert torch.equal(frozen_call(0), first)
+    assert [each.data_ptr() for each in blocks] == [address]
+
+
+@needs_native
+def test_a_larger_call_leaves_a_larger_block_alone(blocks):
+    frozen_call(0)
+    (small,) = (each.numel() for each in blocks)
+    frozen_call(0, tokens=200)
+    assert len(blocks) == 1 and blocks[0].numel() > small
+
+
+@needs_native
+def test_calls_in_several_threads_do_not_share_a_block(blocks):
+    expected = [frozen_call(seed) for seed in range(8)]
+    with ThreadPoolExecutor(4) as pool:
+        for _ in range(5):
+            found = list(pool.map(frozen_call, range(8)))
+            assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+    assert len(blocks) <= 1
+
+
+@needs_native
+def test_a_call_that_fails_keeps_nothing(blocks, monkeypatch):
+    def fail(*_):
+        raise RuntimeError("no gradient today")
+
+    monkeypatch.setattr("tropd_kernels.rows.native_rows.gradient", fail)
+    with pytest.raises(RuntimeError, match="no gradient today"):
+        frozen_call(0)
+    assert not blocks
+
+
+@needs_native
+def test_what_the_system_takes_back_comes_back():
+    """A block marked as free may be read and written: its pages hold anything."""
+    block = torch.full((2**20,), 7, dtype=torch.uint8)
+    if not torch.ops.tropd_native.may_be_reclaimed(block):
+        pytest.skip("no MADV_FREE here")
+    block.fill_(9)
+    assert (block == 9).all()
+    for wrong in (block[::2], block.float()):
+        with pytest.raises(RuntimeError, match="buffer must be contiguous, and uint8"):
+            torch.ops.tropd_native.may_be_reclaimed(wrong)
+    # No whole page inside: nothing to give, and the neighbours stay.
+    assert not torch.ops.tropd_native.may_be_reclaimed(block[1:100])
+    assert (block == 9).all()
+
+
+def test_other_backends_keep_nothing(blocks):
+    for backend in ("torch", "reference"):
+        make_problem(tokens=20).call(OBJECTIVES["tropd"], "hidden", backend)
+    assert not blocks
+
+
+# --- gradients that wait for the backward ------------------------------------------------------
+
+
+def loss_and_leaves():
+    made = make_problem(tokens=20)
+    hidden = made.hidden.detach().clone().requires_grad_()
+    weight = made.weight.detach().clone().requires_grad_()
+    out = linear_distillation_loss(
+        hidden, weight, made.labels, HiddenTeacher(made.teacher_hidden, made.teacher_weight),
+        TrOPD(), seed=0,
+    )  # fmt: skip
+    return out.loss, (hidden, weight)
+
+
+@pytest.mark.parametrize("factor", [1.0, 0.37, 0.0])
+def test_a_graph_that_is_kept_gives_the_same_gradient_twice(factor):
+    loss, leaves = loss_and_leaves()
+    incoming = torch.tensor(factor)
+    first = torch.autograd.grad(loss, leaves, incoming, retain_graph=True)
+    kept = [g.clone() for g in first]
+    for g in first:
+        g.fill_(7)  # it is the caller's
+    second = torch.autograd.grad(loss, leaves, incoming, retain_graph=True)
+    last = torch.autograd.grad(loss, leaves, incoming)
+    for a, b, c in zip(kept, second, last, strict=True):
+        assert torch.equal(a, b) and torch.equal(a, c)
+
+
+class Made(TorchDispatchMode):
+    """Operators that have given a tensor of this shape."""
+
+    def __init__(self, shape):
+        super().__init__()
+        self.shape, self.operators = shape, []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        if isinstance(result, torch.Tensor) and result.shape == self.shape:
+            self.operators.append(str(function))
+        return result
+
+
+@pytest.mark.parametrize(("factor", "allowed"), [(1.0, set()), (0.5, {"aten.mul_.Tensor"})])
+def test_the_last_backward_hands_over_its_gradient_and_copies_none(factor, allowed):
+    """The head's gradient is the largest tensor of a step: there is one of it."""
+    loss, (_, weight) = loss_and_leaves()
+    incoming = torch.tensor(factor)
+    with Made(weight.shape) as made:
+        loss.backward(incoming)
+    assert set(made.operators) - {"aten.detach.default"} == allowed
+    assert weight.grad.abs().sum() > 0

@@ -1,0 +1,69 @@
+"""Room for a call's chunks on a CPU, kept between calls.
+
+A fresh page costs a fault and its zeroing: for hundreds of megabytes more time than a pass over
+them. So the block that a call worked in stays for the next one, marked so that the system takes the
+pages back when it is short of memory (MADV_FREE): until it does they count as resident, and
+nobody's allocation fails for them. One block is kept, the last call's or, of calls side by side,
+the largest; `release()` drops it. On a GPU torch's allocator does all this.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from math import prod
+
+import torch
+from torch import Tensor
+
+from . import native
+
+#: Smaller blocks come from memory that the C library keeps anyway.
+SMALLEST = 2**25
+#: Rows of logits begin at a multiple of this where their number of columns lets them.
+ALIGNMENT = 4096
+
+_kept: list[Tensor] = []
+
+
+class Arena:
+    """Hands out tensors, one behind the other, from a block of bytes, or each of its own."""
+
+    def __init__(self, block: Tensor | None):
+        self.block, self.at = block, 0
+
+    def empty(self, like: Tensor, size: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        if self.block is None:
+            return like.new_empty(size, dtype=dtype)
+        low, self.at = self.at, self.at + bytes_for(size, dtype)
+        return self.block[low : low + prod(size) * dtype.itemsize].view(dtype).view(size)
+
+
+def bytes_for(size: tuple[int, ...], dtype: torch.dtype) -> int:
+    """What a tensor takes up in an arena."""
+    return -(-prod(size) * dtype.itemsize // ALIGNMENT) * ALIGNMENT
+
+
+@contextmanager
+def arena(nbytes: int, keep: bool) -> Iterator[Arena]:
+    """An arena of `nbytes`, whose block the next call may use; with `keep` False, and for small
+    ones, without a block."""
+    if not keep or nbytes < SMALLEST or native.WHY_NOT is not None:
+        yield Arena(None)
+        return
+    block = _kept.pop() if _kept else None
+    if block is None or block.numel() < nbytes:
+        block = None  # before the new one takes its place
+        block = torch.empty(nbytes, dtype=torch.uint8)
+    yield Arena(block)
+    # Not where the call has failed: its error may hold views of the block.
+    if torch.ops.tropd_native.may_be_reclaimed(block):
+        _kept.append(block)
+        if len(_kept) > 1:  # of calls in several threads
+            _kept.sort(key=Tensor.numel)
+            del _kept[:-1]
+
+
+def release() -> None:
+    """Gives the kept block back to the system."""
+    _kept.clear()
