@@ -85,6 +85,8 @@ void row_gradient(
     return a.id < b.id;
   });
   for_vectors<T>(0, rows.vocab, [&](int64_t v, int count) __attribute__((always_inline)) {
+    z.next_block(v);
+    if (TEACHER) t.next_block(v);
     const Vector<T> zv = get<T>(z, v, count), tv = TEACHER ? get<T>(t, v, count) : Vector<T>{};
     Vector<T> d = gradient_at<T, TEACHER>(row, o, divergence, zv, tv);
     d = chain_rule<T, PLAIN>(d, zv, rows.student);

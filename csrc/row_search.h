@@ -17,6 +17,7 @@ T kth_largest(const S& source, int64_t vocab, int64_t k, std::vector<T>& buffer)
     floor = buffer[k - 1];
   };
   for_vectors<T>(0, vocab, [&](int64_t v, int count) __attribute__((always_inline)) {
+    source.next_block(v);
     Vector<T> t = get<T>(source, v, count);
     if (__builtin_expect(!any<T>(t > floor), 1)) return;
     for (int i = 0; i < count; ++i) {

@@ -41,6 +41,8 @@ struct Source {
     for (int i = int(count); i < Types<T>::lanes; ++i) z[i] = -std::numeric_limits<T>::infinity();
     return z;
   }
+  // Fetches what stands a block behind v: processors' own prefetching ends with a page.
+  TROPD_INLINE void next_block(int64_t v) const { __builtin_prefetch(row + v + BLOCK); }
   Vector<T> one(int64_t v) const { return tail(v, 1); }  // in lane 0
 };
 
@@ -67,18 +69,6 @@ TROPD_INLINE Vector<T> get(const S& source, int64_t v, int count) {
 template <class T>
 TROPD_INLINE void flush(typename Types<T>::wide& sum, Vector<T> block) {
   sum += __builtin_convertvector(block, typename Types<T>::wide);
-}
-
-template <class T, class S>
-T row_maximum(const S& source, int64_t vocab) {
-  Vector<T> high = all<T>(-std::numeric_limits<T>::infinity());
-  for_vectors<T>(0, vocab, [&](int64_t v, int count) __attribute__((always_inline)) {
-    Vector<T> z = get<T>(source, v, count);
-    high = z > high ? z : high;
-  });
-  T result = high[0];
-  for (int i = 1; i < Types<T>::lanes; ++i) result = high[i] > result ? high[i] : result;
-  return result;
 }
 
 template <class T>

@@ -1,21 +1,63 @@
-// The first passes over a row: maximum; then sums of exponentials, from which come log-normalisers,
-// entropies and both KLs. Included by row_kernels.h.
+// The first pass over a row: its maximum, and with it sums of exponentials, from which come
+// log-normalisers, entropies and both KLs. Included by row_kernels.h.
 //
-// Sums run in float32 over at most BLOCK entries, then in float64: 150,000 terms of a softmax added
-// in float32 lose the digits in which two close distributions differ.
+// One pass: sums are of exp(z - base), where base is the largest logit so far, found block by block;
+// when it grows the sums are brought to the new one. So a row comes from memory once, while the
+// block before it is computed on. Sums run in float32 over at most BLOCK entries, then in float64:
+// 150,000 terms of a softmax added in float32 lose the digits in which two close distributions differ.
 
 namespace tropd {
 namespace TROPD_ISA {
 namespace {
 
+// The largest logit so far, and what sums hold exp(z - base) by.
+template <class T>
+struct Base {
+  T high = -std::numeric_limits<T>::infinity(), base = 0;
+  double shift = 0, scale = 1;  // of the last growth: old base - new base, and its exponential
+
+  // Takes in the block's maximum; true where sums have to be rescaled.
+  bool grows(T block) {
+    if (!(block > high)) return false;
+    const bool first = high == -std::numeric_limits<T>::infinity();  // no sum yet but of 0 and NaN
+    shift = double(base) - double(block);
+    scale = first ? 1 : shift < Types<T>::smallest ? 0 : std::exp(shift);
+    high = base = block;
+    return true;
+  }
+  // A sum of weight * (difference of logits) whose differences grow by `more`.
+  template <class Wide>
+  void rescale(Wide& sum, const Wide& mass, double more) const {
+    sum = scale == 0 ? Wide{} : (sum + mass * more) * scale;
+  }
+};
+
+// The values of a row's block, transformed, where the row needs that; its maximum passes over NaN.
+template <class T, class S>
+TROPD_INLINE T block_maximum(const S& source, int64_t low, int64_t end) {
+  Vector<T> high = all<T>(-std::numeric_limits<T>::infinity());
+  for_vectors<T>(low, end, [&](int64_t v, int count) __attribute__((always_inline)) {
+    Vector<T> z = get<T>(source, v, count);
+    high = z > high ? z : high;
+  });
+  T result = high[0];
+  for (int i = 1; i < Types<T>::lanes; ++i) result = high[i] > result ? high[i] : result;
+  return result;
+}
+
 template <class T, class SZ>
 void student_statistics(const SZ& z, int64_t vocab, T* s, int64_t ss, T* c, int64_t cs, int64_t label) {
-  const T high = row_maximum<T>(z, vocab);
   typename Types<T>::wide mass{}, first{};
+  Base<T> base;
   for_blocks<T>(vocab, [&](int64_t low, int64_t end) __attribute__((always_inline)) {
+    if (base.grows(block_maximum<T>(z, low, end))) {
+      base.rescale(first, mass, base.shift);
+      base.rescale(mass, mass, 0);
+    }
     Vector<T> m{}, f{};
     for_vectors<T>(low, end, [&](int64_t v, int count) __attribute__((always_inline)) {
-      Vector<T> a = get<T>(z, v, count) - high, p = exp<T>(a);
+      z.next_block(v);
+      Vector<T> a = get<T>(z, v, count) - base.base, p = exp<T>(a);
       m += p;
       f += product<T>(p, a);
     });
@@ -23,22 +65,36 @@ void student_statistics(const SZ& z, int64_t vocab, T* s, int64_t ss, T* c, int6
     flush<T>(first, f);
   });
   const double sum = total<T>(mass), log_sum = std::log(sum);
-  c[STUDENT_MAX * cs] = high;
+  c[STUDENT_MAX * cs] = base.high;
   c[STUDENT_LOG_SUM * cs] = T(log_sum);
   s[ENTROPY * ss] = c[MEAN_ENTROPY * cs] = T(log_sum - total<T>(first) / sum);
-  s[LOG_PROB * ss] = label >= 0 && label < vocab ? T((z.one(label)[0] - high) - T(log_sum))
+  s[LOG_PROB * ss] = label >= 0 && label < vocab ? T((z.one(label)[0] - base.high) - T(log_sum))
                                                  : std::numeric_limits<T>::quiet_NaN();
 }
 
 template <class T, class SZ, class ST>
 void both_statistics(
     const SZ& z, const ST& t, int64_t vocab, T* s, int64_t ss, T* c, int64_t cs, int64_t label) {
-  const T z_high = row_maximum<T>(z, vocab), t_high = row_maximum<T>(t, vocab);
   typename Types<T>::wide z_mass{}, t_mass{}, z_first{}, t_first{}, z_gap{}, t_gap{};
+  Base<T> z_base, t_base;
   for_blocks<T>(vocab, [&](int64_t low, int64_t end) __attribute__((always_inline)) {
+    const bool z_grows = z_base.grows(block_maximum<T>(z, low, end));
+    const bool t_grows = t_base.grows(block_maximum<T>(t, low, end));
+    if (__builtin_expect(z_grows || t_grows, 0)) {
+      const double more = (z_grows ? z_base.shift : 0) - (t_grows ? t_base.shift : 0);
+      const Base<T> same, by_z = z_grows ? z_base : same, by_t = t_grows ? t_base : same;
+      by_z.rescale(z_first, z_mass, by_z.shift);
+      by_z.rescale(z_gap, z_mass, more);
+      by_z.rescale(z_mass, z_mass, 0);
+      by_t.rescale(t_first, t_mass, by_t.shift);
+      by_t.rescale(t_gap, t_mass, more);
+      by_t.rescale(t_mass, t_mass, 0);
+    }
     Vector<T> zm{}, tm{}, zf{}, tf{}, zg{}, tg{};
     for_vectors<T>(low, end, [&](int64_t v, int count) __attribute__((always_inline)) {
-      Vector<T> a = get<T>(z, v, count) - z_high, b = get<T>(t, v, count) - t_high;
+      z.next_block(v);
+      t.next_block(v);
+      Vector<T> a = get<T>(z, v, count) - z_base.base, b = get<T>(t, v, count) - t_base.base;
       Vector<T> p = exp<T>(a), q = exp<T>(b), gap = a - b;
       zm += p;
       tm += q;
@@ -54,6 +110,7 @@ void both_statistics(
     flush<T>(z_gap, zg);
     flush<T>(t_gap, tg);
   });
+  const T z_high = z_base.high, t_high = t_base.high;
   const double z_sum = total<T>(z_mass), t_sum = total<T>(t_mass);
   const double z_log = std::log(z_sum), t_log = std::log(t_sum);
   c[STUDENT_MAX * cs] = z_high;

@@ -61,18 +61,16 @@ TROPD_INLINE Vector<T> all(T value) {
 template <class T, class Mask>
 TROPD_INLINE bool any(Mask mask) {
   Bits<T> m = reinterpret_cast<Bits<T>>(mask);
-#if defined(__AVX512F__)
-  if constexpr (sizeof(m) == 64) {
-    return _mm512_test_epi32_mask(reinterpret_cast<__m512i>(m), reinterpret_cast<__m512i>(m)) != 0;
-  }
-#elif defined(__AVX2__)
-  if constexpr (sizeof(m) == 32) {
-    return !_mm256_testz_si256(reinterpret_cast<__m256i>(m), reinterpret_cast<__m256i>(m));
-  }
-#endif
+  // By the width, since a target that a pragma sets defines none of the compiler's macros.
+#if TROPD_BYTES == 64
+  return _mm512_test_epi32_mask(reinterpret_cast<__m512i>(m), reinterpret_cast<__m512i>(m)) != 0;
+#elif TROPD_BYTES == 32
+  return !_mm256_testz_si256(reinterpret_cast<__m256i>(m), reinterpret_cast<__m256i>(m));
+#else
   typename Types<T>::word found = 0;
   for (int i = 0; i < Types<T>::lanes; ++i) found |= m[i];
   return found != 0;
+#endif
 }
 
 template <class T>
