@@ -7,7 +7,7 @@ products, runs interleaved:
 
     upcast    float32 products of operands upcast in tiles (the `torch` backend without bf16 mode)
     bf16 mode the same with oneDNN's bf16 compute mode
-    native    csrc/gemm_avx512_bf16.cpp, where the CPU has AVX512-BF16
+    AMX, AVX512-BF16    csrc/gemm_*.cpp, where the CPU has them
     mm        torch's bf16 `mm`, which rounds its result to bf16: the bar, not a candidate
 """
 
@@ -56,13 +56,24 @@ def measure_products(args):
 
         return call
 
+    def on_units(name, run):
+        def call():
+            before = torch.ops.tropd_native.use_products(name)
+            try:
+                run()
+            finally:
+                torch.ops.tropd_native.use_products(before)
+
+        return call
+
     torch_road = products.TorchProducts(torch.bfloat16, "cpu")
     upcast = three(torch_road, d_logits.float())
     roads = {"upcast": {what: without_bf16_mode(run) for what, run in upcast.items()}}
     if products.bf16_in_hardware():
         roads["bf16 mode"] = upcast
-    if native.BF16_PRODUCTS:
-        roads["native"] = three(products.NativeProducts(torch.bfloat16, "cpu"), d_logits)
+    for name in native.BF16_PRODUCTS:
+        ours = three(products.NativeProducts(torch.bfloat16, "cpu"), d_logits)
+        roads[name] = {what: on_units(name, run) for what, run in ours.items()}
     roads["mm"] = {
         "logits": lambda: torch.mm(hidden, weight.t(), out=rounded),
         "d_hidden": lambda: torch.mm(d_logits, weight),

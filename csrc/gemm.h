@@ -36,7 +36,8 @@ struct Products {
 
 #if defined(__x86_64__)
 extern const Products products_avx512_bf16;
-#if defined(__linux__)
+// AMX: compilers that have its header have an assembler that knows its instructions.
+#if defined(__linux__) && __has_include(<amxbf16intrin.h>)
 #define TROPD_AMX
 extern const Products products_amx;
 #endif

@@ -8,8 +8,8 @@
 //
 //   gemm_nt   logits = hidden @ weight.T, as (weight @ hidden.T).T: the head's rows are A as they
 //             lie, and the sums are transposed on their way out
-//   gemm_nn   d_hidden = d_logits @ weight: the sums of 512 x 512 stay in L2 while k, the
-//             vocabulary, goes by
+//   gemm_nn   d_hidden = d_logits @ weight: k, the vocabulary, goes by; what all threads multiply
+//             next they pack together
 //   gemm_tn   d_weight += d_logits.T @ hidden: 512 ids' d_logits stay in L2, hidden goes by
 //
 // A core here either multiplies or waits for memory: tiles from L2 and lines from memory go through
@@ -44,7 +44,6 @@ constexpr int64_t STEP = 32;   // steps of k in a tile
 constexpr int64_t TILE = 512;  // elements of a packed tile, 1 KiB
 constexpr int64_t EDGE = 32;   // a block of sums is EDGE x EDGE
 constexpr int64_t BLOCK = EDGE * EDGE;
-
 constexpr int64_t DEPTH = 16;  // tiles of k: 32 KiB of 32 rows
 
 // Assembly, for what compilers' intrinsics leave out: that tiles read memory, and all of the
@@ -295,45 +294,53 @@ void gemm_nt(const Matrix& a, const Matrix& b, float* out, int64_t out_stride, c
 }
 
 void gemm_nn(const Matrix& a, const Matrix& b, float* out, int64_t out_stride, const Pool& pool) {
-  constexpr int64_t SIDE = 1024;  // of the largest block of sums
+  constexpr int64_t SIDE = 1024;  // of the largest part of the sums that one thread works on
   const int64_t m = a.rows, n = b.cols, k = a.cols, steps = round_up(k, STEP) / STEP;
   if (m == 0 || n == 0) return;
-  // Blocks for every thread; their sizes change no sum.
+  const int64_t rows = round_up(m, EDGE) / EDGE, columns = round_up(n, EDGE) / EDGE;  // of blocks
+  // Parts for every thread; their sizes change no sum.
   int64_t down = (m + SIDE - 1) / SIDE, across = (n + SIDE - 1) / SIDE;
   while (down * across % pool.threads != 0 && down * across < 4 * pool.threads) {
-    if (m / down > n / across ? m / down <= EDGE : n / across <= EDGE) break;
+    if (m / down > n / across ? down == rows : across == columns) break;
     m / down > n / across ? ++down : ++across;
   }
-  const int64_t height = round_up((m + down - 1) / down, EDGE);
-  const int64_t width = round_up((n + across - 1) / across, EDGE);
-  run(pool, down * across, [&](int64_t begin, int64_t end) {
-    Tiles tiles;
-    Buffer<uint16_t> left = buffer(height * DEPTH * STEP), right = buffer(width * DEPTH * STEP);
-    Buffer<float> sums = buffer<float>(height * width + BLOCK);
-    for (int64_t task = begin; task < end; ++task) {
-      const int64_t row = task / across * height, column = task % across * width;
-      const int64_t rows = std::min(height, m - row), columns = std::min(width, n - column);
-      if (rows <= 0 || columns <= 0) continue;
-      const int64_t row_blocks = round_up(rows, EDGE) / EDGE;
-      const int64_t column_blocks = round_up(columns, EDGE) / EDGE;
-      for (int64_t s = 0; s < steps; s += DEPTH) {
-        const int64_t depth = std::min(DEPTH, steps - s), low = s * STEP;
-        pack_rows(a.data + row * a.stride + low, a.stride, rows, k - low, depth, left.get());
-        pack_columns(b.data + low * b.stride + column, b.stride, columns, k - low, depth, right.get());
-        for (int64_t j = 0; j < column_blocks; ++j) {
-          for (int64_t i = 0; i < row_blocks; ++i) {
+  const int64_t height = (rows + down - 1) / down, width = (columns + across - 1) / across;
+  Buffer<uint16_t> left = buffer(rows * EDGE * DEPTH * STEP), right = buffer(columns * EDGE * DEPTH * STEP);
+  Buffer<float> sums = buffer<float>((rows * columns + 1) * BLOCK);
+  for (int64_t s = 0; s < steps; s += DEPTH) {
+    const int64_t depth = std::min(DEPTH, steps - s), low = s * STEP, block_size = 2 * depth * TILE;
+    run(pool, pool.threads, [&](int64_t begin, int64_t end) {  // a share of both operands each
+      const int64_t row = begin * rows / pool.threads * EDGE, last = end * rows / pool.threads * EDGE;
+      if (row < last) {
+        pack_rows(a.data + row * a.stride + low, a.stride, std::min(last, m) - row, k - low, depth,
+                  left.get() + row / EDGE * block_size);
+      }
+      const int64_t column = begin * columns / pool.threads * EDGE;
+      const int64_t last_column = end * columns / pool.threads * EDGE;
+      if (column < last_column) {
+        pack_columns(b.data + low * b.stride + column, b.stride, std::min(last_column, n) - column, k - low,
+                     depth, right.get() + column / EDGE * block_size);
+      }
+    });
+    run(pool, down * across, [&](int64_t begin, int64_t end) {
+      Tiles tiles;
+      for (int64_t part = begin; part < end; ++part) {
+        const int64_t row = part / across * height, column = part % across * width;
+        for (int64_t j = column; j < std::min(column + width, columns); ++j) {
+          for (int64_t i = row; i < std::min(row + height, rows); ++i) {
             block<Passing::a>(
-                left.get() + 2 * i * depth * TILE, depth * TILE, right.get() + 2 * j * depth * TILE,
-                depth * TILE, depth, sums.get() + (j * row_blocks + i) * BLOCK, s == 0);
+                left.get() + i * block_size, depth * TILE, right.get() + j * block_size, depth * TILE, depth,
+                sums.get() + (j * rows + i) * BLOCK, s == 0);
           }
         }
       }
-      for (int64_t j = 0; j < column_blocks; ++j) {
-        for (int64_t i = 0; i < row_blocks; ++i) {
-          store_block<Store::set>(
-              sums.get() + (j * row_blocks + i) * BLOCK, rows - i * EDGE, columns - j * EDGE,
-              out + (row + i * EDGE) * out_stride + column + j * EDGE, out_stride);
-        }
+    });
+  }
+  run(pool, rows, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      for (int64_t j = 0; j < columns; ++j) {
+        store_block<Store::set>(sums.get() + (j * rows + i) * BLOCK, m - i * EDGE, n - j * EDGE,
+                                out + i * EDGE * out_stride + j * EDGE, out_stride);
       }
     }
   });
@@ -365,8 +372,8 @@ void transposed(const Matrix& a, const Matrix& b, Out* out, int64_t out_stride, 
           const int64_t depth = std::min(DEPTH, steps - s);
           const uint16_t* columns = hidden.get() + 2 * j * steps * TILE + s * TILE;
           for (int64_t i = 0; i < blocks; ++i) {
-            block<Passing::a>(left.get() + 2 * i * steps * TILE + s * TILE, steps * TILE, columns, steps * TILE, depth,
-                  sums.get() + i * BLOCK, s == 0);
+            block<Passing::a>(left.get() + (2 * i * steps + s) * TILE, steps * TILE, columns, steps * TILE,
+                              depth, sums.get() + i * BLOCK, s == 0);
           }
         }
         for (int64_t i = 0; i < blocks; ++i) {

@@ -31,6 +31,10 @@ void row_sums(
   for_blocks<T>(rows.vocab, [&](int64_t low, int64_t end) __attribute__((always_inline)) {
     Vector<T> part[SUMS]{};
     for_vectors<T>(low, end, [&](int64_t v, int count) __attribute__((always_inline)) {
+      if (everything) {  // else a search has just read the teacher's row
+        z.next_block(v);
+        t.next_block(v);
+      }
       const Vector<T> lq = (get<T>(t, v, count) - t_high) - t_log;
       const auto member = lq >= threshold;
       if (o.k_alone && !everything && __builtin_expect(!any<T>(member), 1)) return;

@@ -128,10 +128,8 @@ class NativeProducts(TorchProducts):
         torch.ops.tropd_native.gemm_tn(d_logits, _rows(hidden), total, not first)
 
     def scratch_bytes(self, rows, super_rows, widths):
-        # panels of the head for every thread; hidden and d_logits repacked for d_weight
-        panels = torch.get_num_threads() * 64 * 2048 * 2
-        packed = 2 * super_rows * (max(widths, default=0) + torch.get_num_threads() * 96)
-        return panels + packed
+        # On every thread a block of packed rows; for all of them hidden states or d_hidden's sums.
+        return torch.get_num_threads() * 2**20 + 6 * super_rows * max(widths, default=0)
 
 
 def _rows(matrix: Tensor) -> Tensor:
