@@ -18,6 +18,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import tempfile
 from glob import glob
 from importlib import metadata
 from importlib.util import find_spec
@@ -85,6 +86,21 @@ def compile_error(sources: list[str]) -> str | None:
     return f"{command[0]} fails: {(errors or ['it says nothing'])[0]}"
 
 
+def without_amx() -> list[str]:
+    """What leaves AMX out where the assembler does not know it (binutils before 2.35)."""
+    with tempfile.TemporaryDirectory() as folder:
+        command = [
+            *shlex.split(os.environ.get("CXX", "c++")),
+            "-xc++",
+            "-c",
+            "-",
+            "-o",
+            f"{folder}/probe.o",
+        ]
+        done = subprocess.run(command, input='asm("tilerelease");', capture_output=True, text=True)
+    return [] if done.returncode == 0 else ["-DTROPD_NO_AMX"]
+
+
 def switch(name: str, *values: str) -> str:
     """What the environment says, the first of the values where it says nothing."""
     value = os.environ.get(name, values[0])
@@ -105,7 +121,7 @@ def extension(sources: list[str], sanitize: bool) -> dict:
         sources,
         depends=glob("csrc/*.h"),
         py_limited_api=True,
-        extra_compile_args=COMPILE_FLAGS + (SANITIZED if sanitize else OPTIMIZED),
+        extra_compile_args=COMPILE_FLAGS + without_amx() + (SANITIZED if sanitize else OPTIMIZED),
         extra_link_args=SANITIZED[:1] if sanitize else [],
     )
     return {

@@ -36,8 +36,7 @@ struct Products {
 
 #if defined(__x86_64__)
 extern const Products products_avx512_bf16;
-// AMX: compilers that have its header have an assembler that knows its instructions.
-#if defined(__linux__) && __has_include(<amxbf16intrin.h>)
+#if defined(__linux__) && !defined(TROPD_NO_AMX)  // for assemblers that do not know its instructions
 #define TROPD_AMX
 extern const Products products_amx;
 #endif

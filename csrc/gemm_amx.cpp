@@ -350,7 +350,7 @@ template <Store STORE, class Out>
 void transposed(const Matrix& a, const Matrix& b, Out* out, int64_t out_stride, const Pool& pool) {
   const int64_t k = a.rows, m = a.cols, n = b.cols, steps = round_up(k, STEP) / STEP;
   const int64_t panels = round_up(n, EDGE) / 16;
-  // So many ids that their d_logits take up to 1 MiB.
+  // So many ids that their d_logits take up to 1 MiB, but a block of them at least.
   const int64_t ids_at_once = std::min<int64_t>(512, std::max<int64_t>(1, (1 << 14) / (steps * EDGE)) * EDGE);
   Buffer<uint16_t> hidden = buffer(panels * steps * TILE);
   run(pool, panels / 2, [&](int64_t begin, int64_t end) {

@@ -25,14 +25,19 @@ struct Base {
     high = base = block;
     return true;
   }
-  // A sum of weight * (difference of logits) whose differences grow by `more`.
+  // A sum of weight * (difference of logits) whose differences grow by `more`. Weights that are now 0
+  // drop out with whatever they were multiplied by; of the weights themselves a NaN stays.
   template <class Wide>
   void rescale(Wide& sum, const Wide& mass, double more) const {
     sum = scale == 0 ? Wide{} : (sum + mass * more) * scale;
   }
+  template <class Wide>
+  void rescale(Wide& mass) const {
+    mass *= scale;
+  }
 };
 
-// The values of a row's block, transformed, where the row needs that; its maximum passes over NaN.
+// Passes over NaN.
 template <class T, class S>
 TROPD_INLINE T block_maximum(const S& source, int64_t low, int64_t end) {
   Vector<T> high = all<T>(-std::numeric_limits<T>::infinity());
@@ -52,7 +57,7 @@ void student_statistics(const SZ& z, int64_t vocab, T* s, int64_t ss, T* c, int6
   for_blocks<T>(vocab, [&](int64_t low, int64_t end) __attribute__((always_inline)) {
     if (base.grows(block_maximum<T>(z, low, end))) {
       base.rescale(first, mass, base.shift);
-      base.rescale(mass, mass, 0);
+      base.rescale(mass);
     }
     Vector<T> m{}, f{};
     for_vectors<T>(low, end, [&](int64_t v, int count) __attribute__((always_inline)) {
@@ -72,45 +77,69 @@ void student_statistics(const SZ& z, int64_t vocab, T* s, int64_t ss, T* c, int6
                                                  : std::numeric_limits<T>::quiet_NaN();
 }
 
+// Sums of both sides: weights, weights times logits, weights times the difference of the logits.
+template <class T>
+struct BothSums {
+  Base<T> z_base, t_base;
+  typename Types<T>::wide z_mass{}, t_mass{}, z_first{}, t_first{}, z_gap{}, t_gap{};
+
+  bool finite() const { return std::isfinite(total<T>(z_gap)) && std::isfinite(total<T>(t_gap)); }
+
+  template <class SZ, class ST>
+  void add(const SZ& z, const ST& t, int64_t vocab) {
+    for_blocks<T>(vocab, [&](int64_t low, int64_t end) __attribute__((always_inline)) {
+      const bool z_grows = z_base.grows(block_maximum<T>(z, low, end));
+      const bool t_grows = t_base.grows(block_maximum<T>(t, low, end));
+      if (__builtin_expect(z_grows || t_grows, 0)) {
+        const double more = (z_grows ? z_base.shift : 0) - (t_grows ? t_base.shift : 0);
+        const Base<T> same, by_z = z_grows ? z_base : same, by_t = t_grows ? t_base : same;
+        by_z.rescale(z_first, z_mass, by_z.shift);
+        by_z.rescale(z_gap, z_mass, more);
+        by_z.rescale(z_mass);
+        by_t.rescale(t_first, t_mass, by_t.shift);
+        by_t.rescale(t_gap, t_mass, more);
+        by_t.rescale(t_mass);
+      }
+      Vector<T> zm{}, tm{}, zf{}, tf{}, zg{}, tg{};
+      for_vectors<T>(low, end, [&](int64_t v, int count) __attribute__((always_inline)) {
+        z.next_block(v);
+        t.next_block(v);
+        Vector<T> a = get<T>(z, v, count) - z_base.base, b = get<T>(t, v, count) - t_base.base;
+        Vector<T> p = exp<T>(a), q = exp<T>(b), gap = a - b;
+        zm += p;
+        tm += q;
+        zf += product<T>(p, a);
+        tf += product<T>(q, b);
+        zg += product<T>(p, gap);
+        tg += product<T>(q, gap);
+      });
+      flush<T>(z_mass, zm);
+      flush<T>(t_mass, tm);
+      flush<T>(z_first, zf);
+      flush<T>(t_first, tf);
+      flush<T>(z_gap, zg);
+      flush<T>(t_gap, tg);
+    });
+  }
+};
+
 template <class T, class SZ, class ST>
 void both_statistics(
     const SZ& z, const ST& t, int64_t vocab, T* s, int64_t ss, T* c, int64_t cs, int64_t label) {
-  typename Types<T>::wide z_mass{}, t_mass{}, z_first{}, t_first{}, z_gap{}, t_gap{};
-  Base<T> z_base, t_base;
-  for_blocks<T>(vocab, [&](int64_t low, int64_t end) __attribute__((always_inline)) {
-    const bool z_grows = z_base.grows(block_maximum<T>(z, low, end));
-    const bool t_grows = t_base.grows(block_maximum<T>(t, low, end));
-    if (__builtin_expect(z_grows || t_grows, 0)) {
-      const double more = (z_grows ? z_base.shift : 0) - (t_grows ? t_base.shift : 0);
-      const Base<T> same, by_z = z_grows ? z_base : same, by_t = t_grows ? t_base : same;
-      by_z.rescale(z_first, z_mass, by_z.shift);
-      by_z.rescale(z_gap, z_mass, more);
-      by_z.rescale(z_mass, z_mass, 0);
-      by_t.rescale(t_first, t_mass, by_t.shift);
-      by_t.rescale(t_gap, t_mass, more);
-      by_t.rescale(t_mass, t_mass, 0);
-    }
-    Vector<T> zm{}, tm{}, zf{}, tf{}, zg{}, tg{};
-    for_vectors<T>(low, end, [&](int64_t v, int count) __attribute__((always_inline)) {
-      z.next_block(v);
-      t.next_block(v);
-      Vector<T> a = get<T>(z, v, count) - z_base.base, b = get<T>(t, v, count) - t_base.base;
-      Vector<T> p = exp<T>(a), q = exp<T>(b), gap = a - b;
-      zm += p;
-      tm += q;
-      zf += product<T>(p, a);
-      tf += product<T>(q, b);
-      zg += product<T>(p, gap);
-      tg += product<T>(q, gap);
-    });
-    flush<T>(z_mass, zm);
-    flush<T>(t_mass, tm);
-    flush<T>(z_first, zf);
-    flush<T>(t_first, tf);
-    flush<T>(z_gap, zg);
-    flush<T>(t_gap, tg);
-  });
-  const T z_high = z_base.high, t_high = t_base.high;
+  BothSums<T> sums;
+  sums.add(z, t, vocab);
+  if (!sums.finite()) {
+    // A weight that is 0 beside the row's maximum may not have been beside its block's, and a weight
+    // decides whether an infinite difference counts: once more, from the maxima.
+    BothSums<T> again;
+    again.z_base = sums.z_base;
+    again.t_base = sums.t_base;
+    again.add(z, t, vocab);
+    sums = again;
+  }
+  const auto &z_mass = sums.z_mass, &t_mass = sums.t_mass, &z_first = sums.z_first;
+  const auto &t_first = sums.t_first, &z_gap = sums.z_gap, &t_gap = sums.t_gap;
+  const T z_high = sums.z_base.high, t_high = sums.t_base.high;
   const double z_sum = total<T>(z_mass), t_sum = total<T>(t_mass);
   const double z_log = std::log(z_sum), t_log = std::log(t_sum);
   c[STUDENT_MAX * cs] = z_high;

@@ -31,7 +31,7 @@ void row_sums(
   for_blocks<T>(rows.vocab, [&](int64_t low, int64_t end) __attribute__((always_inline)) {
     Vector<T> part[SUMS]{};
     for_vectors<T>(low, end, [&](int64_t v, int count) __attribute__((always_inline)) {
-      if (everything) {  // else a search has just read the teacher's row
+      if (everything) {  // else most of the student's row is not read, and the teacher's often just was
         z.next_block(v);
         t.next_block(v);
       }

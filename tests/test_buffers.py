@@ -7,7 +7,14 @@ import torch
 from problems import OBJECTIVES, make_problem
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from tropd_kernels import HiddenTeacher, TrOPD, buffers, linear_distillation_loss, native
+from tropd_kernels import (
+    HiddenTeacher,
+    TrOPD,
+    buffers,
+    linear_distillation_loss,
+    linear_log_probs,
+    native,
+)
 
 needs_native = pytest.mark.skipif(native.WHY_NOT is not None, reason=f"{native.WHY_NOT}")
 
@@ -47,6 +54,31 @@ def test_the_next_call_works_in_the_same_block_and_gives_the_same_bits(blocks):
 
 
 @needs_native
+@pytest.mark.skipif(not native.BF16_PRODUCTS, reason="this CPU multiplies no bfloat16")
+@pytest.mark.parametrize("options", [{}, {"gradient_tolerance": 0.05}])
+def test_gradients_of_a_trained_head_are_no_part_of_the_block(blocks, options):
+    def gradients(seed):
+        g = torch.Generator().manual_seed(seed)
+        hidden = torch.randn(20, 32, generator=g).bfloat16().requires_grad_()
+        weight = torch.randn(300, 32, generator=g).bfloat16().requires_grad_()
+        teacher = torch.randn(20, 32, generator=g).bfloat16()
+        labels = torch.randint(300, (20,), generator=g)
+        linear_distillation_loss(
+            hidden, weight, labels, HiddenTeacher(teacher, weight.detach()), TrOPD(), seed=0,
+            backend="native", **options,
+        ).loss.backward()  # fmt: skip
+        return hidden.grad, weight.grad
+
+    first = gradients(0)
+    kept = [g.clone() for g in first]
+    assert len(blocks) == 1
+    gradients(1)
+    blocks[0].fill_(3)
+    assert all(torch.equal(a, b) for a, b in zip(first, kept, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(gradients(0), kept, strict=True))
+
+
+@needs_native
 def test_a_larger_call_leaves_a_larger_block_alone(blocks):
     frozen_call(0)
     (small,) = (each.numel() for each in blocks)
@@ -62,6 +94,18 @@ def test_calls_in_several_threads_do_not_share_a_block(blocks):
             found = list(pool.map(frozen_call, range(8)))
             assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
     assert len(blocks) <= 1
+
+
+@needs_native
+def test_inference_leaves_a_block_that_training_may_write():
+    """Tensors of `torch.inference_mode` could not be written outside of it."""
+    hidden, weight = torch.randn(20, 8), torch.randn(300, 8)
+    labels = torch.randint(300, (20,))
+    with torch.inference_mode():
+        linear_log_probs(hidden, weight, labels, backend="native")
+    with torch.no_grad():
+        linear_log_probs(hidden, weight, labels, backend="native")
+    frozen_call(0)
 
 
 @needs_native

@@ -18,6 +18,7 @@ from fuzz_native import AKL, INT64_MAX, INT64_MIN, between_guards, bits, library
 from problems import OBJECTIVES, make_problem, with_everything
 
 from tropd_kernels import LogitsTeacher, distillation_loss, native
+from tropd_kernels.products import TorchProducts, products_for
 from tropd_kernels.rows.layout import Coef, Stat
 from tropd_kernels.rows.native_rows import GENERATORS
 
@@ -263,6 +264,57 @@ def test_the_gradient_may_be_written_over_the_logits(generator, vocab, scales, i
         assert same_bits(over, expected)
 
 
+def rows_of_several_blocks() -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+    """Student's and teacher's logits, whose maxima stand in the last of their blocks of 1024."""
+    vocab, block = 3172, torch.arange(3172) // 1024
+    z, t = torch.randn(vocab), torch.randn(vocab)
+    excluded = torch.where(block == 0, -math.inf, 0.0)
+    low = torch.full((vocab,), -160.0)
+    low[0], low[2000] = -100.0, 0.0
+    cases = {
+        "rise by 50": (z + 50.0 * block, t + 50.0 * block),
+        "rise by 200": (z + 200.0 * block, t - 200.0 * block),
+        "only one rises": (z + 200.0 * block, t),
+        "student excludes the first block": (z + excluded, t - 300.0 * (block == 0)),
+        "teacher excludes the first block": (z - 300.0 * (block == 0), t + excluded),
+        "both exclude it": (z + excluded, t + excluded),
+        "a weight that is 0 beside the row's maximum": (low, t.clone()),
+        "a mask on one side": (z + 200.0 * (block == 2), t.clone()),
+        "infinite": (z.clone(), t + excluded),
+    }
+    cases["a weight that is 0 beside the row's maximum"][1][1] = -math.inf
+    cases["a mask on one side"][1][5] = torch.finfo(torch.float32).min
+    return cases
+
+
+@pytest.mark.parametrize("name", [*rows_of_several_blocks(), "nan"])
+def test_statistics_do_not_depend_on_where_the_maximum_stands(name, instruction_set):
+    if name == "nan":
+        z, t = rows_of_several_blocks()["only one rises"]
+        t = z.clone()
+        z[3] = math.nan
+    else:
+        z, t = rows_of_several_blocks()[name]
+    label = 2500
+    rows = torch.stack([z, z.flip(0)]), torch.stack([t, t.flip(0)])
+    labels = torch.tensor([label, len(z) - 1 - label])
+
+    def found(backend, rows):
+        made = distillation_loss(
+            rows[0], labels, LogitsTeacher(rows[1]), OBJECTIVES["reverse_kl"], backend=backend,
+            reduction="none",
+        )  # fmt: skip
+        stats = made.stats
+        return torch.stack([stats.log_probs, stats.entropy, stats.forward_kl, stats.reverse_kl])
+
+    ours = found("native", rows)
+    if name == "nan":
+        assert ours.isnan().all()
+        return
+    torch.testing.assert_close(ours, found("torch", rows), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(ours[:, 0], ours[:, 1], rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("wrong", [-1, 20, 21, 2**40, INT64_MIN, INT64_MAX])
 def test_labels_outside_the_vocabulary_are_read_and_written_nowhere(wrong, instruction_set):
     arguments = gradient_arguments(n=3, vocab=20)
@@ -392,6 +444,17 @@ def test_products_and_those_of_torch_may_take_turns(operator, multiplier):
         getattr(ops, operator)(a, b, out, *([False] if operator == "gemm_tn" else []))
         assert torch.equal(out.double(), product(operator, a, b))
         assert same_bits(left @ right, expected)
+
+
+def test_where_amx_cannot_be_ours_the_library_s_products_serve(monkeypatch):
+    """oneDNN uses the tile units; ours without them would be several times slower."""
+    monkeypatch.setattr(ops, "products", lambda: ["AVX512-BF16"])
+    for amx, expected in ((True, []), (False, ["AVX512-BF16"])):
+        monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda amx=amx: amx)
+        assert native._bf16_products() == expected
+    monkeypatch.setattr(native, "BF16_PRODUCTS", [])
+    assert type(products_for("native", torch.bfloat16, "cpu")) is TorchProducts
+    assert "AVX512-BF16" not in native.description()
 
 
 def test_unknown_products_are_an_error():

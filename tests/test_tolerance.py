@@ -20,6 +20,7 @@ from tropd_kernels import (
     GKD,
     HiddenTeacher,
     LinearDistillationLoss,
+    buffers,
     chunking,
     distillation_loss,
     linear_distillation_loss,
@@ -499,12 +500,14 @@ def test_workspace_is_what_the_plan_says(options, dtype):
 
     assert 0 < (step().stats.gradient_weight == 0).sum() < tokens
     returned = sum(t.numel() * t.element_size() for t in (hidden, weight))
+    buffers.release()
     with ResidentPeak() as peak:
         step()
     plan = plan_chunks(
         tokens, v, h, h, dtype=dtype, device="cpu", backend=backend, selects_rows=True
     )
-    assert peak.delta - returned <= 1.1 * plan.workspace_bytes, f"{peak.delta / 1e6} MB\n{plan}"
+    used = peak.delta - returned
+    assert 0.5 * plan.workspace_bytes <= used <= 1.1 * plan.workspace_bytes, f"{used}\n{plan}"
     without = plan_chunks(tokens, v, h, h, dtype=dtype, device="cpu", backend=backend)
     more = plan.workspace_bytes - without.workspace_bytes
     assert 2 * 2**22 <= more <= 2**24 and plan.rows == without.rows

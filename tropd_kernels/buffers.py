@@ -2,13 +2,13 @@
 
 A fresh page costs a fault and its zeroing: for hundreds of megabytes more time than a pass over
 them. So the block that a call worked in stays for the next one, marked so that the system takes the
-pages back when it is short of memory (MADV_FREE): until it does they count as resident, and
-nobody's allocation fails for them. One block is kept, the last call's or, of calls side by side,
-the largest; `release()` drops it. On a GPU torch's allocator does all this.
+pages back when it is short of memory (MADV_FREE); until it does they count as resident. One block
+is kept, the largest so far; `release()` drops it. On a GPU torch's allocator does all this.
 """
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from math import prod
@@ -20,10 +20,11 @@ from . import native
 
 #: Smaller blocks come from memory that the C library keeps anyway.
 SMALLEST = 2**25
-#: Rows of logits begin at a multiple of this where their number of columns lets them.
-ALIGNMENT = 4096
+#: Of tensors within a block, which itself lies as torch's allocator lays it.
+ALIGNMENT = 64
 
 _kept: list[Tensor] = []
+_lock = threading.Lock()
 
 
 class Arena:
@@ -51,19 +52,20 @@ def arena(nbytes: int, keep: bool) -> Iterator[Arena]:
     if not keep or nbytes < SMALLEST or native.WHY_NOT is not None:
         yield Arena(None)
         return
-    block = _kept.pop() if _kept else None
+    with _lock:
+        block = _kept.pop() if _kept else None
     if block is None or block.numel() < nbytes:
         block = None  # before the new one takes its place
-        block = torch.empty(nbytes, dtype=torch.uint8)
+        with torch.inference_mode(False):  # or only inference could write to it
+            block = torch.empty(nbytes, dtype=torch.uint8, device="cpu")
     yield Arena(block)
     # Not where the call has failed: its error may hold views of the block.
     if torch.ops.tropd_native.may_be_reclaimed(block):
-        _kept.append(block)
-        if len(_kept) > 1:  # of calls in several threads
-            _kept.sort(key=Tensor.numel)
-            del _kept[:-1]
+        with _lock:  # of calls in several threads the largest
+            _kept[:] = [max([*_kept, block], key=Tensor.numel)]
 
 
 def release() -> None:
     """Gives the kept block back to the system."""
-    _kept.clear()
+    with _lock:
+        _kept.clear()

@@ -340,7 +340,8 @@ class _Loop:
         return torch.cat([coefs[:FIRST_WEIGHT], coefs[FIRST_WEIGHT:] * self.row_scale])
 
     def finish(self) -> None:
-        """Sums over tokens, scaled and rounded once; when the chunks' buffers are gone."""
+        """Sums over tokens, scaled and rounded once. What rounds an accumulator takes the room of
+        the chunks' buffers, which are gone then."""
         result, student = self.result, self.problem.student
         if self.first and result.d_weight is not None:  # no product has overwritten it
             result.d_weight.zero_()
