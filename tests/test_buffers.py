@@ -97,12 +97,13 @@ def test_calls_in_several_threads_do_not_share_a_block(blocks):
 
 
 @needs_native
-def test_inference_leaves_a_block_that_training_may_write():
+def test_inference_leaves_a_block_that_training_may_write(blocks):
     """Tensors of `torch.inference_mode` could not be written outside of it."""
     hidden, weight = torch.randn(20, 8), torch.randn(300, 8)
     labels = torch.randint(300, (20,))
     with torch.inference_mode():
         linear_log_probs(hidden, weight, labels, backend="native")
+    assert not blocks[0].is_inference()
     with torch.no_grad():
         linear_log_probs(hidden, weight, labels, backend="native")
     frozen_call(0)
