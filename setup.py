@@ -89,14 +89,8 @@ def compile_error(sources: list[str]) -> str | None:
 def without_amx() -> list[str]:
     """What leaves AMX out where the assembler does not know it (binutils before 2.35)."""
     with tempfile.TemporaryDirectory() as folder:
-        command = [
-            *shlex.split(os.environ.get("CXX", "c++")),
-            "-xc++",
-            "-c",
-            "-",
-            "-o",
-            f"{folder}/probe.o",
-        ]
+        compiler = shlex.split(os.environ.get("CXX", "c++"))
+        command = [*compiler, "-xc++", "-c", "-", "-o", f"{folder}/probe.o"]
         done = subprocess.run(command, input='asm("tilerelease");', capture_output=True, text=True)
     return [] if done.returncode == 0 else ["-DTROPD_NO_AMX"]
 

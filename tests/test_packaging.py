@@ -157,6 +157,18 @@ def test_an_unknown_value_is_an_error_that_names_the_allowed_ones(
 
 @needs_compiler
 @not_on_windows
+def test_an_assembler_that_does_not_know_amx_costs_only_amx(checkout: Path) -> None:
+    (checkout / "csrc" / "rows.cpp").write_text(SOURCE)
+    old = checkout / "old-compiler"  # fails where it is to assemble the probe, which it reads
+    old.write_text('#!/bin/sh\nfor a; do [ "$a" = - ] && exit 1; done\nexec c++ "$@"\n')
+    old.chmod(0o755)
+    wheel, output = build_wheel(checkout, CXX=str(old))
+    assert "tropd_kernels/_C.abi3.so" in names_in(wheel) and not notices(output)
+    assert "-DTROPD_NO_AMX" in output
+
+
+@needs_compiler
+@not_on_windows
 def test_sources_become_a_library_for_every_later_python_and_torch(checkout: Path) -> None:
     (checkout / "csrc" / "rows.cpp").write_text(SOURCE)
     wheel, output = build_wheel(checkout)

@@ -20,6 +20,7 @@ def _load() -> str | None:
     try:
         torch.ops.load_library(spec.origin)
         torch.ops.tropd_native.instruction_sets()
+        torch.ops.tropd_native.products()
     except (OSError, RuntimeError, AttributeError) as error:
         return f"{spec.origin} does not load with torch {torch.__version__}: {error}"
     return None

@@ -8,6 +8,7 @@ Work that an implementation does beyond the floor counts for nothing there.
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -150,7 +151,9 @@ def work(results: Results, row: Row) -> tuple[float, float]:
 def label(figure: Any, results: Results) -> None:
     on = results.facts["machine"]
     text = f"{results.shape}, {results.facts['dtype']}; {on.get('gpu', on['cpu'])}"
-    figure.supxlabel(f"{text}; torch {on['torch']}", fontsize=6, color="#57606a")
+    # 6 points: some 20 characters an inch
+    label = textwrap.fill(f"{text}; torch {on['torch']}", int(20 * figure.get_figwidth()))
+    figure.supxlabel(label, fontsize=6, color="#57606a")
 
 
 def mega(value: int | None) -> float | None:
