@@ -80,7 +80,7 @@ sanitize: $(READY)
 	cd $(SANITIZE) && library() { $${CXX:-c++} -print-file-name=$$1; } && \
 	export LD_PRELOAD="$$(library libasan.so) $$(library libstdc++.so.6)" ASAN_OPTIONS=detect_leaks=0 && \
 	export TROPD_SANITIZE=1 PYTHONPATH=$(CURDIR)/$(SANITIZE) OMP_NUM_THREADS=1 && \
-	$(CURDIR)/$(PY) -m pytest tests/test_native.py -q --capture=sys -p no:cacheprovider $(ARGS) && \
+	$(CURDIR)/$(PY) -m pytest tests/test_native.py tests/test_native_products.py -q --capture=sys -p no:cacheprovider $(ARGS) && \
 	$(CURDIR)/$(PY) tests/fuzz_native.py --seconds 20
 
 clean:

@@ -198,8 +198,6 @@ void pack_columns_transposed(
 
 // --- from sums to results --------------------------------------------------------------------------
 
-enum class Store { set, add, round };
-
 // A block's rows to out; nothing outside rows x columns is written.
 template <Store STORE, class Out>
 inline void store_block(const float* sums, int64_t rows, int64_t columns, Out* out, int64_t stride) {

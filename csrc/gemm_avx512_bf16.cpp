@@ -32,8 +32,6 @@ namespace {
 constexpr int MR = 6, NR = 64;
 constexpr int64_t KC = 2048;  // steps of k whose panel of B (256 KiB) is packed at once
 
-enum class Store { set, add, round };
-
 // out (ROWS, cols) from `pairs` pairs of k. a: pair p of row i at a + i * row + p * step.
 template <int ROWS, Store STORE>
 inline __attribute__((always_inline)) void tile(

@@ -23,6 +23,9 @@ void run(const Pool& pool, int64_t n, const F& f) {
       const_cast<void*>(static_cast<const void*>(&f)));
 }
 
+// What becomes of sums: they replace what stands there, are added to it, or replace it in bfloat16.
+enum class Store { set, add, round };
+
 inline __m256i to_bf16(__m512 v) { return reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(v)); }
 
 // 16 columns of two rows side by side, as pairs; a missing second row is 0.

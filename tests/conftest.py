@@ -33,3 +33,10 @@ def pytest_collection_modifyitems(items):
         parameters = getattr(item, "callspec", None)
         if parameters is not None and parameters.params.get("backend") == "native":
             item.add_marker(pytest.mark.skip(reason=f"backend 'native': {native.WHY_NOT}"))
+
+
+@pytest.fixture
+def use_threads():
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)

@@ -76,6 +76,11 @@ def bits(tensor: Tensor) -> Tensor:
     return tensor.view(torch.uint8)
 
 
+def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
+    assert a.dtype == b.dtype and a.shape == b.shape
+    return torch.equal(*(bits(each.contiguous().reshape(-1)) for each in (a, b)))
+
+
 class Memory:
     """Where the tensors of one call lie, and what it may change there."""
 

@@ -2,7 +2,7 @@
 
 That the backend computes the right losses is `test_correctness.py`'s subject, on the best
 instruction set of the machine; here every instruction set that runs is tried. `fuzz_native.py`
-looks for accesses outside the tensors.
+looks for accesses outside the tensors. The products have a file of their own.
 """
 
 import math
@@ -14,11 +14,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from fuzz_native import AKL, INT64_MAX, INT64_MIN, between_guards, bits, library_under_test
+from fuzz_native import AKL, INT64_MAX, INT64_MIN, between_guards, library_under_test, same_bits
 from problems import OBJECTIVES, make_problem, with_everything
 
 from tropd_kernels import LogitsTeacher, distillation_loss, native
-from tropd_kernels.products import TorchProducts, products_for
 from tropd_kernels.rows.layout import Coef, Stat
 from tropd_kernels.rows.native_rows import GENERATORS
 
@@ -36,29 +35,6 @@ def instruction_set(request):
     before = ops.use_instruction_set(request.param)
     yield request.param
     assert ops.use_instruction_set(before) == request.param
-
-
-@pytest.fixture(
-    params=native.BF16_PRODUCTS
-    or [pytest.param(None, marks=pytest.mark.skip(reason="this CPU multiplies no bfloat16"))]
-)
-def multiplier(request):
-    """Multiplies bfloat16 on each of the CPU's units, and leaves the best one in use."""
-    before = ops.use_products(request.param)
-    yield request.param
-    assert ops.use_products(before) == request.param
-
-
-@pytest.fixture
-def use_threads():
-    before = torch.get_num_threads()
-    yield torch.set_num_threads
-    torch.set_num_threads(before)
-
-
-def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
-    assert a.dtype == b.dtype and a.shape == b.shape
-    return torch.equal(*(bits(each.contiguous().reshape(-1)) for each in (a, b)))
 
 
 @pytest.mark.skipif("TROPD_SANITIZE" not in os.environ, reason="not under `make sanitize`")
@@ -348,118 +324,6 @@ def test_given_ids_outside_the_vocabulary_are_ignored(wrong, instruction_set):
     ids[:, 1] = wrong
     ops.gradient(**arguments | {"ids": ids, "added": torch.ones(3, 2), "out": found})
     assert same_bits(found, expected)
-
-
-# --- products ------------------------------------------------------------------------------------
-
-SHAPES = [  # m, n, k: a tile is 6 x 64, a panel 2048 deep; on AMX 32 x 32, 512 deep
-    (1, 1, 1), (1, 1, 2), (2, 3, 1), (5, 63, 7), (6, 64, 32), (7, 65, 33), (13, 129, 31),
-    (97, 5, 48), (3, 70, 2047), (2, 66, 2049), (8, 3, 4101), (290, 33, 66), (34, 600, 513),
-    (530, 3, 1100), (1100, 1090, 40),
-]  # fmt: skip
-
-
-def integers(rows, cols, low=-8, dtype=torch.bfloat16, lead=0, gap=0):
-    """Small enough that every sum of their products is exact in float32. `gap` columns of NaN after
-    each row, `lead` before."""
-    whole = torch.full((rows, lead + cols + gap), math.nan, dtype=dtype)
-    part = whole[:, lead : lead + cols]
-    return part.copy_(torch.randint(low, 9, (rows, cols)))
-
-
-def product(operator, a, b) -> torch.Tensor:
-    left = a.double().T if operator == "gemm_tn" else a.double()
-    return left @ (b.double().T if operator == "gemm_nt" else b.double())
-
-
-def operands(operator, m, n, k, make):
-    return make(*((k, m) if operator == "gemm_tn" else (m, k))), make(
-        *((n, k) if operator == "gemm_nt" else (k, n))
-    )
-
-
-products = pytest.mark.parametrize("operator", ["gemm_nt", "gemm_nn", "gemm_tn"])
-
-
-@products
-@pytest.mark.parametrize(("lead", "gap"), [(0, 0), (1, 0), (3, 4), (0, 64)])
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_products_of_integers_are_exact_at_any_shape_and_stride(
-    operator, shape, lead, gap, multiplier
-):
-    m, n, k = shape
-    a, b = operands(operator, m, n, k, lambda r, c: integers(r, c, lead=lead, gap=gap))
-    whole = torch.full((m, lead + n + gap), math.nan)
-    out = whole[:, lead : lead + n]
-    getattr(ops, operator)(a, b, out, *([False] if operator == "gemm_tn" else []))
-    assert torch.equal(out.double(), product(operator, a, b))
-    assert whole[:, :lead].isnan().all() and whole[:, lead + n :].isnan().all()
-
-
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_transposed_products_can_add_or_round_once(shape, multiplier):
-    m, n, k = shape
-    a, b = operands("gemm_tn", m, n, k, integers)
-    exact = product("gemm_tn", a, b)
-    out = integers(m, n, dtype=torch.float32, lead=1, gap=2)
-    expected = out.double() + exact
-    ops.gemm_tn(a, b, out, True)
-    assert torch.equal(out.double(), expected)
-    whole = torch.full((m, n + 3), math.nan, dtype=torch.bfloat16)
-    ops.gemm_tn(a, b, whole[:, 1 : n + 1], False)
-    assert torch.equal(whole[:, 1 : n + 1], exact.bfloat16())
-    assert whole[:, 0].isnan().all() and whole[:, n + 1 :].isnan().all()
-
-
-@products
-def test_products_add_in_float32(operator, multiplier):
-    a, b = operands(operator, 70, 100, 3001, lambda r, c: torch.randn(r, c).bfloat16())
-    out = torch.empty(70, 100)
-    getattr(ops, operator)(a, b, out, *([False] if operator == "gemm_tn" else []))
-    exact = product(operator, a, b)
-    # A random walk of roundings: sums that were bf16, or half of the terms, are 100 times worse.
-    assert float((out - exact).norm() / exact.norm()) < 3001**0.5 * torch.finfo(torch.float32).eps
-
-
-@products
-def test_products_are_the_same_bits_on_any_number_of_threads(operator, multiplier, use_threads):
-    a, b = operands(operator, 200, 700, 2100, lambda r, c: torch.randn(r, c).bfloat16())
-    results = []
-    for threads in (1, 1, 2, 5):
-        use_threads(threads)
-        results.append(torch.full((200, 700), math.nan))
-        getattr(ops, operator)(a, b, results[-1], *([False] if operator == "gemm_tn" else []))
-    assert all(same_bits(results[0], each) for each in results)
-
-
-@pytest.mark.parametrize("operator", ["gemm_nt", "gemm_nn", "gemm_tn"])
-def test_products_and_those_of_torch_may_take_turns(operator, multiplier):
-    """Both configure the tile units of a CPU that has them, and neither may rely on what it set
-    before."""
-    a, b = operands(operator, 40, 50, 200, integers)
-    left, right = torch.randn(64, 96).bfloat16(), torch.randn(96, 128).bfloat16()
-    expected, out = left @ right, torch.empty(40, 50)
-    for _ in range(3):
-        out.fill_(math.nan)
-        getattr(ops, operator)(a, b, out, *([False] if operator == "gemm_tn" else []))
-        assert torch.equal(out.double(), product(operator, a, b))
-        assert same_bits(left @ right, expected)
-
-
-def test_where_amx_cannot_be_ours_the_library_s_products_serve(monkeypatch):
-    """oneDNN uses the tile units; ours without them would be several times slower."""
-    monkeypatch.setattr(ops, "products", lambda: ["AVX512-BF16"])
-    for amx, expected in ((True, []), (False, ["AVX512-BF16"])):
-        monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda amx=amx: amx)
-        assert native._bf16_products() == expected
-    monkeypatch.setattr(native, "BF16_PRODUCTS", [])
-    assert type(products_for("native", torch.bfloat16, "cpu")) is TorchProducts
-    assert "AVX512-BF16" not in native.description()
-
-
-def test_unknown_products_are_an_error():
-    with pytest.raises(RuntimeError, match="has no products named"):
-        ops.use_products("abacus")
 
 
 # --- bad arguments -------------------------------------------------------------------------------
