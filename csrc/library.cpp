@@ -8,6 +8,7 @@
 #include <sys/mman.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <optional>
 #include <sstream>
 #include <stdexcept>
@@ -289,6 +290,22 @@ bool may_be_reclaimed(Tensor buffer) {
 #endif
 }
 
+// Makes a fresh buffer's pages on all threads: a fault for each, when it is first written, takes longer.
+void make_pages(Tensor buffer) {
+  check_cpu(buffer, "buffer");
+  if (!buffer.is_contiguous()) fail("buffer must be contiguous");
+#if defined(MADV_POPULATE_WRITE)
+  constexpr int64_t PIECE = 1 << 21;
+  const uintptr_t page = uintptr_t(sysconf(_SC_PAGESIZE));
+  const uintptr_t first = reinterpret_cast<uintptr_t>(buffer.mutable_data_ptr());
+  const uintptr_t low = first / page * page, high = first + buffer.numel() * buffer.element_size();
+  torch::stable::parallel_for(0, int64_t(high - low + PIECE - 1) / PIECE, 1, [&](int64_t begin, int64_t end) {
+    const uintptr_t to = std::min(high, low + end * PIECE), from = std::min(to, low + begin * PIECE);
+    if (from < to) madvise(reinterpret_cast<void*>(from), to - from, MADV_POPULATE_WRITE);
+  });
+#endif
+}
+
 // --- products ------------------------------------------------------------------------------------
 
 std::vector<const Products*> products() {  // those of this CPU, best first
@@ -401,6 +418,7 @@ STABLE_TORCH_LIBRARY(tropd_native, m) {
   m.def("gemm_nn(Tensor a, Tensor b, Tensor(a!) out) -> ()");
   m.def("gemm_tn(Tensor a, Tensor b, Tensor(a!) out, bool add) -> ()");
   m.def("may_be_reclaimed(Tensor(a!) buffer) -> bool");
+  m.def("make_pages(Tensor(a!) buffer) -> ()");
   m.def("products() -> str[]");
   m.def("use_products(str name) -> str");
   m.def("instruction_sets() -> str[]");
@@ -416,6 +434,7 @@ STABLE_TORCH_LIBRARY_IMPL(tropd_native, CompositeExplicitAutograd, m) {
   m.impl("gemm_nn", TORCH_BOX(&tropd::op_gemm_nn));
   m.impl("gemm_tn", TORCH_BOX(&tropd::op_gemm_tn));
   m.impl("may_be_reclaimed", TORCH_BOX(&tropd::may_be_reclaimed));
+  m.impl("make_pages", TORCH_BOX(&tropd::make_pages));
   m.impl("products", TORCH_BOX(&tropd::op_products));
   m.impl("use_products", TORCH_BOX(&tropd::use_products));
   m.impl("instruction_sets", TORCH_BOX(&tropd::instruction_sets));

@@ -28,7 +28,8 @@ TROPD_INLINE Terms<T> terms(
     case SKEW_FORWARD:
     case SKEW_REVERSE:
     case TOPK_JSD: {
-      Vector<T> lm = logaddexp<T>(lq + T(d.log_c), lp + T(d.log_1_c));
+      // where p and q are 0 it is NaN, and multiplied by neither
+      Vector<T> lm = log_sum<T>(q * c, p * rest, lq + T(d.log_c), lp + T(d.log_1_c));
       if (d.generator == JSD) {
         Vector<T> student = product<T>(p, lp - lm) * rest;
         return {product<T>(q, lq - lm) * c + student, student};

@@ -149,15 +149,18 @@ TROPD_INLINE Vector<T> exp(Vector<T> x) {
   return (e.minus_one + T(1)) * power_of_two<T>(e.half) * power_of_two<T>(e.rest);
 }
 
-// For x in [0, 1]: log(1 + x) = 2 atanh(x / (2 + x)).
+// log(1 + x) = 2 atanh(s), s = x / (2 + x), for x in [0, 1].
 template <class T>
-TROPD_INLINE Vector<T> log1p(Vector<T> x) {
-  Vector<T> s = x / (x + T(2));
+TROPD_INLINE Vector<T> two_atanh(Vector<T> s) {
   Vector<T> square = s * s;
   Vector<T> sum = all<T>(T(1) / (2 * Types<T>::atanh_terms + 1));
 #pragma GCC unroll 20
   for (int k = Types<T>::atanh_terms - 1; k >= 0; --k) sum = sum * square + T(1) / (2 * k + 1);
   return s * T(2) * sum;
+}
+template <class T>
+TROPD_INLINE Vector<T> log1p(Vector<T> x) {
+  return two_atanh<T>(x / (x + T(2)));
 }
 
 // tanh |x| = t / (t + 2), t = exp(2 |x|) - 1, which has no cancellation.
@@ -171,12 +174,12 @@ TROPD_INLINE Vector<T> tanh(Vector<T> x) {
   return x < T(0) ? -result : result;
 }
 
-// log(exp(x) + exp(y)), -inf where both are.
+// log(a + b) from a, b and their logarithms: log(high) + log(1 + low / high) without a cancellation,
+// another exponential or a second quotient. NaN where both are 0.
 template <class T>
-TROPD_INLINE Vector<T> logaddexp(Vector<T> x, Vector<T> y) {
-  Vector<T> high = x > y ? x : y, low = x > y ? y : x;
-  Vector<T> sum = high + log1p<T>(exp<T>(low - high));
-  return high == low ? high + T(0.69314718055994530942) : sum;
+TROPD_INLINE Vector<T> log_sum(Vector<T> a, Vector<T> b, Vector<T> log_a, Vector<T> log_b) {
+  Vector<T> high = a > b ? a : b, low = a > b ? b : a;
+  return (log_a > log_b ? log_a : log_b) + two_atanh<T>(low / (low + high * T(2)));
 }
 
 // --- memory: memcpy, because gradients overwrite logits of another type ----------------------------

@@ -136,6 +136,16 @@ def test_what_the_system_takes_back_comes_back():
     assert (block == 9).all()
 
 
+@needs_native
+def test_pages_are_made_and_nothing_is_written():
+    block = torch.full((2**21 + 5,), 7, dtype=torch.uint8)
+    torch.ops.tropd_native.make_pages(block[3:-1])
+    torch.ops.tropd_native.make_pages(block[:0])
+    assert (block == 7).all()
+    with pytest.raises(RuntimeError, match="buffer must be contiguous"):
+        torch.ops.tropd_native.make_pages(block[::2])
+
+
 def test_other_backends_keep_nothing(blocks):
     for backend in ("torch", "reference"):
         make_problem(tokens=20).call(OBJECTIVES["tropd"], "hidden", backend)

@@ -1,9 +1,10 @@
 """Room for a call's chunks on a CPU, kept between calls.
 
 A fresh page costs a fault and its zeroing: for hundreds of megabytes more time than a pass over
-them. So the block that a call worked in stays for the next one, marked so that the system takes the
-pages back when it is short of memory (MADV_FREE); until it does they count as resident. One block
-is kept, the largest so far; `release()` drops it. On a GPU torch's allocator does all this.
+them. So pages are made at once, by all threads, and the block that a call worked in stays for the
+next one, marked so that the system takes the pages back when it is short of memory (MADV_FREE);
+until it does they count as resident. One block is kept, the largest so far; `release()` drops it.
+On a GPU torch's allocator does all this.
 """
 
 from __future__ import annotations
@@ -15,8 +16,6 @@ from math import prod
 
 import torch
 from torch import Tensor
-
-from . import native
 
 #: Smaller blocks come from memory that the C library keeps anyway.
 SMALLEST = 2**25
@@ -47,20 +46,18 @@ def bytes_for(size: tuple[int, ...], dtype: torch.dtype) -> int:
 
 @contextmanager
 def arena(nbytes: int, keep: bool) -> Iterator[Arena]:
-    """An arena of `nbytes`, whose block the next call may use; with `keep` False, and for small
-    ones, without a block."""
-    if not keep or nbytes < SMALLEST or native.WHY_NOT is not None:
-        yield Arena(None)
-        return
+    """An arena of `nbytes` for the `native` backend, whose block, with `keep`, the next call may
+    use."""
     with _lock:
         block = _kept.pop() if _kept else None
     if block is None or block.numel() < nbytes:
         block = None  # before the new one takes its place
         with torch.inference_mode(False):  # or only inference could write to it
             block = torch.empty(nbytes, dtype=torch.uint8, device="cpu")
+        torch.ops.tropd_native.make_pages(block)
     yield Arena(block)
     # Not where the call has failed: its error may hold views of the block.
-    if torch.ops.tropd_native.may_be_reclaimed(block):
+    if keep and torch.ops.tropd_native.may_be_reclaimed(block):
         with _lock:  # of calls in several threads the largest
             _kept[:] = [max([*_kept, block], key=Tensor.numel)]
 

@@ -23,6 +23,7 @@ With a selection (`selection.py`) the two products of a super-chunk see some of 
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import dataclass, fields, replace
 from types import ModuleType
 from typing import TYPE_CHECKING
@@ -306,8 +307,9 @@ class _Loop:
         nbytes = sum(buffers.bytes_for(*size) for size in sizes if size is not None)
         # A batch in several super-chunks uses its buffers often enough, and has an accumulator
         # whose rounding wants their room.
-        keep = problem.backend == "native" and (plan.rounds_d_weight or not self.needs.weight)
-        with buffers.arena(nbytes, keep) as arena:
+        keep = plan.rounds_d_weight or not self.needs.weight
+        blocks = problem.backend == "native" and nbytes >= buffers.SMALLEST
+        with buffers.arena(nbytes, keep) if blocks else nullcontext(buffers.Arena(None)) as arena:
             like = problem.student.source
             room = [None if size is None else arena.empty(like, *size) for size in sizes]
             self._run(rows, options, *room)
