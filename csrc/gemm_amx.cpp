@@ -12,8 +12,8 @@
 //             next they pack together
 //   gemm_tn   d_weight += d_logits.T @ hidden: 512 ids' d_logits stay in L2, hidden goes by
 //
-// A core here either multiplies or waits for memory: tiles from L2 and lines from memory go through
-// the same few fill buffers, and prefetching the one during the other gained nothing. So rows are
+// A core either multiplies or waits for memory: prefetching during the multiplication gained nothing
+// (tiles from L2 and lines from memory likely want the same fill buffers). So rows are
 // read in the order in which they lie, and results that are not read soon are streamed past the cache.
 //
 // tdpbf16ps treats subnormals as zero and adds in float32. Every sum of a result has one order,
