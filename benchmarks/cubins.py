@@ -5,6 +5,9 @@ memory and load widths.
     python -m benchmarks.cubins --target hip:gfx942 tropd gkd   two of them, for an MI300X
     python -m benchmarks.cubins --json ...                      one JSON list of `Figures`
 
+"Loops": those that read rows by 16 bytes, as instructions / such loads in one pass, with a "!"
+where they make threads wait for each other.
+
 Nothing is described twice: the package's own functions run on meta tensors, which have shapes,
 strides and dtypes but no memory, and take every branch that they would take on a GPU. Each launch
 goes to Triton's own `JITFunction.run`, as a warm-up, under a driver that claims to be the target:
@@ -73,6 +76,20 @@ TOKENS = 512
 
 
 @dataclass(frozen=True)
+class Loop:
+    """Of one pass of a loop: its instructions, and among them those that read global memory, and by
+    16 bytes; that make threads wait for each other, that pass numbers between them, and that read
+    or write local memory."""
+
+    instructions: int
+    loads: int
+    wide_loads: int
+    barriers: int
+    exchanges: int
+    local: int
+
+
+@dataclass(frozen=True)
 class Figures:
     """One compiled kernel.
 
@@ -81,6 +98,7 @@ class Figures:
     is walked. fp_fusion: as the launch asked. seconds: of CPU, for compiling; next to nothing where
     Triton's cache had it. registers: a thread. spills: bytes of local memory a thread. shared:
     bytes. loads: instructions that read global memory, by bits a thread, of kernels that walk rows.
+    loops: of these, too, on NVIDIA's GPUs, the innermost ones.
     """
 
     kernel: str
@@ -95,6 +113,7 @@ class Figures:
     spills: int = 0
     shared: int = 0
     loads: dict[int, int] = field(default_factory=dict)
+    loops: list[Loop] = field(default_factory=list)
     error: str | None = None
 
 
@@ -260,7 +279,7 @@ def _figures(function, arguments, compiled, target_name, seconds) -> Figures:
     warps = arguments.get("num_warps", 4)
     tile_bits = 0
     if "vocab_size" in function.arg_names:
-        elements = arguments["BLOCK"] // (warps * TARGETS[target_name].warp_size)
+        elements = _tile(arguments) // (warps * TARGETS[target_name].warp_size)
         operands = (arguments[name] for name in WALKED)
         tile_bits = sum(elements * 8 * t.element_size() for t in operands if t is not None)
     figures = Figures(
@@ -271,10 +290,16 @@ def _figures(function, arguments, compiled, target_name, seconds) -> Figures:
     if isinstance(compiled, Exception):
         return replace(figures, error=f"{type(compiled).__name__}: {compiled}")
     read = _read_amdgcn if "amdgcn" in compiled.asm else _read_cubin
-    registers, spills, loads = read(compiled, with_loads=tile_bits > 0)
     return replace(
-        figures, shared=compiled.metadata.shared, registers=registers, spills=spills, loads=loads
+        figures, shared=compiled.metadata.shared, **read(compiled, with_loads=tile_bits > 0)
     )
+
+
+def _tile(arguments: dict) -> int:
+    """Ids that a program reads at once."""
+    if "BLOCK" in arguments:
+        return arguments["BLOCK"]
+    return arguments["UNROLL"] * arguments["LANES"]
 
 
 def _plain(value):
@@ -284,7 +309,7 @@ def _plain(value):
 # --- reading what was compiled ------------------------------------------------------------------
 
 
-def _read_cubin(compiled, with_loads: bool) -> tuple[int, int, dict[int, int]]:
+def _read_cubin(compiled, with_loads: bool) -> dict:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
         file.flush()
@@ -293,7 +318,47 @@ def _read_cubin(compiled, with_loads: bool) -> tuple[int, int, dict[int, int]]:
     number = {k: int(v) for k, v in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", usage)}
     modifiers = re.findall(r"\bLDG\.E((?:\.\w+)*)", sass)
     loads = Counter(_ldg_bits(m.split(".")) for m in modifiers)
-    return number["REG"], number["STACK"] + number["LOCAL"], dict(loads)
+    return dict(
+        registers=number["REG"], spills=number["STACK"] + number["LOCAL"], loads=dict(loads),
+        loops=_loops(sass),
+    )  # fmt: skip
+
+
+def _loops(sass: str) -> list[Loop]:
+    """Each innermost loop: from a label to a branch back to it, with no other such between. Nor an
+    exit: what is seldom needed lies behind that, and jumps back from there."""
+    code: list[str] = []
+    labels: dict[str, int] = {}
+    spans = []
+    last_exit = -1
+    for line in sass.splitlines():
+        if label := re.match(r"(\.L_x_\d+):", line):
+            labels[label[1]] = len(code)
+        elif found := re.match(r"\s+/\*[0-9a-f]+\*/\s+(@!?U?P\w+ +)?(.+?);", line):
+            predicate, instruction = found.groups()
+            to = re.match(r"BRA\b.*`\((\.L_x_\d+)\)", instruction)
+            if to and labels.get(to[1], -1) > last_exit:
+                spans.append((labels[to[1]], len(code)))
+            if instruction.startswith("EXIT") and not predicate:
+                last_exit = len(code)
+            code.append(instruction)
+    inner = [
+        (low, high) for low, high in spans
+        if not any(low <= a and b <= high and (a, b) != (low, high) for a, b in spans)
+    ]  # fmt: skip
+    return [_loop(code[low : high + 1]) for low, high in inner if high > low]
+
+
+def _loop(code: list[str]) -> Loop:
+    count = Counter(instruction.split()[0].split(".")[0] for instruction in code)
+    return Loop(
+        instructions=len(code),
+        loads=count["LDG"],
+        wide_loads=sum(re.match(r"LDG\.E\S*\.128", line) is not None for line in code),
+        barriers=count["BAR"],
+        exchanges=count["SHFL"] + count["REDUX"],
+        local=count["LDL"] + count["STL"],
+    )
 
 
 def _tool(name: str, *arguments: str) -> str:
@@ -306,7 +371,7 @@ def _ldg_bits(modifiers: list[str]) -> int:
     return next((int(m[1]) for m in named if m), 32)
 
 
-def _read_amdgcn(compiled, with_loads: bool) -> tuple[int, int, dict[int, int]]:
+def _read_amdgcn(compiled, with_loads: bool) -> dict:
     text = compiled.asm["amdgcn"]
 
     def number(name):
@@ -315,7 +380,7 @@ def _read_amdgcn(compiled, with_loads: bool) -> tuple[int, int, dict[int, int]]:
     words = re.findall(r"\b(?:global|buffer)_load_(dword(?:x\d)?|[us]byte|[us]short)", text)
     loads = Counter(_dword_bits(word) for word in words if with_loads)
     spills = number("private_segment_fixed_size") + 4 * number("vgpr_spill_count")
-    return number("vgpr_count"), spills, dict(loads)
+    return dict(registers=number("vgpr_count"), spills=spills, loads=dict(loads))
 
 
 def _dword_bits(word: str) -> int:
@@ -327,13 +392,21 @@ def _dword_bits(word: str) -> int:
 # --- the table ----------------------------------------------------------------------------------
 
 
+def walks(f: Figures) -> list[Loop]:
+    """The loops that read rows."""
+    return [loop for loop in f.loops if loop.wide_loads]
+
+
 def _line(f: Figures) -> str:
     if f.error:
         return f"{f.target:<11} {f.kernel:<18} {' '.join(f.cases)}: {f.error}"
     loads = " ".join(f"{bits}:{f.loads[bits]}" for bits in sorted(f.loads, reverse=True))
+    loops = " ".join(
+        f"{loop.instructions}/{loop.wide_loads}{'!' if loop.barriers else ''}" for loop in walks(f)
+    )
     return (
         f"{f.target:<11} {f.kernel:<18} {f.warps:>5} {f.registers:>9} {f.spills:>6} {f.shared:>6}  "
-        f"{loads:<24} {f.seconds:>7.1f} s  {' '.join(f.cases)}"
+        f"{loads:<24} {loops:<20} {f.seconds:>7.1f} s  {' '.join(f.cases)}"
     )
 
 
@@ -352,6 +425,7 @@ def main() -> None:
         return
     print(f"triton {triton.__version__}; loads: instructions by bits a thread; CPU time")
     names = f"{'target':<11} {'kernel':<18} warps registers spills shared  {'loads':<24}"
+    names += f" {'loops':<20}"
     print(names, "compiling  cases")
     for f in sorted(figures, key=lambda f: (f.target, f.kernel)):
         print(_line(f))

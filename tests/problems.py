@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 
 import torch
@@ -209,3 +210,30 @@ def relative_error(value: torch.Tensor, truth: torch.Tensor) -> float:
     """Norm of the difference over the norm of the truth, in float64; NaN stays NaN."""
     value, truth = value.double(), truth.double()
     return float((value - truth).norm() / truth.norm().clamp_min(1e-30))
+
+
+def rows_of_several_blocks() -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+    """Student's and teacher's logits, whose maxima stand in the last of their blocks of 1024."""
+    vocab, block = 3172, torch.arange(3172) // 1024
+    z, t = torch.randn(vocab), torch.randn(vocab)
+    excluded = torch.where(block == 0, -math.inf, 0.0)
+    low = torch.full((vocab,), -160.0)
+    low[0], low[2000] = -100.0, 0.0
+    cases = {
+        "rise by 50": (z + 50.0 * block, t + 50.0 * block),
+        "rise by 200": (z + 200.0 * block, t - 200.0 * block),
+        "only one rises": (z + 200.0 * block, t),
+        "student excludes the first block": (z + excluded, t - 300.0 * (block == 0)),
+        "teacher excludes the first block": (z - 300.0 * (block == 0), t + excluded),
+        "both exclude it": (z + excluded, t + excluded),
+        "a weight that is 0 beside the row's maximum": (low, t.clone()),
+        "a mask on one side": (z + 200.0 * (block == 2), t.clone()),
+        "infinite": (z.clone(), t + excluded),
+    }
+    cases["a weight that is 0 beside the row's maximum"][1][1] = -math.inf
+    low = low.clone()
+    low[0], low[1025] = -160.0, -80.0
+    cases["... and beside that of its lane is not"] = low, t.clone()
+    cases["... and beside that of its lane is not"][1][1] = -math.inf
+    cases["a mask on one side"][1][5] = torch.finfo(torch.float32).min
+    return cases

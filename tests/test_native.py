@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 from fuzz_native import AKL, INT64_MAX, INT64_MIN, between_guards, library_under_test, same_bits
-from problems import OBJECTIVES, make_problem, with_everything
+from problems import OBJECTIVES, make_problem, rows_of_several_blocks, with_everything
 
 from tropd_kernels import LogitsTeacher, distillation_loss, native
 from tropd_kernels.rows.layout import Coef, Stat
@@ -238,29 +238,6 @@ def test_the_gradient_may_be_written_over_the_logits(generator, vocab, scales, i
         over = student.view(dtype)[:, :vocab]  # a bfloat16 row begins where the float32 one does
         ops.gradient(**arguments | {"student": student, "out": over})
         assert same_bits(over, expected)
-
-
-def rows_of_several_blocks() -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
-    """Student's and teacher's logits, whose maxima stand in the last of their blocks of 1024."""
-    vocab, block = 3172, torch.arange(3172) // 1024
-    z, t = torch.randn(vocab), torch.randn(vocab)
-    excluded = torch.where(block == 0, -math.inf, 0.0)
-    low = torch.full((vocab,), -160.0)
-    low[0], low[2000] = -100.0, 0.0
-    cases = {
-        "rise by 50": (z + 50.0 * block, t + 50.0 * block),
-        "rise by 200": (z + 200.0 * block, t - 200.0 * block),
-        "only one rises": (z + 200.0 * block, t),
-        "student excludes the first block": (z + excluded, t - 300.0 * (block == 0)),
-        "teacher excludes the first block": (z - 300.0 * (block == 0), t + excluded),
-        "both exclude it": (z + excluded, t + excluded),
-        "a weight that is 0 beside the row's maximum": (low, t.clone()),
-        "a mask on one side": (z + 200.0 * (block == 2), t.clone()),
-        "infinite": (z.clone(), t + excluded),
-    }
-    cases["a weight that is 0 beside the row's maximum"][1][1] = -math.inf
-    cases["a mask on one side"][1][5] = torch.finfo(torch.float32).min
-    return cases
 
 
 @pytest.mark.parametrize("name", [*rows_of_several_blocks(), "nan"])

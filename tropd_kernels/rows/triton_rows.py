@@ -1,12 +1,9 @@
-"""The row engine on Triton: launches the passes of `triton_kernels`.
-
-Launch configurations are a pure function of sizes and precision (`launch_options`): no autotuning,
-which costs the user start-up time and, for a kernel that overwrites its input, tunes on garbage.
-"""
+"""The row engine on Triton: launches the passes of `triton_kernels`, as `triton_launch` says."""
 
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import torch
 import triton.language as tl
@@ -17,6 +14,14 @@ from . import triton_kernels as kernels
 from .given import given_top_k
 from .layout import Coef, LogitTransform, RowBatch, RowOptions, Stat
 from .rule import Gate, topk_entropy
+from .triton_launch import (
+    FUSION_OFF,
+    block_options,
+    lanes_hold,
+    parts_of_row,
+    power_of_two,
+    tile_options,
+)
 
 #: Rows of one program of the rule kernel.
 RULE_BLOCK = 128
@@ -57,13 +62,32 @@ def statistics(batch: RowBatch, options: RowOptions) -> tuple[Tensor, Tensor]:
     if batch.ids is not None and entropy is None:
         whole = given_top_k(batch.ids, batch.topk_log_probs, None, vocab_size)
         entropy = topk_entropy(whole[1]).to(dtype)
-    kernels.statistics_kernel[(n,)](
-        z, t, options.student.bias, options.teacher.bias, batch.labels, batch.label_log_probs,
-        entropy, stats, coefs, vocab_size, z.stride(0), 0 if t is None else t.stride(0), n,
-        ACC=_acc(dtype), **_transforms(options),
-        **launch_options(vocab_size, dtype, loads=1 + (t is not None)),
-    )  # fmt: skip
+    _statistics(z, t, batch, options, entropy, stats, coefs)
     return stats, coefs
+
+
+def _statistics(
+    z: Tensor,
+    t: Tensor | None,
+    batch: RowBatch,
+    options: RowOptions,
+    teacher_entropy: Tensor | None,
+    stats: Tensor,
+    coefs: Tensor,
+) -> None:
+    n, vocab_size = z.shape
+    launch = tile_options(vocab_size, stats.dtype, _narrowest(z, t), unroll=4)
+    parts = parts_of_row(n, vocab_size, launch["UNROLL"] * launch["LANES"])
+    room = None if parts == 1 else stats.new_empty((8, parts, n))
+    arguments = (
+        z, t, _bias(options.student), _bias(options.teacher), batch.labels, batch.label_log_probs,
+        teacher_entropy, stats, coefs, room, vocab_size, z.stride(0),
+        0 if t is None else t.stride(0), n,
+    )  # fmt: skip
+    constants = dict(ACC=_acc(stats.dtype), **_transforms(options), PARTS=parts, **launch)
+    kernels.statistics_kernel[(n, parts)](*arguments, **constants)
+    if parts > 1:
+        kernels.join_kernel[(n,)](*arguments, **constants)
 
 
 def sums(batch: RowBatch, options: RowOptions, gated: Gate, stats: Tensor, coefs: Tensor) -> Tensor:
@@ -84,14 +108,15 @@ def _dense_sums(
     rule, z, t = options.rule, _rows(batch.student), _rows(batch.teacher)
     n, vocab_size = z.shape
     sums = coefs.new_empty((kernels.SUMS, n))
+    launch = tile_options(vocab_size, coefs.dtype, _narrowest(z, t), unroll=2)
     kernels.dense_sums_kernel[(n,)](
-        z, t, options.student.bias, options.teacher.bias, *_gate_inputs(batch, rule),
+        z, t, _bias(options.student), _bias(options.teacher), *_gate_inputs(batch, rule),
         options.entropy_threshold, stats, coefs, sums, vocab_size, z.stride(0), t.stride(0), n,
         ACC=_acc(coefs.dtype), **_transforms(options), **_gate_constants(rule),
         GENERATOR=rule.generator, TOP_K=rule.top_k if rule.uses_top_k else None,
-        THRESHOLD_GIVEN=threshold_given,
-        SEARCH_BLOCK=min(512, launch_options(vocab_size, coefs.dtype, 2)["BLOCK"]),
-        **launch_options(vocab_size, coefs.dtype, loads=4),
+        TAIL=rule.top_k_tail, THRESHOLD_GIVEN=threshold_given,
+        BY_LANES=rule.uses_top_k and lanes_hold(rule.top_k, launch["LANES"]),
+        SEARCH_BLOCK=min(512, launch["LANES"]), **launch,
     )  # fmt: skip
     return sums
 
@@ -103,9 +128,9 @@ def _given_sums(batch: RowBatch, options: RowOptions, stats: Tensor, coefs: Tens
     sums = coefs.new_empty((kernels.SUMS, n))
     ids, log_probs = given_top_k(batch.ids, batch.topk_log_probs, rule.top_k, vocab_size)
     kernels.given_sums_kernel[(n,)](
-        z, options.student.bias, ids, log_probs, stats, coefs, sums, z.stride(0),
+        z, _bias(options.student), ids, log_probs, stats, coefs, sums, z.stride(0),
         ids.shape[1], n, ACC=_acc(coefs.dtype), **_transform("", options.student),
-        **_generator_constants(rule), BLOCK=_power_of_two(ids.shape[1]), **FUSION_OFF,
+        **_generator_constants(rule), BLOCK=power_of_two(ids.shape[1]), **FUSION_OFF,
     )  # fmt: skip
     return sums
 
@@ -118,16 +143,12 @@ def _gate_inputs(batch: RowBatch, rule: TokenRule) -> tuple:
 def entropy(batch: RowBatch, options: RowOptions) -> Tensor:
     """H(p) (n,) alone, for rules that rank the batch by it."""
     z = _rows(batch.student)
-    n, vocab_size = z.shape
-    dtype = torch.promote_types(z.dtype, torch.float32)
+    n, dtype = z.shape[0], torch.promote_types(z.dtype, torch.float32)
     stats = z.new_empty((len(Stat), n), dtype=dtype)
     coefs = z.new_empty((len(Coef), n), dtype=dtype)
     if n:
-        kernels.statistics_kernel[(n,)](
-            z, None, options.student.bias, None, batch.labels, None, None, stats, coefs,
-            vocab_size, z.stride(0), 0, n,
-            ACC=_acc(dtype), **_transforms(options), **launch_options(vocab_size, dtype, loads=1),
-        )  # fmt: skip
+        alone = replace(batch, label_log_probs=None)
+        _statistics(z, None, alone, options, None, stats, coefs)
     return stats[Stat.ENTROPY]
 
 
@@ -151,48 +172,45 @@ def gradient(batch: RowBatch, coefs: Tensor, options: RowOptions, out: Tensor) -
     if batch.ids is not None and rule.uses_sums:
         given = given_top_k(batch.ids, batch.topk_log_probs, rule.top_k, vocab_size)
         id_logits = z.gather(1, given[0])  # before `out` may overwrite them
-    kernels.gradient_kernel[(n,)](
-        z, t, options.student.bias, options.teacher.bias, batch.labels, coefs, out, vocab_size,
+    launch = block_options(vocab_size, dtype)
+    parts = parts_of_row(n, vocab_size, launch["BLOCK"])
+    kernels.gradient_kernel[(n, parts)](
+        z, t, _bias(options.student), _bias(options.teacher), batch.labels, coefs, out, vocab_size,
         z.stride(0), 0 if t is None else t.stride(0), coefs.stride(0), out.stride(0),
         HAS_REVERSE=rule.uses_reverse_kl, HAS_TOP_K=rule.uses_top_k, **_transforms(options),
-        **common, **launch_options(vocab_size, dtype, loads=1 + (t is not None)),
+        **common, PARTS=parts, **launch,
     )  # fmt: skip
     if given is not None:
         ids, log_probs = given
         kernels.given_grad_kernel[(n,)](
-            ids, log_probs, id_logits, options.student.bias, batch.labels, coefs, out,
+            ids, log_probs, id_logits, _bias(options.student), batch.labels, coefs, out,
             ids.shape[1], coefs.stride(0), out.stride(0), **_transform("", options.student),
-            **common, BLOCK=_power_of_two(ids.shape[1]), **FUSION_OFF,
+            **common, BLOCK=power_of_two(ids.shape[1]), **FUSION_OFF,
         )  # fmt: skip
 
 
-# --- launch configuration ----------------------------------------------------------------------
-
-#: A fused multiply-add rounds once where two operations round twice, so fusing differently in two
-#: kernels would let an entry pass the top-k threshold in one and miss it in the other.
-FUSION_OFF = {"enable_fp_fusion": False}
+# --- arguments ---------------------------------------------------------------------------------
 
 
-def launch_options(vocab_size: int, dtype: torch.dtype, loads: int) -> dict:
-    """Block size and warps for a row pass that keeps `loads` tiles of the row in flight."""
-    widest = 4096 if loads == 1 else 2048 if loads == 2 else 1024
-    if dtype == torch.float64:
-        widest //= 2
-    block = min(widest, _power_of_two(vocab_size))
-    return {"BLOCK": block, "num_warps": max(1, min(8, block // 256)), **FUSION_OFF}
+def _narrowest(*logits: Tensor | None) -> int:
+    return min(tensor.element_size() for tensor in logits if tensor is not None)
 
 
 def _acc(dtype: torch.dtype) -> tl.dtype:
     return tl.float64 if dtype == torch.float64 else tl.float32
 
 
-def _power_of_two(n: int) -> int:
-    return max(16, 1 << (n - 1).bit_length())
-
-
 def _rows(matrix: Tensor) -> Tensor:
     """With unit stride along a row, as the kernels read it."""
     return matrix if matrix.stride(-1) == 1 else matrix.contiguous()
+
+
+def _bias(how: LogitTransform) -> Tensor | None:
+    """In float32, as the logits beside it are: of two widths one would change hands between the
+    threads."""
+    if how.bias is None:
+        return None
+    return how.bias.to(torch.promote_types(how.bias.dtype, torch.float32))
 
 
 def _transform(prefix: str, how: LogitTransform) -> dict:
@@ -204,28 +222,23 @@ def _transforms(options: RowOptions) -> dict:
     return _transform("TEACHER_", options.teacher) | _transform("", options.student)
 
 
-def _mixing_constants(rule: TokenRule) -> dict:
-    c = 2.0 if rule.divergence == "chi2" else rule.divergence_parameter
-    mixes = 0 < c < 1
-    return {
-        "C": c,
-        "LOG_C": math.log(c) if mixes else 0.0,
-        "LOG_1_C": math.log1p(-c) if mixes else 0.0,
-    }
-
-
 def _generator_constants(rule: TokenRule) -> dict:
-    return {"GENERATOR": rule.generator, **_mixing_constants(rule)}
+    c = 2.0 if rule.divergence == "chi2" else rule.divergence_parameter
+    return {"GENERATOR": rule.generator, "C": c}
 
 
 def _gate_constants(rule: TokenRule) -> dict:
+    c = _generator_constants(rule)["C"]
+    mixes = 0 < c < 1
     return {
         "GATE": rule.gate,
         "OUTLIER_IS": rule.outlier,
         "TAU": rule.threshold,
         "KL_ENTROPY": rule.forward_kl_entropy,
         "DIVERGENCE": rule.divergence,
-        **_mixing_constants(rule),
+        "C": c,
+        "LOG_C": math.log(c) if mixes else 0.0,
+        "LOG_1_C": math.log1p(-c) if mixes else 0.0,
     }
 
 

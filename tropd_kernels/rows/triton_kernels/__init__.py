@@ -1,14 +1,18 @@
 """The row passes as Triton kernels. `triton_rows` launches them; `torch_rows` is their twin.
 
-| kernel            | program   | reads                              | writes                   |
-|-------------------|-----------|------------------------------------|--------------------------|
-| statistics_kernel | one row   | z and t, once, together            | normalisers, KLs, lp, lq |
-| dense_sums_kernel | one row   | t a few times, z and t once more;  | sums over K, or over the |
-|                   |           | only in rows whose gate asks       | vocabulary               |
-| given_sums_kernel | one row   | z at a top-k teacher's ids         | the same sums            |
-| rule_kernel       | 128 rows  | a few numbers a row                | loss, coefficients       |
-| gradient_kernel   | one row   | z; t where a coefficient needs it  | d_logits                 |
-| given_grad_kernel | one row   | z at a top-k teacher's ids         | d_logits at those ids    |
+| kernel            | program       | reads                             | writes                   |
+|-------------------|---------------|-----------------------------------|--------------------------|
+| statistics_kernel | part of a row | z and t, once, together           | normalisers, KLs, lp, lq |
+| join_kernel       | one row       | what the parts wrote              | the same                 |
+| dense_sums_kernel | one row       | t once or a few times, z and t    | sums over K, or over the |
+|                   |               | once more; only where a gate asks | vocabulary               |
+| given_sums_kernel | one row       | z at a top-k teacher's ids        | the same sums            |
+| rule_kernel       | 128 rows      | a few numbers a row               | loss, coefficients       |
+| gradient_kernel   | part of a row | z; t where a coefficient needs it | d_logits                 |
+| given_grad_kernel | one row       | z at a top-k teacher's ids        | d_logits at those ids    |
+
+Rows are parted where they are too few to fill a GPU. In the loops over a row no thread waits for
+another (`logits.py`).
 
 Every reduction runs in a fixed order within one program and there are no atomics, so two runs are
 bitwise equal. Rows lie on grid axis 0 and offsets are 64-bit: neither 65,536 rows nor 2^31 elements
@@ -18,14 +22,15 @@ transform are compile-time constants: they are fixed for a run, and exact in bot
 The k-th largest teacher log-prob is found without sorting: floats order as integers once the sign
 bit is dealt with, so its bits are fixed from the top, four at a time, by counting how many entries
 reach each of sixteen pivots. It stops as soon as a pivot is reached by exactly k entries, mostly
-after four or five of the eight rounds, and it runs only in the rows that need it. Weighted by q
-instead of counted, the same search finds the head of AKL.
+after four or five of the eight rounds. Counted are the two largest of each lane, in registers; the
+sums that follow tell whether those held the k largest of the row, and only where not, it is
+searched itself. Weighted by q instead of counted, the same search finds the head of AKL.
 """
 
 from .constants import SUMS
 from .gradient import given_grad_kernel, gradient_kernel
 from .rule import rule_kernel
-from .statistics import statistics_kernel
+from .statistics import join_kernel, statistics_kernel
 from .sums import dense_sums_kernel, given_sums_kernel
 
 __all__ = [
@@ -34,6 +39,7 @@ __all__ = [
     "given_grad_kernel",
     "given_sums_kernel",
     "gradient_kernel",
+    "join_kernel",
     "rule_kernel",
     "statistics_kernel",
 ]

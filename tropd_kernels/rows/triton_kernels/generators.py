@@ -4,19 +4,21 @@ import triton
 import triton.language as tl
 
 from .constants import INF
-from .gate import _log_mix
 
 
 @triton.jit
-def _generator(
-    lp, lq, p, q, KIND: tl.constexpr, C: tl.constexpr, LOG_C: tl.constexpr, LOG_1_C: tl.constexpr
-):
+def _generator(lp, lq, p, q, KIND: tl.constexpr, C: tl.constexpr):
     """q f(u) and p g of `generators.generator_terms`."""
     if (KIND == "jsd") | (KIND == "skew_forward") | (KIND == "skew_reverse") | (KIND == "topk_jsd"):
-        lm = _log_mix(lq, lp, C, LOG_C, LOG_1_C)
+        # From the probabilities at hand; where both underflow, so do their products.
+        smallest: tl.constexpr = (
+            2.2250738585072014e-308 if p.dtype == tl.float64 else 1.1754943508222875e-38
+        )
+        m = tl.maximum(C * q + (1 - C) * p, smallest)
+        lm = tl.log(m)
         from_student = tl.where(p > 0, p * (lp - lm), 0.0)
         from_teacher = tl.where(q > 0, q * (lq - lm), 0.0)
-        both = tl.where((p > 0) & (q > 0), tl.exp(lp + lq - lm), 0.0)
+        both = q * (p / m)
         if KIND == "jsd":
             value = C * from_teacher + (1 - C) * from_student
             slope = (1 - C) * from_student

@@ -1,4 +1,10 @@
-"""Logits of a row: loaded, transformed, and reduced with a running maximum."""
+"""Logits of a row: tiles of them loaded, transformed, and reduced with running maxima.
+
+A tile is (UNROLL, LANES). One thread holds whole columns of it, so that a sum or a maximum over its
+first axis costs no exchange between threads: each lane keeps a softmax of its own, whose maximum
+moves once for UNROLL ids, and lanes meet at the end of the row. LANES are the consecutive ids that
+all threads read by 16 bytes each.
+"""
 
 import triton
 import triton.language as tl
@@ -22,28 +28,47 @@ def _load_logits(
 ):  # fmt: skip
     """Transformed logits of one row at `cols`, -inf where masked: a padded column must not look
     like a logit of 0, and a soft cap would lift it to -cap."""
-    z = tl.load(row_ptr + cols, mask=mask, other=0.0).to(ACC)
+    z = tl.load(row_ptr + cols, mask=mask, other=-INF).to(ACC)
     if bias is not None:
         z += tl.load(bias + cols, mask=mask, other=0.0).to(ACC)
-    return tl.where(mask, _cap(z, SCALE, CAP, TEMPERATURE), -INF)
+    z = _cap(z, SCALE, CAP, TEMPERATURE)
+    if CAP is not None:
+        z = tl.where(mask, z, -INF)
+    return z
 
 
 @triton.jit
-def _rescale(top, z):
-    """New running maximum, and what the old sums shift and shrink by. 0 stands in for a maximum of
-    -inf, so that nothing is ever inf - inf."""
-    new = tl.maximum(top, tl.max(z, 0))
-    base = tl.where(new == -INF, 0.0, new)
-    shift = tl.where(top == -INF, 0.0, top - base)
-    shrink = tl.where(top == -INF, 0.0, tl.exp(shift))
-    return new, base, shift, shrink
+def _tile(start, UNROLL: tl.constexpr, LANES: tl.constexpr):
+    """The ids of a tile."""
+    down = tl.arange(0, UNROLL)[:, None] * LANES
+    return start + down + tl.arange(0, LANES)[None, :]
 
 
 @triton.jit
-def _moment(total, mass, shift, shrink, weight, value):
-    """A running sum of weight * value, whose values all move by `shift` when the maximum does."""
-    carried = tl.where(shrink > 0, shrink * (total + shift * mass), 0.0)
-    return carried + tl.where(weight > 0, weight * value, 0.0)
+def _lowest(ACC: tl.constexpr):
+    """Where a running maximum begins: the lowest finite number, so that nothing is inf - inf."""
+    lowest: tl.constexpr = -1.7976931348623157e308 if ACC == tl.float64 else -3.4028234663852886e38
+    return lowest
+
+
+@triton.jit
+def _raise_to(top, new):
+    """What old sums shift and shrink by when their maxima rise from `top` to `new`."""
+    shift = top - new
+    return shift, tl.exp(shift)
+
+
+@triton.jit
+def _moved(total, mass, shift, shrink):
+    """Sums of weight * value, whose values all move by `shift`, and weights shrink, when the maxima
+    do."""
+    return tl.where(shrink > 0, shrink * (total + shift * mass), 0.0)
+
+
+@triton.jit
+def _weighed(weight, value):
+    """Sums over a tile's first axis; 0 * inf is 0."""
+    return tl.sum(tl.where(weight > 0, weight * value, 0.0), 0)
 
 
 @triton.jit

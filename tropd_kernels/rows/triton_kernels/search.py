@@ -3,6 +3,7 @@
 import triton
 import triton.language as tl
 
+from .constants import INF
 from .logits import _load_logits
 
 
@@ -42,8 +43,7 @@ def _search(
     searching = tl.full((), 1, tl.int32)
     for digit in range(DIGITS):
         if searching == 1:
-            shift = 4 * (DIGITS - 1 - digit)
-            pivots = found + (tl.arange(0, 16).to(word) << shift)
+            pivots = _pivots(found, digit, DIGITS)
             reached = tl.zeros((16,), ACC)
             for start in range(0, vocab_size, BLOCK):
                 cols = start + tl.arange(0, BLOCK)
@@ -53,14 +53,63 @@ def _search(
                 weight = tl.where(mask, 1.0, 0.0).to(ACC)
                 if BY_MASS:
                     weight = tl.exp(lq)
-                above = _bits(lq, ACC)[None, :] >= pivots[:, None]
-                reached += tl.sum(tl.where(above, weight[None, :], 0.0), 1)
-            enough = reached >= target
-            # Counts fall with the pivot, so the digit is the last pivot that is reached often
-            # enough.
-            chosen = tl.maximum(tl.sum(enough.to(tl.int32), 0) - 1, 0)
-            found = found + (chosen.to(word) << shift)
+                reached += tl.sum(tl.where(_reach(lq, pivots, ACC), weight[None, :], 0.0), 1)
+            found, at_chosen = _choose(found, digit, reached, target, DIGITS)
             if not BY_MASS:
-                at_chosen = tl.sum(tl.where(tl.arange(0, 16) == chosen, reached, 0.0), 0)
                 searching = tl.where(at_chosen == target, 0, 1)
     return _from_bits(found, ACC)
+
+
+@triton.jit
+def _pivots(found, digit, DIGITS: tl.constexpr):
+    shift = 4 * (DIGITS - 1 - digit)
+    return found + (tl.arange(0, 16).to(found.dtype) << shift)
+
+
+@triton.jit
+def _reach(lq, pivots, ACC: tl.constexpr):
+    """(16, entries): whether the entry reaches the pivot."""
+    return _bits(lq, ACC)[None, :] >= pivots[:, None]
+
+
+@triton.jit
+def _choose(found, digit, reached, target, DIGITS: tl.constexpr):
+    """`found` with one more digit, and what reaches it. Counts fall with the pivot, so the digit is
+    the last pivot that is reached often enough."""
+    chosen = tl.maximum(tl.sum((reached >= target).to(tl.int32), 0) - 1, 0)
+    at_chosen = tl.sum(tl.where(tl.arange(0, 16) == chosen, reached, 0), 0)
+    return found + (chosen.to(found.dtype) << 4 * (DIGITS - 1 - digit)), at_chosen
+
+
+@triton.jit
+def _lanes_search(
+    teacher, bias, base, log_sum, target, vocab_size, ACC: tl.constexpr, SCALE: tl.constexpr,
+    CAP: tl.constexpr, TEMPERATURE: tl.constexpr, LANES: tl.constexpr,
+):  # fmt: skip
+    """(kth, bound, most): what separates the `target` largest log-probs from the rest, if the two
+    largest of every lane are the row. They hold its largest unless three of those share a lane, or
+    else more than `most` of its entries exceed `bound`."""
+    first = tl.full((LANES,), -INF, ACC)
+    second = tl.full((LANES,), -INF, ACC)
+    for start in range(0, vocab_size, LANES):
+        cols = start + tl.arange(0, LANES)
+        t = _load_logits(teacher, bias, cols, cols < vocab_size, ACC, SCALE, CAP, TEMPERATURE)
+        second = tl.maximum(second, tl.minimum(first, t))
+        first = tl.maximum(first, t)
+    first = (first - base) - log_sum
+    second = (second - base) - log_sum
+    DIGITS: tl.constexpr = 16 if ACC == tl.float64 else 8
+    word: tl.constexpr = tl.uint64 if ACC == tl.float64 else tl.uint32
+    found = tl.full((), 0, word)
+    searching = tl.full((), 1, tl.int32)
+    for digit in range(DIGITS):
+        if searching == 1:
+            pivots = _pivots(found, digit, DIGITS)
+            both = _reach(first, pivots, ACC).to(tl.int32) + _reach(second, pivots, ACC).to(
+                tl.int32
+            )
+            found, at_chosen = _choose(found, digit, tl.sum(both, 1), target, DIGITS)
+            searching = tl.where(at_chosen == target, 0, 1)
+    # Either `found` is the target-th entry, and fewer exceed it; or so many reach it, no more.
+    spare = 1 - searching
+    return _from_bits(found, ACC), _from_bits(found - spare.to(word), ACC), target - 1 + spare

@@ -1,4 +1,13 @@
-"""The first pass over a row: normalisers, entropies, exact KLs, the label's log-probs."""
+"""The first pass over a row: normalisers, entropies, exact KLs, the label's log-probs.
+
+Every lane of a program (`logits.py`) keeps an online softmax of both rows, with first moments of
+z - max and of the difference of the two, from which come the entropies and both KLs without the
+cancellation of E[z] - E[t]. Lanes meet at the end; of a row that several programs share, their sums
+meet in `join_kernel`.
+
+Where an infinite gap met a maximum that still rose, what is left of it depends on the order of ids:
+such a row is read once more, from its maxima.
+"""
 
 import triton
 import triton.language as tl
@@ -18,55 +27,148 @@ from .constants import (
     TEACHER_LOG_SUM,
     TEACHER_MAX,
 )
-from .logits import _at, _load_logits, _moment, _rescale
+from .logits import _at, _load_logits, _lowest, _moved, _raise_to, _tile, _weighed
 
 
 @triton.jit
 def statistics_kernel(
     student, teacher, student_bias, teacher_bias, labels, label_log_probs, teacher_entropy,
-    stats, coefs, vocab_size, student_stride, teacher_stride, columns,
+    stats, coefs, parts, vocab_size, student_stride, teacher_stride, columns,
     ACC: tl.constexpr, SCALE: tl.constexpr, CAP: tl.constexpr, TEACHER_SCALE: tl.constexpr,
-    TEACHER_CAP: tl.constexpr, TEMPERATURE: tl.constexpr, BLOCK: tl.constexpr,
+    TEACHER_CAP: tl.constexpr, TEMPERATURE: tl.constexpr, PARTS: tl.constexpr,
+    UNROLL: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
-    """One pass over a row of student logits, and of teacher logits beside it: online softmax of
-    both with first moments of (z - max) and of the difference of the two, from which come the
-    entropies and both KLs without the cancellation of E[z] - E[t]."""
+    """One part of a row of student logits, and of teacher logits beside it. parts (8, PARTS,
+    columns): where there are several, their maxima and sums."""
     row = tl.program_id(0).to(tl.int64)
+    part = tl.program_id(1)
     student += row * student_stride
-    top = tl.full((), -INF, ACC)
-    mass = tl.zeros((BLOCK,), ACC)
-    moment = tl.zeros((BLOCK,), ACC)
-    t_top = tl.full((), -INF, ACC)
-    t_mass = tl.zeros((BLOCK,), ACC)
-    t_moment = tl.zeros((BLOCK,), ACC)
-    reverse = tl.zeros((BLOCK,), ACC)
-    forward = tl.zeros((BLOCK,), ACC)
     if teacher is not None:
         teacher += row * teacher_stride
-    for start in range(0, vocab_size, BLOCK):
-        cols = start + tl.arange(0, BLOCK)
+    lowest: tl.constexpr = _lowest(ACC)
+    top = tl.full((LANES,), lowest, ACC)
+    mass = tl.zeros((LANES,), ACC)
+    moment = tl.zeros((LANES,), ACC)
+    t_top = tl.full((LANES,), lowest, ACC)
+    t_mass = tl.zeros((LANES,), ACC)
+    t_moment = tl.zeros((LANES,), ACC)
+    reverse = tl.zeros((LANES,), ACC)
+    forward = tl.zeros((LANES,), ACC)
+    width = tl.cdiv(tl.cdiv(vocab_size, UNROLL * LANES), PARTS) * (UNROLL * LANES)
+    for start in range(part * width, tl.minimum((part + 1) * width, vocab_size), UNROLL * LANES):
+        cols = _tile(start, UNROLL, LANES)
         mask = cols < vocab_size
         z = _load_logits(student, student_bias, cols, mask, ACC, SCALE, CAP, TEMPERATURE)
-        top, base, shift, shrink = _rescale(top, z)
-        z = z - base
+        new = tl.maximum(top, tl.max(z, 0))
+        shift, shrink = _raise_to(top, new)
+        top = new
+        z = z - top[None, :]
         e = tl.exp(z)
-        moment = _moment(moment, mass, shift, shrink, e, z)
+        moment = _moved(moment, mass, shift, shrink) + _weighed(e, z)
         if teacher is not None:
             t = _load_logits(
                 teacher, teacher_bias, cols, mask, ACC, TEACHER_SCALE, TEACHER_CAP, TEMPERATURE
             )
-            t_top, t_base, t_shift, t_shrink = _rescale(t_top, t)
-            t = t - t_base
+            new = tl.maximum(t_top, tl.max(t, 0))
+            t_shift, t_shrink = _raise_to(t_top, new)
+            t_top = new
+            t = t - t_top[None, :]
             t_e = tl.exp(t)
-            reverse = _moment(reverse, mass, shift - t_shift, shrink, e, z - t)
-            forward = _moment(forward, t_mass, t_shift - shift, t_shrink, t_e, t - z)
-            t_moment = _moment(t_moment, t_mass, t_shift, t_shrink, t_e, t)
-            t_mass = t_mass * t_shrink + t_e
-        mass = mass * shrink + e
+            reverse = _moved(reverse, mass, shift - t_shift, shrink) + _weighed(e, z - t)
+            forward = _moved(forward, t_mass, t_shift - shift, t_shrink) + _weighed(t_e, t - z)
+            t_moment = _moved(t_moment, t_mass, t_shift, t_shrink) + _weighed(t_e, t)
+            t_mass = t_mass * t_shrink + tl.sum(t_e, 0)
+        mass = mass * shrink + tl.sum(e, 0)
 
-    total = tl.sum(mass, 0)
+    top, mass, moment, t_top, t_mass, t_moment, reverse, forward = _join(
+        top, mass, moment, t_top, t_mass, t_moment, reverse, forward
+    )
+    if PARTS == 1:
+        _finish(
+            top, mass, moment, t_top, t_mass, t_moment, reverse, forward,
+            row, student, teacher, student_bias, teacher_bias, labels, label_log_probs,
+            teacher_entropy, stats, coefs, vocab_size, columns,
+            ACC, SCALE, CAP, TEACHER_SCALE, TEACHER_CAP, TEMPERATURE, UNROLL, LANES,
+        )  # fmt: skip
+    else:
+        parts += part * columns + row
+        step = PARTS * columns
+        tl.store(parts, top)
+        tl.store(parts + step, mass)
+        tl.store(parts + 2 * step, moment)
+        tl.store(parts + 3 * step, t_top)
+        tl.store(parts + 4 * step, t_mass)
+        tl.store(parts + 5 * step, t_moment)
+        tl.store(parts + 6 * step, reverse)
+        tl.store(parts + 7 * step, forward)
+
+
+@triton.jit
+def join_kernel(
+    student, teacher, student_bias, teacher_bias, labels, label_log_probs, teacher_entropy,
+    stats, coefs, parts, vocab_size, student_stride, teacher_stride, columns,
+    ACC: tl.constexpr, SCALE: tl.constexpr, CAP: tl.constexpr, TEACHER_SCALE: tl.constexpr,
+    TEACHER_CAP: tl.constexpr, TEMPERATURE: tl.constexpr, PARTS: tl.constexpr,
+    UNROLL: tl.constexpr, LANES: tl.constexpr,
+):  # fmt: skip
+    """A row's statistics from those of its parts."""
+    row = tl.program_id(0).to(tl.int64)
+    student += row * student_stride
+    if teacher is not None:
+        teacher += row * teacher_stride
+    parts += tl.arange(0, PARTS) * columns + row
+    step = PARTS * columns
+    top, mass, moment, t_top, t_mass, t_moment, reverse, forward = _join(
+        tl.load(parts), tl.load(parts + step), tl.load(parts + 2 * step),
+        tl.load(parts + 3 * step), tl.load(parts + 4 * step), tl.load(parts + 5 * step),
+        tl.load(parts + 6 * step), tl.load(parts + 7 * step),
+    )  # fmt: skip
+    _finish(
+        top, mass, moment, t_top, t_mass, t_moment, reverse, forward,
+        row, student, teacher, student_bias, teacher_bias, labels, label_log_probs,
+        teacher_entropy, stats, coefs, vocab_size, columns,
+        ACC, SCALE, CAP, TEACHER_SCALE, TEACHER_CAP, TEMPERATURE, UNROLL, LANES,
+    )  # fmt: skip
+
+
+@triton.jit
+def _join(top, mass, moment, t_top, t_mass, t_moment, reverse, forward):
+    """Of lanes, or parts, one."""
+    shift, shrink = _raise_to(top, tl.max(top, 0))
+    t_shift, t_shrink = _raise_to(t_top, tl.max(t_top, 0))
+    return (
+        tl.max(top, 0),
+        tl.sum(mass * shrink, 0),
+        tl.sum(_moved(moment, mass, shift, shrink), 0),
+        tl.max(t_top, 0),
+        tl.sum(t_mass * t_shrink, 0),
+        tl.sum(_moved(t_moment, t_mass, t_shift, t_shrink), 0),
+        tl.sum(_moved(reverse, mass, shift - t_shift, shrink), 0),
+        tl.sum(_moved(forward, t_mass, t_shift - shift, t_shrink), 0),
+    )
+
+
+@triton.jit
+def _finish(
+    top, total, moment, t_top, t_total, t_moment, reverse, forward,
+    row, student, teacher, student_bias, teacher_bias, labels, label_log_probs, teacher_entropy,
+    stats, coefs, vocab_size, columns,
+    ACC: tl.constexpr, SCALE: tl.constexpr, CAP: tl.constexpr, TEACHER_SCALE: tl.constexpr,
+    TEACHER_CAP: tl.constexpr, TEMPERATURE: tl.constexpr, UNROLL: tl.constexpr,
+    LANES: tl.constexpr,
+):  # fmt: skip
+    """A row's numbers from its maxima and sums."""
+    if teacher is not None:
+        if (tl.abs(reverse) < INF) & (tl.abs(forward) < INF):
+            pass
+        else:  # an infinite KL, or infinities that cancelled
+            reverse, forward = _gaps(
+                top, t_top, student, teacher, student_bias, teacher_bias, vocab_size, ACC,
+                SCALE, CAP, TEACHER_SCALE, TEACHER_CAP, TEMPERATURE, UNROLL, LANES,
+            )  # fmt: skip
+    top = tl.where(total == 0, -INF, top)
     log_sum = tl.log(total)
-    entropy = log_sum - tl.sum(moment, 0) / total
+    entropy = log_sum - moment / total
     label = tl.load(labels + row)
     known = (label >= 0) & (label < vocab_size)
     at = tl.where(known, label, 0)
@@ -79,20 +181,40 @@ def statistics_kernel(
     tl.store(coefs + STUDENT_LOG_SUM * columns, log_sum)
     tl.store(coefs + C_ENTROPY * columns, entropy)
     if teacher is not None:
-        t_total = tl.sum(t_mass, 0)
+        t_top = tl.where(t_total == 0, -INF, t_top)
         t_log_sum = tl.log(t_total)
         t = _at(teacher, teacher_bias, at, ACC, TEACHER_SCALE, TEACHER_CAP, TEMPERATURE)
-        reverse_kl = tl.sum(reverse, 0) / total - log_sum + t_log_sum
-        forward_kl = tl.sum(forward, 0) / t_total - t_log_sum + log_sum
         t_log_prob = tl.where(known, (t - t_top) - t_log_sum, float("nan"))
         tl.store(stats + TEACHER_LOG_PROB * columns, t_log_prob)
-        tl.store(stats + TEACHER_ENTROPY * columns, t_log_sum - tl.sum(t_moment, 0) / t_total)
-        tl.store(stats + REVERSE_KL * columns, reverse_kl)
-        tl.store(stats + FORWARD_KL * columns, forward_kl)
+        tl.store(stats + TEACHER_ENTROPY * columns, t_log_sum - t_moment / t_total)
+        tl.store(stats + REVERSE_KL * columns, reverse / total - log_sum + t_log_sum)
+        tl.store(stats + FORWARD_KL * columns, forward / t_total - t_log_sum + log_sum)
         tl.store(coefs + TEACHER_MAX * columns, t_top)
         tl.store(coefs + TEACHER_LOG_SUM * columns, t_log_sum)
-        tl.store(coefs + C_REVERSE_KL * columns, tl.sum(reverse, 0) / total)
+        tl.store(coefs + C_REVERSE_KL * columns, reverse / total)
     if label_log_probs is not None:
         tl.store(stats + TEACHER_LOG_PROB * columns, tl.load(label_log_probs + row).to(ACC))
     if teacher_entropy is not None:
         tl.store(stats + TEACHER_ENTROPY * columns, tl.load(teacher_entropy + row).to(ACC))
+
+
+@triton.jit
+def _gaps(
+    top, t_top, student, teacher, student_bias, teacher_bias, vocab_size, ACC: tl.constexpr,
+    SCALE: tl.constexpr, CAP: tl.constexpr, TEACHER_SCALE: tl.constexpr,
+    TEACHER_CAP: tl.constexpr, TEMPERATURE: tl.constexpr, UNROLL: tl.constexpr,
+    LANES: tl.constexpr,
+):  # fmt: skip
+    """The sums of gaps, with weights relative to maxima that are known."""
+    reverse = tl.zeros((LANES,), ACC)
+    forward = tl.zeros((LANES,), ACC)
+    for start in range(0, vocab_size, UNROLL * LANES):
+        cols = _tile(start, UNROLL, LANES)
+        mask = cols < vocab_size
+        z = _load_logits(student, student_bias, cols, mask, ACC, SCALE, CAP, TEMPERATURE) - top
+        t = _load_logits(
+            teacher, teacher_bias, cols, mask, ACC, TEACHER_SCALE, TEACHER_CAP, TEMPERATURE
+        ) - t_top  # fmt: skip
+        reverse += _weighed(tl.exp(z), z - t)
+        forward += _weighed(tl.exp(t), t - z)
+    return tl.sum(reverse, 0), tl.sum(forward, 0)

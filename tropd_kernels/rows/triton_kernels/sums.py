@@ -23,8 +23,8 @@ from .constants import (
 )
 from .gate import _row_gate
 from .generators import _generator
-from .logits import _load_logits, _rescale
-from .search import _search
+from .logits import _load_logits, _lowest, _tile
+from .search import _lanes_search, _search
 
 
 @triton.jit
@@ -35,12 +35,14 @@ def dense_sums_kernel(
     TEACHER_CAP: tl.constexpr, TEMPERATURE: tl.constexpr,
     GATE: tl.constexpr, OUTLIER_IS: tl.constexpr, TAU: tl.constexpr, KL_ENTROPY: tl.constexpr,
     DIVERGENCE: tl.constexpr, C: tl.constexpr, LOG_C: tl.constexpr, LOG_1_C: tl.constexpr,
-    GENERATOR: tl.constexpr, TOP_K: tl.constexpr, THRESHOLD_GIVEN: tl.constexpr,
-    BLOCK: tl.constexpr, SEARCH_BLOCK: tl.constexpr,
+    GENERATOR: tl.constexpr, TOP_K: tl.constexpr, TAIL: tl.constexpr,
+    THRESHOLD_GIVEN: tl.constexpr, BY_LANES: tl.constexpr,
+    UNROLL: tl.constexpr, LANES: tl.constexpr, SEARCH_BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Sums over K (or the vocabulary) for a row that needs them; a row that does not costs
     nothing. THRESHOLD_GIVEN: K, or the head of AKL, is that of the threshold in coefs, of rows of
-    which these are a part."""
+    which these are a part. BY_LANES: the k-th largest is first looked for among the largest of
+    each lane, and in the whole row only where the sums find too many above it."""
     row = tl.program_id(0).to(tl.int64)
     gate = _row_gate(
         row, old_log_probs, advantages, uniforms, prefix, entropy_threshold, stats, columns,
@@ -65,8 +67,13 @@ def dense_sums_kernel(
         log_sum = tl.load(coefs + STUDENT_LOG_SUM * columns)
         t_top = tl.load(coefs + TEACHER_MAX * columns)
         t_log_sum = tl.load(coefs + TEACHER_LOG_SUM * columns)
-        # Ids that the teacher excludes are never in K, however few it leaves.
-        floor: tl.constexpr = -1e300 if ACC == tl.float64 else -3e38
+        kth = tl.full((), -INF, ACC)
+        bound = kth
+        most = 0
+        target = 0
+        if TOP_K is not None:
+            target = tl.minimum(TOP_K, vocab_size)
+        SEARCHED: tl.constexpr = (TOP_K is not None) and not THRESHOLD_GIVEN
         if THRESHOLD_GIVEN:
             threshold = tl.load(coefs + C_THRESHOLD * columns)
         elif DIVERGENCE == "akl":
@@ -74,68 +81,40 @@ def dense_sums_kernel(
                 teacher, teacher_bias, t_top, t_log_sum, C, vocab_size, True, ACC,
                 TEACHER_SCALE, TEACHER_CAP, TEMPERATURE, SEARCH_BLOCK,
             )  # fmt: skip
-            threshold = tl.maximum(threshold, floor)
-        elif TOP_K is not None:
-            threshold = _search(
-                teacher, teacher_bias, t_top, t_log_sum, tl.minimum(TOP_K, vocab_size), vocab_size,
-                False, ACC, TEACHER_SCALE, TEACHER_CAP, TEMPERATURE, SEARCH_BLOCK,
+            threshold = _not_excluded(threshold, ACC)
+        elif SEARCHED and BY_LANES:
+            kth, bound, most = _lanes_search(
+                teacher, teacher_bias, t_top, t_log_sum, target, vocab_size, ACC,
+                TEACHER_SCALE, TEACHER_CAP, TEMPERATURE, LANES,
             )  # fmt: skip
-            threshold = tl.maximum(threshold, floor)
-            # The gradient pass may meet logits made again, by a product of another height that
-            # rounds otherwise: a margin of a few last bits keeps the k-th id in K there, too.
-            margin: tl.constexpr = 3.6e-15 if ACC == tl.float64 else 1.9e-6
-            extent: tl.constexpr = 1.0 if TEACHER_CAP is None else 1.0 + TEACHER_CAP
-            threshold -= margin * (tl.abs(threshold) + extent)
-        p_on = tl.zeros((BLOCK,), ACC)
-        q_on = tl.zeros((BLOCK,), ACC)
-        p_off = tl.zeros((BLOCK,), ACC)
-        q_off = tl.zeros((BLOCK,), ACC)
-        kl = tl.zeros((BLOCK,), ACC)
-        values = tl.zeros((BLOCK,), ACC)
-        slopes = tl.zeros((BLOCK,), ACC)
-        k_top = tl.full((), -INF, ACC)
-        k_mass = tl.zeros((BLOCK,), ACC)
-        for start in range(0, vocab_size, BLOCK):
-            cols = start + tl.arange(0, BLOCK)
-            mask = cols < vocab_size
-            z = _load_logits(student, student_bias, cols, mask, ACC, SCALE, CAP, TEMPERATURE)
-            t = _load_logits(
-                teacher, teacher_bias, cols, mask, ACC, TEACHER_SCALE, TEACHER_CAP, TEMPERATURE
-            )
-            lp = (z - top) - log_sum
-            lq = (t - t_top) - t_log_sum
-            p = tl.exp(lp)
-            q = tl.exp(lq)
-            on_k = mask & (lq >= threshold)
-            p_on += tl.where(on_k, p, 0.0)
-            q_on += tl.where(on_k, q, 0.0)
-            p_off += tl.where(on_k, 0.0, p)
-            q_off += tl.where(on_k, 0.0, q)
-            kl += tl.where(on_k & (q > 0), q * (lq - lp), 0.0)
-            on_lp = tl.where(on_k, lp, -INF)
-            k_top, k_base, _, k_shrink = _rescale(k_top, on_lp)
-            k_mass = k_mass * k_shrink + tl.exp(on_lp - k_base)
-            if GENERATOR is not None:
-                value, slope = _generator(lp, lq, p, q, GENERATOR, C, LOG_C, LOG_1_C)
-                values += tl.where(on_k, value, 0.0)
-                slopes += tl.where(on_k, slope, 0.0)
-            elif DIVERGENCE == "akl":
-                gap = tl.where(mask, tl.abs(p - q), 0.0)
-                values += tl.where(on_k, gap, 0.0)
-                slopes += tl.where(on_k, 0.0, gap)
-        student_mass = tl.sum(p_on, 0)
-        teacher_mass = tl.sum(q_on, 0)
-        student_tail = tl.sum(p_off, 0)
-        teacher_tail = tl.sum(q_off, 0)
-        log_mass = k_top + tl.log(tl.sum(k_mass, 0))
-        forward_kl = tl.sum(kl, 0)
-        value_sum = tl.sum(values, 0)
-        slope_sum = tl.sum(slopes, 0)
+        unknown = 1  # whether the sums are
+        FIRST: tl.constexpr = 0 if BY_LANES or not SEARCHED else 1
+        for attempt in range(FIRST, 2):
+            if unknown == 1:
+                if SEARCHED:
+                    if attempt == 1:
+                        kth = _search(
+                            teacher, teacher_bias, t_top, t_log_sum, target, vocab_size, False,
+                            ACC, TEACHER_SCALE, TEACHER_CAP, TEMPERATURE, SEARCH_BLOCK,
+                        )  # fmt: skip
+                    threshold = _with_margin(_not_excluded(kth, ACC), ACC, TEACHER_CAP)
+                (
+                    student_mass, teacher_mass, student_tail, teacher_tail, log_mass, forward_kl,
+                    value_sum, slope_sum, above,
+                ) = _sums(
+                    student, teacher, student_bias, teacher_bias, top, log_sum, t_top, t_log_sum,
+                    threshold, bound, vocab_size, ACC, SCALE, CAP, TEACHER_SCALE, TEACHER_CAP,
+                    TEMPERATURE, C, GENERATOR, DIVERGENCE, TAIL, SEARCHED and BY_LANES,
+                    UNROLL, LANES,
+                )  # fmt: skip
+                unknown = 0
+                if SEARCHED and BY_LANES:
+                    unknown = tl.where(above <= most, 0, 1)
     if TOP_K is not None:  # AKL's gradient is not confined to its head
         tl.store(coefs + C_THRESHOLD * columns, threshold)
-        unknown = tl.where(needed, 0.0, float("nan"))
-        tl.store(stats + row + TEACHER_TOPK_MASS * columns, teacher_mass + unknown)
-        tl.store(stats + row + STUDENT_TOPK_MASS * columns, student_mass + unknown)
+        unasked = tl.where(needed, 0.0, float("nan"))
+        tl.store(stats + row + TEACHER_TOPK_MASS * columns, teacher_mass + unasked)
+        tl.store(stats + row + STUDENT_TOPK_MASS * columns, student_mass + unasked)
     else:
         tl.store(coefs + C_THRESHOLD * columns, tl.full((), -INF, ACC))
     tl.store(sums + TEACHER_MASS * columns, teacher_mass)
@@ -149,11 +128,90 @@ def dense_sums_kernel(
 
 
 @triton.jit
+def _not_excluded(threshold, ACC: tl.constexpr):
+    """Ids that the teacher excludes are never in K, however few it leaves."""
+    floor: tl.constexpr = -1e300 if ACC == tl.float64 else -3e38
+    return tl.maximum(threshold, floor)
+
+
+@triton.jit
+def _with_margin(threshold, ACC: tl.constexpr, TEACHER_CAP: tl.constexpr):
+    """The gradient pass may meet logits made again, by a product of another height that rounds
+    otherwise: a margin of a few last bits keeps the k-th id in K there, too."""
+    margin: tl.constexpr = 3.6e-15 if ACC == tl.float64 else 1.9e-6
+    extent: tl.constexpr = 1.0 if TEACHER_CAP is None else 1.0 + TEACHER_CAP
+    return threshold - margin * (tl.abs(threshold) + extent)
+
+
+@triton.jit
+def _sums(
+    student, teacher, student_bias, teacher_bias, top, log_sum, t_top, t_log_sum, threshold, bound,
+    vocab_size, ACC: tl.constexpr, SCALE: tl.constexpr, CAP: tl.constexpr,
+    TEACHER_SCALE: tl.constexpr, TEACHER_CAP: tl.constexpr, TEMPERATURE: tl.constexpr,
+    C: tl.constexpr, GENERATOR: tl.constexpr, DIVERGENCE: tl.constexpr, TAIL: tl.constexpr,
+    COUNT: tl.constexpr, UNROLL: tl.constexpr, LANES: tl.constexpr,
+):  # fmt: skip
+    """One pass over a row: its sums, tails only for a bucket of them, the log of the student's mass
+    only where both sides are renormalised, and how many ids exceed `bound`."""
+    p_on = tl.zeros((LANES,), ACC)
+    q_on = tl.zeros((LANES,), ACC)
+    p_off = tl.zeros((LANES,), ACC)
+    q_off = tl.zeros((LANES,), ACC)
+    kl = tl.zeros((LANES,), ACC)
+    values = tl.zeros((LANES,), ACC)
+    slopes = tl.zeros((LANES,), ACC)
+    k_top = tl.full((LANES,), _lowest(ACC), ACC)
+    k_mass = tl.zeros((LANES,), ACC)
+    above = tl.zeros((LANES,), tl.int32)
+    for start in range(0, vocab_size, UNROLL * LANES):
+        cols = _tile(start, UNROLL, LANES)
+        mask = cols < vocab_size
+        z = _load_logits(student, student_bias, cols, mask, ACC, SCALE, CAP, TEMPERATURE)
+        t = _load_logits(
+            teacher, teacher_bias, cols, mask, ACC, TEACHER_SCALE, TEACHER_CAP, TEMPERATURE
+        )
+        lp = (z - top) - log_sum
+        lq = (t - t_top) - t_log_sum
+        p = tl.exp(lp)
+        q = tl.exp(lq)
+        on_k = mask & (lq >= threshold)
+        p_on += tl.sum(tl.where(on_k, p, 0.0), 0)
+        q_on += tl.sum(tl.where(on_k, q, 0.0), 0)
+        kl += tl.sum(tl.where(on_k & (q > 0), q * (lq - lp), 0.0), 0)
+        if COUNT:
+            above += tl.sum((lq > bound).to(tl.int32), 0)
+        if TAIL == "bucket":
+            p_off += tl.sum(tl.where(on_k, 0.0, p), 0)
+            q_off += tl.sum(tl.where(on_k, 0.0, q), 0)
+        if TAIL == "renormalize_both":
+            on_lp = tl.where(on_k, lp, -INF)
+            new = tl.maximum(k_top, tl.max(on_lp, 0))
+            k_mass = k_mass * tl.exp(k_top - new) + tl.sum(tl.exp(on_lp - new[None, :]), 0)
+            k_top = new
+        if GENERATOR is not None:
+            value, slope = _generator(lp, lq, p, q, GENERATOR, C)
+            values += tl.sum(tl.where(on_k, value, 0.0), 0)
+            slopes += tl.sum(tl.where(on_k, slope, 0.0), 0)
+        elif DIVERGENCE == "akl":
+            gap = tl.where(mask, tl.abs(p - q), 0.0)
+            values += tl.sum(tl.where(on_k, gap, 0.0), 0)
+            slopes += tl.sum(tl.where(on_k, 0.0, gap), 0)
+    log_mass = tl.full((), 0.0, ACC)
+    if TAIL == "renormalize_both":
+        highest = tl.max(k_top, 0)
+        mass = tl.sum(k_mass * tl.exp(k_top - highest), 0)
+        log_mass = tl.where(mass > 0, highest, -INF) + tl.log(mass)
+    return (
+        tl.sum(p_on, 0), tl.sum(q_on, 0), tl.sum(p_off, 0), tl.sum(q_off, 0), log_mass,
+        tl.sum(kl, 0), tl.sum(values, 0), tl.sum(slopes, 0), tl.sum(above, 0),
+    )  # fmt: skip
+
+
+@triton.jit
 def given_sums_kernel(
     student, student_bias, ids, topk_log_probs, stats, coefs, sums, student_stride, k, columns,
     ACC: tl.constexpr, SCALE: tl.constexpr, CAP: tl.constexpr, TEMPERATURE: tl.constexpr,
-    C: tl.constexpr, LOG_C: tl.constexpr, LOG_1_C: tl.constexpr, GENERATOR: tl.constexpr,
-    BLOCK: tl.constexpr,
+    C: tl.constexpr, GENERATOR: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """The same sums over a top-k teacher's ids (n, k), which lie in range; log-prob -inf is
     padding."""
@@ -182,7 +240,7 @@ def given_sums_kernel(
     kl = tl.where(on_k & (q > 0), q * (lq - lp), 0.0)
     tl.store(sums + SUM_FORWARD_KL * columns, tl.sum(kl, 0))
     if GENERATOR is not None:
-        value, slope = _generator(lp, lq, p, q, GENERATOR, C, LOG_C, LOG_1_C)
+        value, slope = _generator(lp, lq, p, q, GENERATOR, C)
         tl.store(sums + SUM_VALUE * columns, tl.sum(tl.where(on_k, value, 0.0), 0))
         tl.store(sums + SUM_SLOPE * columns, tl.sum(tl.where(on_k, slope, 0.0), 0))
     tl.store(stats + row + TEACHER_TOPK_MASS * columns, teacher_mass)

@@ -1,0 +1,158 @@
+"""The Triton kernels on rows that several tiles, lanes and programs share: those of other tests fit
+into one of each."""
+
+import math
+
+import pytest
+import torch
+from problems import OBJECTIVES, relative_error, rows_of_several_blocks
+
+pytest.importorskip("triton")
+
+from tropd_kernels import Divergence, LogitsTeacher, distillation_loss
+from tropd_kernels.rows import triton_launch
+from tropd_kernels.rows.triton_kernels import sums
+
+#: Of one tile: 8 warps of 32 threads, 16 bytes each.
+LANES = 1024
+
+
+def found(z, t, labels, objective, backend="triton", **options):
+    """Loss, gradient and statistics of each row."""
+    z = z.clone().requires_grad_()
+    options = {
+        "reduction": "none",
+        "uniforms": torch.full_like(labels, 0.5, dtype=z.dtype),
+    } | options
+    out = distillation_loss(z, labels, LogitsTeacher(t), objective, backend=backend, **options)
+    out.loss.sum().backward()
+    return out.loss.detach(), z.grad, out.stats
+
+
+@pytest.fixture(params=[1, 4, 16])
+def parts(request, monkeypatch):
+    """Into how many programs a row of 40,000 ids goes; 16 leave some of them without a tile."""
+    monkeypatch.setattr(triton_launch, "PROGRAMS", 0 if request.param == 1 else 2**30)
+    monkeypatch.setattr(triton_launch, "TILES", {1: 1, 4: 2, 16: 0.5}[request.param])
+    tile = triton_launch.tile_options(40_000, torch.float32, logit_size=4, unroll=4)
+    assert triton_launch.parts_of_row(2, 40_000, tile["UNROLL"] * tile["LANES"]) == request.param
+    return request.param
+
+
+@pytest.mark.parametrize("name", ["tropd", "gkd", "reverse_kl"])
+def test_parts_of_a_row_make_the_whole(name, parts, device):
+    z, t = torch.randn(2, 2, 40_000, device=device)
+    z[1, 3] = 10.0  # of the first part alone
+    labels = torch.tensor([39_999, 3], device=device)
+    exact = found(z.double(), t.double(), labels, OBJECTIVES[name], "reference")
+    ours = found(z, t, labels, OBJECTIVES[name])
+    assert relative_error(ours[0], exact[0]) < 1e-5
+    assert relative_error(ours[1], exact[1]) < 1e-5
+    for name in ("log_probs", "entropy", "teacher_entropy", "forward_kl", "reverse_kl"):
+        torch.testing.assert_close(
+            getattr(ours[2], name), getattr(exact[2], name).float(), rtol=1e-5, atol=1e-5
+        )
+
+
+def test_few_rows_are_shared_and_many_are_not():
+    tile = 4 * LANES
+    few, many = (triton_launch.parts_of_row(n, 151_936, tile) for n in (1, 4096))
+    assert many == 1
+    assert few == 8
+    assert triton_launch.parts_of_row(512, 151_936, tile) == 2
+    assert triton_launch.parts_of_row(1, 3000, tile) == 1
+
+
+@pytest.mark.parametrize("name", [*rows_of_several_blocks(), "nan"])
+@pytest.mark.parametrize("shared", [False, True], ids=["whole", "in parts"])
+def test_statistics_do_not_depend_on_where_the_maximum_stands(name, shared, device, monkeypatch):
+    if shared:
+        monkeypatch.setattr(triton_launch, "TILES", 0.1)
+    cases = rows_of_several_blocks()
+    if name == "nan":
+        z, t = cases["only one rises"]
+        t = z.clone()
+        z[3] = math.nan
+    else:
+        z, t = cases[name]
+    # Lanes of their own for each of the blocks, one behind the other.
+    z, t = (torch.stack([row, row.flip(0)]).to(device) for row in (z, t))
+    labels = torch.tensor([2500, z.shape[1] - 2501], device=device)
+
+    def stats(backend):
+        out = distillation_loss(
+            z, labels, LogitsTeacher(t), Divergence("reverse_kl"), backend=backend, reduction="none"
+        )
+        s = out.stats
+        return torch.stack([s.log_probs, s.entropy, s.forward_kl, s.reverse_kl])
+
+    ours = stats("triton")
+    if name == "nan":
+        assert ours.isnan().all()
+        return
+    torch.testing.assert_close(ours, stats("torch"), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(ours[:, 0], ours[:, 1], rtol=1e-5, atol=1e-5)
+
+
+def rows_with_their_largest(where, vocab=6 * LANES):
+    t = torch.randn(1, vocab).clamp(max=3.0)
+    t[0, where] = 5.0 + torch.arange(len(where)) / 8
+    return t
+
+
+@pytest.mark.parametrize(
+    ("where", "by_lanes"),
+    [
+        ([5, 6, 7, 8], True),
+        ([5, 5 + LANES, 7, 7 + LANES], True),
+        ([5, 5 + LANES, 5 + 2 * LANES, 7], False),
+        ([5 + LANES * i for i in range(4)], False),
+        ([6 * LANES - 1, 0, 1, 2], True),
+    ],
+    ids=["in four lanes", "in two", "three in one", "all in one", "at both ends"],
+)
+def test_the_largest_are_found_wherever_they_stand(where, by_lanes, device, monkeypatch):
+    """Three of the k largest in one lane are more than it remembers: the row is searched."""
+    t = rows_with_their_largest(where).to(device)
+    z = torch.randn_like(t)
+    labels = torch.tensor([1], device=device)
+    rule = Divergence("forward_kl", top_k=4, top_k_tail="renormalize_both")
+    exact = found(z.double(), t.double(), labels, rule, "reference")
+    if device == "cpu":  # where the interpreter looks functions up
+        search, searched = sums._search, []
+        monkeypatch.setattr(sums, "_search", lambda *a: searched.append(1) or search(*a))
+    ours = found(z, t, labels, rule)
+    assert relative_error(ours[0], exact[0]) < 1e-5
+    assert relative_error(ours[1], exact[1]) < 1e-5
+    torch.testing.assert_close(
+        ours[2].teacher_topk_mass, t.softmax(-1)[:, where].sum(-1), rtol=1e-5, atol=0
+    )
+    if device == "cpu":
+        assert (not searched) == by_lanes
+
+
+@pytest.mark.parametrize("where", [[5, 6, 7], [5, 5 + LANES, 5 + 2 * LANES]])
+def test_ties_with_the_kth_belong_to_the_set(where, device):
+    t = rows_with_their_largest(where).to(device)
+    t[0, where] = 5.0  # all of them tie for the second place
+    t[0, 9] = 6.0
+    labels = torch.tensor([1], device=device)
+    rule = Divergence("forward_kl", top_k=2)
+    stats = found(torch.randn_like(t), t, labels, rule)[2]
+    mass = t.softmax(-1)[:, [9, *where]].sum(-1)
+    torch.testing.assert_close(stats.teacher_topk_mass, mass, rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("left", [0, 2])
+def test_fewer_ids_than_k_may_be_left(left, device):
+    """What the teacher excludes is never in K."""
+    t = torch.full((1, 3 * LANES), -math.inf, device=device)
+    t[0, 7 : 7 + left + 1] = torch.arange(left + 1, dtype=torch.float32, device=device)
+    labels = torch.tensor([7], device=device)
+    rule = Divergence("forward_kl", top_k=4)
+    z = torch.randn_like(t)
+    exact = found(z.double(), t.double(), labels, rule, "reference")
+    ours = found(z, t, labels, rule)
+    torch.testing.assert_close(ours[2].teacher_topk_mass, torch.ones(1, device=device))
+    assert relative_error(ours[0], exact[0]) < 1e-5
+    assert relative_error(ours[1], exact[1]) < 1e-5

@@ -1,0 +1,62 @@
+"""Launch configurations of the Triton kernels: a pure function of sizes and precision.
+
+No autotuning, which costs the user start-up time and, for a kernel that overwrites its input, tunes
+on garbage.
+
+Chosen by what the kernels compile to (`python -m benchmarks.cubins`: registers, spills, loads and
+instructions of each loop); no GPU was at hand to time them.
+"""
+
+from __future__ import annotations
+
+import torch
+
+#: A fused multiply-add rounds once where two operations round twice, so fusing differently in two
+#: kernels would let an entry pass the top-k threshold in one and miss it in the other.
+FUSION_OFF = {"enable_fp_fusion": False}
+#: Programs that fill a GPU a few times over, so that the last of them do not leave it idle.
+PROGRAMS = 1024
+#: Tiles of a row that one program should have, for what it costs to begin and to end.
+TILES = 4
+
+
+def tile_options(vocab_size: int, dtype: torch.dtype, logit_size: int, unroll: int) -> dict:
+    """Of the kernels that reduce rows, in `dtype`, whose logits take `logit_size` bytes: every
+    thread reads 16 bytes of each of `unroll` stretches of LANES ids, or of fewer where those bytes
+    hold more logits."""
+    each = 16 // logit_size
+    unroll = unroll * 4 // max(each, 4)
+    warps = 8
+    if dtype == torch.float64:
+        warps, unroll = 4, unroll // 2
+    lanes = min(32 * warps * each, power_of_two(vocab_size))
+    return {
+        "LANES": lanes,
+        "UNROLL": max(1, min(unroll, power_of_two(-(-vocab_size // lanes), least=1))),
+        "num_warps": max(1, min(warps, lanes // (32 * each))),
+        **FUSION_OFF,
+    }
+
+
+def block_options(vocab_size: int, dtype: torch.dtype) -> dict:
+    """Of the gradient kernel, which reduces nothing."""
+    block = min(1024 if dtype == torch.float64 else 2048, power_of_two(vocab_size))
+    return {"BLOCK": block, "num_warps": max(1, min(8, block // 256)), **FUSION_OFF}
+
+
+def parts_of_row(n: int, vocab_size: int, tile: int) -> int:
+    """Programs that share a row, a power of two: more of them where rows are few."""
+    parts = 1
+    while n * parts < PROGRAMS and 2 * parts * TILES * tile <= vocab_size:
+        parts *= 2
+    return parts
+
+
+def lanes_hold(top_k: int, lanes: int) -> bool:
+    """The two largest of every lane likely hold the top k: three of them share a lane with a
+    probability of some k^3 / (6 lanes^2), a few percent at most."""
+    return 16 * top_k <= lanes
+
+
+def power_of_two(n: int, least: int = 16) -> int:
+    return max(least, 1 << (n - 1).bit_length())
