@@ -10,7 +10,8 @@ from problems import OBJECTIVES, relative_error, rows_of_several_blocks
 pytest.importorskip("triton")
 
 from tropd_kernels import Divergence, LogitsTeacher, distillation_loss
-from tropd_kernels.rows import triton_launch
+from tropd_kernels.rows import torch_rows, triton_launch, triton_rows
+from tropd_kernels.rows.layout import Coef, LogitTransform, RowBatch, RowOptions
 from tropd_kernels.rows.triton_kernels import sums
 
 #: Of one tile: 8 warps of 32 threads, 16 bytes each.
@@ -156,3 +157,15 @@ def test_fewer_ids_than_k_may_be_left(left, device):
     torch.testing.assert_close(ours[2].teacher_topk_mass, torch.ones(1, device=device))
     assert relative_error(ours[0], exact[0]) < 1e-5
     assert relative_error(ours[1], exact[1]) < 1e-5
+
+
+def test_a_row_whose_ids_are_all_excluded(device):
+    """As a shard of the vocabulary may be: its maximum is -inf, as that of the other engines."""
+    z, t = torch.randn(2, 3, 50, device=device)
+    z[0], t[1] = -math.inf, -math.inf
+    batch = RowBatch(z, t, torch.tensor([3, 4, 5], device=device))
+    options = RowOptions(Divergence("reverse_kl"), LogitTransform(), LogitTransform())
+    ours, theirs = (engine.statistics(batch, options)[1] for engine in (triton_rows, torch_rows))
+    for coef in (Coef.STUDENT_MAX, Coef.STUDENT_LOG_SUM, Coef.TEACHER_MAX, Coef.TEACHER_LOG_SUM):
+        torch.testing.assert_close(ours[coef], theirs[coef])
+    assert ours[Coef.STUDENT_MAX, 0] == ours[Coef.TEACHER_MAX, 1] == -math.inf
