@@ -1,4 +1,4 @@
-"""Everything that needs a GPU, in one call of nine minutes: tests, table, chunk sizes.
+"""Everything that needs a GPU, in one call of nine minutes: tests, table, rows, chunk sizes.
 
     python -m benchmarks.gpu --out FOLDER           on the machine with the GPU
     python -m benchmarks.gpu --tiny --out FOLDER    every step on whatever is here, in a minute
@@ -32,8 +32,8 @@ from benchmarks.bench.results import read
 ROOT = Path(__file__).resolve().parents[1]
 RIVALS = "TROPD_RIVALS"
 #: Tests that compile kernels, by what is most worth knowing first.
-SUITES = ("tests/test_correctness.py", "tests/test_numbers.py", "tests/test_memory.py",
-          "tests/test_compile.py", "tests/test_agreement.py")  # fmt: skip
+SUITES = ("tests/test_correctness.py", "tests/test_triton_rows.py", "tests/test_numbers.py",
+          "tests/test_memory.py", "tests/test_compile.py", "tests/test_agreement.py")  # fmt: skip
 #: Compiling takes most of a minute for each loss, so two stand for all, in a step of their own.
 COMPILED = ("tropd", "gkd")
 WITHOUT_COMPILE = ("triton", "torch", "eager", "lean", "liger", "liger-fused", "trl", "fla",
@@ -44,6 +44,7 @@ TINY_SHAPE = (
     "--shape small --vocab-size 512 --hidden-size 32 --teacher-hidden-size 48 --tokens 96 "
     "--repeats 1 --losses tropd"
 )
+TINY_ROWS = "--tokens 16 --vocab-size 512 --repeats 1"
 TINY_CHUNKS = "--shape small --tokens 160 --repeats 1 --rows 128 --super-rows 128 256"
 
 
@@ -67,15 +68,19 @@ def steps(folder: Path, tiny: bool) -> list[Step]:
     who = ("ours", "eager") if tiny else WITHOUT_COMPILE
     compiled = ("eager",) if tiny else ("eager", "compile")
     chunks = (TINY_CHUNKS if tiny else CHUNKS).split()
+    rows = TINY_ROWS.split() if tiny else ["--sweep"]
     return [
-        Step("tests", module("pytest", *tests(tiny)), 0.33),
-        Step("table", bench("gpu.json", "--providers", *who), 0.40),
+        Step("tests", module("pytest", *tests(tiny)), 0.30),
+        Step("table", bench("gpu.json", "--providers", *who), 0.36),
+        Step("rows", module(
+            "benchmarks.rows", *rows, "--out", str(folder / "gpu_rows.json")
+        ), 0.10),
         Step("chunks", module(
             "benchmarks.bench.tuning", *chunks, "--out", str(folder / "gpu_tuning.json")
         ), 0.12),
         Step("compiled", bench(
             "gpu_compiled.json", "--losses", *COMPILED, "--providers", "ours", *compiled
-        ), 0.15),
+        ), 0.12),
     ]  # fmt: skip
 
 
@@ -155,9 +160,9 @@ def summary(folder: Path, states: dict[str, str]) -> str:
         path = folder / f"{name}.json"
         if path.exists():
             parts.append(table.short(read(path).rows))
-    log = folder / "chunks.log"
-    if log.exists():
-        parts.append("\n".join(log.read_text("utf-8").strip().splitlines()[:20]))
+    for log in (folder / "rows.log", folder / "chunks.log"):
+        if log.exists():
+            parts.append("\n".join(log.read_text("utf-8").strip().splitlines()[:30]))
     parts.append("\n".join(f"{name}: {state}" for name, state in states.items()))
     return "\n\n".join(parts)
 

@@ -9,8 +9,9 @@ import time
 import zipfile
 
 import pytest
+import torch
 
-from benchmarks import gpu
+from benchmarks import gpu, rows
 from benchmarks.bench import results, tuning
 from benchmarks.bench.shapes import SHAPES, Shape
 from tropd_kernels import chunking, plan_chunks
@@ -45,6 +46,44 @@ def test_chunk_sizes_are_swept_and_put_back(tmp_path, monkeypatch, capsys):
     assert not results.is_results(out)
 
 
+def test_row_passes_are_told_by_their_bytes(tmp_path, capsys):
+    out = tmp_path / "rows.json"
+    tiny = ["--tokens", "8", "--vocab-size", "64", "--repeats", "1", "--device", "cpu"]
+    assert rows.main([*tiny, "--backend", "torch", "--out", str(out)]) == 0
+    stored = json.loads(out.read_text("utf-8"))
+    row = stored["passes"]["gradient, reverse KL"]
+    moved = row["bytes_per_second"] * row["seconds"]["median"]
+    assert moved == pytest.approx(8 * 64 * (4 + 4 + 2))
+    share = 100 * row["bytes_per_second"] / stored["copy_bytes_per_second"]
+    line = next(line for line in capsys.readouterr().out.splitlines() if "reverse KL" in line)
+    assert line.split()[-1] == f"{share:.0f}"
+    assert not results.is_results(out)
+    assert rows.main([*tiny, "--backend", "torch", "--sweep", "--out", str(out)]) == 2
+    assert "--sweep is of Triton's launches; the backend here is torch" in capsys.readouterr().err
+
+
+def test_launches_are_swept_and_put_back(tmp_path, monkeypatch):
+    pytest.importorskip("triton")
+    from tropd_kernels.rows import triton_launch
+
+    before = triton_launch.tile_options(9999, torch.float32, 4, 4)
+    monkeypatch.setattr(rows, "SWEEP", {"WARPS": (4,), "PROGRAMS": (0,)})
+    seen = set()
+    whole = triton_launch.power_of_two
+    monkeypatch.setattr(
+        triton_launch,
+        "power_of_two",
+        lambda *a, **k: seen.add(triton_launch.WARPS) or whole(*a, **k),
+    )
+    out = tmp_path / "rows.json"
+    arguments = ["--tokens", "4", "--vocab-size", "64", "--repeats", "1", "--out", str(out)]
+    assert rows.main([*arguments, "--backend", "triton", "--sweep"]) == 0
+    assert seen == {4, 8}
+    assert triton_launch.tile_options(9999, torch.float32, 4, 4) == before
+    swept = json.loads(out.read_text("utf-8"))["sweep"]
+    assert set(swept) == {"WARPS 4", "PROGRAMS 0"} and "reason" not in swept["WARPS 4"]
+
+
 @pytest.mark.slow
 def test_every_step_of_the_gpu_call(tmp_path, monkeypatch, capsys):
     wheel = tmp_path / "wheels" / "rival-1.0-py3-none-any.whl"
@@ -56,8 +95,10 @@ def test_every_step_of_the_gpu_call(tmp_path, monkeypatch, capsys):
     printed = capsys.readouterr().out
     assert status == 0, printed
     assert "rivals: rival" in printed
-    states = printed.splitlines()[-4:]
-    assert [line.split(":")[0] for line in states] == ["tests", "table", "chunks", "compiled"]
+    states = printed.splitlines()[-5:]
+    names = ["tests", "table", "rows", "chunks", "compiled"]
+    assert [line.split(":")[0] for line in states] == names
+    assert "gradient, reverse KL" in printed
     assert all(": done in" in line for line in states) and "passed" in states[0]
     # The table, and the step with the compiled one.
     assert len(re.findall(r"^tropd +ours, torch +96", printed, re.M)) == 2 and "default" in printed

@@ -14,6 +14,11 @@ import torch
 #: A fused multiply-add rounds once where two operations round twice, so fusing differently in two
 #: kernels would let an entry pass the top-k threshold in one and miss it in the other.
 FUSION_OFF = {"enable_fp_fusion": False}
+#: Of the kernels that reduce rows: warps of a program, and stretches of LANES ids in a tile, of the
+#: statistics and of the sums.
+WARPS, STATISTICS_UNROLL, SUMS_UNROLL = 8, 4, 2
+#: Ids of a tile of the gradient kernel, 8 of them a thread.
+GRADIENT_BLOCK = 2048
 #: Programs that fill a GPU a few times over, so that the last of them do not leave it idle.
 PROGRAMS = 1024
 #: Tiles of a row that one program should have, for what it costs to begin and to end.
@@ -25,10 +30,9 @@ def tile_options(vocab_size: int, dtype: torch.dtype, logit_size: int, unroll: i
     thread reads 16 bytes of each of `unroll` stretches of LANES ids, or of fewer where those bytes
     hold more logits."""
     each = 16 // logit_size
-    unroll = unroll * 4 // max(each, 4)
-    warps = 8
+    warps, unroll = WARPS, unroll * 4 // max(each, 4)
     if dtype == torch.float64:
-        warps, unroll = 4, unroll // 2
+        warps, unroll = warps // 2, unroll // 2
     lanes = min(32 * warps * each, power_of_two(vocab_size))
     return {
         "LANES": lanes,
@@ -40,8 +44,9 @@ def tile_options(vocab_size: int, dtype: torch.dtype, logit_size: int, unroll: i
 
 def block_options(vocab_size: int, dtype: torch.dtype) -> dict:
     """Of the gradient kernel, which reduces nothing."""
-    block = min(1024 if dtype == torch.float64 else 2048, power_of_two(vocab_size))
-    return {"BLOCK": block, "num_warps": max(1, min(8, block // 256)), **FUSION_OFF}
+    widest = GRADIENT_BLOCK // 2 if dtype == torch.float64 else GRADIENT_BLOCK
+    block = min(widest, power_of_two(vocab_size))
+    return {"BLOCK": block, "num_warps": max(1, block // 256), **FUSION_OFF}
 
 
 def parts_of_row(n: int, vocab_size: int, tile: int) -> int:

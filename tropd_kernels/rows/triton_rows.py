@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..objectives import TokenRule
 from . import triton_kernels as kernels
+from . import triton_launch
 from .given import given_top_k
 from .layout import Coef, LogitTransform, RowBatch, RowOptions, Stat
 from .rule import Gate, topk_entropy
@@ -76,7 +77,9 @@ def _statistics(
     coefs: Tensor,
 ) -> None:
     n, vocab_size = z.shape
-    launch = tile_options(vocab_size, stats.dtype, _narrowest(z, t), unroll=4)
+    launch = tile_options(
+        vocab_size, stats.dtype, _narrowest(z, t), triton_launch.STATISTICS_UNROLL
+    )
     parts = parts_of_row(n, vocab_size, launch["UNROLL"] * launch["LANES"])
     room = None if parts == 1 else stats.new_empty((8, parts, n))
     arguments = (
@@ -108,7 +111,7 @@ def _dense_sums(
     rule, z, t = options.rule, _rows(batch.student), _rows(batch.teacher)
     n, vocab_size = z.shape
     sums = coefs.new_empty((kernels.SUMS, n))
-    launch = tile_options(vocab_size, coefs.dtype, _narrowest(z, t), unroll=2)
+    launch = tile_options(vocab_size, coefs.dtype, _narrowest(z, t), triton_launch.SUMS_UNROLL)
     kernels.dense_sums_kernel[(n,)](
         z, t, _bias(options.student), _bias(options.teacher), *_gate_inputs(batch, rule),
         options.entropy_threshold, stats, coefs, sums, vocab_size, z.stride(0), t.stride(0), n,
