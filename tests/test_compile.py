@@ -174,3 +174,36 @@ def test_host_waits_only_where_tokens_are_dropped(ignore_index):
                 run()
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("form", ["hidden", "top_k"])
+def test_a_whole_call_is_captured_in_a_cuda_graph(form):
+    """Loss and gradients of inputs that were copied into the graph's after it was captured."""
+    problem = make_problem(tokens=300, device="cuda")
+    teacher = problem.teacher(form, torch.bfloat16)
+    hidden = problem.hidden.bfloat16().requires_grad_()
+    weight = problem.weight.bfloat16().requires_grad_()
+
+    def run():
+        loss = linear_distillation_loss(
+            hidden, weight, problem.labels, teacher, TrOPD(top_k=6), ignore_index=None,
+            uniforms=problem.options["uniforms"],
+        ).loss  # fmt: skip
+        return loss.detach(), *torch.autograd.grad(loss, (hidden, weight))
+
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(2):  # kernels are compiled, and cuBLAS has its workspace
+            run()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = run()
+    with torch.no_grad():
+        hidden.copy_(torch.randn_like(hidden))
+    graph.replay()
+    for ours, expected in zip(captured, run(), strict=True):
+        assert torch.equal(ours, expected)
