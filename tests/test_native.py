@@ -446,6 +446,15 @@ def bad_arguments():
         yield "gemm_nn", "", nothing, "an inner size of 0"
         yield from everywhere(gemms, "out", *matrix, (half, "must be float32"))
         yield "gemm_tn", "out", to(torch.bfloat16), "out must be float32 to be added to"
+        rounds, sums = {"out": torch.zeros(3, 5).bfloat16(), "add": False}, torch.zeros(3, 5)
+        for add in (False, True):
+            wide = {"sums": sums, "add": add}
+            yield "gemm_tn", "", wide, "sums are for a bfloat16 out"
+        for spoil, message in (
+            *matrix, (half, "must be float32"), (to(torch.bfloat16), "must be float32"),
+            (double, "must be float32"), (meta, "there"),
+        ):  # fmt: skip
+            yield "gemm_tn", "", rounds | {"sums": spoil(sums)}, f"sums.* {message}"
 
 
 OPERATORS = ("statistics", "sums", "gradient", "elementary")

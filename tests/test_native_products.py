@@ -85,6 +85,23 @@ def test_transposed_products_can_add_or_round_once(shape, multiplier):
     assert whole[:, 0].isnan().all() and whole[:, n + 1 :].isnan().all()
 
 
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_transposed_products_round_once_with_sums(shape, multiplier):
+    """As if they were added to the sums, which stay as they are, and then rounded."""
+    m, n, k = shape
+    a, b = operands("gemm_tn", m, n, k, lambda r, c: torch.randn(r, c).bfloat16())
+    around = torch.full((m, n + 3), math.nan)
+    sums = around[:, 1 : n + 1].copy_(torch.randn(m, n))
+    before, expected = around.clone(), sums.clone()
+    ops.gemm_tn(a, b, expected, True)
+    for lead in (1, 0):  # aligned rows are stored by other instructions
+        whole = torch.full((m, lead + -(-n // 32) * 32 + 32), math.nan, dtype=torch.bfloat16)
+        ops.gemm_tn(a, b, whole[:, lead : lead + n], False, sums)
+        assert same_bits(whole[:, lead : lead + n], expected.bfloat16())
+        assert whole[:, :lead].isnan().all() and whole[:, lead + n :].isnan().all()
+    assert same_bits(around, before)
+
+
 @products
 def test_products_add_in_float32(operator, multiplier):
     a, b = operands(operator, 70, 100, 3001, lambda r, c: torch.randn(r, c).bfloat16())

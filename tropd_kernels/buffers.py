@@ -1,4 +1,4 @@
-"""Room for a call's chunks on a CPU, kept between calls.
+"""Room for a call's chunks and its d_weight before rounding, on a CPU, kept between calls.
 
 A fresh page costs a fault and its zeroing: for hundreds of megabytes more time than a pass over
 them. So pages are made at once, by all threads, and the block that a call worked in stays for the
@@ -45,9 +45,8 @@ def bytes_for(size: tuple[int, ...], dtype: torch.dtype) -> int:
 
 
 @contextmanager
-def arena(nbytes: int, keep: bool) -> Iterator[Arena]:
-    """An arena of `nbytes` for the `native` backend, whose block, with `keep`, the next call may
-    use."""
+def arena(nbytes: int) -> Iterator[Arena]:
+    """An arena of `nbytes` for the `native` backend, whose block the next call may use."""
     with _lock:
         block = _kept.pop() if _kept else None
     if block is None or block.numel() < nbytes:
@@ -57,7 +56,7 @@ def arena(nbytes: int, keep: bool) -> Iterator[Arena]:
         torch.ops.tropd_native.make_pages(block)
     yield Arena(block)
     # Not where the call has failed: its error may hold views of the block.
-    if keep and torch.ops.tropd_native.may_be_reclaimed(block):
+    if torch.ops.tropd_native.may_be_reclaimed(block):
         with _lock:  # of calls in several threads the largest
             _kept[:] = [max([*_kept, block], key=Tensor.numel)]
 
