@@ -43,7 +43,8 @@ struct Products {
 
 #if defined(__x86_64__)
 extern const Products products_avx512_bf16;
-#if defined(__linux__) && !defined(TROPD_NO_AMX)  // for assemblers that do not know its instructions
+// TROPD_NO_AMX: for assemblers that do not know its instructions; TROPD_EMULATE_AMX: see tiles.h.
+#if defined(__linux__) && (defined(TROPD_EMULATE_AMX) || !defined(TROPD_NO_AMX))
 #define TROPD_AMX
 extern const Products products_amx;
 #endif

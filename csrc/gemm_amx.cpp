@@ -28,6 +28,7 @@
 #include <unistd.h>
 
 #include <algorithm>
+#include <cstdlib>
 #include <cstring>
 #include <memory>
 #include <new>
@@ -37,6 +38,7 @@
 #include "target.h"
 TROPD_TARGET_BEGIN("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16")
 #include "gemm_pack.h"
+#include "tiles.h"
 
 namespace tropd {
 namespace {
@@ -47,32 +49,8 @@ constexpr int64_t EDGE = 32;   // a block of sums is EDGE x EDGE
 constexpr int64_t BLOCK = EDGE * EDGE;
 constexpr int64_t DEPTH = 16;  // tiles of k: 32 KiB of 32 rows
 
-// Assembly, for what compilers' intrinsics leave out: that tiles read memory, and all of the
-// configuration.
-#define TROPD_LOAD(tile, from) \
-  asm volatile("tileloadd (%0,%1,1), %%tmm" #tile ::"r"(from), "r"(int64_t(64)) : "memory")
-#define TROPD_STORE(tile, to) \
-  asm volatile("tilestored %%tmm" #tile ", (%0,%1,1)" ::"r"(to), "r"(int64_t(64)) : "memory")
-#define TROPD_ZERO(tile) asm volatile("tilezero %%tmm" #tile ::)
-#define TROPD_MULTIPLY(sum, a, b) asm volatile("tdpbf16ps %%tmm" #b ", %%tmm" #a ", %%tmm" #sum ::)
-
-// This thread's tiles, for as long as it lives.
-struct Tiles {
-  Tiles() {
-    struct alignas(64) {
-      uint8_t palette = 1, start = 0, reserved[14] = {};
-      uint16_t bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
-      uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
-    } shape;
-    asm volatile("ldtilecfg %0" ::"m"(shape) : "memory");
-  }
-  ~Tiles() { asm volatile("tilerelease" ::); }
-};
-
 // Which operand goes by; the other one stays in the L1 cache, out of which this keeps the first.
 enum class Passing { a, b };
-#define TROPD_LOAD_PASSING(tile, from) \
-  asm volatile("tileloaddt1 (%0,%1,1), %%tmm" #tile ::"r"(from), "r"(int64_t(64)) : "memory")
 
 // sums (four tiles) = [sums +] a @ b over `steps` tiles of k. The second 16 rows of a and columns
 // of b lie one panel further. The sums after these are likely the next.
@@ -81,46 +59,46 @@ inline void block(
     const uint16_t* a, int64_t a_panel, const uint16_t* b, int64_t b_panel, int64_t steps, float* sums,
     bool first) {
   if (first) {
-    TROPD_ZERO(0);
-    TROPD_ZERO(1);
-    TROPD_ZERO(2);
-    TROPD_ZERO(3);
+    tile_zero<0>();
+    tile_zero<1>();
+    tile_zero<2>();
+    tile_zero<3>();
   } else {
-    TROPD_LOAD(0, sums);
-    TROPD_LOAD(1, sums + 256);
-    TROPD_LOAD(2, sums + 512);
-    TROPD_LOAD(3, sums + 768);
+    tile_load<0>(sums);
+    tile_load<1>(sums + 256);
+    tile_load<2>(sums + 512);
+    tile_load<3>(sums + 768);
   }
   for (int64_t s = 0; s < steps; ++s, a += TILE, b += TILE) {
     if constexpr (PASSING == Passing::a) {
-      TROPD_LOAD(6, b);
-      TROPD_LOAD_PASSING(4, a);
-      TROPD_MULTIPLY(0, 4, 6);
-      TROPD_LOAD(7, b + b_panel);
-      TROPD_MULTIPLY(1, 4, 7);
-      TROPD_LOAD_PASSING(5, a + a_panel);
+      tile_load<6>(b);
+      tile_load_passing<4>(a);
+      tile_multiply<0, 4, 6>();
+      tile_load<7>(b + b_panel);
+      tile_multiply<1, 4, 7>();
+      tile_load_passing<5>(a + a_panel);
     } else {
-      TROPD_LOAD(4, a);
-      TROPD_LOAD_PASSING(6, b);
-      TROPD_MULTIPLY(0, 4, 6);
-      TROPD_LOAD(5, a + a_panel);
-      TROPD_MULTIPLY(2, 5, 6);
-      TROPD_LOAD_PASSING(7, b + b_panel);
+      tile_load<4>(a);
+      tile_load_passing<6>(b);
+      tile_multiply<0, 4, 6>();
+      tile_load<5>(a + a_panel);
+      tile_multiply<2, 5, 6>();
+      tile_load_passing<7>(b + b_panel);
     }
     if constexpr (PASSING == Passing::a) {
-      TROPD_MULTIPLY(2, 5, 6);
+      tile_multiply<2, 5, 6>();
     } else {
-      TROPD_MULTIPLY(1, 4, 7);
+      tile_multiply<1, 4, 7>();
     }
-    TROPD_MULTIPLY(3, 5, 7);
+    tile_multiply<3, 5, 7>();
     for (int i = 0; i < 4; ++i) {
       _mm_prefetch(reinterpret_cast<const char*>(sums + BLOCK + s % 16 * 64 + 16 * i), _MM_HINT_T0);
     }
   }
-  TROPD_STORE(0, sums);
-  TROPD_STORE(1, sums + 256);
-  TROPD_STORE(2, sums + 512);
-  TROPD_STORE(3, sums + 768);
+  tile_store<0>(sums);
+  tile_store<1>(sums + 256);
+  tile_store<2>(sums + 512);
+  tile_store<3>(sums + 768);
 }
 
 // --- packing: panels of 16, each `steps` tiles; what lies outside is 0 ------------------------------
@@ -377,21 +355,14 @@ void gemm_tn(const Matrix& a, const Matrix& b, const Output& out, const Pool& po
   with_kind_of(out, [&](const auto& to) { transposed(a, b, to, pool); });
 }
 
-// The CPU has the units, and the kernel grants their registers to this process.
 bool available() {
-  static const bool granted = [] {
-    uint32_t a, b, c, d;
-    if (!products_avx512_bf16.available() || __get_cpuid_count(7, 0, &a, &b, &c, &d) == 0) return false;
-    const bool bf16 = d >> 22 & 1, tiles = d >> 24 & 1;
-    constexpr long REQUEST = 0x1023, TILE_DATA = 18;  // ARCH_REQ_XCOMP_PERM
-    return bf16 && tiles && syscall(SYS_arch_prctl, REQUEST, TILE_DATA) == 0;
-  }();
+  static const bool granted = products_avx512_bf16.available() && tiles_granted();
   return granted;
 }
 
 }  // namespace
 
-const Products products_amx = {"AMX", available, gemm_nt, gemm_nn, gemm_tn};
+const Products products_amx = {TILES_NAME, available, gemm_nt, gemm_nn, gemm_tn};
 
 }  // namespace tropd
 TROPD_TARGET_END

@@ -31,8 +31,8 @@ struct To {
   static constexpr bool rounds = ROUNDS, adds = ADDS;
   std::conditional_t<ROUNDS, uint16_t, float>* out;
   int64_t stride;
-  const float* sums;
-  int64_t sums_stride;
+  const float* sums = nullptr;
+  int64_t sums_stride = 0;
 
   To at(int64_t row, int64_t column) const {
     const float* there = ADDS ? sums + row * sums_stride + column : nullptr;

@@ -42,6 +42,11 @@ def test_make_sanitize_tests_a_library_with_sanitizers():
     assert library_under_test()
 
 
+def test_amx_is_emulated_under_sanitizers_alone():
+    able = "AVX512-BF16" in ops.products() and sys.platform == "linux"
+    assert ("AMX emulated" in ops.products()) == (able and "TROPD_SANITIZE" in os.environ)
+
+
 def test_random_calls_touch_nothing_but_their_tensors():
     """On memory between pages that nobody may touch, where one stray read ends the process."""
     program = Path(__file__).with_name("fuzz_native.py")

@@ -143,6 +143,10 @@ def test_where_amx_cannot_be_ours_the_library_s_products_serve(monkeypatch):
     for amx, expected in ((True, []), (False, ["AVX512-BF16"])):
         monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda amx=amx: amx)
         assert native._bf16_products() == expected
+    for units in ("AMX", "AMX emulated"):
+        monkeypatch.setattr(ops, "products", lambda units=units: [units, "AVX512-BF16"])
+        monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: True)
+        assert native._bf16_products() == [units, "AVX512-BF16"]
     monkeypatch.setattr(native, "BF16_PRODUCTS", [])
     assert type(products_for("native", torch.bfloat16, "cpu")) is TorchProducts
     assert "AVX512-BF16" not in native.description()
