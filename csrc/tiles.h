@@ -11,9 +11,9 @@ constexpr const char* TILES_NAME = "AMX emulated";
 
 inline bool tiles_granted() { return true; }
 
-struct alignas(64) Emulated {
+struct Emulated {
   bool configured;
-  uint32_t tile[8][16][16];
+  alignas(64) uint32_t tile[8][16][16];
 
   __m512i* row(int t, int i) {
     if (!configured) std::abort();  // as a CPU would raise an error
