@@ -350,7 +350,7 @@ class _Loop:
 
     def finish(self) -> None:
         """Sums over tokens, scaled and rounded once, where no product has done that. What rounds an
-        accumulator takes the room of the chunks' buffers, which are gone then."""
+        accumulator takes the room of the chunks' buffers, which is free then."""
         result, student = self.result, self.problem.student
         if self.first and result.d_weight is not None:  # no product has overwritten it
             result.d_weight.zero_()
