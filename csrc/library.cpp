@@ -6,7 +6,6 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include <sys/mman.h>
-#include <unistd.h>
 
 #include <algorithm>
 #include <optional>
@@ -282,13 +281,17 @@ bool may_be_reclaimed(Tensor buffer) {
     fail("buffer must be contiguous, and uint8");
   }
 #if defined(MADV_FREE)
-  const uintptr_t page = uintptr_t(sysconf(_SC_PAGESIZE));
-  const uintptr_t first = reinterpret_cast<uintptr_t>(buffer.mutable_data_ptr());
-  const uintptr_t low = (first + page - 1) / page * page, high = (first + buffer.numel()) / page * page;
-  return low < high && madvise(reinterpret_cast<void*>(low), high - low, MADV_FREE) == 0;
+  return advise(buffer.mutable_data_ptr(), buffer.numel(), MADV_FREE);
 #else
   return false;
 #endif
+}
+
+// Gives a buffer's pages back to the system, with what they hold.
+void drop_pages(Tensor buffer) {
+  check_cpu(buffer, "buffer");
+  if (!buffer.is_contiguous()) fail("buffer must be contiguous");
+  advise(buffer.mutable_data_ptr(), buffer.numel() * buffer.element_size(), MADV_DONTNEED);
 }
 
 // Makes a fresh buffer's pages on all threads.
@@ -431,6 +434,7 @@ STABLE_TORCH_LIBRARY(tropd_native, m) {
   m.def("gemm_tn(Tensor a, Tensor b, Tensor(a!) out, bool add, Tensor? sums=None) -> ()");
   m.def("may_be_reclaimed(Tensor(a!) buffer) -> bool");
   m.def("make_pages(Tensor(a!) buffer) -> ()");
+  m.def("drop_pages(Tensor(a!) buffer) -> ()");
   m.def("products() -> str[]");
   m.def("use_products(str name) -> str");
   m.def("instruction_sets() -> str[]");
@@ -447,6 +451,7 @@ STABLE_TORCH_LIBRARY_IMPL(tropd_native, CompositeExplicitAutograd, m) {
   m.impl("gemm_tn", TORCH_BOX(&tropd::op_gemm_tn));
   m.impl("may_be_reclaimed", TORCH_BOX(&tropd::may_be_reclaimed));
   m.impl("make_pages", TORCH_BOX(&tropd::op_make_pages));
+  m.impl("drop_pages", TORCH_BOX(&tropd::drop_pages));
   m.impl("products", TORCH_BOX(&tropd::op_products));
   m.impl("use_products", TORCH_BOX(&tropd::use_products));
   m.impl("instruction_sets", TORCH_BOX(&tropd::instruction_sets));

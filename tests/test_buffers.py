@@ -1,5 +1,7 @@
 """Buffers that outlive a call: reused where nobody can tell, and never somebody's own."""
 
+import mmap
+import sys
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -150,6 +152,22 @@ def test_pages_are_made_and_nothing_is_written():
     assert (block == 7).all()
     with pytest.raises(RuntimeError, match="buffer must be contiguous"):
         torch.ops.tropd_native.make_pages(block[::2])
+
+
+@needs_native
+def test_pages_that_are_dropped_take_no_neighbour_with_them():
+    block = torch.full((2**21,), 7, dtype=torch.uint8)
+    torch.ops.tropd_native.drop_pages(block[5:-5])
+    torch.ops.tropd_native.drop_pages(block[:0])
+    torch.ops.tropd_native.drop_pages(block[1:100])
+    assert (block[:100] == 7).all() and (block[-5:] == 7).all()
+    if sys.platform == "linux":
+        assert (block == 0).sum() >= 2**21 - 2 * mmap.PAGESIZE
+    block.fill_(9)
+    assert (block == 9).all()
+    for wrong in (block[::2], block.view(2, -1).t()):
+        with pytest.raises(RuntimeError, match="buffer must be contiguous"):
+            torch.ops.tropd_native.drop_pages(wrong)
 
 
 def test_other_backends_keep_nothing(blocks):

@@ -148,6 +148,26 @@ def test_workspace_is_what_the_plan_says(dtype, frozen, backend, tokens, h, devi
     assert used >= 0.5 * plan.workspace_bytes, f"{used / 1e6:.0f} MB\n{plan}"
 
 
+@pytest.mark.skipif(not native.BF16_PRODUCTS, reason="this CPU's bf16 products are torch's")
+def test_d_weight_is_rounded_into_the_room_of_the_logits():
+    """The accumulator is there until the end, beside the gradient that is returned."""
+    tokens, v, h = 1152, 50_000, 512
+    hidden, weight = (torch.randn(n, h).bfloat16().requires_grad_() for n in (tokens, v))
+    labels = torch.randint(v, (tokens,))
+    teacher = HiddenTeacher(torch.randn(tokens, 64).bfloat16(), torch.randn(v, 64).bfloat16())
+
+    def run():
+        linear_distillation_loss(hidden, weight, labels, teacher, GKD(), backend="native")
+
+    run()
+    buffers.release()
+    with ResidentPeak() as peak:
+        run()
+    plan = plan_chunks(tokens, v, h, 64, device="cpu", backend="native", objective=GKD())
+    assert plan.rounds_d_weight and plan.super_rows < tokens
+    assert peak.delta <= 1.02 * plan.workspace_bytes, f"{peak.delta / 1e6:.0f} MB\n{plan}"
+
+
 @pytest.mark.parametrize("name", ["tropd", "gkd", "entropy_opd"])
 @pytest.mark.parametrize("form", ["hidden", "logits"])
 def test_result_does_not_depend_on_the_chunks(name, form, device, monkeypatch):

@@ -38,6 +38,12 @@ class Arena:
         low, self.at = self.at, self.at + bytes_for(size, dtype)
         return self.block[low : low + prod(size) * dtype.itemsize].view(dtype).view(size)
 
+    def drop(self, *tensors: Tensor | None) -> None:
+        """Gives the pages of some of its tensors back for this call, with what they hold."""
+        for tensor in tensors:
+            if tensor is not None and self.block is not None:
+                torch.ops.tropd_native.drop_pages(tensor)
+
 
 def bytes_for(size: tuple[int, ...], dtype: torch.dtype) -> int:
     """What a tensor takes up in an arena."""

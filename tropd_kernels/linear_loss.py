@@ -318,9 +318,9 @@ class _Loop:
             like = problem.student.source
             *room, total = [None if size is None else arena.empty(like, *size) for size in sizes]
             self.total = self.total if total is None else total
-            self._run(rows, options, *room)
+            self._run(rows, options, arena, *room)
 
-    def _run(self, rows, options, z_buffer, t_buffer, d_logits) -> None:
+    def _run(self, rows, options, arena, z_buffer, t_buffer, d_logits) -> None:
         plan = self.plan
         d_logits = z_buffer if d_logits is None else d_logits
         step = plan.super_rows
@@ -338,6 +338,8 @@ class _Loop:
                 elif self.needs:
                     self._store_d_logits(batch, coefs, options, tokens)
             last = stop == self.n
+            if last and self.total_size() is not None:
+                arena.drop(z_buffer, t_buffer)  # what is rounded takes their room
             if self.result.shares is not None:
                 self._selected_products(d_logits[: stop - start], self._indices(start, stop), last)
             elif self.needs and self.has_head:
