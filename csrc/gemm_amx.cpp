@@ -306,7 +306,8 @@ void gemm_nn(const Matrix& a, const Matrix& b, float* out, int64_t out_stride, c
   run(pool, rows, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
       for (int64_t j = 0; j < columns; ++j) {
-        store_block(sums.get() + (j * rows + i) * BLOCK, m - i * EDGE, n - j * EDGE, to.at(i * EDGE, j * EDGE));
+        store_block(sums.get() + (j * rows + i) * BLOCK, m - i * EDGE, n - j * EDGE,
+                    to.at(i * EDGE, j * EDGE));
       }
     }
   });
