@@ -7,7 +7,7 @@
 #   make bench     the table beside the field, tropd bench; writes build/bench/
 #   make wheel     a wheel, in dist/
 #   make engines   the tests that want verl and DeepSpeed, which it installs beside .venv
-#   make sanitize  the native kernels under GCC's sanitizers, in build/sanitize/ (Linux)
+#   make sanitize  the native kernels under GCC's sanitizers, with AMX emulated, in build/sanitize/ (Linux)
 #   make clean     removes what the above made, but for .venv
 #
 # ARGS passes more to demo, train, test, bench and sanitize: make test ARGS="-k prefix -x"
@@ -80,7 +80,7 @@ sanitize: $(READY)
 	cd $(SANITIZE) && library() { $${CXX:-c++} -print-file-name=$$1; } && \
 	export LD_PRELOAD="$$(library libasan.so) $$(library libstdc++.so.6)" ASAN_OPTIONS=detect_leaks=0 && \
 	export TROPD_SANITIZE=1 PYTHONPATH=$(CURDIR)/$(SANITIZE) OMP_NUM_THREADS=1 && \
-	$(CURDIR)/$(PY) -m pytest tests/test_native.py tests/test_native_products.py -q --capture=sys -p no:cacheprovider $(ARGS) && \
+	$(CURDIR)/$(PY) -m pytest tests/test_native.py tests/test_native_products.py tests/test_native_d_weight.py -q --capture=sys -p no:cacheprovider $(ARGS) && \
 	$(CURDIR)/$(PY) tests/fuzz_native.py --seconds 20
 
 clean:

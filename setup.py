@@ -4,9 +4,9 @@ TROPD_BUILD_EXT=auto  builds where csrc/ has sources, and torch and a compiler t
                       there; otherwise makes a pure wheel and says so in one line (the default)
 TROPD_BUILD_EXT=0     makes a pure wheel
 TROPD_BUILD_EXT=1     builds or fails, saying why
-TROPD_SANITIZE=1      builds with GCC's address and undefined-behaviour sanitizers, to be tested and
-                      never to be installed: the library loads only into a process that preloads
-                      libasan (`make sanitize`)
+TROPD_SANITIZE=1      builds with GCC's address and undefined-behaviour sanitizers, and AMX emulated
+                      (csrc/tiles.h), to be tested and never to be installed: the library loads only
+                      into a process that preloads libasan (`make sanitize`)
 
 The choice falls before the build starts, because Extension(optional=True) leaves a platform tag on
 a wheel without a library in it. The GPU is never looked at. torch is found only where the build
@@ -40,6 +40,7 @@ COMPILE_FLAGS = [
 OPTIMIZED = ["-O3", "-g0"]
 SANITIZED = [
     "-fsanitize=address,undefined",
+    "-DTROPD_EMULATE_AMX",  # what packs and stores AMX's tiles, on CPUs without them too
     "-fno-omit-frame-pointer",
     "-fno-sanitize-recover=undefined",
     "-fno-wrapv",  # against Python's -fwrapv, with which a signed overflow is no error

@@ -43,7 +43,7 @@ def measure_products(args):
         return {
             "logits": lambda: road.logits_into(logits, hidden, weight),
             "d_hidden": lambda: road.d_hidden(d, weight),
-            "d_weight": lambda: road.d_weight(d_weight, d, hidden, False),
+            "d_weight": lambda: road.d_weight(d_weight, d, hidden, d_weight),
         }
 
     def without_bf16_mode(run):

@@ -12,6 +12,15 @@ struct Matrix {
   int64_t rows, cols, stride;
 };
 
+// Where a product goes: out = [sums +] product, in float32, or rounded once to bfloat16.
+struct Output {
+  void* out;
+  int64_t stride;
+  bool rounds;
+  const float* sums = nullptr;  // (m, n), `out` itself or apart from it; null: none
+  int64_t sums_stride = 0;
+};
+
 // torch's pool: splits [0, n) over its threads.
 using Body = void (*)(int64_t begin, int64_t end, void* context);
 struct Pool {
@@ -28,15 +37,14 @@ struct Products {
   void (*nt)(const Matrix& a, const Matrix& b, float* out, int64_t out_stride, const Pool&);
   // out (m, n) = a (m, k) @ b (k, n)
   void (*nn)(const Matrix& a, const Matrix& b, float* out, int64_t out_stride, const Pool&);
-  // out (m, n) = [out +] a (k, m).T @ b (k, n)
-  void (*tn)(const Matrix& a, const Matrix& b, float* out, int64_t out_stride, bool add, const Pool&);
-  // the same, rounded once to bfloat16
-  void (*tn_rounded)(const Matrix& a, const Matrix& b, uint16_t* out, int64_t out_stride, const Pool&);
+  // out (m, n) = [sums +] a (k, m).T @ b (k, n)
+  void (*tn)(const Matrix& a, const Matrix& b, const Output& out, const Pool&);
 };
 
 #if defined(__x86_64__)
 extern const Products products_avx512_bf16;
-#if defined(__linux__) && !defined(TROPD_NO_AMX)  // for assemblers that do not know its instructions
+// TROPD_NO_AMX: for assemblers that do not know its instructions; TROPD_EMULATE_AMX: see tiles.h.
+#if defined(__linux__) && (defined(TROPD_EMULATE_AMX) || !defined(TROPD_NO_AMX))
 #define TROPD_AMX
 extern const Products products_amx;
 #endif

@@ -24,18 +24,21 @@
 #if defined(TROPD_AMX)
 #include <cpuid.h>
 #include <immintrin.h>
-#include <sys/mman.h>
 #include <sys/syscall.h>
 #include <unistd.h>
 
 #include <algorithm>
+#include <cstdlib>
 #include <cstring>
 #include <memory>
 #include <new>
+#include <type_traits>
 
+#include "pages.h"
 #include "target.h"
 TROPD_TARGET_BEGIN("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16")
 #include "gemm_pack.h"
+#include "tiles.h"
 
 namespace tropd {
 namespace {
@@ -46,32 +49,8 @@ constexpr int64_t EDGE = 32;   // a block of sums is EDGE x EDGE
 constexpr int64_t BLOCK = EDGE * EDGE;
 constexpr int64_t DEPTH = 16;  // tiles of k: 32 KiB of 32 rows
 
-// Assembly, for what compilers' intrinsics leave out: that tiles read memory, and all of the
-// configuration.
-#define TROPD_LOAD(tile, from) \
-  asm volatile("tileloadd (%0,%1,1), %%tmm" #tile ::"r"(from), "r"(int64_t(64)) : "memory")
-#define TROPD_STORE(tile, to) \
-  asm volatile("tilestored %%tmm" #tile ", (%0,%1,1)" ::"r"(to), "r"(int64_t(64)) : "memory")
-#define TROPD_ZERO(tile) asm volatile("tilezero %%tmm" #tile ::)
-#define TROPD_MULTIPLY(sum, a, b) asm volatile("tdpbf16ps %%tmm" #b ", %%tmm" #a ", %%tmm" #sum ::)
-
-// This thread's tiles, for as long as it lives.
-struct Tiles {
-  Tiles() {
-    struct alignas(64) {
-      uint8_t palette = 1, start = 0, reserved[14] = {};
-      uint16_t bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
-      uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
-    } shape;
-    asm volatile("ldtilecfg %0" ::"m"(shape) : "memory");
-  }
-  ~Tiles() { asm volatile("tilerelease" ::); }
-};
-
 // Which operand goes by; the other one stays in the L1 cache, out of which this keeps the first.
 enum class Passing { a, b };
-#define TROPD_LOAD_PASSING(tile, from) \
-  asm volatile("tileloaddt1 (%0,%1,1), %%tmm" #tile ::"r"(from), "r"(int64_t(64)) : "memory")
 
 // sums (four tiles) = [sums +] a @ b over `steps` tiles of k. The second 16 rows of a and columns
 // of b lie one panel further. The sums after these are likely the next.
@@ -80,46 +59,46 @@ inline void block(
     const uint16_t* a, int64_t a_panel, const uint16_t* b, int64_t b_panel, int64_t steps, float* sums,
     bool first) {
   if (first) {
-    TROPD_ZERO(0);
-    TROPD_ZERO(1);
-    TROPD_ZERO(2);
-    TROPD_ZERO(3);
+    tile_zero<0>();
+    tile_zero<1>();
+    tile_zero<2>();
+    tile_zero<3>();
   } else {
-    TROPD_LOAD(0, sums);
-    TROPD_LOAD(1, sums + 256);
-    TROPD_LOAD(2, sums + 512);
-    TROPD_LOAD(3, sums + 768);
+    tile_load<0>(sums);
+    tile_load<1>(sums + 256);
+    tile_load<2>(sums + 512);
+    tile_load<3>(sums + 768);
   }
   for (int64_t s = 0; s < steps; ++s, a += TILE, b += TILE) {
     if constexpr (PASSING == Passing::a) {
-      TROPD_LOAD(6, b);
-      TROPD_LOAD_PASSING(4, a);
-      TROPD_MULTIPLY(0, 4, 6);
-      TROPD_LOAD(7, b + b_panel);
-      TROPD_MULTIPLY(1, 4, 7);
-      TROPD_LOAD_PASSING(5, a + a_panel);
+      tile_load<6>(b);
+      tile_load_passing<4>(a);
+      tile_multiply<0, 4, 6>();
+      tile_load<7>(b + b_panel);
+      tile_multiply<1, 4, 7>();
+      tile_load_passing<5>(a + a_panel);
     } else {
-      TROPD_LOAD(4, a);
-      TROPD_LOAD_PASSING(6, b);
-      TROPD_MULTIPLY(0, 4, 6);
-      TROPD_LOAD(5, a + a_panel);
-      TROPD_MULTIPLY(2, 5, 6);
-      TROPD_LOAD_PASSING(7, b + b_panel);
+      tile_load<4>(a);
+      tile_load_passing<6>(b);
+      tile_multiply<0, 4, 6>();
+      tile_load<5>(a + a_panel);
+      tile_multiply<2, 5, 6>();
+      tile_load_passing<7>(b + b_panel);
     }
     if constexpr (PASSING == Passing::a) {
-      TROPD_MULTIPLY(2, 5, 6);
+      tile_multiply<2, 5, 6>();
     } else {
-      TROPD_MULTIPLY(1, 4, 7);
+      tile_multiply<1, 4, 7>();
     }
-    TROPD_MULTIPLY(3, 5, 7);
+    tile_multiply<3, 5, 7>();
     for (int i = 0; i < 4; ++i) {
       _mm_prefetch(reinterpret_cast<const char*>(sums + BLOCK + s % 16 * 64 + 16 * i), _MM_HINT_T0);
     }
   }
-  TROPD_STORE(0, sums);
-  TROPD_STORE(1, sums + 256);
-  TROPD_STORE(2, sums + 512);
-  TROPD_STORE(3, sums + 768);
+  tile_store<0>(sums);
+  tile_store<1>(sums + 256);
+  tile_store<2>(sums + 512);
+  tile_store<3>(sums + 768);
 }
 
 // --- packing: panels of 16, each `steps` tiles; what lies outside is 0 ------------------------------
@@ -198,28 +177,26 @@ void pack_columns_transposed(
 
 // --- from sums to results --------------------------------------------------------------------------
 
-// A block's rows to out; nothing outside rows x columns is written.
-template <Store STORE, class Out>
-inline void store_block(const float* sums, int64_t rows, int64_t columns, Out* out, int64_t stride) {
+// A block's rows, and what they are added to; nothing outside rows x columns is touched.
+template <class To>
+inline void store_block(const float* block, int64_t rows, int64_t columns, const To& to) {
   for (int64_t i = 0; i < std::min(rows, EDGE); ++i) {
-    const float* left = sums + i / 16 * 512 + i % 16 * 16;
-    Out* to = out + i * stride;
-    const __m512 low = _mm512_load_ps(left), high = _mm512_load_ps(left + 256);
-    if constexpr (STORE == Store::round) {
+    const To here = to.at(i, 0);
+    const float* left = block + i / 16 * 512 + i % 16 * 16;
+    const __mmask16 masks[] = {first_of_16(columns), first_of_16(columns - 16)};
+    const __m512 low = here.total(_mm512_load_ps(left), masks[0]);
+    const __m512 high = to.at(i, 16).total(_mm512_load_ps(left + 256), masks[1]);
+    if constexpr (To::rounds) {
       const __m512i both = _mm512_inserti64x4(_mm512_castsi256_si512(to_bf16(low)), to_bf16(high), 1);
-      const bool line = columns >= EDGE && reinterpret_cast<uintptr_t>(to) % 64 == 0;
+      const bool line = columns >= EDGE && reinterpret_cast<uintptr_t>(here.out) % 64 == 0;
       if (line) {
-        _mm512_stream_si512(reinterpret_cast<__m512i*>(to), both);
+        _mm512_stream_si512(reinterpret_cast<__m512i*>(here.out), both);
       } else {
-        _mm512_mask_storeu_epi16(to, first_of_32(columns), both);
+        _mm512_mask_storeu_epi16(here.out, first_of_32(columns), both);
       }
     } else {
-      for (int half = 0; half < 2; ++half) {
-        const __mmask16 mask = first_of_16(columns - 16 * half);
-        __m512 value = half ? high : low;
-        if (STORE == Store::add) value = _mm512_add_ps(value, _mm512_maskz_loadu_ps(mask, to + 16 * half));
-        _mm512_mask_storeu_ps(to + 16 * half, mask, value);
-      }
+      _mm512_mask_storeu_ps(here.out, masks[0], low);
+      _mm512_mask_storeu_ps(here.out + 16, masks[1], high);
     }
   }
 }
@@ -239,15 +216,6 @@ inline void store_transposed(const float* tile, int64_t rows, int64_t columns, f
       _mm512_mask_storeu_ps(to, mask, _mm512_castsi512_ps(r[i]));
     }
   }
-}
-
-// Makes pages of a fresh result at once: a fault for each costs twice as much.
-inline void make_pages(void* from, int64_t bytes) {
-#if defined(MADV_POPULATE_WRITE)
-  const uintptr_t page = 4096, first = reinterpret_cast<uintptr_t>(from);
-  const uintptr_t low = first / page * page;
-  madvise(reinterpret_cast<void*>(low), first + bytes - low, MADV_POPULATE_WRITE);
-#endif
 }
 
 // --- the products ------------------------------------------------------------------------------------
@@ -305,6 +273,7 @@ void gemm_nn(const Matrix& a, const Matrix& b, float* out, int64_t out_stride, c
   const int64_t height = (rows + down - 1) / down, width = (columns + across - 1) / across;
   Buffer<uint16_t> left = buffer(rows * EDGE * DEPTH * STEP), right = buffer(columns * EDGE * DEPTH * STEP);
   Buffer<float> sums = buffer<float>((rows * columns + 1) * BLOCK);
+  const To<false, false> to = {out, out_stride};
   for (int64_t s = 0; s < steps; s += DEPTH) {
     const int64_t depth = std::min(DEPTH, steps - s), low = s * STEP, block_size = 2 * depth * TILE;
     run(pool, pool.threads, [&](int64_t begin, int64_t end) {  // a share of both operands each
@@ -337,15 +306,15 @@ void gemm_nn(const Matrix& a, const Matrix& b, float* out, int64_t out_stride, c
   run(pool, rows, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
       for (int64_t j = 0; j < columns; ++j) {
-        store_block<Store::set>(sums.get() + (j * rows + i) * BLOCK, m - i * EDGE, n - j * EDGE,
-                                out + i * EDGE * out_stride + j * EDGE, out_stride);
+        store_block(sums.get() + (j * rows + i) * BLOCK, m - i * EDGE, n - j * EDGE,
+                    to.at(i * EDGE, j * EDGE));
       }
     }
   });
 }
 
-template <Store STORE, class Out>
-void transposed(const Matrix& a, const Matrix& b, Out* out, int64_t out_stride, const Pool& pool) {
+template <class To>
+void transposed(const Matrix& a, const Matrix& b, const To& to, const Pool& pool) {
   const int64_t k = a.rows, m = a.cols, n = b.cols, steps = round_up(k, STEP) / STEP;
   const int64_t panels = round_up(n, EDGE) / 16;
   // So many ids that their d_logits take up to 1 MiB, but a block of them at least.
@@ -363,7 +332,7 @@ void transposed(const Matrix& a, const Matrix& b, Out* out, int64_t out_stride, 
     Buffer<float> sums = buffer<float>(ids_at_once * EDGE + BLOCK);
     for (int64_t id = begin * ids_at_once; id < std::min(end * ids_at_once, m); id += ids_at_once) {
       const int64_t ids = std::min(ids_at_once, m - id), blocks = round_up(ids, EDGE) / EDGE;
-      make_pages(out + id * out_stride, ((ids - 1) * out_stride + n) * sizeof(Out));
+      make_pages(to.at(id, 0).out, ((ids - 1) * to.stride + n) * sizeof(*to.out));
       pack_rows_transposed(a.data + id, a.stride, ids, k, steps, left.get());
       for (int64_t j = 0; j < panels / 2; ++j) {
         for (int64_t s = 0; s < steps; s += DEPTH) {
@@ -375,8 +344,7 @@ void transposed(const Matrix& a, const Matrix& b, Out* out, int64_t out_stride, 
           }
         }
         for (int64_t i = 0; i < blocks; ++i) {
-          store_block<STORE>(sums.get() + i * BLOCK, ids - i * EDGE, n - j * EDGE,
-                             out + (id + i * EDGE) * out_stride + j * EDGE, out_stride);
+          store_block(sums.get() + i * BLOCK, ids - i * EDGE, n - j * EDGE, to.at(id + i * EDGE, j * EDGE));
         }
       }
     }
@@ -384,31 +352,18 @@ void transposed(const Matrix& a, const Matrix& b, Out* out, int64_t out_stride, 
   });
 }
 
-void gemm_tn(
-    const Matrix& a, const Matrix& b, float* out, int64_t out_stride, bool add, const Pool& pool) {
-  (add ? transposed<Store::add, float> : transposed<Store::set, float>)(a, b, out, out_stride, pool);
+void gemm_tn(const Matrix& a, const Matrix& b, const Output& out, const Pool& pool) {
+  with_kind_of(out, [&](const auto& to) { transposed(a, b, to, pool); });
 }
 
-void gemm_tn_rounded(
-    const Matrix& a, const Matrix& b, uint16_t* out, int64_t out_stride, const Pool& pool) {
-  transposed<Store::round>(a, b, out, out_stride, pool);
-}
-
-// The CPU has the units, and the kernel grants their registers to this process.
 bool available() {
-  static const bool granted = [] {
-    uint32_t a, b, c, d;
-    if (!products_avx512_bf16.available() || __get_cpuid_count(7, 0, &a, &b, &c, &d) == 0) return false;
-    const bool bf16 = d >> 22 & 1, tiles = d >> 24 & 1;
-    constexpr long REQUEST = 0x1023, TILE_DATA = 18;  // ARCH_REQ_XCOMP_PERM
-    return bf16 && tiles && syscall(SYS_arch_prctl, REQUEST, TILE_DATA) == 0;
-  }();
+  static const bool granted = products_avx512_bf16.available() && tiles_granted();
   return granted;
 }
 
 }  // namespace
 
-const Products products_amx = {"AMX", available, gemm_nt, gemm_nn, gemm_tn, gemm_tn_rounded};
+const Products products_amx = {TILES_NAME, available, gemm_nt, gemm_nn, gemm_tn};
 
 }  // namespace tropd
 TROPD_TARGET_END

@@ -21,6 +21,7 @@
 #include <cstring>
 #include <memory>
 #include <new>
+#include <type_traits>
 
 #include "target.h"
 TROPD_TARGET_BEGIN("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16")
@@ -32,20 +33,20 @@ namespace {
 constexpr int MR = 6, NR = 64;
 constexpr int64_t KC = 2048;  // steps of k whose panel of B (256 KiB) is packed at once
 
-// out (ROWS, cols) from `pairs` pairs of k. a: pair p of row i at a + i * row + p * step.
-template <int ROWS, Store STORE>
+// (ROWS, cols) sums over `pairs` pairs of k. a: pair p of row i at a + i * row + p * step.
+template <int ROWS, class To>
 inline __attribute__((always_inline)) void tile(
-    int64_t pairs, const uint16_t* a, int64_t row, int64_t step, const uint16_t* b, void* out,
-    int64_t stride, int64_t cols) {
+    int64_t pairs, const uint16_t* a, int64_t row, int64_t step, const uint16_t* b, const To& to,
+    int64_t cols) {
   __m512 sum[ROWS][4];
 #pragma GCC unroll 6
   for (int i = 0; i < ROWS; ++i) {
 #pragma GCC unroll 4
     for (int j = 0; j < 4; ++j) sum[i][j] = _mm512_setzero_ps();
   }
-  if (STORE == Store::add) {  // so that the old sums are there when the loop ends
+  if constexpr (To::adds) {  // so that the old sums are there when the loop ends
     for (int i = 0; i < ROWS; ++i) {
-      for (int j = 0; j < 4; ++j) _mm_prefetch(static_cast<float*>(out) + i * stride + 16 * j, _MM_HINT_T0);
+      for (int j = 0; j < 4; ++j) _mm_prefetch(to.sums + i * to.sums_stride + 16 * j, _MM_HINT_T0);
     }
   }
   for (int64_t p = 0; p < pairs; ++p) {
@@ -70,29 +71,28 @@ inline __attribute__((always_inline)) void tile(
       const int64_t left = cols - 16 * j;
       if (left <= 0) continue;
       const __mmask16 mask = left >= 16 ? 0xffff : __mmask16((1u << left) - 1);
-      if (STORE == Store::round) {
-        uint16_t* to = static_cast<uint16_t*>(out) + i * stride + 16 * j;
-        _mm256_mask_storeu_epi16(to, mask, to_bf16(sum[i][j]));
+      const To here = to.at(i, 16 * j);
+      const __m512 total = here.total(sum[i][j], mask);
+      if constexpr (To::rounds) {
+        _mm256_mask_storeu_epi16(here.out, mask, to_bf16(total));
       } else {
-        float* to = static_cast<float*>(out) + i * stride + 16 * j;
-        if (STORE == Store::add) sum[i][j] = _mm512_add_ps(sum[i][j], _mm512_maskz_loadu_ps(mask, to));
-        _mm512_mask_storeu_ps(to, mask, sum[i][j]);
+        _mm512_mask_storeu_ps(here.out, mask, total);
       }
     }
   }
 }
 
-template <Store STORE>
+template <class To>
 void tiles(
-    int rows, int64_t pairs, const uint16_t* a, int64_t row, int64_t step, const uint16_t* b,
-    void* out, int64_t stride, int64_t cols) {
+    int rows, int64_t pairs, const uint16_t* a, int64_t row, int64_t step, const uint16_t* b, const To& to,
+    int64_t cols) {
   switch (rows) {
-    case 1: return tile<1, STORE>(pairs, a, row, step, b, out, stride, cols);
-    case 2: return tile<2, STORE>(pairs, a, row, step, b, out, stride, cols);
-    case 3: return tile<3, STORE>(pairs, a, row, step, b, out, stride, cols);
-    case 4: return tile<4, STORE>(pairs, a, row, step, b, out, stride, cols);
-    case 5: return tile<5, STORE>(pairs, a, row, step, b, out, stride, cols);
-    default: return tile<6, STORE>(pairs, a, row, step, b, out, stride, cols);
+    case 1: return tile<1>(pairs, a, row, step, b, to, cols);
+    case 2: return tile<2>(pairs, a, row, step, b, to, cols);
+    case 3: return tile<3>(pairs, a, row, step, b, to, cols);
+    case 4: return tile<4>(pairs, a, row, step, b, to, cols);
+    case 5: return tile<5>(pairs, a, row, step, b, to, cols);
+    default: return tile<6>(pairs, a, row, step, b, to, cols);
   }
 }
 
@@ -159,17 +159,16 @@ struct Pairs {
   }
 };
 
-// Rows of A against one packed panel.
-template <Store STORE>
+// Rows of A against one packed panel, whose product `out` becomes, or is added to it.
 void rows_by_panel(
-    const uint16_t* a, int64_t stride, int64_t rows, int64_t k, const uint16_t* panel, void* out,
-    int64_t out_stride, int64_t cols) {
-  for (int64_t i = 0; i < rows; i += MR) {
-    const int count = int(std::min<int64_t>(MR, rows - i));
-    float* to = static_cast<float*>(out) + i * out_stride;
-    tiles<STORE>(count, (k + 1) / 2, a + i * stride, stride, 2, panel, to,
-                 out_stride, cols);
-  }
+    const uint16_t* a, int64_t stride, int64_t rows, int64_t k, const uint16_t* panel, float* out,
+    int64_t out_stride, int64_t cols, bool add) {
+  with_kind_of({out, out_stride, false, add ? out : nullptr, out_stride}, [&](const auto& to) {
+    for (int64_t i = 0; i < rows; i += MR) {
+      const int count = int(std::min<int64_t>(MR, rows - i));
+      tiles(count, (k + 1) / 2, a + i * stride, stride, 2, panel, to.at(i, 0), cols);
+    }
+  });
 }
 
 void gemm_nt(const Matrix& a, const Matrix& b, float* out, int64_t out_stride, const Pool& pool) {
@@ -182,8 +181,8 @@ void gemm_nt(const Matrix& a, const Matrix& b, float* out, int64_t out_stride, c
       for (int64_t first = 0; first < k; first += KC) {
         const int64_t depth = std::min(KC, k - first);
         pack_columns(b.data + column * b.stride + first, b.stride, depth, cols, panel.get());
-        (first == 0 ? rows_by_panel<Store::set> : rows_by_panel<Store::add>)(
-            rows.data + first, rows.stride, a.rows, depth, panel.get(), out + column, out_stride, cols);
+        rows_by_panel(rows.data + first, rows.stride, a.rows, depth, panel.get(), out + column, out_stride,
+                      cols, first > 0);
       }
     }
   });
@@ -199,15 +198,15 @@ void gemm_nn(const Matrix& a, const Matrix& b, float* out, int64_t out_stride, c
       for (int64_t block = begin; block < end; ++block) {
         const int64_t column = block * NR, cols = std::min<int64_t>(NR, n - column);
         pack_rows(b.data + first * b.stride + column, b.stride, depth, cols, panel.get());
-        (first == 0 ? rows_by_panel<Store::set> : rows_by_panel<Store::add>)(
-            rows.data, rows.stride, a.rows, depth, panel.get(), out + column, out_stride, cols);
+        rows_by_panel(rows.data, rows.stride, a.rows, depth, panel.get(), out + column, out_stride, cols,
+                      first > 0);
       }
     }
   });
 }
 
-template <Store STORE, class Out>
-void transposed(const Matrix& a, const Matrix& b, Out* out, int64_t out_stride, const Pool& pool) {
+template <class To>
+void transposed(const Matrix& a, const Matrix& b, const To& to, const Pool& pool) {
   const int64_t k = a.rows, m = a.cols, n = b.cols, panels = (n + NR - 1) / NR;
   const int64_t depth = round_up(k, 2), block_rows = 16 * MR;
   Buffer<uint16_t> packed = buffer(panels * depth * NR);
@@ -226,23 +225,16 @@ void transposed(const Matrix& a, const Matrix& b, Out* out, int64_t out_stride, 
         const int64_t cols = std::min<int64_t>(NR, n - j * NR);
         for (int64_t i = 0; i < rows; i += MR) {
           const int count = int(std::min<int64_t>(MR, rows - i));
-          Out* to = out + (first + i) * out_stride + j * NR;
-          tiles<STORE>(count, depth / 2, pairs.get() + 2 * i, 2, 2 * rows, packed.get() + j * depth * NR, to,
-                       out_stride, cols);
+          tiles(count, depth / 2, pairs.get() + 2 * i, 2, 2 * rows, packed.get() + j * depth * NR,
+                to.at(first + i, j * NR), cols);
         }
       }
     }
   });
 }
 
-void gemm_tn(
-    const Matrix& a, const Matrix& b, float* out, int64_t out_stride, bool add, const Pool& pool) {
-  (add ? transposed<Store::add, float> : transposed<Store::set, float>)(a, b, out, out_stride, pool);
-}
-
-void gemm_tn_rounded(
-    const Matrix& a, const Matrix& b, uint16_t* out, int64_t out_stride, const Pool& pool) {
-  transposed<Store::round>(a, b, out, out_stride, pool);
+void gemm_tn(const Matrix& a, const Matrix& b, const Output& out, const Pool& pool) {
+  with_kind_of(out, [&](const auto& to) { transposed(a, b, to, pool); });
 }
 
 bool available() {
@@ -252,8 +244,7 @@ bool available() {
 
 }  // namespace
 
-const Products products_avx512_bf16 = {
-    "AVX512-BF16", available, gemm_nt, gemm_nn, gemm_tn, gemm_tn_rounded};
+const Products products_avx512_bf16 = {"AVX512-BF16", available, gemm_nt, gemm_nn, gemm_tn};
 
 }  // namespace tropd
 TROPD_TARGET_END

@@ -23,10 +23,41 @@ void run(const Pool& pool, int64_t n, const F& f) {
       const_cast<void*>(static_cast<const void*>(&f)));
 }
 
-// What becomes of sums: they replace what stands there, are added to it, or replace it in bfloat16.
-enum class Store { set, add, round };
-
 inline __m256i to_bf16(__m512 v) { return reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(v)); }
+
+// An `Output` of a kind that the compiler knows, from some row and column on.
+template <bool ROUNDS, bool ADDS>
+struct To {
+  static constexpr bool rounds = ROUNDS, adds = ADDS;
+  std::conditional_t<ROUNDS, uint16_t, float>* out;
+  int64_t stride;
+  const float* sums = nullptr;
+  int64_t sums_stride = 0;
+
+  To at(int64_t row, int64_t column) const {
+    const float* there = ADDS ? sums + row * sums_stride + column : nullptr;
+    return {out + row * stride + column, stride, there, sums_stride};
+  }
+  // Those of 16 results from the first one on that `mask` names, with what they are added to.
+  __m512 total(__m512 product, __mmask16 mask) const {
+    return ADDS ? _mm512_add_ps(product, _mm512_maskz_loadu_ps(mask, sums)) : product;
+  }
+};
+
+template <class F>
+void with_kind_of(const Output& out, const F& f) {
+  const auto call = [&](auto rounds, auto adds) {
+    using Kind = To<rounds.value, adds.value>;
+    f(Kind{static_cast<decltype(Kind::out)>(out.out), out.stride, out.sums, out.sums_stride});
+  };
+  const std::true_type yes;
+  const std::false_type no;
+  if (out.rounds) {
+    out.sums ? call(yes, yes) : call(yes, no);
+  } else {
+    out.sums ? call(no, yes) : call(no, no);
+  }
+}
 
 // 16 columns of two rows side by side, as pairs; a missing second row is 0.
 inline __m512i two_steps(const uint16_t* from, int64_t stride, __mmask16 mask, bool second) {

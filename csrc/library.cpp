@@ -6,7 +6,6 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include <sys/mman.h>
-#include <unistd.h>
 
 #include <algorithm>
 #include <optional>
@@ -16,6 +15,7 @@
 #include <vector>
 
 #include "gemm.h"
+#include "pages.h"
 #include "rows.h"
 
 namespace tropd {
@@ -281,29 +281,29 @@ bool may_be_reclaimed(Tensor buffer) {
     fail("buffer must be contiguous, and uint8");
   }
 #if defined(MADV_FREE)
-  const uintptr_t page = uintptr_t(sysconf(_SC_PAGESIZE));
-  const uintptr_t first = reinterpret_cast<uintptr_t>(buffer.mutable_data_ptr());
-  const uintptr_t low = (first + page - 1) / page * page, high = (first + buffer.numel()) / page * page;
-  return low < high && madvise(reinterpret_cast<void*>(low), high - low, MADV_FREE) == 0;
+  return advise(buffer.mutable_data_ptr(), buffer.numel(), MADV_FREE);
 #else
   return false;
 #endif
 }
 
-// Makes a fresh buffer's pages on all threads: a fault for each, when it is first written, takes longer.
-void make_pages(Tensor buffer) {
+// Gives a buffer's pages back to the system, with what they hold.
+void drop_pages(Tensor buffer) {
   check_cpu(buffer, "buffer");
   if (!buffer.is_contiguous()) fail("buffer must be contiguous");
-#if defined(MADV_POPULATE_WRITE)
+  advise(buffer.mutable_data_ptr(), buffer.numel() * buffer.element_size(), MADV_DONTNEED);
+}
+
+// Makes a fresh buffer's pages on all threads.
+void op_make_pages(Tensor buffer) {
+  check_cpu(buffer, "buffer");
+  if (!buffer.is_contiguous()) fail("buffer must be contiguous");
   constexpr int64_t PIECE = 1 << 21;
-  const uintptr_t page = uintptr_t(sysconf(_SC_PAGESIZE));
-  const uintptr_t first = reinterpret_cast<uintptr_t>(buffer.mutable_data_ptr());
-  const uintptr_t low = first / page * page, high = first + buffer.numel() * buffer.element_size();
-  torch::stable::parallel_for(0, int64_t(high - low + PIECE - 1) / PIECE, 1, [&](int64_t begin, int64_t end) {
-    const uintptr_t to = std::min(high, low + end * PIECE), from = std::min(to, low + begin * PIECE);
-    if (from < to) madvise(reinterpret_cast<void*>(from), to - from, MADV_POPULATE_WRITE);
+  char* first = static_cast<char*>(buffer.mutable_data_ptr());
+  const int64_t bytes = buffer.numel() * buffer.element_size();
+  torch::stable::parallel_for(0, (bytes + PIECE - 1) / PIECE, 1, [&](int64_t begin, int64_t end) {
+    make_pages(first + begin * PIECE, std::min(end * PIECE, bytes) - begin * PIECE);
   });
-#endif
 }
 
 // --- products ------------------------------------------------------------------------------------
@@ -357,9 +357,13 @@ Matrix matrix(const Tensor& t, const char* name) {
   return {static_cast<const uint16_t*>(t.const_data_ptr()), t.size(0), t.size(1), t.stride(0)};
 }
 
+void check_float(const Tensor& t, const char* name, int64_t rows, int64_t cols) {
+  check_matrix(t, name, rows, cols);
+  if (t.scalar_type() != ScalarType::Float) fail(name, " must be float32");
+}
+
 float* result(const Tensor& t, int64_t rows, int64_t cols) {
-  check_matrix(t, "out", rows, cols);
-  if (t.scalar_type() != ScalarType::Float) fail("out must be float32");
+  check_float(t, "out", rows, cols);
   return t.mutable_data_ptr<float>();
 }
 
@@ -386,16 +390,27 @@ void op_gemm_nn(Tensor a, Tensor b, Tensor out) {
   products.nn(left, right, to, stride(out), pool());
 }
 
-void op_gemm_tn(Tensor a, Tensor b, Tensor out, bool add) {
+void op_gemm_tn(Tensor a, Tensor b, Tensor out, bool add, std::optional<Tensor> sums) {
   const Matrix left = matrix(a, "a"), right = matrix(b, "b");
   const Products& products = check_gemm(left.rows, right.rows);
-  if (out.scalar_type() == ScalarType::BFloat16) {
+  Output to{};
+  to.rounds = out.scalar_type() == ScalarType::BFloat16;
+  if (to.rounds) {
     check_matrix(out, "out", left.cols, right.cols);
+    to.out = out.mutable_data_ptr();
     if (add) fail("out must be float32 to be added to");
-    products.tn_rounded(left, right, static_cast<uint16_t*>(out.mutable_data_ptr()), stride(out), pool());
   } else {
-    products.tn(left, right, result(out, left.cols, right.cols), stride(out), add, pool());
+    to.out = result(out, left.cols, right.cols);
+    if (sums.has_value()) fail("sums are for a bfloat16 out, which cannot hold them");
+    if (add) sums = out;
   }
+  to.stride = stride(out);
+  if (sums.has_value()) {
+    check_float(*sums, "sums", left.cols, right.cols);
+    to.sums = sums->const_data_ptr<float>();
+    to.sums_stride = stride(*sums);
+  }
+  products.tn(left, right, to, pool());
 }
 
 }  // namespace
@@ -416,9 +431,10 @@ STABLE_TORCH_LIBRARY(tropd_native, m) {
   m.def("elementary(int which, Tensor input, Tensor(a!) out) -> ()");
   m.def("gemm_nt(Tensor a, Tensor b, Tensor(a!) out) -> ()");
   m.def("gemm_nn(Tensor a, Tensor b, Tensor(a!) out) -> ()");
-  m.def("gemm_tn(Tensor a, Tensor b, Tensor(a!) out, bool add) -> ()");
+  m.def("gemm_tn(Tensor a, Tensor b, Tensor(a!) out, bool add, Tensor? sums=None) -> ()");
   m.def("may_be_reclaimed(Tensor(a!) buffer) -> bool");
   m.def("make_pages(Tensor(a!) buffer) -> ()");
+  m.def("drop_pages(Tensor(a!) buffer) -> ()");
   m.def("products() -> str[]");
   m.def("use_products(str name) -> str");
   m.def("instruction_sets() -> str[]");
@@ -434,7 +450,8 @@ STABLE_TORCH_LIBRARY_IMPL(tropd_native, CompositeExplicitAutograd, m) {
   m.impl("gemm_nn", TORCH_BOX(&tropd::op_gemm_nn));
   m.impl("gemm_tn", TORCH_BOX(&tropd::op_gemm_tn));
   m.impl("may_be_reclaimed", TORCH_BOX(&tropd::may_be_reclaimed));
-  m.impl("make_pages", TORCH_BOX(&tropd::make_pages));
+  m.impl("make_pages", TORCH_BOX(&tropd::op_make_pages));
+  m.impl("drop_pages", TORCH_BOX(&tropd::drop_pages));
   m.impl("products", TORCH_BOX(&tropd::op_products));
   m.impl("use_products", TORCH_BOX(&tropd::use_products));
   m.impl("instruction_sets", TORCH_BOX(&tropd::instruction_sets));

@@ -356,6 +356,9 @@ class Case:
         rounds = name == "gemm_tn" and draw.random() < (0.3 if not more["add"] else 0.0)
         out = memory.integers(m, n, low=-8, high=9, dtype=BFLOAT16 if rounds else FLOAT32)
         old = out.double() if more.get("add") else 0
+        if rounds and draw.random() < 0.5:
+            more["sums"] = memory.integers(m, n, low=-8, high=9, dtype=FLOAT32)
+            old = more["sums"].double()
         self.arguments, self.outputs = {"a": a, "b": b, "out": out, **more}, ["out"]
 
         def check():

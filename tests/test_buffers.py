@@ -1,5 +1,7 @@
 """Buffers that outlive a call: reused where nobody can tell, and never somebody's own."""
 
+import mmap
+import sys
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -11,6 +13,7 @@ from tropd_kernels import (
     HiddenTeacher,
     TrOPD,
     buffers,
+    chunking,
     linear_distillation_loss,
     linear_log_probs,
     native,
@@ -28,41 +31,46 @@ def blocks(monkeypatch):
     buffers.release()
 
 
-def frozen_call(seed: int, tokens: int = 20) -> torch.Tensor:
-    """d_hidden with a frozen head, whose calls keep their block whatever the dtype."""
+def call(seed: int, tokens: int = 20, trained: bool = False) -> torch.Tensor:
+    """d_hidden, with a frozen head or a trained one."""
     g = torch.Generator().manual_seed(seed)
     hidden = torch.randn(tokens, 8, generator=g).requires_grad_()
     weight, teacher = torch.randn(300, 8, generator=g), torch.randn(tokens, 8, generator=g)
     labels = torch.randint(300, (tokens,), generator=g)
     linear_distillation_loss(
-        hidden, weight, labels, HiddenTeacher(teacher, weight), TrOPD(), seed=seed,
-        backend="native",
+        hidden, weight.clone().requires_grad_(trained), labels, HiddenTeacher(teacher, weight),
+        TrOPD(), seed=seed, backend="native",
     ).loss.backward()  # fmt: skip
     return hidden.grad
 
 
 @needs_native
-def test_the_next_call_works_in_the_same_block_and_gives_the_same_bits(blocks):
-    first = frozen_call(0)
+@pytest.mark.parametrize("trained", [False, True])
+def test_the_next_call_works_in_the_same_block_and_gives_the_same_bits(blocks, trained):
+    first = call(0, trained=trained)
     (block,) = blocks
     address = block.data_ptr()
     del block
-    frozen_call(1, tokens=13)  # of another size, with other numbers
+    call(1, tokens=13, trained=trained)  # of another size, with other numbers
     assert [each.data_ptr() for each in blocks] == [address]
-    assert torch.equal(frozen_call(0), first)
+    assert torch.equal(call(0, trained=trained), first)
     assert [each.data_ptr() for each in blocks] == [address]
 
 
 @needs_native
 @pytest.mark.skipif(not native.BF16_PRODUCTS, reason="this CPU multiplies no bfloat16")
 @pytest.mark.parametrize("options", [{}, {"gradient_tolerance": 0.05}])
-def test_gradients_of_a_trained_head_are_no_part_of_the_block(blocks, options):
+@pytest.mark.parametrize("tokens", [20, 100])  # one super-chunk, and several
+def test_gradients_of_a_trained_head_are_no_part_of_the_block(blocks, options, tokens, monkeypatch):
+    for name, rows in (("MULTIPLE", 16), ("CPU_ROWS", 16), ("CPU_SUPER_ROWS", 32)):
+        monkeypatch.setattr(chunking, name, rows)
+
     def gradients(seed):
         g = torch.Generator().manual_seed(seed)
-        hidden = torch.randn(20, 32, generator=g).bfloat16().requires_grad_()
+        hidden = torch.randn(tokens, 32, generator=g).bfloat16().requires_grad_()
         weight = torch.randn(300, 32, generator=g).bfloat16().requires_grad_()
-        teacher = torch.randn(20, 32, generator=g).bfloat16()
-        labels = torch.randint(300, (20,), generator=g)
+        teacher = torch.randn(tokens, 32, generator=g).bfloat16()
+        labels = torch.randint(300, (tokens,), generator=g)
         linear_distillation_loss(
             hidden, weight, labels, HiddenTeacher(teacher, weight.detach()), TrOPD(), seed=0,
             backend="native", **options,
@@ -80,18 +88,18 @@ def test_gradients_of_a_trained_head_are_no_part_of_the_block(blocks, options):
 
 @needs_native
 def test_a_larger_call_leaves_a_larger_block_alone(blocks):
-    frozen_call(0)
+    call(0)
     (small,) = (each.numel() for each in blocks)
-    frozen_call(0, tokens=200)
+    call(0, tokens=200)
     assert len(blocks) == 1 and blocks[0].numel() > small
 
 
 @needs_native
 def test_calls_in_several_threads_do_not_share_a_block(blocks):
-    expected = [frozen_call(seed) for seed in range(8)]
+    expected = [call(seed) for seed in range(8)]
     with ThreadPoolExecutor(4) as pool:
         for _ in range(5):
-            found = list(pool.map(frozen_call, range(8)))
+            found = list(pool.map(call, range(8)))
             assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
     assert len(blocks) <= 1
 
@@ -106,7 +114,7 @@ def test_inference_leaves_a_block_that_training_may_write(blocks):
     assert not blocks[0].is_inference()
     with torch.no_grad():
         linear_log_probs(hidden, weight, labels, backend="native")
-    frozen_call(0)
+    call(0)
 
 
 @needs_native
@@ -116,7 +124,7 @@ def test_a_call_that_fails_keeps_nothing(blocks, monkeypatch):
 
     monkeypatch.setattr("tropd_kernels.rows.native_rows.gradient", fail)
     with pytest.raises(RuntimeError, match="no gradient today"):
-        frozen_call(0)
+        call(0)
     assert not blocks
 
 
@@ -144,6 +152,22 @@ def test_pages_are_made_and_nothing_is_written():
     assert (block == 7).all()
     with pytest.raises(RuntimeError, match="buffer must be contiguous"):
         torch.ops.tropd_native.make_pages(block[::2])
+
+
+@needs_native
+def test_pages_that_are_dropped_take_no_neighbour_with_them():
+    block = torch.full((2**21,), 7, dtype=torch.uint8)
+    torch.ops.tropd_native.drop_pages(block[5:-5])
+    torch.ops.tropd_native.drop_pages(block[:0])
+    torch.ops.tropd_native.drop_pages(block[1:100])
+    assert (block[:100] == 7).all() and (block[-5:] == 7).all()
+    if sys.platform == "linux":
+        assert (block == 0).sum() >= 2**21 - 2 * mmap.PAGESIZE
+    block.fill_(9)
+    assert (block == 9).all()
+    for wrong in (block[::2], block.view(2, -1).t()):
+        with pytest.raises(RuntimeError, match="buffer must be contiguous"):
+            torch.ops.tropd_native.drop_pages(wrong)
 
 
 def test_other_backends_keep_nothing(blocks):

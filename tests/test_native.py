@@ -42,6 +42,11 @@ def test_make_sanitize_tests_a_library_with_sanitizers():
     assert library_under_test()
 
 
+def test_amx_is_emulated_under_sanitizers_alone():
+    able = "AVX512-BF16" in ops.products() and sys.platform == "linux"
+    assert ("AMX emulated" in ops.products()) == (able and "TROPD_SANITIZE" in os.environ)
+
+
 def test_random_calls_touch_nothing_but_their_tensors():
     """On memory between pages that nobody may touch, where one stray read ends the process."""
     program = Path(__file__).with_name("fuzz_native.py")
@@ -423,6 +428,15 @@ def bad_arguments():
         yield "gemm_nn", "", nothing, "an inner size of 0"
         yield from everywhere(gemms, "out", *matrix, (half, "must be float32"))
         yield "gemm_tn", "out", to(torch.bfloat16), "out must be float32 to be added to"
+        rounds, sums = {"out": torch.zeros(3, 5).bfloat16(), "add": False}, torch.zeros(3, 5)
+        for add in (False, True):
+            wide = {"sums": sums, "add": add}
+            yield "gemm_tn", "", wide, "sums are for a bfloat16 out"
+        for spoil, message in (
+            *matrix, (half, "must be float32"), (to(torch.bfloat16), "must be float32"),
+            (double, "must be float32"), (meta, "there"),
+        ):  # fmt: skip
+            yield "gemm_tn", "", rounds | {"sums": spoil(sums)}, f"sums.* {message}"
 
 
 OPERATORS = ("statistics", "sums", "gradient", "elementary")

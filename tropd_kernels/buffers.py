@@ -1,4 +1,4 @@
-"""Room for a call's chunks on a CPU, kept between calls.
+"""Room for a call's chunks and its d_weight before rounding, on a CPU, kept between calls.
 
 A fresh page costs a fault and its zeroing: for hundreds of megabytes more time than a pass over
 them. So pages are made at once, by all threads, and the block that a call worked in stays for the
@@ -38,6 +38,12 @@ class Arena:
         low, self.at = self.at, self.at + bytes_for(size, dtype)
         return self.block[low : low + prod(size) * dtype.itemsize].view(dtype).view(size)
 
+    def drop(self, *tensors: Tensor | None) -> None:
+        """Gives the pages of some of its tensors back for this call, with what they hold."""
+        for tensor in tensors:
+            if tensor is not None and self.block is not None:
+                torch.ops.tropd_native.drop_pages(tensor)
+
 
 def bytes_for(size: tuple[int, ...], dtype: torch.dtype) -> int:
     """What a tensor takes up in an arena."""
@@ -45,9 +51,8 @@ def bytes_for(size: tuple[int, ...], dtype: torch.dtype) -> int:
 
 
 @contextmanager
-def arena(nbytes: int, keep: bool) -> Iterator[Arena]:
-    """An arena of `nbytes` for the `native` backend, whose block, with `keep`, the next call may
-    use."""
+def arena(nbytes: int) -> Iterator[Arena]:
+    """An arena of `nbytes` for the `native` backend, whose block the next call may use."""
     with _lock:
         block = _kept.pop() if _kept else None
     if block is None or block.numel() < nbytes:
@@ -57,7 +62,7 @@ def arena(nbytes: int, keep: bool) -> Iterator[Arena]:
         torch.ops.tropd_native.make_pages(block)
     yield Arena(block)
     # Not where the call has failed: its error may hold views of the block.
-    if keep and torch.ops.tropd_native.may_be_reclaimed(block):
+    if torch.ops.tropd_native.may_be_reclaimed(block):
         with _lock:  # of calls in several threads the largest
             _kept[:] = [max([*_kept, block], key=Tensor.numel)]
 

@@ -9,8 +9,9 @@ super-chunks of `super_rows` tokens, each of which costs one d_hidden and one d_
 
 Where d_logits has the logits' own dtype (float32 inputs; any input on a CPU without products of
 bf16) the gradient overwrites the student's logits, and the two sizes are one. Where the products
-can round d_weight themselves, a batch of up to 2 H tokens is one super-chunk: d_logits of all of
-them are smaller than the accumulator 4 V H, which is then not needed.
+can round d_weight themselves, the last one does, straight into the gradient, and a batch of up to
+2 H tokens is one super-chunk: d_logits of all of them are smaller than the accumulator 4 V H, which
+is then not needed.
 
 GEMM work, in units of S = 2 N V H (student head) and T = 2 N V G (teacher head): 3 S + T with
 gradients formed in the forward; 3 S without a dense teacher; one S less for each frozen side; 4 S +
@@ -48,8 +49,8 @@ class ChunkPlan:
     """What a call will do. `print(plan)` shows it.
 
     rows, super_rows: tokens per logits GEMM and per pair of gradient GEMMs.
-    in_place: d_logits overwrites the student's logits. rounds_d_weight: one product makes d_weight,
-    in the weight's dtype.
+    in_place: d_logits overwrites the student's logits. rounds_d_weight: the last product gives
+    d_weight in the weight's dtype, the only one where super_rows holds all tokens.
     workspace: bytes by name, over the inputs and the returned gradients.
     student_gemms, teacher_gemms: GEMM work in units of S and T; gemm_flop: in FLOP.
     """
@@ -106,7 +107,7 @@ def plan_chunks(
 
     tokens: tokens that count. teacher_hidden_size: width of a `HiddenTeacher`; None for the others.
     max_workspace_bytes: shrinks super_rows first, then rows, in steps of 128 tokens; rows first
-        where one product rounds d_weight, which then needs no accumulator.
+        where one product makes d_weight, which then needs no accumulator.
     selects_rows: with `gradient_tolerance` or `gradient_sampling`. wide_weight_grad: d_weight stays
         in float32, for a weight with `main_grad`; the accumulator then is the gradient.
     vocab_parallel: `vocab_size` is that of the largest shard, with `process_group`.
@@ -123,6 +124,7 @@ def plan_chunks(
     logit_size = products.result_dtype.itemsize
     in_place = products.gradient_dtype == products.result_dtype
     gradients = needs_hidden_grad or needs_weight_grad
+    rounds = products.rounds_d_weight and needs_weight_grad and not wide_weight_grad
     repeats = 2 if reduction == "none" and gradients else 1
     widths = [hidden_size] + ([teacher_hidden_size] if teacher_hidden_size else [])
     longest = max(MULTIPLE, -(-tokens // MULTIPLE) * MULTIPLE)
@@ -132,13 +134,12 @@ def plan_chunks(
         if backend == "torch":
             scratch += torch_scratch(rows, vocab_size, logit_size, device_type)
         d_logits = products.gradient_dtype.itemsize * super_rows * vocab_size
-        in_one = products.rounds_d_weight and super_rows >= tokens and not wide_weight_grad
         workspace = {
             "student logits": logit_size * rows * vocab_size,
             "teacher logits": logit_size * rows * vocab_size if teacher_hidden_size else 0,
             "d_logits": d_logits if gradients and not in_place else 0,
             "d_weight accumulator": logit_size * vocab_size * hidden_size
-            if needs_weight_grad and not in_one
+            if needs_weight_grad and not (rounds and super_rows >= tokens)
             else 0,
             "d_hidden of one chunk": 2 * logit_size * super_rows * hidden_size
             if needs_hidden_grad
@@ -161,14 +162,13 @@ def plan_chunks(
         flop = 2 * tokens * vocab_size
         flop *= student * hidden_size + teacher * (teacher_hidden_size or 0)
         return ChunkPlan(
-            tokens, vocab_size, rows, super_rows, in_place, in_one, workspace, student, teacher,
+            tokens, vocab_size, rows, super_rows, in_place, rounds, workspace, student, teacher,
             flop,
         )  # fmt: skip
 
     small = device_type == "cpu" and dtype in HALF
     rows = min(CPU_ROWS if small else ROWS, ROWS, longest)
     super_rows = min(CPU_SUPER_ROWS if small else SUPER_ROWS, SUPER_ROWS, longest)
-    rounds = products.rounds_d_weight and needs_weight_grad and not wide_weight_grad
     whole = rounds and tokens <= 2 * hidden_size
     # In the order of preference; the budget takes the first that fits.
     fewer_rows = range(rows, 0, -MULTIPLE)

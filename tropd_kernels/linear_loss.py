@@ -7,7 +7,7 @@
             stats, coefs   = engine.forward(...)         a few numbers a token
             engine.gradient(...)                         d_logits, (super_rows, V), inputs' dtype
         d_hidden   = d_logits @ weight                   one product a super-chunk
-        d_weight  += d_logits.T @ hidden                 float32 accumulator
+        d_weight  += d_logits.T @ hidden                 float32 accumulator, rounded at last
 
 Tokens that do not count are dropped before the first GEMM, which costs the call's one host sync;
 the checks of values ride on the same sync. With `ignore_index=None` the caller says that every
@@ -221,6 +221,7 @@ class _Loop:
         self.products = products_for(problem.backend, source.dtype, source.device.type)
         self.plan = self._plan()
         self.first = True
+        self.total: Tensor | None = None  # d_weight of the super-chunks so far
         if needs.student:
             result.d_student = source.new_zeros(source.shape, dtype=stored_dtype(source.dtype))
         if needs.weight:
@@ -228,6 +229,7 @@ class _Loop:
             dtype = source.dtype if self.plan.rounds_d_weight else problem.dtype
             result.d_weight = source.new_empty(problem.student.weight.shape, dtype=dtype)
             result.d_weight[self.columns :].zero_()
+            self.total = result.d_weight[: self.columns]
         if needs.bias:
             result.d_bias = source.new_zeros((problem.student.vocab_size,), dtype=problem.dtype)
         if needs and problem.selection.on:
@@ -267,6 +269,12 @@ class _Loop:
             return None
         return (min(self.plan.super_rows, self.n), self.columns), self.products.gradient_dtype
 
+    def total_size(self) -> tuple[tuple[int, int], torch.dtype] | None:
+        """Of d_weight's accumulator, where the result cannot be it."""
+        if not self.plan.rounds_d_weight or self.n <= self.plan.super_rows:
+            return None
+        return (self.columns, self.problem.student.source.shape[-1]), self.problem.dtype
+
     def tokens(self, start: int, stop: int) -> slice | Tensor:
         stop = min(stop, self.n)
         return slice(start, stop) if self.index is None else self.index[start:stop]
@@ -301,20 +309,18 @@ class _Loop:
 
     def run(self, rows, options: RowOptions) -> None:
         """`rows(batch, tokens)` gives the coefficients of a sub-chunk."""
-        problem, plan = self.problem, self.plan
+        problem = self.problem
         sizes = [self.logits_size(side) for side in (problem.student, problem.teacher)]
-        sizes.append(self.d_logits_size())
+        sizes += [self.d_logits_size(), self.total_size()]
         nbytes = sum(buffers.bytes_for(*size) for size in sizes if size is not None)
-        # A batch in several super-chunks uses its buffers often enough, and has an accumulator
-        # whose rounding wants their room.
-        keep = plan.rounds_d_weight or not self.needs.weight
         blocks = problem.backend == "native" and nbytes >= buffers.SMALLEST
-        with buffers.arena(nbytes, keep) if blocks else nullcontext(buffers.Arena(None)) as arena:
+        with buffers.arena(nbytes) if blocks else nullcontext(buffers.Arena(None)) as arena:
             like = problem.student.source
-            room = [None if size is None else arena.empty(like, *size) for size in sizes]
-            self._run(rows, options, *room)
+            *room, total = [None if size is None else arena.empty(like, *size) for size in sizes]
+            self.total = self.total if total is None else total
+            self._run(rows, options, arena, *room)
 
-    def _run(self, rows, options, z_buffer, t_buffer, d_logits) -> None:
+    def _run(self, rows, options, arena, z_buffer, t_buffer, d_logits) -> None:
         plan = self.plan
         d_logits = z_buffer if d_logits is None else d_logits
         step = plan.super_rows
@@ -331,10 +337,13 @@ class _Loop:
                     self.engine.gradient(batch, coefs, options, out)
                 elif self.needs:
                     self._store_d_logits(batch, coefs, options, tokens)
+            last = stop == self.n
+            if last and self.total_size() is not None:
+                arena.drop(z_buffer, t_buffer)  # what is rounded takes their room
             if self.result.shares is not None:
-                self._selected_products(d_logits[: stop - start], self._indices(start, stop))
+                self._selected_products(d_logits[: stop - start], self._indices(start, stop), last)
             elif self.needs and self.has_head:
-                self._products(d_logits[: stop - start], self.tokens(start, stop))
+                self._products(d_logits[: stop - start], self.tokens(start, stop), last)
 
     def _weighed(self, coefs: Tensor) -> Tensor:
         if self.row_scale is None or not self.needs:
@@ -342,8 +351,8 @@ class _Loop:
         return torch.cat([coefs[:FIRST_WEIGHT], coefs[FIRST_WEIGHT:] * self.row_scale])
 
     def finish(self) -> None:
-        """Sums over tokens, scaled and rounded once. What rounds an accumulator takes the room of
-        the chunks' buffers, which are gone then."""
+        """Sums over tokens, scaled and rounded once, where no product has done that. What rounds an
+        accumulator takes the room of the chunks' buffers, which is free then."""
         result, student = self.result, self.problem.student
         if self.first and result.d_weight is not None:  # no product has overwritten it
             result.d_weight.zero_()
@@ -363,13 +372,15 @@ class _Loop:
             return tokens
         return torch.arange(tokens.start, tokens.stop, device=self.problem.labels.device)
 
-    def _selected_products(self, d_logits: Tensor, tokens: Tensor) -> None:
+    def _selected_products(self, d_logits: Tensor, tokens: Tensor, last: bool) -> None:
         """The products of those rows that the selection keeps."""
         shares = self._shares(d_logits, tokens)
         self.result.shares[:, tokens] = shares
         out = shares[Share.WEIGHT] == 0
         kept = len(tokens) - int(out.sum())  # the super-chunk's host sync
         if kept == 0:
+            if last and not self.first and self.plan.rounds_d_weight:  # what a product would do
+                self.result.d_weight[: self.columns] = self.total
             return
         weights = None if self.problem.selection.sampling is None else shares[Share.WEIGHT]
         if kept < len(tokens):
@@ -377,7 +388,7 @@ class _Loop:
             index = torch.argsort(out, stable=True)[:kept]
             d_logits, tokens = move_to_front(d_logits, index), tokens[index]
             weights = None if weights is None else weights[index]
-        self._products(d_logits, tokens, weights)
+        self._products(d_logits, tokens, last, weights)
 
     def _shares(self, d_logits: Tensor, tokens: Tensor) -> Tensor:
         """(Share, n) of these tokens, the same on every rank."""
@@ -396,10 +407,11 @@ class _Loop:
         return shares if shard is None else shard.gather(shares)[0]
 
     def _products(
-        self, d_logits: Tensor, tokens: slice | Tensor, weights: Tensor | None = None
+        self, d_logits: Tensor, tokens: slice | Tensor, last: bool, weights: Tensor | None = None
     ) -> None:
         """Adds these rows' gradients, times `weights` where there are any: on the hidden states and
-        on the results, which are narrower than d_logits."""
+        on the results, which are narrower than d_logits. With the last super-chunk's d_weight is
+        rounded, if the products can."""
         student, result, v = self.problem.student, self.result, self.columns
         if self.needs.student:
             d_hidden = self.products.d_hidden(d_logits, student.weight[:v])
@@ -414,7 +426,8 @@ class _Loop:
             hidden = student.source[tokens]
             if weights is not None:
                 hidden = (hidden * weights[:, None]).to(hidden.dtype)
-            self.products.d_weight(result.d_weight[:v], d_logits, hidden, self.first)
+            out = result.d_weight[:v] if last and self.plan.rounds_d_weight else self.total
+            self.products.d_weight(out, d_logits, hidden, None if self.first else self.total)
         if self.needs.bias:
             if weights is None:
                 result.d_bias[:v] += d_logits.sum(0, dtype=result.d_bias.dtype)

@@ -47,7 +47,8 @@ class TorchProducts:
     """Products by torch.
 
     gradient_dtype: in which d_logits enters its two products. rounds_d_weight: `d_weight` can round
-    its sums to the weight's dtype, so that a batch in one chunk needs no accumulator.
+    sums to the weight's dtype as it stores them, so that d_weight takes no pass of its own, and in
+    one product no accumulator.
     """
 
     rounds_d_weight = False
@@ -81,17 +82,18 @@ class TorchProducts:
                 total += d_logits[:, rows] @ tile
         return total
 
-    def d_weight(self, total: Tensor, d_logits: Tensor, hidden: Tensor, first: bool) -> None:
-        """total (V, H) += d_logits (n, V).T @ hidden (n, H); the first product overwrites."""
+    def d_weight(self, out: Tensor, d_logits: Tensor, hidden: Tensor, sums: Tensor | None) -> None:
+        """out (V, H) = [sums +] d_logits (n, V).T @ hidden (n, H). `sums` is `out` itself or None;
+        with `rounds_d_weight` `out` may have the weight's dtype, beside `sums` in float32."""
         if self.on_cpu:
             with _bf16_products(self.dtype):
-                total.addmm_(d_logits.t(), hidden.to(total.dtype), beta=0 if first else 1)
-        elif first:
-            self._mm(d_logits.t(), hidden, total)
+                out.addmm_(d_logits.t(), hidden.to(out.dtype), beta=0 if sums is None else 1)
+        elif sums is None:
+            self._mm(d_logits.t(), hidden, out)
         elif hidden.dtype in HALF:
-            torch.addmm(total, d_logits.t(), hidden, out_dtype=total.dtype, out=total)
+            torch.addmm(out, d_logits.t(), hidden, out_dtype=out.dtype, out=out)
         else:
-            total.addmm_(d_logits.t(), hidden)
+            out.addmm_(d_logits.t(), hidden)
 
     def scratch_bytes(self, rows: int, super_rows: int, widths: list[int]) -> int:
         """What the products allocate besides their results, for heads of these widths."""
@@ -124,8 +126,9 @@ class NativeProducts(TorchProducts):
         torch.ops.tropd_native.gemm_nn(d_logits, _rows(weight), out)
         return out
 
-    def d_weight(self, total, d_logits, hidden, first):
-        torch.ops.tropd_native.gemm_tn(d_logits, _rows(hidden), total, not first)
+    def d_weight(self, out, d_logits, hidden, sums):
+        add = sums is out
+        torch.ops.tropd_native.gemm_tn(d_logits, _rows(hidden), out, add, None if add else sums)
 
     def scratch_bytes(self, rows, super_rows, widths):
         # On every thread a block of packed rows; for all of them hidden states or d_hidden's sums.

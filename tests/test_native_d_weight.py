@@ -1,0 +1,208 @@
+"""d_weight of several super-chunks in bfloat16: the last product rounds it, to the bits that a
+rounding of the whole accumulator gives."""
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.distributed as dist
+from fuzz_native import same_bits
+from problems import OBJECTIVES, make_problem, relative_error
+from test_buffers import Made
+from test_native_products import multiplier  # noqa: F401
+
+from tropd_kernels import buffers, chunking, native, plan_chunks
+from tropd_kernels.linear_loss import Needs, Problem, Side, backward, forward
+from tropd_kernels.parallel import Shard
+from tropd_kernels.reference_backend import reference_loss
+from tropd_kernels.rows.layout import LogitTransform, RowOptions
+from tropd_kernels.selection import Selection
+
+pytestmark = [
+    pytest.mark.skipif(not native.BF16_PRODUCTS, reason="this CPU multiplies no bfloat16"),
+    pytest.mark.usefixtures("small_chunks", "multiplier"),
+]
+
+CHUNK = 16  # tokens of a super-chunk
+#: tokens, ids of the student and of the teacher, width: more than 2 H tokens, in several chunks
+SHAPES = [(37, 301, 301, 7), (64, 320, 320, 16), (33, 1, 1, 1), (91, 97, 64, 33), (40, 64, 97, 2)]
+ONE = torch.ones(())
+
+
+@pytest.fixture(autouse=True)
+def small_chunks(monkeypatch):
+    """Small chunks, in an arena; what no product has written is NaN."""
+    monkeypatch.setattr(chunking, "MULTIPLE", CHUNK // 2)
+    monkeypatch.setattr(chunking, "CPU_ROWS", CHUNK // 2)
+    monkeypatch.setattr(chunking, "CPU_SUPER_ROWS", CHUNK)
+    monkeypatch.setattr(buffers, "SMALLEST", 1)
+    buffers.release()
+    torch.use_deterministic_algorithms(True)  # fills new tensors
+    yield
+    torch.use_deterministic_algorithms(False)
+    buffers.release()
+
+
+def flat(tokens=64, ids=320, teacher_ids=320, width=16, **more) -> Problem:
+    made = make_problem(tokens, ids, teacher_ids, width)
+    student, weight, teacher, teacher_weight = (
+        getattr(made, name).bfloat16()
+        for name in ("hidden", "weight", "teacher_hidden", "teacher_weight")
+    )
+    labels = made.labels % min(ids, teacher_ids)
+    options = RowOptions(OBJECTIVES["reverse_kl"], LogitTransform(), LogitTransform())
+    problem = Problem(
+        Side(student, weight), Side(teacher, teacher_weight), labels, {}, options, "native", -100,
+        None,
+    )  # fmt: skip
+    return replace(problem, **more)
+
+
+def d_weight(problem: Problem, wide: bool = False) -> torch.Tensor:
+    """With `wide` the accumulator itself."""
+    needs = Needs(student=True, weight=True, wide_weight=wide)
+    return forward(problem, needs, ONE).d_weight
+
+
+def rounded_after(problem: Problem) -> torch.Tensor:
+    return d_weight(problem, wide=True).bfloat16()
+
+
+def kept_rows(problem: Problem, *chunks: int) -> Problem:
+    """With a sample of the rows: all of some super-chunks, none of the others."""
+    draws = torch.ones(len(problem.labels), dtype=torch.float64)
+    for chunk in chunks:
+        draws[chunk * CHUNK : (chunk + 1) * CHUNK] = 0
+    return replace(problem, selection=Selection(sampling=0.5, draws=draws))
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_the_last_product_rounds_to_the_accumulator_s_bits(shape):
+    problem = flat(*shape)
+    found = d_weight(problem)
+    assert found.dtype == torch.bfloat16
+    assert same_bits(found, rounded_after(problem))
+    shared = min(shape[1:3])
+    assert (found[shared:] == 0).all()
+    weight = problem.student.weight.double().requires_grad_()
+    exact = replace(
+        problem, student=Side(problem.student.source.double(), weight),
+        teacher=Side(problem.teacher.source.double(), problem.teacher.weight.double()),
+    )  # fmt: skip
+    reference_loss(exact, ONE.double())[0].backward()
+    truth = weight.grad
+    assert truth.norm() > 0 or shared == 1
+    assert relative_error(found, truth) < 2**-7
+
+
+def test_it_makes_one_tensor_of_the_head_s_size():
+    problem = flat(91)
+    with Made(problem.student.weight.shape) as made:
+        found = d_weight(problem)
+    whole = [name for name in made.operators if name.split(".")[1] not in ("slice", "view")]
+    assert whole == ["aten.new_empty.default"]
+    (block,) = buffers._kept
+    block.fill_(3)
+    assert same_bits(found, rounded_after(problem))
+
+
+def test_the_plan_counts_an_accumulator_that_a_product_rounds(monkeypatch):
+    shape = dict(vocab_size=1000, hidden_size=16, device="cpu", backend="native")
+    plans = {n: plan_chunks(tokens=n, **shape) for n in (32, 33)}
+    assert [plan.workspace["d_weight accumulator"] for plan in plans.values()] == [0, 4 * 16_000]
+    assert all(plan.rounds_d_weight for plan in plans.values())
+    assert not plan_chunks(tokens=33, **shape, needs_weight_grad=False).rounds_d_weight
+    assert not plan_chunks(tokens=33, **shape | {"backend": "torch"}).rounds_d_weight
+
+
+def test_smaller_chunks_of_a_budget():
+    problem = flat(91)
+    shape = dict(
+        tokens=91, vocab_size=320, hidden_size=16, teacher_hidden_size=24, device="cpu",
+        backend="native",
+    )  # fmt: skip
+    budget = plan_chunks(**shape).workspace_bytes - 1
+    assert plan_chunks(**shape, max_workspace_bytes=budget).super_rows == CHUNK // 2
+    problem = replace(problem, max_workspace_bytes=budget)
+    assert same_bits(d_weight(problem), rounded_after(problem))
+
+
+@pytest.mark.parametrize("kept", [(0, 1, 2, 3), (0, 1, 2), (1, 2), (1,), (3,)], ids=str)
+def test_super_chunks_of_which_no_row_is_kept(kept):
+    """The last one too, and all but the last."""
+    problem = kept_rows(flat(60), *kept)
+    found = d_weight(problem)
+    assert found.dtype == torch.bfloat16 and found.norm() > 0
+    assert same_bits(found, rounded_after(problem))
+
+
+@pytest.mark.parametrize("tokens", [0, 20, 60])
+def test_no_row_at_all_gives_zeros(tokens):
+    problem = flat(max(tokens, 60))
+    for problem in (
+        kept_rows(flat(tokens)),
+        replace(flat(tokens), labels=torch.full((tokens,), -100)),
+    ):
+        for wide in (False, True):
+            assert (d_weight(problem, wide) == 0).all()
+
+
+def test_a_tolerance():
+    problem = flat(91)
+    problem.inputs["weight"] = 10 ** (-3 * torch.rand(91))
+    problem = replace(problem, selection=Selection(tolerance=0.2))
+    assert same_bits(d_weight(problem), rounded_after(problem))
+
+
+def test_a_backward_that_recomputes():
+    problem = flat(91)
+    coefs = forward(problem, Needs(), ONE).coefs
+    found, wide = (
+        backward(problem, coefs, Needs(weight=True, wide_weight=wide)).d_weight
+        for wide in (False, True)
+    )
+    assert found.dtype == torch.bfloat16 and same_bits(found, wide.bfloat16())
+    assert same_bits(found, d_weight(problem))
+
+
+def test_the_next_calls_work_in_the_same_block():
+    """Of other sizes, one of them without an accumulator; each gives the bits of a fresh block."""
+    problems = [flat(91), flat(60), flat(20), kept_rows(flat(91), 1, 2), flat(91)]
+    expected = []
+    for problem in problems:
+        buffers.release()
+        expected.append(d_weight(problem))
+    buffers.release()
+    for problem, fresh in zip(problems, expected, strict=True):
+        assert same_bits(d_weight(problem), fresh)
+        (block,) = buffers._kept
+        block.fill_(255)  # NaN, whatever it is read as
+
+
+def test_any_number_of_threads(use_threads):
+    found = []
+    for threads in (1, 1, 2, 3):
+        use_threads(threads)
+        found.append(d_weight(flat(91)))
+    assert all(same_bits(found[0], each) for each in found)
+
+
+def test_a_shard_of_the_vocabulary(tmp_path):
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/it", rank=0, world_size=1)
+    try:
+        problem = flat(91, 320, 301)
+        shard = Shard(dist.group.WORLD, (0, 301), (0, 301), 301)
+        for each in (problem, kept_rows(problem, 0, 1)):
+            sharded = replace(each, shard=shard)
+            found = d_weight(sharded)
+            assert same_bits(found, rounded_after(sharded)) and (found[301:] == 0).all()
+    finally:
+        dist.destroy_process_group()
+
+
+def test_other_products_round_at_the_end(monkeypatch):
+    monkeypatch.setattr(native, "BF16_PRODUCTS", [])
+    problem = flat(91)
+    assert same_bits(d_weight(problem), rounded_after(problem))
+    assert math.isfinite(d_weight(problem).float().norm())
