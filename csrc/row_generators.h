@@ -10,26 +10,27 @@ struct Terms {
   Vector<T> value, slope;  // q f(u) and p g
 };
 
+template <class T>
 struct Divergence {
   Generator generator;
-  double c, log_c, log_1_c;
+  T c, rest, log_c, log_rest;  // rest: 1 - c
   Divergence(Generator generator, double c)
-      : generator(generator), c(generator == CHI2 ? 2.0 : c),
-        log_c(c > 0 && c < 1 ? std::log(c) : 0), log_1_c(c > 0 && c < 1 ? std::log1p(-c) : 0) {}
+      : generator(generator), c(T(generator == CHI2 ? 2.0 : c)), rest(T(1 - (generator == CHI2 ? 2.0 : c))),
+        log_c(c > 0 && c < 1 ? T(std::log(c)) : 0), log_rest(c > 0 && c < 1 ? T(std::log1p(-c)) : 0) {}
 };
 
 // See the table in tropd_kernels/rows/generators.py.
 template <class T>
 TROPD_INLINE Terms<T> terms(
-    const Divergence& d, Vector<T> lp, Vector<T> lq, Vector<T> p, Vector<T> q) {
-  const T c = T(d.c), rest = T(1 - d.c), infinity = std::numeric_limits<T>::infinity();
+    const Divergence<T>& d, Vector<T> lp, Vector<T> lq, Vector<T> p, Vector<T> q) {
+  const T c = d.c, rest = d.rest, infinity = std::numeric_limits<T>::infinity();
   switch (d.generator) {
     case JSD:
     case SKEW_FORWARD:
     case SKEW_REVERSE:
     case TOPK_JSD: {
       // where p and q are 0 it is NaN, and multiplied by neither
-      Vector<T> lm = log_sum<T>(q * c, p * rest, lq + T(d.log_c), lp + T(d.log_1_c));
+      Vector<T> lm = log_sum<T>(q * c, p * rest, lq + d.log_c, lp + d.log_rest);
       if (d.generator == JSD) {
         Vector<T> student = product<T>(p, lp - lm) * rest;
         return {product<T>(q, lq - lm) * c + student, student};

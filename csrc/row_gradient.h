@@ -8,22 +8,31 @@ namespace {
 template <class T>
 struct RowCoefs {
   T c[COEFS];
-  bool idle, needs_teacher;
+  bool idle, needs_teacher, generator_alone;
 
   RowCoefs(const Rows& rows, int64_t i) {
     for (int j = 0; j < COEFS; ++j) c[j] = static_cast<const T*>(rows.coefs)[j * rows.coefs_stride + i];
     idle = true;
     for (int j = P; j < COEFS; ++j) idle = idle && c[j] == 0;
     needs_teacher = c[P_TOP_K] != 0 || c[REVERSE] != 0 || c[Q] != 0 || c[GENERATOR] != 0;
+    const bool others = c[P_TOP_K] != 0 || c[REVERSE] != 0 || c[Q] != 0 || c[ENTROPY_WEIGHT] != 0;
+    generator_alone = c[GENERATOR] != 0 && !others;
   }
 };
 
 // d loss / d transformed logits, but for the label and the given ids, from transformed logits.
-template <class T, bool TEACHER>
+// GENERATOR_ALONE: with a generator over all ids and no other term of the teacher's, in a loop without
+// tests.
+template <class T, bool TEACHER, bool GENERATOR_ALONE>
 TROPD_INLINE Vector<T> gradient_at(
-    const RowCoefs<T>& row, const GradientOptions& o, const Divergence& divergence, Vector<T> z,
+    const RowCoefs<T>& row, const GradientOptions& o, const Divergence<T>& divergence, Vector<T> z,
     Vector<T> t) {
   const T* c = row.c;
+  if (GENERATOR_ALONE) {
+    const Vector<T> lp = (z - c[STUDENT_MAX]) - c[STUDENT_LOG_SUM], p = exp<T>(lp);
+    const Vector<T> lq = (t - c[TEACHER_MAX]) - c[TEACHER_LOG_SUM], q = exp<T>(lq);
+    return p * c[P] + terms<T>(divergence, lp, lq, p, q).slope * c[GENERATOR];
+  }
   const Vector<T> lp = (z - c[STUDENT_MAX]) - c[STUDENT_LOG_SUM], p = exp<T>(lp), zero{};
   Vector<T> d = p * c[P];
   if (c[ENTROPY_WEIGHT] != 0) d -= product<T>(p, (lp + c[MEAN_ENTROPY]) * c[ENTROPY_WEIGHT]);
@@ -70,7 +79,7 @@ void row_gradient(
     std::memset(out, 0, rows.vocab * sizeof(Out));
     return;
   }
-  const Divergence divergence(o.generator, o.c);
+  const Divergence<T> divergence(o.generator, o.c);
   // `out` may be the logits' own memory: what the special entries need is read first.
   special.clear();
   auto add = [&](int64_t id, T value) {
@@ -84,23 +93,30 @@ void row_gradient(
   std::sort(special.begin(), special.end(), [](const Special<T>& a, const Special<T>& b) {
     return a.id < b.id;
   });
-  for_vectors<T>(0, rows.vocab, [&](int64_t v, int count) __attribute__((always_inline)) {
-    z.next_block(v);
-    if (TEACHER) t.next_block(v);
-    const Vector<T> zv = get<T>(z, v, count), tv = TEACHER ? get<T>(t, v, count) : Vector<T>{};
-    Vector<T> d = gradient_at<T, TEACHER>(row, o, divergence, zv, tv);
-    d = chain_rule<T, PLAIN>(d, zv, rows.student);
-    if (count == Types<T>::lanes) {
-      store<T>(out + v, d);
-    } else {
-      Out last[Types<T>::lanes];
-      store<T>(last, d);
-      std::memcpy(out + v, last, count * sizeof(Out));
-    }
-  });
+  auto pass = [&](auto generator_alone) __attribute__((always_inline)) {
+    for_vectors<T>(0, rows.vocab, [&](int64_t v, int count) __attribute__((always_inline)) {
+      z.next_block(v);
+      if (TEACHER) t.next_block(v);
+      const Vector<T> zv = get<T>(z, v, count), tv = TEACHER ? get<T>(t, v, count) : Vector<T>{};
+      Vector<T> d = gradient_at<T, TEACHER, decltype(generator_alone)::value>(row, o, divergence, zv, tv);
+      d = chain_rule<T, PLAIN>(d, zv, rows.student);
+      if (count == Types<T>::lanes) {
+        store<T>(out + v, d);
+      } else {
+        Out last[Types<T>::lanes];
+        store<T>(last, d);
+        std::memcpy(out + v, last, count * sizeof(Out));
+      }
+    });
+  };
+  if (TEACHER && row.generator_alone && !o.top_k) {
+    pass(std::true_type{});
+  } else {
+    pass(std::false_type{});
+  }
   for (size_t j = 0; j < special.size();) {
     const Special<T>& s = special[j];
-    Vector<T> d = gradient_at<T, TEACHER>(row, o, divergence, all<T>(s.z), all<T>(s.t));
+    Vector<T> d = gradient_at<T, TEACHER, false>(row, o, divergence, all<T>(s.z), all<T>(s.t));
     for (; j < special.size() && special[j].id == s.id; ++j) d += special[j].added;
     Out one[Types<T>::lanes];
     store<T>(one, chain_rule<T, PLAIN>(d, all<T>(s.z), rows.student));

@@ -23,46 +23,54 @@ void row_sums(
     const T kth = kth_largest<T>(t, rows.vocab, k, buffer);
     c[THRESHOLD * cs] = threshold = with_margin<T>((kth - t_high) - t_log, rows.teacher.cap);
   }
-  const bool everything = threshold == -infinity;  // then masks are not needed
-  const Divergence divergence(o.generator, o.c);
+  const Divergence<T> divergence(o.generator, o.c);
   std::vector<T>& on_k = buffer;  // log-probs of the student on K
   on_k.clear();
   typename Types<T>::wide sum[SUMS]{};
-  for_blocks<T>(rows.vocab, [&](int64_t low, int64_t end) __attribute__((always_inline)) {
-    Vector<T> part[SUMS]{};
-    for_vectors<T>(low, end, [&](int64_t v, int count) __attribute__((always_inline)) {
-      if (everything) {  // else most of the student's row is not read, and the teacher's often just was
-        z.next_block(v);
-        t.next_block(v);
-      }
-      const Vector<T> lq = (get<T>(t, v, count) - t_high) - t_log;
-      const auto member = lq >= threshold;
-      if (o.k_alone && !everything && __builtin_expect(!any<T>(member), 1)) return;
-      const Vector<T> lp = (get<T>(z, v, count) - z_high) - z_log;
-      const Vector<T> p = exp<T>(lp), q = exp<T>(lq), zero{};
-      const Vector<T> p_k = member ? p : zero, q_k = member ? q : zero;
-      part[STUDENT_MASS] += p_k;
-      part[TEACHER_MASS] += q_k;
-      part[STUDENT_TAIL] += member ? zero : p;
-      part[TEACHER_TAIL] += member ? zero : q;
-      part[SUM_FORWARD_KL] += product<T>(q_k, lq - lp);
-      if (o.generator == AKL) {
-        const Vector<T> gap = p > q ? p - q : q - p;
-        part[VALUE] += member ? gap : zero;
-        part[SLOPE] += member ? zero : gap;
-      } else if (o.generator != NONE) {
-        const Terms<T> f = terms<T>(divergence, lp, lq, p, q);
-        part[VALUE] += member ? f.value : zero;
-        part[SLOPE] += member ? f.slope : zero;
-      }
-      if (!everything && o.top_k > 0) {
-        for (int j = 0; j < count; ++j) {
-          if (member[j]) on_k.push_back(lp[j]);
+  auto pass = [&](auto whole) __attribute__((always_inline)) {
+    constexpr bool WHOLE = decltype(whole)::value;
+    for_blocks<T>(rows.vocab, [&](int64_t low, int64_t end) __attribute__((always_inline)) {
+      Vector<T> part[SUMS]{};
+      for_vectors<T>(low, end, [&](int64_t v, int count) __attribute__((always_inline)) {
+        if (WHOLE) {  // else most of the student's row is not read, and the teacher's often just was
+          z.next_block(v);
+          t.next_block(v);
         }
-      }
+        const Vector<T> lq = (get<T>(t, v, count) - t_high) - t_log, zero{};
+        const auto member = lq >= threshold;
+        if (!WHOLE && o.k_alone && __builtin_expect(!any<T>(member), 1)) return;
+        auto on = [&](Vector<T> x) { return WHOLE ? x : member ? x : zero; };
+        auto off = [&](Vector<T> x) { return WHOLE ? zero : member ? zero : x; };
+        const Vector<T> lp = (get<T>(z, v, count) - z_high) - z_log;
+        const Vector<T> p = exp<T>(lp), q = exp<T>(lq), q_k = on(q);
+        part[STUDENT_MASS] += on(p);
+        part[TEACHER_MASS] += q_k;
+        part[STUDENT_TAIL] += off(p);
+        part[TEACHER_TAIL] += off(q);
+        part[SUM_FORWARD_KL] += product<T>(q_k, lq - lp);
+        if (o.generator == AKL) {
+          const Vector<T> gap = p > q ? p - q : q - p;
+          part[VALUE] += on(gap);
+          part[SLOPE] += off(gap);
+        } else if (o.generator != NONE) {
+          const Terms<T> f = terms<T>(divergence, lp, lq, p, q);
+          part[VALUE] += on(f.value);
+          part[SLOPE] += on(f.slope);
+        }
+        if (!WHOLE && o.top_k > 0) {
+          for (int j = 0; j < count; ++j) {
+            if (member[j]) on_k.push_back(lp[j]);
+          }
+        }
+      });
+      for (int j = 0; j < SUMS; ++j) flush<T>(sum[j], part[j]);
     });
-    for (int j = 0; j < SUMS; ++j) flush<T>(sum[j], part[j]);
-  });
+  };
+  if (threshold == -infinity) {  // every id belongs to K
+    pass(std::true_type{});
+  } else {
+    pass(std::false_type{});
+  }
   double result[SUMS];
   for (int j = 0; j < SUMS; ++j) result[j] = total<T>(sum[j]);
   if (o.k_alone) {
