@@ -58,6 +58,7 @@ from tropd_kernels import (
     linear_loss,
     ops,
 )
+from tropd_kernels.rows import triton_launch
 from tropd_kernels.rows.layout import Stat
 
 TARGETS = {
@@ -241,6 +242,7 @@ def _compiling_for(target: GPUTarget, seen: Callable) -> Iterator[None]:
     driver.set_active(_Pretender(target))  # for good: asking for the one before would want a GPU
     with (
         mock.patch.object(JITFunction, "run", compile_only),
+        mock.patch.object(triton_launch, "WARP", target.warp_size),
         mock.patch.object(functional, "choose_backend", lambda name, device: name),
         mock.patch.object(functional, "ops", SimpleNamespace(distill=distill)),
     ):

@@ -513,6 +513,21 @@ RULES = {
     "tail of nothing": (
         lambda: TrOPD(top_k=None, top_k_tail="bucket"), ValueError, "top_k_tail", "needs a top_k",
     ),
+    "akl with top_k": (
+        lambda: TokenRule(divergence="akl", top_k=8), ValueError, "akl", "leave top_k None",
+    ),
+    "akl with outliers' forward KL": (
+        lambda: TokenRule(divergence="akl", gate="bernoulli", outlier="forward_kl"), ValueError,
+        "akl", "outlier='forward_kl'",
+    ),
+    "akl with the forward KL of unsure teachers": (
+        lambda: TokenRule(divergence="akl", forward_kl_entropy=1.0), ValueError, "akl",
+        "forward_kl_entropy",
+    ),
+    "jsd with outliers' top_k": (
+        lambda: TokenRule(divergence="jsd", gate="threshold", outlier="forward_kl", top_k=8),
+        ValueError, "jsd", "top_k=8", "leave top_k None",
+    ),
     "mopd without top_k": (lambda: MOPD(top_k=None), ValueError, "give a top_k"),
     "jsd with top_k": (
         lambda: Divergence("jsd", top_k=8), ValueError, "top_k", "'forward_kl'", "TopKJSD", "MOPD",

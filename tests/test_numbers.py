@@ -3,11 +3,12 @@ cure."""
 
 import math
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from problems import OBJECTIVES, K, make_problem, relative_error
+from problems import OBJECTIVES, K, make_problem, relative_error, with_everything
 
 from tropd_kernels import (
     GKD,
@@ -107,6 +108,19 @@ def test_padded_columns_are_not_logits_of_zero(backend, softcap, device):
         logits = softcap * torch.tanh(logits / softcap)
     expected = logits.log_softmax(-1).gather(-1, labels[:, None])[:, 0]
     torch.testing.assert_close(ours.double(), expected, rtol=1e-5, atol=1e-5)
+
+
+@both
+@pytest.mark.parametrize("name", ["tropd", "reverse_kl", "gkd", "sft"])
+def test_a_negative_scale_of_the_logits(name, backend, device):
+    """3. ... nor of infinity, which a scale below 0 would make of them."""
+    problem = make_problem(tokens=5, vocab_size=300, device=device)
+    form = None if name == "sft" else "hidden"
+    problem.student_head, problem.teacher_head = {"logit_scale": -1.0}, {"logit_scale": -0.5}
+    exact, gradients, _ = problem.call(OBJECTIVES[name], form, "reference", torch.float64)
+    loss, found, _ = problem.call(OBJECTIVES[name], form, backend)
+    assert relative_error(loss, exact) < 1e-5
+    assert relative_error(found["hidden"], gradients["hidden"]) < 1e-5
 
 
 @all_backends
@@ -324,6 +338,70 @@ def test_expanded_incoming_gradient(backend, device):
     )
     for key in summed:
         torch.testing.assert_close(expanded[key], summed[key], rtol=1e-5, atol=1e-6)
+
+
+@both
+@pytest.mark.parametrize("form", ["hidden", "top_k"])
+def test_inputs_may_be_views_of_any_stride(form, backend, device):
+    """10. ... and per-token inputs columns of something wider."""
+    problem = with_everything(make_problem(tokens=12, device=device))
+    _, expected, _ = problem.call(OBJECTIVES["tropd"], form, backend)
+
+    def column(t):
+        return torch.stack([t, torch.roll(t, 1)], dim=-1)[..., 0]
+
+    problem.labels = column(problem.labels)
+    for name in ("bias", "teacher_bias"):
+        setattr(problem, name, column(getattr(problem, name)))
+    for name, value in problem.options.items():
+        if isinstance(value, torch.Tensor):
+            problem.options[name] = column(value)
+    strided = problem.teacher(form, torch.float32, problem.options["temperature"])
+    if form == "top_k":
+        strided = replace(strided, label_log_probs=column(strided.label_log_probs))
+    problem.teacher = lambda *_: strided
+    # Where no token is dropped nothing else copies them.
+    problem.labels = problem.labels.clamp_min(0)
+    problem.options["token_weight"] = column(problem.options["token_weight"] + 0.1)
+    _, found, _ = problem.call(OBJECTIVES["tropd"], form, backend)
+    for name in ("labels", "bias", "teacher_bias"):
+        setattr(problem, name, getattr(problem, name).contiguous())
+    problem.options = {
+        k: v.contiguous() if isinstance(v, torch.Tensor) else v for k, v in problem.options.items()
+    }
+    _, expected, _ = problem.call(OBJECTIVES["tropd"], form, backend)
+    for key in expected:
+        assert torch.equal(found[key], expected[key])
+
+
+@both
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_a_teacher_and_options_that_leave_no_input_out(reduction, backend, device):
+    """10. Autograd takes a list without a gap for a list of tensors."""
+    problem = make_problem(tokens=4, device=device)
+    top_k = problem.teacher("top_k", torch.float32)
+    whole = replace(top_k, entropy=torch.ones(4, device=device))
+    options = dict(
+        old_log_probs=torch.full((4,), -3.0, device=device),
+        advantages=torch.ones(4, device=device), token_weight=torch.ones(4, device=device),
+        teacher_prefix=torch.zeros(4, dtype=torch.bool, device=device),
+        uniforms=torch.full((4,), 0.5, device=device), backend=backend, reduction=reduction,
+    )  # fmt: skip
+
+    def gradient(teacher, **more):
+        hidden = problem.hidden.float().requires_grad_()
+        out = linear_distillation_loss(
+            hidden,
+            problem.weight.float(),
+            problem.labels,
+            teacher,
+            TrOPD(top_k=K),
+            **options | more,
+        )
+        out.loss.sum().backward()
+        return hidden.grad
+
+    assert torch.equal(gradient(whole), gradient(top_k))
 
 
 def test_second_derivative_raises(device):

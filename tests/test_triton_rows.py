@@ -11,7 +11,7 @@ pytest.importorskip("triton")
 
 from tropd_kernels import Divergence, LogitsTeacher, distillation_loss
 from tropd_kernels.rows import torch_rows, triton_launch, triton_rows
-from tropd_kernels.rows.layout import Coef, LogitTransform, RowBatch, RowOptions
+from tropd_kernels.rows.layout import Coef, LogitTransform, RowBatch, RowOptions, Stat
 from tropd_kernels.rows.triton_kernels import sums
 
 #: Of one tile: 8 warps of 32 threads, 16 bytes each.
@@ -105,15 +105,15 @@ def rows_with_their_largest(where, vocab=6 * LANES):
     ("where", "by_lanes"),
     [
         ([5, 6, 7, 8], True),
-        ([5, 5 + LANES, 7, 7 + LANES], True),
-        ([5, 5 + LANES, 5 + 2 * LANES, 7], False),
+        ([5, 5 + LANES, 5 + 2 * LANES, 7], True),
         ([5 + LANES * i for i in range(4)], False),
+        ([5 + LANES * i for i in range(5, 1, -1)], False),
         ([6 * LANES - 1, 0, 1, 2], True),
     ],
-    ids=["in four lanes", "in two", "three in one", "all in one", "at both ends"],
+    ids=["in four lanes", "three in one", "all in one", "falling", "at both ends"],
 )
 def test_the_largest_are_found_wherever_they_stand(where, by_lanes, device, monkeypatch):
-    """Three of the k largest in one lane are more than it remembers: the row is searched."""
+    """Four of the k largest in one lane are more than it remembers: the row is searched."""
     t = rows_with_their_largest(where).to(device)
     z = torch.randn_like(t)
     labels = torch.tensor([1], device=device)
@@ -132,7 +132,7 @@ def test_the_largest_are_found_wherever_they_stand(where, by_lanes, device, monk
         assert (not searched) == by_lanes
 
 
-@pytest.mark.parametrize("where", [[5, 6, 7], [5, 5 + LANES, 5 + 2 * LANES]])
+@pytest.mark.parametrize("where", [[5, 6, 7, 8], [5 + LANES * i for i in range(4)]])
 def test_ties_with_the_kth_belong_to_the_set(where, device):
     t = rows_with_their_largest(where).to(device)
     t[0, where] = 5.0  # all of them tie for the second place
@@ -144,19 +144,33 @@ def test_ties_with_the_kth_belong_to_the_set(where, device):
     torch.testing.assert_close(stats.teacher_topk_mass, mass, rtol=1e-5, atol=0)
 
 
+def test_the_next_id_is_left_out_however_close(device):
+    """Its log-prob lies below the k-th one, just where a search by digits would stop early."""
+    first, second = -3.5, -3.750002
+    rest = (1 - math.exp(first) - math.exp(second)) / 2998
+    log_q = torch.full((1, 3000), math.log(rest))
+    log_q[0, 11], log_q[0, 1500] = first, second
+    log_q = log_q.to(device)
+    rule = Divergence("forward_kl", top_k=1)
+    stats = found(torch.randn_like(log_q), log_q, torch.tensor([1], device=device), rule)[2]
+    torch.testing.assert_close(stats.teacher_topk_mass, log_q[:, 11].exp(), rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("excluded", [-math.inf, torch.finfo(torch.float32).min])
 @pytest.mark.parametrize("left", [0, 2])
-def test_fewer_ids_than_k_may_be_left(left, device):
-    """What the teacher excludes is never in K."""
-    t = torch.full((1, 3 * LANES), -math.inf, device=device)
+def test_fewer_ids_than_k_may_be_left(left, excluded, device):
+    """What the teacher excludes is never in K; the lowest number is no exclusion."""
+    t = torch.full((1, 3 * LANES), excluded, device=device)
     t[0, 7 : 7 + left + 1] = torch.arange(left + 1, dtype=torch.float32, device=device)
     labels = torch.tensor([7], device=device)
-    rule = Divergence("forward_kl", top_k=4)
+    rule = Divergence("forward_kl", top_k=4, top_k_tail="renormalize_both")
     z = torch.randn_like(t)
     exact = found(z.double(), t.double(), labels, rule, "reference")
     ours = found(z, t, labels, rule)
     torch.testing.assert_close(ours[2].teacher_topk_mass, torch.ones(1, device=device))
-    assert relative_error(ours[0], exact[0]) < 1e-5
-    assert relative_error(ours[1], exact[1]) < 1e-5
+    torch.testing.assert_close(ours[2].student_topk_mass, exact[2].student_topk_mass.float())
+    for i in (0, 1):
+        torch.testing.assert_close(ours[i], exact[i].float(), rtol=1e-5, atol=1e-6)
 
 
 def test_a_row_whose_ids_are_all_excluded(device):
@@ -169,3 +183,14 @@ def test_a_row_whose_ids_are_all_excluded(device):
     for coef in (Coef.STUDENT_MAX, Coef.STUDENT_LOG_SUM, Coef.TEACHER_MAX, Coef.TEACHER_LOG_SUM):
         torch.testing.assert_close(ours[coef], theirs[coef])
     assert ours[Coef.STUDENT_MAX, 0] == ours[Coef.TEACHER_MAX, 1] == -math.inf
+
+
+def test_entropies_are_the_same_bits_with_and_without_a_teacher(device):
+    """The rules that rank the batch by them compare those of one pass with a quantile of the
+    other's."""
+    z, t = torch.randn(2, 12, 9000, device=device)
+    options = RowOptions(Divergence("reverse_kl"), LogitTransform(), LogitTransform())
+    labels = torch.zeros(12, dtype=torch.int64, device=device)
+    alone = triton_rows.entropy(RowBatch(z, None, labels), options)
+    beside = triton_rows.statistics(RowBatch(z, t.bfloat16(), labels), options)[0][Stat.ENTROPY]
+    assert torch.equal(alone, beside)

@@ -23,6 +23,7 @@ With a selection (`selection.py`) the two products of a super-chunk see some of 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass, fields, replace
 from types import ModuleType
@@ -320,14 +321,18 @@ class _Loop:
             self.total = self.total if total is None else total
             self._run(rows, options, arena, *room)
 
+    def _super_chunks(self) -> Iterator[tuple[int, int, list[tuple[int, int]]]]:
+        """(start, stop, sub-chunks within), in numbers of tokens that count."""
+        for start in range(0, self.n, self.plan.super_rows):
+            stop = min(start + self.plan.super_rows, self.n)
+            lows = range(start, stop, self.plan.rows)
+            yield start, stop, [(low, min(low + self.plan.rows, stop)) for low in lows]
+
     def _run(self, rows, options, arena, z_buffer, t_buffer, d_logits) -> None:
         plan = self.plan
         d_logits = z_buffer if d_logits is None else d_logits
-        step = plan.super_rows
-        for start in range(0, self.n, step):
-            stop = min(start + step, self.n)
-            for low in range(start, stop, plan.rows):
-                high = min(low + plan.rows, stop)
+        for start, stop, parts in self._super_chunks():
+            for low, high in parts:
                 tokens = self.tokens(low, high)
                 batch = self.batch(tokens, z_buffer, t_buffer)
                 coefs = self._weighed(rows(batch, tokens))
@@ -446,11 +451,13 @@ class _Loop:
         size = self.logits_size(problem.student)
         buffer = None if size is None else problem.student.source.new_empty(size[0], dtype=size[1])
         entropy = problem.student.source.new_empty((self.n,), dtype=problem.dtype)
-        for low in range(0, self.n, self.plan.rows):
-            tokens = self.tokens(low, low + self.plan.rows)
+        # By the chunks of the loop: of others the logits, and with them the entropies that are
+        # compared with this quantile, would differ in a last bit.
+        for low, high in (part for _, _, parts in self._super_chunks() for part in parts):
+            tokens = self.tokens(low, high)
             logits = self.logits(problem.student, tokens, buffer)
             batch = RowBatch(logits, None, problem.labels[tokens])
-            entropy[low : low + logits.shape[0]] = self.engine.entropy(batch, options)
+            entropy[low:high] = self.engine.entropy(batch, options)
         if self.n == 0:
             return entropy.new_zeros(())
         prefix = problem.inputs.get("prefix")

@@ -136,6 +136,7 @@ class TokenRule:
             )
         if self.divergence in TOP_K_GENERATORS and self.top_k is None:
             raise ValueError(f"divergence={self.divergence!r} lives on the top-k ids: give a top_k")
+        self._check_sets()
         _check_divergence_parameter(self.divergence, self.divergence_parameter)
         for f in fields(self):  # a NumPy number is a float, but is not written like one
             value = getattr(self, f.name)
@@ -144,6 +145,28 @@ class TokenRule:
         # An f-string rather than json, which torch.compile cannot trace.
         given = [getattr(self, name) for name in _FIELDS]
         object.__setattr__(self, "key", ";".join([f"{value!r}" for value in given]))
+
+    def _check_sets(self):
+        """One pass sums one set of ids with one weight, which these would need two of."""
+        outside = self.gate != "always" and self.outlier.startswith("forward_kl")
+        more_forward_kl = outside or self.forward_kl_entropy is not None
+        whole = self.divergence in GENERATORS and self.divergence not in TOP_K_GENERATORS
+        if self.divergence == "akl" and self.top_k is not None:
+            raise ValueError(
+                "divergence='akl' weighs the head of the teacher's distribution, whose mass is "
+                "divergence_parameter: leave top_k None"
+            )
+        if self.divergence == "akl" and more_forward_kl:
+            raise ValueError(
+                "divergence='akl' has a weight of its own for the forward KL: it goes with neither "
+                "outlier='forward_kl' or 'forward_kl_reward' behind a gate nor forward_kl_entropy"
+            )
+        if whole and more_forward_kl and self.top_k is not None:
+            raise ValueError(
+                f"divergence={self.divergence!r} is over the whole vocabulary, and the forward KL "
+                f"of outliers over the top_k={self.top_k} ids: leave top_k None, so that both are "
+                "over the whole"
+            )
 
     def __repr__(self):
         changed = (

@@ -177,7 +177,12 @@ def _backward(ctx, d_loss, d_token_loss, d_stats, *_):
             carried, needs, *ctx.settings,
         )  # fmt: skip
         gradients = [g if need else None for g, need in zip(made, needs, strict=True)]
-    return (*gradients, *[None] * (len(ctx.needs_input_grad) - 3))
+    # A list in which no tensor is missing counts as one of tensors, and wants a list back.
+    rest = [
+        [None] * len(asks) if isinstance(asks, (list, tuple)) else None
+        for asks in ctx.needs_input_grad[3:]
+    ]
+    return (*gradients, *rest)
 
 
 distill.register_autograd(_backward, setup_context=_setup_context)
@@ -273,6 +278,10 @@ def flat_problem(
     selection=EVERY_ROW,
 ) -> Problem:  # fmt: skip
     scale, cap, teacher_scale, teacher_cap, temperature = scales
+    # Per token they are read with unit stride.
+    labels, bias, teacher_bias, *inputs = (
+        None if t is None else t.contiguous() for t in (labels, bias, teacher_bias, *inputs)
+    )
     # Both sides are cut to the ids they share, their biases too.
     sides = [(weight, student), (teacher_weight, teacher)]
     sizes = [w.shape[0] if w is not None else s.shape[-1] for w, s in sides if s is not None]

@@ -310,7 +310,8 @@ def _gradient(part: RowBatch, c: Tensor, options: RowOptions, out: Tensor) -> No
     if part.teacher is not None and rule.reads_teacher_rows:
         picked = needs_teacher.nonzero().squeeze(-1) if on_cpu else slice(None)
         if not on_cpu or bool(needs_teacher.any()):
-            add = _add_on_top_k if rule.uses_top_k and on_cpu else _add_teacher_terms
+            on_k_alone = rule.uses_top_k and not rule.uses_reverse_kl
+            add = _add_on_top_k if on_k_alone and on_cpu else _add_teacher_terms
             lp = _log_p(z[picked], c[:, picked], options)
             lq = _log_q(part.teacher[picked], c[:, picked], options)
             add(d, lp, lq, c[:, picked], picked, rule)

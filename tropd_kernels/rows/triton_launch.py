@@ -14,8 +14,10 @@ import torch
 #: A fused multiply-add rounds once where two operations round twice, so fusing differently in two
 #: kernels would let an entry pass the top-k threshold in one and miss it in the other.
 FUSION_OFF = {"enable_fp_fusion": False}
-#: Of the kernels that reduce rows: warps of a program, and stretches of LANES ids in a tile, of the
-#: statistics and of the sums.
+#: Threads of a warp, or of AMD's wave.
+WARP = 64 if torch.version.hip else 32
+#: Of the kernels that reduce rows: warps of 32 threads in a program, and stretches of LANES ids in
+#: a tile, of the statistics and of the sums.
 WARPS, STATISTICS_UNROLL, SUMS_UNROLL = 8, 4, 2
 #: Ids of a tile of the gradient kernel, 8 of them a thread.
 GRADIENT_BLOCK = 2048
@@ -30,14 +32,14 @@ def tile_options(vocab_size: int, dtype: torch.dtype, logit_size: int, unroll: i
     thread reads 16 bytes of each of `unroll` stretches of LANES ids, or of fewer where those bytes
     hold more logits."""
     each = 16 // logit_size
-    warps, unroll = WARPS, unroll * 4 // max(each, 4)
+    threads, unroll = 32 * WARPS, unroll * 4 // max(each, 4)
     if dtype == torch.float64:
-        warps, unroll = warps // 2, unroll // 2
-    lanes = min(32 * warps * each, power_of_two(vocab_size))
+        threads, unroll = threads // 2, unroll // 2
+    lanes = min(threads * each, power_of_two(vocab_size))
     return {
         "LANES": lanes,
         "UNROLL": max(1, min(unroll, power_of_two(-(-vocab_size // lanes), least=1))),
-        "num_warps": max(1, min(warps, lanes // (32 * each))),
+        "num_warps": max(1, min(threads, lanes // each) // WARP),
         **FUSION_OFF,
     }
 
@@ -46,7 +48,7 @@ def block_options(vocab_size: int, dtype: torch.dtype) -> dict:
     """Of the gradient kernel, which reduces nothing."""
     widest = GRADIENT_BLOCK // 2 if dtype == torch.float64 else GRADIENT_BLOCK
     block = min(widest, power_of_two(vocab_size))
-    return {"BLOCK": block, "num_warps": max(1, block // 256), **FUSION_OFF}
+    return {"BLOCK": block, "num_warps": max(1, block // (8 * WARP)), **FUSION_OFF}
 
 
 def parts_of_row(n: int, vocab_size: int, tile: int) -> int:
@@ -58,9 +60,9 @@ def parts_of_row(n: int, vocab_size: int, tile: int) -> int:
 
 
 def lanes_hold(top_k: int, lanes: int) -> bool:
-    """The two largest of every lane likely hold the top k: three of them share a lane with a
-    probability of some k^3 / (6 lanes^2), a few percent at most."""
-    return 16 * top_k <= lanes
+    """The three largest of every lane likely hold the top k: four of them share a lane in some
+    k^4 / (24 lanes^3) of the rows, in one of a hundred at most."""
+    return 8 * top_k <= lanes
 
 
 def power_of_two(n: int, least: int = 16) -> int:

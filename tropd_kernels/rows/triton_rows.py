@@ -77,8 +77,9 @@ def _statistics(
     coefs: Tensor,
 ) -> None:
     n, vocab_size = z.shape
+    # By the student's logits alone: `entropy` gets the same bits without a teacher.
     launch = tile_options(
-        vocab_size, stats.dtype, _narrowest(z, t), triton_launch.STATISTICS_UNROLL
+        vocab_size, stats.dtype, z.element_size(), triton_launch.STATISTICS_UNROLL
     )
     parts = parts_of_row(n, vocab_size, launch["UNROLL"] * launch["LANES"])
     room = None if parts == 1 else stats.new_empty((8, parts, n))
@@ -111,7 +112,8 @@ def _dense_sums(
     rule, z, t = options.rule, _rows(batch.student), _rows(batch.teacher)
     n, vocab_size = z.shape
     sums = coefs.new_empty((kernels.SUMS, n))
-    launch = tile_options(vocab_size, coefs.dtype, _narrowest(z, t), triton_launch.SUMS_UNROLL)
+    logit_size = min(z.element_size(), t.element_size())
+    launch = tile_options(vocab_size, coefs.dtype, logit_size, triton_launch.SUMS_UNROLL)
     kernels.dense_sums_kernel[(n,)](
         z, t, _bias(options.student), _bias(options.teacher), *_gate_inputs(batch, rule),
         options.entropy_threshold, stats, coefs, sums, vocab_size, z.stride(0), t.stride(0), n,
@@ -119,7 +121,7 @@ def _dense_sums(
         GENERATOR=rule.generator, TOP_K=rule.top_k if rule.uses_top_k else None,
         TAIL=rule.top_k_tail, THRESHOLD_GIVEN=threshold_given,
         BY_LANES=rule.uses_top_k and lanes_hold(rule.top_k, launch["LANES"]),
-        SEARCH_BLOCK=min(512, launch["LANES"]), **launch,
+        SEARCH_BLOCK=min(1024, launch["LANES"]), **launch,
     )  # fmt: skip
     return sums
 
@@ -193,10 +195,6 @@ def gradient(batch: RowBatch, coefs: Tensor, options: RowOptions, out: Tensor) -
 
 
 # --- arguments ---------------------------------------------------------------------------------
-
-
-def _narrowest(*logits: Tensor | None) -> int:
-    return min(tensor.element_size() for tensor in logits if tensor is not None)
 
 
 def _acc(dtype: torch.dtype) -> tl.dtype:

@@ -11,8 +11,8 @@
 | gradient_kernel   | part of a row | z; t where a coefficient needs it | d_logits                 |
 | given_grad_kernel | one row       | z at a top-k teacher's ids        | d_logits at those ids    |
 
-Rows are parted where they are too few to fill a GPU. In the loops over a row no thread waits for
-another (`logits.py`).
+Rows are parted where they are too few to fill a GPU, but not in their sums. In the loops over a row
+no thread waits for another (`logits.py`), but in the search.
 
 Every reduction runs in a fixed order within one program and there are no atomics, so two runs are
 bitwise equal. Rows lie on grid axis 0 and offsets are 64-bit: neither 65,536 rows nor 2^31 elements
@@ -21,10 +21,9 @@ transform are compile-time constants: they are fixed for a run, and exact in bot
 
 The k-th largest teacher log-prob is found without sorting: floats order as integers once the sign
 bit is dealt with, so its bits are fixed from the top, four at a time, by counting how many entries
-reach each of sixteen pivots. It stops as soon as a pivot is reached by exactly k entries, mostly
-after four or five of the eight rounds. Counted are the two largest of each lane, in registers; the
-sums that follow tell whether those held the k largest of the row, and only where not, it is
-searched itself. Weighted by q instead of counted, the same search finds the head of AKL.
+reach each of sixteen pivots. Counted are the three largest of each lane, in registers; the sums
+that follow tell whether those held the k largest of the row, and only where not, it is searched
+itself, eight times over. Weighted by q instead of counted, the same search finds the head of AKL.
 """
 
 from .constants import SUMS

@@ -27,12 +27,12 @@ def _load_logits(
     SCALE: tl.constexpr, CAP: tl.constexpr, TEMPERATURE: tl.constexpr,
 ):  # fmt: skip
     """Transformed logits of one row at `cols`, -inf where masked: a padded column must not look
-    like a logit of 0, and a soft cap would lift it to -cap."""
+    like a logit of 0; a soft cap would lift it to -cap, and a negative scale to inf."""
     z = tl.load(row_ptr + cols, mask=mask, other=-INF).to(ACC)
     if bias is not None:
         z += tl.load(bias + cols, mask=mask, other=0.0).to(ACC)
     z = _cap(z, SCALE, CAP, TEMPERATURE)
-    if CAP is not None:
+    if (CAP is not None) or (SCALE < 0):
         z = tl.where(mask, z, -INF)
     return z
 

@@ -38,25 +38,20 @@ def _search(
 ):  # fmt: skip
     """The largest log-prob that at least `target` entries reach (or entries of that much mass)."""
     DIGITS: tl.constexpr = 16 if ACC == tl.float64 else 8
-    word: tl.constexpr = tl.uint64 if ACC == tl.float64 else tl.uint32
-    found = tl.full((), 0, word)
-    searching = tl.full((), 1, tl.int32)
+    found = tl.full((), 0, tl.uint64 if ACC == tl.float64 else tl.uint32)
     for digit in range(DIGITS):
-        if searching == 1:
-            pivots = _pivots(found, digit, DIGITS)
-            reached = tl.zeros((16,), ACC)
-            for start in range(0, vocab_size, BLOCK):
-                cols = start + tl.arange(0, BLOCK)
-                mask = cols < vocab_size
-                t = _load_logits(teacher, bias, cols, mask, ACC, SCALE, CAP, TEMPERATURE)
-                lq = (t - base) - log_sum
-                weight = tl.where(mask, 1.0, 0.0).to(ACC)
-                if BY_MASS:
-                    weight = tl.exp(lq)
-                reached += tl.sum(tl.where(_reach(lq, pivots, ACC), weight[None, :], 0.0), 1)
-            found, at_chosen = _choose(found, digit, reached, target, DIGITS)
-            if not BY_MASS:
-                searching = tl.where(at_chosen == target, 0, 1)
+        pivots = _pivots(found, digit, DIGITS)
+        reached = tl.zeros((16,), ACC)
+        for start in range(0, vocab_size, BLOCK):
+            cols = start + tl.arange(0, BLOCK)
+            mask = cols < vocab_size
+            t = _load_logits(teacher, bias, cols, mask, ACC, SCALE, CAP, TEMPERATURE)
+            lq = (t - base) - log_sum
+            weight = tl.where(mask, 1.0, 0.0).to(ACC)
+            if BY_MASS:
+                weight = tl.exp(lq)
+            reached += tl.sum(tl.where(_reach(lq, pivots, ACC), weight[None, :], 0.0), 1)
+        found, _ = _choose(found, digit, reached, target, DIGITS)
     return _from_bits(found, ACC)
 
 
@@ -86,30 +81,37 @@ def _lanes_search(
     teacher, bias, base, log_sum, target, vocab_size, ACC: tl.constexpr, SCALE: tl.constexpr,
     CAP: tl.constexpr, TEMPERATURE: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
-    """(kth, bound, most): what separates the `target` largest log-probs from the rest, if the two
-    largest of every lane are the row. They hold its largest unless three of those share a lane, or
-    else more than `most` of its entries exceed `bound`."""
+    """The `target`-th largest log-prob among the three largest of every lane. It is the row's if
+    fewer than `target` of the row exceed it; else four of the row's largest shared a lane."""
     first = tl.full((LANES,), -INF, ACC)
     second = tl.full((LANES,), -INF, ACC)
+    third = tl.full((LANES,), -INF, ACC)
     for start in range(0, vocab_size, LANES):
         cols = start + tl.arange(0, LANES)
         t = _load_logits(teacher, bias, cols, cols < vocab_size, ACC, SCALE, CAP, TEMPERATURE)
+        third = tl.maximum(third, tl.minimum(second, t))
         second = tl.maximum(second, tl.minimum(first, t))
         first = tl.maximum(first, t)
     first = (first - base) - log_sum
     second = (second - base) - log_sum
+    third = (third - base) - log_sum
     DIGITS: tl.constexpr = 16 if ACC == tl.float64 else 8
-    word: tl.constexpr = tl.uint64 if ACC == tl.float64 else tl.uint32
-    found = tl.full((), 0, word)
+    found = tl.full((), 0, tl.uint64 if ACC == tl.float64 else tl.uint32)
     searching = tl.full((), 1, tl.int32)
     for digit in range(DIGITS):
         if searching == 1:
             pivots = _pivots(found, digit, DIGITS)
-            both = _reach(first, pivots, ACC).to(tl.int32) + _reach(second, pivots, ACC).to(
-                tl.int32
-            )
-            found, at_chosen = _choose(found, digit, tl.sum(both, 1), target, DIGITS)
+            reached = _reach(first, pivots, ACC).to(tl.int32)
+            reached += _reach(second, pivots, ACC).to(tl.int32)
+            reached += _reach(third, pivots, ACC).to(tl.int32)
+            found, at_chosen = _choose(found, digit, tl.sum(reached, 1), target, DIGITS)
             searching = tl.where(at_chosen == target, 0, 1)
-    # Either `found` is the target-th entry, and fewer exceed it; or so many reach it, no more.
-    spare = 1 - searching
-    return _from_bits(found, ACC), _from_bits(found - spare.to(word), ACC), target - 1 + spare
+    # Where the search has stopped early, what was found lies below the entry itself.
+    least = _from_bits(found, ACC)
+    kth = tl.minimum(_least_above(first, least), _least_above(second, least))
+    return tl.min(tl.minimum(kth, _least_above(third, least)), 0)
+
+
+@triton.jit
+def _least_above(lq, least):
+    return tl.where(lq >= least, lq, INF)

@@ -68,8 +68,6 @@ def dense_sums_kernel(
         t_top = tl.load(coefs + TEACHER_MAX * columns)
         t_log_sum = tl.load(coefs + TEACHER_LOG_SUM * columns)
         kth = tl.full((), -INF, ACC)
-        bound = kth
-        most = 0
         target = 0
         if TOP_K is not None:
             target = tl.minimum(TOP_K, vocab_size)
@@ -81,9 +79,9 @@ def dense_sums_kernel(
                 teacher, teacher_bias, t_top, t_log_sum, C, vocab_size, True, ACC,
                 TEACHER_SCALE, TEACHER_CAP, TEMPERATURE, SEARCH_BLOCK,
             )  # fmt: skip
-            threshold = _not_excluded(threshold, ACC)
+            threshold = tl.maximum(threshold, _lowest(ACC))
         elif SEARCHED and BY_LANES:
-            kth, bound, most = _lanes_search(
+            kth = _lanes_search(
                 teacher, teacher_bias, t_top, t_log_sum, target, vocab_size, ACC,
                 TEACHER_SCALE, TEACHER_CAP, TEMPERATURE, LANES,
             )  # fmt: skip
@@ -97,19 +95,19 @@ def dense_sums_kernel(
                             teacher, teacher_bias, t_top, t_log_sum, target, vocab_size, False,
                             ACC, TEACHER_SCALE, TEACHER_CAP, TEMPERATURE, SEARCH_BLOCK,
                         )  # fmt: skip
-                    threshold = _with_margin(_not_excluded(kth, ACC), ACC, TEACHER_CAP)
+                    threshold = _threshold(kth, ACC, TEACHER_CAP)
                 (
                     student_mass, teacher_mass, student_tail, teacher_tail, log_mass, forward_kl,
                     value_sum, slope_sum, above,
                 ) = _sums(
                     student, teacher, student_bias, teacher_bias, top, log_sum, t_top, t_log_sum,
-                    threshold, bound, vocab_size, ACC, SCALE, CAP, TEACHER_SCALE, TEACHER_CAP,
+                    threshold, kth, vocab_size, ACC, SCALE, CAP, TEACHER_SCALE, TEACHER_CAP,
                     TEMPERATURE, C, GENERATOR, DIVERGENCE, TAIL, SEARCHED and BY_LANES,
                     UNROLL, LANES,
                 )  # fmt: skip
                 unknown = 0
                 if SEARCHED and BY_LANES:
-                    unknown = tl.where(above <= most, 0, 1)
+                    unknown = tl.where(above < target, 0, 1)
     if TOP_K is not None:  # AKL's gradient is not confined to its head
         tl.store(coefs + C_THRESHOLD * columns, threshold)
         unasked = tl.where(needed, 0.0, float("nan"))
@@ -128,31 +126,25 @@ def dense_sums_kernel(
 
 
 @triton.jit
-def _not_excluded(threshold, ACC: tl.constexpr):
-    """Ids that the teacher excludes are never in K, however few it leaves."""
-    floor: tl.constexpr = -1e300 if ACC == tl.float64 else -3e38
-    return tl.maximum(threshold, floor)
-
-
-@triton.jit
-def _with_margin(threshold, ACC: tl.constexpr, TEACHER_CAP: tl.constexpr):
-    """The gradient pass may meet logits made again, by a product of another height that rounds
-    otherwise: a margin of a few last bits keeps the k-th id in K there, too."""
+def _threshold(kth, ACC: tl.constexpr, TEACHER_CAP: tl.constexpr):
+    """Of K. The gradient pass may meet logits made again, by a product of another height that
+    rounds otherwise: a margin of a few last bits keeps the k-th id in K there, too. Ids that the
+    teacher excludes are never in K, however few it leaves."""
     margin: tl.constexpr = 3.6e-15 if ACC == tl.float64 else 1.9e-6
     extent: tl.constexpr = 1.0 if TEACHER_CAP is None else 1.0 + TEACHER_CAP
-    return threshold - margin * (tl.abs(threshold) + extent)
+    return tl.maximum(kth - margin * (tl.abs(kth) + extent), _lowest(ACC))
 
 
 @triton.jit
 def _sums(
-    student, teacher, student_bias, teacher_bias, top, log_sum, t_top, t_log_sum, threshold, bound,
+    student, teacher, student_bias, teacher_bias, top, log_sum, t_top, t_log_sum, threshold, kth,
     vocab_size, ACC: tl.constexpr, SCALE: tl.constexpr, CAP: tl.constexpr,
     TEACHER_SCALE: tl.constexpr, TEACHER_CAP: tl.constexpr, TEMPERATURE: tl.constexpr,
     C: tl.constexpr, GENERATOR: tl.constexpr, DIVERGENCE: tl.constexpr, TAIL: tl.constexpr,
     COUNT: tl.constexpr, UNROLL: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
     """One pass over a row: its sums, tails only for a bucket of them, the log of the student's mass
-    only where both sides are renormalised, and how many ids exceed `bound`."""
+    only where both sides are renormalised, and how many ids exceed `kth`."""
     p_on = tl.zeros((LANES,), ACC)
     q_on = tl.zeros((LANES,), ACC)
     p_off = tl.zeros((LANES,), ACC)
@@ -179,7 +171,7 @@ def _sums(
         q_on += tl.sum(tl.where(on_k, q, 0.0), 0)
         kl += tl.sum(tl.where(on_k & (q > 0), q * (lq - lp), 0.0), 0)
         if COUNT:
-            above += tl.sum((lq > bound).to(tl.int32), 0)
+            above += tl.sum((lq > kth).to(tl.int32), 0)
         if TAIL == "bucket":
             p_off += tl.sum(tl.where(on_k, 0.0, p), 0)
             q_off += tl.sum(tl.where(on_k, 0.0, q), 0)
