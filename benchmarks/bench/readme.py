@@ -73,25 +73,23 @@ def caption(results: Results, tokens: list[int], path: Path) -> str:
 
 def by_loss(rows: list[Row]) -> str:
     sizes = len({row.tokens for row in rows}) > 1
-    halves = any(row.forward for row in rows)
-    head = [*(["tokens"] if sizes else []), "loss", "who"]
-    head += [*(["forward", "backward"] if halves else []), "time (p20-p80)", "over GEMMs"]
-    lines, last = [[*head, "tokens/s", "memory", "gradient error"]], (0, "")
+    head = ["loss", "who", "forward", "backward", "time (p20-p80)", "over GEMMs", "tokens/s"]
+    lines, last = [[*(["tokens"] if sizes else []), *head, "memory", "gradient error"]], (0, "")
     for row in rows:
         first = (row.tokens, row.loss) != last
         last = (row.tokens, row.loss)
         size = [f"{row.tokens:,}" if first else ""] if sizes else []
         known = LOSSES.get(row.loss)
         loss = (row.loss if known is None else known.title) if first else ""
-        lines.append([*size, loss, LABELS.get(row.who, row.who), *cells(row, halves)])
+        lines.append([*size, loss, LABELS.get(row.who, row.who), *cells(row)])
     return markdown(lines)
 
 
-def cells(row: Row, halves: bool) -> list[str]:
+def cells(row: Row) -> list[str]:
     error = "" if row.error is None else f"{row.error:.1e}".replace("e-0", "e-")
     if row.both is None:
-        return [*(["", ""] if halves else []), row.reason or "not run", "", "", "", error]
-    parts = [seconds(half.median) for half in (row.forward, row.backward)] if halves else []
+        return ["", "", row.reason or "not run", "", "", "", error]
+    parts = [seconds(half.median) for half in (row.forward, row.backward)]
     memory = "-" if row.workspace is None else f"{megabytes(row.workspace)} MB"
     over = "" if row.to_gemms is None else f"{row.to_gemms:.2f}"
     return [*parts, times(row.both), over, count(row.tokens_per_second), memory, error]

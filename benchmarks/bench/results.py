@@ -2,18 +2,16 @@
 
 A file holds what a reader needs to judge the rows: the command, machine and versions, shape, dtype,
 and the ceilings that the machine reached. It is written after every loss, so that a run that is cut
-short keeps what it has. `read` also takes the files of earlier versions, which timed no halves and
-whose floors stood apart.
+short keeps what it has.
 """
 
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks.bench.providers import GEMMS
 from benchmarks.bench.shapes import Shape
 from benchmarks.measure import Times
 
@@ -67,11 +65,7 @@ def read(path: Path) -> Results:
     """Raises ValueError where the file is none of ours."""
     try:
         found = json.loads(path.read_text("utf-8"))
-        rows = found.pop("rows") if "rows" in found else found.pop("points")
-        if any("seconds_per_token" in row for row in rows):
-            return Results(found, [grown(row) for row in rows])
-        if any("objective" in row for row in rows):
-            return Results(found, [earlier(row) for row in rows])
+        rows = found.pop("rows")
         return Results(found, [Row(**_timed(row)) for row in rows])
     except (KeyError, TypeError, AttributeError, UnicodeDecodeError, ValueError) as error:
         raise ValueError(
@@ -82,28 +76,10 @@ def read(path: Path) -> Results:
 def is_results(path: Path) -> bool:
     """Whether a JSON file holds rows of this table; other measurements lie beside them."""
     found = json.loads(path.read_text("utf-8"))
-    return "machine" in found and ("rows" in found or "points" in found)
+    return "machine" in found and "rows" in found
 
 
 def _timed(row: dict[str, Any]) -> dict[str, Any]:
     row = {key: value for key, value in row.items() if key in Row.__dataclass_fields__}
     halves = ("forward", "backward", "both")
     return row | {key: Times(**row[key]) for key in halves if row.get(key)}
-
-
-def earlier(row: dict[str, Any]) -> Row:
-    """Of benchmarks/cpu.py, which had one row for each floor: its loss is the floor's name."""
-    gemms = row["objective"] == "bare GEMMs"
-    found = Row(**_timed(row | {
-        "loss": row["who"] if gemms else row["objective"], "both": row["times"],
-    }))  # fmt: skip
-    return replace(found, who=GEMMS) if gemms else found
-
-
-def grown(point: dict[str, Any]) -> Row:
-    """Of benchmarks/growth.py: TrOPD on `native`, beside bare products scaled to its tokens."""
-    both = Times(**point["times"])
-    return Row(
-        point["tokens"], "tropd", "native", both=both, to_gemms=both.median / point["gemms"],
-        workspace=point["workspace"],
-    )  # fmt: skip
