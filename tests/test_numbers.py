@@ -462,6 +462,34 @@ def test_two_runs_are_bitwise_equal(name, backend, device):
     assert all(torch.equal(first[1][k], second[1][k]) for k in first[1])
 
 
+def test_entropies_are_ranked_in_the_loop_s_own_chunks(monkeypatch):
+    """13. A product of another height rounds otherwise: the entropy at the quantile would miss
+    itself."""
+    from tropd_kernels.rows import torch_rows
+
+    seen = {"entropy": [], "forward": []}
+    for name, heights in seen.items():
+        whole = getattr(torch_rows, name)
+        monkeypatch.setattr(
+            torch_rows, name,
+            lambda batch, *a, whole=whole, heights=heights: (
+                heights.append(len(batch.labels)) or whole(batch, *a)
+            ),
+        )  # fmt: skip
+    plan = chunking.plan_chunks
+    monkeypatch.setattr(
+        "tropd_kernels.linear_loss.plan_chunks",
+        lambda *a, **k: replace(plan(*a, **k), rows=4, super_rows=6),
+    )
+    problem = make_problem(tokens=13)
+    with torch.no_grad():
+        linear_distillation_loss(
+            problem.hidden.float(), problem.weight.float(), problem.labels,
+            problem.teacher("hidden", torch.float32), OBJECTIVES["entropy_opd"], backend="torch",
+        )  # fmt: skip
+    assert seen["entropy"] == seen["forward"] == [4, 2, 4, 2, 1]
+
+
 @both
 def test_ties_at_the_kth_logit_belong_to_the_set(backend, device):
     """Teacher logits rounded to bf16 tie; which of them an arbitrary sort would keep must not

@@ -148,23 +148,23 @@ class TokenRule:
 
     def _check_sets(self):
         """One pass sums one set of ids with one weight, which these would need two of."""
-        outside = self.gate != "always" and self.outlier.startswith("forward_kl")
-        more_forward_kl = outside or self.forward_kl_entropy is not None
         whole = self.divergence in GENERATORS and self.divergence not in TOP_K_GENERATORS
         if self.divergence == "akl" and self.top_k is not None:
             raise ValueError(
                 "divergence='akl' weighs the head of the teacher's distribution, whose mass is "
-                "divergence_parameter: leave top_k None"
+                f"divergence_parameter: leave top_k None, got {self.top_k}"
             )
-        if self.divergence == "akl" and more_forward_kl:
+        if self.divergence == "akl" and self._chooses_forward_kl:
             raise ValueError(
-                "divergence='akl' has a weight of its own for the forward KL: it goes with neither "
-                "outlier='forward_kl' or 'forward_kl_reward' behind a gate nor forward_kl_entropy"
+                "divergence='akl' weighs the forward KL of every token: leave forward_kl_entropy "
+                "None and the gate 'always', or choose an outlier other than 'forward_kl' and "
+                f"'forward_kl_reward'; got gate={self.gate!r}, outlier={self.outlier!r}, "
+                f"forward_kl_entropy={self.forward_kl_entropy}"
             )
-        if whole and more_forward_kl and self.top_k is not None:
+        if whole and self._chooses_forward_kl and self.top_k is not None:
             raise ValueError(
                 f"divergence={self.divergence!r} is over the whole vocabulary, and the forward KL "
-                f"of outliers over the top_k={self.top_k} ids: leave top_k None, so that both are "
+                f"beside it over the top_k={self.top_k} ids: leave top_k None, so that both are "
                 "over the whole"
             )
 
@@ -185,9 +185,13 @@ class TokenRule:
     @property
     def uses_forward_kl(self) -> bool:
         """The forward KL (on K) may enter a token's loss."""
+        return self._chooses_forward_kl or self.divergence in ("forward_kl", "jeffreys", "akl")
+
+    @property
+    def _chooses_forward_kl(self) -> bool:
+        """... where the gate or the teacher's entropy says so."""
         outside = self.gate != "always" and self.outlier.startswith("forward_kl")
-        everywhere = self.divergence in ("forward_kl", "jeffreys", "akl")
-        return outside or everywhere or self.forward_kl_entropy is not None
+        return outside or self.forward_kl_entropy is not None
 
     @property
     def uses_reverse_kl(self) -> bool:
