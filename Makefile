@@ -3,6 +3,7 @@
 #   make demo      the demonstration, on a CPU; writes build/demo/
 #   make train     trains SmolLM2's student by the trainer, full weights and then LoRA; writes build/train/
 #   make test      the tests
+#   make compiled  the tests of the Triton kernels again, on what they compile to for GPU=cuda:90
 #   make lint      ruff and mypy
 #   make bench     the table beside the field, tropd bench; writes build/bench/
 #   make wheel     a wheel, in dist/
@@ -10,7 +11,7 @@
 #   make sanitize  the native kernels under GCC's sanitizers, with AMX emulated, in build/sanitize/ (Linux)
 #   make clean     removes what the above made, but for .venv
 #
-# ARGS passes more to demo, train, test, bench and sanitize: make test ARGS="-k prefix -x"
+# ARGS passes more to demo, train, test, compiled, bench and sanitize: make test ARGS="-k prefix -x"
 
 PYTHON  ?= python3
 # One exact version: with a bare `torch` the tests would run on another one from one day to the next.
@@ -21,7 +22,7 @@ PY       = .venv/bin/python
 PIP      = $(PY) -m pip --disable-pip-version-check install --quiet
 READY    = .venv/.ready
 
-.PHONY: demo train test engines lint bench wheel sanitize clean
+.PHONY: demo train test compiled engines lint bench wheel sanitize clean
 
 demo: $(READY)
 	$(PY) -m benchmarks.demo $(ARGS)
@@ -35,6 +36,12 @@ train: $(READY)
 PYTEST = -m pytest -n $(WORKERS) --dist worksteal --timeout 300 -p no:benchmark
 test: $(READY)
 	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(PY) $(PYTEST) tests $(ARGS)
+
+# On a machine of our own for a GPU's instructions, tests/ptx. Left out: what is about the interpreter or
+# about errors, and Liger's kernels, in which threads read what they do not need while others write it.
+GPU ?= cuda:90
+compiled: $(READY)
+	TROPD_PTX=$(GPU) OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(PY) $(PYTEST) tests -k 'triton and not ahead_of_time and not bad_input and not liger' $(ARGS)
 
 # In an environment of their own, which borrows the rest from .venv by a path file: once DeepSpeed is there,
 # everything of transformers imports it. Without their dependencies, which hold servers and GPU kernels;

@@ -204,7 +204,7 @@ CASES = {
 # --- recording ----------------------------------------------------------------------------------
 
 
-class _Pretender:
+class Pretender:
     """As much of a Triton driver as compiling asks for."""
 
     def __init__(self, target: GPUTarget):
@@ -239,7 +239,7 @@ def _compiling_for(target: GPUTarget, seen: Callable) -> Iterator[None]:
         loss = result.stats[Stat.TOKEN_LOSS]
         return loss.sum(), loss, result.stats, ops.no_shares(problem)
 
-    driver.set_active(_Pretender(target))  # for good: asking for the one before would want a GPU
+    driver.set_active(Pretender(target))  # for good: asking for the one before would want a GPU
     with (
         mock.patch.object(JITFunction, "run", compile_only),
         mock.patch.object(triton_launch, "WARP", target.warp_size),

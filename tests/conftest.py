@@ -1,11 +1,15 @@
-"""Triton's interpreter stands in for a GPU where there is none; it has to be chosen before triton
-is imported."""
+"""Triton's interpreter stands in for a GPU where there is none, or, with TROPD_PTX, a machine that
+runs what the kernels compile to (`ptx`); either has to be chosen before triton is imported."""
 
 import os
 
 import torch
 
-if not torch.cuda.is_available():
+if "TROPD_PTX" in os.environ:
+    from ptx import launch
+
+    launch.install(os.environ["TROPD_PTX"])
+elif not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 import pytest
