@@ -14,9 +14,9 @@ struct RowCoefs {
     for (int j = 0; j < COEFS; ++j) c[j] = static_cast<const T*>(rows.coefs)[j * rows.coefs_stride + i];
     idle = true;
     for (int j = P; j < COEFS; ++j) idle = idle && c[j] == 0;
-    needs_teacher = c[P_TOP_K] != 0 || c[REVERSE] != 0 || c[Q] != 0 || c[GENERATOR] != 0;
-    const bool others = c[P_TOP_K] != 0 || c[REVERSE] != 0 || c[Q] != 0 || c[ENTROPY_WEIGHT] != 0;
-    generator_alone = c[GENERATOR] != 0 && !others;
+    const bool others = c[P_TOP_K] != c[P] || c[REVERSE] != 0 || c[Q] != 0;
+    needs_teacher = others || c[GENERATOR] != 0;
+    generator_alone = c[GENERATOR] != 0 && c[ENTROPY_WEIGHT] == 0 && !others;
   }
 };
 
@@ -34,14 +34,15 @@ TROPD_INLINE Vector<T> gradient_at(
     return p * c[P] + terms<T>(divergence, lp, lq, p, q).slope * c[GENERATOR];
   }
   const Vector<T> lp = (z - c[STUDENT_MAX]) - c[STUDENT_LOG_SUM], p = exp<T>(lp), zero{};
-  Vector<T> d = p * c[P];
-  if (c[ENTROPY_WEIGHT] != 0) d -= product<T>(p, (lp + c[MEAN_ENTROPY]) * c[ENTROPY_WEIGHT]);
-  if (!TEACHER) return d;
   const Vector<T> lq = (t - c[TEACHER_MAX]) - c[TEACHER_LOG_SUM];
   const auto member = lq >= c[THRESHOLD];
-  if (!o.top_k || any<T>(member)) {
+  const bool on_k = TEACHER && (!o.top_k || any<T>(member));
+  Vector<T> d = p * (on_k && o.top_k ? member ? all<T>(c[P_TOP_K]) : all<T>(c[P]) : all<T>(c[P]));
+  if (c[ENTROPY_WEIGHT] != 0) d -= product<T>(p, (lp + c[MEAN_ENTROPY]) * c[ENTROPY_WEIGHT]);
+  if (!TEACHER) return d;
+  if (on_k) {
     const Vector<T> q = exp<T>(lq);
-    Vector<T> more = p * c[P_TOP_K] - q * c[Q];
+    Vector<T> more = -(q * c[Q]);
     if (o.generator != NONE && c[GENERATOR] != 0) {
       more += terms<T>(divergence, lp, lq, p, q).slope * c[GENERATOR];
     }
@@ -67,6 +68,7 @@ TROPD_INLINE Vector<T> chain_rule(Vector<T> d, Vector<T> z, const Logits& how) {
 template <class T>
 struct Special {  // an entry with something of its own: the label, the ids of a given top-k
   int64_t id;
+  bool on_k;
   T added, z, t;
 };
 
@@ -82,14 +84,16 @@ void row_gradient(
   const Divergence<T> divergence(o.generator, o.c);
   // `out` may be the logits' own memory: what the special entries need is read first.
   special.clear();
-  auto add = [&](int64_t id, T value) {
-    if (id < 0 || id >= rows.vocab || value == 0) return;
-    special.push_back({id, value, z.one(id)[0], TEACHER ? t.one(id)[0] : T(0)});
+  auto add = [&](int64_t id, bool on_k, T value) {
+    if (id < 0 || id >= rows.vocab || (!on_k && value == 0)) return;
+    special.push_back({id, on_k, value, z.one(id)[0], TEACHER ? t.one(id)[0] : T(0)});
   };
-  add(rows.labels[i], -row.c[LABEL]);
+  add(rows.labels[i], false, -row.c[LABEL]);
   for (int64_t j = 0; j < o.given; ++j) {
-    add(o.ids[i * o.given + j], static_cast<const T*>(o.added)[i * o.given + j]);
+    add(o.ids[i * o.given + j], true, static_cast<const T*>(o.added)[i * o.given + j]);
   }
+  RowCoefs<T> row_on_k = row;
+  row_on_k.c[P] = row.c[P_TOP_K];
   std::sort(special.begin(), special.end(), [](const Special<T>& a, const Special<T>& b) {
     return a.id < b.id;
   });
@@ -116,8 +120,15 @@ void row_gradient(
   }
   for (size_t j = 0; j < special.size();) {
     const Special<T>& s = special[j];
-    Vector<T> d = gradient_at<T, TEACHER, false>(row, o, divergence, all<T>(s.z), all<T>(s.t));
-    for (; j < special.size() && special[j].id == s.id; ++j) d += special[j].added;
+    T added = 0;
+    bool on_k = false;
+    for (; j < special.size() && special[j].id == s.id; ++j) {
+      added += special[j].added;
+      on_k = on_k || special[j].on_k;
+    }
+    Vector<T> d = gradient_at<T, TEACHER, false>(
+        on_k ? row_on_k : row, o, divergence, all<T>(s.z), all<T>(s.t));
+    d += added;
     Out one[Types<T>::lanes];
     store<T>(one, chain_rule<T, PLAIN>(d, all<T>(s.z), rows.student));
     std::memcpy(out + s.id, one, sizeof(Out));

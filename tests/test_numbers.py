@@ -145,9 +145,6 @@ def test_excluded_ids_never_make_nan(name, backend, device):
         uniforms=torch.full((4,), 0.5, device=device),
     )  # fmt: skip
     assert not loss.isnan().any()
-    if name in ("opd", "opd_ppo", "entropy_opd"):
-        return  # without a trust region a reward of -inf is theirs to keep
-    assert not gradient.isnan().any()
     assert gradient.isfinite().all()
 
 
@@ -175,6 +172,74 @@ def test_infinite_reverse_kl_and_rejected_reward(backend, device):
     assert loss.isfinite().all()
     assert gradient.isfinite().all()
     assert gradient[0].any()
+
+
+@all_backends
+@pytest.mark.parametrize("lead", [6.0, 16.0, 30.0, 60.0])
+def test_a_bucket_that_the_student_leaves_next_to_empty(lead, backend, device):
+    """On K the coefficients q_tail / p_tail would cancel to nothing, and 1 - p(K) has no digits."""
+    z, t = torch.randn(2, 4, 50, dtype=torch.float64, device=device)
+    t[:, :3] += 4
+    z[:, :3] += lead
+    labels = torch.zeros(4, dtype=torch.int64, device=device)
+    rule = Divergence("forward_kl", top_k=3, top_k_tail="bucket")
+    loss, gradient, _ = loss_and_gradient(z, labels, LogitsTeacher(t), rule, "reference")
+    log_p, q = z.log_softmax(-1), t.softmax(-1)
+    tail, log_tail = q[:, 3:].sum(-1), log_p[:, 3:].logsumexp(-1)
+    exact = (q * (q.log() - log_p))[:, :3].sum(-1) + tail * (tail.log() - log_tail)
+    torch.testing.assert_close(loss, exact.mean())
+    ours, d, _ = loss_and_gradient(
+        z.float(), labels, LogitsTeacher(t.float()), rule, backend, reduction="mean"
+    )
+    torch.testing.assert_close(ours, loss.float(), rtol=1e-5, atol=0)
+    assert relative_error(d, gradient) < 2e-5
+
+
+@all_backends
+def test_an_infinite_reward_has_no_gradient(backend, device):
+    """5. The reward of a label that the teacher excludes, where no gate rejects it."""
+    z = torch.zeros(2, 5, device=device)
+    t = torch.tensor([[0.0, 0, 0, 0, -math.inf], [0.0, 1, 2, 3, 4]], device=device)
+    labels = torch.tensor([4, 4], device=device)
+    loss, gradient, stats = loss_and_gradient(
+        z, labels, LogitsTeacher(t), OPD(), backend, reduction="none"
+    )
+    assert stats.reward[0] == -math.inf and loss[0] == math.inf
+    assert not gradient[0].any()
+    assert loss[1].isfinite() and gradient[1].any()
+
+
+@pytest.mark.parametrize("backend", ["reference", *BACKENDS])
+@pytest.mark.parametrize("name", ["tropd", "mopd", "reverse_kl", "akl", "gkd", "forward_kl_top_k"])
+def test_a_row_that_holds_nan_says_so(name, backend, device):
+    """The comparisons of gates and sets would pass it by; other rows are as they were."""
+    clean, t = torch.randn(2, 3, 50, device=device)
+    labels = torch.tensor([1, 2, 3], device=device)
+    options = dict(reduction="none", uniforms=torch.full((3,), 0.5, device=device))
+
+    def run(z, t):
+        return loss_and_gradient(z, labels, LogitsTeacher(t), OBJECTIVES[name], backend, **options)
+
+    expected = run(clean, t)
+    for side in ("student", "teacher"):
+        pair = {"student": clean.clone(), "teacher": t.clone()}
+        pair[side][1, 7] = math.nan
+        loss, gradient, _ = run(pair["student"], pair["teacher"])
+        assert loss[1].isnan() and gradient[1].isnan().any()
+        assert torch.equal(loss[[0, 2]], expected[0][[0, 2]])
+        assert torch.equal(gradient[[0, 2]], expected[1][[0, 2]])
+
+
+def test_a_gate_that_rejects_nothing_needs_no_outlier_term(device):
+    """... whose KL a sampled teacher could not give; and masses of K where no rule asks for K."""
+    z, labels = torch.randn(2, 5, device=device), torch.tensor([0, 1], device=device)
+    rule = TrOPD(gate="always", outlier="forward_kl_reward")
+    teacher = SampledTeacher(torch.tensor([-1.0, -2.0], device=device))
+    loss, gradient, _ = loss_and_gradient(z, labels, teacher, rule, "reference")
+    ours, d, _ = loss_and_gradient(z, labels, teacher, rule, "torch")
+    torch.testing.assert_close((loss, gradient), (ours, d))
+    _, _, stats = loss_and_gradient(z, labels, LogitsTeacher(z), OPD(), "reference")
+    assert stats.teacher_topk_mass.isnan().all()
 
 
 @all_backends

@@ -288,6 +288,20 @@ def test_an_infinite_divergence_has_no_gradient(name, backend):
     assert z.grad[1].isfinite().all() and z.grad[1, 7] == 0 and z.grad[1].norm() > 0.01
 
 
+@pytest.mark.parametrize("tail", TAILS)
+@pytest.mark.parametrize("backend", ["reference", "torch", "native", "triton"])
+def test_a_student_that_excludes_all_of_k(tail, backend):
+    """The log of its mass on K is -inf, and infinite minus infinite would be NaN."""
+    z = torch.tensor([[0.0, -math.inf, -math.inf, -math.inf]], device=DEVICE, requires_grad=True)
+    t = torch.tensor([[-3.0, 1.0, 2.0, 0.0]], device=DEVICE)
+    out = distillation_loss(
+        z, torch.tensor([0], device=DEVICE), LogitsTeacher(t),
+        Divergence("forward_kl", top_k=2, top_k_tail=tail), backend=backend,
+    )  # fmt: skip
+    out.loss.backward()
+    assert out.loss == math.inf and not z.grad.any()
+
+
 @few(40)
 @given(cases(), st.sampled_from(REDUCTIONS))
 def test_float32_has_no_nan(case, reduction):

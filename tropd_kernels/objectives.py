@@ -59,30 +59,33 @@ class TokenRule:
 
     policy_gradient: weight on the K1 policy gradient -R * rho; 0 leaves it out (kl_penalty_coef).
     gate: how M is drawn. "always": M = 1. "bernoulli": M = 1 where u < P, P = min(q(y)/p(y), 1)
-    with
-        lo in place of lp where given. "expected": M = P. "threshold": M = 1 where R > threshold.
+        with lo in place of lp where given. "expected": M = P. "threshold": M = 1 where R >
+        threshold. An infinite R that no gate rejects is an infinite loss, with gradient 0.
     outlier: what stands outside the gate. "mask": nothing. "clip": R floored at `threshold`.
         "forward_kl": forward KL on K, back-propagated. "forward_kl_reward": minus that KL as a
         detached reward on y.
     threshold: the static gate's level and the clip's floor, in nats, at most 0.
-    top_k: size of K; None is the whole vocabulary. Ids that tie with the k-th largest belong to K.
+    top_k: size of K; None is the whole vocabulary. Ids that tie with the k-th largest belong to K,
+        to within the rounding of a logit that is made twice.
     top_k_tail: what is done with the mass outside K: "raw", "bucket", "renormalize_teacher" or
-        "renormalize_both".
+        "renormalize_both". Of a bucket's masses those that are known on K alone, as a top-k
+        teacher's are and the student's beside it, are good to about 1e-6, absolutely.
     prefix_weight: weight of the K1 forward KL on teacher-written tokens; None treats them as any
-    other.
+        other.
     clip_ratio_low, clip_ratio_high: PPO clip of rho to [1 - low, 1 + high]; None leaves a side
-    open.
+        open.
     forward_kl_entropy: adds the forward KL on K where H(q) exceeds this many nats; None: nowhere.
-    entropy_top_fraction: only tokens whose H(p) is in the batch's top fraction count; None: all.
-        Costs one more student GEMM, since the batch's entropies must be known beforehand.
+    entropy_top_fraction: only tokens whose H(p) reaches the batch's quantile at 1 - this fraction
+        (linear between tokens) count, with all that tie there; None: all. Teacher-written tokens
+        are not ranked, and count. Costs one more student GEMM, since the batch's entropies must be
+        known beforehand. `credit.entropy_quantile_mask` takes an exact number instead.
     divergence: one of `DIVERGENCES`, on every token; None: none.
     divergence_parameter: its parameter: beta of "jsd" and "topk_jsd", alpha of "skew_*" and
-    "alpha",
-        the head's teacher mass of "akl"; unused elsewhere.
+        "alpha", the head's teacher mass of "akl"; unused elsewhere.
     nll_weight: weight on -log p(y).
     entropy_coef: entropy bonus: subtracts entropy_coef * H(p).
     normalize: what the mean divides by: every token that counts, or the tokens "kept" by gate and
-        entropy filter (REOPOLD).
+        entropy filter (REOPOLD); one of which a part is trusted (gate "expected") is kept.
 
     Raises ValueError or TypeError naming the argument.
     """
@@ -223,6 +226,11 @@ class TokenRule:
     def sums_on_k_alone(self) -> bool:
         """... or need nothing from outside K."""
         return self.uses_top_k and self.top_k_tail != "bucket"
+
+    @property
+    def p_weighs_otherwise_on_k(self) -> bool:
+        """The student's own term of the gradient has another coefficient on K than off it."""
+        return self.top_k_tail in ("bucket", "renormalize_both")
 
     @property
     def reads_teacher_rows(self) -> bool:

@@ -9,8 +9,10 @@ p = softmax(z), q = softmax(t); y the token; lp = log p(y), lq = log q(y); lo = 
 under the policy that sampled it; R = sg(lq - lo); rho = exp(lp - lo); K the teacher's top-k ids.
 
 Conventions: 0 log 0 = 0 (ids that either side excludes with a logit of -inf). A divergence that is
-infinite (p > 0 where q = 0, or the other way round) has loss +inf and gradient 0, so one such token
-cannot poison a batch's gradient. KL terms are never clamped.
+infinite (p > 0 where q = 0, or the other way round) has loss +inf and gradient 0, and so has a K1
+reward that no gate rejects, so one such token cannot poison a batch's gradient. KL terms are never
+clamped, but for the student's mass off K in a "bucket", which is at least the least normal number
+over the precision.
 """
 
 from __future__ import annotations
@@ -113,16 +115,17 @@ def token_losses(
         if on_k is not None:
             kl = forward_kl(log_p, log_q, on_k, rule.top_k_tail)
             stats["forward_kl"] = kl if not teacher.dense else _expect(log_q, log_q - log_p)
-            stats["teacher_topk_mass"] = _mass(log_q, on_k)
-            stats["student_topk_mass"] = _mass(log_p, on_k)
+            if rule.uses_top_k or (rule.uses_sums and not teacher.dense):
+                stats["teacher_topk_mass"] = _mass(log_q, on_k)
+                stats["student_topk_mass"] = _mass(log_p, on_k)
         if teacher.dense:
             stats["reverse_kl"] = reverse_kl(log_p, log_q)
 
         if rule.policy_gradient:
             outside = reward
-            if rule.outlier == "clip":
+            if rule.gate != "always" and rule.outlier == "clip":
                 outside = reward.clamp_min(rule.threshold)
-            elif rule.outlier == "forward_kl_reward":
+            elif rule.gate != "always" and rule.outlier == "forward_kl_reward":
                 outside = -kl.detach()
             # A reward of -inf that the gate rejects must not reach the product, nor its gradient.
             inside = torch.where(trust > 0, reward, 0.0)
@@ -160,6 +163,9 @@ def token_losses(
         kept = kept & (trust > 0)
     if rule.prefix_weight is not None and teacher is not None:
         loss = torch.where(prefix, rule.prefix_weight * (lq.detach() - lp), loss)
+    # Comparisons pass NaN by: a row that holds one says so.
+    invalid = lp.isnan() | (rule.uses_teacher & lq.isnan() if teacher is not None else False)
+    loss = torch.where(invalid, math.nan * torch.where(invalid, lp, 0.0), loss)
     stats |= {
         "trust": torch.where(on_policy, trust, 0.0),
         "outlier": torch.where(on_policy, 1 - trust, 0.0),
@@ -187,7 +193,8 @@ def trust_gate(
 
 
 def policy_gradient_loss(reward: Tensor, ratio: Tensor, rule: TokenRule) -> Tensor:
-    """-R rho, with PPO's pessimistic clip where the rule has one."""
+    """-R rho, with PPO's pessimistic clip where the rule has one; an infinite R has no gradient."""
+    ratio = torch.where(reward.isinf(), ratio.detach(), ratio)
     low = -math.inf if rule.clip_ratio_low is None else 1 - rule.clip_ratio_low
     high = math.inf if rule.clip_ratio_high is None else 1 + rule.clip_ratio_high
     return -torch.minimum(reward * ratio, reward * ratio.clamp(low, high))
@@ -217,13 +224,17 @@ def forward_kl(log_p: Tensor, log_q: Tensor, on_k: Tensor, tail: str) -> Tensor:
     raw = _expect(log_q, log_q - log_p, on_k)
     if tail == "raw":
         return raw
-    return torch.where(raw == math.inf, math.inf, _with_tail(raw, log_p, log_q, on_k, tail))
+    infinite = raw == math.inf
+    log_p = torch.where(infinite.unsqueeze(-1), 0.0, log_p)  # anything with a finite gradient
+    return torch.where(infinite, math.inf, _with_tail(raw, log_p, log_q, on_k, tail))
 
 
 def _with_tail(raw: Tensor, log_p: Tensor, log_q: Tensor, on_k: Tensor, tail: str) -> Tensor:
-    q_k, p_k = _mass(log_q, on_k), _mass(log_p, on_k)
+    q_k = _mass(log_q, on_k)
     if tail == "bucket":
-        q_tail, p_tail = (1 - q_k).clamp_min(0), (1 - p_k).clamp_min(torch.finfo(p_k.dtype).eps)
+        # p off K directly: near 1 the complement of its mass has no digits left.
+        least = torch.finfo(log_p.dtype).tiny / torch.finfo(log_p.dtype).eps
+        q_tail, p_tail = (1 - q_k).clamp_min(0), _mass(log_p, ~on_k).clamp_min(least)
         return raw + torch.special.xlogy(q_tail, q_tail) - torch.special.xlogy(q_tail, p_tail)
     kl = raw / q_k - q_k.log()
     if tail == "renormalize_both":

@@ -10,11 +10,13 @@ chunk of rows:
 softmax(t), lp = log p, lq = log q and K the row's top-k set (here the ids with lq >= THRESHOLD, or
 those given),
 
-    dL/dz = p (P + P_TOP_K 1_K + REVERSE ((lp - lq) - KL(p||q)) - ENTROPY_WEIGHT (lp + H(p)))
+    dL/dz = p (P + REVERSE ((lp - lq) - KL(p||q)) - ENTROPY_WEIGHT (lp + H(p)))
             - Q q 1_K - LABEL 1[v = y] + GENERATOR pg 1_K
 
-where pg = p f'(p/q) belongs to the rule's generator (P already holds minus its sum). Rows from
-`Coef.P` on are linear in the row's weight, so an incoming gradient multiplies them alone.
+with P_TOP_K in place of P on K: the two differ by up to q(off K)/p(off K), next to which a sum of
+them would lose the smaller. pg = p f'(p/q) belongs to the rule's generator (P already holds minus
+its sum). Rows from `Coef.P` on are linear in the row's weight, so an incoming gradient multiplies
+them alone.
 
 Where the vocabulary is sharded over ranks, `sharded` stands between the loop and the backend with
 the same two calls, and makes them of the backend's passes over a part of each row:

@@ -46,7 +46,7 @@ class Coef(IntEnum):
     THRESHOLD = 6  # K is lq >= THRESHOLD, for a dense teacher
     # from here on linear in the row's weight
     P = 7
-    P_TOP_K = 8
+    P_TOP_K = 8  # in place of P on K
     REVERSE = 9
     ENTROPY_WEIGHT = 10
     Q = 11

@@ -51,8 +51,9 @@ def gradient(batch: RowBatch, coefs: Tensor, options: RowOptions, out: Tensor) -
     given = added = None
     if batch.ids is not None and rule.uses_sums:
         given, lq, lp = _given(batch, options, coefs)
-        added = on_top_k(lp, lp.exp(), lq, coefs.unsqueeze(-1), rule)
-        added = added.where(lq > -math.inf, 0.0).contiguous()
+        added = on_top_k(lp, lq, coefs.unsqueeze(-1), rule)
+        given = given.masked_fill(lq == -math.inf, -1)  # which the kernel passes over
+        added = added.contiguous()
     kind, parameter = (rule.generator, rule.divergence_parameter) if rule.generator else (None, 0.5)
     direct = out.dtype in (torch.float32, torch.bfloat16, torch.float64)
     target = out if direct else torch.empty_like(out, dtype=coefs.dtype)

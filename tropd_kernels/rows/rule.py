@@ -144,7 +144,7 @@ def apply_rule(
         gap = sums.value + sums.slope
         share = torch.where(gap > 0, sums.value / gap.clamp_min(torch.finfo(gap.dtype).tiny), 0.5)
         kl_weight, reverse_weight, kl = share, 1 - share, stats[Stat.FORWARD_KL]
-        kl_p, kl_p_top_k, kl_q = zero + 1, zero, zero + 1
+        kl_p, kl_p_top_k, kl_q = zero + 1, zero + 1, zero + 1
     if rule.uses_forward_kl:
         loss = loss + _weigh(kl_weight, kl)
         kl_weight = torch.where(kl == math.inf, 0.0, kl_weight)
@@ -158,7 +158,7 @@ def apply_rule(
         loss = loss + sums.value
         generator = torch.isfinite(sums.value).to(lp.dtype)
         mean = sums.slope if rule.uses_top_k else sums.slope / sums.student_mass
-        p = p - _weigh(generator, mean)
+        p, p_top_k = p - _weigh(generator, mean), p_top_k - _weigh(generator, mean)
 
     entropy_weight = zero
     if rule.entropy_coef:
@@ -185,7 +185,7 @@ def apply_rule(
     invalid = torch.isnan(lp)
     if rule.uses_teacher:
         invalid = invalid | torch.isnan(lq)
-    p = torch.where(invalid, math.nan, p + label)
+    p, p_top_k = (torch.where(invalid, math.nan, each + label) for each in (p, p_top_k))
     loss = torch.where(invalid, math.nan, loss)
 
     stats[Stat.REWARD] = gated.reward
@@ -214,6 +214,7 @@ def _policy_gradient(stats, gated, kl, batch, rule):
         objective = torch.minimum(reward * ratio, reward * ratio.clamp(low, high))
         # The clip holds where it makes the objective worse: above for a gain, below for a loss.
         held = ((reward > 0) & (ratio > high)) | ((reward < 0) & (ratio < low))
+        held = held | torch.isinf(reward)  # as an infinite divergence: no gradient
         return _weigh(weight, -objective), _weigh(weight, torch.where(held, 0.0, reward * ratio))
 
     value, slope = surrogate(gated.reward, gated.trust)
@@ -229,26 +230,29 @@ def _policy_gradient(stats, gated, kl, batch, rule):
 
 
 def forward_kl(sums: Sums, rule: TokenRule) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """KL_K(q || p) and its gradient as coefficients of p, p 1_K and q 1_K."""
+    """KL_K(q || p) and its gradient as coefficients of p off K, of p on K, and of q on K."""
     one, zero = torch.ones_like(sums.forward_kl), torch.zeros_like(sums.forward_kl)
     raw = sums.forward_kl
     if rule.top_k_tail == "raw":
-        return raw, sums.teacher_mass, zero, one
+        return raw, sums.teacher_mass, sums.teacher_mass, one
     if rule.top_k_tail == "bucket":
-        q_tail = sums.teacher_tail
-        p_tail = sums.student_tail.clamp_min(torch.finfo(raw.dtype).eps)
-        off_k = 1 - q_tail / p_tail
-        return (
-            raw + torch.special.xlogy(q_tail, q_tail) - torch.special.xlogy(q_tail, p_tail),
-            off_k,
-            1 - off_k,
-            one,
-        )
+        q_tail, p_tail = sums.teacher_tail, sums.student_tail.clamp_min(least_tail(raw.dtype))
+        value = raw + torch.special.xlogy(q_tail, q_tail) - torch.special.xlogy(q_tail, p_tail)
+        return value, 1 - q_tail / p_tail, one, one
     kl, share = raw / sums.teacher_mass - sums.teacher_mass.log(), 1 / sums.teacher_mass
     if rule.top_k_tail == "renormalize_teacher":
-        return kl, one, zero, share
+        return kl, one, one, share
     # p / p(K) with p(K) underflowing would be 0/0; e^-80 of student mass on K is as good as none.
-    return kl + sums.student_log_mass, zero, (-sums.student_log_mass).clamp_max(80).exp(), share
+    on_k = (-sums.student_log_mass).clamp_max(80).exp()
+    # Without any mass of the student's on K: not inf - inf.
+    kl = torch.where(raw == math.inf, math.inf, kl + sums.student_log_mass)
+    return kl, zero, on_k, share
+
+
+def least_tail(dtype: torch.dtype) -> float:
+    """What is left of the student's mass off K where none can be seen: small enough to be no more
+    than a bound of the loss, and large enough that its inverse, times a weight, is finite."""
+    return torch.finfo(dtype).tiny / torch.finfo(dtype).eps
 
 
 def _weigh(weight: Tensor, value: Tensor) -> Tensor:

@@ -294,7 +294,8 @@ def _head_threshold(lq: Tensor, mass: float) -> Tensor:
 
 def _gradient(part: RowBatch, c: Tensor, options: RowOptions, out: Tensor) -> None:
     rule, on_cpu = options.rule, c.device.type == "cpu"
-    needs_teacher = (c[[Coef.P_TOP_K, Coef.REVERSE, Coef.Q, Coef.GENERATOR]] != 0).any(0)
+    needs_teacher = (c[[Coef.REVERSE, Coef.Q, Coef.GENERATOR]] != 0).any(0)
+    needs_teacher |= c[Coef.P_TOP_K] != c[Coef.P]
     idle = (c[FIRST_WEIGHT:] == 0).all(0)
     c = c.unsqueeze(-1)
     if options.sharded:  # log-ratios are formed with the log-sums here
@@ -302,11 +303,11 @@ def _gradient(part: RowBatch, c: Tensor, options: RowOptions, out: Tensor) -> No
         c[Coef.REVERSE_KL] -= c[Coef.STUDENT_LOG_SUM] - c[Coef.TEACHER_LOG_SUM]
     z = transform(part.student, options.student, c.dtype)
     d = _log_p(z, c, options).exp_() if options.sharded else z.softmax(-1)
+    weight = _weight_of_p(part, c, options)
     if rule.entropy_coef:
         inner = _log_p(z, c, options).add_(c[Coef.ENTROPY]).where(d > 0, 0.0)
-        d *= c[Coef.P] - c[Coef.ENTROPY_WEIGHT] * inner
-    else:
-        d *= c[Coef.P]
+        weight = weight - c[Coef.ENTROPY_WEIGHT] * inner
+    d *= weight
     if part.teacher is not None and rule.reads_teacher_rows:
         picked = needs_teacher.nonzero().squeeze(-1) if on_cpu else slice(None)
         if not on_cpu or bool(needs_teacher.any()):
@@ -318,7 +319,7 @@ def _gradient(part: RowBatch, c: Tensor, options: RowOptions, out: Tensor) -> No
     elif part.ids is not None and rule.uses_sums:
         ids, lq, on_k = _given(part, rule.top_k, d.shape[-1], d.dtype)
         lp = _log_p(z, c, options).gather(-1, ids)
-        d.scatter_add_(-1, ids, on_top_k(lp, lp.exp(), lq, c, rule).where(on_k, 0.0))
+        d.scatter_add_(-1, ids, on_top_k(lp, lq, c, rule).where(on_k, 0.0))
     labels = part.labels.unsqueeze(-1)
     inside = (labels >= 0) & (labels < d.shape[-1])
     d.scatter_add_(-1, labels.where(inside, 0), -c[Coef.LABEL].where(inside, 0.0))
@@ -333,10 +334,24 @@ def _gradient(part: RowBatch, c: Tensor, options: RowOptions, out: Tensor) -> No
     out.copy_(d)
 
 
+def _weight_of_p(part: RowBatch, c: Tensor, options: RowOptions) -> Tensor:
+    """(n, 1), or (n, V) where p weighs otherwise on K."""
+    rule = options.rule
+    if not (rule.uses_top_k and rule.p_weighs_otherwise_on_k):
+        return c[Coef.P]
+    if part.teacher is not None:
+        on_k = _log_q(part.teacher, c, options) >= c[Coef.THRESHOLD]
+    else:
+        ids, _, given = _given(part, rule.top_k, part.student.shape[-1], c.dtype)
+        counts = torch.zeros(part.student.shape, dtype=torch.int16, device=c.device)
+        on_k = counts.scatter_add_(-1, ids, given.to(torch.int16)) > 0  # padding adds nothing
+    return torch.where(on_k, c[Coef.P_TOP_K], c[Coef.P])
+
+
 def _add_teacher_terms(d: Tensor, lp: Tensor, lq: Tensor, c: Tensor, picked, rule) -> None:
     """Terms of the gradient that read the teacher's rows, along the whole of them."""
     p = lp.exp()
-    more = on_top_k(lp, p, lq, c, rule)
+    more = on_top_k(lp, lq, c, rule)
     if rule.uses_top_k:
         more = more.where(lq >= c[Coef.THRESHOLD], 0.0)
     if rule.uses_reverse_kl:
@@ -349,15 +364,13 @@ def _add_on_top_k(d: Tensor, lp: Tensor, lq: Tensor, c: Tensor, picked, rule) ->
     """The same where all of them lie on K: at its few ids alone."""
     columns = columns_reaching(lq, c[Coef.THRESHOLD].squeeze(-1))
     lp, lq = lp.gather(-1, columns), lq.gather(-1, columns)
-    more = on_top_k(lp, lp.exp(), lq, c, rule).where(lq >= c[Coef.THRESHOLD], 0.0)
+    more = on_top_k(lp, lq, c, rule).where(lq >= c[Coef.THRESHOLD], 0.0)
     d[picked.unsqueeze(-1), columns] += more  # the columns are distinct
 
 
-def on_top_k(lp: Tensor, p: Tensor, lq: Tensor, c: Tensor, rule: TokenRule) -> Tensor:
-    """What the ids of K add to the gradient."""
+def on_top_k(lp: Tensor, lq: Tensor, c: Tensor, rule: TokenRule) -> Tensor:
+    """What the ids of K add to the gradient, beside another weight of p."""
     d = -(lq.exp() * c[Coef.Q])
-    if rule.top_k_tail in ("bucket", "renormalize_both"):
-        d += p * c[Coef.P_TOP_K]
     if rule.generator:
         _, slope = generator_terms(rule.generator, rule.divergence_parameter, lp, lq)
         d += (slope * c[Coef.GENERATOR]).where(c[Coef.GENERATOR] != 0, 0.0)

@@ -166,11 +166,10 @@ def gradient(batch: RowBatch, coefs: Tensor, options: RowOptions, out: Tensor) -
         return
     coefs = _rows(coefs)
     dtype = coefs.dtype
-    has_p_top_k = rule.top_k_tail in ("bucket", "renormalize_both")
     common = dict(
         ACC=_acc(dtype),
         HAS_ENTROPY=rule.entropy_coef != 0,
-        HAS_P_TOP_K=has_p_top_k,
+        HAS_P_TOP_K=rule.uses_top_k and rule.p_weighs_otherwise_on_k,
         **_generator_constants(rule),
     )
     given = None

@@ -1,11 +1,12 @@
 """Rows of the matrices, as constants that a kernel can read."""
 
+import torch
 import triton.language as tl
 
 from ..layout import Coef as _Coef
 from ..layout import Stat as _Stat
+from ..rule import least_tail as _least_tail
 
-# Rows of the two matrices, as constants a kernel can read.
 LOG_PROB = tl.constexpr(int(_Stat.LOG_PROB))
 TEACHER_LOG_PROB = tl.constexpr(int(_Stat.TEACHER_LOG_PROB))
 ENTROPY = tl.constexpr(int(_Stat.ENTROPY))
@@ -43,4 +44,7 @@ SUM_FORWARD_KL = tl.constexpr(5)
 SUM_VALUE = tl.constexpr(6)
 SUM_SLOPE = tl.constexpr(7)
 SUMS = 8
+# `rule.least_tail`.
+LEAST_TAIL_32 = tl.constexpr(_least_tail(torch.float32))
+LEAST_TAIL_64 = tl.constexpr(_least_tail(torch.float64))
 INF = tl.constexpr(float("inf"))

@@ -29,7 +29,7 @@ from .logits import _cap, _load_logits
 
 
 @triton.jit
-def _coefs(coefs, columns):
+def _coefs(coefs, columns, HAS_P_TOP_K: tl.constexpr):
     """A row's coefficients, once: a load among the stores to `out` would not leave the loop. And
     whether any weight is not 0, or any weight on the teacher's terms."""
     p = tl.load(coefs + C_P * columns)
@@ -39,7 +39,9 @@ def _coefs(coefs, columns):
     q = tl.load(coefs + C_Q * columns)
     label = tl.load(coefs + C_LABEL * columns)
     generator = tl.load(coefs + C_GENERATOR * columns)
-    teacher_weights = tl.abs(p_top_k) + tl.abs(reverse) + tl.abs(q) + tl.abs(generator)
+    teacher_weights = tl.abs(reverse) + tl.abs(q) + tl.abs(generator)
+    if HAS_P_TOP_K:
+        teacher_weights += tl.abs(p_top_k - p)
     weights = teacher_weights + tl.abs(p) + tl.abs(label) + tl.abs(entropy_weight)
     return (
         p, p_top_k, reverse, entropy_weight, q, label, generator,
@@ -68,14 +70,12 @@ def _student_terms(
 
 @triton.jit
 def _top_k_terms(
-    lp, p, lq, q_weight, p_weight, weight, HAS_P_TOP_K: tl.constexpr, GENERATOR: tl.constexpr,
-    C: tl.constexpr,
+    lp, p, lq, q_weight, weight, GENERATOR: tl.constexpr, C: tl.constexpr,
 ):  # fmt: skip
-    """What the ids of K add to the gradient; `weight` is the generator's."""
+    """What the ids of K add to the gradient, beside another weight of p; `weight` is the
+    generator's."""
     q = tl.exp(lq)
     d = -q * q_weight
-    if HAS_P_TOP_K:
-        d += p * p_weight
     if GENERATOR is not None:
         _, slope = _generator(lp, lq, p, q, GENERATOR, C)
         d += tl.where(weight != 0, slope * weight, 0.0)
@@ -106,7 +106,7 @@ def gradient_kernel(
     (
         p_weight, p_top_k_weight, reverse_weight, entropy_weight, q_weight, label_weight,
         generator_weight, active, needs_teacher,
-    ) = _coefs(coefs, coef_stride)  # fmt: skip
+    ) = _coefs(coefs, coef_stride, HAS_P_TOP_K)  # fmt: skip
     limit = tl.where(active, vocab_size, 0)
     if teacher is not None:
         teacher += row * teacher_stride
@@ -122,19 +122,20 @@ def gradient_kernel(
         cols = (last - back) * BLOCK + tl.arange(0, BLOCK)
         mask = cols < vocab_size
         z = _load_logits(student, student_bias, cols, cols < limit, ACC, SCALE, CAP, TEMPERATURE)
-        lp, p, d, chain = _student_terms(
-            z, top, log_sum, p_weight, entropy, entropy_weight, SCALE, CAP, TEMPERATURE,
-            HAS_ENTROPY,
-        )  # fmt: skip
+        weight = p_weight
         if teacher is not None:
             t = _load_logits(
                 teacher, teacher_bias, cols, cols < t_limit, ACC,
                 TEACHER_SCALE, TEACHER_CAP, TEMPERATURE,
             )  # fmt: skip
             lq = (t - t_top) - t_log_sum
-            more = _top_k_terms(
-                lp, p, lq, q_weight, p_top_k_weight, generator_weight, HAS_P_TOP_K, GENERATOR, C,
-            )  # fmt: skip
+            if HAS_P_TOP_K:
+                weight = tl.where(lq >= threshold, p_top_k_weight, p_weight)
+        lp, p, d, chain = _student_terms(
+            z, top, log_sum, weight, entropy, entropy_weight, SCALE, CAP, TEMPERATURE, HAS_ENTROPY,
+        )  # fmt: skip
+        if teacher is not None:
+            more = _top_k_terms(lp, p, lq, q_weight, generator_weight, GENERATOR, C)
             if HAS_TOP_K:
                 more = tl.where(lq >= threshold, more, 0.0)
             if HAS_REVERSE:
@@ -165,7 +166,7 @@ def given_grad_kernel(
     (
         p_weight, p_top_k_weight, _, entropy_weight, q_weight, label_weight, generator_weight, _,
         needs_teacher,
-    ) = _coefs(coefs, coef_stride)  # fmt: skip
+    ) = _coefs(coefs, coef_stride, HAS_P_TOP_K)  # fmt: skip
     lq = tl.load(topk_log_probs + row * k + at, mask=at < k, other=-INF).to(ACC)
     on_k = lq > tl.where(needs_teacher, -INF, INF)
     id_ = tl.load(ids + row * k + at, mask=at < k, other=0)
@@ -175,13 +176,12 @@ def given_grad_kernel(
     z = _cap(z, SCALE, CAP, TEMPERATURE)
     lp, p, d, chain = _student_terms(
         z, tl.load(coefs + STUDENT_MAX * coef_stride),
-        tl.load(coefs + STUDENT_LOG_SUM * coef_stride), p_weight,
+        tl.load(coefs + STUDENT_LOG_SUM * coef_stride),
+        p_top_k_weight if HAS_P_TOP_K else p_weight,
         tl.load(coefs + C_ENTROPY * coef_stride), entropy_weight,
         SCALE, CAP, TEMPERATURE, HAS_ENTROPY,
     )  # fmt: skip
-    d += _top_k_terms(
-        lp, p, lq, q_weight, p_top_k_weight, generator_weight, HAS_P_TOP_K, GENERATOR, C,
-    )  # fmt: skip
+    d += _top_k_terms(lp, p, lq, q_weight, generator_weight, GENERATOR, C)
     d -= tl.where(id_ == tl.load(labels + row), label_weight, 0.0)
     d = (d * chain).to(out.dtype.element_ty)
     tl.store(out + row * out_stride + id_, d, mask=on_k)

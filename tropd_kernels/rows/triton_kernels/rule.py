@@ -15,6 +15,8 @@ from .constants import (
     FORWARD_KL,
     INF,
     KEPT,
+    LEAST_TAIL_32,
+    LEAST_TAIL_64,
     LOG_PROB,
     OUTLIER,
     REVERSE_KL,
@@ -38,7 +40,7 @@ from .gate import _row_gate
 def _surrogate(reward, ratio, weight, CLIP_LOW: tl.constexpr, CLIP_HIGH: tl.constexpr):
     """PPO's objective: (loss, weight on -log p(y))."""
     clipped = ratio
-    held = ratio != ratio
+    held = tl.abs(reward) == INF  # as an infinite divergence: no gradient
     if CLIP_LOW is not None:
         clipped = tl.maximum(clipped, 1 - CLIP_LOW)
         held = held | ((reward < 0) & (ratio < 1 - CLIP_LOW))
@@ -95,30 +97,33 @@ def rule_kernel(
     if USES_FORWARD_KL and sums is None:  # over the whole vocabulary: the first pass has it
         kl = tl.load(stats + FORWARD_KL * columns + row)
         kl_p = zero + 1
+        kl_p_top_k = zero + 1
     elif USES_FORWARD_KL:
         kl = tl.load(sums + SUM_FORWARD_KL * columns + row)
         teacher_mass = tl.load(sums + TEACHER_MASS * columns + row)
         if TAIL == "raw":
             kl_p = teacher_mass
+            kl_p_top_k = teacher_mass
         elif TAIL == "bucket":
-            EPS: tl.constexpr = (
-                2.220446049250313e-16 if ACC == tl.float64 else 1.1920928955078125e-07
-            )
+            LEAST: tl.constexpr = LEAST_TAIL_64 if ACC == tl.float64 else LEAST_TAIL_32
             q_tail = tl.load(sums + TEACHER_TAIL * columns + row)
-            p_tail = tl.maximum(tl.load(sums + STUDENT_TAIL * columns + row), EPS)
+            p_tail = tl.maximum(tl.load(sums + STUDENT_TAIL * columns + row), LEAST)
             kl += tl.where(q_tail > 0, q_tail * (tl.log(q_tail) - tl.log(p_tail)), 0.0)
             kl_p = 1 - q_tail / p_tail
-            kl_p_top_k = 1 - kl_p
+            kl_p_top_k = zero + 1
         else:
+            infinite = kl == INF
             kl = kl / teacher_mass - tl.log(teacher_mass)
             kl_q = 1 / teacher_mass
             if TAIL == "renormalize_teacher":
                 kl_p = zero + 1
+                kl_p_top_k = zero + 1
             else:
                 # p / p(K) with p(K) underflowing would be 0/0; e^-80 of mass on K is as good as
                 # none.
                 log_mass = tl.load(sums + STUDENT_LOG_MASS * columns + row)
-                kl += log_mass
+                # Without any mass of the student's on K: not inf - inf.
+                kl = tl.where(infinite, INF, kl + log_mass)
                 kl_p_top_k = tl.exp(tl.minimum(-log_mass, 80.0))
     if USES_FORWARD_KL and not DENSE:
         tl.store(stats + FORWARD_KL * columns + row, kl, mask=inside)
@@ -154,7 +159,7 @@ def rule_kernel(
         reverse = 1 - share
         kl = tl.load(stats + FORWARD_KL * columns + row)
         kl_p = zero + 1
-        kl_p_top_k = zero
+        kl_p_top_k = zero + 1
         kl_q = zero + 1
     if USES_FORWARD_KL:
         loss += _weigh(kl_weight, kl)
@@ -174,6 +179,7 @@ def rule_kernel(
         if not USES_TOP_K:
             mean = mean / tl.load(sums + STUDENT_MASS * columns + row)
         p_coef -= _weigh(generator, mean)
+        p_top_k -= _weigh(generator, mean)
     if ENTROPY_COEF != 0:
         loss -= ENTROPY_COEF * tl.load(stats + ENTROPY * columns + row)
         entropy_weight = zero - ENTROPY_COEF
@@ -188,7 +194,7 @@ def rule_kernel(
         loss = tl.where(on_policy, loss, PREFIX_WEIGHT * (lq - lp))
         label = tl.where(on_policy, label, PREFIX_WEIGHT)
     p_coef = tl.where(counts, p_coef, 0.0) + label
-    p_top_k = tl.where(counts, p_top_k, 0.0)
+    p_top_k = tl.where(counts, p_top_k, 0.0) + label
     q_coef = tl.where(counts, q_coef, 0.0)
     reverse = tl.where(counts, reverse, 0.0)
     generator = tl.where(counts, generator, 0.0)
@@ -200,6 +206,7 @@ def rule_kernel(
         invalid = invalid | (lq != lq)
     loss = tl.where(invalid, float("nan"), loss)
     p_coef = tl.where(invalid, float("nan"), p_coef)
+    p_top_k = tl.where(invalid, float("nan"), p_top_k)
     weight = zero + 1
     if token_weight is not None:
         weight = tl.load(token_weight + row).to(ACC)
