@@ -85,7 +85,8 @@ sanitize: $(READY)
 	find $(SANITIZE)/tropd_kernels -name '*.so' -delete
 	cd $(SANITIZE) && TROPD_SANITIZE=1 TROPD_BUILD_EXT=1 $(CURDIR)/$(PY) setup.py --quiet build_ext --inplace
 	cd $(SANITIZE) && library() { $${CXX:-c++} -print-file-name=$$1; } && \
-	export LD_PRELOAD="$$(library libasan.so) $$(library libstdc++.so.6)" ASAN_OPTIONS=detect_leaks=0 && \
+	asan=$$(library libclang_rt.asan-$$(uname -m).so) && { test -f "$$asan" || asan=$$(library libasan.so); } && \
+	export LD_PRELOAD="$$asan $$(library libstdc++.so.6)" ASAN_OPTIONS=detect_leaks=0 && \
 	export TROPD_SANITIZE=1 PYTHONPATH=$(CURDIR)/$(SANITIZE) OMP_NUM_THREADS=1 && \
 	$(CURDIR)/$(PY) -m pytest tests/test_native.py tests/test_native_products.py tests/test_native_d_weight.py -q --capture=sys -p no:cacheprovider $(ARGS) && \
 	$(CURDIR)/$(PY) tests/fuzz_native.py --seconds 20

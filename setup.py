@@ -34,6 +34,7 @@ COMPILE_FLAGS = [
     "-std=c++17",
     "-Wall",
     "-Wno-psabi",
+    "-Wno-unknown-warning-option",  # Clang does not know the next one
     "-Wno-maybe-uninitialized",
     f"-DTORCH_TARGET_VERSION=0x{TORCH_TARGET[0]:02x}{TORCH_TARGET[1]:02x}000000000000",
 ]

@@ -380,6 +380,7 @@ void op_gemm_nt(Tensor a, Tensor b, Tensor out) {
   const Matrix left = matrix(a, "a"), right = matrix(b, "b");
   const Products& products = check_gemm(left.cols, right.cols);
   float* to = result(out, left.rows, right.rows);
+  if (out.numel() == 0) return;  // no memory to point into
   products.nt(left, right, to, stride(out), pool());
 }
 
@@ -387,6 +388,7 @@ void op_gemm_nn(Tensor a, Tensor b, Tensor out) {
   const Matrix left = matrix(a, "a"), right = matrix(b, "b");
   const Products& products = check_gemm(left.cols, right.rows);
   float* to = result(out, left.rows, right.cols);
+  if (out.numel() == 0) return;
   products.nn(left, right, to, stride(out), pool());
 }
 
@@ -410,6 +412,7 @@ void op_gemm_tn(Tensor a, Tensor b, Tensor out, bool add, std::optional<Tensor> 
     to.sums = sums->const_data_ptr<float>();
     to.sums_stride = stride(*sums);
   }
+  if (out.numel() == 0) return;
   products.tn(left, right, to, pool());
 }
 
