@@ -35,6 +35,7 @@ SWEEP = {
     "WARPS": (4, 16),
     "STATISTICS_UNROLL": (1, 2, 8),
     "SUMS_UNROLL": (1, 4),
+    "ASKED_WARPS": (8,),
     "GRADIENT_BLOCK": (1024, 4096),
     "PROGRAMS": (0, 2048, 8192),
 }

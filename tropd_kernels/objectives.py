@@ -218,6 +218,11 @@ class TokenRule:
         return self.uses_forward_kl or self.generator is not None
 
     @property
+    def sums_of_every_row(self) -> bool:
+        """... of every token; else of those alone that the gate or the teacher's entropy picks."""
+        return self.divergence not in (None, "reverse_kl")
+
+    @property
     def sums_are_statistics(self) -> bool:
         """... and the first pass over a dense teacher's row has them all."""
         return not (self.uses_top_k or self.generator or self.divergence == "akl")

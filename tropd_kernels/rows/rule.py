@@ -107,7 +107,7 @@ def gate(stats: Tensor, batch: RowBatch, options: RowOptions) -> Gate:
 
 def rows_with_sums(gated: Gate, rule: TokenRule) -> Tensor:
     """Which rows (n,) need `Sums`."""
-    if rule.divergence is not None and rule.divergence != "reverse_kl":
+    if rule.sums_of_every_row:
         return torch.ones_like(gated.on_policy)
     needed = gated.forward_kl_weight > 0
     if rule.outlier == "forward_kl_reward":

@@ -19,6 +19,9 @@ WARP = 64 if torch.version.hip else 32
 #: Of the kernels that reduce rows: warps of 32 threads in a program, and stretches of LANES ids in
 #: a tile, of the statistics and of the sums.
 WARPS, STATISTICS_UNROLL, SUMS_UNROLL = 8, 4, 2
+#: Warps of the sums that a gate asks of a tenth of the rows: each of those few has a processor to
+#: itself, so that what its threads have under way is all that is.
+ASKED_WARPS = 16
 #: Ids of a tile of the gradient kernel, 8 of them a thread.
 GRADIENT_BLOCK = 2048
 #: Programs that fill a GPU a few times over, so that the last of them do not leave it idle.
@@ -27,12 +30,14 @@ PROGRAMS = 1024
 TILES = 4
 
 
-def tile_options(vocab_size: int, dtype: torch.dtype, logit_size: int, unroll: int) -> dict:
+def tile_options(
+    vocab_size: int, dtype: torch.dtype, logit_size: int, unroll: int, warps: int | None = None
+) -> dict:
     """Of the kernels that reduce rows, in `dtype`, whose logits take `logit_size` bytes: every
     thread reads 16 bytes of each of `unroll` stretches of LANES ids, or of fewer where those bytes
     hold more logits."""
     each = 16 // logit_size
-    threads, unroll = 32 * WARPS, unroll * 4 // max(each, 4)
+    threads, unroll = 32 * (warps or WARPS), unroll * 4 // max(each, 4)
     if dtype == torch.float64:
         threads, unroll = threads // 2, unroll // 2
     lanes = min(threads * each, power_of_two(vocab_size))

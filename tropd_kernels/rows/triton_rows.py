@@ -113,7 +113,12 @@ def _dense_sums(
     n, vocab_size = z.shape
     sums = coefs.new_empty((kernels.SUMS, n))
     logit_size = min(z.element_size(), t.element_size())
-    launch = tile_options(vocab_size, coefs.dtype, logit_size, triton_launch.SUMS_UNROLL)
+    # Rows that are not aligned are read number by number, which leaves no registers for it.
+    few = not rule.sums_of_every_row and vocab_size % 16 == 0
+    launch = tile_options(
+        vocab_size, coefs.dtype, logit_size, triton_launch.SUMS_UNROLL,
+        triton_launch.ASKED_WARPS if few else None,
+    )  # fmt: skip
     kernels.dense_sums_kernel[(n,)](
         z, t, _bias(options.student), _bias(options.teacher), *_gate_inputs(batch, rule),
         options.entropy_threshold, stats, coefs, sums, vocab_size, z.stride(0), t.stride(0), n,
