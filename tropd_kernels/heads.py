@@ -26,6 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .gathering import gathered
+from .products import without_autocast
 
 __all__ = ["Head", "check_head", "read_head"]
 
@@ -59,7 +60,8 @@ class Head:
         """The logits of `hidden` (*, H) by definition: (*, vocab_size), float32 or wider."""
         weight = _rows(self.weight, self.vocab_size)
         bias = None if self.bias is None else _rows(self.bias, self.vocab_size)
-        logits = F.linear(hidden.to(weight.device, weight.dtype), weight, bias)
+        with without_autocast(weight.device.type):
+            logits = F.linear(hidden.to(weight.device, weight.dtype), weight, bias)
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32)) * self.logit_scale
         return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
 

@@ -35,7 +35,7 @@ from torch import Tensor
 from . import buffers
 from .backends import engine_for
 from .chunking import ChunkPlan, plan_chunks
-from .products import products_for, result_dtype, stored_dtype
+from .products import products_for, result_dtype, stored_dtype, without_autocast
 from .rows.layout import FIRST_WEIGHT, Coef, LogitTransform, RowBatch, RowOptions, Stat
 from .rows.sharded import ShardRows
 from .selection import EVERY_ROW, Selection, Share, move_to_front, row_norms, weighed_sum
@@ -124,6 +124,11 @@ class Result:
 def forward(problem: Problem, needs: Needs, loss_scale: Tensor) -> Result:
     """Statistics and coefficients, and with `needs` the gradient of the summed loss times
     `loss_scale`."""
+    with without_autocast(problem.student.source.device.type):
+        return _forward(problem, needs, loss_scale)
+
+
+def _forward(problem: Problem, needs: Needs, loss_scale: Tensor) -> Result:
     n = problem.labels.shape[0]
     index = tokens_that_count(problem)
     result = Result(
@@ -151,8 +156,9 @@ def backward(problem: Problem, coefs: Tensor, needs: Needs) -> Result:
     index = tokens_that_count(problem) if problem.student.weight is not None else None
     result = Result(stats=coefs, coefs=coefs)
     loop = _Loop(problem, index, needs, None, result)
-    loop.run(lambda batch, tokens: coefs[:, tokens], problem.options)
-    loop.finish()
+    with without_autocast(coefs.device.type):
+        loop.run(lambda batch, tokens: coefs[:, tokens], problem.options)
+        loop.finish()
     return result
 
 

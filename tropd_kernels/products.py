@@ -14,7 +14,7 @@ bf16 to begin with.
 
 from __future__ import annotations
 
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import torch
 from torch import Tensor
@@ -35,6 +35,14 @@ def stored_dtype(dtype: torch.dtype) -> torch.dtype:
     """The dtype in which a gradient waits for the backward: its own, but float32 for float16, which
     would underflow before a loss scale in the backward could help."""
     return torch.float32 if dtype == torch.float16 else dtype
+
+
+def without_autocast(device_type: str):
+    """A caller's autocast would round the operands and results of every product that does not write
+    into a tensor of ours."""
+    if not torch.amp.is_autocast_available(device_type):
+        return nullcontext()
+    return torch.autocast(device_type, enabled=False)
 
 
 def products_for(backend: str, dtype: torch.dtype, device_type: str) -> TorchProducts:

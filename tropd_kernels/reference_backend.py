@@ -11,6 +11,7 @@ from torch import Tensor
 
 from . import reference
 from .linear_loss import Problem, Side, tokens_that_count
+from .products import without_autocast
 from .rows.layout import LogitTransform, Stat
 
 
@@ -51,11 +52,29 @@ _STAT_NAMES = {row: row.name.lower() for row in Stat} | {
 }
 
 
+class _Product(torch.autograd.Function):
+    """a @ b, which no autocast rounds: neither in the forward nor around the backward."""
+
+    @staticmethod
+    def forward(ctx, a, b):
+        ctx.save_for_backward(a, b)
+        with without_autocast(a.device.type):
+            return a @ b
+
+    @staticmethod
+    def backward(ctx, d_out):
+        a, b = ctx.saved_tensors
+        needs_a, needs_b = ctx.needs_input_grad
+        d_a = _Product.apply(d_out, b.t()) if needs_a else None
+        d_b = _Product.apply(a.t(), d_out) if needs_b else None
+        return d_a, d_b
+
+
 def _logits(side: Side, how: LogitTransform, problem: Problem, tokens) -> Tensor:
     rows, v = side.source[tokens].to(problem.dtype), problem.vocab_size
     logits = rows[:, :v]
     if side.weight is not None:
-        logits = rows @ side.weight[:v].to(problem.dtype).t()
+        logits = _Product.apply(rows, side.weight[:v].to(problem.dtype).t())
     if how.bias is not None:
         logits = logits + how.bias.to(problem.dtype)
     return reference.transform_logits(logits, how.scale, how.softcap, how.temperature)
