@@ -470,8 +470,8 @@ def test_a_teacher_and_options_that_leave_no_input_out(reduction, backend, devic
 
 
 def test_second_derivative_raises(device):
-    """10. The gradients are constants of the forward: differentiating them would be silently
-    wrong."""
+    """10. The gradients are constants of the forward: a penalty on them would be silently dropped
+    from a sum in which other terms have a graph."""
     problem = make_problem(tokens=4, device=device)
     hidden = problem.hidden.float().requires_grad_()
     teacher = problem.teacher("hidden", torch.float32)
@@ -481,8 +481,28 @@ def test_second_derivative_raises(device):
             backend="torch",
         ).loss.sum()  # fmt: skip
         (gradient,) = torch.autograd.grad(loss, hidden, create_graph=True)
-        with pytest.raises(RuntimeError, match=r"once_differentiable|does not require grad"):
-            torch.autograd.grad(gradient.sum(), hidden)
+        with pytest.raises(RuntimeError, match=r"differentiated once.*backend='reference'"):
+            torch.autograd.grad(gradient.sum() + hidden.square().sum(), hidden)
+
+
+def test_second_derivative_of_the_reference(device):
+    """What the error recommends, against differences of the gradient."""
+    problem = make_problem(tokens=4, device=device)
+    teacher, step = problem.teacher("hidden", torch.float64), 1e-6
+
+    def gradient(hidden, **more):
+        loss = linear_distillation_loss(
+            hidden, problem.weight, problem.labels, teacher, GKD(), backend="reference"
+        ).loss
+        return torch.autograd.grad(loss, hidden, **more)[0]
+
+    hidden = problem.hidden.clone().requires_grad_()
+    along = torch.randn_like(hidden)
+    (product,) = torch.autograd.grad(gradient(hidden, create_graph=True), hidden, along)
+    with torch.no_grad():
+        ends = [(hidden + s * along).requires_grad_() for s in (step, -step)]
+    difference = (gradient(ends[0]) - gradient(ends[1])) / (2 * step)
+    assert relative_error(product, difference) < 1e-6
 
 
 @all_backends

@@ -23,7 +23,6 @@ from contextlib import nullcontext
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from .linear_loss import INPUTS, Needs, Problem, Result, Side, backward, forward
 from .main_grad import add_to_main_grad, offers_main_grad
@@ -148,35 +147,30 @@ def _setup_context(ctx, inputs, output):
         student, weight, bias, labels, teacher, teacher_weight, teacher_bias, row_inputs,
         loss_scale, needs, *settings,
     ) = inputs  # fmt: skip
-    _, token_loss, stats, coefs, d_student, d_weight, d_bias, shares = output
+    loss, token_loss, stats, coefs, d_student, d_weight, d_bias, shares = output
     ctx.settings = settings[:5]  # a recomputing backward selects no rows
     ctx.formed = any(needs)
     ctx.set_materialize_grads(False)
     if ctx.formed:
         ctx.mark_non_differentiable(token_loss, stats, coefs, d_student, d_weight, d_bias, shares)
-        keep_gradients(ctx, needs, (student, weight, bias), (d_student, d_weight, d_bias))
+        keep_gradients(ctx, needs, (student, weight, bias), (d_student, d_weight, d_bias), loss)
     else:
         ctx.mark_non_differentiable(coefs, d_student, d_weight, d_bias, shares)
         ctx.save_for_backward(
-            student, weight, bias, labels, teacher, teacher_weight, teacher_bias, coefs,
+            loss, student, weight, bias, labels, teacher, teacher_weight, teacher_bias, coefs,
             loss_scale, *row_inputs,
         )  # fmt: skip
 
 
-@once_differentiable
 def _backward(ctx, d_loss, d_token_loss, d_stats, *_):
-    if ctx.formed:
-        gradients = kept_gradients(ctx, d_loss)
-    else:
-        student, weight, bias, labels, *rest = ctx.saved_tensors
-        teacher, teacher_weight, teacher_bias, coefs, loss_scale, *row_inputs = rest
-        needs = list(ctx.needs_input_grad[:3])
-        carried = carry(coefs, loss_scale, d_loss, d_token_loss, d_stats)
-        made = distill_backward(
-            student, weight, bias, labels, teacher, teacher_weight, teacher_bias, row_inputs,
-            carried, needs, *ctx.settings,
-        )  # fmt: skip
-        gradients = [g if need else None for g, need in zip(made, needs, strict=True)]
+    loss = ctx.saved_tensors[0]
+    with torch.no_grad():
+        if ctx.formed:
+            gradients = kept_gradients(ctx, d_loss)
+        else:
+            gradients = _recomputed(ctx, d_loss, d_token_loss, d_stats)
+    if torch.is_grad_enabled():  # create_graph=True
+        gradients = [None if g is None else _Constant.apply(g, loss) for g in gradients]
     # A list in which no tensor is missing counts as one of tensors, and wants a list back.
     rest = [
         [None] * len(asks) if isinstance(asks, (list, tuple)) else None
@@ -188,17 +182,45 @@ def _backward(ctx, d_loss, d_token_loss, d_stats, *_):
 distill.register_autograd(_backward, setup_context=_setup_context)
 
 
-def keep_gradients(ctx, needs, inputs, gradients) -> None:
-    """For a backward that only scales them."""
+class _Constant(torch.autograd.Function):
+    """A gradient that cannot be differentiated. It hangs on the loss, and so on the loss's inputs:
+    `once_differentiable` would leave it without a graph, and drop it from a sum that has one."""
+
+    @staticmethod
+    def forward(ctx, gradient, loss):
+        return gradient.view_as(gradient)
+
+    @staticmethod
+    def backward(ctx, *_):
+        raise RuntimeError(
+            "a fused loss can be differentiated once, its gradients are constants of the forward: "
+            "use backend='reference' for second derivatives"
+        )
+
+
+def _recomputed(ctx, d_loss, d_token_loss, d_stats) -> list[Tensor | None]:
+    _, student, weight, bias, labels, *rest = ctx.saved_tensors
+    teacher, teacher_weight, teacher_bias, coefs, loss_scale, *row_inputs = rest
+    needs = list(ctx.needs_input_grad[:3])
+    carried = carry(coefs, loss_scale, d_loss, d_token_loss, d_stats)
+    made = distill_backward(
+        student, weight, bias, labels, teacher, teacher_weight, teacher_bias, row_inputs,
+        carried, needs, *ctx.settings,
+    )  # fmt: skip
+    return [g if need else None for g, need in zip(made, needs, strict=True)]
+
+
+def keep_gradients(ctx, needs, inputs, gradients, loss=None) -> None:
+    """For a backward that only scales them. loss: the output, where `_Constant` is to be used."""
     ctx.needs, ctx.dtypes = list(needs[:3]), [None if t is None else t.dtype for t in inputs]
     ctx.main_weight = inputs[1] if needs[3] else None
-    ctx.save_for_backward(*gradients)
+    ctx.save_for_backward(loss, *gradients)
 
 
 def kept_gradients(ctx, d_loss) -> list[Tensor | None]:
     """Of hidden states, weight and bias, times the incoming gradient."""
     gradients: list[Tensor | None] = [None, None, None]
-    for i, (gradient, dtype) in enumerate(zip(ctx.saved_tensors, ctx.dtypes, strict=True)):
+    for i, (gradient, dtype) in enumerate(zip(ctx.saved_tensors[1:], ctx.dtypes, strict=True)):
         if d_loss is None or not ctx.needs[i]:
             continue
         if i == 1 and ctx.main_weight is not None and offers_main_grad(ctx.main_weight):
