@@ -199,6 +199,12 @@ LOSSES = {
     "normalizer NaN": (dict(normalizer=NAN), ValueError, "normalizer", "positive"),
     "normalizer infinite": (dict(normalizer=INF), ValueError, "normalizer", "positive"),
     "normalizer of text": (dict(normalizer="3"), WRONG, "normalizer", "positive"),
+    "normalizer of a sum": (
+        dict(normalizer=3.0, reduction="sum"), ValueError, "normalizer", "'mean'", "'sum'",
+    ),
+    "normalizer of each": (
+        dict(normalizer=3.0, reduction="none"), ValueError, "normalizer", "'mean'", "'none'",
+    ),
     "normalizers": (dict(normalizer=torch.ones(2)), ValueError, "normalizer", "one", "(2,)"),
     "objective of text": (dict(objective="tropd"), TypeError, "objective", "TokenRule", "'tropd'"),
     "objective not called": (dict(objective=GKD), TypeError, "objective", "TokenRule"),
@@ -637,6 +643,27 @@ def test_a_batch_in_which_no_token_counts(name, backend, reduction, case, device
             assert torch.equal(gradient, torch.zeros_like(leaf))
         for stat in vars(out.stats).values():
             assert stat is None or (stat.shape == shape and (stat == 0).all())
+
+
+@pytest.mark.parametrize("case", ["all ignored", "all of weight 0", "... and none is dropped"])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_normalizer_that_counted_no_token(backend, case, device):
+    """A count of tokens that stays on the GPU: 0 / 0 would be a NaN in every parameter."""
+    with torch.device(device):
+        leaves = [of(*size).requires_grad_() for size in ((*SHAPE, H), (V, H), (*SHAPE, V))]
+        common = dict(
+            labels=filled(-100 if case == "all ignored" else 1),
+            token_weight=filled(1.0 if case == "all ignored" else 0.0),
+            ignore_index=None if case == "... and none is dropped" else -100,
+            objective=GKD(), normalizer=torch.tensor(0), backend=backend,
+        )  # fmt: skip
+        losses = (
+            head_loss(hidden=leaves[0], weight=leaves[1], **common).loss,
+            logits_loss(logits=leaves[2], **common).loss,
+        )
+    assert losses[0] == losses[1] == 0
+    for gradient in torch.autograd.grad(sum(losses), leaves):
+        assert (gradient == 0).all()
 
 
 @pytest.mark.parametrize("shape", [(0,), (2, 0), SHAPE])

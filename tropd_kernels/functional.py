@@ -130,7 +130,8 @@ def linear_distillation_loss(
     teacher_prefix: bool, the token was written by the teacher.
     uniforms, seed: for a Bernoulli gate, the draws in [0, 1), or an integer from which they are
     derived per token (`draws.uniforms_like`): change it every step.
-    normalizer: what the sum is divided by in the mean; default the number of tokens that count.
+    normalizer: what the sum is divided by in the mean; default the number of tokens that count. A
+    tensor is not looked at: it may be 0 only where no token counts, and the loss is 0 then.
     reduction: "mean" and "sum" form the gradients in the forward; "none" gives per-token losses and
     recomputes. backend: None takes the best available; see `available_backends`.
     max_workspace_bytes: shrinks the chunks; see `plan_chunks`.
@@ -298,14 +299,24 @@ def _flat_call(
     flat_labels = labels.reshape(-1)
     dtype = result_dtype(student.dtype)
     after = None  # a divisor known only once the gate has run
+    weighs = inputs.get("weight")
     if reduction != "mean":
+        if normalizer is not None:
+            raise ValueError(
+                f"normalizer divides the sum in reduction='mean', and reduction={reduction!r} "
+                "divides by nothing: use 'mean', or divide the loss yourself"
+            )
         scale = torch.ones((), dtype=dtype, device=student.device)
     elif normalizer is not None:
-        scale = 1 / _normalizer(normalizer, student.device, dtype)
+        # Where no token counts, a caller's own count may be 0.
+        some = _counts(flat_labels, ignore_index, weighs).any()
+        scale = torch.where(some, 1 / _normalizer(normalizer, student.device, dtype), 0.0)
     elif rule.normalize == "kept":
         scale, after = torch.ones((), dtype=dtype, device=student.device), Stat.KEPT
     else:
-        scale = 1 / _count(flat_labels, ignore_index, inputs.get("weight"), dtype)
+        # `ignore_index=None` says that tokens of weight 0 count, too.
+        counts = _counts(flat_labels, ignore_index, None if ignore_index is None else weighs)
+        scale = 1 / counts.sum().clamp_min(1).to(dtype)
 
     grad = torch.is_grad_enabled()
     formed = reduction != "none" and weight is not None and grad
@@ -457,14 +468,12 @@ def _token_stats(
 # --- normalisation -----------------------------------------------------------------------------
 
 
-def _count(labels: Tensor, ignore_index: int | None, weight: Tensor | None, dtype) -> Tensor:
-    """Number of tokens that count, at least 1, on the device."""
+def _counts(labels: Tensor, ignore_index: int | None, weight: Tensor | None) -> Tensor:
+    """Which tokens count (N,), bool."""
     counts = torch.ones_like(labels, dtype=torch.bool)
     if ignore_index is not None:
         counts = labels != ignore_index
-        if weight is not None:
-            counts = counts & (weight != 0)
-    return counts.sum().clamp_min(1).to(dtype)
+    return counts if weight is None else counts & (weight != 0)
 
 
 def _normalizer(value, device, dtype) -> Tensor:
