@@ -287,6 +287,22 @@ VALUES = {
     "old log-prob infinite": (
         lambda: dict(old_log_probs=filled(-INF)), "old_log_probs", "not finite",
     ),
+    "sampled probabilities": (
+        lambda: dict(teacher=SampledTeacher(torch.rand(SHAPE) / 2 + 0.5)),
+        "teacher label_log_probs", "above 0", "probabilities", "logarithm",
+    ),
+    "sampled negative log-likelihoods": (
+        lambda: dict(teacher=SampledTeacher(torch.rand(SHAPE) + 1.5)), "teacher label_log_probs",
+        "above 0", "negative log-likelihoods", "sign",
+    ),
+    "sampled logits": (
+        lambda: dict(teacher=SampledTeacher(torch.arange(-3.0, 3.0).reshape(SHAPE))),
+        "teacher label_log_probs", "above 0", "up to 2", "check",
+    ),
+    "top-k probabilities": (
+        lambda: dict(teacher=top_k_teacher(log_probs=filled(0.25, (*SHAPE, K)))),
+        "teacher log_probs", "above 0", "probabilities", "logarithm",
+    ),
     "uniform 1": (lambda: dict(uniforms=filled(1.0)), "uniforms", "[0, 1)", "torch.rand"),
     "uniform below 0": (lambda: dict(uniforms=filled(-0.1)), "uniforms", "[0, 1)", "torch.rand"),
     "uniform NaN": (lambda: dict(uniforms=filled(NAN)), "uniforms", "[0, 1)", "torch.rand"),
@@ -313,6 +329,17 @@ def test_tokens_that_do_not_count_may_hold_anything(case, backend, call, device)
         else:
             changes["labels"] = filled(-100)
         assert call(**changes).loss == 0
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_log_probs_that_rounding_or_padding_puts_above_0(backend, device):
+    """Half a step of bf16 between 32 and 64, and whatever stands beside an id that is none."""
+    with torch.device(device):
+        ids, log_probs = torch.arange(K).repeat(*SHAPE, 1), filled(0.125, (*SHAPE, K))
+        ids[..., 0], log_probs[..., 0] = -1, 7.0
+        ids[..., 1], log_probs[..., 1] = V, INF
+        teacher = top_k_teacher(ids=ids, log_probs=log_probs, label_log_probs=filled(0.125))
+        assert head_loss(teacher=teacher, backend=backend).loss.isfinite()
 
 
 # --- devices ------------------------------------------------------------------------------------

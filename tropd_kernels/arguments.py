@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor
 
 from .objectives import TokenRule
 
+if TYPE_CHECKING:
+    from .linear_loss import Problem
+
 REDUCTIONS = ("mean", "sum", "none")
+#: How far above 0 a log-prob may lie: a logit of up to 64, rounded to bf16, less the log-sum-exp
+#: of logits that were not.
+LOG_PROB_MARGIN = 0.125
 
 
 def check_call(
@@ -115,3 +123,51 @@ def check_devices(student: Tensor, tensors: dict) -> None:
             raise ValueError(
                 f"{name} is on {tensor.device}, the student on {student.device}: move it there"
             )
+
+
+def given_log_probs(problem: Problem, counts: Tensor) -> dict[str, Tensor]:
+    """A teacher's log-probs by name, with -inf in padding and at tokens that do not count."""
+    valid = {"label_log_probs": counts}
+    if "ids" in problem.inputs:
+        ids = problem.inputs["ids"]
+        valid["topk_log_probs"] = (ids >= 0) & (ids < problem.vocab_size) & counts[:, None]
+    return {
+        name: torch.where(where, problem.inputs[name], -torch.inf)
+        for name, where in valid.items()
+        if name in problem.inputs
+    }
+
+
+def raise_bad_value(name: str, problem: Problem, outside: Tensor, counts: Tensor) -> None:
+    """For the first of `tokens_that_count`'s checks that found something."""
+    if name == "label":
+        label = int(problem.labels[outside][0])
+        held = "" if problem.shard is None else problem.shard.whereabouts()
+        raise ValueError(
+            f"label {label} lies outside the vocabulary of {problem.vocab_size} ids that student "
+            f"and teacher share{held}, and is not ignore_index={problem.ignore_index}: mask such "
+            "tokens, or check that labels and model use the same tokenizer"
+        )
+    if name == "uniforms":
+        raise ValueError("uniforms must lie in [0, 1), as torch.rand draws them")
+    if name in ("label_log_probs", "topk_log_probs"):
+        _raise_not_log_probs(name, given_log_probs(problem, counts)[name])
+    name = {"weight": "token_weight"}.get(name, name)
+    raise ValueError(f"{name} holds values that are not finite, at tokens that count")
+
+
+def _raise_not_log_probs(name: str, values: Tensor) -> None:
+    values = values[values > -torch.inf]
+    public = {"topk_log_probs": "log_probs"}.get(name, name)
+    cause = "check what the teacher returns"
+    if not (values < 0).any():
+        probabilities = values.max() <= 1 + LOG_PROB_MARGIN
+        cause = (
+            "they look like probabilities: pass their logarithm"
+            if probabilities
+            else "they look like negative log-likelihoods: pass them with the sign changed"
+        )
+    raise ValueError(
+        f"teacher {public} hold values above 0, up to {values.max():.3g}, at tokens that count, "
+        f"which no log-prob is: {cause}"
+    )

@@ -33,6 +33,7 @@ import torch
 from torch import Tensor
 
 from . import buffers
+from .arguments import LOG_PROB_MARGIN, given_log_probs, raise_bad_value
 from .backends import engine_for
 from .chunking import ChunkPlan, plan_chunks
 from .products import products_for, result_dtype, stored_dtype, without_autocast
@@ -164,7 +165,8 @@ def backward(problem: Problem, coefs: Tensor, needs: Needs) -> Result:
 
 def tokens_that_count(problem: Problem) -> Tensor | None:
     """Indices of the tokens that count, or None where all do. Raises ValueError on values that
-    cannot be right: labels outside the vocabulary, weights or advantages that are not finite."""
+    cannot be right: labels outside the vocabulary, weights or advantages that are not finite, a
+    teacher's log-probs above 0."""
     labels, weight = problem.labels, problem.inputs.get("weight")
     all_count = problem.ignore_index is None
     if all_count and labels.device.type != "cpu":
@@ -182,29 +184,16 @@ def tokens_that_count(problem: Problem) -> Tensor | None:
     if "uniforms" in problem.inputs:
         u = problem.inputs["uniforms"]
         checks["uniforms"] = (~((u >= 0) & (u < 1)) & counts).any()
+    for name, values in given_log_probs(problem, counts).items():
+        checks[name] = (values > LOG_PROB_MARGIN).any()
     count, *bad = torch.stack([counts.sum(), *checks.values()]).tolist()
     for name, found in zip(checks, bad, strict=True):
         if found:
-            _raise_bad_value(name, problem, outside)
+            raise_bad_value(name, problem, outside, counts)
     if all_count or count == labels.shape[0]:
         return None
     # A stable sort instead of nonzero(): the count is known, so it needs no sync of its own.
     return torch.argsort(~counts, stable=True)[:count]
-
-
-def _raise_bad_value(name: str, problem: Problem, outside: Tensor):
-    if name == "label":
-        label = int(problem.labels[outside][0])
-        held = "" if problem.shard is None else problem.shard.whereabouts()
-        raise ValueError(
-            f"label {label} lies outside the vocabulary of {problem.vocab_size} ids that student "
-            f"and teacher share{held}, and is not ignore_index={problem.ignore_index}: mask such "
-            "tokens, or check that labels and model use the same tokenizer"
-        )
-    if name == "uniforms":
-        raise ValueError("uniforms must lie in [0, 1), as torch.rand draws them")
-    name = {"weight": "token_weight"}.get(name, name)
-    raise ValueError(f"{name} holds values that are not finite, at tokens that count")
 
 
 class _Loop:
