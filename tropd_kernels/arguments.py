@@ -125,6 +125,38 @@ def check_devices(student: Tensor, tensors: dict) -> None:
             )
 
 
+def savable(tensors: tuple, inputs: dict, needs: list[bool], backend: str) -> tuple[tuple, dict]:
+    """The flat tensors and per-token inputs of a call as autograd can save them, which it refuses
+    for what torch.inference_mode() made. That is copied, but for hidden states, logits and heads:
+    there RuntimeError, where the backward reads them. (A traced call is left to torch.)"""
+    if not torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return tensors, inputs
+    student, weight, bias, labels, teacher, teacher_weight, teacher_bias = tensors
+    trains = any(t is not None and t.requires_grad for t in (student, weight, bias))
+    if trains and (backend == "reference" or not any(needs)):
+        _check_savable("student", student, weight)
+        if backend != "reference":  # which saves its log-probs
+            _check_savable("teacher", teacher, teacher_weight)
+    bias, labels, teacher_bias = (_saved(t) for t in (bias, labels, teacher_bias))
+    tensors = (student, weight, bias, labels, teacher, teacher_weight, teacher_bias)
+    return tensors, {name: _saved(t) for name, t in inputs.items()}
+
+
+def _saved(tensor: Tensor | None) -> Tensor | None:
+    return tensor.clone() if tensor is not None and tensor.is_inference() else tensor
+
+
+def _check_savable(side: str, source: Tensor | None, weight: Tensor | None) -> None:
+    for name, tensor in (("logits" if weight is None else "hidden", source), ("weight", weight)):
+        if tensor is not None and tensor.is_inference():
+            raise RuntimeError(
+                f"{side} {name} was made under torch.inference_mode(), and autograd cannot keep it "
+                "for a backward that reads it again (reduction='none', distillation_loss, "
+                "linear_log_probs, backend='reference'): make it under torch.no_grad(), or pass a "
+                "clone()"
+            )
+
+
 def given_log_probs(problem: Problem, counts: Tensor) -> dict[str, Tensor]:
     """A teacher's log-probs by name, with -inf in padding and at tokens that do not count."""
     valid = {"label_log_probs": counts}

@@ -14,7 +14,14 @@ import torch
 from torch import Tensor
 
 from . import ops
-from .arguments import check_call, check_devices, check_selection, flat_per_token, public
+from .arguments import (
+    check_call,
+    check_devices,
+    check_selection,
+    flat_per_token,
+    public,
+    savable,
+)
 from .backends import choose_backend
 from .draws import sampling_uniforms, uniforms_like
 from .linear_loss import INPUTS
@@ -259,9 +266,10 @@ def linear_log_probs(
         scales = [float(logit_scale), float(softcap or 0.0), 1.0, 0.0, float(temperature)]
         flat = (student.reshape(-1, student.shape[-1]), head, shift, labels.reshape(-1))
         one = student.new_ones((), dtype=result_dtype(student.dtype))
+        needs, chosen = [False] * 4, _backend(backend, student, group)
         return (
-            (*flat, None, None, None), {}, one, [False] * 4, rule, scales,
-            _backend(backend, student, group), ignore_index, max_workspace_bytes, EVERY_ROW,
+            *savable((*flat, None, None, None), {}, needs, chosen), one, needs, rule, scales,
+            chosen, ignore_index, max_workspace_bytes, EVERY_ROW,
         ), None  # fmt: skip
 
     (_, _, stats, _), _ = _found(call, group, "none")
@@ -320,16 +328,16 @@ def _flat_call(
 
     grad = torch.is_grad_enabled()
     formed = reduction != "none" and weight is not None and grad
-    tensors = (student, weight, bias)
-    needs = [formed and t is not None and t.requires_grad for t in tensors]
+    needs = [formed and t is not None and t.requires_grad for t in (student, weight, bias)]
     needs.append(needs[1] and offers_main_grad(weight))
     draws = None if sampling is None else sampling_uniforms(labels, seed).reshape(-1)
     selection = Selection(float(tolerance), None if sampling is None else float(sampling), draws)
+    flat = (student.reshape(-1, student.shape[-1]), weight, bias, flat_labels)
+    tensors = (*flat, teacher_source, teacher_weight, teacher_bias)
     call = (
-        (student.reshape(-1, student.shape[-1]), weight, bias, flat_labels,
-         teacher_source, teacher_weight, teacher_bias),
-        inputs, scale, needs, rule, [*student_scales, *teacher_scales, float(temperature)],
-        backend, ignore_index, max_workspace_bytes, selection,
+        *savable(tensors, inputs, needs, backend), scale, needs, rule,
+        [*student_scales, *teacher_scales, float(temperature)], backend, ignore_index,
+        max_workspace_bytes, selection,
     )  # fmt: skip
     return call, after
 
