@@ -23,9 +23,12 @@ from tropd_kernels import (
     REOPOLD,
     SFT,
     ClipOutlier,
+    DistillationLoss,
     Divergence,
     EntropyOPD,
     HiddenTeacher,
+    LinearDistillationLoss,
+    LinearLogProbs,
     LogitsTeacher,
     MaskOutlier,
     SampledTeacher,
@@ -38,6 +41,7 @@ from tropd_kernels import (
     distillation_loss,
     linear_distillation_loss,
     linear_log_probs,
+    plan_chunks,
 )
 from tropd_kernels.backends import choose_backend
 from tropd_kernels.objectives import decode_rule
@@ -58,6 +62,7 @@ def refused(call, error, *words):
     assert caught.type in errors, caught.value
     for word in words:
         assert word in str(caught.value)
+    assert len(str(caught.value)) < 1500  # nobody reads an argument of a megabyte
 
 
 def of(*size, **more):
@@ -127,6 +132,10 @@ HEADS = {
     "hidden of integers": (
         dict(hidden=labels(*SHAPE, H)), TypeError, "student hidden", "float", "int64",
     ),
+    "a quantised head": (
+        dict(weight=of(V, H).to(torch.float8_e4m3fn)), TypeError, "student weight", "float8_e4m3fn",
+        "bfloat16", "dequantise",
+    ),
     "two dtypes": (
         dict(hidden=of(*SHAPE, H).double()), TypeError, "student hidden", "student weight", "cast",
     ),
@@ -142,6 +151,7 @@ HEADS = {
     "cap of text": (dict(softcap="30"), WRONG, "student softcap"),
     "workspace 0": (dict(max_workspace_bytes=0), ValueError, "max_workspace_bytes", "positive"),
     "workspace of text": (dict(max_workspace_bytes="1 GB"), WRONG, "max_workspace_bytes"),
+    "workspace of a bool": (dict(max_workspace_bytes=True), WRONG, "max_workspace_bytes", "True"),
     "workspace of a fraction": (dict(max_workspace_bytes=1e9), WRONG, "max_workspace_bytes"),
     "workspace too small": (
         dict(max_workspace_bytes=999), ValueError, "max_workspace_bytes=999", "too small", "take",
@@ -156,7 +166,38 @@ def test_heads(case, call):
     refused(lambda: call(**changes), error, *words)
 
 
+PLANS = {
+    "tokens of a fraction": (dict(tokens=100.0), "tokens", "int", "100.0"),
+    "tokens below 0": (dict(tokens=-1), "tokens", "at least 0", "-1"),
+    "no vocabulary": (dict(vocab_size=0), "vocab_size", "at least 1"),
+    "a width of a fraction": (dict(hidden_size=8.5), "hidden_size", "int", "8.5"),
+    "a teacher without width": (dict(teacher_hidden_size=0), "teacher_hidden_size", "at least 1"),
+    "backend unknown": (dict(backend="foo"), "backend", "'triton'", "'foo'"),
+    "the reference": (dict(backend="reference"), "backend", "'triton'", "'reference'"),
+}
+
+
+@pytest.mark.parametrize("case", PLANS)
+def test_plans(case):
+    changes, *words = PLANS[case]
+    given = dict(tokens=100, vocab_size=V, hidden_size=H) | changes
+    refused(lambda: plan_chunks(**given), ValueError, *words)
+
+
+@pytest.mark.parametrize("module", [LinearDistillationLoss, DistillationLoss, LinearLogProbs])
+def test_modules_are_refused_before_their_first_call(module):
+    refused(lambda: module(temprature=2.0), TypeError, module.__name__, "mean 'temperature'")
+    refused(lambda: module(labels=labels()), TypeError, module.__name__, "'labels'")
+    if module is LinearLogProbs:
+        refused(lambda: module(objective=GKD()), TypeError, "'objective'")
+    else:
+        refused(lambda: module("tropd"), TypeError, "objective", "TokenRule", "'tropd'")
+        refused(lambda: module(""), TypeError, "objective", "TokenRule")
+
+
 def test_logits():
+    quantised = of(*SHAPE, V).to(torch.float8_e4m3fn)
+    refused(lambda: logits_loss(logits=quantised), TypeError, "logits", "float8", "bfloat16")
     refused(lambda: logits_loss(logits=None), TypeError, "logits", "NoneType")
     refused(lambda: logits_loss(logits=labels(*SHAPE, V)), TypeError, "logits", "float", "int64")
     refused(lambda: logits_loss(logits=of(*SHAPE, 0)), ValueError, "logits", "(*, V)")
@@ -171,15 +212,21 @@ EVERYWHERE = {
     ),
     "labels of 32 bits": (dict(labels=labels().int()), TypeError, "labels", "int64", "int32"),
     "labels of floats": (dict(labels=of(*SHAPE)), TypeError, "labels", "int64", "float32"),
+    "labels of a list, at length": (
+        dict(labels=[0] * 10**5), ValueError, "labels", "int64", "got a list",
+    ),
     "labels are no tensor": (dict(labels=[0, 1]), ValueError, "labels", "int64", "(2, 3)"),
     "temperature 0": (dict(temperature=0), ValueError, "temperature", "positive", "0"),
     "temperature below 0": (dict(temperature=-1.0), ValueError, "temperature", "positive"),
     "temperature NaN": (dict(temperature=NAN), ValueError, "temperature", "positive"),
     "temperature infinite": (dict(temperature=INF), ValueError, "temperature", "positive"),
+    "temperature of a bool": (dict(temperature=True), WRONG, "temperature", "number", "True"),
+    "temperature of a list": (dict(temperature=[1.0] * 10**5), WRONG, "temperature", "[1.0, 1.0"),
     "temperature of text": (dict(temperature="1"), WRONG, "temperature", "'1'"),
     "ignore_index of a fraction": (
         dict(ignore_index=0.5), TypeError, "ignore_index", "int or None", "0.5",
     ),
+    "ignore_index of a bool": (dict(ignore_index=True), TypeError, "ignore_index", "True"),
     "backend unknown": (dict(backend="cuda"), ValueError, "backend", "'triton'", "'cuda'"),
 }  # fmt: skip
 
@@ -198,6 +245,7 @@ LOSSES = {
     "normalizer below 0": (dict(normalizer=-2.0), ValueError, "normalizer", "positive"),
     "normalizer NaN": (dict(normalizer=NAN), ValueError, "normalizer", "positive"),
     "normalizer infinite": (dict(normalizer=INF), ValueError, "normalizer", "positive"),
+    "normalizer of a bool": (dict(normalizer=True), WRONG, "normalizer", "positive", "True"),
     "normalizer of text": (dict(normalizer="3"), WRONG, "normalizer", "positive"),
     "normalizer of a sum": (
         dict(normalizer=3.0, reduction="sum"), ValueError, "normalizer", "'mean'", "'sum'",

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from reprlib import repr as short  # a list of all labels would fill a screen
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from .objectives import TokenRule
+from .products import FLOATS
 
 if TYPE_CHECKING:
     from .linear_loss import Problem
@@ -18,50 +20,69 @@ REDUCTIONS = ("mean", "sum", "none")
 LOG_PROB_MARGIN = 0.125
 
 
+def is_int(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def is_number(value: Any) -> bool:
+    return isinstance(value, float) or is_int(value)
+
+
+def check_float(name: str, tensor: Tensor) -> None:
+    if tensor.dtype not in FLOATS:
+        raise TypeError(
+            f"{name} must be of a float dtype (float16, bfloat16, float32 or float64), got "
+            f"{tensor.dtype}: cast it, or dequantise it"
+        )
+
+
+def check_rule(rule: Any) -> None:
+    if not isinstance(rule, TokenRule):
+        raise TypeError(f"objective must be a TokenRule, such as TrOPD(); got {short(rule)}")
+
+
 def check_call(
     student, labels, rule, temperature, ignore_index, reduction, max_workspace_bytes
 ) -> None:
-    if not isinstance(rule, TokenRule):
-        raise TypeError(f"objective must be a TokenRule, such as TrOPD(); got {rule!r}")
+    check_rule(rule)
     if not isinstance(labels, Tensor) or labels.dtype != torch.int64 or (
         labels.shape != student.shape[:-1]
     ):  # fmt: skip
         given = (
-            f"{labels.dtype} {tuple(labels.shape)}" if isinstance(labels, Tensor) else repr(labels)
+            f"{labels.dtype} {tuple(labels.shape)}"
+            if isinstance(labels, Tensor)
+            else f"a {type(labels).__name__}"
         )
         raise (TypeError if getattr(labels, "shape", None) == student.shape[:-1] else ValueError)(
             f"labels must be int64 of shape {tuple(student.shape[:-1])}, got {given}: shift them "
             "so that hidden[i] (or logits[i]) predicts labels[i]"
         )
-    if not isinstance(temperature, (int, float)) or not 0 < temperature < float("inf"):
-        raise ValueError(f"temperature must be a positive number, got {temperature!r}")
-    if ignore_index is not None and not isinstance(ignore_index, int):
-        raise TypeError(f"ignore_index must be an int or None, got {ignore_index!r}")
+    if not is_number(temperature) or not 0 < temperature < float("inf"):
+        raise ValueError(f"temperature must be a positive number, got {short(temperature)}")
+    if ignore_index is not None and not is_int(ignore_index):
+        raise TypeError(f"ignore_index must be an int or None, got {short(ignore_index)}")
     if reduction not in REDUCTIONS:
         raise ValueError(
-            f"reduction must be one of {', '.join(map(repr, REDUCTIONS))}; got {reduction!r}"
+            f"reduction must be one of {', '.join(map(repr, REDUCTIONS))}; got {short(reduction)}"
         )
     if max_workspace_bytes is not None and not (
-        isinstance(max_workspace_bytes, int) and max_workspace_bytes > 0
+        is_int(max_workspace_bytes) and max_workspace_bytes > 0
     ):
         raise ValueError(
-            f"max_workspace_bytes must be positive or None, got {max_workspace_bytes!r}"
+            f"max_workspace_bytes must be a positive int or None, got {short(max_workspace_bytes)}"
         )
 
 
 def check_selection(tolerance, sampling, reduction: str, backend: str | None, seed) -> None:
-    number = (int, float)
-    if isinstance(tolerance, bool) or not isinstance(tolerance, number) or not 0 <= tolerance < 1:
+    if not is_number(tolerance) or not 0 <= tolerance < 1:
         raise ValueError(
-            f"gradient_tolerance must be a number in [0, 1), got {tolerance!r}: the share of the "
-            "gradient's norm that may be left out, 0 for none"
+            f"gradient_tolerance must be a number in [0, 1), got {short(tolerance)}: the share of "
+            "the gradient's norm that may be left out, 0 for none"
         )
-    if sampling is not None and (
-        isinstance(sampling, bool) or not isinstance(sampling, number) or not 0 < sampling <= 1
-    ):
+    if sampling is not None and (not is_number(sampling) or not 0 < sampling <= 1):
         raise ValueError(
-            f"gradient_sampling must be None or a number in (0, 1], got {sampling!r}: the share of "
-            "the tokens whose gradients are kept, on average"
+            f"gradient_sampling must be None or a number in (0, 1], got {short(sampling)}: the "
+            "share of the tokens whose gradients are kept, on average"
         )
     if tolerance > 0 and sampling is not None:
         raise ValueError(

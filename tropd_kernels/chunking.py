@@ -23,9 +23,12 @@ on the batch: the plan counts all rows.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from reprlib import repr as short
 
 import torch
 
+from .arguments import is_int
+from .backends import BACKENDS
 from .objectives import TokenRule
 from .products import HALF, products_for
 from .rows.layout import Coef, Stat
@@ -112,13 +115,21 @@ def plan_chunks(
         in float32, for a weight with `main_grad`; the accumulator then is the gradient.
     vocab_parallel: `vocab_size` is that of the largest shard, with `process_group`.
 
-    Raises ValueError where even one step does not fit the budget.
+    Raises ValueError where even one step does not fit the budget, and for sizes or a backend that
+    no call has.
     """
-    for name, value in (("vocab_size", vocab_size), ("hidden_size", hidden_size)):
-        if value < 1:
-            raise ValueError(f"{name} must be at least 1, got {value}")
-    if tokens < 0:
-        raise ValueError(f"tokens must be at least 0, got {tokens}")
+    sizes_given = [("tokens", tokens, 0), ("vocab_size", vocab_size, 1)]
+    sizes_given += [("hidden_size", hidden_size, 1)]
+    if teacher_hidden_size is not None:
+        sizes_given += [("teacher_hidden_size", teacher_hidden_size, 1)]
+    for name, value, least in sizes_given:
+        if not is_int(value) or value < least:
+            raise ValueError(f"{name} must be an int, at least {least}, got {short(value)}")
+    chunked = [name for name in BACKENDS if name != "reference"]  # which holds all logits
+    if backend not in chunked:
+        raise ValueError(
+            f"backend must be one of {', '.join(map(repr, chunked))}; got {short(backend)}"
+        )
     device_type = torch.device(device).type
     products = products_for(backend, dtype, device_type)
     logit_size = products.result_dtype.itemsize

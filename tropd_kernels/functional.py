@@ -8,6 +8,7 @@ exist, `linear_log_probs` gives per-token log-probabilities of a head. The mathe
 from __future__ import annotations
 
 from dataclasses import dataclass
+from reprlib import repr as short
 from typing import TYPE_CHECKING
 
 import torch
@@ -17,8 +18,10 @@ from . import ops
 from .arguments import (
     check_call,
     check_devices,
+    check_float,
     check_selection,
     flat_per_token,
+    is_number,
     public,
     savable,
 )
@@ -55,8 +58,9 @@ class TokenStats:
 
     log_probs, teacher_log_probs: of the label, nats. entropy, teacher_entropy: nats (of a top-k
     teacher without `entropy`, a lower bound). forward_kl, reverse_kl: exact, over the vocabulary,
-    with a dense teacher; forward_kl of a top-k teacher is the one on its ids. reward: R, before any
-    clip. trust: the gate's M; outlier: 1 - M; both 0 on a prefix. teacher_topk_mass,
+    with a dense teacher; forward_kl of a top-k teacher is on its ids, or where the rule uses K on
+    the likeliest `top_k` of them, with the rule's `top_k_tail`. reward: R, before any clip. trust:
+    the gate's M; outlier: 1 - M; both 0 on a prefix. teacher_topk_mass,
     student_topk_mass: of K. token_loss: before `token_weight`. kept: passed gate and entropy
     filter.
 
@@ -126,7 +130,7 @@ def linear_distillation_loss(
     side that does not require grad costs no GEMM.
     labels: int64. Tokens with `ignore_index`, or of weight 0, are dropped before the first GEMM;
     `ignore_index=None` says that every token counts, which spares a GPU the one host sync, and with
-    it the checks of values: a label out of range then gives NaN in its row.
+    it the checks of values: there a label out of range gives NaN in its row. A CPU checks anyway.
     teacher: a HiddenTeacher, LogitsTeacher, TopKTeacher or SampledTeacher; None for `SFT()`. Where
     the vocabularies differ in height, the ids that both have are used.
     objective: a `TokenRule`, such as `TrOPD()` (default), `OPD()`, `GKD()`.
@@ -216,8 +220,7 @@ def distillation_loss(
     def call():
         if not isinstance(logits, Tensor):
             raise TypeError(f"logits must be a tensor, got {type(logits).__name__}")
-        if not logits.is_floating_point():
-            raise TypeError(f"logits must be of a float dtype, got {logits.dtype}")
+        check_float("logits", logits)
         if logits.dim() < 1 or logits.shape[-1] == 0:
             raise ValueError(f"logits must be (*, V), got {tuple(logits.shape)}")
         return _flat_call(
@@ -489,6 +492,6 @@ def _normalizer(value, device, dtype) -> Tensor:
         if value.numel() != 1:
             raise ValueError(f"normalizer must be one number, got shape {tuple(value.shape)}")
         return value.detach().reshape(()).to(device=device, dtype=dtype)
-    if not isinstance(value, (int, float)) or not 0 < value < float("inf"):
-        raise ValueError(f"normalizer must be a positive number, got {value!r}")
+    if not is_number(value) or not 0 < value < float("inf"):
+        raise ValueError(f"normalizer must be a positive number, got {short(value)}")
     return torch.full((), float(value), dtype=dtype, device=device)

@@ -26,7 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .gathering import gathered
-from .products import without_autocast
+from .products import FLOATS, without_autocast
 
 __all__ = ["Head", "check_head", "read_head"]
 
@@ -113,7 +113,6 @@ _SUSPECT = re.compile(
 )
 _INNOCENT = re.compile(r"attn|attention|router|gate|mlp|init|head_bias|tie|to_keep|logits$|loss")
 
-_FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _INSTEAD = "materialise its logits and use a loss that takes logits"
 
 
@@ -316,7 +315,7 @@ def _plain_linear(base: Any, head: Any) -> nn.Linear:
                 f"summon_full_params) and read inside; an offloaded one has to be loaded"
             )
         whole = type(weight) in (nn.Parameter, Tensor) or hasattr(weight, "full_tensor")
-        if weight.dtype not in _FLOATS or not whole:
+        if weight.dtype not in FLOATS or not whole:
             raise ValueError(
                 f"{got}, expected floating point, not quantised: leave the head out of the "
                 f"quantisation (llm_int8_skip_modules or modules_to_not_convert)"

@@ -9,8 +9,11 @@ twice.
 
 from __future__ import annotations
 
+from inspect import signature
+
 from torch import Tensor, nn
 
+from .arguments import check_rule
 from .functional import (
     DistillationOutput,
     distillation_loss,
@@ -18,14 +21,23 @@ from .functional import (
     linear_log_probs,
 )
 from .objectives import TokenRule, TrOPD
+from .registry import nearest
 from .teachers import Teacher
 
 
 class _Fixed(nn.Module):
-    """Holds the options of a run."""
+    """Holds the options of a run, which are keywords of the function."""
 
-    def __init__(self, **options):
+    def __init__(self, function, **options):
         super().__init__()
+        parameters = signature(function).parameters.values()
+        known = [p.name for p in parameters if p.kind is p.KEYWORD_ONLY or p.name == "objective"]
+        for name in options:
+            if name not in known:
+                raise TypeError(
+                    f"{type(self).__name__} takes no option {name!r}{nearest(name, known)}. It "
+                    f"takes {', '.join(known)}"
+                )
         self.options = options
 
     def extra_repr(self) -> str:
@@ -37,10 +49,15 @@ class LinearDistillationLoss(_Fixed):
 
     objective: a `TokenRule`; default `TrOPD()`. options: any keyword of the function that does not
     change between batches (`temperature`, `logit_scale`, `softcap`, `reduction`, `backend`, ...).
+
+    Raises TypeError for an objective that is none, and for an option that the function does not
+    take.
     """
 
     def __init__(self, objective: TokenRule | None = None, **options):
-        super().__init__(objective=objective or TrOPD(), **options)
+        objective = TrOPD() if objective is None else objective
+        check_rule(objective)
+        super().__init__(linear_distillation_loss, objective=objective, **options)
 
     def forward(
         self, hidden: Tensor, weight: Tensor, labels: Tensor, teacher: Teacher | None, **batch
@@ -53,7 +70,9 @@ class DistillationLoss(_Fixed):
     """`distillation_loss`, on logits that already exist, with its options fixed."""
 
     def __init__(self, objective: TokenRule | None = None, **options):
-        super().__init__(objective=objective or TrOPD(), **options)
+        objective = TrOPD() if objective is None else objective
+        check_rule(objective)
+        super().__init__(distillation_loss, objective=objective, **options)
 
     def forward(
         self, logits: Tensor, labels: Tensor, teacher: Teacher | None, **batch
@@ -64,6 +83,9 @@ class DistillationLoss(_Fixed):
 
 class LinearLogProbs(_Fixed):
     """`linear_log_probs` with its options fixed."""
+
+    def __init__(self, **options):
+        super().__init__(linear_log_probs, **options)
 
     def forward(self, hidden: Tensor, weight: Tensor, labels: Tensor, **batch):
         """hidden (*, H), weight (V, H), labels (*): log-probs (*), and entropies where asked."""

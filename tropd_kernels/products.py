@@ -24,6 +24,7 @@ from . import native
 #: Rows of the weight upcast at once on a CPU: 8 MiB at a width of 1024.
 TILE_ROWS = 2048
 HALF = (torch.bfloat16, torch.float16)
+FLOATS = (*HALF, torch.float32, torch.float64)
 
 
 def result_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -15,9 +15,11 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from reprlib import repr as short
 
 from torch import Tensor
 
+from .arguments import check_float, is_number
 from .objectives import TokenRule
 
 
@@ -185,8 +187,8 @@ def check_head(side: str, hidden: Tensor, weight: Tensor, bias: Tensor | None) -
             f"{tuple(weight.shape)}, got {tuple(hidden.shape)}"
         )
     for name, tensor in (("hidden", hidden), ("weight", weight), ("bias", bias)):
-        if tensor is not None and not tensor.is_floating_point():
-            raise TypeError(f"{side} {name} must be of a float dtype, got {tensor.dtype}")
+        if tensor is not None:
+            check_float(f"{side} {name}", tensor)
     if hidden.dtype != weight.dtype:
         raise TypeError(
             f"{side} hidden is {hidden.dtype} and {side} weight {weight.dtype}: cast one of them"
@@ -201,9 +203,8 @@ def check_head(side: str, hidden: Tensor, weight: Tensor, bias: Tensor | None) -
 def check_scale(side: str, logit_scale: float, softcap: float | None) -> None:
     """logit_scale: a finite number other than 0; softcap: a positive number or None."""
     for name, value in (("logit_scale", logit_scale), ("softcap", softcap)):
-        is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-        if not is_number and not (name == "softcap" and value is None):
-            raise TypeError(f"{side} {name} must be a number, got {value!r}")
+        if not is_number(value) and not (name == "softcap" and value is None):
+            raise TypeError(f"{side} {name} must be a number, got {short(value)}")
     if not math.isfinite(logit_scale) or logit_scale == 0:
         raise ValueError(f"{side} logit_scale must be finite and not 0, got {logit_scale!r}")
     if softcap is not None and not 0 < softcap < math.inf:
@@ -217,8 +218,7 @@ def _frozen(teacher, *names):
             continue
         if not isinstance(tensor, Tensor):
             raise TypeError(f"teacher {name} must be a tensor, got {type(tensor).__name__}")
-        if not tensor.is_floating_point():
-            raise TypeError(f"teacher {name} must be of a float dtype, got {tensor.dtype}")
+        check_float(f"teacher {name}", tensor)
         if tensor.requires_grad:
             raise ValueError(
                 f"teacher {name} requires grad, but a teacher is frozen: compute it under "
