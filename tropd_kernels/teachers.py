@@ -7,8 +7,10 @@
 | TopKTeacher    | k ids with log-probs, and the label's | K1, forward KL on K, MOPD, top-k JSD   |
 | SampledTeacher | the label's log-prob                  | K1 alone                               |
 
-A teacher is frozen: a tensor that requires grad is an error. Log-probs given by a top-k or sampled
-teacher are taken as they are: `temperature` does not touch them.
+A teacher is frozen: a tensor that requires grad is an error. Compute it under torch.no_grad():
+hidden states, logits and a head from torch.inference_mode() serve only a loss that forms its
+gradients in the forward. Log-probs given by a top-k or sampled teacher are taken as they are:
+`temperature` does not touch them. Those above 0 by more than a rounding are refused.
 """
 
 from __future__ import annotations
