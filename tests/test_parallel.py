@@ -224,6 +224,7 @@ def corners(ranks, backend):
         )
     yield f"{backend} a NaN shows", partial(a_nan_shows, backend)
     yield f"{backend} log-probs", partial(log_probs, backend)
+    yield f"{backend} second derivative", partial(second_derivative, backend)
     for name, form, reduction in [
         ("tropd", "hidden", "mean"), ("akl", "logits", "sum"), ("opd", "sampled", "none"),
         ("tropd_expected", "top_k", "mean"), ("entropy_opd", "hidden", "none"),
@@ -332,6 +333,21 @@ def log_probs(backend):
         results.append([found[0].detach(), found[1].detach(), hidden.grad, *heads])
     for whole, shard in zip(*results, strict=True):
         assert relative_error(shard, whole) <= FLOAT32
+
+
+def second_derivative(backend):
+    """Raises, as of a whole head."""
+    problem = bare()
+    teacher = shard_of(problem.teacher("hidden", torch.float32))
+    for reduction in ("mean", "none"):
+        hidden = problem.hidden.float().requires_grad_()
+        loss = linear_distillation_loss(
+            hidden, mine(problem.weight).float(), problem.labels, teacher, OPD(),
+            reduction=reduction, backend=backend, process_group=dist.group.WORLD,
+        ).loss.sum()  # fmt: skip
+        (gradient,) = torch.autograd.grad(loss, hidden, create_graph=True)
+        with pytest.raises(RuntimeError, match="differentiated once"):
+            torch.autograd.grad(gradient.sum() + hidden.square().sum(), hidden)
 
 
 def a_nan_shows(backend):

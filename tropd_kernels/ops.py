@@ -169,8 +169,7 @@ def _backward(ctx, d_loss, d_token_loss, d_stats, *_):
             gradients = kept_gradients(ctx, d_loss)
         else:
             gradients = _recomputed(ctx, d_loss, d_token_loss, d_stats)
-    if torch.is_grad_enabled():  # create_graph=True
-        gradients = [None if g is None else _Constant.apply(g, loss) for g in gradients]
+    gradients = constants(gradients, loss)
     # A list in which no tensor is missing counts as one of tensors, and wants a list back.
     rest = [
         [None] * len(asks) if isinstance(asks, (list, tuple)) else None
@@ -198,6 +197,13 @@ class _Constant(torch.autograd.Function):
         )
 
 
+def constants(gradients: list[Tensor | None], loss: Tensor) -> list[Tensor | None]:
+    """The same, and under create_graph=True such as raise when they are differentiated."""
+    if not torch.is_grad_enabled():
+        return gradients
+    return [None if g is None else _Constant.apply(g, loss) for g in gradients]
+
+
 def _recomputed(ctx, d_loss, d_token_loss, d_stats) -> list[Tensor | None]:
     _, student, weight, bias, labels, *rest = ctx.saved_tensors
     teacher, teacher_weight, teacher_bias, coefs, loss_scale, *row_inputs = rest
@@ -210,8 +216,8 @@ def _recomputed(ctx, d_loss, d_token_loss, d_stats) -> list[Tensor | None]:
     return [g if need else None for g, need in zip(made, needs, strict=True)]
 
 
-def keep_gradients(ctx, needs, inputs, gradients, loss=None) -> None:
-    """For a backward that only scales them. loss: the output, where `_Constant` is to be used."""
+def keep_gradients(ctx, needs, inputs, gradients, loss) -> None:
+    """For a backward that only scales them, behind the loss among the saved tensors."""
     ctx.needs, ctx.dtypes = list(needs[:3]), [None if t is None else t.dtype for t in inputs]
     ctx.main_weight = inputs[1] if needs[3] else None
     ctx.save_for_backward(loss, *gradients)

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from . import ops
 from .linear_loss import INPUTS, Needs, Problem, backward, forward
@@ -67,28 +66,32 @@ class _ShardedLoss(torch.autograd.Function):
         if ctx.formed:
             ctx.mark_non_differentiable(token_loss, result.stats, shares)
             made = (result.d_student, result.d_weight, result.d_bias)
-            ops.keep_gradients(ctx, needs, (student, weight, bias), made)
+            ops.keep_gradients(ctx, needs, (student, weight, bias), made, loss)
         else:
             ctx.mark_non_differentiable(shares)
-            ctx.save_for_backward(*tensors, result.coefs, scale, *rest)
+            ctx.save_for_backward(loss, *tensors, result.coefs, scale, *rest)
         return loss, token_loss, result.stats, shares
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, d_loss, d_token_loss, d_stats, _):
-        if ctx.formed:
-            gradients = ops.kept_gradients(ctx, d_loss)
-        else:
-            *tensors, coefs, scale = ctx.saved_tensors[:9]
-            problem = _problem(tensors, ctx.settings, ctx.n_pieces, ctx.saved_tensors[9:])
-            carried = ops.carry(coefs, scale, d_loss, d_token_loss, d_stats)
-            with ops.device_of(tensors[0]):
-                result = backward(problem, carried, Needs(*ctx.needs_input_grad[:3]))
-            made = (result.d_student, result.d_weight, result.d_bias)
-            gradients = [
-                None if g is None else g.to(t.dtype) for g, t in zip(made, tensors, strict=False)
-            ]
+        loss = ctx.saved_tensors[0]
+        with torch.no_grad():
+            if ctx.formed:
+                gradients = ops.kept_gradients(ctx, d_loss)
+            else:
+                gradients = _recomputed(ctx, d_loss, d_token_loss, d_stats)
+        gradients = ops.constants(gradients, loss)
         return (*gradients, *[None] * (len(ctx.needs_input_grad) - 3))
+
+
+def _recomputed(ctx, d_loss, d_token_loss, d_stats) -> list[Tensor | None]:
+    _, *tensors, coefs, scale = ctx.saved_tensors[:10]
+    problem = _problem(tensors, ctx.settings, ctx.n_pieces, ctx.saved_tensors[10:])
+    carried = ops.carry(coefs, scale, d_loss, d_token_loss, d_stats)
+    with ops.device_of(tensors[0]):
+        result = backward(problem, carried, Needs(*ctx.needs_input_grad[:3]))
+    made = (result.d_student, result.d_weight, result.d_bias)
+    return [None if g is None else g.to(t.dtype) for g, t in zip(made, tensors, strict=False)]
 
 
 def _problem(tensors, settings, n_pieces, rest) -> Problem:
