@@ -80,7 +80,6 @@ def test_instructions(code, result, dtype):
         ("mul.wide.s32 %rd4, -3, 7;", -21),
         ("cvt.s64.s32 %rd4, %rd2;", -2),
         ("mad.wide.s32 %rd4, -3, 7, %rd2;", -23),
-        ("cvt.rn.f64.s32 %rd4, -3;\ncvt.rzi.s64.f64 %rd4, %rd4;", -3),
     ],
 )
 def test_wide_instructions(code, result):
@@ -190,6 +189,21 @@ REFUSED = {
         "$L__BB0_1:\nbar.sync 0;\n$L__BB0_2:",
         "different barriers",
     ),
+    "some of a warp": (
+        "setp.lt.s32 %p1, %r1, 16;\n@%p1 shfl.sync.bfly.b32 %r3, %r1, 1, 31, -1;",
+        "an exchange of some threads",
+    ),
+    "members": ("redux.sync.add.s32 %r3, %r1, 65535;", "an exchange of some threads"),
+    **{
+        code.split()[0]: (code, f"unknown instruction: {code.split()[0]}")
+        for code in (
+            "max.NaN.f32 %r3, %r1, %r2;", "add.sat.s32 %r3, %r1, %r2;", "add.rz.f32 %r3, %r1, %r2;",
+            "add.cc.u32 %r3, %r1, %r2;", "fma.rn.relu.f32 %r3, %r1, %r2, %r1;",
+            "cvt.rzi.f32.f32 %r3, %r1;", "cvt.rzi.s32.f32 %r3, %r1;", "div.s32 %r3, %r1, %r2;",
+            "setp.gt.ftz.f32 %p1, %r1, %r2;", "setp.eq.and.s32 %p1, %r1, %r2, %p2;",
+            "setp.eq.s32 %p1|%p2, %r1, %r2;", "shfl.sync.bfly.b32 %r3|%p1, %r1, 1, 31, -1;",
+        )
+    },
     "one operand too many": ("add.rn.f32 %r3, %r1, %r1, %r1;", "unknown instruction: add.rn.f32"),
     "unknown": ("lg2.approx.f32 %r3, %r1;", "unknown instruction: lg2.approx.f32 %r3, %r1"),
 }  # fmt: skip

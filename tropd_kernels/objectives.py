@@ -68,8 +68,9 @@ class TokenRule:
     top_k: size of K; None is the whole vocabulary. Ids that tie with the k-th largest belong to K,
         to within the rounding of a logit that is made twice.
     top_k_tail: what is done with the mass outside K: "raw", "bucket", "renormalize_teacher" or
-        "renormalize_both". Of a bucket's masses those that are known on K alone, as a top-k
-        teacher's are and the student's beside it, are good to about 1e-6, absolutely.
+        "renormalize_both". With a top-k teacher both masses of a bucket are differences from 1,
+        good to about 1e-6, and the student's is taken to be at least the precision, 1.2e-7: a
+        student that leaves less there is told of less loss than it has.
     prefix_weight: weight of the K1 forward KL on teacher-written tokens; None treats them as any
         other.
     clip_ratio_low, clip_ratio_high: PPO clip of rho to [1 - low, 1 + high]; None leaves a side

@@ -266,7 +266,7 @@ def carry(coefs, loss_scale, d_loss, d_token_loss, d_stats) -> Tensor:
         # d(log p(y))/dz = 1[v = y] - p and d(H)/dz = -p (log p + H)
         d_log_prob = d_stats[Stat.LOG_PROB]
         extra = torch.zeros_like(carried)
-        extra[Coef.P], extra[Coef.LABEL] = -d_log_prob, -d_log_prob
+        extra[Coef.P] = extra[Coef.P_TOP_K] = extra[Coef.LABEL] = -d_log_prob
         extra[Coef.ENTROPY_WEIGHT] = d_stats[Stat.ENTROPY]
         carried = carried + extra
     return carried

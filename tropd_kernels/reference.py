@@ -11,8 +11,8 @@ under the policy that sampled it; R = sg(lq - lo); rho = exp(lp - lo); K the tea
 Conventions: 0 log 0 = 0 (ids that either side excludes with a logit of -inf). A divergence that is
 infinite (p > 0 where q = 0, or the other way round) has loss +inf and gradient 0, and so has a K1
 reward that no gate rejects, so one such token cannot poison a batch's gradient. KL terms are never
-clamped, but for the student's mass off K in a "bucket", which is at least the least normal number
-over the precision.
+clamped, but for the student's mass off K in a "bucket", which is at least the square of the
+precision.
 """
 
 from __future__ import annotations
@@ -94,7 +94,8 @@ def token_losses(
     on_policy = ~prefix | (rule.prefix_weight is None)
 
     lo = lp.detach() if old_log_probs is None else old_log_probs
-    ratio = (lp - lo).exp()
+    # Without old_log_probs it is 1, be lp infinite.
+    ratio = (lp - lo).exp() if old_log_probs is not None else _one_like(lp)
     loss = torch.zeros_like(lp)
     trust = torch.ones_like(lp)
     kl = None
@@ -233,7 +234,7 @@ def _with_tail(raw: Tensor, log_p: Tensor, log_q: Tensor, on_k: Tensor, tail: st
     q_k = _mass(log_q, on_k)
     if tail == "bucket":
         # p off K directly: near 1 the complement of its mass has no digits left.
-        least = torch.finfo(log_p.dtype).tiny / torch.finfo(log_p.dtype).eps
+        least = torch.finfo(log_p.dtype).eps ** 2
         q_tail, p_tail = (1 - q_k).clamp_min(0), _mass(log_p, ~on_k).clamp_min(least)
         return raw + torch.special.xlogy(q_tail, q_tail) - torch.special.xlogy(q_tail, p_tail)
     kl = raw / q_k - q_k.log()
@@ -314,6 +315,12 @@ def _mass(log_probs: Tensor, mask: Tensor) -> Tensor:
 
 def _entropy(log_probs: Tensor) -> Tensor:
     return _expect(log_probs, -log_probs)
+
+
+def _one_like(log_prob: Tensor) -> Tensor:
+    """exp(log_prob - its own value): 1, with the gradient of log_prob."""
+    finite = torch.where(log_prob == -math.inf, 0.0, log_prob)
+    return (finite - finite.detach()).exp()
 
 
 def _safe(value: Tensor) -> Tensor:

@@ -1,9 +1,9 @@
 """Operations of PTX that NumPy has not, on arrays of one entry a thread.
 
-`ex2.approx` and `div.full` are one last bit off, or none, by a hash of their operands: the
-hardware's may be off by two, and what is right here must not hang on their last bits. Fused
-multiply-adds of float32 are rounded through float64, those of float64 through long double, so that
-they may differ from the hardware's in a last bit.
+`ex2.approx`, `div.full` and `div.approx` are one last bit off, or none, by a hash of their
+operands: the hardware's may be off by two, and what is right here must not hang on their last bits.
+Fused multiply-adds of float32 are rounded through float64, those of float64 through long double, so
+that they may differ from the hardware's in a last bit.
 """
 
 import numpy as np
@@ -20,6 +20,11 @@ def ex2(x):
 
 def divide(x, y):
     return _off_by_a_bit(x.astype(np.float64) / y.astype(np.float64), x, y)
+
+
+def divide_roughly(x, y):
+    """`div.approx`, which gives 0 for large divisors."""
+    return np.where(np.abs(y) > np.float32(2.0**126), x * np.float32(0), divide(x, y))
 
 
 def _off_by_a_bit(exact, *operands):

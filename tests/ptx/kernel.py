@@ -35,6 +35,16 @@ FORMULAS = {
     "ex2": "ex2({a})", "rcp": "rcp({a})", "fma": "fma({a}, {b}, {c})",
 }  # fmt: skip
 EXCHANGES = ("shfl", "redux", "ldmatrix")
+#: Words of an instruction's name, beside its types, that are known to change nothing here, or are
+#: looked at. With any other it would compute something else.
+MODIFIERS = {name: {"rn", "ftz"} for name in FORMULAS} | {
+    "mul": {"rn", "ftz", "lo", "wide"}, "mad": {"lo", "wide"}, "ex2": {"approx", "ftz"},
+    "rcp": {"approx", "ftz"}, "div": {"rn", "full", "approx"}, "cvt": {"rn"}, "cvta": {"local"},
+    "setp": set(COMPARISONS), "shfl": {"sync", "bfly", "idx"},
+    "redux": {"sync", "add", "max", "min"},
+    "ldmatrix": {"sync", "aligned", "m8n8", "x1", "x2", "x4", "shared"},
+    "ld": {"global", "shared", "param", "v2", "v4"}, "st": {"global", "shared", "v2", "v4"},
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -176,22 +186,29 @@ class Kernel:
             block.end = "bar"
             self.blocks.append(Block())
         else:
+            if name in EXCHANGES and guard:
+                raise PtxError(f"an exchange of some threads: {statement}")
             if name in EXCHANGES and not block.gathers:
                 block = Block(gathers=True)
                 self.blocks.append(block)
             try:
                 names, value = self._translated(name, words, _operands(rest))
-            except (KeyError, ValueError, IndexError, AttributeError):
+            except (KeyError, ValueError, TypeError, IndexError, AttributeError):
                 raise PtxError(f"unknown instruction: {statement}") from None
             block.lines.append(Line(names, guard, value))
 
     def _translated(self, name, words, operands) -> tuple[list[str], str]:
         """The registers that get a value, and the value."""
         types = [type_ for type_ in map(Type.named, words) if type_]
+        if not {w for w in words if not Type.named(w)} <= MODIFIERS.get(name, set()):
+            raise ValueError
         own = getattr(self, f"_{name}", None)
         if own is not None:
             names, value = own(words, types, *operands)
-            return [_register(n) for n in names], value
+            names = [_register(n) for n in names]
+            if not set(names) <= set(self.registers):
+                raise ValueError
+            return names, value
         target, *sources = operands
         type_ = types[0]
         # add.f32.bf16: all but the last operand are of the narrower type
@@ -252,8 +269,6 @@ class Kernel:
         return space, f"{base}.astype(u64) + {self._bits(offset or '0', 64)}"
 
     def _ldmatrix(self, words, types, registers, address):
-        if words[2] != "m8n8" or words[4:] != ["shared", "b16"]:
-            raise ValueError
         names = _group(registers)
         _, at = self._address(["shared"], address)
         return names, f"ldmatrix({at}, {len(names)}, {{mask}})"
@@ -267,7 +282,8 @@ class Kernel:
 
     def _redux(self, words, types, target, value, members):
         how = {"add": "np.add", "max": "np.fmax", "min": "np.fmin"}[words[1]]
-        return [target], types[0].to_bits(f"reduced({how}, {types[0].of_bits(_register(value))})")
+        number = types[0].of_bits(self._bits(value, 32))
+        return [target], types[0].to_bits(f"reduced({how}, {number}, {self._bits(members, 32)})")
 
     def _mov(self, words, types, target, source):
         (type_,) = types
@@ -298,9 +314,8 @@ class Kernel:
             high, low = (f"to_bf16({number}).astype(u32)" for number in numbers)
             return [target], f"{low} | ({high} << {self._bits('16', 32)})"
         (number,) = numbers
-        if to.letter in ("u", "s") and of.letter in ("f", "bf"):
-            how = {"rzi": "trunc", "rni": "rint"}[words[0]]
-            number = f"np.{how}({number})"
+        if to.letter in ("u", "s") and of.letter not in ("u", "s"):
+            raise ValueError
         return [target], to.to_bits(
             f"({number}).astype({'f32' if to.letter == 'bf' else to.dtype})"
         )
@@ -354,8 +369,10 @@ class Kernel:
     def _div(self, words, types, target, a, b):
         (type_,) = types
         a, b = (type_.of_bits(self._bits(s, type_.width)) for s in (a, b))
-        exact = "rn" in words
-        return [target], type_.to_bits(f"{a} / {b}" if exact else f"divide({a}, {b})")
+        if type_.letter != "f":
+            raise ValueError
+        how = {"rn": "{} / {}", "full": "divide({}, {})", "approx": "divide_roughly({}, {})"}
+        return [target], type_.to_bits(how[words[0]].format(a, b))
 
 
 def _register(operand: str) -> str:

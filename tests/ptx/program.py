@@ -121,8 +121,11 @@ class Program:
         lanes = LANES ^ by if butterfly else by % WARP
         return np.take_along_axis(self._by_warp(value), lanes, 1).ravel()
 
-    def reduced(self, ufunc, value):
+    def reduced(self, ufunc, value, members):
         """One number of a warp."""
+        if (members != U32(0xFFFFFFFF)).any():
+            raise PtxError("an exchange of some threads of a warp")
+        value = self._of_all(value)
         return np.repeat(ufunc.reduce(self._by_warp(value), axis=1, dtype=value.dtype), WARP)
 
     def ldmatrix(self, address, count, mask):

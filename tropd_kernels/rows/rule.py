@@ -1,9 +1,8 @@
 """The token rule on vectors of rows: statistics in, loss and coefficients out.
 
 Plain torch on a few numbers a row, for the backends whose row passes are not Triton; the kernel
-`_rule_kernel` is its twin. It runs in two steps, because the top-k pass between them is made only
-for
-the rows that need it:
+`rule_kernel` is its twin. It runs in two steps, because the top-k pass between them is made only
+for the rows that need it:
 
     gate   the trust region M, and the weight of the forward KL that follows from it
     rule   loss and coefficients, once the sums over K and the generator's sums are known
@@ -249,10 +248,18 @@ def forward_kl(sums: Sums, rule: TokenRule) -> tuple[Tensor, Tensor, Tensor, Ten
     return kl, zero, on_k, share
 
 
+def tails_by_mass(student_mass: Tensor, teacher_mass: Tensor) -> tuple[Tensor, Tensor]:
+    """What is off K, of student and teacher, where only what is on K is known. The student's, which
+    is divided by, is no less than a difference from 1 can tell."""
+    least = torch.finfo(student_mass.dtype).eps
+    return (1 - student_mass).clamp_min(least), (1 - teacher_mass).clamp_min(0)
+
+
 def least_tail(dtype: torch.dtype) -> float:
-    """What is left of the student's mass off K where none can be seen: small enough to be no more
-    than a bound of the loss, and large enough that its inverse, times a weight, is finite."""
-    return torch.finfo(dtype).tiny / torch.finfo(dtype).eps
+    """A floor of the student's mass off K. Summed there, it is good far below the precision; but an
+    id on the edge of K, which a pass over logits made again may take for another side, must not be
+    multiplied by more than the inverse of this."""
+    return torch.finfo(dtype).eps ** 2
 
 
 def _weigh(weight: Tensor, value: Tensor) -> Tensor:

@@ -32,7 +32,17 @@ from torch import Tensor
 
 from .given import given_statistics, given_top_k
 from .layout import Coef, RowBatch, RowOptions, Stat
-from .rule import SUMS, Gate, Sums, apply_rule, forward_kl, gate, rows_with_sums, topk_entropy
+from .rule import (
+    SUMS,
+    Gate,
+    Sums,
+    apply_rule,
+    forward_kl,
+    gate,
+    rows_with_sums,
+    tails_by_mass,
+    topk_entropy,
+)
 from .sharded_search import head_threshold, top_k_threshold
 
 if TYPE_CHECKING:
@@ -143,8 +153,9 @@ class ShardRows:
         total[log_mass] = gathered[:, log_mass].logsumexp(0)
         sums = Sums(**dict(zip(SUMS, total.to(made.dtype).unbind(), strict=True)))
         if not dense or rule.sums_on_k_alone:
-            sums.teacher_tail = (1 - sums.teacher_mass).clamp_min(0)
-            sums.student_tail = (1 - sums.student_mass).clamp_min(0)
+            sums.student_tail, sums.teacher_tail = tails_by_mass(
+                sums.student_mass, sums.teacher_mass
+            )
         if rule.uses_top_k or not dense:
             stats[Stat.TEACHER_TOPK_MASS] = sums.teacher_mass.masked_fill(~needed, math.nan)
             stats[Stat.STUDENT_TOPK_MASS] = sums.student_mass.masked_fill(~needed, math.nan)

@@ -24,7 +24,17 @@ from ..objectives import TokenRule
 from .generators import generator_terms
 from .given import given_statistics, given_top_k
 from .layout import FIRST_WEIGHT, Coef, LogitTransform, RowBatch, RowOptions, Stat
-from .rule import SUMS, Gate, Sums, apply_rule, as_matrix, forward_kl, gate, rows_with_sums
+from .rule import (
+    SUMS,
+    Gate,
+    Sums,
+    apply_rule,
+    as_matrix,
+    forward_kl,
+    gate,
+    rows_with_sums,
+    tails_by_mass,
+)
 from .top_k import columns_reaching, kth_largest, with_margin
 
 #: Elements of one block's temporary: 4 MiB of float32 on a CPU, enough to fill a GPU on one.
@@ -248,7 +258,7 @@ def sum_terms(lp: Tensor, lq: Tensor, on_k: Tensor | None, rule: TokenRule, dens
         # off K directly: near 1 the complement of the mass has no digits left
         student_tail, teacher_tail = (p - p_k).sum(-1), (q - q_k).sum(-1)
     else:
-        student_tail, teacher_tail = ((1 - m).clamp_min(0) for m in (student_mass, teacher_mass))
+        student_tail, teacher_tail = tails_by_mass(student_mass, teacher_mass)
     lp_k = lp if on_k is None else lp.where(on_k, -math.inf)
     sums = Sums(
         teacher_mass,
@@ -303,19 +313,26 @@ def _gradient(part: RowBatch, c: Tensor, options: RowOptions, out: Tensor) -> No
         c[Coef.REVERSE_KL] -= c[Coef.STUDENT_LOG_SUM] - c[Coef.TEACHER_LOG_SUM]
     z = transform(part.student, options.student, c.dtype)
     d = _log_p(z, c, options).exp_() if options.sharded else z.softmax(-1)
-    weight = _weight_of_p(part, c, options)
+    reads_teacher = part.teacher is not None and rule.reads_teacher_rows
+    if reads_teacher := reads_teacher and not (on_cpu and not bool(needs_teacher.any())):
+        picked = needs_teacher.nonzero().squeeze(-1) if on_cpu else slice(None)
+        lq = _log_q(part.teacher[picked], c[:, picked], options)
+    weight = c[Coef.P]
+    if rule.uses_top_k and rule.p_weighs_otherwise_on_k:
+        weight = weight.expand(d.shape).clone()
+        if reads_teacher:
+            on_k = lq >= c[Coef.THRESHOLD, picked]
+            weight[picked] = torch.where(on_k, c[Coef.P_TOP_K, picked], weight[picked])
+        elif part.ids is not None:
+            weight = torch.where(_is_given(part, rule, d), c[Coef.P_TOP_K], weight)
     if rule.entropy_coef:
         inner = _log_p(z, c, options).add_(c[Coef.ENTROPY]).where(d > 0, 0.0)
         weight = weight - c[Coef.ENTROPY_WEIGHT] * inner
     d *= weight
-    if part.teacher is not None and rule.reads_teacher_rows:
-        picked = needs_teacher.nonzero().squeeze(-1) if on_cpu else slice(None)
-        if not on_cpu or bool(needs_teacher.any()):
-            on_k_alone = rule.uses_top_k and not rule.uses_reverse_kl
-            add = _add_on_top_k if on_k_alone and on_cpu else _add_teacher_terms
-            lp = _log_p(z[picked], c[:, picked], options)
-            lq = _log_q(part.teacher[picked], c[:, picked], options)
-            add(d, lp, lq, c[:, picked], picked, rule)
+    if reads_teacher:
+        on_k_alone = rule.uses_top_k and not rule.uses_reverse_kl
+        add = _add_on_top_k if on_k_alone and on_cpu else _add_teacher_terms
+        add(d, _log_p(z[picked], c[:, picked], options), lq, c[:, picked], picked, rule)
     elif part.ids is not None and rule.uses_sums:
         ids, lq, on_k = _given(part, rule.top_k, d.shape[-1], d.dtype)
         lp = _log_p(z, c, options).gather(-1, ids)
@@ -334,18 +351,11 @@ def _gradient(part: RowBatch, c: Tensor, options: RowOptions, out: Tensor) -> No
     out.copy_(d)
 
 
-def _weight_of_p(part: RowBatch, c: Tensor, options: RowOptions) -> Tensor:
-    """(n, 1), or (n, V) where p weighs otherwise on K."""
-    rule = options.rule
-    if not (rule.uses_top_k and rule.p_weighs_otherwise_on_k):
-        return c[Coef.P]
-    if part.teacher is not None:
-        on_k = _log_q(part.teacher, c, options) >= c[Coef.THRESHOLD]
-    else:
-        ids, _, given = _given(part, rule.top_k, part.student.shape[-1], c.dtype)
-        counts = torch.zeros(part.student.shape, dtype=torch.int16, device=c.device)
-        on_k = counts.scatter_add_(-1, ids, given.to(torch.int16)) > 0  # padding adds nothing
-    return torch.where(on_k, c[Coef.P_TOP_K], c[Coef.P])
+def _is_given(part: RowBatch, rule: TokenRule, like: Tensor) -> Tensor:
+    """(n, V): which ids a top-k teacher's K holds."""
+    ids, _, given = _given(part, rule.top_k, like.shape[-1], like.dtype)
+    counts = torch.zeros(like.shape, dtype=torch.int16, device=like.device)
+    return counts.scatter_add_(-1, ids, given.to(torch.int16)) > 0  # padding adds nothing
 
 
 def _add_teacher_terms(d: Tensor, lp: Tensor, lq: Tensor, c: Tensor, picked, rule) -> None:

@@ -36,7 +36,7 @@ def _gate(
     if HAS_ADVANTAGES:
         reward = advantage
     acceptance = tl.exp(tl.minimum(lq - lo, 0.0))
-    trust = lp * 0 + 1
+    trust = tl.where(lp == lp, 1.0, 1.0).to(lp.dtype)  # not lp * 0 + 1: lp may be infinite
     if GATE == "bernoulli":
         trust = tl.where(uniform < acceptance, 1.0, 0.0).to(lp.dtype)
     elif GATE == "expected":

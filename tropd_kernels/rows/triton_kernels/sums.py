@@ -227,7 +227,8 @@ def given_sums_kernel(
     tl.store(sums + TEACHER_MASS * columns, teacher_mass)
     tl.store(sums + STUDENT_MASS * columns, student_mass)
     tl.store(sums + TEACHER_TAIL * columns, tl.maximum(1 - teacher_mass, 0.0))
-    tl.store(sums + STUDENT_TAIL * columns, tl.maximum(1 - student_mass, 0.0))
+    EPS: tl.constexpr = 2.220446049250313e-16 if ACC == tl.float64 else 1.1920928955078125e-07
+    tl.store(sums + STUDENT_TAIL * columns, tl.maximum(1 - student_mass, EPS))
     tl.store(sums + STUDENT_LOG_MASS * columns, base + tl.log(tl.sum(tl.exp(lp - base), 0)))
     kl = tl.where(on_k & (q > 0), q * (lq - lp), 0.0)
     tl.store(sums + SUM_FORWARD_KL * columns, tl.sum(kl, 0))
