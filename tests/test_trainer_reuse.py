@@ -85,6 +85,40 @@ def test_resume_goes_on_with_the_batch(tmp_path, stop):
     resume_and_compare(tmp_path, stop, max_steps=6, num_iterations=3, drift_tau=2.0)
 
 
+@pytest.mark.parametrize(("rows", "parts"), [(4, 1), (1, 4)])
+def test_resume_with_another_split(tmp_path, rows, parts):
+    """Counted anew, the saved micro-batches would be trained on in part. Between batches any split
+    will do, and so it will with the file away."""
+    settings = dict(num_iterations=2, save_strategy="steps", save_steps=1)
+    saved = dict(per_device_train_batch_size=2, gradient_accumulation_steps=2)
+    make(tmp_path, max_steps=2, **settings, **saved).train()
+    other = dict(per_device_train_batch_size=rows, gradient_accumulation_steps=parts)
+
+    def resumed(step):
+        trainer = make(tmp_path, max_steps=3, num_iterations=2, **other)
+        trainer.train(resume_from_checkpoint=str(tmp_path / f"checkpoint-{step}"))
+        return trainer
+
+    with pytest.raises(ValueError, match=f"per_device_train_batch_size 2 and 2; now .* {parts} a"):
+        resumed(1)
+    assert len(resumed(2).batches) == parts
+    (tmp_path / "checkpoint-1" / "generation_batch_0.pt").unlink()
+    assert sum(len(batch["prompt_ids"]) for batch in resumed(1).batches) == 8
+
+
+def test_resume_on_fewer_processes(tmp_path):
+    """One process has only its share of the rows, and their loss is over the tokens of all."""
+    settings = dict(num_iterations=2, save_strategy="steps", save_steps=1)
+    make(tmp_path, max_steps=1, **settings).train()
+    folder = tmp_path / "checkpoint-1"
+    part = torch.load(folder / "generation_batch_0.pt")
+    torch.save(part, folder / "generation_batch_1.pt")
+    trainer = make(tmp_path, max_steps=2, **settings)
+    trainer.train(resume_from_checkpoint=str(folder))
+    (batch,) = trainer.batches
+    assert not torch.equal(batch["completion_ids"], part[0]["completion_ids"])
+
+
 def test_streams_are_refused(tmp_path):
     with pytest.raises(ValueError, match="num_iterations: .* load the data set whole"):
         make(tmp_path, data=tiny.prompts().to_iterable_dataset(), num_iterations=2)

@@ -30,7 +30,7 @@ from trl.trainer.utils import RepeatSampler, create_model_from_path
 
 from ..functional import TokenStats
 from ..heads import Head, current
-from .checks import check_context, check_ids
+from .checks import check_context, check_ids, split_error
 from .prefix import is_complete
 from .sharding import (
     fsdp_version,
@@ -65,8 +65,8 @@ HOOKS = (
 #: Attributes of an instance.
 ATTRIBUTES = (
     "_buffered_inputs", "_forward_redirection", "_metrics", "_signature_columns", "_step",
-    "_tokenizer", "chat_template", "chat_template_kwargs", "eos_token_ids", "generation_config",
-    "model_wrapped", "teacher_model", "use_vllm",
+    "_tokenizer", "_train_batch_size", "chat_template", "chat_template_kwargs", "eos_token_ids",
+    "generation_config", "model_wrapped", "teacher_model", "use_vllm",
 )  # fmt: skip
 #: Further fields of a micro-batch that go to the backbone, where a processor made them.
 _MULTIMODAL = tuple(dict(HOOKS)["_get_last_hidden_state"].split()[5:])
@@ -379,21 +379,33 @@ class DistillationAdapter(DistillationTrainer):
         if self._iteration() and not self.args.save_only_model:
             # A resumed run has to go on with this batch.
             folder = Path(self._get_output_dir(trial=trial), f"checkpoint-{self.state.global_step}")
-            torch.save(self._buffered_inputs, folder / self._batch_file())
+            file = _batch_file(self.accelerator.process_index)
+            torch.save(self._buffered_inputs, folder / file)
 
     def _load_optimizer_and_scheduler(self, checkpoint):
         # Not with the model, which DeepSpeed loads by itself.
         super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is None:
             return
-        file = Path(checkpoint, self._batch_file())
-        device = self.accelerator.device
-        # On more processes than before some have no file: then all write anew, or none.
-        if self.accelerator.gather(torch.tensor([file.exists()], device=device)).all():
-            self._buffered_inputs = torch.load(file, map_location=device)
+        self._buffered_inputs = None
+        if not self._iteration():
+            return
+        file = Path(checkpoint, _batch_file(self.accelerator.process_index))
+        # On more processes than before some have no file, on fewer some files have no process: then
+        # all write anew, or none.
+        beyond = Path(checkpoint, _batch_file(self.accelerator.num_processes))
+        if self._on_all(file.exists() and not beyond.exists()):
+            batch = torch.load(file, map_location=self.accelerator.device)
+            rows = [len(part["prompt_ids"]) for part in batch]
+            wanted = [self._train_batch_size] * self.args.gradient_accumulation_steps
+            if not self._on_all(rows == wanted):
+                raise split_error(rows, wanted, checkpoint)
+            self._buffered_inputs = batch
 
-    def _batch_file(self) -> str:
-        return f"generation_batch_{self.accelerator.process_index}.pt"
+    def _on_all(self, here: bool) -> bool:
+        """Whether this holds on every process: a collective."""
+        flag = torch.tensor([here], device=self.accelerator.device)
+        return bool(self.accelerator.gather(flag).all())
 
     @contextlib.contextmanager
     def _limit(self, tokens: int) -> Iterator[None]:
@@ -447,6 +459,10 @@ def _positions_behind_padding(model: PreTrainedModel, mask: Tensor) -> Iterator[
         yield
     finally:
         hook.remove()
+
+
+def _batch_file(process: int) -> str:
+    return f"generation_batch_{process}.pt"
 
 
 def _ids(batch: dict[str, Any], part: str) -> list[list[int]]:

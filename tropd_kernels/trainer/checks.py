@@ -49,6 +49,18 @@ def check_rows(dataset: Any, batch: int) -> None:
         )
 
 
+def split_error(saved: Sequence[int], wanted: Sequence[int], checkpoint: str) -> ValueError:
+    """For a generation batch that a checkpoint holds in other micro-batches than the run's (rows of
+    each): by its own counts the run would train on some of them and never on the rest."""
+    (was, now) = (f"{len(rows)} and {max(rows, default=0)}" for rows in (saved, wanted))
+    return ValueError(
+        f"resume_from_checkpoint: {checkpoint} was saved between the steps on a generation batch "
+        f"with gradient_accumulation_steps and per_device_train_batch_size {was}; now they are "
+        f"{now}, and num_iterations goes on with that batch: set them as they were, or delete "
+        "generation_batch_*.pt there to have a new one written"
+    )
+
+
 def check_context(
     prompt_ids: list[list[int]],
     completion: int,  # tokens
