@@ -67,7 +67,9 @@ class TrOPDConfig(DistillationConfig):
         policy has moved by s nats a token since sampling weigh exp(-drift_tau |s|), relative to
         their mean over the micro-batch. None (default): no gates.
     kl_discount_factor: replaces the K1 reward by its discounted sum to the end of the completion;
-        0 (default) leaves the immediate reward, 1 is the plain sum.
+        0 (default) leaves the immediate reward, 1 is the plain sum. A token to which the teacher
+        gives probability 0 counts as the rule's `threshold` in it, and stays outside the gate; an
+        objective without a gate has an infinite loss there, and the run stops.
     importance_gamma: IW-OPD's gamma (the paper's 0.5): early tokens weigh up to 1 + gamma. None
         (default) weighs all alike.
     backend: "triton", "native", "torch" or "reference"; None takes the best one here.

@@ -7,6 +7,7 @@ behind a server, or in the data set's columns, gives log-probs of a few ids inst
 What surrounds that (generation, checkpoints, PEFT, logging, evaluation) is TRL's and transformers'.
 """
 
+import math
 import random
 import sys
 from collections.abc import Callable
@@ -19,12 +20,11 @@ from transformers import PreTrainedModel, ProgressCallback, TrainerCallback
 from trl import RichProgressCallback  # type: ignore[attr-defined]
 from trl.trainer.utils import get_config_model_id
 
-from ..credit import drift_gates, importance_weights, return_to_go
 from ..draws import bernoulli_uniforms
 from ..functional import DistillationOutput, TokenStats, linear_distillation_loss
 from ..objectives import OPD, SFT, TokenRule
 from ..teachers import HiddenTeacher, Teacher
-from . import metrics, signals
+from . import credit, metrics, signals
 from .adapter import DistillationAdapter, Side
 from .checks import (
     check_dataset,
@@ -173,10 +173,14 @@ class TrOPDTrainer(DistillationAdapter):
             share = 1.0
         signal = signals.teacher_of(inputs) if teacher is None else _frozen(teacher)
         old = inputs.get("old_log_probs")
+        given = self._credit(student, signal, labels, rule, prefix, old)
+        if not all(tensor.isfinite().all() for tensor in given.values()):
+            # The loss would refuse them here, on this process alone; `after_loss` stops every one.
+            given, share = {}, math.nan
         out = self._compare(
             student, signal, labels, rule,
             teacher_prefix=prefix, uniforms=self._uniforms(inputs), normalizer=normalizer,
-            old_log_probs=old, **self._credit(student, signal, labels, prefix, old),
+            old_log_probs=old, **given,
         )  # fmt: skip
         return out.loss * share, out.stats
 
@@ -222,36 +226,20 @@ class TrOPDTrainer(DistillationAdapter):
         student: Side,
         teacher: Teacher | None,
         labels: Tensor,
+        rule: TokenRule,
         prefix: Tensor,
         old_log_probs: Tensor | None,
     ) -> dict[str, Tensor]:
         """`advantages` and `token_weight` (B, C), where the config asks for them: one more pass
         over the heads, for the rewards. The teacher's tokens take no part and weigh 1."""
-        discount, gamma = self.args.kl_discount_factor, self.args.importance_gamma
-        drifted = self.args.drift_tau is not None and old_log_probs is not None
-        if not discount and gamma is None and not drifted:
+        if not credit.is_wanted(self.args, old_log_probs):
             return {}
         k1 = OPD() if teacher is not None else SFT()
         stats = self._compare(
             student, teacher, labels, k1, reduction="sum", old_log_probs=old_log_probs
         ).stats
         own = (labels != _IGNORED) & ~prefix
-        credit = {}
-        if discount:
-            credit["advantages"] = return_to_go(stats.reward, own, discount).where(
-                own, stats.reward
-            )
-        weights = torch.ones_like(stats.log_probs)
-        if gamma is not None:
-            weights = weights * importance_weights(stats.reward, own, gamma)
-        if drifted:
-            block, tau = self.args.drift_block_size, self.args.drift_tau
-            weights = weights * drift_gates(old_log_probs, stats.log_probs, own, block, tau)
-        if gamma is not None or drifted:
-            credit["token_weight"] = weights.masked_fill(prefix, 1.0)
-        if not all(tensor.isfinite().all() for tensor in credit.values()):
-            return {}  # the loss is not finite either, and `after_loss` stops every process
-        return credit
+        return credit.token_credit(self.args, rule, stats, own, old_log_probs)
 
     def after_loss(self, loss: Tensor, stats: TokenStats, inputs: dict[str, Any]) -> None:
         """Logs, and stops where the loss of any process is not finite."""

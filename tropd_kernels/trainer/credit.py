@@ -1,0 +1,58 @@
+"""What `kl_discount_factor`, `importance_gamma` and `drift_tau` make of a micro-batch's rewards.
+
+    advantages      return_to_go over the student's tokens; others keep their own reward
+    token_weight    importance_weights x drift_gates; what is not the student's weighs 1
+
+The functions are those of `tropd_kernels.credit`. A reward of -inf (the teacher gives the token
+probability 0) would make every earlier return -inf. An objective with a gate keeps such a reward
+out of its loss, and here it stays as local: the token remains outside the gate, and earlier returns
+count it as the rule's `threshold`. Without a gate nothing bounds it: the advantages are infinite,
+and so is the loss.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..credit import drift_gates, importance_weights, return_to_go
+from ..functional import TokenStats
+from ..objectives import TokenRule
+
+
+def is_wanted(args: Any, old_log_probs: Tensor | None) -> bool:
+    """Whether the config asks for any of it; drift needs the policy that sampled."""
+    drifted = args.drift_tau is not None and old_log_probs is not None
+    return bool(args.kl_discount_factor) or args.importance_gamma is not None or drifted
+
+
+def token_credit(
+    args: Any,  # a TrOPDConfig
+    rule: TokenRule,
+    stats: TokenStats,  # (B, C): K1 rewards and log-probs
+    own: Tensor,  # (B, C) bool: the student's tokens
+    old_log_probs: Tensor | None,
+) -> dict[str, Tensor]:
+    """`advantages` and `token_weight` (B, C), those that the config asks for."""
+    credit = {}
+    if args.kl_discount_factor:
+        credit["advantages"] = _advantages(stats.reward, own, args.kl_discount_factor, rule)
+    weights = []
+    if args.importance_gamma is not None:
+        weights.append(importance_weights(stats.reward, own, args.importance_gamma))
+    if args.drift_tau is not None and old_log_probs is not None:
+        block, tau = args.drift_block_size, args.drift_tau
+        weights.append(drift_gates(old_log_probs, stats.log_probs, own, block, tau))
+    if weights:
+        credit["token_weight"] = torch.stack(weights).prod(0).where(own, 1.0)
+    return credit
+
+
+def _advantages(reward: Tensor, own: Tensor, discount: float, rule: TokenRule) -> Tensor:
+    if rule.gate == "always":
+        return return_to_go(reward, own, discount).where(own, reward)
+    excluded = reward == -torch.inf
+    floored = reward.masked_fill(excluded, rule.threshold)
+    # Tokens behind an excluded one must not lift it above the gate.
+    returns = return_to_go(floored, own, discount).masked_fill(excluded, rule.threshold)
+    return returns.where(own, floored)
