@@ -249,6 +249,43 @@ def test_columns_that_do_not_fit(tmp_path, served):
         trained(data.map(lambda row: {"completion_ids": []}))
 
 
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        ([1.0, 0.5, 3.0], "negative log-probs: change their sign"),
+        ([1.0, 0.5, 0.25], "probabilities: take their logarithm"),
+        ([-1.0, 0.5, 3.0], "logits: subtract their logsumexp"),
+    ],
+)
+@pytest.mark.parametrize("column", ["teacher_label_log_probs", "teacher_log_probs"])
+def test_columns_above_zero(tmp_path, column, values, words):
+    """They would be rewards of the wrong sign."""
+    row = dict(
+        prompt="w1 w2", completion_ids=[7, 8, 9], teacher_label_log_probs=[-1.0, 0.0, 1e-6],
+        teacher_ids=[[7]] * 3, teacher_log_probs=[[-1.0]] * 3,
+    )  # fmt: skip
+    settings = dict(precomputed_teacher=True, objective_kwargs={"top_k": 1})
+    make(tmp_path, data=tiny.Dataset.from_list([row] * 4), **settings).train()
+    row[column] = values if column == "teacher_label_log_probs" else [[v] for v in values]
+    with pytest.raises(ValueError, match=f"{column}: expected log-probs, .* as of {words}"):
+        make(tmp_path, data=tiny.Dataset.from_list([row] * 4), **settings).train()
+
+
+def test_served_log_probs_above_zero():
+    choice = {"prompt_logprobs": [None, {"5": {"logprob": 0.5}}]}
+    with pytest.raises(ValueError, match="token 0 reach 0.5, above 0"):
+        server_module.read_scores(choice, [4], [5], 0)
+
+
+@pytest.mark.parametrize("ids", [[7.0, 8.0, 9.0], [7.5, 8.0, 9.0], [7.0, float("nan"), 9.0]])
+def test_ids_from_a_table_with_gaps(tmp_path, ids):
+    row = dict(prompt="w1 w2", completion_ids=ids, teacher_label_log_probs=[-1.0] * 3)
+    data = tiny.Dataset.from_list([row] * 4)
+    trainer = make(tmp_path, data=data, precomputed_teacher=True, objective="opd")
+    with pytest.raises(ValueError, match="completion_ids: expected whole numbers, got 7"):
+        trainer.train()
+
+
 def test_one_teacher_only(tmp_path, served):
     with pytest.raises(ValueError, match="teacher_model: .* give one of the three"):
         remote(tmp_path, served, teacher=teacher(), **TOP_4)

@@ -29,6 +29,8 @@ from torch import Tensor
 #: urllib3 repeats at once, then after twice this many seconds, doubled each time, 120 at most.
 BACKOFF_SECONDS = 0.5
 _REPEATED = (408, 429, 500, 502, 503, 504)
+#: Above 0 by more than rounding, in nats, no number is a log-prob.
+MARGIN = 1e-3
 _QUOTED = 300  # characters of a server's own words in an error
 
 
@@ -197,7 +199,7 @@ def read_scores(
     choice: Mapping[str, Any], prompt: Sequence[int], completion: Sequence[int], top_k: int
 ) -> TokenScores:
     """The completion's part of one choice's `prompt_logprobs`. Raises ValueError where log-probs
-    are missing or no numbers."""
+    are missing, no numbers or above 0."""
     positions = choice.get("prompt_logprobs")
     expected = len(prompt) + len(completion)
     if not isinstance(positions, list) or len(positions) != expected:
@@ -210,6 +212,11 @@ def read_scores(
         }
         if any(math.isnan(value) for value in at.values()):
             raise ValueError(f"the log-probs of token {place} hold NaN")
+        if max(at.values(), default=0.0) > MARGIN:
+            raise ValueError(
+                f"the log-probs of token {place} reach {max(at.values()):.4g}, above 0: the server "
+                "must give log-probs, not logits"
+            )
         # Besides the label's own, which comes even where it is not among the k likeliest.
         best = sorted(at.items(), key=lambda entry: -entry[1])[:top_k]
         if token not in at or len(best) < top_k:

@@ -11,6 +11,7 @@ tensors travel with their completions through TRL's shuffling and splitting, and
 """
 
 from collections.abc import Mapping, Sequence
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ from torch import Tensor
 
 from ..objectives import TokenRule
 from ..teachers import SampledTeacher, TopKTeacher, check_serves
-from .server import TokenScores
+from .server import MARGIN, TokenScores
 
 COMPLETION = "completion_ids"
 LABEL, IDS, LOG_PROBS = "teacher_label_log_probs", "teacher_ids", "teacher_log_probs"
@@ -76,10 +77,10 @@ def column_scores(rows: Sequence[Mapping[str, Any]], limit: int, top_k: int) -> 
 
 def _row_scores(row: Mapping[str, Any], limit: int, top_k: int) -> TokenScores:
     tokens = len(_completion(row))
-    label = _column(row, LABEL, tokens, 1)
+    label = _log_probs(row, LABEL, tokens, 1)
     if not top_k:
         return TokenScores(label[:limit].float())
-    ids, log_probs = _column(row, IDS, tokens, 2), _column(row, LOG_PROBS, tokens, 2)
+    ids, log_probs = _column(row, IDS, tokens, 2), _log_probs(row, LOG_PROBS, tokens, 2)
     if ids.shape != log_probs.shape:
         raise ValueError(
             f"{IDS}: must have the shape of {LOG_PROBS}, {tuple(log_probs.shape)}; got "
@@ -93,6 +94,22 @@ def _row_scores(row: Mapping[str, Any], limit: int, top_k: int) -> TokenScores:
     return TokenScores(label[:limit].float(), ids[:limit].long(), log_probs[:limit].float())
 
 
+def _log_probs(row: Mapping[str, Any], name: str, tokens: int, dims: int) -> Tensor:
+    """Such a column, of log-probs."""
+    tensor = _column(row, name, tokens, dims)
+    low, high = (tensor.min().item(), tensor.max().item()) if tensor.numel() else (0.0, 0.0)
+    if high <= MARGIN:
+        return tensor
+    looks = "logits: subtract their logsumexp"
+    if low >= 0:
+        of_one = "probabilities: take their logarithm"
+        looks = of_one if high <= 1 else "negative log-probs: change their sign"
+    raise ValueError(
+        f"{name}: expected log-probs, which are at most 0, got {low:.4g} to {high:.4g}, as of "
+        f"{looks}"
+    )
+
+
 def _completion(row: Mapping[str, Any]) -> list[int]:
     ids = row.get(COMPLETION)
     if isinstance(ids, Tensor):  # a data set with_format("torch")
@@ -100,6 +117,12 @@ def _completion(row: Mapping[str, Any]) -> list[int]:
     if not isinstance(ids, (list, tuple)) or not ids:
         raise ValueError(
             f"{COMPLETION}: expected a list of at least one id, got {ids!r:.60}: drop such rows"
+        )
+    odd = next((i for i in ids if isinstance(i, bool) or not isinstance(i, Integral)), None)
+    if odd is not None:
+        raise ValueError(
+            f"{COMPLETION}: expected whole numbers, got {odd!r}: a table with gaps holds its "
+            "numbers as floats; drop the gaps and cast the rest to integers"
         )
     if min(ids) < 0:
         raise ValueError(f"{COMPLETION}: holds the id {min(ids)}: take padding off")
