@@ -11,6 +11,7 @@ import torch
 
 pytest.importorskip("trl", reason="the trainer needs trl")
 
+import datasets
 import tiny
 from training import make
 
@@ -93,6 +94,29 @@ def test_bad_data_is_refused(tmp_path):
         make(tmp_path, prefix_schedule="linear", prefix_length=2, prefix_column="guide")
 
 
+def test_splits_are_no_data_set(tmp_path):
+    """A forgotten split=: two splits would pass for two rows."""
+    splits = datasets.DatasetDict(train=tiny.prompts(), test=tiny.prompts())
+    words = r"a DatasetDict .* pass dataset\['train'\]; it has splits 'train', 'test'"
+    with pytest.raises(ValueError, match=words):
+        make(tmp_path, data=splits, per_device_train_batch_size=1)
+    with pytest.raises(ValueError, match=r"pass dataset\['a'\]; it has splits 'a'"):
+        make(tmp_path, data={"a": tiny.prompts()}, per_device_train_batch_size=1)
+    assert "eval_test_loss" in make(tmp_path, evaluate=splits).evaluate()
+
+
+def test_evaluation_without_training_data(tmp_path):
+    args = TrOPDConfig(
+        str(tmp_path), bf16=False, use_cpu=True, report_to="none", max_completion_length=4
+    )
+    trainer = TrOPDTrainer(
+        tiny.model(0), tiny.model(1), args, None, tiny.prompts(2), processing_class=tiny.tokenizer()
+    )
+    assert "eval_loss" in trainer.evaluate()
+    with pytest.raises(ValueError, match="train_dataset: none was given"):
+        trainer.train()
+
+
 def test_fewer_rows_than_a_step(tmp_path):
     with pytest.raises(ValueError, match="train_dataset: 6 rows are fewer than one .* takes, 8"):
         make(tmp_path, data=tiny.prompts(6), gradient_accumulation_steps=2)
@@ -115,6 +139,29 @@ def test_prompt_beyond_the_context(tmp_path):
     trainer = make(tmp_path, data=data, per_device_train_batch_size=8)
     with pytest.raises(ValueError, match="a prompt of 60 tokens .* exceed the student's context"):
         trainer.train()
+
+
+@pytest.mark.parametrize(
+    ("prompt", "words"),
+    [
+        ("", "prompt: no token in '', .* in the row {'prompt': ''}"),
+        (" ", "prompt: no token in ' '"),
+        (None, "prompt: expected text or messages, got the row {'prompt': None}"),
+    ],
+)
+@pytest.mark.parametrize("rows", [1, 8])
+def test_prompt_without_tokens(tmp_path, prompt, words, rows):
+    """One among others would be continued from its padding."""
+    data = tiny.Dataset.from_dict({"prompt": ["w1 w2"] * (8 - rows) + [prompt] * rows})
+    trainer = make(tmp_path, data=data, per_device_train_batch_size=8)
+    with pytest.raises(ValueError, match=words):
+        trainer.train()
+
+
+def test_conversation_without_messages(tmp_path):
+    data = tiny.Dataset.from_dict({"prompt": [[{"role": "user", "content": "w1"}], []] * 4})
+    with pytest.raises(ValueError, match="prompt: expected text or messages, got the row"):
+        make(tmp_path, data=data).train()
 
 
 @pytest.mark.parametrize("credit", [{}, {"kl_discount_factor": 0.5}, {"importance_gamma": 0.5}])

@@ -30,7 +30,7 @@ from trl.trainer.utils import RepeatSampler, create_model_from_path
 
 from ..functional import TokenStats
 from ..heads import Head, current
-from .checks import check_context, check_ids, split_error
+from .checks import check_context, check_ids, check_prompts, check_tokens, split_error
 from .prefix import is_complete
 from .sharding import (
     fsdp_version,
@@ -313,6 +313,7 @@ class DistillationAdapter(DistillationTrainer):
     # Generation.
 
     def _generate_and_score_completions(self, inputs):
+        check_prompts(inputs)
         self._rows, self._prefix_lengths = inputs, [0] * len(inputs)
         output = super()._generate_and_score_completions(inputs)
         # Any more would be read past the end of an embedding. vLLM is not told to suppress them.
@@ -331,6 +332,7 @@ class DistillationAdapter(DistillationTrainer):
         rows, self._rows = self._rows, None  # None again in the turns after a tool's answer
         prefixes = None
         if rows is not None:
+            check_tokens(rows, prompt_ids)
             check_context(prompt_ids, self.max_completion_length, self._contexts, self._tokenizer)
             given = self.given_completions(rows)
             if given is not None:

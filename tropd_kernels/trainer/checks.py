@@ -38,6 +38,17 @@ def check_dataset(name: str, dataset: Any, columns: Sequence[str] = ()) -> None:
         )
 
 
+def check_no_splits(dataset: Any) -> None:
+    """Raises ValueError where splits stand for the training set: their number would pass for that
+    of its rows."""
+    if isinstance(dataset, Mapping):
+        first = "train" if "train" in dataset else next(iter(dataset), "train")
+        raise ValueError(
+            f"train_dataset: a {type(dataset).__name__} is no data set: pass dataset[{first!r}]; "
+            f"it has splits {', '.join(map(repr, dataset)) or 'none'}"
+        )
+
+
 def check_rows(dataset: Any, batch: int) -> None:
     """Raises ValueError for a data set that does not fill one generation batch, of which a run
     would take no step at all."""
@@ -59,6 +70,27 @@ def split_error(saved: Sequence[int], wanted: Sequence[int], checkpoint: str) ->
         f"{now}, and num_iterations goes on with that batch: set them as they were, or delete "
         "generation_batch_*.pt there to have a new one written"
     )
+
+
+def check_prompts(rows: Sequence[Mapping[str, Any]]) -> None:
+    """Raises ValueError for a row of a generation batch without text or messages."""
+    for row in rows:
+        prompt = row.get("prompt")
+        empty = isinstance(prompt, (list, tuple)) and not prompt  # "" may have a first token
+        if prompt is None or isinstance(prompt, (int, float)) or empty:
+            raise ValueError(
+                f"prompt: expected text or messages, got the row {row!r:.200}: drop such rows"
+            )
+
+
+def check_tokens(rows: Sequence[Mapping[str, Any]], prompt_ids: list[list[int]]) -> None:
+    """Raises ValueError for a prompt without tokens: its completion would begin at the padding."""
+    for row, ids in zip(rows, prompt_ids):
+        if len(ids) == 0:
+            raise ValueError(
+                f"prompt: no token in {row['prompt']!r:.80}, and the tokenizer begins a text with "
+                f"none; in the row {row!r:.200}: drop such rows"
+            )
 
 
 def check_context(

@@ -28,6 +28,7 @@ from . import credit, metrics, signals
 from .adapter import DistillationAdapter, Side
 from .checks import (
     check_dataset,
+    check_no_splits,
     check_rows,
     check_server_tokenizer,
     check_tokenizers,
@@ -99,6 +100,7 @@ class TrOPDTrainer(DistillationAdapter):
             raise ValueError("tools: precomputed_teacher fixes the completions: leave tools out")
         guided = args.prefix_schedule != "none" or args.lmbda < 1
         named = guided and args.prefix_column not in (None, "teacher_completion")
+        check_no_splits(train_dataset)
         check_dataset(
             "train_dataset", train_dataset, [*columns, *([args.prefix_column] if named else [])]
         )
@@ -154,6 +156,11 @@ class TrOPDTrainer(DistillationAdapter):
         if self.args.precomputed_teacher:
             columns += signals.columns_of(self.args.rule())
         self._signature_columns += [c for c in columns if c not in self._signature_columns]
+
+    def get_train_dataloader(self):
+        if self.train_dataset is None:
+            raise ValueError("train_dataset: none was given, so that this trainer only evaluates")
+        return super().get_train_dataloader()
 
     # The loss.
 
