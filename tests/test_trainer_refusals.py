@@ -75,12 +75,26 @@ def test_sft_on_the_teacher_s_text(tmp_path):
         trainer = TrOPDTrainer(tiny.model(0), None, args, data, processing_class=tiny.tokenizer())
         assert math.isfinite(trainer.train().training_loss)
         assert trainer._buffered_inputs[0]["completion_ids"].tolist() == [[6, 7, 2]] * 2
-    args = TrOPDConfig(str(tmp_path), **settings, lmbda=0.0)
-    trainer = TrOPDTrainer(
-        tiny.model(0), None, args, tiny.prompts(), processing_class=tiny.tokenizer()
-    )
+    for guide in ({"lmbda": 0.0}, {"prefix_schedule": "constant", "prefix_length": 2}):
+        args = TrOPDConfig(str(tmp_path), **settings, **guide)
+        with pytest.raises(ValueError, match="teacher_model: the data set has no column"):
+            TrOPDTrainer(
+                tiny.model(0), None, args, tiny.prompts(), processing_class=tiny.tokenizer()
+            )
+    stream = datasets.IterableDataset.from_generator(lambda: iter(tiny.prompts()))
+    trainer = TrOPDTrainer(tiny.model(0), None, args, stream, processing_class=tiny.tokenizer())
     with pytest.raises(ValueError, match="teacher_model: the data set has no column"):
         trainer.train()
+
+
+def test_float64_on_one_side(tmp_path):
+    """bf16 casts both."""
+    double = dict(dtype=torch.float64)
+    for student, teacher in ((tiny.model(0, **double), None), (None, tiny.model(1, **double))):
+        with pytest.raises(TypeError, match="teacher_model: its head is .* float64 on one side"):
+            make(tmp_path, student, teacher)
+    make(tmp_path, teacher=tiny.model(1, **double), bf16=True).train()
+    make(tmp_path, teacher=tiny.model(1, **double), objective="sft").train()
 
 
 def test_bad_data_is_refused(tmp_path):

@@ -109,6 +109,7 @@ def build_rule(objective: str, arguments: Mapping[str, Any]) -> TokenRule:
 
 
 def nearest(name: Any, known: Iterable[str]) -> str:
-    """' (did you mean ...?)', or nothing where no known name is near."""
-    close = difflib.get_close_matches(str(name), list(known), n=1)
-    return f" (did you mean {close[0]!r}?)" if close else ""
+    """' (did you mean ...?)', or nothing where no known name is near, whatever their case."""
+    by_lower = {one.lower(): one for one in known}
+    close = difflib.get_close_matches(str(name).lower(), list(by_lower), n=1)
+    return f" (did you mean {by_lower[close[0]]!r}?)" if close else ""

@@ -30,7 +30,14 @@ from trl.trainer.utils import RepeatSampler, create_model_from_path
 
 from ..functional import TokenStats
 from ..heads import Head, current
-from .checks import check_context, check_ids, check_prompts, check_tokens, split_error
+from .checks import (
+    check_context,
+    check_dtypes,
+    check_ids,
+    check_prompts,
+    check_tokens,
+    split_error,
+)
 from .prefix import is_complete
 from .sharding import (
     fsdp_version,
@@ -224,6 +231,8 @@ class DistillationAdapter(DistillationTrainer):
             teacher.to(self.accelerator.device)  # shards are moved one layer at a time
         # Before accelerate wraps the forward in autocast, whose rounding the check would see.
         self._teacher_head = read_form(teacher, sharded)
+        if self.asks_teacher() and self.accelerator.mixed_precision == "no":
+            check_dtypes(self._student_head.weight.dtype, self._teacher_head.weight.dtype)
         self._contexts["teacher"] = teacher.config
         if self.is_deepspeed_enabled:
             self.teacher_model = prepare_deepspeed(teacher, self.accelerator)

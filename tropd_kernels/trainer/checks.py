@@ -49,6 +49,14 @@ def check_no_splits(dataset: Any) -> None:
         )
 
 
+def no_guide(column: str | None) -> ValueError:
+    """For guidance with neither a column of the teacher's text nor a teacher to write it."""
+    return ValueError(
+        f"teacher_model: the data set has no column of the teacher's text ({column!r}), and there "
+        "is no teacher to write it: give one of the two"
+    )
+
+
 def check_rows(dataset: Any, batch: int) -> None:
     """Raises ValueError for a data set that does not fill one generation batch, of which a run
     would take no step at all."""
@@ -175,6 +183,15 @@ def check_tokenizers(student: PreTrainedTokenizerBase, teacher: PreTrainedTokeni
         raise ValueError(
             f"teacher_model: its tokenizer is not the student's: {'; '.join(differ[:3])}{more}. "
             "Distillation compares the two token by token: choose models of one family"
+        )
+
+
+def check_dtypes(student: torch.dtype, teacher: torch.dtype) -> None:
+    """Raises TypeError where one head alone is float64, which the loss would refuse."""
+    if (student == torch.float64) != (teacher == torch.float64):
+        raise TypeError(
+            f"teacher_model: its head is {teacher}, the student's {student}: float64 on one side "
+            "alone; cast one of the models, or train under bf16"
         )
 
 

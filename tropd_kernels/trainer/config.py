@@ -5,6 +5,7 @@ Everything that TRL already spells keeps its spelling (`temperature`, `max_compl
 What is wrong raises here, with the key's name, before any model is loaded.
 """
 
+import json
 from dataclasses import dataclass
 from typing import Any
 
@@ -110,6 +111,8 @@ class TrOPDConfig(DistillationConfig):
     log_regions: bool = False
 
     def __post_init__(self):
+        self._check_numbers()
+        self._check_json()
         # TRL checks beta as a number. None stays in the field, so that a copy of the config made
         # with another objective does not carry a beta that nobody gave.
         given, self.beta = self.beta, 1.0 if self.beta is None else self.beta
@@ -119,8 +122,6 @@ class TrOPDConfig(DistillationConfig):
         self._check_prefix()
         self._check_credit()
         self._check_teacher()
-        if self.temperature <= 0:
-            raise ValueError(f"temperature: must be positive, got {self.temperature}")
         try:
             choose_backend(self.backend, self.device)
         except (RuntimeError, ValueError) as error:
@@ -143,6 +144,29 @@ class TrOPDConfig(DistillationConfig):
     def loads_teacher(self) -> bool:
         """Whether a teacher's model is to be loaded into this process."""
         return not (self.teacher_model_server_url or self.precomputed_teacher)
+
+    def _check_numbers(self) -> None:
+        """Those of TRL and transformers that would otherwise fail inside them, namelessly."""
+        for key in ("gradient_accumulation_steps", "per_device_train_batch_size",
+                    "per_device_eval_batch_size"):  # fmt: skip
+            _at_least(key, getattr(self, key), 1)
+        _within("learning_rate", self.learning_rate, 0.0, 1e9)
+        _within("temperature", self.temperature, 0.0, 1e9)
+        if self.temperature == 0:
+            raise ValueError("temperature: must be positive, got 0")
+        limit = self.max_completion_length
+        if not _is_whole(limit) or limit < 1:
+            raise ValueError(f"max_completion_length: must be at least 1 token, got {limit!r}")
+
+    def _check_json(self) -> None:
+        """transformers parses mappings given as text, and names no key."""
+        for key in self._VALID_DICT_FIELDS:
+            value = getattr(self, key)
+            if isinstance(value, str) and value.startswith("{"):
+                try:
+                    json.loads(value)
+                except json.JSONDecodeError as error:
+                    raise ValueError(f"{key}: {value!r:.80} is no JSON: {error}") from error
 
     def _check_objective(self) -> None:
         check_objective(self.objective)
@@ -177,10 +201,6 @@ class TrOPDConfig(DistillationConfig):
             raise ValueError(
                 f"prefix_length: {self.prefix_length} with prefix_schedule "
                 f"{self.prefix_schedule!r}: give both, or neither"
-            )
-        if not self.max_completion_length or self.max_completion_length < 0:
-            raise ValueError(
-                f"max_completion_length: must be at least 1 token, got {self.max_completion_length}"
             )
         if self.prefix_length > self.max_completion_length:
             raise ValueError(
@@ -256,9 +276,14 @@ class TrOPDConfig(DistillationConfig):
 def _within(key: str, value: float, low: float, high: float) -> None:
     number = isinstance(value, (int, float)) and not isinstance(value, bool)
     if not (number and low <= value <= high):  # written so that NaN fails
-        raise ValueError(f"{key}: must be in [{low:g}, {high:g}], got {value}")
+        kind = f", a {type(value).__name__}: give a number" if isinstance(value, str) else ""
+        raise ValueError(f"{key}: must be in [{low:g}, {high:g}], got {value!r}{kind}")
 
 
 def _at_least(key: str, value: int, low: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < low:
+    if not _is_whole(value) or value < low:
         raise ValueError(f"{key}: must be a whole number of at least {low}, got {value!r}")
+
+
+def _is_whole(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)

@@ -33,6 +33,7 @@ from .checks import (
     check_server_tokenizer,
     check_tokenizers,
     find_tokenizer,
+    no_guide,
     stop_on,
 )
 from .config import TrOPDConfig
@@ -105,6 +106,11 @@ class TrOPDTrainer(DistillationAdapter):
             "train_dataset", train_dataset, [*columns, *([args.prefix_column] if named else [])]
         )
         check_dataset("eval_dataset", eval_dataset, columns)
+        # A stream may not know its columns; it is looked at when it is read.
+        present = getattr(train_dataset, "column_names", None)
+        written = args.teacher_model_server_url or loaded is not None
+        if guided and not written and present and args.prefix_column not in present:
+            raise no_guide(args.prefix_column)
         if args.teacher_model_server_url:
             self._server = TeacherServer(
                 args.teacher_model_server_url, args.teacher_model_name_or_path,
@@ -299,10 +305,7 @@ class TrOPDTrainer(DistillationAdapter):
         column = self.args.prefix_column
         if column is None or column not in rows[0]:
             if self.teacher_model is None and self._server is None:
-                raise ValueError(
-                    "teacher_model: the data set has no column of the teacher's text "
-                    f"({column!r}), and there is no teacher to write it: give one of the two"
-                )
+                raise no_guide(column)
             written = self._teacher_writes(prompt_ids, images, multimodal_fields, length)
         else:
             written = [
