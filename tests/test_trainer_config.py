@@ -268,6 +268,15 @@ def test_flags_win_and_numbers_are_numbers(run_file):
         ("eval_dataset: nowhere.jsonl", "eval_dataset: there is no file nowhere.jsonl"),
         ("peft: {rank: 4}", "peft: "),
         ("model: null", "missing: model"),
+        ("model: [a]", "model: expected a name or a path, got ['a']"),
+        ("model: /nowhere", "model: there is no folder /nowhere"),
+        ("model: .", "Unrecognized model in ."),
+        ("per_device_train_batch_size: 80", "dataset: 8 rows are fewer than one"),
+        ("learning_rate: nan", "learning_rate: must be in"),
+        ("objective_kwargs: '{top_k: 8}'", "objective_kwargs: '{top_k: 8}' is no JSON"),
+        ("peft: {r: x}", "peft: r must be a whole number, got 'x'"),
+        ("resume_from_checkpoint: nowhere", "there is no checkpoint nowhere"),
+        ("resume_from_checkpoint: true", "resume_from_checkpoint: there is no checkpoint in "),
         ("- a list", "expected lines of 'key: value'"),
         ("a: [", "run.yaml: while parsing"),
     ],
@@ -278,6 +287,55 @@ def test_bad_file(run_file, capsys, line, message):
     run_file.write_text(line if line[0] in "-a" else "\n".join([*rest, line]))
     assert cli.main(["train", "--config", str(run_file)]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_what_the_trainer_refuses(run_file, capsys):
+    """... is no traceback, and speaks of the command line's keys."""
+    tiny.tokenizer(("w1", "w0", *tiny.WORDS[2:])).save_pretrained(run_file.parent / "teacher")
+    assert cli.main(["train", "--config", str(run_file)]) == 2
+    assert "tropd train: teacher_model: its tokenizer is not" in capsys.readouterr().err
+    tiny.prompts().rename_column("prompt", "text").to_json(run_file.parent / "prompts.jsonl")
+    assert cli.main(["train", "--config", str(run_file)]) == 2
+    assert "tropd train: dataset: no column 'prompt'; it has 'text'" in capsys.readouterr().err
+    tiny.prompts().to_json(run_file.parent / "prompts.jsonl")
+    (run_file.parent / "student" / "model.safetensors").unlink()
+    assert cli.main(["train", "--config", str(run_file)]) == 2
+    assert f"tropd train: model {run_file.parent / 'student'}, teacher" in capsys.readouterr().err
+
+
+def test_errors_of_training_keep_their_traceback(run_file):
+    """What is wrong once a run has begun may be a defect."""
+    (run_file.parent / "prompts.jsonl").write_text('{"prompt": ""}\n' * 8)
+    with pytest.raises(ValueError, match="prompt: no token in ''"):
+        cli.main(["train", "--config", str(run_file)])
+
+
+@pytest.mark.parametrize("value", ["false", "None", ""])
+def test_resume_from_nothing(run_file, value):
+    arguments = ["train", "--config", str(run_file), "--resume_from_checkpoint", value]
+    assert cli.main([*arguments, "--max_steps", "1"]) == 0
+
+
+def test_resume_from_the_last(run_file, capsys):
+    arguments = ["train", "--config", str(run_file), "--save_strategy", "epoch"]
+    assert cli.main([*arguments, "--max_steps", "2"]) == 0
+    capsys.readouterr()
+    assert cli.main([*arguments, "--resume_from_checkpoint", "true"]) == 0
+    assert capsys.readouterr().out.count("'loss'") == 1
+
+
+def test_what_is_missing_comes_first(capsys, run_file):
+    """On a machine without a GPU the config complains of bf16, which its default is."""
+    assert cli.main(["train"]) == 2
+    assert "missing: model, dataset; give them" in capsys.readouterr().err
+    assert cli.main(["train", str(run_file)]) == 2
+    assert f"a file of keys is given by --config {run_file}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("device", ["cpuu", "meta", "cuda:99"])
+def test_check_without_the_device(capsys, device):
+    assert cli.main(["check", "--device", device]) == 2
+    assert f"tropd check: --device {device}: it cannot be used here" in capsys.readouterr().err
 
 
 def test_number_in_a_file_of_the_wrong_type(run_file, capsys):

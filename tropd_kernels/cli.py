@@ -88,23 +88,51 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def train(arguments: Sequence[str]) -> int:
     """`tropd train`: trains, then saves model and tokenizer in `output_dir`."""
     run, config = parse_run(arguments)
-    from .trainer import TrOPDTrainer
-
-    trainer = TrOPDTrainer(
-        run.model,
-        run.teacher_model,
-        config,
-        load_data("dataset", run.dataset, run.dataset_split),
-        None
-        if run.eval_dataset is None
-        else load_data("eval_dataset", run.eval_dataset, run.dataset_split),
-        peft_config=lora(run.peft),
-    )
-    # "true" stands for the last checkpoint of output_dir.
-    last = str(config.resume_from_checkpoint).lower() == "true"
-    trainer.train(resume_from_checkpoint=last or config.resume_from_checkpoint)
+    checkpoint = find_checkpoint(config)
+    trainer = make_trainer(run, config)
+    trainer.train(resume_from_checkpoint=checkpoint)
     trainer.save_model()
     return 0
+
+
+def make_trainer(run: Run, config: Any) -> Any:
+    """The `TrOPDTrainer` of a run; raises UsageError for what it refuses."""
+    from .trainer import TrOPDTrainer
+    from .trainer.server import TeacherServerError
+
+    data = load_data("dataset", run.dataset, run.dataset_split)
+    held_out = None
+    if run.eval_dataset is not None:
+        held_out = load_data("eval_dataset", run.eval_dataset, run.dataset_split)
+    peft = lora(run.peft)
+    try:
+        return TrOPDTrainer(run.model, run.teacher_model, config, data, held_out, peft_config=peft)
+    except OSError as error:  # transformers does not always say which model it looked for
+        models = f"model {run.model}, teacher_model {run.teacher_model}"
+        raise UsageError(f"{models}: {error}") from error
+    except (NotImplementedError, TeacherServerError, TypeError, ValueError) as error:
+        raise UsageError(str(error).replace("train_dataset:", "dataset:")) from error
+
+
+def find_checkpoint(config: Any) -> str | None:
+    """The folder that `resume_from_checkpoint` names: "true" stands for the last of output_dir,
+    "false", "none" and "" for none."""
+    from transformers.trainer_utils import get_last_checkpoint
+
+    given = str(config.resume_from_checkpoint or "")
+    if given.lower() in ("", "false", "none"):
+        return None
+    if given.lower() == "true":
+        folder = Path(config.output_dir)
+        given = (get_last_checkpoint(folder) if folder.is_dir() else None) or ""
+        if not given:
+            raise UsageError(f"resume_from_checkpoint: there is no checkpoint in {folder}")
+    if not Path(given, "trainer_state.json").is_file():
+        raise UsageError(
+            f"resume_from_checkpoint: there is no checkpoint {given}; expected a folder, true for "
+            "the last of output_dir, or false"
+        )
+    return given
 
 
 def parse_run(arguments: Sequence[str]) -> tuple[Run, Any]:
@@ -125,23 +153,39 @@ def parse_run(arguments: Sequence[str]) -> tuple[Run, Any]:
         classes, prog="tropd train", usage=usage, parents=[outer], allow_abbrev=False
     )
     unknown = parser.set_defaults_with_config(**read_config(options.config))
-    unknown += parser.parse_known_args(flags)[1]
+    parsed, rest = parser.parse_known_args(flags)
+    unknown += rest
+    if unknown and unknown[0].endswith((".yaml", ".yml")):
+        raise UsageError(f"a file of keys is given by --config {unknown[0]}")
     if unknown:
         keys = [*Run.__dataclass_fields__, *TrOPDConfig.__dataclass_fields__]
         named = [flag[2:].split("=")[0] for flag in unknown if flag.startswith("--")] or unknown
         raise UsageError("; ".join(f"unknown key {key!r}{nearest(key, keys)}" for key in named))
+    # Before the config looks at the machine.
+    check_names(parsed, [key for key in ("model", "dataset") if getattr(parsed, key) is None])
     try:
         run, config, _ = parser.parse_args_into_dataclasses(flags, look_for_args_file=False)
     except (ImportError, TypeError, ValueError) as error:
         raise UsageError(str(error)) from error
-    missing = [key for key in ("model", "dataset") if getattr(run, key) is None]
     teacher = run.teacher_model or config.teacher_model_name_or_path
     if teacher is None and config.loads_teacher and config.rule().uses_teacher:
-        missing.append("teacher_model")
-    if missing:
-        raise UsageError(f"missing: {', '.join(missing)}; give them in --config or as flags")
+        check_names(run, ["teacher_model"])
     lora(run.peft)
     return run, config
+
+
+def check_names(run: Any, missing: Sequence[str]) -> None:
+    """Raises UsageError for keys that are missing, and for a model or a data set of no name."""
+    if missing:
+        raise UsageError(f"missing: {', '.join(missing)}; give them in --config or as flags")
+    for key in ("model", "teacher_model", "dataset", "eval_dataset"):
+        name = getattr(run, key)
+        if name is not None and (not isinstance(name, str) or not name):
+            raise UsageError(f"{key}: expected a name or a path, got {name!r}")
+    for key in ("model", "teacher_model"):
+        name = getattr(run, key) or ""
+        if name.startswith(("/", "./", "../")) and not Path(name).is_dir():
+            raise UsageError(f"{key}: there is no folder {name}")
 
 
 def read_config(path: str | None) -> dict[str, Any]:
@@ -198,6 +242,9 @@ def lora(peft: Any) -> Any:
         raise UsageError("peft: it is not installed: pip install peft")
     from peft import LoraConfig
 
+    for key in ("r", "lora_alpha"):
+        if isinstance(peft, dict) and not isinstance(peft.get(key, 1), int):
+            raise UsageError(f"peft: {key} must be a whole number, got {peft[key]!r}")
     options: dict[str, Any] = {"task_type": "CAUSAL_LM", "target_modules": "all-linear"}
     try:
         return LoraConfig(**(options | (peft if isinstance(peft, dict) else {})))
@@ -211,6 +258,11 @@ def lora(peft: Any) -> Any:
 def run_check(device: str | None) -> int:
     """`tropd check`: gradients of the best backend here against the reference in float64."""
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        torch.ones(1, device=device).item()
+    except (AssertionError, ImportError, NotImplementedError, RuntimeError) as fault:
+        reason = str(fault).splitlines()[0]
+        raise UsageError(f"--device {device}: it cannot be used here: {reason}") from fault
     backend = choose_backend(None, torch.device(device))
     print(f"backend {backend} on {device}, against the reference in float64")
     rules = {
