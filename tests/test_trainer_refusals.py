@@ -13,6 +13,7 @@ pytest.importorskip("trl", reason="the trainer needs trl")
 
 import datasets
 import tiny
+import transformers
 from training import make
 
 from tropd_kernels.trainer import TrOPDConfig, TrOPDTrainer
@@ -190,6 +191,30 @@ def test_nan_stops_and_saves_the_batch(tmp_path, credit):
     assert str(path) in str(caught.value)
     saved = torch.load(path)
     assert torch.equal(saved["inputs"]["completion_ids"], trainer.batches[0]["completion_ids"])
+
+
+class Spoils(transformers.TrainerCallback):
+    def on_step_end(self, args, state, control, model=None, **_):
+        trained = [p for p in model.model.parameters() if p.requires_grad]
+        trained[-1].data.view(-1)[-1] = math.nan
+
+
+@pytest.mark.parametrize("evaluate", [False, True])
+@pytest.mark.parametrize("lora", [False, True])
+def test_weights_that_diverged(tmp_path, lora, evaluate):
+    """The loss of the step that spoils them is finite, and sampling fails before the next. Of an
+    adapter's student the head stays as it was."""
+    settings = {}
+    if lora:
+        peft = pytest.importorskip("peft")
+        settings["peft"] = peft.LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"])
+    if evaluate:
+        settings |= dict(evaluate=tiny.prompts(2), eval_strategy="steps", eval_steps=1)
+    trainer = make(tmp_path, max_steps=3, **settings)
+    trainer.add_callback(Spoils)
+    with pytest.raises(FloatingPointError, match="the student's weights .* at step 1"):
+        trainer.train()
+    assert all(map(math.isfinite, trainer.losses))
 
 
 def test_adapter_on_the_head_is_refused(tmp_path):

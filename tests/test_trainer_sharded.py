@@ -12,6 +12,8 @@ import tiny
 from engines import ENGINES, on_two_processes
 from training import make
 
+from tropd_kernels.trainer.sharding import weights_are_finite
+
 pytestmark = [pytest.mark.filterwarnings("ignore::FutureWarning"), pytest.mark.slow]
 SHARDED = ENGINES[1:]
 
@@ -136,6 +138,45 @@ def test_students(tmp_path, engine):
             torch.testing.assert_close(one["losses"], other["losses"], **close)
             for mine, their in zip(one["parameters"], other["parameters"], strict=True):
                 torch.testing.assert_close(mine, their, **close)
+
+
+_DIVERGED = """
+import sys, torch
+from engines import use
+settings = use(sys.argv[2])
+from training import make
+from tropd_kernels.trainer import adapter
+trainer = make(sys.argv[1], per_device_train_batch_size=1, max_steps=3, **settings)
+rank, looks, look = trainer.accelerator.process_index, [], adapter.weights_are_finite
+def spoilt(model):
+    parts = [getattr(p, "ds_tensor", p).data for p in model.parameters()]
+    if len(looks) == 1 and rank == 1:
+        getattr(parts[-1], "_local_tensor", parts[-1]).view(-1)[-1] = float("nan")
+    looks.append(look(model))
+    return looks[-1]
+adapter.weights_are_finite = spoilt
+try:
+    trainer.train()
+except FloatingPointError as error:
+    torch.save((str(error), looks), f"{sys.argv[1]}/{rank}.pt")
+"""
+
+
+@pytest.mark.parametrize("engine", SHARDED)
+def test_a_spoilt_shard_stops_every_process(tmp_path, engine):
+    for rank, (message, looks) in enumerate(on_two_processes(_DIVERGED, tmp_path, engine)):
+        assert message.startswith("the student's weights hold NaN or infinity at step 1")
+        assert looks == [True, rank == 0]
+
+
+@pytest.mark.parametrize(("rank", "finite"), [(0, False), (1, True)])
+def test_padding_of_a_partition_is_no_weight(monkeypatch, rank, finite):
+    """ZeRO-3 leaves in it what the memory held."""
+    model = torch.nn.Linear(3, 1, bias=False)
+    model.weight.ds_tensor = torch.tensor([1.0, float("nan")])
+    model.weight.ds_numel, model.weight.ds_process_group = 3, None
+    monkeypatch.setattr(torch.distributed, "get_rank", lambda group: rank)
+    assert weights_are_finite(model) == finite
 
 
 _REFUSED = """

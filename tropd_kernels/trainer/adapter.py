@@ -37,6 +37,7 @@ from .checks import (
     check_prompts,
     check_tokens,
     split_error,
+    stop_on_weights,
 )
 from .prefix import is_complete
 from .sharding import (
@@ -47,6 +48,7 @@ from .sharding import (
     refuse_fsdp_1,
     reshard,
     shard_frozen,
+    weights_are_finite,
 )
 
 #: Methods of DistillationTrainer that are overridden or called, with their leading parameters.
@@ -346,6 +348,8 @@ class DistillationAdapter(DistillationTrainer):
             given = self.given_completions(rows)
             if given is not None:
                 return given
+            if not self._on_all(weights_are_finite(self.model)):
+                stop_on_weights(self.state.global_step)
             prefixes = self.write_prefixes(rows, prompt_ids, images, multimodal_fields)
         if prefixes is None:
             return super()._generate_single_turn(

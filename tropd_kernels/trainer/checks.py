@@ -226,3 +226,12 @@ def stop_on(loss: float, inputs: Mapping[str, Any], folder: str, step: int, proc
         "hold NaN already; go on from the last checkpoint with a lower learning_rate, or with an "
         "objective of bounded loss"
     )
+
+
+def stop_on_weights(step: int) -> None:
+    """Raises FloatingPointError; sampling would fail on a probability that is NaN, and say less."""
+    raise FloatingPointError(
+        f"the student's weights hold NaN or infinity at step {step}, though the losses so far were "
+        "finite: go on from the last checkpoint with a lower learning_rate or max_grad_norm, or "
+        "with an objective of bounded loss"
+    )

@@ -18,7 +18,8 @@ come to until the last of them has ended its completions.
 from dataclasses import replace
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from ..heads import Head, read_head
 
@@ -91,6 +92,23 @@ def reshard(model: Any) -> None:
     unit, here embedding, last norm and head."""
     if hasattr(model, "reshard"):
         model.reshard()
+
+
+def weights_are_finite(model: nn.Module) -> bool:
+    """Whether no parameter that is trained holds NaN or infinity; of those in shards, this
+    process's part. Reads the weights once, as generation does for each token."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    sums = [_part(p).detach().sum(dtype=torch.float32) for p in trained]
+    return not sums or bool(torch.stack([s.to(sums[0].device) for s in sums]).isfinite().all())
+
+
+def _part(parameter: Any) -> Tensor:
+    """What this process stores of a parameter."""
+    if hasattr(parameter, "ds_tensor"):  # ZeRO-3's, filled up with what the memory held before
+        part = parameter.ds_tensor
+        before = torch.distributed.get_rank(parameter.ds_process_group) * part.numel()
+        return part[: max(parameter.ds_numel - before, 0)]
+    return parameter.to_local() if hasattr(parameter, "to_local") else parameter
 
 
 def shard_frozen(model: nn.Module, accelerator: Any) -> nn.Module:

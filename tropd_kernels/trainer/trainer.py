@@ -63,8 +63,8 @@ class TrOPDTrainer(DistillationAdapter):
     data set; NotImplementedError under FSDP's first version (FSDP2 and ZeRO-3 will do). While
     training: ValueError for a prompt that exceeds the context or a prefix that does not continue
     its prompt; FloatingPointError for a loss that is NaN or infinite, after saving the batch under
-    `output_dir`; TeacherServerError for a served teacher that does not answer, with the checkpoints
-    so far intact.
+    `output_dir`, and for such weights, before they generate; TeacherServerError for a served
+    teacher that does not answer, with the checkpoints so far intact.
     """
 
     _tag_names = ["trl", "tropd"]  # noqa: RUF012
