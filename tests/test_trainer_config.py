@@ -274,7 +274,7 @@ def test_flags_win_and_numbers_are_numbers(run_file):
         ("per_device_train_batch_size: 80", "dataset: 8 rows are fewer than one"),
         ("learning_rate: nan", "learning_rate: must be in"),
         ("objective_kwargs: '{top_k: 8}'", "objective_kwargs: '{top_k: 8}' is no JSON"),
-        ("peft: {r: x}", "peft: r must be a whole number, got 'x'"),
+        ("peft: {r: x}", "peft: r must be a number, got 'x'"),
         ("resume_from_checkpoint: nowhere", "there is no checkpoint nowhere"),
         ("resume_from_checkpoint: true", "resume_from_checkpoint: there is no checkpoint in "),
         ("- a list", "expected lines of 'key: value'"),

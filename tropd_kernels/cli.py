@@ -242,12 +242,13 @@ def lora(peft: Any) -> Any:
         raise UsageError("peft: it is not installed: pip install peft")
     from peft import LoraConfig
 
-    for key in ("r", "lora_alpha"):
-        if isinstance(peft, dict) and not isinstance(peft.get(key, 1), int):
-            raise UsageError(f"peft: {key} must be a whole number, got {peft[key]!r}")
+    given = peft if isinstance(peft, dict) else {}
+    for key in ("r", "lora_alpha", "lora_dropout"):  # which peft takes as they are
+        if isinstance(given.get(key), str):
+            raise UsageError(f"peft: {key} must be a number, got {given[key]!r}")
     options: dict[str, Any] = {"task_type": "CAUSAL_LM", "target_modules": "all-linear"}
     try:
-        return LoraConfig(**(options | (peft if isinstance(peft, dict) else {})))
+        return LoraConfig(**(options | given))
     except (TypeError, ValueError) as error:
         raise UsageError(f"peft: {error}") from error
 

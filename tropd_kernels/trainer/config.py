@@ -63,7 +63,8 @@ class TrOPDConfig(DistillationConfig):
         the top-k `teacher_ids` and `teacher_log_probs` (C, K), at this temperature. No teacher is
         loaded and nothing is generated.
     num_iterations: optimiser steps on each generation batch, as in GRPO (default 1). From the
-        second on the ratio to the policy that sampled takes part: PPO's clip, `drift_tau`.
+        second on the ratio to the policy that sampled takes part: PPO's clip, `drift_tau`. A run
+        resumed between them goes on with its batch, and so with the same micro-batches.
     drift_tau: blockwise policy-drift gates: blocks of drift_block_size (64) tokens on which the
         policy has moved by s nats a token since sampling weigh exp(-drift_tau |s|), relative to
         their mean over the micro-batch. None (default): no gates.
