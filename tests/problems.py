@@ -26,6 +26,7 @@ from tropd_kernels import (
     TopKJSD,
     TopKTeacher,
     TrOPD,
+    distillation_loss,
     linear_distillation_loss,
 )
 
@@ -206,6 +207,14 @@ def with_everything(problem: Problem, seed: int = 1) -> Problem:
         "old_log_probs": -4 * uniform(),
     }
     return problem
+
+
+def loss_and_gradient(logits, labels, teacher, objective, backend, **options):
+    """(loss, d_logits, stats) of the summed loss on logits."""
+    z = logits.clone().requires_grad_()
+    out = distillation_loss(z, labels, teacher, objective, backend=backend, **options)
+    out.loss.sum().backward()
+    return out.loss.detach(), z.grad, out.stats
 
 
 def relative_error(value: torch.Tensor, truth: torch.Tensor) -> float:
