@@ -32,8 +32,11 @@ from benchmarks.bench.results import read
 ROOT = Path(__file__).resolve().parents[1]
 RIVALS = "TROPD_RIVALS"
 #: Tests that compile kernels, by what is most worth knowing first.
-SUITES = ("tests/test_correctness.py", "tests/test_triton_rows.py", "tests/test_numbers.py",
-          "tests/test_memory.py", "tests/test_compile.py", "tests/test_agreement.py")  # fmt: skip
+SUITES = (
+    "tests/test_correctness.py", "tests/test_triton_rows.py", "tests/test_numbers.py",
+    "tests/test_infinities.py", "tests/test_memory.py", "tests/test_compile.py",
+    "tests/test_agreement.py",
+)  # fmt: skip
 #: Compiling takes most of a minute for each loss, so two stand for all, in a step of their own.
 COMPILED = ("tropd", "gkd")
 WITHOUT_COMPILE = ("triton", "torch", "eager", "lean", "liger", "liger-fused", "trl", "fla",
