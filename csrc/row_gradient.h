@@ -37,7 +37,9 @@ TROPD_INLINE Vector<T> gradient_at(
   const Vector<T> lq = (t - c[TEACHER_MAX]) - c[TEACHER_LOG_SUM];
   const auto member = lq >= c[THRESHOLD];
   const bool on_k = TEACHER && (!o.top_k || any<T>(member));
-  Vector<T> d = p * (on_k && o.top_k ? member ? all<T>(c[P_TOP_K]) : all<T>(c[P]) : all<T>(c[P]));
+  Vector<T> weight = all<T>(c[P]);
+  if (on_k && o.top_k) weight = member ? all<T>(c[P_TOP_K]) : weight;
+  Vector<T> d = p * weight;
   if (c[ENTROPY_WEIGHT] != 0) d -= product<T>(p, (lp + c[MEAN_ENTROPY]) * c[ENTROPY_WEIGHT]);
   if (!TEACHER) return d;
   if (on_k) {

@@ -31,8 +31,7 @@ FORMULAS = {
     "xor": "{a} ^ {b}", "not": "~{a}", "neg": "-{a}", "abs": "np.abs({a})",
     "max": "np.fmax({a}, {b})", "min": "np.fmin({a}, {b})",
     "max3": "np.fmax(np.fmax({a}, {b}), {c})", "min3": "np.fmin(np.fmin({a}, {b}), {c})",
-    "mov": "{a}", "popc": "popc({a})",
-    "ex2": "ex2({a})", "rcp": "rcp({a})", "fma": "fma({a}, {b}, {c})",
+    "popc": "popc({a})", "ex2": "ex2({a})", "rcp": "rcp({a})", "fma": "fma({a}, {b}, {c})",
 }  # fmt: skip
 EXCHANGES = ("shfl", "redux", "ldmatrix")
 #: Words of an instruction's name, beside its types, that are known to change nothing here, or are

@@ -314,7 +314,9 @@ def _gradient(part: RowBatch, c: Tensor, options: RowOptions, out: Tensor) -> No
     z = transform(part.student, options.student, c.dtype)
     d = _log_p(z, c, options).exp_() if options.sharded else z.softmax(-1)
     reads_teacher = part.teacher is not None and rule.reads_teacher_rows
-    if reads_teacher := reads_teacher and not (on_cpu and not bool(needs_teacher.any())):
+    if on_cpu:
+        reads_teacher = reads_teacher and bool(needs_teacher.any())
+    if reads_teacher:
         picked = needs_teacher.nonzero().squeeze(-1) if on_cpu else slice(None)
         lq = _log_q(part.teacher[picked], c[:, picked], options)
     weight = c[Coef.P]
