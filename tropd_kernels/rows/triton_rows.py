@@ -113,8 +113,9 @@ def _dense_sums(
     n, vocab_size = z.shape
     sums = coefs.new_empty((kernels.SUMS, n))
     logit_size = min(z.element_size(), t.element_size())
-    # Rows that are not aligned are read number by number, which leaves no registers for it.
-    few = not rule.sums_of_every_row and vocab_size % 16 == 0
+    # Registers do not suffice for it where rows are not aligned, and thus read number by number,
+    # nor where a thread's 16 bytes are 8 logits.
+    few = not rule.sums_of_every_row and vocab_size % 16 == 0 and logit_size >= 4
     launch = tile_options(
         vocab_size, coefs.dtype, logit_size, triton_launch.SUMS_UNROLL,
         triton_launch.ASKED_WARPS if few else None,
