@@ -14,7 +14,7 @@ pytest.importorskip("trl", reason="the trainer needs trl")
 import tiny
 import transformers
 from training import make, resume_and_compare, rewards_by_hand, step_and_compare
-from trl import DistillationTrainer
+from trl import DistillationConfig, DistillationTrainer
 
 from tropd_kernels.registry import OBJECTIVES
 from tropd_kernels.trainer import TrOPDConfig, TrOPDTrainer, adapter
@@ -58,6 +58,38 @@ def test_constructor_is_trl_s():
         list(inspect.signature(c.__init__).parameters) for c in (TrOPDTrainer, DistillationTrainer)
     )
     assert ours == theirs
+
+
+@pytest.mark.parametrize("beta", [0.0, 0.3, 1.0])
+def test_gkd_is_trl_s_own_loss(tmp_path, beta):
+    """In its place for a whole epoch: the same completions, losses and weights."""
+    settings = dict(
+        max_steps=2, per_device_train_batch_size=2, gradient_accumulation_steps=2,
+        max_completion_length=10, logging_steps=1, bf16=False, use_cpu=True, report_to="none",
+        save_strategy="no", disable_tqdm=True, gradient_checkpointing=False, seed=5, beta=beta,
+        temperature=1.3, optim="sgd", learning_rate=0.05,
+    )  # fmt: skip
+    runs = []
+    for kind, config, more in (
+        (DistillationTrainer, DistillationConfig, {}),
+        (TrOPDTrainer, TrOPDConfig, {"objective": "gkd"}),
+    ):
+        trainer = kind(
+            tiny.model(0), tiny.model(1, hidden_size=48),
+            config(str(tmp_path), **settings, **more), train_dataset=tiny.prompts(),
+            processing_class=tiny.tokenizer(),
+        )  # fmt: skip
+        trainer.train()
+        logs = [log for log in trainer.state.log_history if "loss" in log]
+        runs.append((logs, torch.cat([p.detach().flatten() for p in trainer.model.parameters()])))
+    (theirs, their_weights), (ours, our_weights) = runs
+    assert len(theirs) == len(ours) == 2
+    for a, b in zip(theirs, ours):
+        assert a["num_tokens"] == b["num_tokens"]
+        assert b["loss"] == pytest.approx(a["loss"], rel=1e-5)
+        assert b["grad_norm"] == pytest.approx(a["grad_norm"], rel=1e-4)
+    before = torch.cat([p.detach().flatten() for p in tiny.model(0).parameters()])
+    assert (our_weights - their_weights).norm() <= 1e-4 * (their_weights - before).norm()
 
 
 # --- one step ----------------------------------------------------------------------------------

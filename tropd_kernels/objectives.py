@@ -2,9 +2,8 @@
 
 A `TokenRule` says how one token's statistics become a loss and a handful of per-row numbers; the
 fused kernels need nothing else (see `rows/`). Every published objective here is a named constructor
-that
-fills in a rule: `TrOPD()`, `OPD()`, `GKD()`, ... A rule is frozen, checked when it is made, and its
-`repr` can be pasted back.
+that fills in a rule: `TrOPD()`, `OPD()`, `GKD()`, ... A rule is frozen, checked when it is made,
+and its `repr` can be pasted back.
 
 Symbols, at one position: p student, q teacher, y the token, lp = log p(y), lq = log q(y),
 lo = log-probability of y under the policy that sampled it (lp, detached, where none is given),
@@ -12,11 +11,11 @@ rho = exp(lp - lo), R = sg(lq - lo) or the caller's advantages, K the teacher's 
 
 On a token that the student sampled, a rule's loss is
 
-    policy_gradient * (-R' * rho)                       K1 as a policy gradient; PPO-clipped if
-    asked
-  + forward_kl_weight * KL_K(q || p)                    from `outlier`, `forward_kl_entropy`,
-  `divergence` + divergence(p, q)                                    exact, over the vocabulary (or
-  on K) - nll_weight * lp - entropy_coef * H(p)
+    policy_gradient * (-R' * rho)   K1 as a policy gradient; PPO-clipped if asked
+  + KL_K(q || p)                    where `outlier` or `forward_kl_entropy` choose it
+  + divergence(p, q)                `divergence`: exact, over the vocabulary (or on K)
+  - nll_weight * lp
+  - entropy_coef * H(p)
 
 where the gate M splits the tokens: inside (M = 1) R' = R; outside, `outlier` decides. On a token of
 a teacher-written prefix it is prefix_weight * (sg(lq) - lp), or the same loss as everywhere where

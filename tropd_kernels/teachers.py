@@ -132,6 +132,8 @@ class SampledTeacher:
 
 
 Teacher = HiddenTeacher | LogitsTeacher | TopKTeacher | SampledTeacher
+#: A tuple: under Python 3.10 torch.compile cannot ask isinstance of a union.
+FORMS = (HiddenTeacher, LogitsTeacher, TopKTeacher, SampledTeacher)
 
 
 def check_serves(teacher: Teacher | None, rule: TokenRule) -> None:
@@ -142,7 +144,7 @@ def check_serves(teacher: Teacher | None, rule: TokenRule) -> None:
             raise ValueError(f"{rule!r} needs a teacher; only SFT() goes without one")
         return
     form = type(teacher).__name__
-    if not isinstance(teacher, Teacher):
+    if not isinstance(teacher, FORMS):
         raise TypeError(
             "teacher must be a HiddenTeacher, LogitsTeacher, TopKTeacher or SampledTeacher; "
             f"got {form}"

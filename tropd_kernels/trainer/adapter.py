@@ -410,7 +410,8 @@ class DistillationAdapter(DistillationTrainer):
         # all write anew, or none.
         beyond = Path(checkpoint, _batch_file(self.accelerator.num_processes))
         if self._on_all(file.exists() and not beyond.exists()):
-            batch = torch.load(file, map_location=self.accelerator.device)
+            # By type: older torch does not find the "cpu:0" of several processes.
+            batch = torch.load(file, map_location=self.accelerator.device.type)
             rows = [len(part["prompt_ids"]) for part in batch]
             wanted = [self._train_batch_size] * self.args.gradient_accumulation_steps
             if not self._on_all(rows == wanted):
