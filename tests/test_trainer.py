@@ -31,6 +31,11 @@ KINDS = {
         kind=transformers.GPT2LMHeadModel, config=transformers.GPT2Config, n_inner=48,
         resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, spread=1.0,
     ),
+    "biogpt, learned positions": dict(
+        kind=transformers.BioGptForCausalLM, config=transformers.BioGptConfig, layerdrop=0.0,
+        hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0, activation_dropout=0.0,
+        spread=1.0,
+    ),
     "granite, scaled": dict(
         kind=transformers.GraniteForCausalLM, config=transformers.GraniteConfig,
         logits_scaling=4.0, spread=16.0,

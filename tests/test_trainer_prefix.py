@@ -139,3 +139,13 @@ def test_off_policy_without_a_column(tmp_path):
     assert (batch["prefix_lengths"] == written).all() and (written > 1).any()
     last = batch["completion_ids"].gather(1, written[:, None] - 1)[:, 0]
     assert ((written == 10) | torch.isin(last, torch.tensor([2, 3]))).all()
+
+
+@pytest.mark.parametrize("first", [0, 1])
+def test_rows_of_which_some_have_a_text(tmp_path, first):
+    """The first row would decide for all."""
+    rows = [{"prompt": "w1 w2"} for _ in range(8)]
+    rows[first::2] = [row | {"teacher_completion": " w3"} for row in rows[first::2]]
+    trainer = make(tmp_path, data=rows, prefix_schedule="constant", prefix_length=2)
+    with pytest.raises(ValueError, match="teacher_completion: some rows of the data set have it"):
+        trainer.train()

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import io
-
 import pytest
 import torch
 
@@ -77,19 +75,6 @@ torch.save((trainer.losses, prompts), f"{folder}/{rank}.pt")
 """
 
 
-def finds_numbered_cpus() -> bool:
-    """transformers loads an optimizer's state to the process's device, here "cpu:0"."""
-    saved = io.BytesIO()
-    torch.save(torch.zeros(1), saved)
-    saved.seek(0)
-    try:
-        torch.load(saved, map_location=torch.device("cpu:0"))
-    except RuntimeError:
-        return False
-    return True
-
-
-@pytest.mark.skipif(not finds_numbered_cpus(), reason=f"torch {torch.__version__}: no 'cpu:0'")
 def test_resume_in_the_second_epoch(tmp_path):
     """An epoch is four steps of two rows; what accelerate wraps around the sampler of a resumed run
     hides it from `set_epoch`."""

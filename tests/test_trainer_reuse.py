@@ -10,6 +10,7 @@ import torch
 pytest.importorskip("trl", reason="the trainer needs trl")
 
 import tiny
+import transformers
 from training import RATE, by_hand, make, resume_and_compare
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
@@ -122,3 +123,26 @@ def test_resume_on_fewer_processes(tmp_path):
 def test_streams_are_refused(tmp_path):
     with pytest.raises(ValueError, match="num_iterations: .* load the data set whole"):
         make(tmp_path, data=tiny.prompts().to_iterable_dataset(), num_iterations=2)
+
+
+def test_a_run_after_one_that_was_interrupted(tmp_path):
+    """Amid a step: the next run would take half of each from the batch of the step before."""
+
+    class Stop(transformers.TrainerCallback):
+        def on_substep_end(self, args, state, control, **keywords):
+            if state.global_step == 1:
+                raise KeyboardInterrupt
+
+    trainer = make(
+        tmp_path, max_steps=3, per_device_train_batch_size=2, gradient_accumulation_steps=2
+    )
+    trainer.add_callback(Stop)
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    trainer.remove_callback(Stop)
+    trainer.seen = []
+    trainer.train()
+    ids = [sorted(batch["sequence_ids"].tolist()) for batch in trainer.batches]
+    assert [sorted(a + b) for a, b in zip(ids[::2], ids[1::2])] == [[0, 1, 2, 3]] * 3
+    windows = [batch["num_items_in_batch"].item() for batch in trainer.batches]
+    assert windows[::2] == windows[1::2]

@@ -15,6 +15,7 @@ we rely on; a test holds them against the TRL that is installed.
 """
 
 import contextlib
+import inspect
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,7 +34,10 @@ from ..heads import Head, current
 from .checks import (
     check_context,
     check_dtypes,
+    check_ends,
     check_ids,
+    check_own_weights,
+    check_padding,
     check_prompts,
     check_tokens,
     split_error,
@@ -135,6 +139,9 @@ class DistillationAdapter(DistillationTrainer):
                 "over several steps: load the data set whole, or leave num_iterations at 1"
             )
         self._student_head = read_form(self.model, is_sharded(self.accelerator))
+        own = self._student_head.vocab_size
+        check_padding(self._tokenizer, own, "student")
+        check_ends(self.eos_token_ids, own, "the student has", self._tokenizer)
         self._teacher_head: Head | None = None
         self._contexts = {"student": self.model.config}
         self._shared = self._student_head.vocab_size  # ids that both sides have
@@ -145,6 +152,7 @@ class DistillationAdapter(DistillationTrainer):
         self._exact_loss: Tensor | None = None
         self._rows: list[dict] | None = None
         self._prefix_lengths: list[int] = []
+        self._evaluated = 0  # rows so far, of an evaluation
 
     # What a subclass gives.
 
@@ -202,6 +210,7 @@ class DistillationAdapter(DistillationTrainer):
         self, prompt_ids: list[list[int]], images: Any, multimodal_fields: dict, tokens: int
     ) -> list[list[int]]:
         """What the teacher writes after these prompts, at most so many tokens each."""
+        check_padding(self._tokenizer, self._shared, "teacher")
         wrapped, use_vllm = self.model_wrapped, self.use_vllm
         self.model_wrapped, self.use_vllm = self.teacher_model, False
         try:
@@ -227,6 +236,7 @@ class DistillationAdapter(DistillationTrainer):
                 "teacher_model_init_kwargs: the teacher is already a model; leave the key out, or "
                 "give the teacher by its name"
             )
+        check_own_weights(self.model, teacher)
         teacher.eval()
         sharded = is_sharded(self.accelerator)
         if not sharded and getattr(teacher, "hf_device_map", None) is None:
@@ -247,6 +257,8 @@ class DistillationAdapter(DistillationTrainer):
         """Neither side writes an id that the other's padded vocabulary does not have."""
         heights = [head.vocab_size for head in (self._student_head, self._teacher_head)]
         self._shared = min(heights)
+        both = "student and teacher have in common"
+        check_ends(self.eos_token_ids, self._shared, both, self._tokenizer)
         if heights[0] != heights[1]:
             config = self.generation_config
             beyond = range(self._shared, max(heights))
@@ -328,10 +340,16 @@ class DistillationAdapter(DistillationTrainer):
         self._rows, self._prefix_lengths = inputs, [0] * len(inputs)
         output = super()._generate_and_score_completions(inputs)
         # Any more would be read past the end of an embedding. vLLM is not told to suppress them.
-        check_ids(output["prompt_ids"], self._shared, "prompt", self._tokenizer)
-        check_ids(output["completion_ids"], self._shared, "completion", self._tokenizer)
+        for part in ("prompt", "completion"):
+            ids, padding = output[f"{part}_ids"], output[f"{part}_mask"] == 0
+            check_ids(ids.masked_fill(padding, 0), self._shared, part, self._tokenizer)
+            # The teacher may not have the id of the padding.
+            output[f"{part}_ids"] = ids.masked_fill(padding & (ids >= self._shared), 0)
         # Shuffled and split with the rest of the generation batch.
         device, first = self.accelerator.device, self.accelerator.process_index * len(inputs)
+        if not self.model.training:
+            first += self._evaluated
+            self._evaluated += self.accelerator.num_processes * len(inputs)
         output["sequence_ids"] = torch.arange(first, first + len(inputs), device=device)
         output["prefix_lengths"] = torch.tensor(self._prefix_lengths, device=device)
         width = output["completion_ids"].shape[1]
@@ -344,10 +362,14 @@ class DistillationAdapter(DistillationTrainer):
         prefixes = None
         if rows is not None:
             check_tokens(rows, prompt_ids)
-            check_context(prompt_ids, self.max_completion_length, self._contexts, self._tokenizer)
+            for ids in prompt_ids:
+                check_ids(torch.tensor(ids), self._shared, "prompt", self._tokenizer)
             given = self.given_completions(rows)
             if given is not None:
+                whole = [prompt + ids for prompt, ids in zip(prompt_ids, given)]
+                check_context(whole, 0, self._contexts, self._tokenizer)
                 return given
+            check_context(prompt_ids, self.max_completion_length, self._contexts, self._tokenizer)
             if not self._on_all(weights_are_finite(self.model)):
                 stop_on_weights(self.state.global_step)
             prefixes = self.write_prefixes(rows, prompt_ids, images, multimodal_fields)
@@ -378,7 +400,23 @@ class DistillationAdapter(DistillationTrainer):
             for prefix, own in zip(prefixes, rest)
         ]
 
+    # Evaluation.
+
+    def evaluation_loop(self, *arguments, **keywords):
+        self._evaluated = 0
+        return super().evaluation_loop(*arguments, **keywords)
+
+    def predict(self, *arguments, **keywords):
+        found = super().predict(*arguments, **keywords)
+        self._metrics["eval"].clear()  # or the next evaluation would report the mean of both
+        return found
+
     # A generation batch for several optimiser steps.
+
+    def get_train_dataloader(self):
+        # TRL counts micro-batches over all calls of train(), and one may have ended amid a step.
+        self._step, self._buffered_inputs = 0, None
+        return super().get_train_dataloader()
 
     def _iteration(self) -> int:
         """Which step on the present generation batch comes next, from 0."""
@@ -459,11 +497,16 @@ class DistillationAdapter(DistillationTrainer):
 def _positions_behind_padding(model: PreTrainedModel, mask: Tensor) -> Iterator[None]:
     """Counts positions from the first token that is no padding, as generation does.
 
-    Only for learned absolute positions (GPT-2 and its kin call their table `wpe`): TRL passes none,
-    and those models would count the padding on the left. Relative positions do not mind it.
+    TRL passes none, and a model would count the padding on the left: wrong where positions are
+    learned (GPT-2), where a state is begun anew at position 0 (RecurrentGemma), or where the
+    longest position chooses the scale of the others. Models of images have positions of several
+    dimensions, which they make themselves.
     """
-    backbone = next((m for m in model.modules() if hasattr(m, "wpe")), None)
-    if backbone is None:
+    inner: Any = getattr(model, "get_base_model", None)  # of PEFT
+    base: Any = model if inner is None else inner()
+    backbone = base.base_model
+    takes = "position_ids" in inspect.signature(backbone.forward).parameters
+    if not takes or base.config.get_text_config() is not base.config:
         yield
         return
 

@@ -108,16 +108,19 @@ def check_context(
     tokenizer: PreTrainedTokenizerBase,
 ) -> None:
     """Raises ValueError where a prompt and a completion of full length exceed a model's context,
-    as its config gives it in `max_position_embeddings`."""
+    as its config gives it in `max_position_embeddings`. completion: 0 where the ids have it."""
     for side, config in configs.items():
         context = getattr(config.get_text_config(), "max_position_embeddings", None)
         for ids in prompt_ids if context else ():
             if len(ids) + completion > context:
                 start = tokenizer.decode(ids[:16])
+                what, remedy = f"a prompt with its completion, {len(ids)} tokens,", ""
+                if completion:
+                    what = f"a prompt of {len(ids)} tokens and max_completion_length {completion}"
+                    remedy = ", or lower max_completion_length"
                 raise ValueError(
-                    f"a prompt of {len(ids)} tokens and max_completion_length {completion} exceed "
-                    f"the {side}'s context of {context}: drop or cut the prompt that begins with "
-                    f"{start!r}, or lower max_completion_length"
+                    f"{what} exceed the {side}'s context of {context}: drop or cut the prompt that "
+                    f"begins with {start!r}{remedy}"
                 )
 
 
@@ -131,6 +134,58 @@ def check_ids(
             f"a {what} holds id {highest} ({tokenizer.decode([highest])!r}), but student and "
             f"teacher have only the ids below {vocab_size} in common: choose a teacher that knows "
             "this token, or keep it out of the prompts"
+        )
+
+
+def check_padding(tokenizer: PreTrainedTokenizerBase, vocab_size: int, side: str) -> None:
+    """Raises ValueError for padding that a model cannot look up, hidden as it is by the mask."""
+    if (pad := tokenizer.pad_token_id) is not None and pad >= vocab_size:
+        raise ValueError(
+            f"processing_class: its padding {tokenizer.pad_token!r} has id {pad}, and the {side} "
+            f"only the ids below {vocab_size}: set tokenizer.pad_token to a token that it has, "
+            "such as eos_token, or resize_token_embeddings() of the model"
+        )
+
+
+def check_ends(
+    ends: Sequence[int | None], vocab_size: int, whose: str, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    """Raises ValueError where no token ends completions, or one that a model does not have: the
+    student, kept from writing it, would not learn to end."""
+    for token in ends:
+        if token is None:
+            raise ValueError(
+                "processing_class: the tokenizer has no eos_token, with which completions end: "
+                "set tokenizer.eos_token"
+            )
+        if token >= vocab_size:
+            raise ValueError(
+                f"processing_class: the token that ends a completion, "
+                f"{tokenizer.decode([token])!r} with id {token}, is beyond the {vocab_size} ids "
+                f"that {whose}: choose models that know it, or another end (the tokenizer's "
+                "eos_token and the student's generation_config.eos_token_id)"
+            )
+
+
+def check_own_weights(student: torch.nn.Module, teacher: torch.nn.Module) -> None:
+    """Raises ValueError for a teacher that holds parameters of the student: it would learn, or
+    wear an adapter, with it, and the two would never differ."""
+    ours = {id(parameter) for parameter in student.parameters()}
+    for name, parameter in teacher.named_parameters():
+        if id(parameter) in ours:
+            raise ValueError(
+                f"teacher_model: its {name} is the student's own tensor, so that the teacher would "
+                "change with the student: load the teacher a second time"
+            )
+
+
+def check_trainable(model: torch.nn.Module) -> None:
+    """Raises ValueError for a student of which nothing would be trained."""
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise ValueError(
+            "model: none of its parameters requires a gradient, so that nothing would be trained: "
+            "an adapter is loaded for training by PeftModel.from_pretrained(..., "
+            "is_trainable=True), other weights by requires_grad_(True)"
         )
 
 

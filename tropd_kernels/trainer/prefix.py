@@ -38,6 +38,17 @@ def scheduled_length(schedule: str, initial: int, step: int, steps: int) -> int:
     return math.floor(_ALPHA[schedule](done) * initial + 1e-9)
 
 
+def have_column(rows: Sequence[Mapping[str, Any]], column: str) -> bool:
+    """Whether the rows of a batch have the teacher's text. Raises ValueError where some have."""
+    without = [row for row in rows if column not in row]
+    if without and len(without) < len(rows):
+        raise ValueError(
+            f"{column}: some rows of the data set have it, and {without[0]!r:.120} does not: give "
+            "it to all, or to none"
+        )
+    return not without
+
+
 def column_ids(
     answer: str | list[dict[str, str]],
     prompt: str | list[dict[str, str]],
@@ -71,7 +82,12 @@ def column_ids(
         raise ValueError(
             f"{column}: {_short(answer)} does not tokenise to a continuation of its prompt "
             f"{_short(prompt)}: together they differ from the prompt's ids from token {first} on. "
-            "Let the answer begin at a token's border (usually with a space or a new line)"
+            + (
+                "The chat template does not render an assistant's turn as it begins one to be "
+                "generated: give it a template that does, by the tokenizer's chat_template"
+                if conversation
+                else "Let the answer begin at a token's border (usually with a space or a new line)"
+            )
         )
     return list(joint[len(prompt_ids) :])
 

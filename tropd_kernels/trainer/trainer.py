@@ -32,12 +32,20 @@ from .checks import (
     check_rows,
     check_server_tokenizer,
     check_tokenizers,
+    check_trainable,
     find_tokenizer,
     no_guide,
     stop_on,
 )
 from .config import TrOPDConfig
-from .prefix import column_ids, cut, is_complete, prefix_mask, scheduled_length
+from .prefix import (
+    column_ids,
+    cut,
+    have_column,
+    is_complete,
+    prefix_mask,
+    scheduled_length,
+)
 from .regions import Sample, samples, show, write_page
 from .server import TeacherServer
 
@@ -94,6 +102,10 @@ class TrOPDTrainer(DistillationAdapter):
             args = TrOPDConfig(f"{name.split('/')[-1]}-TrOPD")
         if not isinstance(args, TrOPDConfig):
             raise TypeError(f"args must be a TrOPDConfig, got a {type(args).__name__}")
+        if not isinstance(model, str) and not hasattr(model, "generation_config"):
+            raise TypeError(
+                f"model: a {type(model).__name__} writes no text: load it with AutoModelForCausalLM"
+            )
         self._samples: list[Sample] = []
         self._server: TeacherServer | None = None
         loaded = self._loaded_teacher(teacher_model, args)
@@ -141,7 +153,7 @@ class TrOPDTrainer(DistillationAdapter):
                 "teacher_model: teacher_model_server_url and precomputed_teacher stand for the "
                 "teacher: give one of the three"
             )
-        loaded = teacher_model or args.teacher_model_name_or_path
+        loaded = args.teacher_model_name_or_path if teacher_model is None else teacher_model
         if loaded is None and args.rule().uses_teacher:
             raise ValueError(
                 f"teacher_model: objective {args.objective!r} needs a teacher: give a model, "
@@ -167,6 +179,7 @@ class TrOPDTrainer(DistillationAdapter):
     def get_train_dataloader(self):
         if self.train_dataset is None:
             raise ValueError("train_dataset: none was given, so that this trainer only evaluates")
+        check_trainable(self.model)
         return super().get_train_dataloader()
 
     # The loss.
@@ -296,15 +309,20 @@ class TrOPDTrainer(DistillationAdapter):
     def write_prefixes(
         self, rows: list[dict], prompt_ids: list[list[int]], images: Any, multimodal_fields: dict
     ) -> list[list[int]] | None:
-        """The teacher's tokens at the head of each completion; none while evaluating."""
-        if not self.model.training:
+        """The teacher's tokens at the head of each completion. While evaluating the student writes
+        all of it, but where no step is on-policy and the rows have the teacher's text."""
+        column = self.args.prefix_column
+        has_text = column is not None and have_column(rows, column)
+        if self.model.training:
+            whole = self._off_policy()
+        elif self.args.lmbda == 0 and has_text:
+            whole = True
+        else:
             return None
-        whole = self._off_policy()
         length = self.max_completion_length if whole else self.prefix_length()
         if length == 0:
             return None
-        column = self.args.prefix_column
-        if column is None or column not in rows[0]:
+        if not has_text:
             if self.teacher_model is None and self._server is None:
                 raise no_guide(column)
             written = self._teacher_writes(prompt_ids, images, multimodal_fields, length)

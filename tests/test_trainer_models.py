@@ -1,0 +1,108 @@
+"""What student, teacher and tokenizer have to be for a run to mean anything, and may be."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import transformers
+
+pytest.importorskip("trl", reason="the trainer needs trl")
+
+import tiny
+from training import SGD, Spy, make
+
+from tropd_kernels.trainer import TrOPDConfig
+
+pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
+
+
+def longer(seed: int = 0):
+    """A model with one id more than the others."""
+    model = tiny.model(seed)
+    model.resize_token_embeddings(tiny.VOCAB + 1)
+    return model
+
+
+def with_tokenizer(folder, tokenizer, student=None, teacher=None, data=None, **settings):
+    args = TrOPDConfig(
+        str(folder), max_steps=1, per_device_train_batch_size=4, max_completion_length=8,
+        bf16=False, use_cpu=True, report_to="none", save_strategy="no", disable_tqdm=True,
+        **SGD, **settings,
+    )  # fmt: skip
+    student, teacher = student or tiny.model(0), teacher or tiny.model(1)
+    return Spy(student, teacher, args, data or tiny.prompts(), processing_class=tokenizer)
+
+
+def test_an_end_that_the_teacher_does_not_have(tmp_path):
+    """It would be kept from writing it, and never end."""
+    tokenizer = tiny.tokenizer()
+    tokenizer.add_special_tokens({"eos_token": "<|im_end|>"})
+    for student, whose in ((longer(), "student and teacher"), (tiny.model(0), "the student has")):
+        with pytest.raises(
+            ValueError, match=rf"<\|im_end\|>' with id 96, is beyond the 96.*{whose}"
+        ):
+            with_tokenizer(tmp_path, tokenizer, student)
+
+
+def test_a_tokenizer_without_an_end(tmp_path):
+    tokenizer = tiny.tokenizer()
+    tokenizer.eos_token = None
+    with pytest.raises(ValueError, match="no eos_token"):
+        with_tokenizer(tmp_path, tokenizer)
+
+
+def test_padding_that_a_model_does_not_have(tmp_path):
+    """The student needs it to generate, the teacher only where it writes."""
+    tokenizer = tiny.tokenizer()
+    tokenizer.add_special_tokens({"pad_token": "[PAD]"})
+    with pytest.raises(
+        ValueError, match=r"\[PAD\]' has id 96, and the student only the ids below 96"
+    ):
+        with_tokenizer(tmp_path, tokenizer)
+    losses = []
+    for other in (tokenizer, tiny.tokenizer()):
+        trainer = with_tokenizer(tmp_path, other, longer(), generation_kwargs={"do_sample": False})
+        trainer.train()
+        losses += trainer.losses
+        assert (trainer.batches[0]["prompt_mask"] == 0).any()
+    assert losses[0] == losses[1]
+    writes = dict(prefix_schedule="constant", prefix_length=2)
+    with pytest.raises(ValueError, match="and the teacher only the ids below 96"):
+        with_tokenizer(tmp_path, tokenizer, longer(), **writes).train()
+
+
+def test_a_prompt_with_an_unknown_token_is_told_before_it_is_looked_up(tmp_path):
+    tokenizer = tiny.tokenizer()
+    tokenizer.add_tokens(["new"])
+    data = tiny.Dataset.from_dict({"prompt": ["w1 new"] * 8})
+    with pytest.raises(ValueError, match="a prompt holds id 96 .'new'."):
+        with_tokenizer(tmp_path, tokenizer, data=data).train()
+
+
+def test_nothing_to_train(tmp_path):
+    """Gradient checkpointing, the default, would hide it."""
+    student = tiny.model(0).requires_grad_(False)
+    with pytest.raises(ValueError, match=r"model: none of its parameters .* is_trainable=True"):
+        make(tmp_path, student, gradient_checkpointing=True).train()
+
+
+def test_a_teacher_with_the_student_s_weights(tmp_path):
+    peft = pytest.importorskip("peft")
+    base = tiny.model(0)
+    adapted = peft.get_peft_model(base, peft.LoraConfig(target_modules=["q_proj"], r=2))
+    for student in (base, adapted):
+        with pytest.raises(
+            ValueError, match="the student's own tensor.*: load the teacher a second"
+        ):
+            make(tmp_path, student, base)
+
+
+def test_a_compiled_teacher(tmp_path):
+    trainer = make(tmp_path, teacher=torch.compile(tiny.model(1), backend="eager"))
+    assert trainer.teacher_model is not None
+
+
+def test_a_student_without_a_head(tmp_path):
+    backbone = transformers.LlamaModel(tiny.model(0).config)
+    with pytest.raises(TypeError, match="model: a LlamaModel writes no text: load it with Auto"):
+        make(tmp_path, backbone)
