@@ -231,7 +231,7 @@ def _compiling_for(target: GPUTarget, seen: Callable) -> Iterator[None]:
     @torch.no_grad()
     def distill(*args):
         # The body of the custom op: on meta tensors the op itself would stop at its fake.
-        problem = ops.flat_problem(*args[:8], *args[10:15])
+        problem = ops.flat_problem(*args[:8], *args[11:16], later=args[10])
         needs = linear_loss.Needs(*args[9])
         result = linear_loss.forward(problem, needs, args[8])
         if not needs:

@@ -29,7 +29,6 @@ TROPD_INLINE Terms<T> terms(
     case SKEW_FORWARD:
     case SKEW_REVERSE:
     case TOPK_JSD: {
-      // where p and q are 0 it is NaN, and multiplied by neither
       Vector<T> lm = log_sum<T>(q * c, p * rest, lq + d.log_c, lp + d.log_rest);
       if (d.generator == JSD) {
         Vector<T> student = product<T>(p, lp - lm) * rest;

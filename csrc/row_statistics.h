@@ -126,19 +126,20 @@ struct BothSums {
 template <class T, class SZ, class ST>
 void both_statistics(
     const SZ& z, const ST& t, int64_t vocab, T* s, int64_t ss, T* c, int64_t cs, int64_t label) {
-  BothSums<T> sums;
+  BothSums<T> sums, again;
   sums.add(z, t, vocab);
-  if (!sums.finite()) {
+  const bool finite = sums.finite();
+  if (!finite) {
     // A weight that is 0 beside the row's maximum may not have been beside its block's, and a weight
     // decides whether an infinite difference counts: once more, from the maxima.
-    BothSums<T> again;
     again.z_base = sums.z_base;
     again.t_base = sums.t_base;
     again.add(z, t, vocab);
-    sums = again;
   }
+  // Only the differences: the entropies stay, to the bit, those of a side alone.
+  const BothSums<T>& gaps = finite ? sums : again;
   const auto &z_mass = sums.z_mass, &t_mass = sums.t_mass, &z_first = sums.z_first;
-  const auto &t_first = sums.t_first, &z_gap = sums.z_gap, &t_gap = sums.t_gap;
+  const auto& t_first = sums.t_first;
   const T z_high = sums.z_base.high, t_high = sums.t_base.high;
   const double z_sum = total<T>(z_mass), t_sum = total<T>(t_mass);
   const double z_log = std::log(z_sum), t_log = std::log(t_sum);
@@ -149,7 +150,8 @@ void both_statistics(
   s[ENTROPY * ss] = c[MEAN_ENTROPY * cs] = T(z_log - total<T>(z_first) / z_sum);
   s[TEACHER_ENTROPY * ss] = T(t_log - total<T>(t_first) / t_sum);
   // E_p[lp - lq] and E_q[lq - lp], from differences: E_p[lp] - E_p[lq] would cancel
-  const double z_mean = total<T>(z_gap) / z_sum, t_mean = total<T>(t_gap) / t_sum;
+  const double z_mean = total<T>(gaps.z_gap) / total<T>(gaps.z_mass);
+  const double t_mean = total<T>(gaps.t_gap) / total<T>(gaps.t_mass);
   s[REVERSE_KL * ss] = T(z_mean - (z_log - t_log));
   s[FORWARD_KL * ss] = T((z_log - t_log) - t_mean);
   // as the gradient forms it, without the log-sums, which cancel

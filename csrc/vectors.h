@@ -186,12 +186,13 @@ TROPD_INLINE Vector<T> tanh(Vector<T> x) {
 }
 
 // log(a + b) from a, b and their logarithms: log(high) + log(1 + low / high) without a cancellation,
-// another exponential or a second quotient. NaN where both are 0.
+// another exponential or a second quotient. Where both have underflowed it is the larger logarithm.
 template <class T>
 TROPD_INLINE Vector<T> log_sum(Vector<T> a, Vector<T> b, Vector<T> log_a, Vector<T> log_b) {
-  const auto first = a > b;
+  const auto first = log_a > log_b;
   const Vector<T> high = first ? a : b, low = first ? b : a;
-  return (first ? log_a : log_b) + two_atanh<T>(low / (low + high * T(2)));
+  const Vector<T> sum = low + high * T(2);
+  return (first ? log_a : log_b) + two_atanh<T>(sum > T(0) ? low / sum : all<T>(0));
 }
 
 // --- memory: memcpy, because gradients overwrite logits of another type ----------------------------

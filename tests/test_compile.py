@@ -30,10 +30,11 @@ def op_arguments(backend, device, needs, weight=True):
     head = problem.weight.float().requires_grad_()
     student = hidden if weight else (hidden @ head.T).detach().requires_grad_()
     inputs = {"uniforms": problem.options["uniforms"]}
+    later = [False] * 3 if any(needs) else [True, True, False]
     return (
         student, head if weight else None, None, problem.labels,
         problem.teacher_hidden.float(), problem.teacher_weight.float(), None,
-        [inputs.get(name) for name in INPUTS], torch.full((), 0.25, device=device), needs,
+        [inputs.get(name) for name in INPUTS], torch.full((), 0.25, device=device), needs, later,
         RULE.key, [1.0, 0.0, 1.0, 0.0, 1.0], backend, -100, None,
     )  # fmt: skip
 

@@ -15,6 +15,7 @@ from tropd_kernels import (
     TopKTeacher,
     TrOPD,
 )
+from tropd_kernels.objectives import TAILS
 
 BACKENDS = ("torch", "native", "triton")
 both = pytest.mark.parametrize("backend", BACKENDS)
@@ -192,3 +193,70 @@ def test_tail_of_a_teacher_whose_ids_hold_all_its_mass(backend, device):
     raw, _, _ = loss_and_gradient(z, labels, teacher, Divergence("forward_kl", top_k=2), backend)
     assert gradient.isfinite().all()
     torch.testing.assert_close(loss, raw, rtol=1e-5, atol=1e-6)  # an empty tail adds nothing
+
+
+@all_backends
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("name", ["gkd", "skew_forward", "skew_reverse", "topk_jsd"])
+def test_probabilities_that_the_mixture_rounds_to_0(name, dtype, backend, device):
+    """The smallest subnormal numbers: a half of p and of q is 0 while they are not."""
+    low = -745.0 if dtype == torch.float64 else -103.5
+    lp, lq = (low + torch.linspace(-1.0, 3.0, n, dtype=torch.float64) for n in (9, 11))
+    grid = torch.cartesian_prod(lp, lq).to(device, dtype)
+    z, t = (torch.cat([torch.zeros_like(grid[:1, i]), grid[:, i]])[None] for i in (0, 1))
+    t[0, 0] = 0.5
+    label = torch.zeros(1, dtype=torch.long, device=device)
+    out = loss_and_gradient(z, label, LogitsTeacher(t), OBJECTIVES[name], backend)
+    truth = loss_and_gradient(
+        z.double(), label, LogitsTeacher(t.double()), OBJECTIVES[name], "reference"
+    )
+    assert out[0].item() == pytest.approx(truth[0].item(), abs=8 * torch.finfo(dtype).eps)
+    torch.testing.assert_close(out[1].double(), truth[1], rtol=0, atol=8 * torch.finfo(dtype).eps)
+
+
+@all_backends
+def test_no_weight_on_an_infinite_loss(backend, device):
+    """Not 0 * inf, where the caller says that every token counts."""
+    z, t = torch.zeros(2, 4, 5, device=device)
+    t[0, 1] = -math.inf
+    label = torch.ones(4, dtype=torch.long, device=device)
+    weight = torch.tensor([0.0, 1.0, 1.0, 1.0], device=device)
+    loss, gradient, _ = loss_and_gradient(
+        z, label, LogitsTeacher(t), OPD(), backend, token_weight=weight, ignore_index=None
+    )
+    assert loss.isfinite() and gradient.isfinite().all()
+
+
+@all_backends
+@pytest.mark.parametrize("clip", [None, 0.2])
+def test_an_infinite_reward_under_a_ratio_of_0(clip, backend, device):
+    """exp(-200 + 1) is 0 in float32; the loss is infinite all the same."""
+    z = torch.tensor([[-200.0, 0.0, 0.0]], device=device)
+    t = torch.tensor([[-math.inf, 0.0, 0.0]], device=device)
+    loss, gradient, _ = loss_and_gradient(
+        z, torch.tensor([0], device=device), LogitsTeacher(t),
+        OPD(clip_ratio_low=clip, clip_ratio_high=clip), backend,
+        old_log_probs=torch.tensor([-1.0], device=device),
+    )  # fmt: skip
+    assert loss == math.inf and not gradient.any()
+
+
+@all_backends
+@pytest.mark.parametrize("tail", TAILS)
+def test_a_token_of_which_the_teacher_gave_no_id(tail, backend, device):
+    """Padding alone: no loss and no gradient, and the token beside it is as it would be alone."""
+    z = torch.randn(2, 6, device=device)
+    ids = torch.tensor([[-1, -1], [1, 2]], device=device)
+    log_q = torch.tensor([[-math.inf, -math.inf], [-1.0, -2.0]], device=device)
+    known = torch.tensor([-1.0, -1.0], device=device)
+    label = torch.tensor([0, 1], device=device)
+    rule = Divergence("forward_kl", top_k=2, top_k_tail=tail)
+    loss, gradient, _ = loss_and_gradient(
+        z, label, TopKTeacher(ids, log_q, known), rule, backend, reduction="none"
+    )
+    _, alone, _ = loss_and_gradient(
+        z[1:], label[1:], TopKTeacher(ids[1:], log_q[1:], known[1:]), rule, backend,
+        reduction="none",
+    )  # fmt: skip
+    assert loss[0].abs() <= 1e-6 and gradient[0].abs().max() <= 1e-6
+    torch.testing.assert_close(gradient[1:], alone)

@@ -22,12 +22,14 @@ from tropd_kernels import (
     OPD,
     SFT,
     Divergence,
+    EntropyOPD,
     HiddenTeacher,
     LogitsTeacher,
     SampledTeacher,
     TopKTeacher,
     TrOPD,
     chunking,
+    distillation_loss,
     functional,
     linear_distillation_loss,
     linear_log_probs,
@@ -304,6 +306,67 @@ def test_inputs_may_be_views_of_any_stride(form, backend, device):
     _, expected, _ = problem.call(OBJECTIVES["tropd"], form, backend)
     for key in expected:
         assert torch.equal(found[key], expected[key])
+
+
+@all_backends
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rows_may_be_one_row_many_times(dtype, backend, device):
+    """expand(): hidden states, heads and logits of both sides."""
+    hidden, head, teacher = (torch.randn(n, 16, device=device).to(dtype) for n in (4, 40, 4))
+    labels = torch.arange(4, device=device)
+
+    def results(hidden, head, teacher):
+        logits = hidden @ head.T
+        outs = (
+            linear_distillation_loss(
+                hidden, head, labels, HiddenTeacher(teacher, head), GKD(), backend=backend
+            ),
+            distillation_loss(
+                logits[:1].expand(4, -1) if hidden.stride(0) == 0 else logits, labels,
+                LogitsTeacher(logits.flip(1)[:1].expand(4, -1)), GKD(), backend=backend,
+            ),
+        )  # fmt: skip
+        return [out.loss for out in outs]
+
+    for name in ("hidden", "head", "teacher"):
+        tensors = dict(hidden=hidden, head=head, teacher=teacher)
+        tensors[name] = tensors[name][:1].expand_as(tensors[name])
+        copied = {key: tensor.contiguous() for key, tensor in tensors.items()}
+        assert results(**tensors)[0] == results(**copied)[0]
+    results(hidden[:1].expand(4, -1), head, teacher)
+
+
+@all_backends
+def test_a_bias_wider_than_the_hidden_states(backend, device):
+    hidden = torch.randn(4, 8, device=device, requires_grad=True)
+    head, bias = torch.randn(16, 8, device=device), torch.randn(16, device=device)
+    teacher = torch.randn(4, 8, device=device)
+    labels = torch.arange(4, device=device)
+    found = [
+        linear_distillation_loss(
+            hidden, head, labels, HiddenTeacher(teacher, head, b), GKD(), bias=b, backend=backend
+        ).loss
+        for b in (bias, bias.double())
+    ]
+    torch.testing.assert_close(*found)
+
+
+@all_backends
+@pytest.mark.parametrize("excluded", [False, True])
+def test_every_token_is_in_the_top_fraction_of_1(excluded, backend, device):
+    """A token's entropy beside a teacher that excludes ids is, to the bit, the one ranked before,
+    or those at the quantile would drop out."""
+    generator = torch.Generator().manual_seed(0)
+    for seed in range(1 if backend == "triton" else 40):
+        z, t = torch.randn(2, 4, 3000, generator=generator, dtype=torch.float64) * 3
+        if excluded:
+            t = t.masked_fill(torch.rand(4, 3000, generator=generator) < 0.1, -math.inf)
+        t[:, 7] = 1
+        out = distillation_loss(
+            z.to(device), torch.full((4,), 7, device=device), LogitsTeacher(t.to(device)),
+            EntropyOPD(top_fraction=1.0), backend=backend,
+        )  # fmt: skip
+        assert out.stats.kept.sum() == 4, seed
 
 
 @both

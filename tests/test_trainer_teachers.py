@@ -265,10 +265,10 @@ def test_columns_above_zero(tmp_path, column, values, words):
         teacher_ids=[[7]] * 3, teacher_log_probs=[[-1.0]] * 3,
     )  # fmt: skip
     settings = dict(precomputed_teacher=True, objective_kwargs={"top_k": 1})
-    make(tmp_path, data=tiny.tiny.Dataset.from_list([row] * 4), **settings).train()
+    make(tmp_path, data=tiny.Dataset.from_list([row] * 4), **settings).train()
     row[column] = values if column == "teacher_label_log_probs" else [[v] for v in values]
     with pytest.raises(ValueError, match=f"{column}: expected log-probs, .* as of {words}"):
-        make(tmp_path, data=tiny.tiny.Dataset.from_list([row] * 4), **settings).train()
+        make(tmp_path, data=tiny.Dataset.from_list([row] * 4), **settings).train()
 
 
 def test_served_log_probs_above_zero():
@@ -280,7 +280,7 @@ def test_served_log_probs_above_zero():
 @pytest.mark.parametrize("ids", [[7.0, 8.0, 9.0], [7.5, 8.0, 9.0], [7.0, float("nan"), 9.0]])
 def test_ids_from_a_table_with_gaps(tmp_path, ids):
     row = dict(prompt="w1 w2", completion_ids=ids, teacher_label_log_probs=[-1.0] * 3)
-    data = tiny.tiny.Dataset.from_list([row] * 4)
+    data = tiny.Dataset.from_list([row] * 4)
     trainer = make(tmp_path, data=data, precomputed_teacher=True, objective="opd")
     with pytest.raises(ValueError, match="completion_ids: expected whole numbers, got 7"):
         trainer.train()

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from . import ops
 from .arguments import (
@@ -270,8 +271,9 @@ def linear_log_probs(
         flat = (student.reshape(-1, student.shape[-1]), head, shift, labels.reshape(-1))
         one = student.new_ones((), dtype=result_dtype(student.dtype))
         needs, chosen = [False] * 4, _backend(backend, student, group)
+        later = _wanted(student, head, shift)
         return (
-            *savable((*flat, None, None, None), {}, needs, chosen), one, needs, rule, scales,
+            *savable((*flat, None, None, None), {}, needs, chosen), one, needs, later, rule, scales,
             chosen, ignore_index, max_workspace_bytes, EVERY_ROW,
         ), None  # fmt: skip
 
@@ -329,20 +331,26 @@ def _flat_call(
         counts = _counts(flat_labels, ignore_index, None if ignore_index is None else weighs)
         scale = 1 / counts.sum().clamp_min(1).to(dtype)
 
-    grad = torch.is_grad_enabled()
-    formed = reduction != "none" and weight is not None and grad
-    needs = [formed and t is not None and t.requires_grad for t in (student, weight, bias)]
-    needs.append(needs[1] and offers_main_grad(weight))
+    wanted = _wanted(student, weight, bias)
+    formed = reduction != "none" and weight is not None
+    needs, later = (wanted, [False] * 3) if formed else ([False] * 3, wanted)
+    needs = [*needs, needs[1] and offers_main_grad(weight)]
     draws = None if sampling is None else sampling_uniforms(labels, seed).reshape(-1)
     selection = Selection(float(tolerance), None if sampling is None else float(sampling), draws)
     flat = (student.reshape(-1, student.shape[-1]), weight, bias, flat_labels)
     tensors = (*flat, teacher_source, teacher_weight, teacher_bias)
     call = (
-        *savable(tensors, inputs, needs, backend), scale, needs, rule,
+        *savable(tensors, inputs, needs, backend), scale, needs, later, rule,
         [*student_scales, *teacher_scales, float(temperature)], backend, ignore_index,
         max_workspace_bytes, selection,
     )  # fmt: skip
     return call, after
+
+
+def _wanted(*tensors: Tensor | None) -> list[bool]:
+    """Which of them a backward may be asked for."""
+    grad = torch.is_grad_enabled()
+    return [grad and t is not None and t.requires_grad for t in tensors]
 
 
 def _found(call, group, reduction: str):
@@ -392,8 +400,8 @@ def _output(found, after, labels, teacher, reduction) -> DistillationOutput:
 
 
 def _run(
-    tensors, inputs, scale, needs, rule, scales, backend, ignore_index, max_workspace_bytes,
-    selection,
+    tensors, inputs, scale, needs, later, rule, scales, backend, ignore_index,
+    max_workspace_bytes, selection,
 ):  # fmt: skip
     """(loss, token_loss, stats, shares) of the flat problem."""
     settings = (rule.key, scales, backend, ignore_index, max_workspace_bytes)
@@ -402,8 +410,19 @@ def _run(
         arguments = (*tensors, row_inputs, *settings)
         return *reference_loss(ops.flat_problem(*arguments), scale), None
     selects = (selection.tolerance, selection.sampling, selection.draws)
-    found = ops.distill(*tensors, row_inputs, scale, needs, *settings, *selects)
+    _check_tangents(*tensors[:3])
+    found = ops.distill(*tensors, row_inputs, scale, needs, later, *settings, *selects)
     return *found[:3], found[-1]
+
+
+def _check_tangents(*tensors: Tensor | None) -> None:
+    if torch.compiler.is_compiling() or forward_ad._current_level < 0:
+        return
+    if any(t is not None and forward_ad.unpack_dual(t).tangent is not None for t in tensors):
+        raise NotImplementedError(
+            "forward-mode differentiation (torch.func.jvp, forward_ad) of a fused loss, which has "
+            "only a backward: use that, or distillation_loss(..., backend='reference')"
+        )
 
 
 # --- the teacher, flat -------------------------------------------------------------------------

@@ -25,7 +25,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import nullcontext
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from types import ModuleType
 from typing import TYPE_CHECKING
 
@@ -75,6 +75,13 @@ class Problem:
     max_workspace_bytes: int | None
     shard: Shard | None = None  # the sides hold a part of the vocabulary; labels name any of it
     selection: Selection = EVERY_ROW
+    #: What a backward may form that makes the logits again. It has to make the forward's, whose
+    #: k-th id it looks for, so both walk by its plan.
+    later: Needs = field(default_factory=lambda: Needs())
+
+    @property
+    def sides(self) -> tuple[Side, Side | None]:
+        return self.student, self.teacher
 
     @property
     def columns(self) -> int:
@@ -86,7 +93,7 @@ class Problem:
         """The ids that both sides have."""
         if self.shard is not None:
             return self.shard.vocab_size
-        sizes = [side.vocab_size for side in (self.student, self.teacher) if side is not None]
+        sizes = [side.vocab_size for side in self.sides if side is not None]
         return min(sizes)
 
     @property
@@ -154,7 +161,8 @@ def _forward(problem: Problem, needs: Needs, loss_scale: Tensor) -> Result:
 
 def backward(problem: Problem, coefs: Tensor, needs: Needs) -> Result:
     """The gradients that these coefficients (already times the incoming gradient) stand for."""
-    index = tokens_that_count(problem) if problem.student.weight is not None else None
+    made = any(side is not None and side.weight is not None for side in problem.sides)
+    index = tokens_that_count(problem) if made else None
     result = Result(stats=coefs, coefs=coefs)
     loop = _Loop(problem, index, needs, None, result)
     with without_autocast(coefs.device.type):
@@ -234,7 +242,7 @@ class _Loop:
     def _plan(self) -> ChunkPlan:
         student, teacher = self.problem.student, self.problem.teacher
         teacher_head = teacher is not None and teacher.weight is not None
-        shard = self.problem.shard
+        shard, needs = self.problem.shard, self.problem.later or self.needs
         return plan_chunks(
             self.n,
             # Ranks exchange numbers chunk by chunk: all make the plan of the largest shard.
@@ -244,8 +252,8 @@ class _Loop:
             dtype=student.source.dtype,
             device=student.source.device,
             backend=self.problem.backend,
-            needs_hidden_grad=self.needs.student,
-            needs_weight_grad=self.needs.weight,
+            needs_hidden_grad=needs.student,
+            needs_weight_grad=needs.weight,
             max_workspace_bytes=self.problem.max_workspace_bytes if self.has_head else None,
             selects_rows=bool(self.needs) and self.problem.selection.on,
             wide_weight_grad=self.needs.wide_weight,
@@ -306,7 +314,7 @@ class _Loop:
     def run(self, rows, options: RowOptions) -> None:
         """`rows(batch, tokens)` gives the coefficients of a sub-chunk."""
         problem = self.problem
-        sizes = [self.logits_size(side) for side in (problem.student, problem.teacher)]
+        sizes = [self.logits_size(side) for side in problem.sides]
         sizes += [self.d_logits_size(), self.total_size()]
         nbytes = sum(buffers.bytes_for(*size) for size in sizes if size is not None)
         blocks = problem.backend == "native" and nbytes >= buffers.SMALLEST
@@ -436,9 +444,14 @@ class _Loop:
         self.first = False
 
     def _store_d_logits(self, batch, coefs, options, tokens) -> None:
-        """Existing logits: their gradient is the result itself (`backward` drops no tokens)."""
+        """Existing logits: their gradient is the result itself."""
         v, d = self.columns, self.result.d_student
-        self.engine.gradient(batch, coefs, options, d[tokens][:, :v])
+        if isinstance(tokens, slice):
+            self.engine.gradient(batch, coefs, options, d[tokens, :v])
+        else:
+            rows = d.new_empty((len(tokens), v))
+            self.engine.gradient(batch, coefs, options, rows)
+            d[tokens, :v] = rows
 
     def entropy_threshold(self, fraction: float) -> Tensor:
         """The batch's entropy quantile, from a pass over the student's logits alone."""

@@ -42,6 +42,12 @@ def _bf16_products() -> list[str]:
 BF16_PRODUCTS = _bf16_products()
 
 
+def plain_rows(matrix: torch.Tensor) -> torch.Tensor:
+    """The matrix with unit stride along rows that do not overlap, as csrc/ reads it."""
+    overlap = matrix.shape[0] > 1 and matrix.stride(0) < matrix.shape[1]
+    return matrix.contiguous() if overlap or matrix.stride(-1) != 1 else matrix
+
+
 def instruction_sets() -> list[str]:
     """What the row kernels can run on here, best first; the first is in use."""
     return list(torch.ops.tropd_native.instruction_sets())

@@ -70,6 +70,8 @@ class TokenRule:
         "renormalize_both". With a top-k teacher both masses of a bucket are differences from 1,
         good to about 1e-6, and the student's is taken to be at least the precision, 1.2e-7: a
         student that leaves less there is told of less loss than it has.
+        In the gradient of "renormalize_both" a student with less than e^-80 on K counts as having
+        nothing there.
     prefix_weight: weight of the K1 forward KL on teacher-written tokens; None treats them as any
         other.
     clip_ratio_low, clip_ratio_high: PPO clip of rho to [1 - low, 1 + high]; None leaves a side

@@ -9,7 +9,8 @@ Autograd: with `needs`, `distill` has formed the gradients of its first output (
 the backward only scales them, in the final cast to the inputs' dtypes, by a tensor that never
 visits the host. Without, the per-token losses and the log-prob and entropy rows of the statistics
 are the differentiable outputs, and the backward calls `distill_backward`, which makes the logits
-again. The gradients are constants of the forward, so a second differentiation raises.
+again; `later` says which gradients it may be asked for. The gradients are constants of the forward,
+so a second differentiation raises.
 
 Arguments are flat because an op's schema is: `rule` is `TokenRule.key`, `scales` is logit scale and
 soft cap (0: none) of student and teacher and the temperature, `inputs` the per-token tensors in the
@@ -46,6 +47,7 @@ def distill(
     inputs: Sequence[Tensor | None],
     loss_scale: Tensor,
     needs: Sequence[bool],
+    later: Sequence[bool],
     rule: str,
     scales: Sequence[float],
     backend: str,
@@ -58,7 +60,7 @@ def distill(
     problem = flat_problem(
         student, weight, bias, labels, teacher, teacher_weight, teacher_bias, inputs,
         rule, scales, backend, ignore_index, max_workspace_bytes,
-        selection=Selection(tolerance, sampling, draws),
+        selection=Selection(tolerance, sampling, draws), later=later,
     )  # fmt: skip
     with device_of(student):
         result = forward(problem, Needs(*needs), loss_scale)
@@ -75,7 +77,7 @@ def distill(
 @distill.register_fake
 def _(
     student, weight, bias, labels, teacher, teacher_weight, teacher_bias, inputs,
-    loss_scale, needs, rule, scales, backend, ignore_index, max_workspace_bytes,
+    loss_scale, needs, later, rule, scales, backend, ignore_index, max_workspace_bytes,
     tolerance=0.0, sampling=None, draws=None,
 ):  # fmt: skip
     dtype, n = result_dtype(student.dtype), labels.shape[0]
@@ -110,6 +112,7 @@ def distill_backward(
     inputs: Sequence[Tensor | None],
     coefs: Tensor,
     needs: Sequence[bool],
+    later: Sequence[bool],
     rule: str,
     scales: Sequence[float],
     backend: str,
@@ -118,7 +121,7 @@ def distill_backward(
 ) -> Gradients:
     problem = flat_problem(
         student, weight, bias, labels, teacher, teacher_weight, teacher_bias, inputs,
-        rule, scales, backend, ignore_index, max_workspace_bytes,
+        rule, scales, backend, ignore_index, max_workspace_bytes, later=later,
     )  # fmt: skip
     with device_of(student):
         result = backward(problem, coefs, Needs(*needs))
@@ -133,7 +136,7 @@ def distill_backward(
 @distill_backward.register_fake
 def _(
     student, weight, bias, labels, teacher, teacher_weight, teacher_bias, inputs,
-    coefs, needs, rule, scales, backend, ignore_index, max_workspace_bytes,
+    coefs, needs, later, rule, scales, backend, ignore_index, max_workspace_bytes,
 ):  # fmt: skip
     return (
         torch.empty_like(student) if needs[0] else student.new_empty(0),
@@ -148,7 +151,7 @@ def _setup_context(ctx, inputs, output):
         loss_scale, needs, *settings,
     ) = inputs  # fmt: skip
     loss, token_loss, stats, coefs, d_student, d_weight, d_bias, shares = output
-    ctx.settings = settings[:5]  # a recomputing backward selects no rows
+    ctx.settings = settings[:6]  # a recomputing backward selects no rows
     ctx.formed = any(needs)
     ctx.set_materialize_grads(False)
     if ctx.formed:
@@ -163,12 +166,12 @@ def _setup_context(ctx, inputs, output):
 
 
 def _backward(ctx, d_loss, d_token_loss, d_stats, *_):
-    loss = ctx.saved_tensors[0]
+    loss, *saved = ctx.saved_tensors  # once: a checkpoint hands out each of them a single time
     with torch.no_grad():
         if ctx.formed:
-            gradients = kept_gradients(ctx, d_loss)
+            gradients = kept_gradients(ctx, saved, d_loss)
         else:
-            gradients = _recomputed(ctx, d_loss, d_token_loss, d_stats)
+            gradients = _recomputed(ctx, saved, d_loss, d_token_loss, d_stats)
     gradients = constants(gradients, loss)
     # A list in which no tensor is missing counts as one of tensors, and wants a list back.
     rest = [
@@ -204,8 +207,8 @@ def constants(gradients: list[Tensor | None], loss: Tensor) -> list[Tensor | Non
     return [None if g is None else _Constant.apply(g, loss) for g in gradients]
 
 
-def _recomputed(ctx, d_loss, d_token_loss, d_stats) -> list[Tensor | None]:
-    _, student, weight, bias, labels, *rest = ctx.saved_tensors
+def _recomputed(ctx, saved, d_loss, d_token_loss, d_stats) -> list[Tensor | None]:
+    student, weight, bias, labels, *rest = saved
     teacher, teacher_weight, teacher_bias, coefs, loss_scale, *row_inputs = rest
     needs = list(ctx.needs_input_grad[:3])
     carried = carry(coefs, loss_scale, d_loss, d_token_loss, d_stats)
@@ -223,10 +226,10 @@ def keep_gradients(ctx, needs, inputs, gradients, loss) -> None:
     ctx.save_for_backward(loss, *gradients)
 
 
-def kept_gradients(ctx, d_loss) -> list[Tensor | None]:
+def kept_gradients(ctx, saved, d_loss) -> list[Tensor | None]:
     """Of hidden states, weight and bias, times the incoming gradient."""
     gradients: list[Tensor | None] = [None, None, None]
-    for i, (gradient, dtype) in enumerate(zip(ctx.saved_tensors[1:], ctx.dtypes, strict=True)):
+    for i, (gradient, dtype) in enumerate(zip(saved, ctx.dtypes, strict=True)):
         if d_loss is None or not ctx.needs[i]:
             continue
         if i == 1 and ctx.main_weight is not None and offers_main_grad(ctx.main_weight):
@@ -240,9 +243,10 @@ def weighed_losses(problem: Problem, result: Result) -> Tensor:
     """(N,): each token's loss times its weight."""
     token_loss = result.stats[Stat.TOKEN_LOSS].clone()
     if "weight" in problem.inputs:
-        # Not a product alone: 0 * inf at a token that does not count would be NaN.
+        # Not a product alone: 0 * inf would be NaN.
         row_weight = problem.inputs["weight"].to(token_loss.dtype)
-        token_loss = torch.where(token_loss == 0, 0.0, token_loss * row_weight)
+        nothing = (token_loss == 0) | (row_weight == 0)
+        token_loss = torch.where(nothing, 0.0, token_loss * row_weight)
     return token_loss
 
 
@@ -303,7 +307,7 @@ def device_of(tensor: Tensor):
 def flat_problem(
     student, weight, bias, labels, teacher, teacher_weight, teacher_bias, inputs,
     rule, scales, backend, ignore_index, max_workspace_bytes, shard=None, teacher_pieces=(),
-    selection=EVERY_ROW,
+    selection=EVERY_ROW, later=(),
 ) -> Problem:  # fmt: skip
     scale, cap, teacher_scale, teacher_cap, temperature = scales
     # Per token they are read with unit stride.
@@ -337,4 +341,5 @@ def flat_problem(
         max_workspace_bytes=max_workspace_bytes,
         shard=shard,
         selection=selection,
+        later=Needs(*later),
     )

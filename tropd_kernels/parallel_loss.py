@@ -20,13 +20,15 @@ from .parallel import Shard
 
 
 def sharded_loss(
-    shard: Shard, tensors, inputs, scale, needs, rule, scales, backend, ignore_index,
+    shard: Shard, tensors, inputs, scale, needs, later, rule, scales, backend, ignore_index,
     max_workspace_bytes, selection,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """(loss, token_loss, stats, shares) of the flat problem, as `ops.distill` gives them."""
     student, weight, bias, labels, *teacher = tensors
     teacher, pieces = _aligned(shard, *teacher)
-    settings = (rule.key, scales, backend, ignore_index, max_workspace_bytes, shard, selection)
+    settings = (
+        rule.key, scales, backend, ignore_index, max_workspace_bytes, shard, selection, later
+    )  # fmt: skip
     row_inputs = [inputs.get(name) for name in INPUTS]
     return _ShardedLoss.apply(
         student, weight, bias, labels, *teacher, scale, needs, settings, len(pieces), *pieces,
@@ -74,19 +76,19 @@ class _ShardedLoss(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, d_loss, d_token_loss, d_stats, _):
-        loss = ctx.saved_tensors[0]
+        loss, *saved = ctx.saved_tensors
         with torch.no_grad():
             if ctx.formed:
-                gradients = ops.kept_gradients(ctx, d_loss)
+                gradients = ops.kept_gradients(ctx, saved, d_loss)
             else:
-                gradients = _recomputed(ctx, d_loss, d_token_loss, d_stats)
+                gradients = _recomputed(ctx, saved, d_loss, d_token_loss, d_stats)
         gradients = ops.constants(gradients, loss)
         return (*gradients, *[None] * (len(ctx.needs_input_grad) - 3))
 
 
-def _recomputed(ctx, d_loss, d_token_loss, d_stats) -> list[Tensor | None]:
-    _, *tensors, coefs, scale = ctx.saved_tensors[:10]
-    problem = _problem(tensors, ctx.settings, ctx.n_pieces, ctx.saved_tensors[10:])
+def _recomputed(ctx, saved, d_loss, d_token_loss, d_stats) -> list[Tensor | None]:
+    *tensors, coefs, scale = saved[:9]
+    problem = _problem(tensors, ctx.settings, ctx.n_pieces, saved[9:])
     carried = ops.carry(coefs, scale, d_loss, d_token_loss, d_stats)
     with ops.device_of(tensors[0]):
         result = backward(problem, carried, Needs(*ctx.needs_input_grad[:3]))
@@ -95,7 +97,7 @@ def _recomputed(ctx, d_loss, d_token_loss, d_stats) -> list[Tensor | None]:
 
 
 def _problem(tensors, settings, n_pieces, rest) -> Problem:
-    *options, shard, selection = settings
+    *options, shard, selection, later = settings
     pieces, inputs = rest[:n_pieces], rest[n_pieces:]
-    arguments = [*tensors, inputs, *options, shard, tuple(pieces), selection]
+    arguments = [*tensors, inputs, *options, shard, tuple(pieces), selection, later]
     return ops.flat_problem(*arguments)

@@ -127,25 +127,23 @@ class NativeProducts(TorchProducts):
         self.gradient_dtype = dtype
 
     def logits_into(self, out, hidden, weight):
-        torch.ops.tropd_native.gemm_nt(_rows(hidden), _rows(weight), out)
+        hidden, weight = native.plain_rows(hidden), native.plain_rows(weight)
+        torch.ops.tropd_native.gemm_nt(hidden, weight, out)
         return out
 
     def d_hidden(self, d_logits, weight):
         out = d_logits.new_empty((d_logits.shape[0], weight.shape[1]), dtype=self.result_dtype)
-        torch.ops.tropd_native.gemm_nn(d_logits, _rows(weight), out)
+        torch.ops.tropd_native.gemm_nn(d_logits, native.plain_rows(weight), out)
         return out
 
     def d_weight(self, out, d_logits, hidden, sums):
         add = sums is out
-        torch.ops.tropd_native.gemm_tn(d_logits, _rows(hidden), out, add, None if add else sums)
+        hidden = native.plain_rows(hidden)
+        torch.ops.tropd_native.gemm_tn(d_logits, hidden, out, add, None if add else sums)
 
     def scratch_bytes(self, rows, super_rows, widths):
         # On every thread a block of packed rows; for all of them hidden states or d_hidden's sums.
         return torch.get_num_threads() * 2**20 + 6 * super_rows * max(widths, default=0)
-
-
-def _rows(matrix: Tensor) -> Tensor:
-    return matrix if matrix.stride(-1) == 1 else matrix.contiguous()
 
 
 def _tiles(weight: Tensor, dtype: torch.dtype):

@@ -194,8 +194,9 @@ def trust_gate(
 
 
 def policy_gradient_loss(reward: Tensor, ratio: Tensor, rule: TokenRule) -> Tensor:
-    """-R rho, with PPO's pessimistic clip where the rule has one; an infinite R has no gradient."""
-    ratio = torch.where(reward.isinf(), ratio.detach(), ratio)
+    """-R rho, with PPO's pessimistic clip where the rule has one; an infinite R has no gradient,
+    and is one however small rho."""
+    ratio = torch.where(reward.isinf(), 1.0, ratio)
     low = -math.inf if rule.clip_ratio_low is None else 1 - rule.clip_ratio_low
     high = math.inf if rule.clip_ratio_high is None else 1 + rule.clip_ratio_high
     return -torch.minimum(reward * ratio, reward * ratio.clamp(low, high))
@@ -237,6 +238,8 @@ def _with_tail(raw: Tensor, log_p: Tensor, log_q: Tensor, on_k: Tensor, tail: st
         least = torch.finfo(log_p.dtype).eps ** 2
         q_tail, p_tail = (1 - q_k).clamp_min(0), _mass(log_p, ~on_k).clamp_min(least)
         return raw + torch.special.xlogy(q_tail, q_tail) - torch.special.xlogy(q_tail, p_tail)
+    # Of a token of which no id is known there is nothing to make a distribution of.
+    q_k, on_k = torch.where(q_k == 0, 1.0, q_k), on_k | ~on_k.any(-1, keepdim=True)
     kl = raw / q_k - q_k.log()
     if tail == "renormalize_both":
         kl = kl + log_p.masked_fill(~on_k, -math.inf).logsumexp(-1)

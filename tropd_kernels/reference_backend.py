@@ -36,7 +36,8 @@ def reference_loss(problem: Problem, loss_scale: Tensor) -> tuple[Tensor, Tensor
         uniforms=inputs.get("uniforms"),
     )
     if "weight" in inputs:
-        token_loss = token_loss * inputs["weight"]
+        weight = inputs["weight"]
+        token_loss = torch.where(weight == 0, 0.0, token_loss * weight)  # not 0 * inf
     n = problem.labels.shape[0]
     where = torch.arange(n, device=z.device)[tokens]
     unknown = torch.full_like(token_loss, torch.nan)

@@ -11,6 +11,7 @@ import math
 import torch
 from torch import Tensor
 
+from ..native import plain_rows
 from ..objectives import TokenRule
 from .given import given_statistics, given_top_k
 from .layout import Coef, LogitTransform, RowBatch, RowOptions, Stat
@@ -115,7 +116,7 @@ def _sides(batch: RowBatch, options: RowOptions, for_gradient: bool = False) -> 
 def _readable(logits: Tensor) -> Tensor:
     if logits.dtype == torch.float16:
         logits = logits.float()
-    return logits if logits.stride(-1) == 1 else logits.contiguous()
+    return plain_rows(logits)
 
 
 def _bias(how: LogitTransform, dtype: torch.dtype) -> Tensor | None:

@@ -203,13 +203,14 @@ def apply_rule(
 def _policy_gradient(stats, gated, kl, batch, rule):
     """Loss and weight on -log p(y) of the (PPO-clipped) policy gradient, inside and outside."""
     lp = stats[Stat.LOG_PROB]
-    ratio = torch.ones_like(lp)
+    ratios = torch.ones_like(lp)
     if batch.old_log_probs is not None:
-        ratio = (lp - batch.old_log_probs.to(lp.dtype)).exp()
+        ratios = (lp - batch.old_log_probs.to(lp.dtype)).exp()
     low = -math.inf if rule.clip_ratio_low is None else 1 - rule.clip_ratio_low
     high = math.inf if rule.clip_ratio_high is None else 1 + rule.clip_ratio_high
 
     def surrogate(reward, weight):
+        ratio = torch.where(torch.isinf(reward), 1.0, ratios)  # it is infinite however small those
         objective = torch.minimum(reward * ratio, reward * ratio.clamp(low, high))
         # The clip holds where it makes the objective worse: above for a gain, below for a loss.
         held = ((reward > 0) & (ratio > high)) | ((reward < 0) & (ratio < low))
@@ -238,14 +239,18 @@ def forward_kl(sums: Sums, rule: TokenRule) -> tuple[Tensor, Tensor, Tensor, Ten
         q_tail, p_tail = sums.teacher_tail, sums.student_tail.clamp_min(least_tail(raw.dtype))
         value = raw + torch.special.xlogy(q_tail, q_tail) - torch.special.xlogy(q_tail, p_tail)
         return value, 1 - q_tail / p_tail, one, one
-    kl, share = raw / sums.teacher_mass - sums.teacher_mass.log(), 1 / sums.teacher_mass
+    # Of a token of which no id is known there is nothing to make a distribution of.
+    known = sums.teacher_mass > 0
+    mass = torch.where(known, sums.teacher_mass, 1.0)
+    kl, share = raw / mass - mass.log(), 1 / mass
     if rule.top_k_tail == "renormalize_teacher":
+        one = known.to(raw.dtype)
         return kl, one, one, share
     # p / p(K) with p(K) underflowing would be 0/0; e^-80 of student mass on K is as good as none.
     on_k = (-sums.student_log_mass).clamp_max(80).exp()
     # Without any mass of the student's on K: not inf - inf.
     kl = torch.where(raw == math.inf, math.inf, kl + sums.student_log_mass)
-    return kl, zero, on_k, share
+    return torch.where(known, kl, 0.0), zero, on_k, share
 
 
 def tails_by_mass(student_mass: Tensor, teacher_mass: Tensor) -> tuple[Tensor, Tensor]:

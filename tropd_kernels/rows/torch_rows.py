@@ -141,7 +141,7 @@ def transform(
     z = logits.to(dtype)
     bias = how.bias if bias is None else bias
     if bias is not None:
-        z = z + bias
+        z = z + bias.to(dtype)
     if how.scale != 1.0:
         z = z * how.scale
     if how.softcap is not None:

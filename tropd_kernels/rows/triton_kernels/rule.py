@@ -39,8 +39,9 @@ from .gate import _row_gate
 @triton.jit
 def _surrogate(reward, ratio, weight, CLIP_LOW: tl.constexpr, CLIP_HIGH: tl.constexpr):
     """PPO's objective: (loss, weight on -log p(y))."""
+    held = tl.abs(reward) == INF  # as an infinite divergence: no gradient, whatever the ratio
+    ratio = tl.where(held, 1.0, ratio)
     clipped = ratio
-    held = tl.abs(reward) == INF  # as an infinite divergence: no gradient
     if CLIP_LOW is not None:
         clipped = tl.maximum(clipped, 1 - CLIP_LOW)
         held = held | ((reward < 0) & (ratio < 1 - CLIP_LOW))
@@ -113,17 +114,20 @@ def rule_kernel(
             kl_p_top_k = zero + 1
         else:
             infinite = kl == INF
+            # Of a token of which no id is known there is nothing to make a distribution of.
+            known = teacher_mass > 0
+            teacher_mass = tl.where(known, teacher_mass, 1.0)
             kl = kl / teacher_mass - tl.log(teacher_mass)
             kl_q = 1 / teacher_mass
             if TAIL == "renormalize_teacher":
-                kl_p = zero + 1
-                kl_p_top_k = zero + 1
+                kl_p = tl.where(known, zero + 1, 0.0)
+                kl_p_top_k = kl_p
             else:
                 # p / p(K) with p(K) underflowing would be 0/0; e^-80 of mass on K is as good as
                 # none.
                 log_mass = tl.load(sums + STUDENT_LOG_MASS * columns + row)
                 # Without any mass of the student's on K: not inf - inf.
-                kl = tl.where(infinite, INF, kl + log_mass)
+                kl = tl.where(infinite, INF, tl.where(known, kl + log_mass, 0.0))
                 kl_p_top_k = tl.exp(tl.minimum(-log_mass, 80.0))
     if USES_FORWARD_KL and not DENSE:
         tl.store(stats + FORWARD_KL * columns + row, kl, mask=inside)
