@@ -7,6 +7,7 @@ import json
 import subprocess
 import sys
 
+import numpy
 import pytest
 
 pytest.importorskip("trl", reason="the trainer needs trl")
@@ -79,12 +80,37 @@ def test_knobs_are_the_constructor_s(name):
         ({"model_init_kwargs": "{x"}, "model_init_kwargs: '{x' is no JSON"),
         ({"gradient_accumulation_steps": 0}, "gradient_accumulation_steps: must be a whole"),
         ({"per_device_train_batch_size": 0}, "per_device_train_batch_size: must be a whole"),
-        ({"per_device_eval_batch_size": 2.5}, "per_device_eval_batch_size: must be a whole"),
-        ({"learning_rate": "1e-4"},
-         "learning_rate: must be in [0, 1e+09], got '1e-4', a str: give a number"),
+        ({"per_device_eval_batch_size": 2.5},
+         "per_device_eval_batch_size: expected a whole number, got 2.5: give that, or leave the"),
+        ({"learning_rate": "1e-4"}, "learning_rate: expected a number, got '1e-4'"),
         ({"learning_rate": float("nan")}, "learning_rate: must be in"),
-        ({"temperature": "1"}, "temperature: must be in [0, 1e+09], got '1', a str"),
-        ({"max_completion_length": "5"}, "max_completion_length: must be at least 1 token, got"),
+        ({"temperature": "1"}, "temperature: expected a number, got '1'"),
+        ({"max_completion_length": "5"}, "max_completion_length: expected a whole number, got"),
+        ({"max_steps": [3]}, "max_steps: expected a whole number, got [3]"),
+        ({"num_iterations": True}, "num_iterations: expected a whole number, got True"),
+        ({"seed": None}, "seed: expected a whole number, got None"),
+        ({"max_grad_norm": None}, "max_grad_norm: expected a number, got None"),
+        ({"log_regions": "no"}, "log_regions: expected true or false, got 'no'"),
+        ({"objective": ["tropd"]}, "objective: expected text, got ['tropd']"),
+        ({"prefix_column": 3}, "prefix_column: expected text, got 3"),
+        ({"eval_strategy": True}, "eval_strategy: True is not a valid IntervalStrategy"),
+        ({"lr_scheduler_type": "cosin"}, "lr_scheduler_type: cosin is not a valid"),
+        ({"generation_kwargs": "top_p"}, "generation_kwargs: expected a mapping, got 'top_p'"),
+        ({"chat_template_kwargs": [1]}, "chat_template_kwargs: expected a mapping, got [1]"),
+        ({"top_k": -3}, "top_k: must be a whole number of at least 0, got -3"),
+        ({"top_p": 2.0}, "top_p: must be in [0, 1], got 2.0"),
+        ({"min_p": 2.0}, "min_p: must be in [0, 1], got 2.0"),
+        ({"repetition_penalty": 0.0}, "repetition_penalty: must be positive, got 0"),
+        ({"generation_kwargs": {"num_return_sequences": 2}},
+         "generation_kwargs: 'num_return_sequences' is not taken: each prompt gets one completion"),
+        ({"generation_kwargs": '{"n": 2}'}, "generation_kwargs: 'n' is not taken: each prompt"),
+        ({"generation_kwargs": {"max_new_tokens": 4}},
+         "generation_kwargs: 'max_new_tokens' is not taken: set max_completion_length"),
+        ({"generation_kwargs": {"max_tokens": 4}}, "'max_tokens' is not taken: set max_completion"),
+        ({"auto_find_batch_size": True},
+         "auto_find_batch_size: after running out of memory"),
+        ({"torch_compile": True}, "torch_compile: it would compile nothing"),
+        ({"torch_compile_backend": "eager"}, "torch_compile: it would compile nothing"),
         ({"objective_kwargs": {"topk": 8}}, "objective_kwargs: no objective has a knob 'topk'"),
         ({"objective_kwargs": {"alpha": 0.1}},
          "'tropd' takes no 'alpha'; it belongs to skew_forward, skew_reverse, alpha"),
@@ -92,14 +118,16 @@ def test_knobs_are_the_constructor_s(name):
         ({"objective_kwargs": {"gate": "never"}}, "objective_kwargs: tropd: gate must be one of"),
         ({"objective_kwargs": [1]}, "objective_kwargs: expected a mapping"),
         ({"beta": 0.5}, "objective 'tropd' takes no 'beta'; it belongs"),
-        ({"lmbda": None}, "lmbda: must be in [0, 1], got None"),
-        ({"prefix_schedule": "linear", "prefix_length": 4.5}, "prefix_length: must be a whole"),
+        ({"lmbda": None}, "lmbda: expected a number, got None"),
+        ({"prefix_schedule": "linear", "prefix_length": 4.5}, "prefix_length: expected a whole"),
         ({"max_workspace_bytes": -1}, "max_workspace_bytes: must be a whole number"),
         ({"teacher_model_server_url": "localhost:9"}, "must begin with http:// or https://"),
         ({"beta": 2.0, "objective": "gkd"}, "beta"),
         ({"objective": "gkd", "prefix_weight": 0.5}, "prefix_weight: objective 'gkd' takes no"),
         ({"stage_fraction": 0.5}, "stage_fraction: objective 'tropd' takes no"),
         ({"objective": "reopold", "stage_fraction": 1.5}, "stage_fraction: must be in [0, 1]"),
+        ({"objective": "reopold", "stage_fraction": 0.5, "objective_kwargs": {"stage": 2}},
+         "stage_fraction: objective_kwargs holds the run at stage 2: give one of the two"),
         ({"prefix_schedule": "cosin"}, "prefix_schedule: must be one of none, cosine, linear"),
         ({"prefix_schedule": "cosine"}, "prefix_length: 0 with prefix_schedule 'cosine'"),
         ({"prefix_length": 4}, "prefix_length: 4 with prefix_schedule 'none'"),
@@ -139,6 +167,23 @@ def test_error_names_the_key(settings, message):
     with pytest.raises(ValueError) as error:
         config(**settings)
     assert message in str(error.value)
+
+
+def test_a_no_that_yaml_read_as_false():
+    """`save_strategy: no` is a bool by YAML 1.1, and no strategy of transformers'."""
+    keys = ("eval_strategy", "logging_strategy", "save_strategy")
+    read = config(**dict.fromkeys(keys, False))
+    assert [getattr(read, key).value for key in keys] == ["no"] * 3
+
+
+def test_whole_numbers_for_the_samplers():
+    """transformers' would refuse them at the first generation, for being no float."""
+    read = config(temperature=2, repetition_penalty=2)
+    assert type(read.temperature) is type(read.repetition_penalty) is float
+
+
+def test_numbers_of_numpy():
+    assert config(learning_rate=numpy.float32(1e-3), max_steps=numpy.int64(3)).max_steps == 3
 
 
 # --- the prefix --------------------------------------------------------------------------------
@@ -274,7 +319,13 @@ def test_flags_win_and_numbers_are_numbers(run_file):
         ("per_device_train_batch_size: 80", "dataset: 8 rows are fewer than one"),
         ("learning_rate: nan", "learning_rate: must be in"),
         ("objective_kwargs: '{top_k: 8}'", "objective_kwargs: '{top_k: 8}' is no JSON"),
-        ("peft: {r: x}", "peft: r must be a number, got 'x'"),
+        ("peft: {r: x}", "peft: r must be a whole number of at least 1, got 'x'"),
+        ("peft: {r: 4.5}", "peft: r must be a whole number of at least 1, got 4.5"),
+        ("peft: {r: 0}", "peft: r must be a whole number of at least 1, got 0"),
+        ("peft: {lora_alpha: null}", "peft: lora_alpha must be a number, got None"),
+        ("peft: {peft_type: IA3}", "peft: peft_type: expected LORA, got 'IA3'"),
+        ("max_steps: [3]", "max_steps: expected a whole number, got [3]"),
+        ("eval_split: test", "eval_split: there is no eval_dataset: give one"),
         ("resume_from_checkpoint: nowhere", "there is no checkpoint nowhere"),
         ("resume_from_checkpoint: true", "resume_from_checkpoint: there is no checkpoint in "),
         ("- a list", "expected lines of 'key: value'"),
@@ -301,6 +352,37 @@ def test_what_the_trainer_refuses(run_file, capsys):
     (run_file.parent / "student" / "model.safetensors").unlink()
     assert cli.main(["train", "--config", str(run_file)]) == 2
     assert f"tropd train: model {run_file.parent / 'student'}, teacher" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("kind", [ImportError, RuntimeError])
+def test_what_is_not_installed(run_file, capsys, monkeypatch, kind):
+    """vLLM and the loggers: TRL's and transformers' own words are clear."""
+
+    def refuse(*_, **__):
+        raise kind("vLLM is not available: pip install trl[vllm]")
+
+    monkeypatch.setattr("tropd_kernels.trainer.TrOPDTrainer", refuse)
+    assert cli.main(["train", "--config", str(run_file)]) == 2
+    assert "tropd train: vLLM is not available: pip" in capsys.readouterr().err
+
+
+def test_no_checkpoints_by_a_bare_no(run_file):
+    run_file.write_text(run_file.read_text().replace('save_strategy: "no"', "save_strategy: no"))
+    assert cli.main(["train", "--config", str(run_file), "--max_steps", "1"]) == 0
+    assert not list((run_file.parent / "out").glob("checkpoint-*"))
+
+
+@pytest.mark.parametrize(
+    ("line", "splits"),
+    [("", ["part", "part"]), ("eval_split: test", ["part", "test"])],
+)
+def test_splits(run_file, monkeypatch, line, splits):
+    read = []
+    monkeypatch.setattr(cli, "load_data", lambda *given: read.append(given) or tiny.prompts())
+    run_file.write_text(f"{run_file.read_text()}eval_dataset: b\ndataset_split: part\n{line}\n")
+    cli.make_trainer(*cli.parse_run(["--config", str(run_file)]))
+    data = str(run_file.parent / "prompts.jsonl")
+    assert read == [("dataset", data, splits[0]), ("eval_dataset", "b", splits[1])]
 
 
 def test_errors_of_training_keep_their_traceback(run_file):

@@ -17,6 +17,7 @@ import transformers
 from training import make
 
 from tropd_kernels.trainer import TrOPDConfig, TrOPDTrainer
+from tropd_kernels.trainer.checks import check_context, check_prompts
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
 
@@ -177,6 +178,54 @@ def test_conversation_without_messages(tmp_path):
     data = tiny.Dataset.from_dict({"prompt": [[{"role": "user", "content": "w1"}], []] * 4})
     with pytest.raises(ValueError, match="prompt: expected text or messages, got the row"):
         make(tmp_path, data=data).train()
+
+
+USER = {"role": "user", "content": "w1"}
+CALL = {"role": "assistant", "content": None, "tool_calls": [{"type": "function"}]}
+
+
+@pytest.mark.parametrize(
+    "prompt",
+    [
+        ["w1 w2", "w3"],  # the tokenizer would read a pair of texts, as one
+        ["w1", "w2", "w3"],
+        [7, 8],
+        7,
+        True,
+        USER,
+        (USER,),  # TRL takes no tuple for a conversation
+        [USER, "w1"],
+        [{"role": "user"}],
+        [{"role": None, "content": "w1"}],
+        [{"role": "user", "content": None, "tool_calls": None}],
+        [{"role": "user", "content": 7}],
+        [{"role": "user", "content": ["w1"]}],
+        [{"role": "user", "content": [{"text": "w1"}]}],
+        [{"role": "assistant", "tool_calls": [{"type": "function"}]}],  # TRL reads "content"
+    ],
+)
+def test_prompt_of_a_wrong_kind(prompt):
+    with pytest.raises(ValueError, match="prompt: expected text or messages, got the row"):
+        check_prompts([{"prompt": prompt}])
+
+
+def test_prompts_of_every_kind():
+    parts = [{"type": "image", "image": None}, {"type": "text", "text": "w1"}]
+    for prompt in ("", "w1", [USER], [USER, CALL], [{"role": "user", "content": parts}]):
+        check_prompts([{"prompt": prompt}] * 2)
+
+
+def test_text_and_messages_in_one_batch(tmp_path):
+    rows = [{"prompt": "w1"}, {"prompt": [USER]}]
+    with pytest.raises(ValueError, match="text and messages in one batch, 'w1' and .*'user'"):
+        make(tmp_path, data=rows * 4).train()
+
+
+def test_context_that_is_not_known():
+    """XLNet, which has no bound, gives one of -1."""
+    config = transformers.XLNetConfig()
+    assert config.max_position_embeddings == -1
+    check_context([[6, 7]], 4, {"student": config}, tiny.tokenizer())
 
 
 @pytest.mark.parametrize("credit", [{}, {"kl_discount_factor": 0.5}, {"importance_gamma": 0.5}])

@@ -43,8 +43,9 @@ class Run:
 
     model, teacher_model: name or folder; the teacher may come from `teacher_model_name_or_path`.
     dataset, eval_dataset: a .json, .jsonl or .parquet file, or a name on the hub; with a "prompt".
-    dataset_split: of a data set from the hub.
-    peft: true for a LoRA on all linear layers but the head, or the arguments of peft's LoraConfig.
+    dataset_split: of data sets from the hub. eval_split: of eval_dataset, where it is another one.
+    peft: true for a LoRA on all linear layers but the head, or the arguments of peft's LoraConfig;
+        other kinds of adapter are for `TrOPDTrainer`, in Python.
     """
 
     model: str | None = None
@@ -52,6 +53,7 @@ class Run:
     dataset: str | None = None
     eval_dataset: str | None = None
     dataset_split: str = "train"
+    eval_split: str | None = None
     peft: dict | str | None = None
 
 
@@ -98,19 +100,19 @@ def train(arguments: Sequence[str]) -> int:
 def make_trainer(run: Run, config: Any) -> Any:
     """The `TrOPDTrainer` of a run; raises UsageError for what it refuses."""
     from .trainer import TrOPDTrainer
-    from .trainer.server import TeacherServerError
 
     data = load_data("dataset", run.dataset, run.dataset_split)
     held_out = None
     if run.eval_dataset is not None:
-        held_out = load_data("eval_dataset", run.eval_dataset, run.dataset_split)
+        split = run.eval_split or run.dataset_split
+        held_out = load_data("eval_dataset", run.eval_dataset, split)
     peft = lora(run.peft)
     try:
         return TrOPDTrainer(run.model, run.teacher_model, config, data, held_out, peft_config=peft)
     except OSError as error:  # transformers does not always say which model it looked for
         models = f"model {run.model}, teacher_model {run.teacher_model}"
         raise UsageError(f"{models}: {error}") from error
-    except (NotImplementedError, TeacherServerError, TypeError, ValueError) as error:
+    except (ImportError, RuntimeError, TypeError, ValueError) as error:
         raise UsageError(str(error).replace("train_dataset:", "dataset:")) from error
 
 
@@ -182,6 +184,8 @@ def check_names(run: Any, missing: Sequence[str]) -> None:
         name = getattr(run, key)
         if name is not None and (not isinstance(name, str) or not name):
             raise UsageError(f"{key}: expected a name or a path, got {name!r}")
+    if run.eval_split is not None and run.eval_dataset is None:
+        raise UsageError("eval_split: there is no eval_dataset: give one, or leave eval_split out")
     for key in ("model", "teacher_model"):
         name = getattr(run, key) or ""
         if name.startswith(("/", "./", "../")) and not Path(name).is_dir():
@@ -243,8 +247,16 @@ def lora(peft: Any) -> Any:
     from peft import LoraConfig
 
     given = peft if isinstance(peft, dict) else {}
-    for key in ("r", "lora_alpha", "lora_dropout"):  # which peft takes as they are
-        if isinstance(given.get(key), str):
+    # What LoraConfig takes as it is: another type would be trained as a LoRA, the rest fail late.
+    if str(given.get("peft_type", "LORA")).upper() != "LORA":
+        raise UsageError(
+            f"peft: peft_type: expected LORA, got {given['peft_type']!r}: other adapters are given "
+            "to TrOPDTrainer as peft_config"
+        )
+    if type(given.get("r", 1)) is not int or given.get("r", 1) < 1:
+        raise UsageError(f"peft: r must be a whole number of at least 1, got {given['r']!r}")
+    for key in ("lora_alpha", "lora_dropout"):
+        if type(given.get(key, 1)) not in (int, float):
             raise UsageError(f"peft: {key} must be a number, got {given[key]!r}")
     options: dict[str, Any] = {"task_type": "CAUSAL_LM", "target_modules": "all-linear"}
     try:

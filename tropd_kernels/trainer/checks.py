@@ -81,14 +81,38 @@ def split_error(saved: Sequence[int], wanted: Sequence[int], checkpoint: str) ->
 
 
 def check_prompts(rows: Sequence[Mapping[str, Any]]) -> None:
-    """Raises ValueError for a row of a generation batch without text or messages."""
+    """Raises ValueError for a row of a generation batch without text or messages, and for a batch
+    of both, of which TRL takes all rows for what the first one is."""
+    firsts: dict[type, Any] = {}
     for row in rows:
         prompt = row.get("prompt")
-        empty = isinstance(prompt, (list, tuple)) and not prompt  # "" may have a first token
-        if prompt is None or isinstance(prompt, (int, float)) or empty:
+        if not isinstance(prompt, str) and not _is_conversation(prompt):  # "" may have a token
             raise ValueError(
-                f"prompt: expected text or messages, got the row {row!r:.200}: drop such rows"
+                f"prompt: expected text or messages, got the row {row!r:.200}: a message has a "
+                "'role' and a 'content', text or a list of parts with a 'type'; mend such rows, or "
+                "drop them"
             )
+        firsts.setdefault(list if isinstance(prompt, list) else str, prompt)
+    if len(firsts) > 1:
+        raise ValueError(
+            f"prompt: text and messages in one batch, {firsts[str]!r:.80} and "
+            f"{firsts[list]!r:.200}: write all prompts in one of the two ways"
+        )
+
+
+def _is_conversation(prompt: Any) -> bool:
+    return isinstance(prompt, list) and len(prompt) > 0 and all(map(_is_message, prompt))
+
+
+def _is_message(message: Any) -> bool:
+    """As chat templates and TRL take it: content may be missing beside tool calls alone."""
+    if not isinstance(message, dict) or not isinstance(message.get("role"), str):
+        return False
+    content = message.get("content")
+    if isinstance(content, list):
+        return all(isinstance(part, dict) and "type" in part for part in content)
+    called = "content" in message and content is None and bool(message.get("tool_calls"))
+    return isinstance(content, str) or called
 
 
 def check_tokens(rows: Sequence[Mapping[str, Any]], prompt_ids: list[list[int]]) -> None:
@@ -108,10 +132,11 @@ def check_context(
     tokenizer: PreTrainedTokenizerBase,
 ) -> None:
     """Raises ValueError where a prompt and a completion of full length exceed a model's context,
-    as its config gives it in `max_position_embeddings`. completion: 0 where the ids have it."""
+    as its config gives it in `max_position_embeddings`; none, or one below 1, is no bound.
+    completion: 0 where the ids have it."""
     for side, config in configs.items():
-        context = getattr(config.get_text_config(), "max_position_embeddings", None)
-        for ids in prompt_ids if context else ():
+        context = getattr(config.get_text_config(), "max_position_embeddings", None) or 0
+        for ids in prompt_ids if context > 0 else ():
             if len(ids) + completion > context:
                 start = tokenizer.decode(ids[:16])
                 what, remedy = f"a prompt with its completion, {len(ids)} tokens,", ""

@@ -6,8 +6,11 @@ What is wrong raises here, with the key's name, before any model is loaded.
 """
 
 import json
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from enum import EnumMeta
+from numbers import Integral, Real
+from typing import Any, get_args, get_type_hints
 
 from trl import DistillationConfig  # type: ignore[attr-defined]
 
@@ -19,6 +22,20 @@ from .signals import check_served
 
 PREFIX_WEIGHT = 0.001
 STAGE_FRACTION = 0.5
+#: What a field of these types takes, and its name in errors.
+_TYPES: dict[type, tuple[type, str]] = {
+    bool: (bool, "true or false"),
+    int: (Integral, "a whole number"),
+    float: (Real, "a number"),
+    str: (str, "text"),
+    type(None): (type(None), ""),
+}
+#: Keys of generation_kwargs, transformers' and vLLM's, under which the trainer goes wrong.
+_NOT_TAKEN = dict.fromkeys(("max_new_tokens", "max_tokens"), "set max_completion_length")
+_NOT_TAKEN |= dict.fromkeys(
+    ("num_return_sequences", "n"),
+    "each prompt gets one completion: for several repeat its row in the data set",
+)
 
 
 @dataclass
@@ -80,7 +97,8 @@ class TrOPDConfig(DistillationConfig):
     log_regions: with each log, shows a few completions with their tokens coloured by region
         (trusted, outlier, prefix) in the terminal and in `output_dir`/regions.
 
-    Raises ValueError that begins with the key.
+    Not taken: `auto_find_batch_size`, `torch_compile`, and in `generation_kwargs` the lengths and
+    numbers of completions. Raises ValueError that begins with the key.
     """
 
     _VALID_DICT_FIELDS = DistillationConfig._VALID_DICT_FIELDS + ["objective_kwargs"]
@@ -112,6 +130,7 @@ class TrOPDConfig(DistillationConfig):
     log_regions: bool = False
 
     def __post_init__(self):
+        self._check_types()
         self._check_numbers()
         self._check_json()
         # TRL checks beta as a number. None stays in the field, so that a copy of the config made
@@ -119,6 +138,8 @@ class TrOPDConfig(DistillationConfig):
         given, self.beta = self.beta, 1.0 if self.beta is None else self.beta
         super().__post_init__()
         self.beta = given
+        self._check_mappings()
+        self._check_trainer()
         self._check_objective()
         self._check_prefix()
         self._check_credit()
@@ -146,17 +167,42 @@ class TrOPDConfig(DistillationConfig):
         """Whether a teacher's model is to be loaded into this process."""
         return not (self.teacher_model_server_url or self.precomputed_teacher)
 
+    def _check_types(self) -> None:
+        """What would otherwise fail elsewhere, without its key, or pass for another value."""
+        hints, own = get_type_hints(TrOPDConfig), TrOPDConfig.__annotations__
+        for key in [field.name for field in fields(TrOPDConfig)]:
+            kinds = get_args(hints[key]) or (hints[key],)
+            if isinstance(kinds[0], EnumMeta):
+                self._check_choice(key, kinds[0])
+            # Of text TRL and transformers take more than their annotations say.
+            elif set(kinds) <= _TYPES.keys() and (key in own or str not in kinds):
+                _check_type(key, getattr(self, key), kinds)
+
+    def _check_choice(self, key: str, choices: Any) -> None:
+        if getattr(self, key) is False:  # what YAML reads in a bare no
+            setattr(self, key, "no")
+        try:
+            choices(getattr(self, key))
+        except ValueError as error:
+            raise ValueError(f"{key}: {error}") from error
+
     def _check_numbers(self) -> None:
         """Those of TRL and transformers that would otherwise fail inside them, namelessly."""
         for key in ("gradient_accumulation_steps", "per_device_train_batch_size",
                     "per_device_eval_batch_size"):  # fmt: skip
             _at_least(key, getattr(self, key), 1)
         _within("learning_rate", self.learning_rate, 0.0, 1e9)
-        _within("temperature", self.temperature, 0.0, 1e9)
-        if self.temperature == 0:
-            raise ValueError("temperature: must be positive, got 0")
+        for key in ("temperature", "repetition_penalty"):
+            _within(key, getattr(self, key), 0.0, 1e9)
+            if getattr(self, key) == 0:
+                raise ValueError(f"{key}: must be positive, got 0")
+            setattr(self, key, float(getattr(self, key)))  # the samplers refuse an int
+        _at_least("top_k", self.top_k, 0)
+        _within("top_p", self.top_p, 0.0, 1.0)
+        if self.min_p is not None:
+            _within("min_p", self.min_p, 0.0, 1.0)
         limit = self.max_completion_length
-        if not _is_whole(limit) or limit < 1:
+        if limit is None or limit < 1:
             raise ValueError(f"max_completion_length: must be at least 1 token, got {limit!r}")
 
     def _check_json(self) -> None:
@@ -169,11 +215,33 @@ class TrOPDConfig(DistillationConfig):
                 except json.JSONDecodeError as error:
                     raise ValueError(f"{key}: {value!r:.80} is no JSON: {error}") from error
 
+    def _check_mappings(self) -> None:
+        """Once transformers has parsed them: text that is left is no mapping."""
+        for key in [field.name for field in fields(TrOPDConfig)]:
+            value = getattr(self, key)
+            if key.endswith("_kwargs") and not isinstance(value, (dict, type(None))):
+                raise ValueError(f"{key}: expected a mapping, got {value!r:.80}")
+
+    def _check_trainer(self) -> None:
+        """What TRL's trainer takes and then does without, or does wrong."""
+        for name, advice in _NOT_TAKEN.items():
+            if name in (self.generation_kwargs or {}):
+                raise ValueError(f"generation_kwargs: {name!r} is not taken: {advice}")
+        if self.auto_find_batch_size:
+            raise ValueError(
+                "auto_find_batch_size: after running out of memory the trainer would go on in the "
+                "middle of a generation batch of the old size, and skip rows: set "
+                "per_device_train_batch_size, with gradient_accumulation_steps, instead"
+            )
+        if self.torch_compile:
+            raise ValueError(
+                "torch_compile: it would compile nothing: the loss reaches the models below the "
+                "wrapper that compiles: leave out the keys that begin with torch_compile"
+            )
+
     def _check_objective(self) -> None:
         check_objective(self.objective)
-        arguments = self.objective_kwargs or {}
-        if not isinstance(arguments, dict):
-            raise ValueError(f"objective_kwargs: expected a mapping, got {arguments!r}")
+        arguments: Any = self.objective_kwargs or {}
         for own in ("beta", "prefix_weight"):
             if own in arguments:
                 raise ValueError(f"objective_kwargs: {own!r} is a key of its own: set {own} itself")
@@ -185,6 +253,11 @@ class TrOPDConfig(DistillationConfig):
         if self.stage_fraction is not None:
             check_knobs(self.objective, ["stage"], "stage_fraction")
             _within("stage_fraction", self.stage_fraction, 0.0, 1.0)
+            if "stage" in arguments:
+                raise ValueError(
+                    f"stage_fraction: objective_kwargs holds the run at stage {arguments['stage']}"
+                    ": give one of the two"
+                )
         try:
             self.rule(progress=0.0)
             self.rule(progress=1.0)
@@ -275,16 +348,23 @@ class TrOPDConfig(DistillationConfig):
 
 
 def _within(key: str, value: float, low: float, high: float) -> None:
-    number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if not (number and low <= value <= high):  # written so that NaN fails
-        kind = f", a {type(value).__name__}: give a number" if isinstance(value, str) else ""
-        raise ValueError(f"{key}: must be in [{low:g}, {high:g}], got {value!r}{kind}")
+    if not low <= value <= high:  # written so that NaN fails
+        raise ValueError(f"{key}: must be in [{low:g}, {high:g}], got {value!r}")
 
 
 def _at_least(key: str, value: int, low: int) -> None:
-    if not _is_whole(value) or value < low:
+    if value < low:
         raise ValueError(f"{key}: must be a whole number of at least {low}, got {value!r}")
 
 
-def _is_whole(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
+def _check_type(key: str, value: Any, kinds: Sequence[type]) -> None:
+    """Raises ValueError for a value of none of these `_TYPES`."""
+    if isinstance(value, bool):  # which Python counts among the numbers
+        fits = bool in kinds
+    else:
+        fits = isinstance(value, tuple(_TYPES[kind][0] for kind in kinds))
+    if not fits:
+        words = " or ".join(_TYPES[kind][1] for kind in kinds if kind is not type(None))
+        raise ValueError(
+            f"{key}: expected {words}, got {value!r:.80}: give that, or leave the key out"
+        )
