@@ -103,7 +103,7 @@ def _heights(call) -> tuple[int, int]:
 
 def _facts(call, reduction: str) -> Facts:
     """The same list of arguments on every rank, whatever they are."""
-    tensors, inputs, scale, _, rule, scales, backend, ignore_index, *more = call
+    tensors, inputs, scale, _, _, rule, scales, backend, ignore_index, *more = call
     max_workspace_bytes, selection = more
     hidden, weight, bias, labels, teacher, teacher_weight, teacher_bias = tensors
 
