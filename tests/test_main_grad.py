@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-import torch.distributed as dist
 
 from tropd_kernels import (
     HiddenTeacher,
@@ -76,14 +75,6 @@ def exact():
 
 def error(found, exact) -> float:
     return ((found.double() - exact).norm() / exact.norm()).item()
-
-
-@pytest.fixture(scope="module")
-def group(tmp_path_factory):
-    file = tmp_path_factory.mktemp("group") / "store"
-    dist.init_process_group("gloo", init_method=f"file://{file}", rank=0, world_size=1)
-    yield dist.group.WORLD
-    dist.destroy_process_group()
 
 
 @pytest.mark.parametrize("shard", [False, True])

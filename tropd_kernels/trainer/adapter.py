@@ -339,12 +339,11 @@ class DistillationAdapter(DistillationTrainer):
         check_prompts(inputs)
         self._rows, self._prefix_lengths = inputs, [0] * len(inputs)
         output = super()._generate_and_score_completions(inputs)
-        # Any more would be read past the end of an embedding. vLLM is not told to suppress them.
-        for part in ("prompt", "completion"):
+        for part in ("prompt", "completion"):  # the teacher may not have the id of the padding
             ids, padding = output[f"{part}_ids"], output[f"{part}_mask"] == 0
-            check_ids(ids.masked_fill(padding, 0), self._shared, part, self._tokenizer)
-            # The teacher may not have the id of the padding.
             output[f"{part}_ids"] = ids.masked_fill(padding & (ids >= self._shared), 0)
+        # Any more would be read past the end of an embedding. vLLM is not told to suppress them.
+        check_ids(output["completion_ids"], self._shared, "completion", self._tokenizer)
         # Shuffled and split with the rest of the generation batch.
         device, first = self.accelerator.device, self.accelerator.process_index * len(inputs)
         if not self.model.training:
@@ -362,8 +361,8 @@ class DistillationAdapter(DistillationTrainer):
         prefixes = None
         if rows is not None:
             check_tokens(rows, prompt_ids)
-            for ids in prompt_ids:
-                check_ids(torch.tensor(ids), self._shared, "prompt", self._tokenizer)
+            all_ids = torch.tensor([token for ids in prompt_ids for token in ids])
+            check_ids(all_ids, self._shared, "prompt", self._tokenizer)
             given = self.given_completions(rows)
             if given is not None:
                 whole = [prompt + ids for prompt, ids in zip(prompt_ids, given)]

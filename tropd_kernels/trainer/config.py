@@ -68,7 +68,8 @@ class TrOPDConfig(DistillationConfig):
     lmbda: GKD's share of on-policy steps (default 1: all). In the others the completions are the
         teacher's whole answers, from prefix_column or written on the spot. Objective "sft" trains
         on the teacher's text with lmbda 0. To an objective with a prefix term those answers are one
-        long prefix, of prefix_weight.
+        long prefix, of prefix_weight. An evaluation is on the student's own completions, but with
+        lmbda 0 on prefix_column, where its rows have that.
     teacher_model_server_url: a teacher behind HTTP that speaks vLLM's completions protocol
         (`server.py`), instead of one in this process: for objectives of K1 and the teacher's top-k,
         at temperature 1. `teacher_model_name_or_path` is then the served name, if the server has
