@@ -179,6 +179,39 @@ def test_uniforms_like_traces_as_one_graph():
     assert torch.equal(compiled(labels, torch.tensor(4)), draws.uniforms_like(labels, 4))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize(("seed", "step"), [(0, 0), (2**64 - 3, 2**32 - 1), (-(2**63), 7)])
+def test_the_triton_kernel_draws_the_same_bits(dtype, seed, step, device):
+    kernel = pytest.importorskip("tropd_kernels.triton_draws")
+    ids = torch.tensor([[7], [2**40 + 7], [-1], [2**63 - 1]])
+    positions = torch.arange(700)
+    positions[:3] = torch.tensor([2**32 - 1, -5, 2**31])
+    narrow = ids.clamp(-(2**31), 2**31 - 1).int(), positions.clamp(max=2**31 - 1).int()
+    for places in ((ids, positions), narrow):
+        expected = draws._uniforms(seed, step, *places, dtype)
+        there = [t.to(device) for t in places]
+        words = [draws._scalar("", n, -(2**63), 2**64 - 1, there[0].device) for n in (seed, step)]
+        drawn = kernel.uniforms(*words, *there, dtype)
+        assert drawn.dtype == dtype and torch.equal(drawn.cpu(), expected)
+        # What callers reach, with a seed of either device: on a GPU the kernel again.
+        for scalars in ((seed, step), words, [word.cpu() for word in words]):
+            assert torch.equal(draws._uniforms(*scalars, *there, dtype).cpu(), expected)
+    assert kernel.uniforms(*words, there[0][:0], there[1], dtype).shape == (0, 700)
+
+
+def test_a_gpu_draws_by_the_triton_kernel_alone(monkeypatch, device):
+    pytest.importorskip("triton")
+    labels = torch.zeros(3, 5, device=device)
+    expected = [draw(labels.cpu(), 4) for draw in (draws.uniforms_like, draws.sampling_uniforms)]
+    monkeypatch.setattr(draws, "choose_backend", lambda requested, device: "triton")
+    compiled = torch.compile(draws.uniforms_like, fullgraph=True, backend="eager")
+    assert torch.equal(compiled(labels, torch.tensor(4, device=device)).cpu(), expected[0])
+    monkeypatch.setattr(draws, "philox4x32", None)
+    for seed in (4, torch.tensor(4)):
+        assert torch.equal(draws.uniforms_like(labels, seed).cpu(), expected[0])
+        assert torch.equal(draws.sampling_uniforms(labels, seed).cpu(), expected[1])
+
+
 IDS = torch.arange(3)
 
 

@@ -20,11 +20,14 @@ independent of the gate's under the same seed; the fourth is not used. An elemen
 and no element's draw depends on a neighbour.
 
 Arithmetic is int64 tensor arithmetic kept below 2^49, so it means the same on every device, eager
-or compiled, and the global random state is neither read nor changed.
+or compiled, and the global random state is neither read nor changed. On a GPU a kernel of
+`triton_draws.py` gives the same bits in one launch; `torch.compile` makes one of this arithmetic.
 """
 
 import torch
 from torch import Tensor
+
+from .backends import choose_backend
 
 __all__ = ["bernoulli_uniforms", "philox4x32", "sampling_uniforms", "uniforms_like"]
 
@@ -64,7 +67,7 @@ def bernoulli_uniforms(
             f"positions must be on sequence_ids' device {sequence_ids.device}, "
             f"got {positions.device}: move it with .to()"
         )
-    return _uniform(_words(seed, step, sequence_ids, positions)[0])
+    return _uniforms(seed, step, sequence_ids, positions, torch.float32)
 
 
 def uniforms_like(labels: Tensor, seed: int | Tensor) -> Tensor:
@@ -87,9 +90,7 @@ def sampling_uniforms(labels: Tensor, seed: int | Tensor) -> Tensor:
 
     Returns float64: a token may be kept with a probability below 2^-24, which float32 draws miss.
     """
-    _, high, low, _ = _words(seed, 0, *_places(labels))
-    bits = ((high >> 5) << 26) + (low >> 6)
-    return (bits.to(torch.float64) * 2.0**-53).view(labels.shape)
+    return _uniforms(seed, 0, *_places(labels), torch.float64).view(labels.shape)
 
 
 def philox4x32(
@@ -110,15 +111,29 @@ def philox4x32(
     return c0, c1, c2, c3
 
 
-def _words(
-    seed: int | Tensor, step: int | Tensor, sequence_ids: Tensor, positions: Tensor
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The block of each token."""
-    seed = _scalar("seed", seed, -(2**63), 2**64 - 1, positions.device)
-    step = _scalar("step", step, 0, _WORD, positions.device)
+def _uniforms(
+    seed: int | Tensor,
+    step: int | Tensor,
+    sequence_ids: Tensor,
+    positions: Tensor,
+    dtype: torch.dtype,
+) -> Tensor:
+    """A gate's draws in float32, a sampled gradient's in float64."""
+    device = positions.device
+    seed = _scalar("seed", seed, -(2**63), 2**64 - 1, device)
+    step = _scalar("step", step, 0, _WORD, device)
+    # What is traced has tensors of another type, or none yet.
+    traced = torch.compiler.is_compiling() or type(positions) is not Tensor
+    if choose_backend(None, device) == "triton" and not traced:
+        from . import triton_draws
+
+        return triton_draws.uniforms(seed, step, sequence_ids, positions, dtype)
     sequence_ids, positions = sequence_ids.long(), positions.long()
     counter = (positions & _WORD, sequence_ids & _WORD, (sequence_ids >> 32) & _WORD, step & _WORD)
-    return philox4x32(counter, (seed & _WORD, (seed >> 32) & _WORD))
+    first, second, third, _ = philox4x32(counter, (seed & _WORD, (seed >> 32) & _WORD))
+    if dtype == torch.float32:
+        return _uniform(first)
+    return (((second >> 5) << 26) + (third >> 6)).to(dtype) * 2.0**-53
 
 
 def _places(labels: Tensor) -> tuple[Tensor, Tensor]:

@@ -37,7 +37,7 @@ EXCHANGES = ("shfl", "redux", "ldmatrix")
 #: Words of an instruction's name, beside its types, that are known to change nothing here, or are
 #: looked at. With any other it would compute something else.
 MODIFIERS = {name: {"rn", "ftz"} for name in FORMULAS} | {
-    "mul": {"rn", "ftz", "lo", "wide"}, "mad": {"lo", "wide"}, "ex2": {"approx", "ftz"},
+    "mul": {"rn", "ftz", "lo", "hi", "wide"}, "mad": {"lo", "wide"}, "ex2": {"approx", "ftz"},
     "rcp": {"approx", "ftz"}, "div": {"rn", "full", "approx"}, "cvt": {"rn"}, "cvta": {"local"},
     "setp": set(COMPARISONS), "shfl": {"sync", "bfly", "idx"},
     "redux": {"sync", "add", "max", "min"},
@@ -359,7 +359,13 @@ class Kernel:
         if type_.letter == "f":
             product = f"flush(flush({a}) * flush({b}))" if "ftz" in words else f"{a} * {b}"
             return [target], type_.to_bits(product)
-        wide = Type(type_.letter, type_.width * {"lo": 1, "wide": 2}[words[0]])
+        wide = Type(type_.letter, type_.width * {"lo": 1, "hi": 2, "wide": 2}[words[0]])
+        if words[0] == "hi":
+            if c or wide.width > 64:
+                raise ValueError
+            by, product = self._bits(str(type_.width), wide.width), f"{a}.astype({wide.dtype})"
+            product = f"{product} * {b}.astype({wide.dtype}) >> {by}.astype({wide.dtype})"
+            return [target], type_.to_bits(f"({product}).astype({type_.dtype})")
         c = f" + {wide.of_bits(self._bits(c, wide.width))}" if c else ""
         return [target], wide.to_bits(f"{a}.astype({wide.dtype}) * {b}.astype({wide.dtype}){c}")
 
