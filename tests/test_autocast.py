@@ -1,5 +1,6 @@
 """A caller's autocast changes nothing: it would round what the package promises to keep in float32,
-and only in some products, so that loss and gradient would belong to different logits."""
+and only in some products, so that loss and gradient would belong to different logits. Nor do sums
+in float16 that a caller allows."""
 
 from __future__ import annotations
 
@@ -10,6 +11,7 @@ from torch import nn
 
 from tropd_kernels import linear_distillation_loss, linear_log_probs
 from tropd_kernels.heads import Head
+from tropd_kernels.products import TorchProducts
 
 BACKENDS = ["reference", "torch", "native", "triton"]
 OPTIONS = {
@@ -77,3 +79,36 @@ def test_of_a_heads_logits(compiled, device):
     with autocast(device):
         ours = logits(hidden)
     assert torch.equal(ours, head.logits(hidden))
+
+
+@pytest.fixture
+def float16_sums():
+    """They are allowed. Yields what reads whether they are."""
+    settings = torch.backends.cuda.matmul
+    settings.allow_fp16_accumulation = True
+    yield lambda: settings.allow_fp16_accumulation
+    settings.allow_fp16_accumulation = False
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_allowed_float16_sums(float16_sums):
+    problem = make_problem(tokens=12, device="cuda")
+    hidden, weight = (t.half().requires_grad_() for t in (problem.hidden, problem.weight))
+    teacher = problem.teacher("hidden", torch.float16)
+    out = linear_distillation_loss(hidden, weight, problem.labels, teacher, OBJECTIVES["gkd"])
+    out.loss.backward()
+    assert weight.grad.isfinite().all() and float16_sums()
+
+
+def test_a_gpus_products_do_not_sum_in_float16(float16_sums, monkeypatch):
+    asked = []
+    for name in ("mm", "addmm"):
+        monkeypatch.setattr(torch, name, lambda *_, **__: asked.append(float16_sums()))
+    products = TorchProducts(torch.float16, "cuda")
+    a = torch.zeros(2, 2, dtype=torch.float16)
+    out = torch.zeros(2, 2)
+    products.logits_into(out, a, a)
+    products.d_hidden(a, a)
+    products.d_weight(out, a, a, None)
+    products.d_weight(out, a, a, out)
+    assert asked == [False] * 4 and float16_sums()

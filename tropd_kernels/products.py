@@ -100,7 +100,8 @@ class TorchProducts:
         elif sums is None:
             self._mm(d_logits.t(), hidden, out)
         elif hidden.dtype in HALF:
-            torch.addmm(out, d_logits.t(), hidden, out_dtype=out.dtype, out=out)
+            with _wide_sums(hidden.dtype):
+                torch.addmm(out, d_logits.t(), hidden, out_dtype=out.dtype, out=out)
         else:
             out.addmm_(d_logits.t(), hidden)
 
@@ -113,7 +114,8 @@ class TorchProducts:
 
     def _mm(self, a: Tensor, b: Tensor, out: Tensor) -> Tensor:
         if a.dtype in HALF:
-            return torch.mm(a, b, out_dtype=out.dtype, out=out)
+            with _wide_sums(a.dtype):
+                return torch.mm(a, b, out_dtype=out.dtype, out=out)
         return torch.mm(a, b, out=out)
 
 
@@ -160,6 +162,21 @@ def _tiles(weight: Tensor, dtype: torch.dtype):
 def bf16_in_hardware() -> bool:
     """The CPU multiplies bf16, and oneDNN uses that for float32 operands when told to."""
     return torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
+
+
+@contextmanager
+def _wide_sums(dtype: torch.dtype):
+    """A caller may let a GPU sum float16 products in float16, in which torch then refuses to give
+    float32 results."""
+    settings = torch.backends.cuda.matmul
+    if dtype != torch.float16 or not settings.allow_fp16_accumulation:
+        yield
+        return
+    settings.allow_fp16_accumulation = False
+    try:
+        yield
+    finally:
+        settings.allow_fp16_accumulation = True
 
 
 @contextmanager
