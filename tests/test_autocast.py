@@ -91,7 +91,7 @@ def float16_sums():
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_allowed_float16_sums(float16_sums):
+def test_float16_sums_that_are_allowed_on_a_gpu(float16_sums):
     problem = make_problem(tokens=12, device="cuda")
     hidden, weight = (t.half().requires_grad_() for t in (problem.hidden, problem.weight))
     teacher = problem.teacher("hidden", torch.float16)
