@@ -210,7 +210,9 @@ EVERYWHERE = {
     "labels of another shape": (
         dict(labels=labels(2, 2)), ValueError, "labels", "int64", "(2, 3)", "(2, 2)", "shift",
     ),
-    "labels of 32 bits": (dict(labels=labels().int()), TypeError, "labels", "int64", "int32"),
+    "labels of 32 bits": (
+        dict(labels=labels().int()), TypeError, "labels", "int64", "int32", ".long()",
+    ),
     "labels of floats": (dict(labels=of(*SHAPE)), TypeError, "labels", "int64", "float32"),
     "labels of a list, at length": (
         dict(labels=[0] * 10**5), ValueError, "labels", "int64", "got a list",
@@ -312,7 +314,8 @@ def test_per_token_tensors(name, call):
     refused(lambda: call(**{name: good.tolist()}), ValueError, name, "tensor", "list")
     refused(lambda: call(**{name: good.to("meta")}), ValueError, name, "meta", "cpu", "move")
     wanted = "bool" if boolean else "float"
-    refused(lambda: call(**{name: good.int()}), TypeError, name, wanted, "int32")
+    remedy = f"{name}.{wanted}()"
+    refused(lambda: call(**{name: good.int()}), TypeError, name, wanted, "int32", remedy)
     if not boolean:
         leaf = good.clone().requires_grad_()
         refused(lambda: call(**{name: leaf}), ValueError, name, "requires grad", "detached")
