@@ -354,6 +354,10 @@ VALUES = {
         lambda: dict(teacher=top_k_teacher(log_probs=filled(0.25, (*SHAPE, K)))),
         "teacher log_probs", "above 0", "probabilities", "logarithm",
     ),
+    "top-k logits": (
+        lambda: dict(teacher=top_k_teacher(log_probs=filled(9.0, (*SHAPE, K)))),
+        "teacher log_probs", "above 0", "up to 9", "logits", "logsumexp",
+    ),
     "uniform 1": (lambda: dict(uniforms=filled(1.0)), "uniforms", "[0, 1)", "torch.rand"),
     "uniform below 0": (lambda: dict(uniforms=filled(-0.1)), "uniforms", "[0, 1)", "torch.rand"),
     "uniform NaN": (lambda: dict(uniforms=filled(NAN)), "uniforms", "[0, 1)", "torch.rand"),

@@ -222,7 +222,9 @@ def _raise_not_log_probs(name: str, values: Tensor) -> None:
         cause = (
             "they look like probabilities: pass their logarithm"
             if probabilities
-            else "they look like negative log-likelihoods: pass them with the sign changed"
+            # The likeliest ids' logits are all above 0, too.
+            else "they look like negative log-likelihoods: pass them with the sign changed; or, if "
+            "they are logits, less the logsumexp over the vocabulary"
         )
     raise ValueError(
         f"teacher {public} hold values above 0, up to {values.max():.3g}, at tokens that count, "
