@@ -240,6 +240,18 @@ def test_core_and_cli_import_without_trl():
     assert "pip install 'tropd-kernels[trainer]'" in done.stderr
 
 
+def test_help_explains_every_key(capsys, monkeypatch):
+    """Those of TRL had their help, this package's only their names."""
+    monkeypatch.setenv("COLUMNS", "10000")  # no line is broken at a hyphen
+    with pytest.raises(SystemExit, match="0"):
+        cli.main(["train", "--help"])
+    printed = " ".join(capsys.readouterr().out.split())
+    for owner in (cli.Run, TrOPDConfig):
+        documented = cli.documented(owner)
+        for key in owner.__annotations__:
+            assert f"{documented.get(key) or key} (default:" in printed, key
+
+
 def test_env_and_check(capsys, monkeypatch):
     assert cli.main(["env"]) == 0
     printed = capsys.readouterr().out
