@@ -8,6 +8,7 @@ the graph, for a constant without grad hangs a data-parallel run.
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
 
 import pytest
@@ -669,6 +670,7 @@ def test_rules_are_frozen_and_can_be_pasted_back(name):
     with pytest.raises(dataclasses.FrozenInstanceError):
         rule.gate = "always"
     assert eval(repr(rule)) == rule
+    assert TokenRule(**json.loads(json.dumps(dataclasses.asdict(rule)))) == rule
     assert decode_rule(rule.key) == rule
     assert hash(rule) == hash(decode_rule(rule.key))
     # The key is the whole rule: it is all that the op is told of it.
