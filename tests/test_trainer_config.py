@@ -145,7 +145,7 @@ def test_knobs_are_the_constructor_s(name):
         ({"teacher_model_server_url": URL, "objective": "gkd"},
          "teacher_model_server_url: objective 'gkd': TokenRule"),
         ({"teacher_model_server_url": URL, "objective_kwargs": {"top_k": None}},
-         "needs the teacher's whole distribution"),
+         "or set top_k. A HiddenTeacher is a teacher_model that is loaded"),
         ({"teacher_model_server_url": URL, "temperature": 0.7}, "temperature: a server gives"),
         ({"teacher_model_server_url": URL, "precomputed_teacher": True}, "give one of them"),
         ({"teacher_server_retries": -1}, "teacher_server_retries: must be a whole number"),

@@ -307,7 +307,10 @@ class TrOPDConfig(DistillationConfig):
                 check_served(self.rule(0.0))
                 check_served(self.rule(1.0))
             except ValueError as error:
-                raise ValueError(f"{source}: objective {self.objective!r}: {error}") from error
+                raise ValueError(
+                    f"{source}: objective {self.objective!r}: {error}. A HiddenTeacher is a "
+                    "teacher_model that is loaded in this process"
+                ) from error
         url = self.teacher_model_server_url
         if url is not None and not url.startswith(("http://", "https://")):
             raise ValueError(
