@@ -8,6 +8,7 @@ the graph, for a constant without grad hangs a data-parallel run.
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
 
 import pytest
@@ -210,7 +211,9 @@ EVERYWHERE = {
     "labels of another shape": (
         dict(labels=labels(2, 2)), ValueError, "labels", "int64", "(2, 3)", "(2, 2)", "shift",
     ),
-    "labels of 32 bits": (dict(labels=labels().int()), TypeError, "labels", "int64", "int32"),
+    "labels of 32 bits": (
+        dict(labels=labels().int()), TypeError, "labels", "int64", "int32", ".long()",
+    ),
     "labels of floats": (dict(labels=of(*SHAPE)), TypeError, "labels", "int64", "float32"),
     "labels of a list, at length": (
         dict(labels=[0] * 10**5), ValueError, "labels", "int64", "got a list",
@@ -312,7 +315,8 @@ def test_per_token_tensors(name, call):
     refused(lambda: call(**{name: good.tolist()}), ValueError, name, "tensor", "list")
     refused(lambda: call(**{name: good.to("meta")}), ValueError, name, "meta", "cpu", "move")
     wanted = "bool" if boolean else "float"
-    refused(lambda: call(**{name: good.int()}), TypeError, name, wanted, "int32")
+    remedy = f"{name}.{wanted}()"
+    refused(lambda: call(**{name: good.int()}), TypeError, name, wanted, "int32", remedy)
     if not boolean:
         leaf = good.clone().requires_grad_()
         refused(lambda: call(**{name: leaf}), ValueError, name, "requires grad", "detached")
@@ -350,6 +354,10 @@ VALUES = {
     "top-k probabilities": (
         lambda: dict(teacher=top_k_teacher(log_probs=filled(0.25, (*SHAPE, K)))),
         "teacher log_probs", "above 0", "probabilities", "logarithm",
+    ),
+    "top-k logits": (
+        lambda: dict(teacher=top_k_teacher(log_probs=filled(9.0, (*SHAPE, K)))),
+        "teacher log_probs", "above 0", "up to 9", "logits", "logsumexp",
     ),
     "uniform 1": (lambda: dict(uniforms=filled(1.0)), "uniforms", "[0, 1)", "torch.rand"),
     "uniform below 0": (lambda: dict(uniforms=filled(-0.1)), "uniforms", "[0, 1)", "torch.rand"),
@@ -662,6 +670,7 @@ def test_rules_are_frozen_and_can_be_pasted_back(name):
     with pytest.raises(dataclasses.FrozenInstanceError):
         rule.gate = "always"
     assert eval(repr(rule)) == rule
+    assert TokenRule(**json.loads(json.dumps(dataclasses.asdict(rule)))) == rule
     assert decode_rule(rule.key) == rule
     assert hash(rule) == hash(decode_rule(rule.key))
     # The key is the whole rule: it is all that the op is told of it.

@@ -25,6 +25,7 @@ from tropd_kernels import (
     plan_chunks,
     products,
 )
+from tropd_kernels.backends import choose_backend
 from tropd_kernels.linear_loss import Needs, Problem, Side, backward, forward
 from tropd_kernels.rows.layout import Coef, LogitTransform, RowBatch, RowOptions
 from tropd_kernels.rows.sharded_search import head_threshold
@@ -206,6 +207,15 @@ def test_plan_counts_the_gemms():
     assert logits + d_logits + head <= plan.workspace_bytes <= 1.05 * (logits + d_logits + head)
     assert "3 S + 1 T" in str(plan)
     assert "8192 tokens" in str(plan)
+
+
+def test_plan_of_the_backend_that_a_call_takes():
+    """On a CPU it was Triton's, which no call takes there by itself."""
+    shape = dict(tokens=1024, vocab_size=151_936, hidden_size=1024, device="cpu")
+    taken = choose_backend(None, torch.device("cpu"))
+    assert taken != "triton"
+    assert plan_chunks(**shape) == plan_chunks(**shape, backend=taken)
+    assert plan_chunks(**shape) != plan_chunks(**shape, backend="triton")
 
 
 def test_plan_keeps_to_its_budget():

@@ -145,7 +145,7 @@ def test_knobs_are_the_constructor_s(name):
         ({"teacher_model_server_url": URL, "objective": "gkd"},
          "teacher_model_server_url: objective 'gkd': TokenRule"),
         ({"teacher_model_server_url": URL, "objective_kwargs": {"top_k": None}},
-         "needs the teacher's whole distribution"),
+         "or set top_k. A HiddenTeacher is a teacher_model that is loaded"),
         ({"teacher_model_server_url": URL, "temperature": 0.7}, "temperature: a server gives"),
         ({"teacher_model_server_url": URL, "precomputed_teacher": True}, "give one of them"),
         ({"teacher_server_retries": -1}, "teacher_server_retries: must be a whole number"),
@@ -238,6 +238,18 @@ def test_core_and_cli_import_without_trl():
     assert done.returncode == 0, done.stderr
     assert "pip install 'tropd-kernels[trainer]'" in done.stdout
     assert "pip install 'tropd-kernels[trainer]'" in done.stderr
+
+
+def test_help_explains_every_key(capsys, monkeypatch):
+    """Those of TRL had their help, this package's only their names."""
+    monkeypatch.setenv("COLUMNS", "10000")  # no line is broken at a hyphen
+    with pytest.raises(SystemExit, match="0"):
+        cli.main(["train", "--help"])
+    printed = " ".join(capsys.readouterr().out.split())
+    for owner in (cli.Run, TrOPDConfig):
+        documented = cli.documented(owner)
+        for key in owner.__annotations__:
+            assert f"{documented.get(key) or key} (default:" in printed, key
 
 
 def test_env_and_check(capsys, monkeypatch):

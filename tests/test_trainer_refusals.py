@@ -104,6 +104,9 @@ def test_bad_data_is_refused(tmp_path):
         make(tmp_path, data=tiny.prompts(0))
     with pytest.raises(ValueError, match="train_dataset: no column 'prompt'; it has 'text'"):
         make(tmp_path, data=tiny.prompts().rename_column("prompt", "text"))
+    talk = [[{"role": "user", "content": "w1"}, {"role": "assistant", "content": "w2"}]] * 8
+    with pytest.raises(ValueError, match="it has 'messages': take the messages before the answer"):
+        make(tmp_path, data=tiny.prompts(messages=talk).remove_columns("prompt"))
     with pytest.raises(ValueError, match="no column 'guide'"):
         make(tmp_path, lmbda=0.5, objective="gkd", prefix_column="guide")
     with pytest.raises(ValueError, match="no column 'guide'"):

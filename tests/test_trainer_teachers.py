@@ -252,7 +252,7 @@ def test_columns_that_do_not_fit(tmp_path, served):
 @pytest.mark.parametrize(
     ("values", "words"),
     [
-        ([1.0, 0.5, 3.0], "negative log-probs: change their sign"),
+        ([1.0, 0.5, 3.0], "negative log-probs: change their sign; or of logits: subtract"),
         ([1.0, 0.5, 0.25], "probabilities: take their logarithm"),
         ([-1.0, 0.5, 3.0], "logits: subtract their logsumexp"),
     ],

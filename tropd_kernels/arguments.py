@@ -53,9 +53,11 @@ def check_call(
             if isinstance(labels, Tensor)
             else f"a {type(labels).__name__}"
         )
-        raise (TypeError if getattr(labels, "shape", None) == student.shape[:-1] else ValueError)(
-            f"labels must be int64 of shape {tuple(student.shape[:-1])}, got {given}: shift them "
-            "so that hidden[i] (or logits[i]) predicts labels[i]"
+        as_long = getattr(labels, "shape", None) == student.shape[:-1]
+        remedy = "shift them so that hidden[i] (or logits[i]) predicts labels[i]"
+        raise (TypeError if as_long else ValueError)(
+            f"labels must be int64 of shape {tuple(student.shape[:-1])}, got {given}: "
+            + ("convert them with .long()" if as_long else remedy)
         )
     if not is_number(temperature) or not 0 < temperature < float("inf"):
         raise ValueError(f"temperature must be a positive number, got {short(temperature)}")
@@ -121,7 +123,9 @@ def flat_per_token(name: str, value: Tensor | None, labels: Tensor) -> Tensor | 
         if value.dtype != torch.bool:
             raise TypeError(f"{public} must be bool, got {value.dtype}: pass {public}.bool()")
     elif not value.is_floating_point():
-        raise TypeError(f"{public} must be of a float dtype, got {value.dtype}")
+        raise TypeError(
+            f"{public} must be of a float dtype, got {value.dtype}: pass {public}.float()"
+        )
     elif value.requires_grad:
         raise ValueError(
             f"{public} requires grad, but the loss treats it as a constant (K1 back-propagated "
@@ -218,7 +222,9 @@ def _raise_not_log_probs(name: str, values: Tensor) -> None:
         cause = (
             "they look like probabilities: pass their logarithm"
             if probabilities
-            else "they look like negative log-likelihoods: pass them with the sign changed"
+            # The likeliest ids' logits are all above 0, too.
+            else "they look like negative log-likelihoods: pass them with the sign changed; or, if "
+            "they are logits, less the logsumexp over the vocabulary"
         )
     raise ValueError(
         f"teacher {public} hold values above 0, up to {values.max():.3g}, at tokens that count, "

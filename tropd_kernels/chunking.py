@@ -28,7 +28,7 @@ from reprlib import repr as short
 import torch
 
 from .arguments import is_int
-from .backends import BACKENDS
+from .backends import BACKENDS, choose_backend
 from .objectives import TokenRule
 from .products import HALF, products_for
 from .rows.layout import Coef, Stat
@@ -96,7 +96,7 @@ def plan_chunks(
     *,
     dtype: torch.dtype = torch.bfloat16,
     device: str | torch.device = "cuda",
-    backend: str = "triton",
+    backend: str | None = None,
     objective: TokenRule | None = None,
     reduction: str = "mean",
     needs_hidden_grad: bool = True,
@@ -109,6 +109,8 @@ def plan_chunks(
     """The chunk sizes, GEMM work and workspace of one call of `linear_distillation_loss`.
 
     tokens: tokens that count. teacher_hidden_size: width of a `HiddenTeacher`; None for the others.
+    device, backend: those of the call, neither of which has to be here; backend None takes the one
+        that a call on such a device takes by itself.
     max_workspace_bytes: shrinks super_rows first, then rows, in steps of 128 tokens; rows first
         where one product makes d_weight, which then needs no accumulator.
     selects_rows: with `gradient_tolerance` or `gradient_sampling`. wide_weight_grad: d_weight stays
@@ -126,6 +128,8 @@ def plan_chunks(
         if not is_int(value) or value < least:
             raise ValueError(f"{name} must be an int, at least {least}, got {short(value)}")
     chunked = [name for name in BACKENDS if name != "reference"]  # which holds all logits
+    if backend is None:
+        backend = choose_backend(None, torch.device(device))
     if backend not in chunked:
         raise ValueError(
             f"backend must be one of {', '.join(map(repr, chunked))}; got {short(backend)}"

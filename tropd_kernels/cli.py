@@ -1,4 +1,4 @@
-"""The command line.
+"""Fused on-policy distillation from the command line.
 
     tropd train --config run.yaml [--key value ...]   trains a student on a teacher and prompts
     tropd check                                       fused against reference on this machine
@@ -17,6 +17,7 @@ import importlib.metadata
 import importlib.util
 import json
 import platform
+import re
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -43,7 +44,8 @@ class Run:
 
     model, teacher_model: name or folder; the teacher may come from `teacher_model_name_or_path`.
     dataset, eval_dataset: a .json, .jsonl or .parquet file, or a name on the hub; with a "prompt".
-    dataset_split: of data sets from the hub. eval_split: of eval_dataset, where it is another one.
+    dataset_split: of data sets from the hub.
+    eval_split: of eval_dataset, where it is another one.
     peft: true for a LoRA on all linear layers but the head, or the arguments of peft's LoraConfig;
         other kinds of adapter are for `TrOPDTrainer`, in Python.
     """
@@ -154,6 +156,9 @@ def parse_run(arguments: Sequence[str]) -> tuple[Run, Any]:
     parser = TrlParser(
         classes, prog="tropd train", usage=usage, parents=[outer], allow_abbrev=False
     )
+    known = documented(Run) | documented(TrOPDConfig)
+    for action in parser._actions:  # those of TRL and transformers bring their own help
+        action.help = action.help or known.get(action.dest, "").replace("%", "%%")
     unknown = parser.set_defaults_with_config(**read_config(options.config))
     parsed, rest = parser.parse_known_args(flags)
     unknown += rest
@@ -174,6 +179,12 @@ def parse_run(arguments: Sequence[str]) -> tuple[Run, Any]:
         check_names(run, ["teacher_model"])
     lora(run.peft)
     return run, config
+
+
+def documented(owner: type) -> dict[str, str]:
+    """What the docstring of a class says of each of its fields, by name."""
+    entries = re.findall(r"^    ([a-z_, ]+): (.*(?:\n {8}.*)*)", owner.__doc__ or "", re.MULTILINE)
+    return {name: " ".join(text.split()) for names, text in entries for name in names.split(", ")}
 
 
 def check_names(run: Any, missing: Sequence[str]) -> None:

@@ -30,7 +30,7 @@ from __future__ import annotations
 
 import math
 from ast import literal_eval
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
 from functools import lru_cache
 
 GATES = ("always", "bernoulli", "expected", "threshold")
@@ -108,8 +108,6 @@ class TokenRule:
     nll_weight: float = 0.0
     entropy_coef: float = 0.0
     normalize: str = "tokens"
-    #: The rule as a string, for the custom op's schema: `decode_rule(rule.key) == rule`.
-    key: str = field(init=False, compare=False, default="")
 
     def __post_init__(self):
         _one_of("gate", self.gate, GATES)
@@ -149,7 +147,7 @@ class TokenRule:
                 object.__setattr__(self, f.name, float(value))
         # An f-string rather than json, which torch.compile cannot trace.
         given = [getattr(self, name) for name in _FIELDS]
-        object.__setattr__(self, "key", ";".join([f"{value!r}" for value in given]))
+        object.__setattr__(self, "_key", ";".join([f"{value!r}" for value in given]))
 
     def _check_sets(self):
         """One pass sums one set of ids with one weight, which these would need two of."""
@@ -177,9 +175,15 @@ class TokenRule:
         changed = (
             f"{f.name}={getattr(self, f.name)!r}"
             for f in fields(self)
-            if f.init and getattr(self, f.name) != f.default
+            if getattr(self, f.name) != f.default
         )
         return f"TokenRule({', '.join(changed)})"
+
+    @property
+    def key(self) -> str:
+        """The rule as a string, for the custom op's schema: `decode_rule(rule.key) == rule`. No
+        field, or `TokenRule(**asdict(rule))` would not give the rule back."""
+        return self._key  # type: ignore[attr-defined]
 
     # What a rule needs, asked by the teachers' check, the chunk plan and the row engines.
 
@@ -257,7 +261,7 @@ class TokenRule:
         return reads or self.uses_forward_kl or self.divergence is not None
 
 
-_FIELDS = tuple(f.name for f in fields(TokenRule) if f.init)
+_FIELDS = tuple(f.name for f in fields(TokenRule))
 
 
 @lru_cache(maxsize=256)

@@ -32,9 +32,12 @@ def check_dataset(name: str, dataset: Any, columns: Sequence[str] = ()) -> None:
     present = getattr(dataset, "column_names", None)
     missing = [] if present is None else [c for c in ("prompt", *columns) if c not in present]
     if missing:
+        remedy = "rename_column() gives a column the name looked for"
+        if "prompt" in missing and "messages" in present:  # the answer would be part of the prompt
+            remedy = "take the messages before the answer for the prompt"
         raise ValueError(
             f"{name}: no column {', '.join(map(repr, missing))}; it has "
-            f"{', '.join(map(repr, present))}: rename_column() gives a column the name looked for"
+            f"{', '.join(map(repr, present))}: {remedy}"
         )
 
 

@@ -59,8 +59,8 @@ class TrOPDConfig(DistillationConfig):
     prefix_schedule: how the teacher's prefix shrinks: "none" (no guidance, the default), "cosine"
         (the paper's), "linear", or "constant" (never).
     prefix_length: l at the first step, in tokens.
-    prefix_fraction: share of training over which l falls to 0; the paper's 1. prefix_steps: the
-        same in optimiser steps; wins over prefix_fraction.
+    prefix_fraction: share of training over which l falls to 0; the paper's 1.
+    prefix_steps: the same in optimiser steps; wins over prefix_fraction.
     prefix_weight: weight of the K1 forward KL on the prefix, the paper's 0.001. Objectives without
         that term treat a prefix like any other token, and refuse another value.
     prefix_column: column with the teacher's answer: text, or messages for a conversational prompt.
@@ -74,8 +74,9 @@ class TrOPDConfig(DistillationConfig):
         (`server.py`), instead of one in this process: for objectives of K1 and the teacher's top-k,
         at temperature 1. `teacher_model_name_or_path` is then the served name, if the server has
         several. Its tokenizer is checked where the server offers /tokenize.
-        teacher_server_timeout: seconds a request; teacher_server_retries: attempts after the first;
-        teacher_server_concurrency: requests at once.
+    teacher_server_timeout: seconds a request.
+    teacher_server_retries: attempts after the first.
+    teacher_server_concurrency: requests at once.
     precomputed_teacher: the data set's columns hold fixed completions, `completion_ids` (C), and
         the teacher's log-probs of them, `teacher_label_log_probs` (C), and for objectives that use
         the top-k `teacher_ids` and `teacher_log_probs` (C, K), at this temperature. No teacher is
@@ -83,9 +84,10 @@ class TrOPDConfig(DistillationConfig):
     num_iterations: optimiser steps on each generation batch, as in GRPO (default 1). From the
         second on the ratio to the policy that sampled takes part: PPO's clip, `drift_tau`. A run
         resumed between them goes on with its batch, and so with the same micro-batches.
-    drift_tau: blockwise policy-drift gates: blocks of drift_block_size (64) tokens on which the
-        policy has moved by s nats a token since sampling weigh exp(-drift_tau |s|), relative to
-        their mean over the micro-batch. None (default): no gates.
+    drift_tau: blockwise policy-drift gates: blocks of drift_block_size tokens on which the policy
+        has moved by s nats a token since sampling weigh exp(-drift_tau |s|), relative to their mean
+        over the micro-batch. None (default): no gates.
+    drift_block_size: tokens of such a block.
     kl_discount_factor: replaces the K1 reward by its discounted sum to the end of the completion;
         0 (default) leaves the immediate reward, 1 is the plain sum. A token to which the teacher
         gives probability 0 counts as the rule's `threshold` in it, and stays outside the gate; an
@@ -305,7 +307,10 @@ class TrOPDConfig(DistillationConfig):
                 check_served(self.rule(0.0))
                 check_served(self.rule(1.0))
             except ValueError as error:
-                raise ValueError(f"{source}: objective {self.objective!r}: {error}") from error
+                raise ValueError(
+                    f"{source}: objective {self.objective!r}: {error}. A HiddenTeacher is a "
+                    "teacher_model that is loaded in this process"
+                ) from error
         url = self.teacher_model_server_url
         if url is not None and not url.startswith(("http://", "https://")):
             raise ValueError(

@@ -103,7 +103,9 @@ def _log_probs(row: Mapping[str, Any], name: str, tokens: int, dims: int) -> Ten
     looks = "logits: subtract their logsumexp"
     if low >= 0:
         of_one = "probabilities: take their logarithm"
-        looks = of_one if high <= 1 else "negative log-probs: change their sign"
+        # The likeliest ids' logits are all above 0, too.
+        of_more = "negative log-probs: change their sign; or of logits: subtract their logsumexp"
+        looks = of_one if high <= 1 else of_more
     raise ValueError(
         f"{name}: expected log-probs, which are at most 0, got {low:.4g} to {high:.4g}, as of "
         f"{looks}"
