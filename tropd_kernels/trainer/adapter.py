@@ -81,6 +81,13 @@ ATTRIBUTES = (
     "_tokenizer", "_train_batch_size", "chat_template", "chat_template_kwargs", "eos_token_ids",
     "generation_config", "model_wrapped", "teacher_model", "use_vllm",
 )  # fmt: skip
+#: What changes nothing about how transformers samples. It takes what our generation_config leaves
+#: unset from the model's own, and would not sample from the distribution that the loss compares.
+_PLAIN_SAMPLING = {
+    "min_p": 0.0, "typical_p": 1.0, "epsilon_cutoff": 0.0, "eta_cutoff": 0.0, "guidance_scale": 1.0,
+    "no_repeat_ngram_size": 0, "min_length": 0, "min_new_tokens": 0, "num_beams": 1,
+    "num_return_sequences": 1,
+}  # fmt: skip
 #: Further fields of a micro-batch that go to the backbone, where a processor made them.
 _MULTIMODAL = tuple(dict(HOOKS)["_get_last_hidden_state"].split()[5:])
 
@@ -138,6 +145,7 @@ class DistillationAdapter(DistillationTrainer):
                 "num_iterations: TRL's loader does not repeat the rows of a streaming data set "
                 "over several steps: load the data set whole, or leave num_iterations at 1"
             )
+        _sample_plainly(self.generation_config, self.model)
         self._student_head = read_form(self.model, is_sharded(self.accelerator))
         own = self._student_head.vocab_size
         check_padding(self._tokenizer, own, "student")
@@ -237,6 +245,7 @@ class DistillationAdapter(DistillationTrainer):
                 "give the teacher by its name"
             )
         check_own_weights(self.model, teacher)
+        _sample_plainly(self.generation_config, teacher)
         teacher.eval()
         sharded = is_sharded(self.accelerator)
         if not sharded and getattr(teacher, "hf_device_map", None) is None:
@@ -490,6 +499,14 @@ class DistillationAdapter(DistillationTrainer):
         batches = sampler.num_samples // sampler.batch_size
         sampler.trainer, sampler.steps_per_epoch = self, batches * self.args.num_iterations
         return sampler
+
+
+def _sample_plainly(config: Any, model: Any) -> None:
+    """Sets in `config` what the model's own generation_config would otherwise decide."""
+    own = getattr(model, "generation_config", None)
+    for name, plain in _PLAIN_SAMPLING.items():
+        if getattr(config, name, None) is None and getattr(own, name, None) is not None:
+            setattr(config, name, plain)
 
 
 @contextlib.contextmanager
