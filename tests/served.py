@@ -25,6 +25,7 @@ class Faults:
     without_logprob: bool = False
     no_token_ids: bool = False
     other_tokens: bool = False
+    excluded: float | None = None  # sent for the log-prob of a sequence's last token
 
 
 @dataclass
@@ -83,6 +84,8 @@ def serve(model, tokenizer):
             rows = [
                 row(log_probs[i], ids[i + 1], body["prompt_logprobs"]) for i in range(len(ids) - 1)
             ]
+            if faults.excluded is not None:
+                rows[-1][str(ids[-1])]["logprob"] = faults.excluded
             choice["prompt_logprobs"] = [None, *rows[: -1 if faults.drop_last else None]]
         if body.get("return_token_ids") and not faults.no_token_ids:
             # A generator of its own: the trainer lives in the same process.

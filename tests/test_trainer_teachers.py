@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 
@@ -275,6 +277,21 @@ def test_served_log_probs_above_zero():
     choice = {"prompt_logprobs": [None, {"5": {"logprob": 0.5}}]}
     with pytest.raises(ValueError, match="token 0 reach 0.5, above 0"):
         server_module.read_scores(choice, [4], [5], 0)
+
+
+def test_log_prob_of_a_token_that_the_teacher_excludes(tmp_path, served):
+    """vLLM sends -9999 for -inf, which as a reward like others would swamp all earlier returns."""
+    choice = {"prompt_logprobs": [None, {"5": {"logprob": -9999.0}, "6": {"logprob": -0.5}}]}
+    scores = server_module.read_scores(choice, [4], [5], 1)
+    assert scores.label_log_probs.tolist() == [-math.inf] and scores.ids.tolist() == [[6]]
+    settings = TOP_4 | dict(kl_discount_factor=1.0)
+    losses = []
+    for excluded in (-math.inf, -9999.0):
+        served.faults.excluded = excluded
+        trainer = remote(tmp_path, served, **settings)
+        trainer.train()
+        losses += trainer.losses
+    assert losses[0] == losses[1] and abs(losses[0]) < 1e3
 
 
 @pytest.mark.parametrize("ids", [[7.0, 8.0, 9.0], [7.5, 8.0, 9.0], [7.0, float("nan"), 9.0]])
