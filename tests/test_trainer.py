@@ -201,7 +201,9 @@ def test_empty_completions(tmp_path):
     assert trainer.batches[0]["completion_ids"].tolist() == [[2]] * 4
 
 
-OF_THEIR_OWN = dict(min_p=0.99, typical_p=0.05, no_repeat_ngram_size=1, min_new_tokens=9, num_beams=2)
+OF_THEIR_OWN = dict(
+    min_p=0.99, typical_p=0.05, no_repeat_ngram_size=1, min_new_tokens=9, num_beams=2
+)  # fmt: skip
 
 
 @pytest.mark.parametrize("guide", [{}, {"prefix_schedule": "constant", "prefix_length": 5}])
