@@ -273,6 +273,30 @@ def test_columns_above_zero(tmp_path, column, values, words):
         make(tmp_path, data=tiny.Dataset.from_list([row] * 4), **settings).train()
 
 
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (dict(teacher_label_log_probs=[-9.0, -0.5, -1.0]),
+         "teacher_label_log_probs: -9 for token 0 .id 7., but teacher_log_probs has -0.5 for"),
+        (dict(teacher_log_probs=[[-0.5, -1.5], [-1.0, -3.0], [-2.0, -2.0]]),
+         r"teacher_ids: expected distinct .* \[9, 9\] with a sum of 0.2707 at token 2"),
+        (dict(teacher_ids=[[7, 5], [8, 0], [9, 9]]),
+         r"got \[8, 0\] with a sum of 1.368 at token 1: id -1 is padding"),
+    ],
+)  # fmt: skip
+def test_columns_of_several_distributions(tmp_path, change, words):
+    """Shifted against each other by a token, or filled up with log-probs of 0."""
+    row = dict(
+        prompt="w1 w2", completion_ids=[7, 8, 9], teacher_label_log_probs=[-0.5, -1.01, -9.0],
+        teacher_ids=[[7, 5], [8, -1], [9, 9]],
+        teacher_log_probs=[[-0.5, -1.5], [-1.0, 0.0], [-math.inf, -math.inf]],
+    )  # fmt: skip
+    settings = dict(precomputed_teacher=True, objective_kwargs={"top_k": 2})
+    make(tmp_path, data=tiny.Dataset.from_list([row] * 4), **settings).train()
+    with pytest.raises(ValueError, match=words):
+        make(tmp_path, data=tiny.Dataset.from_list([row | change] * 4), **settings).train()
+
+
 def test_served_log_probs_above_zero():
     choice = {"prompt_logprobs": [None, {"5": {"logprob": 0.5}}]}
     with pytest.raises(ValueError, match="token 0 reach 0.5, above 0"):
