@@ -269,6 +269,19 @@ def test_metrics_are_means_over_tokens(tmp_path):
     assert log["entropy"] > 0
 
 
+@pytest.mark.parametrize(
+    "settings", [{"kl_discount_factor": 0.9}, {"objective": "topk_jsd"}, {"num_iterations": 2}]
+)
+def test_logged_reward_is_k1_s(tmp_path, settings):
+    """... whatever stands in its place in the loss: returns would grow with the completions."""
+    trainer = make(tmp_path, **settings)
+    trainer.train()
+    own, _ = rewards_by_hand(trainer.batches)
+    (log,) = [log for log in trainer.state.log_history if "loss" in log]
+    assert log["tropd/reward_mean"] == pytest.approx(own.mean().item(), rel=1e-4)
+    assert log["tropd/reward_min"] == pytest.approx(own.min().item(), rel=1e-4)
+
+
 @pytest.mark.parametrize("rich_progress", [True, False, None])
 def test_progress(tmp_path, capsys, rich_progress):
     """Not at a terminal, None stays with transformers' display."""
