@@ -161,6 +161,7 @@ class DistillationAdapter(DistillationTrainer):
         self._rows: list[dict] | None = None
         self._prefix_lengths: list[int] = []
         self._evaluated = 0  # rows so far, of an evaluation
+        self._part = ""  # which of several data sets that evaluation is of
 
     # What a subclass gives.
 
@@ -412,7 +413,17 @@ class DistillationAdapter(DistillationTrainer):
 
     def evaluation_loop(self, *arguments, **keywords):
         self._evaluated = 0
+        key = keywords.get("metric_key_prefix", "")
+        self._part = key.removeprefix("eval_") if key.startswith("eval_") else ""
         return super().evaluation_loop(*arguments, **keywords)
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if self.mode == "eval" and self._part:
+            # TRL would call them the same for each data set, and evaluate() return the last one's.
+            metrics = self._metrics["eval"]
+            for name in list(metrics):
+                metrics[f"{self._part}_{name}"] = metrics.pop(name)
+        super().log(logs, start_time)
 
     def predict(self, *arguments, **keywords):
         found = super().predict(*arguments, **keywords)

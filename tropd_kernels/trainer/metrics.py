@@ -8,7 +8,7 @@ or a batch does not hold is left out rather than logged as 0.
 |---------------------|-------------------|--------------------------------------------------------|
 | trust_ratio         | student's tokens  | mean of the gate M                                     |
 | outlier_ratio       | student's tokens  | mean of 1 - M                                          |
-| reward_mean, _min   | student's tokens  | K1's lq - lo, nats; minus its mean is the reverse KL  |
+| reward_mean, _min   | student's tokens  | K1's lq - lo, nats; minus its mean is the reverse KL   |
 | reverse_kl          | student's tokens  | exact, nats                                            |
 | forward_kl          | student's tokens  | exact, nats                                            |
 | teacher_topk_mass   | student's tokens  | q's mass on its top-k, where the objective looks at it |
