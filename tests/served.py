@@ -25,6 +25,7 @@ class Faults:
     without_logprob: bool = False
     no_token_ids: bool = False
     other_tokens: bool = False
+    models: object = field(default_factory=lambda: [{"id": "teacher"}])
     excluded: float | None = None  # sent for the log-prob of a sequence's last token
 
 
@@ -47,7 +48,8 @@ def serve(model, tokenizer):
             pass
 
         def do_GET(self):
-            self.answer(200, {"data": [{"id": "teacher"}]} if self.path == "/v1/models" else {})
+            models = {"data": faults.models} if self.path == "/v1/models" else {}
+            self.answer(200, models)
 
         def do_POST(self):
             body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))

@@ -210,6 +210,14 @@ def test_nobody_there(tmp_path):
         TeacherServer(url, retries=0)
 
 
+@pytest.mark.parametrize("models", [None, [], ["teacher"], [{}], {"id": "teacher"}])
+def test_server_without_a_name(served, models):
+    """Something else may answer at the address, or a server with nothing loaded."""
+    served.faults.models = models
+    with pytest.raises(TeacherServerError, match="the list of models failed: HTTP 200: .*data"):
+        TeacherServer(served.url)
+
+
 def test_label_among_the_likeliest_counts_once(served):
     """vLLM sends the label's log-prob besides the k likeliest, or as one of them."""
     client = TeacherServer(served.url + "/v1/", concurrency=2)

@@ -161,7 +161,10 @@ class TeacherServer:
     def _served_model(self) -> str:
         what = "the list of models"
         response = self._request("GET", "/v1/models", None, what)
-        names = [entry.get("id") for entry in _json(response).get("data", [])]
+        entries = _json(response).get("data")
+        entries = entries if isinstance(entries, list) else []
+        ids = [entry.get("id") for entry in entries if isinstance(entry, Mapping)]
+        names = [name for name in ids if isinstance(name, str)]
         if response.status != 200 or not names:
             raise self._error(what, f"HTTP {response.status}: {_quote(response)}")
         return names[0]
