@@ -151,6 +151,7 @@ class DistillationAdapter(DistillationTrainer):
         check_padding(self._tokenizer, own, "student")
         check_ends(self.eos_token_ids, own, "the student has", self._tokenizer)
         self._teacher_head: Head | None = None
+        self._teacher_ends: list[int] = []
         self._contexts = {"student": self.model.config}
         self._shared = self._student_head.vocab_size  # ids that both sides have
         if teacher_model is not None:
@@ -218,15 +219,19 @@ class DistillationAdapter(DistillationTrainer):
     def generate_with_teacher(
         self, prompt_ids: list[list[int]], images: Any, multimodal_fields: dict, tokens: int
     ) -> list[list[int]]:
-        """What the teacher writes after these prompts, at most so many tokens each."""
+        """What the teacher writes after these prompts, at most so many tokens each, up to an end of
+        its own or of the student's."""
         check_padding(self._tokenizer, self._shared, "teacher")
-        wrapped, use_vllm = self.model_wrapped, self.use_vllm
+        before = self.model_wrapped, self.use_vllm, self.eos_token_ids
         self.model_wrapped, self.use_vllm = self.teacher_model, False
+        self.eos_token_ids = [*self.eos_token_ids, *self._teacher_ends]
+        self.generation_config.eos_token_id = self.eos_token_ids
         try:
             with self._limit(tokens):
                 return super()._generate_single_turn(prompt_ids, images, multimodal_fields)
         finally:
-            self.model_wrapped, self.use_vllm = wrapped, use_vllm
+            self.model_wrapped, self.use_vllm, self.eos_token_ids = before
+            self.generation_config.eos_token_id = self.eos_token_ids
             reshard(self.teacher_model)
 
     # The teacher.
@@ -247,6 +252,8 @@ class DistillationAdapter(DistillationTrainer):
             )
         check_own_weights(self.model, teacher)
         _sample_plainly(self.generation_config, teacher)
+        ends = getattr(getattr(teacher, "generation_config", None), "eos_token_id", None)
+        self._teacher_ends = [ends] if isinstance(ends, int) else list(ends or ())
         teacher.eval()
         sharded = is_sharded(self.accelerator)
         if not sharded and getattr(teacher, "hf_device_map", None) is None:
