@@ -25,6 +25,8 @@ class Faults:
     without_logprob: bool = False
     no_token_ids: bool = False
     other_tokens: bool = False
+    models: object = field(default_factory=lambda: [{"id": "teacher"}])
+    excluded: float | None = None  # sent for the log-prob of a sequence's last token
 
 
 @dataclass
@@ -46,7 +48,8 @@ def serve(model, tokenizer):
             pass
 
         def do_GET(self):
-            self.answer(200, {"data": [{"id": "teacher"}]} if self.path == "/v1/models" else {})
+            models = {"data": faults.models} if self.path == "/v1/models" else {}
+            self.answer(200, models)
 
         def do_POST(self):
             body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
@@ -83,6 +86,8 @@ def serve(model, tokenizer):
             rows = [
                 row(log_probs[i], ids[i + 1], body["prompt_logprobs"]) for i in range(len(ids) - 1)
             ]
+            if faults.excluded is not None:
+                rows[-1][str(ids[-1])]["logprob"] = faults.excluded
             choice["prompt_logprobs"] = [None, *rows[: -1 if faults.drop_last else None]]
         if body.get("return_token_ids") and not faults.no_token_ids:
             # A generator of its own: the trainer lives in the same process.

@@ -201,6 +201,28 @@ def test_empty_completions(tmp_path):
     assert trainer.batches[0]["completion_ids"].tolist() == [[2]] * 4
 
 
+OF_THEIR_OWN = dict(
+    min_p=0.99, typical_p=0.05, no_repeat_ngram_size=1, min_new_tokens=9, num_beams=2
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("guide", [{}, {"prefix_schedule": "constant", "prefix_length": 5}])
+def test_models_do_not_sample_by_a_config_of_their_own(tmp_path, guide):
+    """transformers takes from it whatever the trainer's leaves unset."""
+    written = []
+    for own in ({}, OF_THEIR_OWN):
+        flat = tiny.model(0, spread=0.5), tiny.model(1, spread=0.5)
+        for model in flat:
+            model.generation_config.update(**own)
+        trainer = make(tmp_path, *flat, **guide)
+        trainer.train()
+        written.append(trainer.batches[0]["completion_ids"].tolist())
+        assert {name: getattr(trainer.model.generation_config, name) for name in own} == own
+    assert written[0] == written[1]
+    asked = make(tmp_path, *flat, generation_kwargs={"min_new_tokens": 4})
+    assert asked.generation_config.min_new_tokens == 4
+
+
 @pytest.mark.parametrize("objective", OBJECTIVES)
 def test_every_objective_trains(tmp_path, objective):
     trainer = make(tmp_path, objective=objective, prefix_schedule="constant", prefix_length=3)
@@ -245,6 +267,19 @@ def test_metrics_are_means_over_tokens(tmp_path):
                  "peak_memory_gib", "teacher_topk_mass", "student_topk_mass"):  # fmt: skip
         assert log[f"tropd/{name}"] > 0
     assert log["entropy"] > 0
+
+
+@pytest.mark.parametrize(
+    "settings", [{"kl_discount_factor": 0.9}, {"objective": "topk_jsd"}, {"num_iterations": 2}]
+)
+def test_logged_reward_is_k1_s(tmp_path, settings):
+    """... whatever stands in its place in the loss: returns would grow with the completions."""
+    trainer = make(tmp_path, **settings)
+    trainer.train()
+    own, _ = rewards_by_hand(trainer.batches)
+    (log,) = [log for log in trainer.state.log_history if "loss" in log]
+    assert log["tropd/reward_mean"] == pytest.approx(own.mean().item(), rel=1e-4)
+    assert log["tropd/reward_min"] == pytest.approx(own.min().item(), rel=1e-4)
 
 
 @pytest.mark.parametrize("rich_progress", [True, False, None])

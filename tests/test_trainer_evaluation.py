@@ -66,3 +66,27 @@ def test_a_prediction_does_not_enter_the_next_evaluation(tmp_path):
     trainer.predict(tiny.prompts(16).select(range(8, 16)))
     after = trainer.evaluate()
     assert after["eval_tropd/reverse_kl"] == before["eval_tropd/reverse_kl"]
+
+
+def test_metrics_of_several_data_sets(tmp_path):
+    """Each by its name, as the loss is, in what is returned and in what is logged; then a run may
+    choose its best model by one of them."""
+    parts = {"a": tiny.prompts(4), "far_b": tiny.prompts(16).select(range(8, 16))}
+    alone = {
+        name: make(tmp_path, evaluate=rows, **GREEDY).evaluate() for name, rows in parts.items()
+    }
+    trainer = make(
+        tmp_path, evaluate=parts, max_steps=2, eval_strategy="steps", eval_steps=1,
+        save_strategy="steps", save_steps=1, load_best_model_at_end=True,
+        metric_for_best_model="eval_far_b_tropd/reverse_kl", greater_is_better=False, **GREEDY,
+    )  # fmt: skip
+    found = trainer.evaluate()
+    names = ("tropd/reverse_kl", "tropd/reward_min", "loss", "entropy", "completions/mean_length")
+    for part, metrics in alone.items():
+        for name in names:
+            assert found[f"eval_{part}_{name}"] == metrics[f"eval_{name}"]
+            assert any(f"eval_{part}_{name}" in log for log in trainer.state.log_history)
+    assert "eval_tropd/reverse_kl" not in found
+    trainer.train()
+    logged = [log.get("eval_far_b_tropd/reverse_kl") for log in trainer.state.log_history]
+    assert trainer.state.best_metric == min(value for value in logged if value is not None)

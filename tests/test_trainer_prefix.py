@@ -141,6 +141,24 @@ def test_off_policy_without_a_column(tmp_path):
     assert ((written == 10) | torch.isin(last, torch.tensor([2, 3]))).all()
 
 
+def test_a_teacher_stops_at_an_end_of_its_own(tmp_path):
+    """A chat model teaches a base model, which ends its texts with another token: what the teacher
+    would write behind its turn is no answer. The student's own texts still end as they did."""
+    student, teacher = tiny.model(0, spread=0.5), tiny.model(1, spread=0.5)
+    student.generation_config.eos_token_id = 2
+    settings = dict(max_completion_length=40, per_device_train_batch_size=8)
+    trainer = make(tmp_path, student, teacher, objective="gkd", lmbda=0.0, **settings)
+    trainer.train()
+    texts = [
+        ids[mask.bool()].tolist()
+        for batch in trainer.batches
+        for ids, mask in zip(batch["completion_ids"], batch["completion_mask"])
+    ]
+    turns = [ids[ids.index(3) :] for ids in texts if 3 in ids]
+    assert turns and all(turn == [3, 2] for turn in turns)
+    assert trainer.eos_token_ids == trainer.generation_config.eos_token_id == [2]
+
+
 @pytest.mark.parametrize("first", [0, 1])
 def test_rows_of_which_some_have_a_text(tmp_path, first):
     """The first row would decide for all."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 
@@ -208,6 +210,14 @@ def test_nobody_there(tmp_path):
         TeacherServer(url, retries=0)
 
 
+@pytest.mark.parametrize("models", [None, [], ["teacher"], [{}], {"id": "teacher"}])
+def test_server_without_a_name(served, models):
+    """Something else may answer at the address, or a server with nothing loaded."""
+    served.faults.models = models
+    with pytest.raises(TeacherServerError, match="the list of models failed: HTTP 200: .*data"):
+        TeacherServer(served.url)
+
+
 def test_label_among_the_likeliest_counts_once(served):
     """vLLM sends the label's log-prob besides the k likeliest, or as one of them."""
     client = TeacherServer(served.url + "/v1/", concurrency=2)
@@ -271,10 +281,49 @@ def test_columns_above_zero(tmp_path, column, values, words):
         make(tmp_path, data=tiny.Dataset.from_list([row] * 4), **settings).train()
 
 
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (dict(teacher_label_log_probs=[-9.0, -0.5, -1.0]),
+         "teacher_label_log_probs: -9 for token 0 .id 7., but teacher_log_probs has -0.5 for"),
+        (dict(teacher_log_probs=[[-0.5, -1.5], [-1.0, -3.0], [-2.0, -2.0]]),
+         r"teacher_ids: expected distinct .* \[9, 9\] with a sum of 0.2707 at token 2"),
+        (dict(teacher_ids=[[7, 5], [8, 0], [9, 9]]),
+         r"got \[8, 0\] with a sum of 1.368 at token 1: id -1 is padding"),
+    ],
+)  # fmt: skip
+def test_columns_of_several_distributions(tmp_path, change, words):
+    """Shifted against each other by a token, or filled up with log-probs of 0."""
+    row = dict(
+        prompt="w1 w2", completion_ids=[7, 8, 9], teacher_label_log_probs=[-0.5, -1.01, -9.0],
+        teacher_ids=[[7, 5], [8, -1], [9, 9]],
+        teacher_log_probs=[[-0.5, -1.5], [-1.0, 0.0], [-math.inf, -math.inf]],
+    )  # fmt: skip
+    settings = dict(precomputed_teacher=True, objective_kwargs={"top_k": 2})
+    make(tmp_path, data=tiny.Dataset.from_list([row] * 4), **settings).train()
+    with pytest.raises(ValueError, match=words):
+        make(tmp_path, data=tiny.Dataset.from_list([row | change] * 4), **settings).train()
+
+
 def test_served_log_probs_above_zero():
     choice = {"prompt_logprobs": [None, {"5": {"logprob": 0.5}}]}
     with pytest.raises(ValueError, match="token 0 reach 0.5, above 0"):
         server_module.read_scores(choice, [4], [5], 0)
+
+
+def test_log_prob_of_a_token_that_the_teacher_excludes(tmp_path, served):
+    """vLLM sends -9999 for -inf, which as a reward like others would swamp all earlier returns."""
+    choice = {"prompt_logprobs": [None, {"5": {"logprob": -9999.0}, "6": {"logprob": -0.5}}]}
+    scores = server_module.read_scores(choice, [4], [5], 1)
+    assert scores.label_log_probs.tolist() == [-math.inf] and scores.ids.tolist() == [[6]]
+    settings = TOP_4 | dict(kl_discount_factor=1.0)
+    losses = []
+    for excluded in (-math.inf, -9999.0):
+        served.faults.excluded = excluded
+        trainer = remote(tmp_path, served, **settings)
+        trainer.train()
+        losses += trainer.losses
+    assert losses[0] == losses[1] and abs(losses[0]) < 1e3
 
 
 @pytest.mark.parametrize("ids", [[7.0, 8.0, 9.0], [7.5, 8.0, 9.0], [7.0, float("nan"), 9.0]])

@@ -81,6 +81,13 @@ ATTRIBUTES = (
     "_tokenizer", "_train_batch_size", "chat_template", "chat_template_kwargs", "eos_token_ids",
     "generation_config", "model_wrapped", "teacher_model", "use_vllm",
 )  # fmt: skip
+#: What changes nothing about how transformers samples. It takes what our generation_config leaves
+#: unset from the model's own, and would not sample from the distribution that the loss compares.
+_PLAIN_SAMPLING = {
+    "min_p": 0.0, "typical_p": 1.0, "epsilon_cutoff": 0.0, "eta_cutoff": 0.0, "guidance_scale": 1.0,
+    "no_repeat_ngram_size": 0, "min_length": 0, "min_new_tokens": 0, "num_beams": 1,
+    "num_return_sequences": 1,
+}  # fmt: skip
 #: Further fields of a micro-batch that go to the backbone, where a processor made them.
 _MULTIMODAL = tuple(dict(HOOKS)["_get_last_hidden_state"].split()[5:])
 
@@ -138,11 +145,13 @@ class DistillationAdapter(DistillationTrainer):
                 "num_iterations: TRL's loader does not repeat the rows of a streaming data set "
                 "over several steps: load the data set whole, or leave num_iterations at 1"
             )
+        _sample_plainly(self.generation_config, self.model)
         self._student_head = read_form(self.model, is_sharded(self.accelerator))
         own = self._student_head.vocab_size
         check_padding(self._tokenizer, own, "student")
         check_ends(self.eos_token_ids, own, "the student has", self._tokenizer)
         self._teacher_head: Head | None = None
+        self._teacher_ends: list[int] = []
         self._contexts = {"student": self.model.config}
         self._shared = self._student_head.vocab_size  # ids that both sides have
         if teacher_model is not None:
@@ -153,6 +162,7 @@ class DistillationAdapter(DistillationTrainer):
         self._rows: list[dict] | None = None
         self._prefix_lengths: list[int] = []
         self._evaluated = 0  # rows so far, of an evaluation
+        self._part = ""  # which of several data sets that evaluation is of
 
     # What a subclass gives.
 
@@ -209,15 +219,19 @@ class DistillationAdapter(DistillationTrainer):
     def generate_with_teacher(
         self, prompt_ids: list[list[int]], images: Any, multimodal_fields: dict, tokens: int
     ) -> list[list[int]]:
-        """What the teacher writes after these prompts, at most so many tokens each."""
+        """What the teacher writes after these prompts, at most so many tokens each, up to an end of
+        its own or of the student's."""
         check_padding(self._tokenizer, self._shared, "teacher")
-        wrapped, use_vllm = self.model_wrapped, self.use_vllm
+        before = self.model_wrapped, self.use_vllm, self.eos_token_ids
         self.model_wrapped, self.use_vllm = self.teacher_model, False
+        self.eos_token_ids = [*self.eos_token_ids, *self._teacher_ends]
+        self.generation_config.eos_token_id = self.eos_token_ids
         try:
             with self._limit(tokens):
                 return super()._generate_single_turn(prompt_ids, images, multimodal_fields)
         finally:
-            self.model_wrapped, self.use_vllm = wrapped, use_vllm
+            self.model_wrapped, self.use_vllm, self.eos_token_ids = before
+            self.generation_config.eos_token_id = self.eos_token_ids
             reshard(self.teacher_model)
 
     # The teacher.
@@ -237,6 +251,9 @@ class DistillationAdapter(DistillationTrainer):
                 "give the teacher by its name"
             )
         check_own_weights(self.model, teacher)
+        _sample_plainly(self.generation_config, teacher)
+        ends = getattr(getattr(teacher, "generation_config", None), "eos_token_id", None)
+        self._teacher_ends = [ends] if isinstance(ends, int) else list(ends or ())
         teacher.eval()
         sharded = is_sharded(self.accelerator)
         if not sharded and getattr(teacher, "hf_device_map", None) is None:
@@ -403,7 +420,17 @@ class DistillationAdapter(DistillationTrainer):
 
     def evaluation_loop(self, *arguments, **keywords):
         self._evaluated = 0
+        key = keywords.get("metric_key_prefix", "")
+        self._part = key.removeprefix("eval_") if key.startswith("eval_") else ""
         return super().evaluation_loop(*arguments, **keywords)
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if self.mode == "eval" and self._part:
+            # TRL would call them the same for each data set, and evaluate() return the last one's.
+            metrics = self._metrics["eval"]
+            for name in list(metrics):
+                metrics[f"{self._part}_{name}"] = metrics.pop(name)
+        super().log(logs, start_time)
 
     def predict(self, *arguments, **keywords):
         found = super().predict(*arguments, **keywords)
@@ -490,6 +517,14 @@ class DistillationAdapter(DistillationTrainer):
         batches = sampler.num_samples // sampler.batch_size
         sampler.trainer, sampler.steps_per_epoch = self, batches * self.args.num_iterations
         return sampler
+
+
+def _sample_plainly(config: Any, model: Any) -> None:
+    """Sets in `config` what the model's own generation_config would otherwise decide."""
+    own = getattr(model, "generation_config", None)
+    for name, plain in _PLAIN_SAMPLING.items():
+        if getattr(config, name, None) is None and getattr(own, name, None) is not None:
+            setattr(config, name, plain)
 
 
 @contextlib.contextmanager

@@ -36,6 +36,9 @@ _NOT_TAKEN |= dict.fromkeys(
     ("num_return_sequences", "n"),
     "each prompt gets one completion: for several repeat its row in the data set",
 )
+# A row that ends before the others is filled up with padding, which is known by that end alone.
+_NOT_TAKEN["eos_token_id"] = "set the student's generation_config.eos_token_id, which is read"
+_NOT_TAKEN["stop_strings"] = "completions end with a token: add it to the student's eos_token_id"
 
 
 @dataclass
@@ -100,8 +103,8 @@ class TrOPDConfig(DistillationConfig):
     log_regions: with each log, shows a few completions with their tokens coloured by region
         (trusted, outlier, prefix) in the terminal and in `output_dir`/regions.
 
-    Not taken: `auto_find_batch_size`, `torch_compile`, and in `generation_kwargs` the lengths and
-    numbers of completions. Raises ValueError that begins with the key.
+    Not taken: `auto_find_batch_size`, `torch_compile`, and in `generation_kwargs` the lengths,
+    numbers and ends of completions. Raises ValueError that begins with the key.
     """
 
     _VALID_DICT_FIELDS = DistillationConfig._VALID_DICT_FIELDS + ["objective_kwargs"]

@@ -8,7 +8,7 @@ or a batch does not hold is left out rather than logged as 0.
 |---------------------|-------------------|--------------------------------------------------------|
 | trust_ratio         | student's tokens  | mean of the gate M                                     |
 | outlier_ratio       | student's tokens  | mean of 1 - M                                          |
-| reward_mean, _min   | student's tokens  | R, nats; minus its mean is the K1 reverse KL           |
+| reward_mean, _min   | student's tokens  | K1's lq - lo, nats; minus its mean is the reverse KL   |
 | reverse_kl          | student's tokens  | exact, nats                                            |
 | forward_kl          | student's tokens  | exact, nats                                            |
 | teacher_topk_mass   | student's tokens  | q's mass on its top-k, where the objective looks at it |
@@ -35,7 +35,7 @@ PREFIX = "tropd/"
 _STUDENT = {
     "trust_ratio": "trust",
     "outlier_ratio": "outlier",
-    "reward_mean": "reward",
+    "reward_mean": None,  # the loss's own is the return where the config discounts
     "reverse_kl": "reverse_kl",
     "forward_kl": "forward_kl",
     "teacher_topk_mass": "teacher_topk_mass",
@@ -50,17 +50,24 @@ def token_sums(
     stats: TokenStats,  # (B, T) each
     counted: Tensor,  # (B, T) bool
     teacher_prefix: Tensor,  # (B, T) bool
+    old_log_probs: Tensor | None = None,  # (B, T)
 ) -> tuple[Tensor, Tensor]:
     """Sums and counts (2, len(NAMES)) of this process, and its smallest reward (1,)."""
     student, teacher = counted & ~teacher_prefix, counted & teacher_prefix
-    columns = [_sum(getattr(stats, field), student) for field in _STUDENT.values()]
+    reward = stats.teacher_log_probs
+    if reward is not None:
+        reward = reward - (stats.log_probs if old_log_probs is None else old_log_probs)
+    columns = [
+        _sum(reward if field is None else getattr(stats, field), student)
+        for field in _STUDENT.values()
+    ]
     columns.append(_sum(stats.teacher_entropy, counted))
     columns.append(_sum(-stats.log_probs, teacher))
     completions = counted.new_tensor(counted.shape[0], dtype=torch.float32)
     columns.append(torch.stack([teacher_prefix.sum().float(), completions]))
     lowest = torch.full((1,), float("inf"), device=counted.device)
-    if stats.reward is not None and student.any():
-        lowest = stats.reward[student].min().float().reshape(1)
+    if reward is not None and student.any():
+        lowest = reward[student].min().float().reshape(1)
     return torch.stack(columns, dim=1), lowest
 
 

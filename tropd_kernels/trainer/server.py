@@ -31,6 +31,8 @@ BACKOFF_SECONDS = 0.5
 _REPEATED = (408, 429, 500, 502, 503, 504)
 #: Above 0 by more than rounding, in nats, no number is a log-prob.
 MARGIN = 1e-3
+#: What vLLM sends for a log-prob of -inf, which JSON does not have.
+EXCLUDED = -9999.0
 _QUOTED = 300  # characters of a server's own words in an error
 
 
@@ -159,7 +161,10 @@ class TeacherServer:
     def _served_model(self) -> str:
         what = "the list of models"
         response = self._request("GET", "/v1/models", None, what)
-        names = [entry.get("id") for entry in _json(response).get("data", [])]
+        entries = _json(response).get("data")
+        entries = entries if isinstance(entries, list) else []
+        ids = [entry.get("id") for entry in entries if isinstance(entry, Mapping)]
+        names = [name for name in ids if isinstance(name, str)]
         if response.status != 200 or not names:
             raise self._error(what, f"HTTP {response.status}: {_quote(response)}")
         return names[0]
@@ -208,7 +213,8 @@ def read_scores(
     labels, ids, log_probs = [], [], []
     for place, token in enumerate(completion):
         at = {
-            int(i): float(e["logprob"]) for i, e in (positions[len(prompt) + place] or {}).items()
+            int(i): _log_prob(e["logprob"])
+            for i, e in (positions[len(prompt) + place] or {}).items()
         }
         if any(math.isnan(value) for value in at.values()):
             raise ValueError(f"the log-probs of token {place} hold NaN")
@@ -232,6 +238,11 @@ def read_scores(
     if not top_k:
         return TokenScores(known)
     return TokenScores(known, torch.tensor(ids), torch.tensor(log_probs, dtype=torch.float32))
+
+
+def _log_prob(sent: Any) -> float:
+    value = float(sent)
+    return -math.inf if value == EXCLUDED else value
 
 
 def _no_tokens(top_k: int) -> TokenScores:

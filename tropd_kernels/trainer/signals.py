@@ -23,6 +23,8 @@ from .server import MARGIN, TokenScores
 
 COMPLETION = "completion_ids"
 LABEL, IDS, LOG_PROBS = "teacher_label_log_probs", "teacher_ids", "teacher_log_probs"
+#: Columns may have been stored in bfloat16: what two numbers for one thing may differ by.
+_RELATIVE, _ABSOLUTE = 0.02, 0.05
 
 
 def columns_of(rule: TokenRule) -> tuple[str, ...]:
@@ -91,7 +93,39 @@ def _row_scores(row: Mapping[str, Any], limit: int, top_k: int) -> TokenScores:
             f"{IDS}: {ids.shape[1]} ids a token, but the objective's top_k is {top_k}: lower "
             "top_k, or ask the teacher for more"
         )
+    _check_agreement(row, label, ids.long(), log_probs)
     return TokenScores(label[:limit].float(), ids[:limit].long(), log_probs[:limit].float())
+
+
+def _check_agreement(
+    row: Mapping[str, Any],
+    label: Tensor,  # (C,)
+    ids: Tensor,  # (C, K)
+    log_probs: Tensor,  # (C, K)
+) -> None:
+    """Raises ValueError where a row's columns cannot all be of one distribution a token."""
+    completion = torch.tensor(_completion(row))
+    padding = (ids < 0) | (log_probs == -torch.inf)
+    ids, log_probs = ids.masked_fill(padding, -1), log_probs.masked_fill(padding, -torch.inf)
+    mass = log_probs.exp().sum(1)
+    ordered = ids.sort(1).values
+    twice = (ordered[:, 1:] == ordered[:, :-1]) & (ordered[:, 1:] >= 0)
+    beyond = (mass > 1 + _ABSOLUTE) | twice.any(1)
+    if beyond.any():
+        at = int(beyond.int().argmax())
+        raise ValueError(
+            f"{IDS}: expected distinct ids whose probabilities sum to 1 at most, got "
+            f"{ids[at].tolist()!r:.80} with a sum of {mass[at]:.4g} at token {at}: id -1 is padding"
+        )
+    same = ids == completion[:, None]
+    far = same & ~torch.isclose(log_probs, label[:, None], _RELATIVE, _ABSOLUTE)
+    if far.any():
+        at = int(far.any(1).int().argmax())
+        raise ValueError(
+            f"{LABEL}: {label[at]:.4g} for token {at} (id {completion[at]}), but {LOG_PROBS} has "
+            f"{log_probs[at][same[at]].item():.4g} for that id: both belong to the distribution "
+            f"that the teacher has before it reads {COMPLETION}[{at}]"
+        )
 
 
 def _log_probs(row: Mapping[str, Any], name: str, tokens: int, dims: int) -> Tensor:

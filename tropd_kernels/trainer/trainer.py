@@ -273,7 +273,8 @@ class TrOPDTrainer(DistillationAdapter):
     def after_loss(self, loss: Tensor, stats: TokenStats, inputs: dict[str, Any]) -> None:
         """Logs, and stops where the loss of any process is not finite."""
         counted = inputs["loss_mask"].bool()
-        sums, lowest = metrics.token_sums(stats, counted, prefix_mask(inputs) & counted)
+        guided, old = prefix_mask(inputs) & counted, inputs.get("old_log_probs")
+        sums, lowest = metrics.token_sums(stats, counted, guided, old)
         self.log_metrics(metrics.means(self.accelerator, sums, lowest))
         if self.args.log_regions and self.accelerator.is_main_process:
             self._samples = samples(inputs, stats.trust, counted, self._tokenizer)
