@@ -52,6 +52,17 @@ def bad_inputs(ranks):
     def disagree(name):
         return f"disagree on {name}: {at_fault}"
 
+    def other_threads():
+        """Under a budget they would walk by chunks of other sizes."""
+        torch.set_num_threads(2 if dist.get_rank() == last else 1)
+        try:
+            refused(
+                disagree("max_workspace_bytes") + ".*with 2 threads, rank 0 .*with 1 threads",
+                everywhere=dict(backend="native", max_workspace_bytes=10**9),
+            )  # fmt: skip
+        finally:
+            torch.set_num_threads(1)
+
     def wide(width, dtype=torch.float32):
         heights = {"hidden": 10, "weight": mine(bare().weight).shape[0]}
         return {name: torch.zeros(tall, width, dtype=dtype) for name, tall in heights.items()}
@@ -119,6 +130,7 @@ def bad_inputs(ranks):
     }  # fmt: skip
     if not native.WHY_NOT:
         cases["backend"] = (disagree("backend"), dict(backend="native"), {})
+        yield "threads", other_threads
     for name, (match, wrong, everywhere) in cases.items():
         yield name, partial(refused, match, everywhere=everywhere, **wrong)
     half, by_name = torch.zeros(n, 16).bfloat16(), dict(process_group="world")

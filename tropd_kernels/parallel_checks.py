@@ -105,6 +105,9 @@ def _facts(call, reduction: str) -> Facts:
     """The same list of arguments on every rank, whatever they are."""
     tensors, inputs, scale, _, _, rule, scales, backend, ignore_index, *more = call
     max_workspace_bytes, selection = more
+    budget = repr(max_workspace_bytes)
+    if max_workspace_bytes is not None and backend == "native":
+        budget += f" with {torch.get_num_threads()} threads"  # whose room the plan counts
     hidden, weight, bias, labels, teacher, teacher_weight, teacher_bias = tensors
 
     def kind(tensor: Tensor | None) -> str:
@@ -142,7 +145,7 @@ def _facts(call, reduction: str) -> Facts:
         ("ignore_index", repr(ignore_index), None),
         ("reduction", repr(reduction), None),
         ("backend", repr(backend), None),
-        ("max_workspace_bytes", repr(max_workspace_bytes), None),
+        ("max_workspace_bytes", budget, None),
         ("gradient_tolerance", repr(selection.tolerance), None),
         ("gradient_sampling", repr(selection.sampling), None),
         values("labels", labels),
