@@ -119,6 +119,18 @@ def bad_inputs(ranks):
             dict(teacher=HiddenTeacher(torch.zeros(n, 8), torch.zeros(10, 8))), {},
         ),
         # wrong on all ranks alike
+        "a whole head on each": (
+            f"begins the head .* of 37 ids on each of the {ranks} ranks", {},
+            dict(weight=bare().weight.float()),
+        ),
+        "a teacher's whole head on each": (
+            "begins the teacher's head .* of 41 ids", {},
+            dict(teacher=bare().teacher("hidden", torch.float32)),
+        ),
+        "a teacher's whole logits on each": (
+            "begins the teacher's head .* of 41 ids", {},
+            dict(teacher=bare().teacher("logits", torch.float32)),
+        ),
         "labels beyond the shards": (
             "label 37 lies outside the vocabulary of 37 ids.*ranks of process_group hold", {},
             dict(labels=labels.new_full((n,), 37)),
