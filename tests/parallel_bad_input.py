@@ -1,5 +1,6 @@
 """Cases for `test_parallel`: what one rank alone is given is an error on every rank."""
 
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -14,6 +15,7 @@ from tropd_kernels import (
     LogitsTeacher,
     TopKTeacher,
     linear_distillation_loss,
+    linear_log_probs,
     native,
 )
 
@@ -203,3 +205,22 @@ def dtensors():
         linear_distillation_loss(hidden, cut(weight, Shard(1)), teacher=theirs, **given)
     with pytest.raises(ValueError, match="hidden is a DTensor with placements"):
         linear_distillation_loss(cut(hidden), head, teacher=theirs, **given)
+    # One DTensor among plain tensors: torch would say to make all of them DTensors.
+    labels = distribute_tensor(problem.labels, mesh, [Replicate()])
+    uniforms = distribute_tensor(torch.rand(10), mesh, [Replicate()])
+    told = problem.teacher("top_k", torch.float32)
+    told = replace(told, label_log_probs=cut(told.label_log_probs, Replicate()).detach())
+    for name, wrong in (
+        ("hidden", dict(hidden=ours)),
+        ("the teacher's weight", dict(teacher=theirs)),
+        ("the teacher's logits", dict(teacher=LogitsTeacher(cut(torch.randn(10, 37)).detach()))),
+        ("teacher label_log_probs", dict(teacher=told)),
+        ("labels", dict(labels=labels)),
+        ("labels", dict(labels=labels, weight=head, teacher=theirs)),
+        ("uniforms", dict(uniforms=uniforms)),
+    ):
+        plain = dict(hidden=hidden, weight=weight, teacher=teacher) | given
+        with pytest.raises(TypeError, match=f"{name} is a DTensor with placements"):
+            linear_distillation_loss(**plain | wrong)
+    with pytest.raises(TypeError, match="labels is a DTensor"):
+        linear_log_probs(hidden, weight, labels)
