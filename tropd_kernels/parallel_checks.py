@@ -33,6 +33,8 @@ ERRORS: tuple[type[Exception], ...] = (
 )  # fmt: skip
 #: Numbers of a call.
 NUMBERS = 64
+#: Values that a digest is made of at once, in several int64 tensors as long.
+PIECE = 2**20
 #: Bytes of a message between ranks.
 MESSAGE = 2000
 #: What the caller calls the per-token inputs.
@@ -200,13 +202,20 @@ def _hash(words: str) -> int:
 
 def digest(values: Tensor) -> Tensor:
     """A 0-d int64 tensor that changes with any value, and with their order."""
-    prime = 2**31 - 1  # so that no product reaches 2^63
     flat = values.detach().reshape(-1)
     if flat.is_floating_point():
         words = {2: torch.int16, 4: torch.int32, 8: torch.int64}
         flat = flat.view(words[flat.element_size()])
-    flat = flat.long()
-    at = torch.arange(1, flat.numel() + 1, device=flat.device)
+    total = flat.new_zeros((), dtype=torch.int64)
+    for start in range(0, flat.numel(), PIECE):
+        total += _digest(flat[start : start + PIECE].long(), start + 1)
+    return total
+
+
+def _digest(flat: Tensor, first: int) -> Tensor:
+    """Of a piece (n,) int64 that begins at this place."""
+    prime = 2**31 - 1  # so that no product reaches 2^63
+    at = torch.arange(first, first + flat.numel(), device=flat.device)
     low, high = (flat & 0xFFFFFFFF) % prime, (flat >> 32) % prime
     mixed = (low * 48271 + high * 69621 + at) % prime
     return (mixed * (at * 16807 % prime + 1) % prime * (mixed + 1) % prime).sum()
