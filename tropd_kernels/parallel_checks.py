@@ -63,19 +63,20 @@ def agree(group: dist.ProcessGroup, prepare: Callable[[], Any], reduction: str) 
     Raises on every rank what `prepare` raises on any, and ValueError where the ranks disagree.
     """
     error: Exception | None = None
+    call = None
     try:
         prepared = prepare()
         call = prepared[0]
-        heights, facts, firsts = _heights(call), _facts(call, reduction), _first_rows(call)
+        heights, facts = _heights(call), _facts(call, reduction)
     except Exception as raised:
-        error, heights, facts, firsts = raised, (0, 0), None, []
+        error, heights, facts = raised, (0, 0), None
     key = None
     if facts is not None and not _may_look(call):
         key = (heights, tuple(words for _, words, _ in facts))
         known = _seen.setdefault(group, {}).get(key)
         if known is not None:
             return prepared, _layout(group, *known)
-    table = gather(group, _numbers(group, error, heights, firsts, facts)).tolist()
+    table = gather(group, _numbers(group, error, call, heights, facts)).tolist()
     _raise_errors(group, error, [row[0] for row in table])
     _raise_copies([row[1:5] for row in table])
     _raise_differences(group, facts, [row[5:] for row in table])
@@ -176,8 +177,8 @@ def _facts(call, reduction: str) -> Facts:
 def _numbers(
     group: dist.ProcessGroup,
     error: Exception | None,
+    call: Any,
     heights: tuple[int, int],
-    firsts: list[Tensor],
     facts: Facts | None,
 ) -> Tensor:
     """(NUMBERS,): the error's code or 0, two heights, two first rows, and each fact's words and
@@ -190,7 +191,7 @@ def _numbers(
     words = torch.tensor([0, *heights, 0, 0, *[_hash(words) for _, words, _ in facts]])
     numbers[: len(words)] = words
     numbers = numbers.to(home)
-    numbers[3:5] = torch.stack([first.to(home) for first in firsts])
+    numbers[3:5] = torch.stack([first.to(home) for first in _first_rows(call)])
     digests = [digest(value).to(home) for _, _, value in facts if value is not None]
     numbers[len(words) : len(words) + len(digests)] = torch.stack(digests)
     return numbers
