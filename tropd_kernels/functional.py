@@ -141,7 +141,8 @@ def linear_distillation_loss(
     advantages: replace the reward R. token_weight: factor on each token's loss. All detached.
     teacher_prefix: bool, the token was written by the teacher.
     uniforms, seed: for a Bernoulli gate, the draws in [0, 1), or an integer from which they are
-    derived per token (`draws.uniforms_like`): change it every step.
+    derived per token (`draws.uniforms_like`): another one for every step, micro-batch and rank with
+    tokens of its own, as (step * micro_batches + i) * ranks + rank, or they share their draws.
     normalizer: what the sum is divided by in the mean; default the number of tokens that count. A
     tensor is not looked at: it may be 0 only where no token counts, and the loss is 0 then.
     reduction: "mean" and "sum" form the gradients in the forward; "none" gives per-token losses and
