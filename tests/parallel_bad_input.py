@@ -1,5 +1,6 @@
 """Cases for `test_parallel`: what one rank alone is given is an error on every rank."""
 
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -14,6 +15,7 @@ from tropd_kernels import (
     LogitsTeacher,
     TopKTeacher,
     linear_distillation_loss,
+    linear_log_probs,
     native,
 )
 
@@ -51,6 +53,17 @@ def bad_inputs(ranks):
 
     def disagree(name):
         return f"disagree on {name}: {at_fault}"
+
+    def other_threads():
+        """Under a budget they would walk by chunks of other sizes."""
+        torch.set_num_threads(2 if dist.get_rank() == last else 1)
+        try:
+            refused(
+                disagree("max_workspace_bytes") + ".*with 2 threads, rank 0 .*with 1 threads",
+                everywhere=dict(backend="native", max_workspace_bytes=10**9),
+            )  # fmt: skip
+        finally:
+            torch.set_num_threads(1)
 
     def wide(width, dtype=torch.float32):
         heights = {"hidden": 10, "weight": mine(bare().weight).shape[0]}
@@ -108,6 +121,18 @@ def bad_inputs(ranks):
             dict(teacher=HiddenTeacher(torch.zeros(n, 8), torch.zeros(10, 8))), {},
         ),
         # wrong on all ranks alike
+        "a whole head on each": (
+            f"begins the head .* of 37 ids on each of the {ranks} ranks", {},
+            dict(weight=bare().weight.float()),
+        ),
+        "a teacher's whole head on each": (
+            "begins the teacher's head .* of 41 ids", {},
+            dict(teacher=bare().teacher("hidden", torch.float32)),
+        ),
+        "a teacher's whole logits on each": (
+            "begins the teacher's head .* of 41 ids", {},
+            dict(teacher=bare().teacher("logits", torch.float32)),
+        ),
         "labels beyond the shards": (
             "label 37 lies outside the vocabulary of 37 ids.*ranks of process_group hold", {},
             dict(labels=labels.new_full((n,), 37)),
@@ -119,6 +144,7 @@ def bad_inputs(ranks):
     }  # fmt: skip
     if not native.WHY_NOT:
         cases["backend"] = (disagree("backend"), dict(backend="native"), {})
+        yield "threads", other_threads
     for name, (match, wrong, everywhere) in cases.items():
         yield name, partial(refused, match, everywhere=everywhere, **wrong)
     half, by_name = torch.zeros(n, 16).bfloat16(), dict(process_group="world")
@@ -179,3 +205,22 @@ def dtensors():
         linear_distillation_loss(hidden, cut(weight, Shard(1)), teacher=theirs, **given)
     with pytest.raises(ValueError, match="hidden is a DTensor with placements"):
         linear_distillation_loss(cut(hidden), head, teacher=theirs, **given)
+    # One DTensor among plain tensors: torch would say to make all of them DTensors.
+    labels = distribute_tensor(problem.labels, mesh, [Replicate()])
+    uniforms = distribute_tensor(torch.rand(10), mesh, [Replicate()])
+    told = problem.teacher("top_k", torch.float32)
+    told = replace(told, label_log_probs=cut(told.label_log_probs, Replicate()).detach())
+    for name, wrong in (
+        ("hidden", dict(hidden=ours)),
+        ("the teacher's weight", dict(teacher=theirs)),
+        ("the teacher's logits", dict(teacher=LogitsTeacher(cut(torch.randn(10, 37)).detach()))),
+        ("teacher label_log_probs", dict(teacher=told)),
+        ("labels", dict(labels=labels)),
+        ("labels", dict(labels=labels, weight=head, teacher=theirs)),
+        ("uniforms", dict(uniforms=uniforms)),
+    ):
+        plain = dict(hidden=hidden, weight=weight, teacher=teacher) | given
+        with pytest.raises(TypeError, match=f"{name} is a DTensor with placements"):
+            linear_distillation_loss(**plain | wrong)
+    with pytest.raises(TypeError, match="labels is a DTensor"):
+        linear_log_probs(hidden, weight, labels)

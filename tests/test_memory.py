@@ -22,6 +22,7 @@ from tropd_kernels import (
     chunking,
     linear_distillation_loss,
     native,
+    parallel_checks,
     plan_chunks,
     products,
 )
@@ -324,3 +325,26 @@ def test_the_plan_counts_the_search_of_a_sharded_akl():
     assert made.bytes <= extra <= 1.01 * made.bytes
     other = plan_chunks(**shape | {"objective": TrOPD()}, vocab_parallel=True)
     assert other.workspace["the search for the head"] == 0
+
+
+class LargestInteger(TorchDispatchMode):
+    """Counts the elements of the largest int64 tensor that any operation returns."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        if isinstance(result, torch.Tensor) and result.dtype == torch.int64:
+            self.elements = max(self.elements, result.numel())
+        return result
+
+
+def test_what_ranks_compare_is_read_in_pieces(monkeypatch):
+    """Whole, a digest took thirteen times the memory of a teacher's top-k log-probs."""
+    values = torch.randn(50, 8)
+    whole = parallel_checks.digest(values)
+    monkeypatch.setattr(parallel_checks, "PIECE", 64)
+    with LargestInteger() as made:
+        assert torch.equal(parallel_checks.digest(values), whole)
+    assert made.elements <= 64
+    assert not torch.equal(parallel_checks.digest(values.roll(64)), whole)

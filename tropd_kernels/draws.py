@@ -74,9 +74,10 @@ def uniforms_like(labels: Tensor, seed: int | Tensor) -> Tensor:
     """Uniforms in [0, 1) of the shape (*) of `labels`, for callers who keep no sequence ids.
 
     As `bernoulli_uniforms` with step 0, the last dimension as positions and the flat index over the
-    others as sequence ids: change the seed at every step, and mind that the draws go with the
-    layout of this batch. Only the shape and device of `labels` are used. seed: a 64-bit int or a
-    0-d int64 tensor.
+    others as sequence ids: change the seed at every step, micro-batch and data-parallel rank, which
+    would share their draws (the ranks of a sharded head have to), and mind that the draws go with
+    the layout of this batch. Only the shape and device of `labels` are used. seed: a 64-bit int or
+    a 0-d int64 tensor.
 
     Returns float32 (*), on the labels' device. Raises TypeError or ValueError on a wrong type or
     range.

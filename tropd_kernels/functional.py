@@ -31,7 +31,7 @@ from .draws import sampling_uniforms, uniforms_like
 from .linear_loss import INPUTS
 from .main_grad import offers_main_grad
 from .objectives import TokenRule, TrOPD
-from .parallel import group_of, local_part, whole_tensor
+from .parallel import check_plain, group_of, local_part, whole_tensor
 from .parallel_checks import agree
 from .parallel_loss import sharded_loss
 from .products import result_dtype
@@ -141,7 +141,8 @@ def linear_distillation_loss(
     advantages: replace the reward R. token_weight: factor on each token's loss. All detached.
     teacher_prefix: bool, the token was written by the teacher.
     uniforms, seed: for a Bernoulli gate, the draws in [0, 1), or an integer from which they are
-    derived per token (`draws.uniforms_like`): change it every step.
+    derived per token (`draws.uniforms_like`): another one for every step, micro-batch and rank with
+    tokens of its own, as (step * micro_batches + i) * ranks + rank, or they share their draws.
     normalizer: what the sum is divided by in the mean; default the number of tokens that count. A
     tensor is not looked at: it may be 0 only where no token counts, and the loss is 0 then.
     reduction: "mean" and "sum" form the gradients in the forward; "none" gives per-token losses and
@@ -266,6 +267,7 @@ def linear_log_probs(
         check_scale("student", logit_scale, softcap)
         rule = TokenRule(policy_gradient=0.0, nll_weight=1.0, entropy_coef=float(return_entropy))
         check_call(student, labels, rule, temperature, ignore_index, "none", max_workspace_bytes)
+        check_plain({"labels": labels})
         check_devices(student, {"weight": head, "bias": shift, "labels": labels})
         scales = [float(logit_scale), float(softcap or 0.0), 1.0, 0.0, float(temperature)]
         flat = (student.reshape(-1, student.shape[-1]), head, shift, labels.reshape(-1))
@@ -294,6 +296,7 @@ def _flat_call(
     check_call(student, labels, rule, temperature, ignore_index, reduction, max_workspace_bytes)
     backend = _backend(backend, student, group)
     check_serves(teacher, rule)
+    check_plain({"labels": labels} | public(per_token))
     check_devices(student, {"weight": weight, "bias": bias, "labels": labels} | public(per_token))
     if rule.gate == "bernoulli" and per_token["uniforms"] is None:
         if seed is None:
@@ -453,6 +456,7 @@ def _flat_teacher(teacher: Teacher | None, labels: Tensor, student: Tensor, grou
     if isinstance(teacher, LogitsTeacher):
         logits = local_part("the teacher's logits", teacher.logits, group, -1)
         return (logits.reshape(-1, logits.shape[-1]), None, None), plain, {}
+    check_plain({f"teacher {k}": getattr(teacher, k) for k in teacher.__match_args__})
     dtype = result_dtype(student.dtype)
     known = {"label_log_probs": teacher.label_log_probs.reshape(-1).to(dtype)}
     if isinstance(teacher, TopKTeacher):

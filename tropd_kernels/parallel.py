@@ -174,6 +174,8 @@ def local_part(
 ) -> Tensor | None:
     """What this rank holds of a DTensor that is sharded over the group along `dim`, differentiable;
     other tensors as they are."""
+    if group is None:
+        check_plain({name: tensor})
     if group is None or tensor is None or not _on_mesh(tensor):
         return tensor
     ours = dist.get_process_group_ranks(group)
@@ -188,6 +190,8 @@ def local_part(
 
 def whole_tensor(name: str, tensor: Tensor, group: dist.ProcessGroup | None) -> Tensor:
     """A replicated DTensor as the tensor that every rank holds; other tensors as they are."""
+    if group is None:
+        check_plain({name: tensor})
     if group is None or not _on_mesh(tensor):
         return tensor
     placements = tensor.placements  # type: ignore[attr-defined]
@@ -197,6 +201,18 @@ def whole_tensor(name: str, tensor: Tensor, group: dist.ProcessGroup | None) -> 
             "holds all tokens; redistribute it to Replicate()"
         )
     return tensor.to_local()  # type: ignore[attr-defined]
+
+
+def check_plain(tensors: dict[str, Any]) -> None:
+    """Raises TypeError for a DTensor where a rank's own tensor is wanted, which torch would have
+    mixed with others."""
+    for name, tensor in tensors.items():
+        if _on_mesh(tensor):
+            raise TypeError(
+                f"{name} is a DTensor with placements {tensor.placements}, where a rank's own "
+                "tensor is wanted (beside a head or logits that are none): gathering.gathered() "
+                "makes a sharded head whole, to_local() gives what a rank holds"
+            )
 
 
 def _on_mesh(tensor: Any) -> bool:

@@ -1,9 +1,9 @@
 """Do the ranks of a process group make the same call? And which part of the head does each hold?
 
 One exchange of 64 int64 numbers, before anything else: whether the rank's own checks passed,
-the heights of its shards, and a digest of every argument that has to be the same everywhere. All
-ranks see all numbers, so an error is raised on every one of them, and names the rank and the
-argument; only then do the ranks exchange words as well.
+the heights of its shards, what tells them from copies of one head, and a digest of every argument
+that has to be the same everywhere. All ranks see all numbers, so an error is raised on every one of
+them, and names the rank and the argument; only then do the ranks exchange words as well.
 
 hidden itself is compared by shape and dtype alone: its replicas may differ in a last bit. What
 steers the loss token by token (labels, draws, weights, log-probs given) is compared to the bit,
@@ -33,6 +33,8 @@ ERRORS: tuple[type[Exception], ...] = (
 )  # fmt: skip
 #: Numbers of a call.
 NUMBERS = 64
+#: Values that a digest is made of at once, in several int64 tensors as long.
+PIECE = 2**20
 #: Bytes of a message between ranks.
 MESSAGE = 2000
 #: What the caller calls the per-token inputs.
@@ -61,6 +63,7 @@ def agree(group: dist.ProcessGroup, prepare: Callable[[], Any], reduction: str) 
     Raises on every rank what `prepare` raises on any, and ValueError where the ranks disagree.
     """
     error: Exception | None = None
+    call = None
     try:
         prepared = prepare()
         call = prepared[0]
@@ -73,9 +76,10 @@ def agree(group: dist.ProcessGroup, prepare: Callable[[], Any], reduction: str) 
         known = _seen.setdefault(group, {}).get(key)
         if known is not None:
             return prepared, _layout(group, *known)
-    table = gather(group, _numbers(group, error, heights, facts)).tolist()
+    table = gather(group, _numbers(group, error, call, heights, facts)).tolist()
     _raise_errors(group, error, [row[0] for row in table])
-    _raise_differences(group, facts, [row[3:] for row in table])
+    _raise_copies([row[1:5] for row in table])
+    _raise_differences(group, facts, [row[5:] for row in table])
     every = [row[1] for row in table], [row[2] for row in table]
     if key is not None:
         _seen[group][key] = every
@@ -101,10 +105,28 @@ def _heights(call) -> tuple[int, int]:
     return ours, theirs
 
 
+def _first_rows(call) -> list[Tensor]:
+    """0-d digests of the first row of the student's shard, or of the first token's logits, and of
+    the teacher's; 0 where it tells nothing, being one number throughout."""
+    (student, weight, _, _, teacher, teacher_weight, _), *_ = call
+    digests = []
+    for source, head in ((student, weight), (teacher, teacher_weight)):
+        rows = source if head is None else head
+        if rows is None or len(rows) == 0:
+            digests.append(torch.zeros((), dtype=torch.int64))
+            continue
+        row = rows[0].detach()
+        digests.append(torch.where(row.amax() > row.amin(), digest(row), 0))  # not of NaN
+    return digests
+
+
 def _facts(call, reduction: str) -> Facts:
     """The same list of arguments on every rank, whatever they are."""
     tensors, inputs, scale, _, _, rule, scales, backend, ignore_index, *more = call
     max_workspace_bytes, selection = more
+    budget = repr(max_workspace_bytes)
+    if max_workspace_bytes is not None and backend == "native":
+        budget += f" with {torch.get_num_threads()} threads"  # whose room the plan counts
     hidden, weight, bias, labels, teacher, teacher_weight, teacher_bias = tensors
 
     def kind(tensor: Tensor | None) -> str:
@@ -142,7 +164,7 @@ def _facts(call, reduction: str) -> Facts:
         ("ignore_index", repr(ignore_index), None),
         ("reduction", repr(reduction), None),
         ("backend", repr(backend), None),
-        ("max_workspace_bytes", repr(max_workspace_bytes), None),
+        ("max_workspace_bytes", budget, None),
         ("gradient_tolerance", repr(selection.tolerance), None),
         ("gradient_sampling", repr(selection.sampling), None),
         values("labels", labels),
@@ -153,17 +175,23 @@ def _facts(call, reduction: str) -> Facts:
 
 
 def _numbers(
-    group: dist.ProcessGroup, error: Exception | None, heights: tuple[int, int], facts: Facts | None
+    group: dist.ProcessGroup,
+    error: Exception | None,
+    call: Any,
+    heights: tuple[int, int],
+    facts: Facts | None,
 ) -> Tensor:
-    """(NUMBERS,): the error's code or 0, two heights, and each fact's words and values."""
+    """(NUMBERS,): the error's code or 0, two heights, two first rows, and each fact's words and
+    values."""
     home = _home(group)
     if error is not None:
         code = next((i for i, e in enumerate(ERRORS) if isinstance(error, e)), len(ERRORS) - 1)
         return torch.tensor([code + 1, *[0] * (NUMBERS - 1)], device=home)
     numbers = torch.zeros(NUMBERS, dtype=torch.int64)
-    words = torch.tensor([0, *heights, *[_hash(words) for _, words, _ in facts]])
+    words = torch.tensor([0, *heights, 0, 0, *[_hash(words) for _, words, _ in facts]])
     numbers[: len(words)] = words
     numbers = numbers.to(home)
+    numbers[3:5] = torch.stack([first.to(home) for first in _first_rows(call)])
     digests = [digest(value).to(home) for _, _, value in facts if value is not None]
     numbers[len(words) : len(words) + len(digests)] = torch.stack(digests)
     return numbers
@@ -175,13 +203,20 @@ def _hash(words: str) -> int:
 
 def digest(values: Tensor) -> Tensor:
     """A 0-d int64 tensor that changes with any value, and with their order."""
-    prime = 2**31 - 1  # so that no product reaches 2^63
     flat = values.detach().reshape(-1)
     if flat.is_floating_point():
         words = {2: torch.int16, 4: torch.int32, 8: torch.int64}
         flat = flat.view(words[flat.element_size()])
-    flat = flat.long()
-    at = torch.arange(1, flat.numel() + 1, device=flat.device)
+    total = flat.new_zeros((), dtype=torch.int64)
+    for start in range(0, flat.numel(), PIECE):
+        total += _digest(flat[start : start + PIECE].long(), start + 1)
+    return total
+
+
+def _digest(flat: Tensor, first: int) -> Tensor:
+    """Of a piece (n,) int64 that begins at this place."""
+    prime = 2**31 - 1  # so that no product reaches 2^63
+    at = torch.arange(first, first + flat.numel(), device=flat.device)
     low, high = (flat & 0xFFFFFFFF) % prime, (flat >> 32) % prime
     mixed = (low * 48271 + high * 69621 + at) % prime
     return (mixed * (at * 16807 % prime + 1) % prime * (mixed + 1) % prime).sum()
@@ -206,6 +241,21 @@ def _raise_errors(group: dist.ProcessGroup, error: Exception | None, codes: list
     first = next(rank for rank, code in enumerate(codes) if code)
     kind = ERRORS[codes[first] - 1]
     raise kind(f"rank {first} of {len(codes)}: {said[first]}") from error
+
+
+def _raise_copies(table: list[list[int]]) -> None:
+    """For a head that is whole on every rank: its ids would count once a rank."""
+    ranks = len(table)
+    for side, name in enumerate(("the head (or logits)", "the teacher's head (or logits)")):
+        height, first = table[0][side], table[0][side + 2]
+        same = all((row[side], row[side + 2]) == (height, first) for row in table)
+        if ranks > 1 and first and same:
+            raise ValueError(
+                f"every rank of process_group begins {name} with the same numbers, of {height} ids "
+                f"on each of the {ranks} ranks: with process_group a rank passes its own ids "
+                "alone, those behind the ids of the rank before it; where each holds all of them, "
+                "cut them, or leave process_group out"
+            )
 
 
 def _raise_differences(group: dist.ProcessGroup, facts: Facts, table: list[list[int]]) -> None:
