@@ -351,6 +351,14 @@ VALUES = {
         lambda: dict(teacher=SampledTeacher(torch.arange(-3.0, 3.0).reshape(SHAPE))),
         "teacher label_log_probs", "above 0", "up to 2", "check",
     ),
+    "sampled NaN": (
+        lambda: dict(teacher=SampledTeacher(filled(NAN))),
+        "teacher label_log_probs", "NaN", "check",
+    ),
+    "top-k NaN": (
+        lambda: dict(teacher=top_k_teacher(log_probs=filled(NAN, (*SHAPE, K)))),
+        "teacher log_probs", "NaN", "-inf",
+    ),
     "top-k probabilities": (
         lambda: dict(teacher=top_k_teacher(log_probs=filled(0.25, (*SHAPE, K)))),
         "teacher log_probs", "above 0", "probabilities", "logarithm",
@@ -387,12 +395,13 @@ def test_tokens_that_do_not_count_may_hold_anything(case, backend, call, device)
         assert call(**changes).loss == 0
 
 
+@pytest.mark.parametrize("beside", [7.0, NAN])
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_log_probs_that_rounding_or_padding_puts_above_0(backend, device):
+def test_log_probs_that_rounding_or_padding_puts_above_0(backend, beside, device):
     """Half a step of bf16 between 32 and 64, and whatever stands beside an id that is none."""
     with torch.device(device):
         ids, log_probs = torch.arange(K).repeat(*SHAPE, 1), filled(0.125, (*SHAPE, K))
-        ids[..., 0], log_probs[..., 0] = -1, 7.0
+        ids[..., 0], log_probs[..., 0] = -1, beside
         ids[..., 1], log_probs[..., 1] = V, INF
         teacher = top_k_teacher(ids=ids, log_probs=log_probs, label_log_probs=filled(0.125))
         assert head_loss(teacher=teacher, backend=backend).loss.isfinite()

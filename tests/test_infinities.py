@@ -134,6 +134,20 @@ def test_a_label_that_the_student_excludes(backend, device):
 
 
 @all_backends
+@pytest.mark.parametrize("name", ["tropd", "tropd_mask", "aopd"])
+def test_a_label_that_both_exclude(name, backend, device):
+    """5. min(q/p, 1) is 0/0 there: not 1, or its reward of inf - inf would be trusted."""
+    z, t = torch.randn(2, 2, 9, device=device)
+    z[0, 5] = t[0, 5] = -math.inf
+    loss, gradient, stats = loss_and_gradient(
+        z, torch.tensor([5, 6], device=device), LogitsTeacher(t), OBJECTIVES[name], backend,
+        reduction="none", uniforms=torch.full((2,), 0.01, device=device),
+    )  # fmt: skip
+    assert stats.trust[0] == 0
+    assert loss.isfinite().all() and gradient.isfinite().all()
+
+
+@all_backends
 def test_an_infinite_reward_has_no_gradient(backend, device):
     """5. The reward of a label that the teacher excludes, where no gate rejects it."""
     z = torch.zeros(2, 5, device=device)

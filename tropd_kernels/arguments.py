@@ -214,8 +214,14 @@ def raise_bad_value(name: str, problem: Problem, outside: Tensor, counts: Tensor
 
 
 def _raise_not_log_probs(name: str, values: Tensor) -> None:
-    values = values[values > -torch.inf]
     public = {"topk_log_probs": "log_probs"}.get(name, name)
+    if values.isnan().any():
+        padding = "; padding is -inf" if name == "topk_log_probs" else ""
+        raise ValueError(
+            f"teacher {public} hold NaN at tokens that count{padding}: check what the teacher "
+            "returns"
+        )
+    values = values[values > -torch.inf]
     cause = "check what the teacher returns"
     if not (values < 0).any():
         probabilities = values.max() <= 1 + LOG_PROB_MARGIN

@@ -174,7 +174,7 @@ def backward(problem: Problem, coefs: Tensor, needs: Needs) -> Result:
 def tokens_that_count(problem: Problem) -> Tensor | None:
     """Indices of the tokens that count, or None where all do. Raises ValueError on values that
     cannot be right: labels outside the vocabulary, weights or advantages that are not finite, a
-    teacher's log-probs above 0."""
+    teacher's log-probs above 0 or NaN."""
     labels, weight = problem.labels, problem.inputs.get("weight")
     all_count = problem.ignore_index is None
     if all_count and labels.device.type != "cpu":
@@ -193,7 +193,7 @@ def tokens_that_count(problem: Problem) -> Tensor | None:
         u = problem.inputs["uniforms"]
         checks["uniforms"] = (~((u >= 0) & (u < 1)) & counts).any()
     for name, values in given_log_probs(problem, counts).items():
-        checks[name] = (values > LOG_PROB_MARGIN).any()
+        checks[name] = (~(values <= LOG_PROB_MARGIN)).any()  # NaN, too
     count, *bad = torch.stack([counts.sum(), *checks.values()]).tolist()
     for name, found in zip(checks, bad, strict=True):
         if found:

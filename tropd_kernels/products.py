@@ -14,6 +14,7 @@ bf16 to begin with.
 
 from __future__ import annotations
 
+import threading
 from contextlib import contextmanager, nullcontext
 
 import torch
@@ -164,6 +165,18 @@ def bf16_in_hardware() -> bool:
     return torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
 
 
+class _Mode:
+    """oneDNN's compute mode is one of the process: the first of several threads in a product sets
+    it, and the last one sets it back. If each kept what it had found, one that came second would
+    leave it set for every float32 product of the process."""
+
+    def __init__(self):
+        self.lock, self.products, self.before = threading.Lock(), 0, "none"
+
+
+_mode = _Mode()
+
+
 @contextmanager
 def _wide_sums(dtype: torch.dtype):
     """A caller may let a GPU sum float16 products in float16, in which torch then refuses to give
@@ -186,9 +199,15 @@ def _bf16_products(dtype: torch.dtype):
     if dtype != torch.bfloat16 or not bf16_in_hardware():
         yield
         return
-    before = settings.fp32_precision
-    settings.fp32_precision = "bf16"
+    with _mode.lock:
+        if _mode.products == 0:
+            _mode.before = settings.fp32_precision
+            settings.fp32_precision = "bf16"
+        _mode.products += 1
     try:
         yield
     finally:
-        settings.fp32_precision = before
+        with _mode.lock:
+            _mode.products -= 1
+            if _mode.products == 0:
+                settings.fp32_precision = _mode.before

@@ -10,7 +10,7 @@
 A teacher is frozen: a tensor that requires grad is an error. Compute it under torch.no_grad():
 hidden states, logits and a head from torch.inference_mode() serve only a loss that forms its
 gradients in the forward. Log-probs given by a top-k or sampled teacher are taken as they are:
-`temperature` does not touch them. Those above 0 by more than a rounding are refused.
+`temperature` does not touch them. NaN and those above 0 by more than a rounding are refused.
 """
 
 from __future__ import annotations

@@ -35,7 +35,9 @@ def _gate(
         reward = _log_mix(lq, lo, C, LOG_C, LOG_1_C) - lo
     if HAS_ADVANTAGES:
         reward = advantage
-    acceptance = tl.exp(tl.minimum(lq - lo, 0.0))
+    ratio = lq - lo
+    # Not minimum(), which of NaN and 0 is 0: what both sides exclude would be accepted.
+    acceptance = tl.exp(tl.where(ratio > 0, 0.0, ratio))
     trust = tl.where(lp == lp, 1.0, 1.0).to(lp.dtype)  # not lp * 0 + 1: lp may be infinite
     if GATE == "bernoulli":
         trust = tl.where(uniform < acceptance, 1.0, 0.0).to(lp.dtype)
