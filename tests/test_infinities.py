@@ -148,6 +148,19 @@ def test_a_label_that_both_exclude(name, backend, device):
 
 
 @all_backends
+@pytest.mark.parametrize("name", ["clip_outlier", "opd"])
+def test_a_clip_does_not_hide_an_undefined_reward(name, backend, device):
+    """A reward of inf - inf, without a gate that rejects its token, is NaN and no bound."""
+    z, t = torch.randn(2, 2, 9, device=device)
+    z[0, 5] = t[0, 5] = -math.inf
+    loss, _, _ = loss_and_gradient(
+        z, torch.tensor([5, 6], device=device), LogitsTeacher(t), OBJECTIVES[name], backend,
+        reduction="none", uniforms=torch.full((2,), 0.01, device=device),
+    )  # fmt: skip
+    assert loss.isnan().tolist() == [True, False]
+
+
+@all_backends
 def test_an_infinite_reward_has_no_gradient(backend, device):
     """5. The reward of a label that the teacher excludes, where no gate rejects it."""
     z = torch.zeros(2, 5, device=device)

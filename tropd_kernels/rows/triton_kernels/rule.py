@@ -42,11 +42,13 @@ def _surrogate(reward, ratio, weight, CLIP_LOW: tl.constexpr, CLIP_HIGH: tl.cons
     held = tl.abs(reward) == INF  # as an infinite divergence: no gradient, whatever the ratio
     ratio = tl.where(held, 1.0, ratio)
     clipped = ratio
+    # By where(), here and below: minimum() and maximum() of NaN and a bound are the bound, and what
+    # is undefined would pass for a loss.
     if CLIP_LOW is not None:
-        clipped = tl.maximum(clipped, 1 - CLIP_LOW)
+        clipped = tl.where(clipped < 1 - CLIP_LOW, 1 - CLIP_LOW, clipped)
         held = held | ((reward < 0) & (ratio < 1 - CLIP_LOW))
     if CLIP_HIGH is not None:
-        clipped = tl.minimum(clipped, 1 + CLIP_HIGH)
+        clipped = tl.where(clipped > 1 + CLIP_HIGH, 1 + CLIP_HIGH, clipped)
         held = held | ((reward > 0) & (ratio > 1 + CLIP_HIGH))
     loss = -tl.minimum(reward * ratio, reward * clipped)
     slope = tl.where(held, 0.0, reward * ratio)
@@ -139,9 +141,8 @@ def rule_kernel(
         value, slope = _surrogate(reward, ratio, trust, CLIP_LOW, CLIP_HIGH)
         if GATE != "always":
             if OUTLIER_IS == "clip":
-                value_out, slope_out = _surrogate(
-                    tl.maximum(reward, TAU), ratio, 1 - trust, CLIP_LOW, CLIP_HIGH
-                )
+                outside = tl.where(reward < TAU, TAU, reward)
+                value_out, slope_out = _surrogate(outside, ratio, 1 - trust, CLIP_LOW, CLIP_HIGH)
                 value += value_out
                 slope += slope_out
             elif OUTLIER_IS == "forward_kl_reward":
