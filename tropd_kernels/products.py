@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import threading
 from contextlib import contextmanager, nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -165,49 +166,43 @@ def bf16_in_hardware() -> bool:
     return torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
 
 
-class _Mode:
-    """oneDNN's compute mode is one of the process: the first of several threads in a product sets
-    it, and the last one sets it back. If each kept what it had found, one that came second would
-    leave it set for every float32 product of the process."""
+class _Setting:
+    """A setting of the process that products need. The first of several threads in a product sets
+    it, and the last one sets it back: if each kept what it had found, one that came second would
+    leave it set for every product of the process."""
 
-    def __init__(self):
-        self.lock, self.products, self.before = threading.Lock(), 0, "none"
+    def __init__(self, owner: Any, name: str, value: Any):
+        self.owner, self.name, self.value = owner, name, value
+        self.lock, self.products, self.before = threading.Lock(), 0, None
+
+    @contextmanager
+    def held(self):
+        with self.lock:
+            if self.products == 0:
+                self.before = getattr(self.owner, self.name)
+                setattr(self.owner, self.name, self.value)
+            self.products += 1
+        try:
+            yield
+        finally:
+            with self.lock:
+                self.products -= 1
+                if self.products == 0:
+                    setattr(self.owner, self.name, self.before)
 
 
-_mode = _Mode()
+#: oneDNN's compute mode for float32 products.
+_BF16_MODE = _Setting(torch.backends.mkldnn.matmul, "fp32_precision", "bf16")  # type: ignore[attr-defined]
+#: A caller may let a GPU sum float16 products in float16; torch then refuses float32 results.
+_WIDE_SUMS = _Setting(torch.backends.cuda.matmul, "allow_fp16_accumulation", False)
 
 
-@contextmanager
 def _wide_sums(dtype: torch.dtype):
-    """A caller may let a GPU sum float16 products in float16, in which torch then refuses to give
-    float32 results."""
-    settings = torch.backends.cuda.matmul
-    if dtype != torch.float16 or not settings.allow_fp16_accumulation:
-        yield
-        return
-    settings.allow_fp16_accumulation = False
-    try:
-        yield
-    finally:
-        settings.allow_fp16_accumulation = True
+    """Sums in float32 of products that are to give float32."""
+    return _WIDE_SUMS.held() if dtype == torch.float16 else nullcontext()
 
 
-@contextmanager
 def _bf16_products(dtype: torch.dtype):
     """oneDNN's bf16 compute mode for float32 products, where the inputs were bf16 and it pays."""
-    settings = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
-    if dtype != torch.bfloat16 or not bf16_in_hardware():
-        yield
-        return
-    with _mode.lock:
-        if _mode.products == 0:
-            _mode.before = settings.fp32_precision
-            settings.fp32_precision = "bf16"
-        _mode.products += 1
-    try:
-        yield
-    finally:
-        with _mode.lock:
-            _mode.products -= 1
-            if _mode.products == 0:
-                settings.fp32_precision = _mode.before
+    pays = dtype == torch.bfloat16 and bf16_in_hardware()
+    return _BF16_MODE.held() if pays else nullcontext()
