@@ -282,3 +282,16 @@ def test_saved_config_reads_back(tmp_path):
     again = dataclasses.replace(args)
     assert again.beta is None and again.rule() == args.rule()
     json.dumps(args.to_dict())
+
+
+@pytest.mark.parametrize("which", ["model", "teacher_model"])
+def test_models_sharded_by_tensor_parallelism_are_refused(tmp_path, group, which):
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import Shard, distribute_tensor
+
+    models = {"model": tiny.model(0), "teacher_model": tiny.model(1)}
+    head = models[which].lm_head
+    weight = distribute_tensor(head.weight.data, init_device_mesh("cpu", (1,)), [Shard(0)])
+    head.weight = torch.nn.Parameter(weight)
+    with pytest.raises(NotImplementedError, match=f"^{which}: its lm_head.weight is a DTensor"):
+        make(tmp_path, *models.values())

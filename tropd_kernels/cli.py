@@ -66,6 +66,7 @@ class UsageError(Exception):
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs a command; returns the exit status: 0, 1 for a failed check, 2 for a usage error."""
     parser = argparse.ArgumentParser(prog="tropd", description=__doc__.split("\n\n")[0])
+    parser.add_argument("--version", action="version", version=f"tropd-kernels {__version__}")
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("train", help="train a student", add_help=False)
     commands.add_parser("bench", help="compare with the field, in a checkout", add_help=False)

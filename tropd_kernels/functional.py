@@ -154,9 +154,11 @@ def linear_distillation_loss(
     included, is the same on every rank, and so are the loss, the statistics and hidden's gradient,
     which is the complete one: add no all-reduce of your own. A weight that is a DTensor with
     Shard(0) brings its group along (one that FSDP shards has to be gathered: its ranks hold other
-    tokens, which is an error here). Collective: every rank of the group makes the same call, and
-    with reduction="none" the same backward. Not for backend="reference"; under torch.compile it
-    runs eagerly. See `parallel` for what is communicated.
+    tokens, which is an error here); on a mesh that also replicates it, its gradient is that of this
+    rank's tokens, to be summed over the replicas if those hold others. Collective: every rank of
+    the group makes the same call, and with reduction="none" the same backward. Not for
+    backend="reference"; under torch.compile it runs eagerly. See `parallel` for what is
+    communicated.
     gradient_tolerance: leaves the tokens of smallest gradient out of d_hidden (whose rows are then
     0), d_weight and the bias's gradient. What is guaranteed, up to rounding: with G_i the gradient
     that token i adds to `weight`, the left out have sqrt(sum ||G_i||^2) at most this times that of

@@ -2,10 +2,15 @@
 
 import math
 from dataclasses import dataclass
+from functools import partial
 
 from tropd_kernels import plan_chunks
 
 from .text import duration, gflop, percent, size, table
+
+
+#: Of a GPU, whatever is here.
+_plan = partial(plan_chunks, device="cuda", backend="triton")
 
 
 @dataclass(frozen=True)
@@ -88,7 +93,7 @@ def workspace_table() -> str:
     for form, width in (("hidden", TEACHER.width), ("top-k or sampled", None)):
         for group in (1, GROUP):
             tokens, vocab_size = TOKENS * group, -(-STUDENT.vocab_size // group)
-            plan = plan_chunks(tokens, vocab_size, STUDENT.width, width)
+            plan = _plan(tokens, vocab_size, STUDENT.width, width)
             heads = 2 * vocab_size * (STUDENT.width + (width or 0))
             d_weight = 2 * vocab_size * STUDENT.width
             hidden = 2 * tokens * (2 * STUDENT.width + (width or 0))
@@ -107,7 +112,7 @@ def workspace_table() -> str:
 
 def parts_table() -> str:
     plans = [
-        plan_chunks(TOKENS * group, -(-STUDENT.vocab_size // group), STUDENT.width, TEACHER.width)
+        _plan(TOKENS * group, -(-STUDENT.vocab_size // group), STUDENT.width, TEACHER.width)
         for group in (1, GROUP)
     ]
     rows = [
@@ -162,7 +167,7 @@ def communication_table() -> str:
     group_tokens, others = TOKENS * GROUP, (GROUP - 1) / GROUP
     hidden = others * 2 * (STUDENT.width + TEACHER.width) * group_tokens
     d_hidden = 2 * others * 4 * STUDENT.width * group_tokens
-    part = plan_chunks(group_tokens, -(-STUDENT.vocab_size // GROUP), STUDENT.width, TEACHER.width)
+    part = _plan(group_tokens, -(-STUDENT.vocab_size // GROUP), STUDENT.width, TEACHER.width)
     chunks = math.ceil(group_tokens / part.rows)
     exchanged = {}
     for form, numbers in NUMBERS_PER_TOKEN.items():

@@ -49,6 +49,7 @@ from .sharding import (
     generates_together,
     is_sharded,
     read_form,
+    refuse_dtensors,
     refuse_fsdp_1,
     reshard,
     shard_frozen,
@@ -140,6 +141,7 @@ class DistillationAdapter(DistillationTrainer):
     def __init__(self, model: Any, teacher_model: Any, args: Any, *rest: Any, **keywords: Any):
         super().__init__(model, None, args, *rest, **keywords)
         refuse_fsdp_1(self.accelerator)
+        refuse_dtensors("model", self.model)
         if args.num_iterations > 1 and isinstance(self.train_dataset, IterableDataset):
             raise ValueError(
                 "num_iterations: TRL's loader does not repeat the rows of a streaming data set "
@@ -251,6 +253,7 @@ class DistillationAdapter(DistillationTrainer):
                 "give the teacher by its name"
             )
         check_own_weights(self.model, teacher)
+        refuse_dtensors("teacher_model", teacher)
         _sample_plainly(self.generation_config, teacher)
         ends = getattr(getattr(teacher, "generation_config", None), "eos_token_id", None)
         self._teacher_ends = [ends] if isinstance(ends, int) else list(ends or ())

@@ -52,6 +52,17 @@ def refuse_fsdp_1(accelerator: Any) -> None:
         )
 
 
+def refuse_dtensors(name: str, model: nn.Module) -> None:
+    """Before accelerate shards: what is sharded then, it knows nothing of."""
+    for parameter, tensor in model.named_parameters():
+        if getattr(tensor, "device_mesh", None) is not None:
+            raise NotImplementedError(
+                f"{name}: its {parameter} is a DTensor, as tensor parallelism (tp_plan) makes: load "
+                "it whole, and let accelerate shard it (FSDP2, ZeRO-3). In a loop of your own "
+                "linear_distillation_loss takes such a head"
+            )
+
+
 def read_form(model: nn.Module, sharded: bool) -> Head:
     """`read_head` with its check, but without the parameters: `heads.current` reads those, and to
     keep them here would be to keep the whole head beside its shards.
