@@ -8,7 +8,6 @@ from tropd_kernels import plan_chunks
 
 from .text import duration, gflop, percent, size, table
 
-
 #: Of a GPU, whatever is here.
 _plan = partial(plan_chunks, device="cuda", backend="triton")
 

@@ -57,8 +57,8 @@ def refuse_dtensors(name: str, model: nn.Module) -> None:
     for parameter, tensor in model.named_parameters():
         if getattr(tensor, "device_mesh", None) is not None:
             raise NotImplementedError(
-                f"{name}: its {parameter} is a DTensor, as tensor parallelism (tp_plan) makes: load "
-                "it whole, and let accelerate shard it (FSDP2, ZeRO-3). In a loop of your own "
+                f"{name}: its {parameter} is a DTensor, as tensor parallelism (tp_plan) makes: "
+                "load it whole, and let accelerate shard it (FSDP2, ZeRO-3). In a loop of your own "
                 "linear_distillation_loss takes such a head"
             )
 
