@@ -604,6 +604,13 @@ RULES = {
     "divergence": (lambda: TokenRule(divergence="kl"), ValueError, "divergence", "'akl'", "'kl'"),
     "divergence by name": (lambda: Divergence("kl"), ValueError, "name", "'forward_kl'", "'kl'"),
     "normalize": (lambda: TokenRule(normalize="all"), ValueError, "normalize", "'kept'"),
+    "no term": (
+        lambda: TokenRule(policy_gradient=0.0, top_k=8), ValueError, "no term", "policy_gradient",
+    ),
+    "no term outside the gate": (
+        lambda: TokenRule(policy_gradient=0.0, gate="bernoulli"), ValueError, "no term",
+        "forward_kl",
+    ),
     "top_k 0": (lambda: TrOPD(top_k=0), ValueError, "top_k", "at least 1", "None"),
     "top_k below 0": (lambda: MOPD(top_k=-64), ValueError, "top_k", "at least 1", "None"),
     "top_k of a fraction": (lambda: TrOPD(top_k=64.0), TypeError, "top_k", "int or None", "64.0"),

@@ -133,16 +133,21 @@ def test_a_label_that_the_student_excludes(backend, device):
         assert not gradient[0].any() and gradient[1].any()
 
 
-@all_backends
-@pytest.mark.parametrize("name", ["tropd", "tropd_mask", "aopd"])
-def test_a_label_that_both_exclude(name, backend, device):
-    """5. min(q/p, 1) is 0/0 there: not 1, or its reward of inf - inf would be trusted."""
+def label_that_both_exclude(name, backend, device):
+    """(losses, gradient, statistics): of two tokens, the first one's reward is inf - inf."""
     z, t = torch.randn(2, 2, 9, device=device)
     z[0, 5] = t[0, 5] = -math.inf
-    loss, gradient, stats = loss_and_gradient(
+    return loss_and_gradient(
         z, torch.tensor([5, 6], device=device), LogitsTeacher(t), OBJECTIVES[name], backend,
         reduction="none", uniforms=torch.full((2,), 0.01, device=device),
     )  # fmt: skip
+
+
+@all_backends
+@pytest.mark.parametrize("name", ["tropd", "tropd_mask", "aopd"])
+def test_a_label_that_both_exclude(name, backend, device):
+    """5. min(q/p, 1) is 0/0 there: not 1, or its reward would be trusted."""
+    loss, gradient, stats = label_that_both_exclude(name, backend, device)
     assert stats.trust[0] == 0
     assert loss.isfinite().all() and gradient.isfinite().all()
 
@@ -150,13 +155,8 @@ def test_a_label_that_both_exclude(name, backend, device):
 @all_backends
 @pytest.mark.parametrize("name", ["clip_outlier", "opd"])
 def test_a_clip_does_not_hide_an_undefined_reward(name, backend, device):
-    """A reward of inf - inf, without a gate that rejects its token, is NaN and no bound."""
-    z, t = torch.randn(2, 2, 9, device=device)
-    z[0, 5] = t[0, 5] = -math.inf
-    loss, _, _ = loss_and_gradient(
-        z, torch.tensor([5, 6], device=device), LogitsTeacher(t), OBJECTIVES[name], backend,
-        reduction="none", uniforms=torch.full((2,), 0.01, device=device),
-    )  # fmt: skip
+    """Where no gate rejects its token it is NaN, and no bound."""
+    loss, _, _ = label_that_both_exclude(name, backend, device)
     assert loss.isnan().tolist() == [True, False]
 
 

@@ -143,6 +143,11 @@ class TokenRule:
         if self.divergence in TOP_K_GENERATORS and self.top_k is None:
             raise ValueError(f"divergence={self.divergence!r} lives on the top-k ids: give a top_k")
         self._check_sets()
+        if not self._has_a_term:
+            raise ValueError(
+                "this rule has no term, so that every loss would be 0: give a policy_gradient, a "
+                "divergence, an nll_weight, or outlier='forward_kl' with a gate that rejects tokens"
+            )
         _check_divergence_parameter(self.divergence, self.divergence_parameter)
         for f in fields(self):  # a NumPy number is a float, but is not written like one
             value = getattr(self, f.name)
@@ -187,6 +192,13 @@ class TokenRule:
         """The rule as a string, for the custom op's schema: `decode_rule(rule.key) == rule`. No
         field, or `TokenRule(**asdict(rule))` would not give the rule back."""
         return self._key  # type: ignore[attr-defined]
+
+    @property
+    def _has_a_term(self) -> bool:
+        rejected = self.gate != "always" and self.outlier == "forward_kl"
+        weights = self.policy_gradient, self.nll_weight, self.entropy_coef, self.prefix_weight
+        chosen = self.divergence, self.forward_kl_entropy
+        return rejected or any(weights) or any(choice is not None for choice in chosen)
 
     # What a rule needs, asked by the teachers' check, the chunk plan and the row engines.
 
