@@ -85,9 +85,9 @@ def test_of_a_heads_logits(compiled, device):
 def float16_sums():
     """They are allowed. Yields what reads whether they are."""
     settings = torch.backends.cuda.matmul
-    settings.allow_fp16_accumulation = True
+    before, settings.allow_fp16_accumulation = settings.allow_fp16_accumulation, True
     yield lambda: settings.allow_fp16_accumulation
-    settings.allow_fp16_accumulation = False
+    settings.allow_fp16_accumulation = before
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

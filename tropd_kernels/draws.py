@@ -20,8 +20,8 @@ independent of the gate's under the same seed; the fourth is not used. An elemen
 and no element's draw depends on a neighbour.
 
 Arithmetic is int64 tensor arithmetic kept below 2^49, so it means the same on every device, eager
-or compiled, and the global random state is neither read nor changed. On a GPU a kernel of
-`triton_draws.py` gives the same bits in one launch; `torch.compile` makes one of this arithmetic.
+or compiled, and the global random state is neither read nor changed. On a GPU, but for what is
+traced, the kernel of `triton_draws.py` gives the same bits.
 """
 
 import torch

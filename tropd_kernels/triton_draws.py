@@ -1,5 +1,5 @@
-"""The draws of `draws.py` in one launch, for GPUs: its tensor arithmetic is 315 of them, which the
-first product of a call would wait for.
+"""The draws of `draws.py` by one kernel, for GPUs, where its tensor arithmetic would be some 300
+launches before the first product of a call.
 
 Triton has the same generator, by the same words (`tl.philox`), so the bits are those of `draws.py`
 on any other device.

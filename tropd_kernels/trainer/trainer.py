@@ -70,12 +70,12 @@ class TrOPDTrainer(DistillationAdapter):
     it, quantised, logits that no scale and cap express), a teacher with another tokenizer or with
     the student's own tensors, an end of completions or padding that a model does not have, a
     student with nothing to train, an empty data set; NotImplementedError under FSDP's first version
-    (FSDP2 and ZeRO-3 will do). While training: ValueError for a prompt that is empty or exceeds the
-    context, a prefix that does not continue its prompt, columns that are no log-probs, or a resume
-    that cannot go on with its generation batch; FloatingPointError for a loss that is NaN or
-    infinite, after saving the batch under `output_dir`, and for such weights, before they generate;
-    TeacherServerError for a served teacher that does not answer, with the checkpoints so far
-    intact.
+    (FSDP2 and ZeRO-3 will do) and for models of tensor parallelism. While training: ValueError for
+    a prompt that is empty or exceeds the context, a prefix that does not continue its prompt,
+    columns that are no log-probs, or a resume that cannot go on with its generation batch;
+    FloatingPointError for a loss that is NaN or infinite, after saving the batch under
+    `output_dir`, and for such weights, before they generate; TeacherServerError for a served
+    teacher that does not answer, with the checkpoints so far intact.
     """
 
     _tag_names = ["trl", "tropd"]  # noqa: RUF012
