@@ -58,7 +58,7 @@ from tropd_kernels import (
     linear_loss,
     ops,
 )
-from tropd_kernels.rows import triton_launch
+from tropd_kernels.rows import triton_launch, triton_rows
 from tropd_kernels.rows.layout import Stat
 
 TARGETS = {
@@ -69,7 +69,7 @@ TARGETS = {
 }
 
 #: Operands of which a kernel that walks rows reads a tile at a time.
-WALKED = ("student", "teacher", "student_bias", "teacher_bias")
+WALKED = ("student", "teacher", "student_bias", "teacher_bias", "d_logits")
 
 VOCAB = 151_936  # Qwen's: a multiple of 16, so that rows of it are aligned
 ODD_VOCAB = 50_257  # GPT-2's: its rows start anywhere
@@ -169,6 +169,11 @@ def _call(
     return call
 
 
+def _column_sums(dtype: torch.dtype = torch.bfloat16) -> Callable[[], object]:
+    """What a sampled gradient asks of d_logits."""
+    return lambda: triton_rows.column_sums(_floats(TOKENS, VOCAB, dtype=dtype), _floats(2, TOKENS))
+
+
 #: Calls whose launches are compiled, by name. Launches that come out the same are compiled once.
 CASES = {
     "tropd": _call(TrOPD()),
@@ -198,6 +203,8 @@ CASES = {
     "eopd": _call(EOPD()),
     "reopold_2": _call(REOPOLD(stage=2)),
     "sft": _call(SFT(), None),
+    "column_sums": _column_sums(),
+    "column_sums_float32": _column_sums(torch.float32),
 }  # fmt: skip
 
 
@@ -237,7 +244,7 @@ def _compiling_for(target: GPUTarget, seen: Callable) -> Iterator[None]:
         if not needs:
             linear_loss.backward(problem, result.coefs, linear_loss.Needs(student=True))
         loss = result.stats[Stat.TOKEN_LOSS]
-        return loss.sum(), loss, result.stats, ops.no_shares(problem)
+        return loss.sum(), loss, result.stats, ops.nothing_sampled(problem)
 
     driver.set_active(Pretender(target))  # for good: asking for the one before would want a GPU
     with (
@@ -282,7 +289,7 @@ def _figures(function, arguments, compiled, target_name, seconds) -> Figures:
     tile_bits = 0
     if "vocab_size" in function.arg_names:
         elements = _tile(arguments) // (warps * TARGETS[target_name].warp_size)
-        operands = (arguments[name] for name in WALKED)
+        operands = (arguments.get(name) for name in WALKED)
         tile_bits = sum(elements * 8 * t.element_size() for t in operands if t is not None)
     figures = Figures(
         kernel=function.__name__, target=target_name, cases=[], constants=constants,
@@ -298,9 +305,9 @@ def _figures(function, arguments, compiled, target_name, seconds) -> Figures:
 
 
 def _tile(arguments: dict) -> int:
-    """Ids that a program reads at once."""
+    """Logits that a program reads at once."""
     if "BLOCK" in arguments:
-        return arguments["BLOCK"]
+        return arguments["BLOCK"] * arguments.get("ROWS", 1)
     return arguments["UNROLL"] * arguments["LANES"]
 
 

@@ -66,6 +66,8 @@ def passes(backend: str, n: int, vocab_size: int, device: str) -> dict[str, Pass
     alone = RowBatch(z, None, labels, label_log_probs=torch.full((n,), -3.0, device=device))
     out = torch.empty(n, vocab_size, dtype=torch.bfloat16, device=device)
 
+    d_logits, hidden = logits().bfloat16(), torch.rand(2, n, device=device)
+
     def options(rule):
         return RowOptions(rule, LogitTransform(), LogitTransform())
 
@@ -85,6 +87,7 @@ def passes(backend: str, n: int, vocab_size: int, device: str) -> dict[str, Pass
         f"gradient, TrOPD ({OUTLIERS:.0%})": Pass(gradient(both, tropd), 6 + OUTLIERS * 4),
         "gradient, reverse KL": Pass(gradient(both, reverse), 10),
         "gradient, JSD": Pass(gradient(both, gkd), 10),
+        "column sums": Pass(partial(engine.column_sums, d_logits, hidden), 2),
     }
 
 

@@ -79,14 +79,14 @@ struct Accumulator {
   const char* name;
 };
 
-Accumulator accumulator(const Rows& rows) {
-  if (rows.student.type == Type::float64) return {ScalarType::Double, "float64"};
+Accumulator accumulator(Type type) {
+  if (type == Type::float64) return {ScalarType::Double, "float64"};
   return {ScalarType::Float, "float32"};
 }
 
 void check_accumulator(const Tensor& t, const char* name, const Rows& rows, int64_t height, int64_t n) {
   check_matrix(t, name, height, n);
-  const Accumulator acc = accumulator(rows);
+  const Accumulator acc = accumulator(rows.student.type);
   if (t.scalar_type() != acc.type) fail(name, " must be ", acc.name, " for these logits");
 }
 
@@ -262,6 +262,48 @@ void gradient(
       0, n, 1, [&](int64_t begin, int64_t end) { kernels.gradient(rows, o, begin, end); });
 }
 
+// A matrix and the accumulators that its sums go to, both checked.
+Columns columns(const Tensor& m, const char* name) {
+  check_matrix(m, name, -1, -1);
+  Columns c;
+  c.n = m.size(0);
+  c.columns = m.size(1);
+  c.stride = m.stride(0);
+  c.data = m.const_data_ptr();
+  c.type = element(m, name);
+  return c;
+}
+
+void check_sums(const Tensor& t, const char* name, const Columns& c, int64_t rows, int64_t columns) {
+  check_matrix(t, name, rows, columns);
+  const Accumulator acc = accumulator(c.type);
+  if (t.scalar_type() != acc.type) fail(name, " must be ", acc.name, " for this matrix");
+  if (!t.is_contiguous()) fail(name, " must be contiguous");
+}
+
+void column_sums(Tensor d_logits, Tensor hidden, Tensor out) {
+  Columns c = columns(d_logits, "d_logits");
+  check_sums(hidden, "hidden", c, 2, c.n);
+  check_sums(out, "out", c, 3, c.columns);
+  c.hidden = hidden.const_data_ptr();
+  c.out = out.mutable_data_ptr();
+  const Kernels& kernels = *chosen();
+  torch::stable::parallel_for(
+      0, (c.columns + COLUMNS - 1) / COLUMNS, 1, [&](int64_t begin, int64_t end) {
+        kernels.column_sums(c, begin * COLUMNS, std::min(end * COLUMNS, c.columns));
+      });
+}
+
+void row_squares(Tensor matrix, Tensor out) {
+  Columns c = columns(matrix, "matrix");
+  const Accumulator acc = accumulator(c.type);
+  check_vector(out, "out", c.n, acc.type, acc.name);
+  c.out = out.mutable_data_ptr();
+  const Kernels& kernels = *chosen();
+  torch::stable::parallel_for(
+      0, c.n, 256, [&](int64_t begin, int64_t end) { kernels.row_squares(c, begin, end); });
+}
+
 void elementary(int64_t which, Tensor from, Tensor to) {
   check_cpu(from, "input");
   check_cpu(to, "out");
@@ -431,6 +473,8 @@ STABLE_TORCH_LIBRARY(tropd_native, m) {
          "Tensor coefs, Tensor? ids, Tensor? added, Tensor(a!) out, bool top_k, int generator, "
          "float c) -> ()")
             .c_str());
+  m.def("column_sums(Tensor d_logits, Tensor hidden, Tensor(a!) out) -> ()");
+  m.def("row_squares(Tensor matrix, Tensor(a!) out) -> ()");
   m.def("elementary(int which, Tensor input, Tensor(a!) out) -> ()");
   m.def("gemm_nt(Tensor a, Tensor b, Tensor(a!) out) -> ()");
   m.def("gemm_nn(Tensor a, Tensor b, Tensor(a!) out) -> ()");
@@ -448,6 +492,8 @@ STABLE_TORCH_LIBRARY_IMPL(tropd_native, CompositeExplicitAutograd, m) {
   m.impl("statistics", TORCH_BOX(&tropd::statistics));
   m.impl("sums", TORCH_BOX(&tropd::sums));
   m.impl("gradient", TORCH_BOX(&tropd::gradient));
+  m.impl("column_sums", TORCH_BOX(&tropd::column_sums));
+  m.impl("row_squares", TORCH_BOX(&tropd::row_squares));
   m.impl("elementary", TORCH_BOX(&tropd::elementary));
   m.impl("gemm_nt", TORCH_BOX(&tropd::op_gemm_nt));
   m.impl("gemm_nn", TORCH_BOX(&tropd::op_gemm_nn));

@@ -10,6 +10,7 @@
 #include "row_search.h"
 #include "row_sums.h"
 #include "row_gradient.h"
+#include "column_sums.h"
 
 namespace tropd {
 namespace TROPD_ISA {
@@ -120,6 +121,28 @@ void gradient(const Rows& rows, const GradientOptions& o, int64_t begin, int64_t
   });
 }
 
+// f(accumulator, element)
+template <class F>
+void with_type(const Columns& m, const F& f) {
+  if (m.type == Type::float64) {
+    f(Tag<double>{}, Tag<double>{});
+  } else {
+    with_element(m.type, [&](auto element) { f(Tag<float>{}, element); });
+  }
+}
+
+void column_sums(const Columns& m, int64_t low, int64_t high) {
+  with_type(m, [&](auto acc, auto element) {
+    column_sums_of<typename decltype(acc)::type, typename decltype(element)::type>(m, low, high);
+  });
+}
+
+void row_squares(const Columns& m, int64_t begin, int64_t end) {
+  with_type(m, [&](auto acc, auto element) {
+    row_squares_of<typename decltype(acc)::type, typename decltype(element)::type>(m, begin, end);
+  });
+}
+
 template <class T>
 void elementary_of(int which, const T* from, T* to, int64_t n) {
   for_vectors<T>(0, n, [&](int64_t v, int count) {
@@ -143,6 +166,7 @@ void elementary(int which, Type type, const void* from, void* to, int64_t n) {
 }  // namespace TROPD_ISA
 
 const Kernels TROPD_KERNELS = {
-    TROPD_NAME, TROPD_ISA::statistics, TROPD_ISA::sums, TROPD_ISA::gradient, TROPD_ISA::elementary};
+    TROPD_NAME, TROPD_ISA::statistics, TROPD_ISA::sums, TROPD_ISA::gradient, TROPD_ISA::column_sums,
+    TROPD_ISA::row_squares, TROPD_ISA::elementary};
 
 }  // namespace tropd

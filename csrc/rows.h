@@ -70,12 +70,26 @@ struct GradientOptions {
   int64_t given = 0;  // how many a row
 };
 
+// A matrix of d_logits (n, columns), with two numbers a row, or a head's rows.
+struct Columns {
+  int64_t n = 0, columns = 0, stride = 0;
+  const void* data = nullptr;
+  Type type = Type::float32;
+  const void* hidden = nullptr;  // (2, n), as out in the accumulator's type
+  void* out = nullptr;           // (3, columns), of a head (n,)
+};
+// Columns whose sums are made together.
+constexpr int COLUMNS = 1024;
+
 // Rows begin to end of a chunk. Rows are independent: any split gives the same bits.
 struct Kernels {
   const char* name;
   void (*statistics)(const Rows&, int64_t begin, int64_t end);
   void (*sums)(const Rows&, const SumOptions&, int64_t begin, int64_t end);
   void (*gradient)(const Rows&, const GradientOptions&, int64_t begin, int64_t end);
+  // of columns [low, high), and rows [begin, end): independent, likewise
+  void (*column_sums)(const Columns&, int64_t low, int64_t high);
+  void (*row_squares)(const Columns&, int64_t begin, int64_t end);
   // exp (0), log1p (1) or tanh (2) of n values, for their accuracy test
   void (*elementary)(int which, Type, const void* from, void* to, int64_t n);
 };

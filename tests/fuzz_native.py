@@ -147,6 +147,7 @@ class Case:
         self.memory = Memory(self.draw)
         self.sane = self.draw.random() < 0.6
         kinds = [self.statistics, self.sums, self.gradient, self.gradient, self.elementary]
+        kinds += [self.column_sums, self.row_squares]
         if native.BF16_PRODUCTS:
             kinds += [self.product]
             ops.use_products(self.draw.choice(native.BF16_PRODUCTS))
@@ -333,6 +334,42 @@ class Case:
         def check():
             function = (torch.exp, torch.log1p, torch.tanh)[which]
             torch.testing.assert_close(out, function(given), rtol=1e-6, atol=0)
+
+        self.check = check
+
+    def matrix(self) -> tuple[Tensor, torch.dtype]:
+        """Of any element, and its accumulator."""
+        dtype = self.draw.choice([FLOAT32, BFLOAT16, FLOAT64])
+        shape = (self.draw.choice([0, self.size(70)]), self.draw.choice([0, self.size(3000)]))
+        values = self.memory.normal(*shape, dtype=dtype)
+        if not self.sane:
+            self.memory.sprinkle(values, [math.inf, -math.inf, math.nan, 3e38, 1e-40])
+        return values, FLOAT64 if dtype == FLOAT64 else FLOAT32
+
+    def column_sums(self) -> None:
+        d_logits, wide = self.matrix()
+        n, columns = d_logits.shape
+        hidden = self.memory.normal(2, n, dtype=wide, dense=True)
+        out = self.memory.empty(3, columns, dtype=wide, dense=True)
+        self.operator, self.outputs = "column_sums", ["out"]
+        self.arguments = {"d_logits": d_logits, "hidden": hidden, "out": out}
+
+        def check():
+            d, (spread, along) = d_logits.double(), hidden.double()
+            sums = torch.stack([(d * d).sum(0), spread @ (d * d), along @ d])
+            torch.testing.assert_close(out.double(), sums, rtol=1e-4, atol=1e-4)
+
+        self.check = check
+
+    def row_squares(self) -> None:
+        matrix, wide = self.matrix()
+        out = self.memory.empty(len(matrix), dtype=wide, dense=True)
+        self.operator, self.outputs = "row_squares", ["out"]
+        self.arguments = {"matrix": matrix, "out": out}
+
+        def check():
+            squares = matrix.double().square().sum(1)
+            torch.testing.assert_close(out.double(), squares, rtol=1e-5, atol=0)
 
         self.check = check
 

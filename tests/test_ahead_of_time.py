@@ -26,11 +26,11 @@ SHARED = {"cuda:80": 166_912, "cuda:90": 232_448, "cuda:100": 232_448, "hip:gfx9
 OUTSIDE_LOOPS = {"cuda": 32, "hip": 0}
 
 #: Cases that between them launch every kernel, with all the arguments that it can have.
-FULLEST = ("tropd_everything", "tropd_top_k_teacher_everything")
+FULLEST = ("tropd_everything", "tropd_top_k_teacher_everything", "column_sums")
 #: Those of the objectives, dtypes and sizes, in halves for two workers.
 ON_POLICY = (
     "tropd", "tropd_top_k_teacher", "tropd_logits", "tropd_odd_vocabulary", "tropd_one_token",
-    "tropd_float32", "opd_sampled", "reopold_2", "sft",
+    "tropd_float32", "opd_sampled", "reopold_2", "sft", "column_sums_float32",
 )  # fmt: skip
 DIVERGENCES = (
     "gkd", "gkd_logits", "forward_kl_bucket", "reverse_kl", "akl", "todi", "mopd", "topk_jsd",
@@ -43,11 +43,11 @@ LOTS = {
 }
 #: Rows of this many ids start at any address.
 NARROW = {"tropd_odd_vocabulary"}
-#: Those that read every row whole.
-WALKING = {"statistics_kernel", "dense_sums_kernel", "gradient_kernel"}
+#: Those that read every row, or every column, whole.
+WALKING = {"statistics_kernel", "dense_sums_kernel", "gradient_kernel", "column_sums_kernel"}
 KERNELS = {
     "statistics_kernel", "join_kernel", "dense_sums_kernel", "given_sums_kernel", "rule_kernel",
-    "gradient_kernel", "given_grad_kernel",
+    "gradient_kernel", "given_grad_kernel", "column_sums_kernel",
 }  # fmt: skip
 
 

@@ -17,7 +17,7 @@ BACKENDS = ["reference", "torch", "native", "triton"]
 OPTIONS = {
     "mean": {},
     "none": {"reduction": "none"},
-    "sampling": {"gradient_sampling": 0.5},
+    "sampling": {"gradient_sampling": 0.3},
 }
 
 

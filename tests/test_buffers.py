@@ -59,7 +59,7 @@ def test_the_next_call_works_in_the_same_block_and_gives_the_same_bits(blocks, t
 
 @needs_native
 @pytest.mark.skipif(not native.BF16_PRODUCTS, reason="this CPU multiplies no bfloat16")
-@pytest.mark.parametrize("options", [{}, {"gradient_tolerance": 0.05}])
+@pytest.mark.parametrize("options", [{}, {"gradient_tolerance": 0.5}])
 @pytest.mark.parametrize("tokens", [20, 100])  # one super-chunk, and several
 def test_gradients_of_a_trained_head_are_no_part_of_the_block(blocks, options, tokens, monkeypatch):
     for name, rows in (("MULTIPLE", 16), ("CPU_ROWS", 16), ("CPU_SUPER_ROWS", 32)):
@@ -71,10 +71,12 @@ def test_gradients_of_a_trained_head_are_no_part_of_the_block(blocks, options, t
         weight = torch.randn(300, 32, generator=g).bfloat16().requires_grad_()
         teacher = torch.randn(tokens, 32, generator=g).bfloat16()
         labels = torch.randint(300, (tokens,), generator=g)
-        linear_distillation_loss(
+        out = linear_distillation_loss(
             hidden, weight, labels, HiddenTeacher(teacher, weight.detach()), TrOPD(), seed=0,
             backend="native", **options,
-        ).loss.backward()  # fmt: skip
+        )  # fmt: skip
+        assert not options or 0 < out.gradient_share < 0.5
+        out.loss.backward()
         return hidden.grad, weight.grad
 
     first = gradients(0)

@@ -35,8 +35,8 @@ def words(text):
     return tuple(int(word, 16) for word in text.split())
 
 
-def textbook_uniform(seed, step, sequence_id, position):
-    """The same draw from Python's unbounded integers, with the product taken whole."""
+def textbook_words(seed, step, sequence_id, position):
+    """The same block from Python's unbounded integers, with the product taken whole."""
     word = 2**32
     sequence_id, seed = sequence_id % 2**64, seed % 2**64
     a, b, c, d = position % word, sequence_id % word, sequence_id // word, step % word
@@ -45,7 +45,16 @@ def textbook_uniform(seed, step, sequence_id, position):
         p, q = 0xD2511F53 * a, 0xCD9E8D57 * c
         a, b, c, d = q // word ^ b ^ k, q % word, p // word ^ d ^ m, p % word
         k, m = (k + 0x9E3779B9) % word, (m + 0xBB67AE85) % word
-    return (a // 256) / 2**24
+    return a, b, c, d
+
+
+def textbook_uniform(*numbers):
+    return (textbook_words(*numbers)[0] // 256) / 2**24
+
+
+def textbook_id_uniform(seed, token, i):
+    _, second, third, _ = textbook_words(seed, 0, token, i)
+    return (second // 2**5 * 2**26 + third // 2**6) / 2**53
 
 
 @pytest.mark.parametrize(("counter", "key", "answer"), KNOWN_ANSWERS)
@@ -69,6 +78,17 @@ def test_draws_are_the_textbook_generator(seed, step, sequence_id, position):
     assert draws.bernoulli_uniforms(seed, step, ids, positions).item() == expected
     signed = torch.tensor(seed - 2**64 if seed >= 2**63 else seed)
     assert draws.bernoulli_uniforms(signed, torch.tensor(step), ids, positions).item() == expected
+
+
+@pytest.mark.parametrize("seed", [0, 4, -1, 2**63 - 1])
+def test_draws_of_ids_are_the_textbook_generator(seed):
+    """Whatever part of the vocabulary is asked for."""
+    at = torch.device("cpu")
+    for token, first, count in ((0, 0, 5), (2048, 3, 4), (2**40 + 1, 150_000, 1), (7, 9, 0)):
+        drawn = draws.id_uniforms(torch.tensor(seed), token, first, count, at)
+        assert drawn.dtype == torch.float64
+        ids = range(first, first + count)
+        assert drawn.tolist() == [textbook_id_uniform(seed, token, i) for i in ids]
 
 
 def test_a_token_keeps_its_draw_in_any_layout():
@@ -202,14 +222,20 @@ def test_the_triton_kernel_draws_the_same_bits(dtype, seed, step, device):
 def test_a_gpu_draws_by_the_triton_kernel_alone(monkeypatch, device):
     pytest.importorskip("triton")
     labels = torch.zeros(3, 5, device=device)
-    expected = [draw(labels.cpu(), 4) for draw in (draws.uniforms_like, draws.sampling_uniforms)]
+    seed = draws.seed_tensor(4, labels.device)
+    expected = [
+        draws.uniforms_like(labels.cpu(), 4),
+        draws.id_uniforms(seed.cpu(), 2048, 7, 300, torch.device("cpu")),
+    ]
     monkeypatch.setattr(draws, "choose_backend", lambda requested, device: "triton")
     compiled = torch.compile(draws.uniforms_like, fullgraph=True, backend="eager")
     assert torch.equal(compiled(labels, torch.tensor(4, device=device)).cpu(), expected[0])
     monkeypatch.setattr(draws, "philox4x32", None)
-    for seed in (4, torch.tensor(4)):
-        assert torch.equal(draws.uniforms_like(labels, seed).cpu(), expected[0])
-        assert torch.equal(draws.sampling_uniforms(labels, seed).cpu(), expected[1])
+    for same in (4, torch.tensor(4)):
+        assert torch.equal(draws.uniforms_like(labels, same).cpu(), expected[0])
+    for same in (seed, torch.tensor(4)):
+        drawn = draws.id_uniforms(same, 2048, 7, 300, labels.device)
+        assert torch.equal(drawn.cpu(), expected[1])
 
 
 IDS = torch.arange(3)

@@ -326,6 +326,12 @@ def right_arguments(operator: str) -> dict:
         return gradient_arguments(scales=TRANSFORMED) | given
     return {
         "elementary": {"which": 0, "input": torch.zeros(4), "out": torch.zeros(4)},
+        "column_sums": {
+            "d_logits": torch.randn(3, 20),
+            "hidden": torch.randn(2, 3),
+            "out": torch.empty(3, 20),
+        },
+        "row_squares": {"matrix": torch.randn(3, 20), "out": torch.empty(3)},
         "gemm_nt": {"a": bf16(3, 4), "b": bf16(5, 4), "out": torch.zeros(3, 5)},
         "gemm_nn": {"a": bf16(3, 4), "b": bf16(4, 5), "out": torch.zeros(3, 5)},
         "gemm_tn": {"a": bf16(4, 3), "b": bf16(4, 5), "out": torch.zeros(3, 5), "add": True},
@@ -400,6 +406,20 @@ def bad_arguments():
         ["gradient"], "out", *matrix, *element, (double, "and student must both be float64")
     )
 
+    for operator, name in (("column_sums", "d_logits"), ("row_squares", "matrix")):
+        yield from everywhere(
+            [operator], name, (lambda t: t[0], r"has shape \(20\), expected \(n, m\)"), *layout,
+            *element,
+        )  # fmt: skip
+        double_matrix = {name: torch.zeros(3, 20, dtype=torch.float64)}
+        yield operator, "", double_matrix, "must be float64"
+    contiguous = lambda t: torch.cat([t, t], 1)[:, : t.shape[1]]
+    for argument in ("hidden", "out"):
+        yield from everywhere(
+            ["column_sums"], argument, *matrix, (double, "must be float32 for this matrix"),
+            (contiguous, "must be contiguous"),
+        )  # fmt: skip
+    yield from everywhere(["row_squares"], "out", *vector, (double, "must be float32"))
     for which in (-1, 3, INT64_MAX):
         yield "elementary", "which", which, "which must be 0"
     for argument in ("input", "out"):
@@ -439,7 +459,7 @@ def bad_arguments():
             yield "gemm_tn", "", rounds | {"sums": spoil(sums)}, f"sums.* {message}"
 
 
-OPERATORS = ("statistics", "sums", "gradient", "elementary")
+OPERATORS = ("statistics", "sums", "gradient", "column_sums", "row_squares", "elementary")
 if native.BF16_PRODUCTS:
     OPERATORS += ("gemm_nt", "gemm_nn", "gemm_tn")
 

@@ -17,7 +17,7 @@ from tropd_kernels.linear_loss import Needs, Problem, Side, backward, forward
 from tropd_kernels.parallel import Shard
 from tropd_kernels.reference_backend import reference_loss
 from tropd_kernels.rows.layout import LogitTransform, RowOptions
-from tropd_kernels.selection import Selection
+from tropd_kernels.selection import Sample, Selection
 
 pytestmark = [
     pytest.mark.skipif(not native.BF16_PRODUCTS, reason="this CPU multiplies no bfloat16"),
@@ -69,12 +69,25 @@ def rounded_after(problem: Problem) -> torch.Tensor:
     return d_weight(problem, wide=True).bfloat16()
 
 
-def kept_rows(problem: Problem, *chunks: int) -> Problem:
-    """With a sample of the rows: all of some super-chunks, none of the others."""
-    draws = torch.ones(len(problem.labels), dtype=torch.float64)
-    for chunk in chunks:
-        draws[chunk * CHUNK : (chunk + 1) * CHUNK] = 0
-    return replace(problem, selection=Selection(sampling=0.5, draws=draws))
+def sampled(problem: Problem, **more) -> Problem:
+    """With a sample of the ids."""
+    more = more or {"sampling": 0.2}
+    return replace(problem, selection=Selection(**more, seed=torch.tensor(4)))
+
+
+@pytest.fixture
+def kept(monkeypatch):
+    """A function that says what super-chunks of a sample keep: all ids, some or none."""
+    choose, words = Sample.choose, {}
+
+    def chosen(self, d_logits, hidden, start):
+        word = words["kept"][start // CHUNK]
+        if word == "some":
+            return choose(self, d_logits, hidden, start)
+        return None if word == "all" else []
+
+    monkeypatch.setattr(Sample, "choose", chosen)
+    return lambda text: words.update(kept=text.split())
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
@@ -128,31 +141,42 @@ def test_smaller_chunks_of_a_budget():
     assert same_bits(d_weight(problem), rounded_after(problem))
 
 
-@pytest.mark.parametrize("kept", [(0, 1, 2, 3), (0, 1, 2), (1, 2), (1,), (3,)], ids=str)
-def test_super_chunks_of_which_no_row_is_kept(kept):
+@pytest.mark.parametrize(
+    "words",
+    [
+        "some some some some", "some some some none", "none some some none", "none some none none",
+        "none none none some", "all some none all", "some all all some", "none all some none",
+        "none none none all",
+    ],
+)  # fmt: skip
+def test_super_chunks_of_which_all_some_or_no_ids_are_kept(words, kept):
     """The last one too, and all but the last."""
-    problem = kept_rows(flat(60), *kept)
+    kept(words)
+    problem = sampled(flat(60))
     found = d_weight(problem)
     assert found.dtype == torch.bfloat16 and found.norm() > 0
     assert same_bits(found, rounded_after(problem))
 
 
 @pytest.mark.parametrize("tokens", [0, 20, 60])
-def test_no_row_at_all_gives_zeros(tokens):
-    problem = flat(max(tokens, 60))
+def test_no_id_at_all_gives_zeros(tokens, kept):
+    kept("none none none none")
     for problem in (
-        kept_rows(flat(tokens)),
+        sampled(flat(tokens)),
         replace(flat(tokens), labels=torch.full((tokens,), -100)),
     ):
         for wide in (False, True):
             assert (d_weight(problem, wide) == 0).all()
 
 
-def test_a_tolerance():
-    problem = flat(91)
-    problem.inputs["weight"] = 10 ** (-3 * torch.rand(91))
-    problem = replace(problem, selection=Selection(tolerance=0.2))
-    assert same_bits(d_weight(problem), rounded_after(problem))
+@pytest.mark.parametrize("tokens", [14, 91])
+@pytest.mark.parametrize("selects", [{"tolerance": 0.5}, {"sampling": 0.2}])
+def test_a_sample(selects, tokens):
+    """Of one super-chunk, whose rows go straight into the gradient, and of several."""
+    problem = sampled(flat(tokens), **selects)
+    result = forward(problem, Needs(student=True, weight=True), ONE)
+    assert 0 < result.sampled[0] < 1
+    assert same_bits(result.d_weight, rounded_after(problem))
 
 
 def test_a_backward_that_recomputes():
@@ -168,7 +192,7 @@ def test_a_backward_that_recomputes():
 
 def test_the_next_calls_work_in_the_same_block():
     """Of other sizes, one of them without an accumulator; each gives the bits of a fresh block."""
-    problems = [flat(91), flat(60), flat(20), kept_rows(flat(91), 1, 2), flat(91)]
+    problems = [flat(91), flat(60), flat(20), sampled(flat(91)), sampled(flat(20)), flat(91)]
     expected = []
     for problem in problems:
         buffers.release()
@@ -193,7 +217,7 @@ def test_a_shard_of_the_vocabulary(tmp_path):
     try:
         problem = flat(91, 320, 301)
         shard = Shard(dist.group.WORLD, (0, 301), (0, 301), 301)
-        for each in (problem, kept_rows(problem, 0, 1)):
+        for each in (problem, sampled(problem)):
             sharded = replace(each, shard=shard)
             found = d_weight(sharded)
             assert same_bits(found, rounded_after(sharded)) and (found[301:] == 0).all()

@@ -41,7 +41,7 @@ from tropd_kernels import (
     parallel_checks,
 )
 from tropd_kernels.gathering import gathered_tokens
-from tropd_kernels.selection import EVERY_ROW
+from tropd_kernels.selection import EVERY_ID
 
 pytestmark = pytest.mark.skipif(
     not (dist.is_available() and dist.is_gloo_available()), reason="this torch has no gloo"
@@ -512,7 +512,7 @@ def test_agreement_with_the_whole_head_communication_and_bad_input(ranks, tmp_pa
 )
 def test_the_checks_add_no_host_sync_where_the_caller_wants_none(device, ignore_index, looks):
     tensors = (None, None, None, torch.empty(1, device=device), None, None, None)
-    call = (tensors, {}, None, [], None, [], "torch", ignore_index, None, EVERY_ROW)
+    call = (tensors, {}, None, [], None, [], "torch", ignore_index, None, EVERY_ID)
     assert parallel_checks._may_look(call) == looks
 
 

@@ -13,7 +13,7 @@ pytest.importorskip("trl", reason="the trainer needs trl")
 
 import tiny
 import transformers
-from training import make, resume_and_compare, rewards_by_hand, step_and_compare
+from training import Spy, make, resume_and_compare, rewards_by_hand, step_and_compare
 from trl import DistillationConfig, DistillationTrainer
 
 from tropd_kernels.registry import OBJECTIVES
@@ -242,6 +242,34 @@ def test_reopold_changes_its_stage():
         "clip",
     ]
     assert args.rule(0.5).entropy_top_fraction == pytest.approx(0.2)
+
+
+def test_gradients_from_a_sample_of_ids(tmp_path):
+    """Another sample in every micro-batch; the same ones in a second run; none in an evaluation."""
+    settings = dict(max_steps=2, gradient_accumulation_steps=2, per_device_train_batch_size=2)
+    runs, given = [], []
+
+    class Seen(Spy):
+        def _sample(self, inputs):
+            given.append(super()._sample(inputs))
+            return given[-1]
+
+    for share in (None, 0.2, 0.2):
+        trainer = make(
+            tmp_path, kind=Seen, evaluate=tiny.prompts(), gradient_sampling=share, **settings
+        )
+        trainer.train()
+        trainer.evaluate()
+        runs.append(trainer)
+    exact, once, again = ([log for log in t.state.log_history if "loss" in log] for t in runs)
+    assert "tropd/gradient_error" not in exact[0]
+    assert exact[0]["loss"] == pytest.approx(once[0]["loss"], rel=1e-6), "the loss is of all ids"
+    assert exact[1]["loss"] != pytest.approx(once[1]["loss"], rel=1e-6)
+    assert [log["loss"] for log in once] == [log["loss"] for log in again]
+    for log in once:
+        assert 0.05 < log["tropd/gradient_share"] < 0.4 and 0 < log["tropd/gradient_error"] < 1
+    drawn = [options["seed"] for options in given if options]
+    assert len(drawn) == 8 and len(set(drawn)) == 4 and given[-1] == {}
 
 
 # --- metrics -----------------------------------------------------------------------------------

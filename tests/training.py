@@ -43,7 +43,9 @@ class Spy(TrOPDTrainer):
         return [inputs for inputs, training in self.seen if training]
 
 
-def make(folder, student=None, teacher=None, data=None, evaluate=None, peft=None, **settings):
+def make(
+    folder, student=None, teacher=None, data=None, evaluate=None, peft=None, kind=Spy, **settings
+):  # fmt: skip
     """A trainer; a teacher where none is given, unless the settings say where its log-probs are."""
     defaults = dict(
         max_steps=1, per_device_train_batch_size=4, max_completion_length=10, logging_steps=1,
@@ -53,7 +55,7 @@ def make(folder, student=None, teacher=None, data=None, evaluate=None, peft=None
     args = TrOPDConfig(str(folder), **(defaults | settings))
     if teacher is None and args.loads_teacher:
         teacher = tiny.model(1, hidden_size=48)
-    return Spy(
+    return kind(
         tiny.model(0) if student is None else student,
         teacher,
         args,

@@ -78,18 +78,18 @@ def check_call(
 def check_selection(tolerance, sampling, reduction: str, backend: str | None, seed) -> None:
     if not is_number(tolerance) or not 0 <= tolerance < 1:
         raise ValueError(
-            f"gradient_tolerance must be a number in [0, 1), got {short(tolerance)}: the share of "
-            "the gradient's norm that may be left out, 0 for none"
+            f"gradient_tolerance must be a number in [0, 1), got {short(tolerance)}: the standard "
+            "deviation of the gradient relative to its norm, 0 for an exact one"
         )
     if sampling is not None and (not is_number(sampling) or not 0 < sampling <= 1):
         raise ValueError(
             f"gradient_sampling must be None or a number in (0, 1], got {short(sampling)}: the "
-            "share of the tokens whose gradients are kept, on average"
+            "share of the vocabulary's ids that make the gradient, on average"
         )
     if tolerance > 0 and sampling is not None:
         raise ValueError(
-            f"gradient_tolerance={tolerance} and gradient_sampling={sampling} both choose the rows "
-            "that make the gradient: pass one of them"
+            f"gradient_tolerance={tolerance} and gradient_sampling={sampling} both say how many "
+            "ids make the gradient: pass one of them"
         )
     if not tolerance and sampling is None:
         return
@@ -103,10 +103,8 @@ def check_selection(tolerance, sampling, reduction: str, backend: str | None, se
         raise NotImplementedError(
             f"backend='reference' takes no {name}: use 'torch', 'native' or 'triton'"
         )
-    if sampling is not None and seed is None:
-        raise ValueError(
-            "gradient_sampling draws at random: pass seed=<an integer that changes every step>"
-        )
+    if seed is None:
+        raise ValueError(f"{name} draws at random: pass seed=<an integer that changes every step>")
 
 
 def flat_per_token(name: str, value: Tensor | None, labels: Tensor) -> Tensor | None:

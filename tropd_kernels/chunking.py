@@ -15,9 +15,9 @@ is then not needed.
 
 GEMM work, in units of S = 2 N V H (student head) and T = 2 N V G (teacher head): 3 S + T with
 gradients formed in the forward; 3 S without a dense teacher; one S less for each frozen side; 4 S +
-2 T where `reduction="none"` recomputes; one S more for a rule that ranks the batch by entropy. Rows
+2 T where `reduction="none"` recomputes; one S more for a rule that ranks the batch by entropy. Ids
 that a gradient tolerance or sampling leaves out spare their part of the last two S, which depends
-on the batch: the plan counts all rows.
+on the batch: the plan counts all ids.
 """
 
 from __future__ import annotations
@@ -33,7 +33,6 @@ from .objectives import TokenRule
 from .products import HALF, products_for
 from .rows.layout import Coef, Stat
 from .rows.torch_rows import scratch_bytes as torch_scratch
-from .selection import Share
 from .selection import workspace_bytes as selection_workspace
 
 #: Sizes are multiples of this many tokens.
@@ -102,7 +101,7 @@ def plan_chunks(
     needs_hidden_grad: bool = True,
     needs_weight_grad: bool = True,
     max_workspace_bytes: int | None = None,
-    selects_rows: bool = False,
+    samples_gradient: bool = False,
     wide_weight_grad: bool = False,
     vocab_parallel: bool = False,
 ) -> ChunkPlan:
@@ -113,8 +112,9 @@ def plan_chunks(
         that a call on such a device takes by itself.
     max_workspace_bytes: shrinks super_rows first, then rows, in steps of 128 tokens; rows first
         where one product makes d_weight, which then needs no accumulator.
-    selects_rows: with `gradient_tolerance` or `gradient_sampling`. wide_weight_grad: d_weight stays
-        in float32, for a weight with `main_grad`; the accumulator then is the gradient.
+    samples_gradient: with `gradient_tolerance` or `gradient_sampling`.
+    wide_weight_grad: d_weight stays in float32, for a weight with `main_grad`; the accumulator then
+        is the gradient.
     vocab_parallel: `vocab_size` is that of the largest shard, with `process_group`.
 
     Raises ValueError where even one step does not fit the budget, and for sizes or a backend that
@@ -139,6 +139,7 @@ def plan_chunks(
     logit_size = products.result_dtype.itemsize
     in_place = products.gradient_dtype == products.result_dtype
     gradients = needs_hidden_grad or needs_weight_grad
+    samples_gradient = samples_gradient and gradients
     rounds = products.rounds_d_weight and needs_weight_grad and not wide_weight_grad
     repeats = 2 if reduction == "none" and gradients else 1
     widths = [hidden_size] + ([teacher_hidden_size] if teacher_hidden_size else [])
@@ -161,11 +162,10 @@ def plan_chunks(
             else 0,
             "statistics and coefficients": logit_size * tokens * (len(Stat) + len(Coef)),
             "temporaries": scratch,
-            "selection of rows": logit_size * tokens * len(Share)
-            + selection_workspace(
-                super_rows, vocab_size, hidden_size, products.result_dtype, device_type
+            "sample of ids": selection_workspace(
+                super_rows, vocab_size, hidden_size, products.gradient_dtype, products.result_dtype
             )
-            if selects_rows and gradients
+            if samples_gradient
             else 0,
             "the search for the head": 2 * logit_size * rows * (vocab_size + 1)
             if vocab_parallel and objective is not None and objective.divergence == "akl"

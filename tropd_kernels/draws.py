@@ -1,5 +1,5 @@
 """Uniform draws, for the trust gate and for sampled gradients: functions of (seed, step, sequence
-id, position).
+id, position), of a sampled gradient (seed, token, id of the vocabulary).
 
 A recomputed forward, a resumed run, another split into micro-batches and every tensor-parallel rank
 must draw the same number for the same token, so the draw comes from no generator with state but
@@ -29,7 +29,7 @@ from torch import Tensor
 
 from .backends import choose_backend
 
-__all__ = ["bernoulli_uniforms", "philox4x32", "sampling_uniforms", "uniforms_like"]
+__all__ = ["bernoulli_uniforms", "id_uniforms", "philox4x32", "seed_tensor", "uniforms_like"]
 
 _M0, _M1 = 0xD2511F53, 0xCD9E8D57
 _W0, _W1 = 0x9E3779B9, 0xBB67AE85
@@ -85,13 +85,21 @@ def uniforms_like(labels: Tensor, seed: int | Tensor) -> Tensor:
     return bernoulli_uniforms(seed, 0, *_places(labels)).view(labels.shape)
 
 
-def sampling_uniforms(labels: Tensor, seed: int | Tensor) -> Tensor:
-    """Uniforms in [0, 1) of the shape (*) of `labels` that decide which tokens' gradients a sample
-    keeps: places, arguments and errors as in `uniforms_like`, of which they are independent.
+def id_uniforms(seed: Tensor, token: int, first: int, count: int, device: torch.device) -> Tensor:
+    """Uniforms in [0, 1) (count,) that decide which ids of the vocabulary, from `first` on, a
+    sampled gradient keeps in the chunk that begins with this token. seed: as `seed_tensor` gives
+    it. Independent of a gate's draws.
 
-    Returns float64: a token may be kept with a probability below 2^-24, which float32 draws miss.
+    Returns float64: an id may be kept with a probability below 2^-24, which float32 draws miss.
     """
-    return _uniforms(seed, 0, *_places(labels), torch.float64).view(labels.shape)
+    ids = torch.arange(first, first + count, device=device)
+    return _uniforms(seed, 0, ids.new_full((1,), token), ids, torch.float64)
+
+
+def seed_tensor(seed: int | Tensor, device: torch.device) -> Tensor:
+    """The seed, a 64-bit int or a 0-d integer tensor, as a 0-d int64 tensor. Raises TypeError or
+    ValueError on a wrong type or range."""
+    return _scalar("seed", seed, -(2**63), 2**64 - 1, device)
 
 
 def philox4x32(
@@ -121,7 +129,7 @@ def _uniforms(
 ) -> Tensor:
     """A gate's draws in float32, a sampled gradient's in float64."""
     device = positions.device
-    seed = _scalar("seed", seed, -(2**63), 2**64 - 1, device)
+    seed = seed_tensor(seed, device)
     step = _scalar("step", step, 0, _WORD, device)
     # What is traced has tensors of another type, or none yet.
     traced = torch.compiler.is_compiling() or type(positions) is not Tensor

@@ -27,7 +27,7 @@ from .arguments import (
     savable,
 )
 from .backends import choose_backend
-from .draws import sampling_uniforms, uniforms_like
+from .draws import seed_tensor, uniforms_like
 from .linear_loss import INPUTS
 from .main_grad import offers_main_grad
 from .objectives import TokenRule, TrOPD
@@ -37,7 +37,7 @@ from .parallel_loss import sharded_loss
 from .products import result_dtype
 from .reference_backend import reference_loss
 from .rows.layout import Stat
-from .selection import EVERY_ROW, Selection, Share, relative_error
+from .selection import EVERY_ID, Sampled, Selection
 from .teachers import (
     HiddenTeacher,
     LogitsTeacher,
@@ -64,10 +64,6 @@ class TokenStats:
     the gate's M; outlier: 1 - M; both 0 on a prefix. teacher_topk_mass,
     student_topk_mass: of K. token_loss: before `token_weight`. kept: passed gate and entropy
     filter.
-
-    With `gradient_tolerance` or `gradient_sampling`, where gradients were formed: gradient_norm: of
-    the token's share of d_weight in the loss's gradient, ||d_logits|| ||hidden|| (||d_logits||
-    where the head is frozen). gradient_weight: 0 left out, 1 kept, 1 / probability where sampled.
     """
 
     log_probs: Tensor
@@ -83,20 +79,21 @@ class TokenStats:
     student_topk_mass: Tensor | None
     token_loss: Tensor
     kept: Tensor
-    gradient_norm: Tensor | None = None
-    gradient_weight: Tensor | None = None
 
 
 @dataclass(frozen=True, eq=False)
 class DistillationOutput:
     """loss: scalar, or shaped like labels with reduction="none". stats: per token, detached.
-    gradient_error: scalar, ||left out|| / ||all|| of the tokens' shares with `gradient_tolerance`,
-    the standard deviation relative to ||all|| with `gradient_sampling`; None without them, and
-    where no gradient was formed."""
+
+    With `gradient_tolerance` or `gradient_sampling`, and None without them or where no product made
+    a gradient: gradient_share: scalar, how much of the vocabulary's columns entered the gradient
+    products. gradient_error: scalar, the standard deviation of the gradient relative to its norm,
+    the larger of hidden's (exact) and weight's (estimated)."""
 
     loss: Tensor
     stats: TokenStats
     gradient_error: Tensor | None = None
+    gradient_share: Tensor | None = None
 
 
 def linear_distillation_loss(
@@ -159,16 +156,14 @@ def linear_distillation_loss(
     the group makes the same call, and with reduction="none" the same backward. Not for
     backend="reference"; under torch.compile it runs eagerly. See `parallel` for what is
     communicated.
-    gradient_tolerance: leaves the tokens of smallest gradient out of d_hidden (whose rows are then
-    0), d_weight and the bias's gradient. What is guaranteed, up to rounding: with G_i the gradient
-    that token i adds to `weight`, the left out have sqrt(sum ||G_i||^2) at most this times that of
-    all tokens. d_weight is a sum in which tokens may cancel: its own error is at most the sum of
-    `stats.gradient_norm` where `stats.gradient_weight` is 0 (Frobenius norm), which may be larger
-    than tolerance * ||d_weight||. Loss and all other statistics stay exact.
-    gradient_sampling: keeps this share of the tokens, on average, at random by the size of their
-    gradients, scaled so that all gradients are unbiased; needs `seed`. Both cost a host sync per
-    super-chunk (see `plan_chunks`), are chosen within it, and are not for reduction="none" or
-    backend="reference". See `selection`.
+    gradient_tolerance, gradient_sampling: make the gradients of hidden and weight from a sample of
+    the vocabulary's ids, drawn by how much each adds, and scaled so that both are unbiased. Most of
+    a softmax's gradient lies on few ids, so most of two products is spared. A tolerance, such as
+    0.01, keeps as many ids as it takes for a standard deviation of that part of the gradient's
+    norm; sampling, such as 0.1, keeps that part of the ids, on average. The output's
+    `gradient_error` says what came of it. Pass one of them, and `seed`. Loss, statistics and the
+    bias's gradient stay exact. Chosen once per super-chunk (see `plan_chunks`), at the cost of a
+    host sync; not for reduction="none" or backend="reference". See `selection`.
 
     Raises ValueError, TypeError, NotImplementedError or RuntimeError that say what was given and
     what was expected; with a process_group on every rank, naming the one at fault.
@@ -278,7 +273,7 @@ def linear_log_probs(
         later = _wanted(student, head, shift)
         return (
             *savable((*flat, None, None, None), {}, needs, chosen), one, needs, later, rule, scales,
-            chosen, ignore_index, max_workspace_bytes, EVERY_ROW,
+            chosen, ignore_index, max_workspace_bytes, EVERY_ID,
         ), None  # fmt: skip
 
     (_, _, stats, _), _ = _found(call, group, "none")
@@ -340,8 +335,10 @@ def _flat_call(
     formed = reduction != "none" and weight is not None
     needs, later = (wanted, [False] * 3) if formed else ([False] * 3, wanted)
     needs = [*needs, needs[1] and offers_main_grad(weight)]
-    draws = None if sampling is None else sampling_uniforms(labels, seed).reshape(-1)
-    selection = Selection(float(tolerance), None if sampling is None else float(sampling), draws)
+    selection = EVERY_ID
+    if tolerance or sampling is not None:
+        share = None if sampling is None else float(sampling)
+        selection = Selection(float(tolerance), share, seed_tensor(seed, labels.device))
     flat = (student.reshape(-1, student.shape[-1]), weight, bias, flat_labels)
     tensors = (*flat, teacher_source, teacher_weight, teacher_bias)
     call = (
@@ -359,7 +356,7 @@ def _wanted(*tensors: Tensor | None) -> list[bool]:
 
 
 def _found(call, group, reduction: str):
-    """((loss, token_loss, stats, shares), the statistic whose sum divides the loss) of the flat
+    """((loss, token_loss, stats, sampled), the statistic whose sum divides the loss) of the flat
     call that `call` makes of this rank's arguments; with a group, what it raises is raised on every
     rank."""
     if group is None:
@@ -386,35 +383,29 @@ def _backend(requested: str | None, student: Tensor, group) -> str:
 
 
 def _output(found, after, labels, teacher, reduction) -> DistillationOutput:
-    loss, token_loss, stats, shares = found
+    loss, token_loss, stats, sampled = found
     stats = stats.detach()
-    selected = shares is not None and len(shares) > 0
-    gradient_norm = shares[Share.NORM] if selected else None
     if after is not None:
-        divisor = stats[after].sum().clamp_min(1)
-        loss = loss / divisor
-        gradient_norm = gradient_norm / divisor if selected else None
+        loss = loss / stats[after].sum().clamp_min(1)
     if reduction == "none":
         loss = token_loss.reshape(labels.shape)
-    if not selected:
-        return DistillationOutput(loss, _token_stats(stats, labels, teacher))
-    gradient = dict(gradient_norm=gradient_norm, gradient_weight=shares[Share.WEIGHT])
-    return DistillationOutput(
-        loss, _token_stats(stats, labels, teacher, **gradient), relative_error(shares)
-    )
+    tokens = _token_stats(stats, labels, teacher)
+    if sampled is None or len(sampled) == 0:
+        return DistillationOutput(loss, tokens)
+    return DistillationOutput(loss, tokens, sampled[Sampled.ERROR], sampled[Sampled.SHARE])
 
 
 def _run(
     tensors, inputs, scale, needs, later, rule, scales, backend, ignore_index,
     max_workspace_bytes, selection,
 ):  # fmt: skip
-    """(loss, token_loss, stats, shares) of the flat problem."""
+    """(loss, token_loss, stats, sampled) of the flat problem."""
     settings = (rule.key, scales, backend, ignore_index, max_workspace_bytes)
     row_inputs = [inputs.get(name) for name in INPUTS]
     if backend == "reference":
         arguments = (*tensors, row_inputs, *settings)
         return *reference_loss(ops.flat_problem(*arguments), scale), None
-    selects = (selection.tolerance, selection.sampling, selection.draws)
+    selects = (selection.tolerance, selection.sampling, selection.seed)
     _check_tangents(*tensors[:3])
     found = ops.distill(*tensors, row_inputs, scale, needs, later, *settings, *selects)
     return *found[:3], found[-1]
@@ -470,9 +461,7 @@ def _flat_teacher(teacher: Teacher | None, labels: Tensor, student: Tensor, grou
     return nothing, plain, known
 
 
-def _token_stats(
-    stats: Tensor, labels: Tensor, teacher: Teacher | None, **more: Tensor
-) -> TokenStats:
+def _token_stats(stats: Tensor, labels: Tensor, teacher: Teacher | None) -> TokenStats:
     dense = isinstance(teacher, (HiddenTeacher, LogitsTeacher))
     top_k = dense or isinstance(teacher, TopKTeacher)
     given = {
@@ -496,8 +485,7 @@ def _token_stats(
         **{
             name: stats[row].reshape(labels.shape) if given.get(row, True) else None
             for name, row in names.items()
-        },
-        **{name: value.reshape(labels.shape) for name, value in more.items()},
+        }
     )
 
 

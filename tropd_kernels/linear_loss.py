@@ -18,7 +18,7 @@ way (3 S + T), without it returns the coefficients from which `backward` recompu
 incoming gradient. Logits that exist already go through the same loop, without the GEMMs: there
 `backward` reads them once more, which costs less than holding their gradient.
 
-With a selection (`selection.py`) the two products of a super-chunk see some of its rows alone.
+With a selection (`selection.py`) the two products of a super-chunk see some of the ids alone.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ from .chunking import ChunkPlan, plan_chunks
 from .products import products_for, result_dtype, stored_dtype, without_autocast
 from .rows.layout import FIRST_WEIGHT, Coef, LogitTransform, RowBatch, RowOptions, Stat
 from .rows.sharded import ShardRows
-from .selection import EVERY_ROW, Selection, Share, move_to_front, row_norms, weighed_sum
+from .selection import EVERY_ID, Sample, Selection
 
 if TYPE_CHECKING:
     from .parallel import Shard
@@ -74,7 +74,7 @@ class Problem:
     ignore_index: int | None
     max_workspace_bytes: int | None
     shard: Shard | None = None  # the sides hold a part of the vocabulary; labels name any of it
-    selection: Selection = EVERY_ROW
+    selection: Selection = EVERY_ID
     #: What a backward may form that makes the logits again. It has to make the forward's, whose
     #: k-th id it looks for, so both walk by its plan.
     later: Needs = field(default_factory=lambda: Needs())
@@ -118,15 +118,15 @@ class Needs:
 @dataclass
 class Result:
     """stats (Stat, N) and coefs (Coef, N), 0 for tokens that do not count; the gradients asked for,
-    times the loop's `loss_scale`, in the dtype in which they wait for the backward. shares
-    (Share, N) where the problem's selection is on."""
+    times the loop's `loss_scale`, in the dtype in which they wait for the backward. sampled
+    (Sampled,) where the problem's selection is on."""
 
     stats: Tensor
     coefs: Tensor
     d_student: Tensor | None = None
     d_weight: Tensor | None = None
     d_bias: Tensor | None = None
-    shares: Tensor | None = None
+    sampled: Tensor | None = None
 
 
 def forward(problem: Problem, needs: Needs, loss_scale: Tensor) -> Result:
@@ -236,8 +236,13 @@ class _Loop:
             self.total = result.d_weight[: self.columns]
         if needs.bias:
             result.d_bias = source.new_zeros((problem.student.vocab_size,), dtype=problem.dtype)
-        if needs and problem.selection.on:
-            result.shares = result.stats.new_zeros((len(Share), problem.labels.shape[0]))
+        self.sample: Sample | None = None
+        if problem.selection.on and (needs.student or needs.weight):
+            head = problem.student.weight[: self.columns] if needs.student else None
+            first_id = 0 if problem.shard is None else problem.shard.low
+            self.sample = Sample(
+                problem.selection, self.engine, head, needs.weight, result.stats, first_id
+            )
 
     def _plan(self) -> ChunkPlan:
         student, teacher = self.problem.student, self.problem.teacher
@@ -255,7 +260,7 @@ class _Loop:
             needs_hidden_grad=needs.student,
             needs_weight_grad=needs.weight,
             max_workspace_bytes=self.problem.max_workspace_bytes if self.has_head else None,
-            selects_rows=bool(self.needs) and self.problem.selection.on,
+            samples_gradient=self.problem.selection.on,
             wide_weight_grad=self.needs.wide_weight,
             objective=self.problem.options.rule,
             vocab_parallel=shard is not None,
@@ -348,10 +353,8 @@ class _Loop:
             last = stop == self.n
             if last and self.total_size() is not None:
                 arena.drop(z_buffer, t_buffer)  # what is rounded takes their room
-            if self.result.shares is not None:
-                self._selected_products(d_logits[: stop - start], self._indices(start, stop), last)
-            elif self.needs and self.has_head:
-                self._products(d_logits[: stop - start], self.tokens(start, stop), last)
+            if self.needs and self.has_head:
+                self._products(d_logits[: stop - start], self.tokens(start, stop), start, last)
 
     def _weighed(self, coefs: Tensor) -> Tensor:
         if self.row_scale is None or not self.needs:
@@ -364,8 +367,9 @@ class _Loop:
         result, student = self.result, self.problem.student
         if self.first and result.d_weight is not None:  # no product has overwritten it
             result.d_weight.zero_()
-        if self.late_scale is not None and result.shares is not None:
-            result.shares[Share.NORM] *= self.late_scale
+        if self.sample is not None:
+            total = None if result.d_weight is None else result.d_weight[: self.columns]
+            result.sampled = self.sample.report(total, self.problem.shard)
         for name, tensor in (("d_weight", student.weight), ("d_bias", student.bias)):
             total = getattr(result, name)
             if total is not None:
@@ -374,74 +378,64 @@ class _Loop:
                 if name != "d_weight" or not self.needs.wide_weight:
                     setattr(result, name, total.to(stored_dtype(tensor.dtype)))
 
-    def _indices(self, start: int, stop: int) -> Tensor:
-        tokens = self.tokens(start, stop)
-        if isinstance(tokens, Tensor):
-            return tokens
-        return torch.arange(tokens.start, tokens.stop, device=self.problem.labels.device)
-
-    def _selected_products(self, d_logits: Tensor, tokens: Tensor, last: bool) -> None:
-        """The products of those rows that the selection keeps."""
-        shares = self._shares(d_logits, tokens)
-        self.result.shares[:, tokens] = shares
-        out = shares[Share.WEIGHT] == 0
-        kept = len(tokens) - int(out.sum())  # the super-chunk's host sync
-        if kept == 0:
-            if last and not self.first and self.plan.rounds_d_weight:  # what a product would do
-                self.result.d_weight[: self.columns] = self.total
-            return
-        weights = None if self.problem.selection.sampling is None else shares[Share.WEIGHT]
-        if kept < len(tokens):
-            # A stable sort instead of nonzero(), as in `tokens_that_count`.
-            index = torch.argsort(out, stable=True)[:kept]
-            d_logits, tokens = move_to_front(d_logits, index), tokens[index]
-            weights = None if weights is None else weights[index]
-        self._products(d_logits, tokens, last, weights)
-
-    def _shares(self, d_logits: Tensor, tokens: Tensor) -> Tensor:
-        """(Share, n) of these tokens, the same on every rank."""
-        problem, shard = self.problem, self.problem.shard
-        norms = row_norms(d_logits, problem.dtype)
-        if shard is not None:
-            squares = norms.double().square()
-            shard.sum_(squares)
-            norms = squares.sqrt().to(problem.dtype)
-        hidden = problem.student.source[tokens]
-        if self.needs.weight:
-            norms = norms * torch.linalg.vector_norm(hidden, dim=1, dtype=problem.dtype)
-        shares = problem.selection.shares(norms, hidden, tokens)
-        # Hidden states of ranks may differ in a last bit, and with it the number of rows that they
-        # would sum d_hidden of: the first rank decides.
-        return shares if shard is None else shard.gather(shares)[0]
-
-    def _products(
-        self, d_logits: Tensor, tokens: slice | Tensor, last: bool, weights: Tensor | None = None
-    ) -> None:
-        """Adds these rows' gradients, times `weights` where there are any: on the hidden states and
-        on the results, which are narrower than d_logits. With the last super-chunk's d_weight is
-        rounded, if the products can."""
-        student, result, v = self.problem.student, self.result, self.columns
-        if self.needs.student:
-            d_hidden = self.products.d_hidden(d_logits, student.weight[:v])
+    def _products(self, d_logits: Tensor, tokens: slice | Tensor, start: int, last: bool) -> None:
+        """Adds these rows' gradients. With the last super-chunk's d_weight is rounded, if the
+        products can."""
+        needs, result, v = self.needs, self.result, self.columns
+        hidden = self.problem.student.source[tokens]
+        blocks = None
+        if self.sample is not None:
+            blocks = self.sample.choose(d_logits, hidden, start)
+        if blocks is None:
+            d_hidden = self._products_of_all(d_logits, hidden, last)
+        else:
+            d_hidden = self._products_of_some(d_logits, hidden, blocks, last)
+        if d_hidden is not None:
             if self.problem.shard is not None:
                 self.problem.shard.sum_(d_hidden)
+            if self.sample is not None:
+                self.sample.saw_hidden(d_hidden)
             if self.late_scale is not None:
                 d_hidden *= self.late_scale
-            if weights is not None:
-                d_hidden *= weights[:, None]
             result.d_student[tokens] = d_hidden.to(result.d_student.dtype)
-        if self.needs.weight:
-            hidden = student.source[tokens]
-            if weights is not None:
-                hidden = (hidden * weights[:, None]).to(hidden.dtype)
-            out = result.d_weight[:v] if last and self.plan.rounds_d_weight else self.total
-            self.products.d_weight(out, d_logits, hidden, None if self.first else self.total)
-        if self.needs.bias:
-            if weights is None:
-                result.d_bias[:v] += d_logits.sum(0, dtype=result.d_bias.dtype)
-            else:
-                result.d_bias[:v] += weighed_sum(d_logits, weights)
+        if needs.bias:
+            result.d_bias[:v] += d_logits.sum(0, dtype=result.d_bias.dtype)
         self.first = False
+
+    def _products_of_all(self, d_logits: Tensor, hidden: Tensor, last: bool) -> Tensor | None:
+        """d_hidden; adds to d_weight."""
+        v, d_hidden = self.columns, None
+        if self.needs.student:
+            d_hidden = self.products.d_hidden(d_logits, self.problem.student.weight[:v])
+        if self.needs.weight:
+            out = self.result.d_weight[:v] if last and self.plan.rounds_d_weight else self.total
+            self.products.d_weight(out, d_logits, hidden, None if self.first else self.total)
+        return d_hidden
+
+    def _products_of_some(
+        self, d_logits: Tensor, hidden: Tensor, blocks, last: bool
+    ) -> Tensor | None:
+        """The same from a sample of the ids: (ids, weights) in blocks."""
+        d_hidden = self.result.stats.new_zeros(hidden.shape) if self.needs.student else None
+        if self.needs.weight and self.first:
+            self.total.zero_()
+        for ids, weights in blocks:
+            self._add_block(d_logits, hidden, ids, weights, d_hidden)
+        if self.needs.weight and last and self.total_size() is not None:
+            self.result.d_weight[: self.columns] = self.total
+        return d_hidden
+
+    def _add_block(self, d_logits, hidden, ids, weights, d_hidden: Tensor | None) -> None:
+        """Of these ids alone. A function, so that nothing of a block is alive in the next."""
+        columns = d_logits.index_select(1, ids).mul_(weights)
+        if d_hidden is not None:
+            head = self.problem.student.weight.index_select(0, ids)
+            d_hidden += self.products.d_hidden(columns, head)
+        if self.needs.weight:
+            rows = weights.new_empty((len(ids), hidden.shape[1]))
+            self.products.d_weight(rows, columns, hidden, None)
+            self.sample.saw_weight(rows, weights)
+            self.total.index_add_(0, ids, rows.to(self.total.dtype))
 
     def _store_d_logits(self, batch, coefs, options, tokens) -> None:
         """Existing logits: their gradient is the result itself."""

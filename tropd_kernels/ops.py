@@ -2,7 +2,7 @@
 
     tropd_kernels::distill            loss, per-token losses, statistics, coefficients, and, where
     `needs`
-                                      says so, the gradients of the loss and tokens' shares of them
+                                      says so, the gradients of the loss, and what was sampled
     tropd_kernels::distill_backward   gradients from coefficients that carry the incoming gradient
 
 Autograd: with `needs`, `distill` has formed the gradients of its first output (the scalar loss) and
@@ -30,7 +30,7 @@ from .main_grad import add_to_main_grad, offers_main_grad
 from .objectives import decode_rule
 from .products import TILE_ROWS, result_dtype, stored_dtype
 from .rows.layout import FIRST_WEIGHT, Coef, LogitTransform, RowOptions, Stat
-from .selection import EVERY_ROW, Selection, Share
+from .selection import EVERY_ID, Sampled, Selection
 
 Gradients = tuple[Tensor, Tensor, Tensor]
 
@@ -55,12 +55,12 @@ def distill(
     max_workspace_bytes: int | None,
     tolerance: float = 0.0,
     sampling: float | None = None,
-    draws: Tensor | None = None,
+    sampling_seed: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     problem = flat_problem(
         student, weight, bias, labels, teacher, teacher_weight, teacher_bias, inputs,
         rule, scales, backend, ignore_index, max_workspace_bytes,
-        selection=Selection(tolerance, sampling, draws), later=later,
+        selection=Selection(tolerance, sampling, sampling_seed), later=later,
     )  # fmt: skip
     with device_of(student):
         result = forward(problem, Needs(*needs), loss_scale)
@@ -70,18 +70,18 @@ def distill(
         student.new_empty(0) if g is None else g
         for g in (result.d_student, result.d_weight, result.d_bias)
     )
-    shares = no_shares(problem) if result.shares is None else result.shares
-    return loss, token_loss, result.stats, result.coefs, d_student, d_weight, d_bias, shares
+    sampled = nothing_sampled(problem) if result.sampled is None else result.sampled
+    return loss, token_loss, result.stats, result.coefs, d_student, d_weight, d_bias, sampled
 
 
 @distill.register_fake
 def _(
     student, weight, bias, labels, teacher, teacher_weight, teacher_bias, inputs,
     loss_scale, needs, later, rule, scales, backend, ignore_index, max_workspace_bytes,
-    tolerance=0.0, sampling=None, draws=None,
+    tolerance=0.0, sampling=None, sampling_seed=None,
 ):  # fmt: skip
     dtype, n = result_dtype(student.dtype), labels.shape[0]
-    selects = any(needs) and Selection(tolerance, sampling, draws).on
+    samples = any(needs[:2]) and Selection(tolerance, sampling, sampling_seed).on
 
     def gradient(of, need, wide=False):
         if not need:
@@ -96,7 +96,7 @@ def _(
         gradient(student, needs[0]),
         gradient(weight, *needs[1::2]),
         gradient(bias, needs[2]),
-        student.new_empty((len(Share) if selects else 0, n), dtype=dtype),
+        student.new_empty((len(Sampled) if samples else 0,), dtype=dtype),
     )
 
 
@@ -150,15 +150,15 @@ def _setup_context(ctx, inputs, output):
         student, weight, bias, labels, teacher, teacher_weight, teacher_bias, row_inputs,
         loss_scale, needs, *settings,
     ) = inputs  # fmt: skip
-    loss, token_loss, stats, coefs, d_student, d_weight, d_bias, shares = output
-    ctx.settings = settings[:6]  # a recomputing backward selects no rows
+    loss, token_loss, stats, coefs, d_student, d_weight, d_bias, sampled = output
+    ctx.settings = settings[:6]  # a recomputing backward samples no ids
     ctx.formed = any(needs)
     ctx.set_materialize_grads(False)
     if ctx.formed:
-        ctx.mark_non_differentiable(token_loss, stats, coefs, d_student, d_weight, d_bias, shares)
+        ctx.mark_non_differentiable(token_loss, stats, coefs, d_student, d_weight, d_bias, sampled)
         keep_gradients(ctx, needs, (student, weight, bias), (d_student, d_weight, d_bias), loss)
     else:
-        ctx.mark_non_differentiable(coefs, d_student, d_weight, d_bias, shares)
+        ctx.mark_non_differentiable(coefs, d_student, d_weight, d_bias, sampled)
         ctx.save_for_backward(
             loss, student, weight, bias, labels, teacher, teacher_weight, teacher_bias, coefs,
             loss_scale, *row_inputs,
@@ -250,9 +250,9 @@ def weighed_losses(problem: Problem, result: Result) -> Tensor:
     return token_loss
 
 
-def no_shares(problem: Problem) -> Tensor:
-    """(0, N): what stands for the shares of tokens where no rows were selected."""
-    return problem.labels.new_empty((0, problem.labels.shape[0]), dtype=problem.dtype)
+def nothing_sampled(problem: Problem) -> Tensor:
+    """(0,): what stands for `Sampled` where every id was seen."""
+    return problem.labels.new_empty((0,), dtype=problem.dtype)
 
 
 def carry(coefs, loss_scale, d_loss, d_token_loss, d_stats) -> Tensor:
@@ -307,7 +307,7 @@ def device_of(tensor: Tensor):
 def flat_problem(
     student, weight, bias, labels, teacher, teacher_weight, teacher_bias, inputs,
     rule, scales, backend, ignore_index, max_workspace_bytes, shard=None, teacher_pieces=(),
-    selection=EVERY_ROW, later=(),
+    selection=EVERY_ID, later=(),
 ) -> Problem:  # fmt: skip
     scale, cap, teacher_scale, teacher_cap, temperature = scales
     # Per token they are read with unit stride.

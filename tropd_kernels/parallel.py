@@ -24,7 +24,7 @@ Communication, where each rank sends to all others, in numbers of 4 bytes (8 in 
     AKL's head   120 a token
     sums         8 a token where the rule needs more than the statistics
     d_hidden     H a token, one all-reduce a super-chunk, where hidden requires grad
-    selection    5 a token, with gradient_tolerance or gradient_sampling
+    sample       5 numbers of 8 bytes a call, with gradient_tolerance or gradient_sampling
     checks       64 numbers of 8 bytes a call
 
 and 4 numbers more a token for a rule that ranks the batch by entropy. Nothing grows with V.

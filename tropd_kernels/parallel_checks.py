@@ -46,7 +46,6 @@ PUBLIC = {
     "topk_log_probs": "the teacher's log_probs",
     "label_log_probs": "the teacher's label_log_probs",
     "teacher_entropy": "the teacher's entropy",
-    "draws": "seed",
 }
 #: Facts about a call: name of the argument, and what it is, in words or as a tensor of values.
 Facts = list[tuple[str, str, Tensor | None]]
@@ -170,7 +169,7 @@ def _facts(call, reduction: str) -> Facts:
         values("labels", labels),
         *[values(PUBLIC.get(name, name), inputs.get(name)) for name in INPUTS],
         values("normalizer", scale),
-        values(PUBLIC["draws"], selection.draws),
+        values("seed", selection.seed),
     ]
 
 

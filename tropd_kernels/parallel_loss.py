@@ -5,8 +5,8 @@ eagerly, a graph break; with fullgraph=True it is an error.
 
 As in `ops.py`, gradients of a scalar loss are formed in the forward and scaled in the backward,
 which then communicates nothing; per-token losses recompute in the backward, which then sums
-d_hidden over the ranks, so all of them have to run it, in the same order. Where rows of d_logits
-are selected, the first rank's choice is everyone's.
+d_hidden over the ranks, so all of them have to run it, in the same order. Where the
+gradient is sampled, each rank samples its own ids.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ def sharded_loss(
     shard: Shard, tensors, inputs, scale, needs, later, rule, scales, backend, ignore_index,
     max_workspace_bytes, selection,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """(loss, token_loss, stats, shares) of the flat problem, as `ops.distill` gives them."""
+    """(loss, token_loss, stats, sampled) of the flat problem, as `ops.distill` gives them."""
     student, weight, bias, labels, *teacher = tensors
     teacher, pieces = _aligned(shard, *teacher)
     settings = (
@@ -62,17 +62,17 @@ class _ShardedLoss(torch.autograd.Function):
             result = forward(problem, Needs(*needs), scale)
         token_loss = ops.weighed_losses(problem, result)
         loss = token_loss.sum() * scale
-        shares = ops.no_shares(problem) if result.shares is None else result.shares
+        sampled = ops.nothing_sampled(problem) if result.sampled is None else result.sampled
         ctx.set_materialize_grads(False)
         ctx.formed, ctx.settings, ctx.n_pieces = any(needs), settings, n_pieces
         if ctx.formed:
-            ctx.mark_non_differentiable(token_loss, result.stats, shares)
+            ctx.mark_non_differentiable(token_loss, result.stats, sampled)
             made = (result.d_student, result.d_weight, result.d_bias)
             ops.keep_gradients(ctx, needs, (student, weight, bias), made, loss)
         else:
-            ctx.mark_non_differentiable(shares)
+            ctx.mark_non_differentiable(sampled)
             ctx.save_for_backward(loss, *tensors, result.coefs, scale, *rest)
-        return loss, token_loss, result.stats, shares
+        return loss, token_loss, result.stats, sampled
 
     @staticmethod
     def backward(ctx, d_loss, d_token_loss, d_stats, _):

@@ -1,169 +1,245 @@
-"""Which rows of d_logits enter the products that make d_hidden and d_weight.
+"""Which columns of d_logits, that is which ids of the vocabulary, enter the products that make
+d_hidden and d_weight.
 
-A token's share of d_weight is the outer product d_logits_i h_i^T, whose Frobenius norm is known
-without forming it; in on-policy distillation most tokens' is orders below the batch's:
+Both are made of one term for each id, and almost all of a softmax's gradient lies on few ids; the
+rest is the tail of many small probabilities. A sample of the ids gives both without bias:
 
-    e_i = ||d_logits_i|| ||h_i||            ||d_logits_i|| alone where the head is frozen
+    d_hidden   = sum_j g_j w_j^T          g_j (n,): column j of d_logits; w_j: row j of the head
+    d_weight_j = g_j^T hidden             id j is kept with probability pi_j, its column divided by
+                                          pi_j. Draws are independent, so exactly
 
-Per super-chunk of tokens, in which the products are made, rows are kept in one of two ways.
+    E ||error of d_hidden||^2 = sum_j (1 / pi_j - 1) ||g_j||^2 ||w_j||^2
+    E ||error of d_weight||^2 = sum_j (1 / pi_j - 1) ||d_weight_j||^2
 
-    tolerance t    leave out the smallest e_i while their sum of squares is at most t^2 sum_j e_j^2.
-                   Over the whole batch, by summing:  sum(e_i^2 left out) <= t^2 sum(e_i^2).
-    sampling f     keep row i with probability pi_i = min(1, c e_i), c such that sum(pi) = f rows,
-                   and weigh it by 1 / pi_i: unbiased, of variance sum((1 / pi_i - 1) e_i^2), the
-                   least for that number of independent draws (Poisson sampling with probability
-                   proportional to size, as in survey sampling; for products of matrices: Drineas,
-                   Kannan and Mahoney, "Fast Monte Carlo Algorithms for Matrices I", 2006).
+For a given number of ids such a sum is least with pi_j = min(1, c e_j), where e_j^2 is the square
+that id j brings: Poisson sampling with probability proportional to size, as in survey sampling; for
+products of matrices, Drineas, Kannan and Mahoney, "Fast Monte Carlo Algorithms for Matrices I",
+2006. Where both gradients are asked for, e_j^2 adds their squares, each relative to its sum.
+||d_weight_j|| is not known before the product: what lies along the mean of the hidden states is
+counted exactly, and the rest as if its directions were independent.
 
-Kept rows move to the front of their own buffer, block by block: their order stays, so a row never
-moves to where one still stands that has to move. Their number is read by the host, one sync a
-super-chunk. Memory beside the numbers a token: one block of rows, two for half precision on a CPU,
-and a super-chunk's hidden states, in float32 where they are weighed.
+    sampling f     c such that sum(pi) is f of the ids
+    tolerance t    c such that sum_j (1 / pi_j - 1) e_j^2 = t^2 sum_j e_j^2: with sums that estimate
+                   the gradients' squares, the relative standard deviation is t
 
-Rows with NaN or infinity are always kept, and take no part in the sums. Where all finite rows have
-norm 0, all are kept: float32 squares of a gradient below 1e-22 are 0 too. Sums that decide are of
-integers, which no order of adding changes, so that two runs keep the same rows.
+Chosen for each super-chunk of tokens, in which the products are made; squares add up over them, so
+t holds for the batch. How many ids are kept is read by the host, one sync a super-chunk. Columns
+are gathered IDS_AT_ONCE at a time.
+
+Ids whose size is not finite are kept, and take no part in the sums. Where all finite sizes are 0,
+all are kept: float32 squares of a gradient below 1e-22 are 0, too. Where more than DENSE of the ids
+would be kept, all are: gathering them would cost what it spares. Sums that decide are of integers,
+which no order of adding changes, so that two runs keep the same ids.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import IntEnum
 
 import torch
 from torch import Tensor
 
-#: Bytes of a block of rows: on a CPU it should stay in the cache, a GPU wants few launches.
-BLOCK_BYTES = {"cpu": 2**22}
-LARGE_BLOCK = 2**25
+from .draws import id_uniforms
+
+IDS_AT_ONCE = 8192
+DENSE = 0.5
 #: Sums are of integers in units of this part of their total.
 UNITS = 2**60
 
 
-class Share(IntEnum):
-    """Rows of the matrix (Share, N) that tells what became of each token's share."""
+class Sampled(IntEnum):
+    """What a call says of its sample."""
 
-    NORM = 0  # e_i
-    PROBABILITY = 1  # of being kept; 0 or 1 under a tolerance
-    WEIGHT = 2  # 0: left out
+    SHARE = 0  # of the columns' entries that the products saw
+    ERROR = (
+        1  # standard deviation relative to the gradient: the larger of d_hidden's and d_weight's
+    )
 
 
 @dataclass(frozen=True)
 class Selection:
-    """tolerance: 0 keeps all rows. sampling: the share of rows kept on average, None keeps all;
-    draws: float64 (N,) in [0, 1), which decide."""
+    """tolerance: 0 keeps all ids. sampling: the share of ids kept on average, None keeps all. seed:
+    0-d int64, for the draws."""
 
     tolerance: float = 0.0
     sampling: float | None = None
-    draws: Tensor | None = None
+    seed: Tensor | None = None
 
     @property
     def on(self) -> bool:
         return self.tolerance > 0 or self.sampling is not None
 
-    def shares(self, norms: Tensor, hidden: Tensor, tokens: slice | Tensor) -> Tensor:
-        """(Share, n) of the rows with these norms e_i (n,) and hidden states (n, H)."""
-        if self.sampling is None:
-            weight = probability = within_tolerance(norms, self.tolerance).to(norms.dtype)
+    def probabilities(self, sizes: Tensor) -> Tensor:
+        """pi (V,), float64, of ids with these e_j (V,)."""
+        sizes = sizes.double()
+        finite, units = _in_units(sizes)
+        order = _ascending(finite, units)
+        sorted_units = units[order]
+        sums = sorted_units.cumsum(0).double() / UNITS
+        values = sorted_units.double() / UNITS  # of a size that is not finite: 0
+        if self.sampling is not None:
+            c = _for_share(self.sampling, values, sums, finite[order])
         else:
-            pi = probabilities(norms, self.sampling)
-            if hidden.dtype == torch.float16:
-                # 1 / pi multiplies the hidden state, which must not overflow.
-                largest = hidden.abs().amax(1).double().nan_to_num(nan=torch.inf)
-                pi = torch.maximum(pi, largest / 2**15).clamp(max=1)
-            weight = torch.where(self.draws[tokens] < pi, 1 / pi, 0.0)
-            probability = pi
-        return torch.stack([norms, probability.to(norms.dtype), weight.to(norms.dtype)])
+            finite_sizes = torch.where(finite, sizes, 0.0)
+            c = _for_tolerance(self.tolerance, finite_sizes, order, values, sums, finite[order])
+        pi = torch.where(units > 0, (c * (units.double() / UNITS)).clamp(0, 1), 0.0)
+        pi = torch.where(finite, pi, 1.0)
+        all_are_kept = (pi.sum() > DENSE * len(pi)) | ~(units > 0).any()
+        return torch.where(all_are_kept, 1.0, pi)
 
 
-EVERY_ROW = Selection()
+EVERY_ID = Selection()
 
 
-def within_tolerance(norms: Tensor, tolerance: float) -> Tensor:
-    """(n,) bool: the rows to keep."""
-    finite, units = _in_units(norms.double().square())
-    order = _ascending(finite, units)
-    # Rows that are not finite come last, where the sum is the total, which is above any tolerance.
-    small = units[order].cumsum(0) <= int(tolerance**2 * UNITS)
-    out = small & (units > 0).any()
-    return torch.ones_like(finite).index_copy(0, order, ~out)
-
-
-def probabilities(norms: Tensor, fraction: float) -> Tensor:
-    """pi (n,), float64. c follows from how many rows have pi < 1: with these in ascending order,
+def _for_share(fraction: float, values: Tensor, sums: Tensor, finite: Tensor) -> Tensor:
+    """c such that the sum of min(1, c e) is `fraction` of the n finite: these in ascending order,
 
     c_j = (fraction n - (n - j)) / (e_1 + ... + e_j),    the largest j for which c_j e_j <= 1
     """
-    finite, units = _in_units(norms.double())
-    order = _ascending(finite, units)
-    size, total = units[order].double(), units[order].cumsum(0).double()
-    # What is left of fraction * n for the j smallest rows, when all larger ones are kept.
     missing = (1 - fraction) * finite.sum().double()
-    places = torch.arange(1, len(norms) + 1, device=norms.device) - missing
-    below_one = (size * places <= total) & finite[order]
-    last = (below_one.sum() - 1).clamp_min(0).view(1)
-    c = places.index_select(0, last) / total.index_select(0, last)
-    pi = torch.where(units > 0, (c * units.double()).clamp(0, 1), 0.0)
-    return torch.where(finite & (units > 0).any(), pi, 1.0)
+    places = torch.arange(1, len(values) + 1, device=values.device) - missing
+    last = _last((values * places <= sums) & finite)
+    below = sums.index_select(0, last)
+    return torch.where(below > 0, places.index_select(0, last) / below, torch.inf)
 
 
-def relative_error(shares: Tensor) -> Tensor:
-    """What is left out, relative to the stacked shares of all tokens: ||left out|| / ||all|| under
-    a tolerance; the standard deviation relative to ||all|| of a sample. 0 of nothing."""
-    norm, probability = shares[Share.NORM].double(), shares[Share.PROBABILITY].double()
-    square = torch.where(norm.isfinite(), norm, 0.0).square()
-    lost = torch.where(probability > 0, 1 / probability - 1, 1.0) * square
-    error = (lost.sum() / square.sum()).sqrt()
-    return torch.where(square.sum() > 0, error, 0.0).to(shares.dtype)
-
-
-def row_norms(
-    d_logits: Tensor,  # (n, V)
-    dtype: torch.dtype,
+def _for_tolerance(
+    tolerance: float, sizes: Tensor, order: Tensor, values: Tensor, sums: Tensor, finite: Tensor
 ) -> Tensor:
-    """||d_logits_i|| (n,), summed and given in `dtype`."""
-    if d_logits.dtype == dtype or d_logits.device.type != "cpu":
-        return torch.linalg.vector_norm(d_logits, dim=1, dtype=dtype)
-    # torch would make a copy of all in `dtype`.
-    norms = d_logits.new_empty(d_logits.shape[:1], dtype=dtype)
-    buffer = _block(d_logits, dtype)
-    for rows in _blocks(len(d_logits), len(buffer)):
-        block = buffer[: rows.stop - rows.start].copy_(d_logits[rows])
-        torch.linalg.vector_norm(block, dim=1, out=norms[rows])
-    return norms
+    """c such that sum (1 / min(1, c e) - 1) e^2 = tolerance^2 sum e^2. With the j smallest below 1,
+
+    sum = (e_1 + ... + e_j) / c - (e_1^2 + ... + e_j^2),    the largest j for which c_j e_j <= 1
+
+    e is in units of its sum, and e^2 in units of its own, which is 1 / `ratio` of the others'
+    square."""
+    squares = _in_units(sizes.square())[1][order].cumsum(0).double() / UNITS
+    total = sizes.sum()
+    ratio = total.square() / sizes.square().sum()
+    variance = ratio * values * sums - squares  # with c = 1 / e_j
+    last = _last((variance <= tolerance**2) & finite)
+    at_most = tolerance**2 + squares.index_select(0, last)
+    below = sums.index_select(0, last)
+    return torch.where(below > 0, ratio * below / at_most, torch.inf)
 
 
-def move_to_front(
-    d_logits: Tensor,  # (n, V)
-    index: Tensor,  # (kept,) ascending
-) -> Tensor:
-    """The rows at `index`, (kept, V): a view of what was overwritten by them."""
-    buffer = _block(d_logits, d_logits.dtype)
-    for rows in _blocks(len(index), len(buffer)):
-        block = buffer[: rows.stop - rows.start]
-        torch.index_select(d_logits, 0, index[rows], out=block)
-        d_logits[rows] = block
-    return d_logits[: len(index)]
+def _last(holds: Tensor) -> Tensor:
+    """The index (1,) of the last for which it holds; 0 where it holds for none. Sums up to it are 0
+    where more ids may be kept than have a size: then all that have one are."""
+    return (holds.sum() - 1).clamp_min(0).view(1)
 
 
-def weighed_sum(
-    d_logits: Tensor,  # (n, V)
-    weights: Tensor,  # (n,)
-) -> Tensor:
-    """sum_i weights_i d_logits_i (V,), in the weights' dtype."""
-    total = weights.new_zeros(d_logits.shape[1:])
-    for rows in _blocks(len(d_logits), _block_rows(d_logits, weights.dtype)):
-        total += weights[rows] @ d_logits[rows].to(weights.dtype)
-    return total
+class Sample:
+    """The sample of a call: which ids its super-chunks keep, and what that does to its gradients.
+
+    Adds up on the device, and waits for it once a super-chunk. Sharded over ranks each of them
+    samples its own ids.
+    """
+
+    def __init__(
+        self,
+        selection: Selection,
+        engine,  # of rows
+        weight: Tensor | None,  # (V, H), where d_hidden is asked for
+        d_weight: bool,  # is asked for
+        like: Tensor,  # in the precision of the sums
+        first_id: int = 0,
+    ):
+        self.selection, self.engine = selection, engine
+        self.d_weight, self.first_id = d_weight, first_id
+        self.dtype = like.dtype
+        self.head = None if weight is None else engine.row_squares(weight, like.dtype).double()
+        #: Entries that the products saw, and all; squared errors and squares of the gradients.
+        self.seen, self.entries = 0, 0
+        nothing = like.new_zeros((), dtype=torch.float64)
+        self.hidden_error = self.hidden_square = self.weight_error = self.weight_square = nothing
+
+    def choose(
+        self,
+        d_logits: Tensor,  # (n, V)
+        hidden: Tensor,  # (n, H)
+        start: int,  # the super-chunk's first token
+    ) -> list[tuple[Tensor, Tensor]] | None:
+        """(ids, 1 / pi) of those kept, in blocks; None where all are."""
+        n, v = d_logits.shape
+        squares, spread, along = self.engine.column_sums(d_logits, _hidden_sums(hidden, self.dtype))
+        sizes, hidden_sizes = squares.new_zeros(v, dtype=torch.float64), None
+        if self.head is not None:
+            hidden_sizes = squares.double() * self.head
+            sizes += _relative(hidden_sizes)
+        if self.d_weight:
+            sizes += _relative(spread.double() + along.double().square())
+        pi = self.selection.probabilities(sizes.sqrt())
+        kept = id_uniforms(self.selection.seed, start, self.first_id, v, d_logits.device) < pi
+        if hidden_sizes is not None:
+            lost = torch.where(pi > 0, (1 / pi - 1) * hidden_sizes, 0.0)
+            self.hidden_error = self.hidden_error + torch.where(pi < 1, lost, 0.0).sum()
+        # The host sync.
+        count, drawn = torch.stack([kept.sum(), (pi < 1).sum()]).tolist()
+        self.seen, self.entries = self.seen + n * count, self.entries + n * v
+        if not drawn:
+            return None
+        # A stable sort instead of nonzero(): the count is known, so it needs no sync of its own.
+        ids = torch.argsort(~kept, stable=True)[:count]
+        weights = (1 / pi[ids]).to(self.dtype)
+        return [
+            (ids[low : low + IDS_AT_ONCE], weights[low : low + IDS_AT_ONCE])
+            for low in range(0, count, IDS_AT_ONCE)
+        ]
+
+    def saw_hidden(self, d_hidden: Tensor) -> None:
+        square = torch.linalg.vector_norm(d_hidden).double().square()
+        self.hidden_square = self.hidden_square + square
+
+    def saw_weight(self, rows: Tensor, weights: Tensor) -> None:
+        """Rows of d_weight (kept, H), times their weights 1 / pi: of the sum over all ids that is
+        E ||error||^2, those kept tell (1 / pi - 1) ||d_weight_j||^2 / pi without bias."""
+        squares = torch.linalg.vector_norm(rows, dim=1).double().square()
+        self.weight_error = self.weight_error + ((1 - 1 / weights.double()) * squares).sum()
+
+    def report(self, d_weight: Tensor | None, shard) -> Tensor:
+        """(Sampled,) of the whole call."""
+        if d_weight is not None:
+            self.weight_square = self.engine.row_squares(d_weight, self.dtype).double().sum()
+        seen, entries = self.hidden_error.new_tensor([self.seen, self.entries])
+        numbers = torch.stack(
+            [seen, entries, self.hidden_error, self.weight_error, self.weight_square]
+        )
+        if shard is not None:
+            shard.sum_(numbers)
+        seen, entries, hidden_error, weight_error, weight_square = numbers
+        errors = torch.stack([hidden_error, weight_error])
+        error = errors / torch.stack([self.hidden_square, weight_square])
+        error = torch.where(errors == 0, 0.0, error).amax().sqrt()
+        share = torch.where(entries > 0, seen / entries, 1.0)
+        return torch.stack([share, error]).to(self.dtype)
 
 
 def workspace_bytes(
-    super_rows: int, vocab_size: int, hidden_size: int, dtype: torch.dtype, device_type: str
-) -> int:
-    """Of the selection: two blocks, and a super-chunk's hidden states in the working precision."""
-    block = max(BLOCK_BYTES.get(device_type, LARGE_BLOCK), vocab_size * dtype.itemsize)
-    return 2 * block + dtype.itemsize * super_rows * hidden_size
+    super_rows: int, vocab_size: int, hidden_size: int, gradient_dtype: torch.dtype,
+    dtype: torch.dtype,
+) -> int:  # fmt: skip
+    """Of the sample: a block of columns, of rows of the head and of d_weight, hidden states in the
+    sums' precision, and a dozen numbers an id."""
+    ids = min(IDS_AT_ONCE, vocab_size)
+    columns = (gradient_dtype.itemsize + dtype.itemsize) * super_rows * ids
+    rows = 2 * dtype.itemsize * ids * hidden_size
+    return columns + rows + dtype.itemsize * super_rows * hidden_size + 12 * 8 * vocab_size
+
+
+def _hidden_sums(hidden: Tensor, dtype: torch.dtype) -> Tensor:
+    """(2, n): of each hidden state the square of what is not along their mean, and what is."""
+    hidden = hidden.to(dtype)
+    mean = torch.nn.functional.normalize(hidden.sum(0), dim=0, eps=torch.finfo(dtype).tiny)
+    along = hidden @ mean
+    square = torch.linalg.vector_norm(hidden, dim=1).square()
+    return torch.stack([(square - along.square()).clamp_min(0), along])
+
+
+def _relative(squares: Tensor) -> Tensor:
+    """In units of the sum of those that are finite."""
+    total = torch.where(squares.isfinite(), squares, 0.0).sum()
+    return squares / torch.where(total > 0, total, 1.0)
 
 
 def _in_units(values: Tensor) -> tuple[Tensor, Tensor]:
@@ -178,17 +254,3 @@ def _in_units(values: Tensor) -> tuple[Tensor, Tensor]:
 def _ascending(finite: Tensor, units: Tensor) -> Tensor:
     """Indices in ascending order, those of values that are not finite last."""
     return torch.argsort(torch.where(finite, units, torch.iinfo(torch.int64).max), stable=True)
-
-
-def _block_rows(matrix: Tensor, dtype: torch.dtype) -> int:
-    limit = BLOCK_BYTES.get(matrix.device.type, LARGE_BLOCK)
-    return max(1, limit // (matrix.shape[1] * dtype.itemsize))
-
-
-def _block(matrix: Tensor, dtype: torch.dtype) -> Tensor:
-    rows = min(len(matrix), _block_rows(matrix, dtype))
-    return matrix.new_empty((rows, matrix.shape[1]), dtype=dtype)
-
-
-def _blocks(rows: int, height: int) -> Iterator[slice]:
-    return (slice(low, min(low + height, rows)) for low in range(0, rows, height))

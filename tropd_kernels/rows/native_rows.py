@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ..native import plain_rows
 from ..objectives import TokenRule
+from . import torch_rows
 from .given import given_statistics, given_top_k
 from .layout import Coef, LogitTransform, RowBatch, RowOptions, Stat
 from .rule import SUMS, Gate, Sums, apply_rule, as_matrix, forward_kl, gate, rows_with_sums
@@ -64,6 +65,22 @@ def gradient(batch: RowBatch, coefs: Tensor, options: RowOptions, out: Tensor) -
     )  # fmt: skip
     if not direct:
         out.copy_(target)
+
+
+def column_sums(d_logits: Tensor, hidden: Tensor) -> Tensor:
+    """(3, V) of d_logits (n, V) and hidden (2, n), as in `torch_rows`."""
+    sums = hidden.new_empty((3, d_logits.shape[1]))
+    ops.column_sums(d_logits, hidden.contiguous(), sums)
+    return sums
+
+
+def row_squares(matrix: Tensor, dtype: torch.dtype) -> Tensor:
+    """(rows,), as in `torch_rows`."""
+    if torch.promote_types(matrix.dtype, torch.float32) != dtype or matrix.dtype == torch.float16:
+        return torch_rows.row_squares(matrix, dtype)
+    squares = matrix.new_empty(matrix.shape[:1], dtype=dtype)
+    ops.row_squares(plain_rows(matrix), squares)
+    return squares
 
 
 def statistics(batch: RowBatch, options: RowOptions) -> tuple[Tensor, Tensor]:

@@ -87,6 +87,14 @@ class ShardRows:
         """Writes the shard's columns of d_logits."""
         self.engine.gradient(self._part(batch, options), coefs, options, out)
 
+    def column_sums(self, d_logits: Tensor, hidden: Tensor) -> Tensor:
+        """Of the shard's columns."""
+        return self.engine.column_sums(d_logits, hidden)
+
+    def row_squares(self, matrix: Tensor, dtype: torch.dtype) -> Tensor:
+        """Of the shard's rows."""
+        return self.engine.row_squares(matrix, dtype)
+
     def _part(self, batch: RowBatch, options: RowOptions) -> RowBatch:
         """With labels and ids as columns of this shard; those of other shards lie outside it. K and
         the entropy of a top-k teacher are those of its whole row."""

@@ -87,6 +87,30 @@ def gradient(batch: RowBatch, coefs: Tensor, options: RowOptions, out: Tensor) -
         _gradient(part, coefs[:, rows], options, out[rows])
 
 
+def column_sums(d_logits: Tensor, hidden: Tensor) -> Tensor:
+    """(3, V): sum_i d^2, sum_i hidden[0, i] d^2, sum_i hidden[1, i] d of every column of d_logits
+    (n, V), in the dtype of hidden (2, n)."""
+    n, v = d_logits.shape
+    sums = hidden.new_zeros((3, v))
+    height = block_rows(v, d_logits.device.type)
+    for low in range(0, n, height):
+        part, weights = d_logits[low : low + height].to(hidden.dtype), hidden[:, low : low + height]
+        sums[2] += weights[1] @ part
+        part = part.square()
+        sums[0] += part.sum(0)
+        sums[1] += weights[0] @ part
+    return sums
+
+
+def row_squares(matrix: Tensor, dtype: torch.dtype) -> Tensor:
+    """||row||^2 (rows,) of a matrix, in `dtype`."""
+    if matrix.dtype == dtype or matrix.device.type != "cpu":
+        return torch.linalg.vector_norm(matrix, dim=1, dtype=dtype).square()
+    # torch would make a copy of all in `dtype`.
+    parts = matrix.split(block_rows(matrix.shape[1], "cpu"))
+    return torch.cat([torch.linalg.vector_norm(part.to(dtype), dim=1) for part in parts]).square()
+
+
 def statistics(batch: RowBatch, options: RowOptions) -> tuple[Tensor, Tensor]:
     """stats and coefs up to REVERSE_KL of a part of each row, by its own normalisers, which coefs
     hold: both -inf where the part's ids are all excluded (see `sharded`)."""

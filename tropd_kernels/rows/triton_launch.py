@@ -56,6 +56,13 @@ def block_options(vocab_size: int, dtype: torch.dtype) -> dict:
     return {"BLOCK": block, "num_warps": max(1, block // (8 * WARP)), **FUSION_OFF}
 
 
+def column_options(vocab_size: int) -> dict:
+    """Of the kernel that sums columns: a thread reads 16 bytes of two rows of half precision, and
+    a vocabulary of 150,000 fills a GPU."""
+    block = min(4 * WARP, power_of_two(vocab_size))
+    return {"BLOCK": block, "ROWS": 16, "num_warps": 4, **FUSION_OFF}
+
+
 def parts_of_row(n: int, vocab_size: int, tile: int) -> int:
     """Programs that share a row, a power of two: more of them where rows are few."""
     parts = 1

@@ -10,14 +10,15 @@ import triton.language as tl
 from torch import Tensor
 
 from ..objectives import TokenRule
+from . import torch_rows, triton_launch
 from . import triton_kernels as kernels
-from . import triton_launch
 from .given import given_top_k
 from .layout import Coef, LogitTransform, RowBatch, RowOptions, Stat
 from .rule import Gate, topk_entropy
 from .triton_launch import (
     FUSION_OFF,
     block_options,
+    column_options,
     lanes_hold,
     parts_of_row,
     power_of_two,
@@ -197,6 +198,22 @@ def gradient(batch: RowBatch, coefs: Tensor, options: RowOptions, out: Tensor) -
             ids.shape[1], coefs.stride(0), out.stride(0), **_transform("", options.student),
             **common, BLOCK=power_of_two(ids.shape[1]), **FUSION_OFF,
         )  # fmt: skip
+
+
+def column_sums(d_logits: Tensor, hidden: Tensor) -> Tensor:
+    """(3, V) of d_logits (n, V) and hidden (2, n), as in `torch_rows`."""
+    d_logits = _rows(d_logits)
+    n, vocab_size = d_logits.shape
+    sums = hidden.new_empty((3, vocab_size))
+    launch = column_options(vocab_size)
+    kernels.column_sums_kernel[(-(-vocab_size // launch["BLOCK"]),)](
+        d_logits, hidden.contiguous(), sums, n, vocab_size, d_logits.stride(0),
+        ACC=_acc(hidden.dtype), **launch,
+    )  # fmt: skip
+    return sums
+
+
+row_squares = torch_rows.row_squares
 
 
 # --- arguments ---------------------------------------------------------------------------------

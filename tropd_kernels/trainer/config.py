@@ -14,6 +14,7 @@ from typing import Any, get_args, get_type_hints
 
 from trl import DistillationConfig  # type: ignore[attr-defined]
 
+from ..arguments import check_selection
 from ..backends import choose_backend
 from ..objectives import TokenRule
 from ..registry import OBJECTIVES, build_rule, check_knobs, check_objective, knobs
@@ -99,6 +100,9 @@ class TrOPDConfig(DistillationConfig):
         (default) weighs all alike.
     backend: "triton", "native", "torch" or "reference"; None takes the best one here.
     max_workspace_bytes: bound on the loss's temporaries; see `plan_chunks`.
+    gradient_tolerance, gradient_sampling: make the head's and the hidden states' gradients from a
+        sample of the vocabulary's ids, without bias; see `linear_distillation_loss`. 0 and None
+        (default): from all.
     rich_progress: rich's progress display in place of tqdm's; None (default): at a terminal.
     log_regions: with each log, shows a few completions with their tokens coloured by region
         (trusted, outlier, prefix) in the terminal and in `output_dir`/regions.
@@ -132,6 +136,8 @@ class TrOPDConfig(DistillationConfig):
     importance_gamma: float | None = None
     backend: str | None = None
     max_workspace_bytes: int | None = None
+    gradient_tolerance: float = 0.0
+    gradient_sampling: float | None = None
     rich_progress: bool | None = None
     log_regions: bool = False
 
@@ -154,6 +160,7 @@ class TrOPDConfig(DistillationConfig):
             choose_backend(self.backend, self.device)
         except (RuntimeError, ValueError) as error:
             raise ValueError(f"backend: {error}") from error
+        self._check_sample()
 
     def rule(self, progress: float = 0.0) -> TokenRule:
         """The objective at this share of training, 0 to 1; only reopold's depends on it."""
@@ -292,6 +299,15 @@ class TrOPDConfig(DistillationConfig):
             _at_least("prefix_steps", self.prefix_steps, 0)
         if self.max_workspace_bytes is not None:
             _at_least("max_workspace_bytes", self.max_workspace_bytes, 1)
+
+    def _check_sample(self) -> None:
+        key = "gradient_tolerance" if self.gradient_tolerance else "gradient_sampling"
+        try:
+            check_selection(
+                self.gradient_tolerance, self.gradient_sampling, "mean", self.backend, self.seed
+            )
+        except (NotImplementedError, ValueError) as error:
+            raise ValueError(f"{key}: {str(error).removeprefix(f'{key} ')}") from error
 
     def _check_teacher(self) -> None:
         source = "teacher_model_server_url" if self.teacher_model_server_url else None

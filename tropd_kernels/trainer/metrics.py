@@ -16,6 +16,8 @@ or a batch does not hold is left out rather than logged as 0.
 | teacher_entropy     | all tokens        | nats                                                   |
 | prefix_nll          | teacher's tokens  | -log p of the prefix, nats                             |
 | prefix_length       | completions       | tokens                                                 |
+| gradient_error      | micro-batches     | of a sampled gradient, relative to its norm            |
+| gradient_share      | micro-batches     | of the vocabulary's columns that made it               |
 
 TRL takes the mean of micro-batches' means over an accumulation window and the steps between logs.
 The student's entropy and the lengths of completions are TRL's own metrics.
@@ -81,6 +83,12 @@ def means(accelerator: Any, sums: Tensor, lowest: Tensor) -> dict[str, float]:
     if lowest != float("inf"):
         result[PREFIX + "reward_min"] = lowest
     return result
+
+
+def sample_means(accelerator: Any, sampled: Tensor) -> dict[str, float]:
+    """Of all processes' micro-batches: error and share (2,). A collective."""
+    error, share = accelerator.reduce(sampled.detach(), reduction="mean").tolist()
+    return {PREFIX + "gradient_error": error, PREFIX + "gradient_share": share}
 
 
 def peak_memory_gib(device: torch.device) -> float:

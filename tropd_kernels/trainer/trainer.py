@@ -209,8 +209,11 @@ class TrOPDTrainer(DistillationAdapter):
         out = self._compare(
             student, signal, labels, rule,
             teacher_prefix=prefix, uniforms=self._uniforms(inputs), normalizer=normalizer,
-            old_log_probs=old, **given,
+            old_log_probs=old, **self._sample(inputs), **given,
         )  # fmt: skip
+        if out.gradient_error is not None:
+            sampled = torch.stack([out.gradient_error, out.gradient_share])
+            self.log_metrics(metrics.sample_means(self.accelerator, sampled))
         return out.loss * share, out.stats
 
     def _compare(
@@ -248,6 +251,19 @@ class TrOPDTrainer(DistillationAdapter):
             inputs["sequence_ids"][:, None].to(positions.device),
             positions[None],
         )
+
+    def _sample(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        """What makes the gradient from a sample of ids, where the config asks for one: drawn by
+        seed, step and the micro-batch's first completion."""
+        args = self.args
+        if not (args.gradient_tolerance or args.gradient_sampling) or not torch.is_grad_enabled():
+            return {}
+        key = f"{args.seed} {self.state.global_step} {int(inputs['sequence_ids'][0])}"
+        return {
+            "gradient_tolerance": args.gradient_tolerance,
+            "gradient_sampling": args.gradient_sampling,
+            "seed": random.Random(key).getrandbits(63),
+        }
 
     @torch.no_grad()
     def _credit(

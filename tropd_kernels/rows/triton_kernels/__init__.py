@@ -10,6 +10,7 @@
 | rule_kernel       | 128 rows      | a few numbers a row               | loss, coefficients       |
 | gradient_kernel   | part of a row | z; t where a coefficient needs it | d_logits                 |
 | given_grad_kernel | one row       | z at a top-k teacher's ids        | d_logits at those ids    |
+| column_sums_kernel | 128 columns  | d_logits, where ids are sampled   | three sums a column      |
 
 Rows are parted where they are too few to fill a GPU, but not in their sums. In the loops over a row
 no thread waits for another (`logits.py`), but in the search.
@@ -26,6 +27,7 @@ that follow tell whether those held the k largest of the row, and only where not
 itself, eight times over. Weighted by q instead of counted, the same search finds the head of AKL.
 """
 
+from .columns import column_sums_kernel
 from .constants import SUMS
 from .gradient import given_grad_kernel, gradient_kernel
 from .rule import rule_kernel
@@ -34,6 +36,7 @@ from .sums import dense_sums_kernel, given_sums_kernel
 
 __all__ = [
     "SUMS",
+    "column_sums_kernel",
     "dense_sums_kernel",
     "given_grad_kernel",
     "given_sums_kernel",
