@@ -52,6 +52,12 @@ HALF = 2**-6  # of bf16 results and operands, in sums of a few dozen terms
 CHUNK = 8
 
 
+@pytest.fixture(autouse=True)
+def _one_thread(use_threads):
+    """Several would wait for each other over tensors as small as these."""
+    use_threads(1)
+
+
 @contextmanager
 def chunks_of_a_few():
     """Super-chunks of 8 tokens, in float64; of 16 with sub-chunks of 8 in half precision."""
@@ -104,10 +110,8 @@ def call(problem, rule, backend, dtype=torch.float64, trained=ALL, factor=1.0, *
         leaves["hidden"], leaves["weight"], problem.labels, teacher, rule,
         bias=leaves.get("bias"), backend=backend, **(options | more),
     )  # fmt: skip
-    wanted = [name for name in leaves if name in trained]
-    # Not .backward(): the gradient of a side that is not trained is None.
-    found = torch.autograd.grad(out.loss * factor, [leaves[name] for name in wanted])
-    return out, dict.fromkeys(ALL) | dict(zip(wanted, found, strict=True))
+    (out.loss * factor).backward()
+    return out, dict.fromkeys(ALL) | {name: leaf.grad for name, leaf in leaves.items()}
 
 
 def token_gradients(problem, rule, **more):
@@ -446,10 +450,9 @@ def test_blocks_of_a_few_ids(dtype, options, small_chunks, monkeypatch):
     ],
     ids=str,
 )
-def test_unbiased_and_as_far_off_as_stated(trained, options, small_chunks, use_threads):
+def test_unbiased_and_as_far_off_as_stated(trained, options, small_chunks):
     """Over many seeds: the mean error is what is left of chance, the mean square is the formula's,
     and so is the one that a call states: of d_hidden to the last digit, of d_weight on average."""
-    use_threads(1)
     problem = peaked_problem(tokens=16, vocab_size=101, width=4, full=False)
     rule, runs = OBJECTIVES["reverse_kl"], 300
     d_logits = token_gradients(problem, rule)
@@ -734,7 +737,8 @@ def engines():
 
 @pytest.mark.parametrize(("backend", "dtype"), list(engines()), ids=str)
 @pytest.mark.parametrize(("n", "v"), [(0, 3), (1, 1), (7, 1), (131, 37), (35, 5000)], ids=str)
-def test_column_sums(backend, dtype, n, v, device, monkeypatch):
+def test_column_sums(backend, dtype, n, v, device, monkeypatch, use_threads):
+    use_threads(2)
     monkeypatch.setattr("tropd_kernels.rows.torch_rows.BLOCK_ELEMENTS", {"cpu": 2000})
     wide = torch.promote_types(dtype, torch.float32)
     d_logits = torch.randn(n, v, device=device).to(dtype)
@@ -796,6 +800,40 @@ def test_nan_is_never_left_out(dtype, options, backend, device, small_chunks, as
     chunk = 11 // chunk_of(problem, backend, dtype)
     for i, (_, pi) in enumerate(asked):
         assert (pi == 1).all() if i == chunk else (pi < 1).any()
+
+
+@pytest.mark.parametrize("backend", ["torch", "native"])
+@SAMPLES
+def test_a_row_of_the_head_too_large_to_square(options, backend):
+    """Its id has probability 0; how far off the others are is said as ever."""
+    problem = peaked_problem(full=False)
+    problem.hidden[:, 0] = 1.0
+    problem.weight[5] = 0.0
+    problem.weight[5, 0] = -1e25
+    problem.labels[problem.labels == 5] = 6
+    out, gradients = call(problem, SFT(), backend, torch.float32, **options)
+    assert 0 < out.gradient_error < 1 and 0 < out.gradient_share < 0.5
+    assert (gradients["weight"][5] == 0).all() and gradients["hidden"].isfinite().all()
+    _, complete = call(problem, SFT(), backend, torch.float32)
+    assert 0 < relative_error(gradients["weight"], complete["weight"]) < 0.5
+
+
+def test_float16_does_not_overflow_when_it_is_scaled():
+    """Columns of the head so small that their ids would be kept next to never."""
+    g = torch.full((4, 300), 2.0**-10).half()
+    g[:, 7] = 3e3
+    head = torch.ones(300, 8)
+    head[7] = 1e-8
+    kept = 0
+    for seed in range(600):
+        drawn = Selection(0.0, 0.2, torch.tensor(seed))
+        blocks = selection.Sample(drawn, engine_for("torch"), head, False, torch.empty(())).choose(
+            g, g[:, :8], 0
+        )
+        for ids, weights in blocks:
+            kept += int((ids == 7).sum())
+            assert g.index_select(1, ids).mul_(weights).isfinite().all()
+    assert 0 < kept < 600
 
 
 @SAMPLES
@@ -952,12 +990,15 @@ def test_workspace_is_what_the_plan_says(options, dtype):
 
     assert 0.05 < float(step().gradient_share) < 0.5
     returned = sum(t.numel() * t.element_size() for t in (hidden, weight))
-    buffers.release()
-    with ResidentPeak() as peak:
-        step()
+    peaks = []
+    for _ in range(3):  # what the allocator keeps of freed memory differs from run to run
+        buffers.release()
+        with ResidentPeak() as peak:
+            step()
+        peaks.append(peak.delta)
     sizes = dict(dtype=dtype, device="cpu", backend=backend)
     plan = plan_chunks(tokens, v, h, h, **sizes, samples_gradient=True)
-    used = peak.delta - returned
+    used = min(peaks) - returned
     assert 0.5 * plan.workspace_bytes <= used <= 1.1 * plan.workspace_bytes, f"{used}\n{plan}"
     without = plan_chunks(tokens, v, h, h, **sizes)
     more = plan.workspace_bytes - without.workspace_bytes

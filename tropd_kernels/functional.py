@@ -88,7 +88,7 @@ class DistillationOutput:
     With `gradient_tolerance` or `gradient_sampling`, and None without them or where no product made
     a gradient: gradient_share: scalar, how much of the vocabulary's columns entered the gradient
     products. gradient_error: scalar, the standard deviation of the gradient relative to its norm,
-    the larger of hidden's (exact) and weight's (estimated)."""
+    the larger of hidden's (exact) and weight's (estimated); inf where the sample kept nothing."""
 
     loss: Tensor
     stats: TokenStats
@@ -138,8 +138,9 @@ def linear_distillation_loss(
     advantages: replace the reward R. token_weight: factor on each token's loss. All detached.
     teacher_prefix: bool, the token was written by the teacher.
     uniforms, seed: for a Bernoulli gate, the draws in [0, 1), or an integer from which they are
-    derived per token (`draws.uniforms_like`): another one for every step, micro-batch and rank with
-    tokens of its own, as (step * micro_batches + i) * ranks + rank, or they share their draws.
+    derived per token (`draws.uniforms_like`), as are those of a sampled gradient: another one for
+    every step, micro-batch and rank with tokens of its own, as (step * micro_batches + i) * ranks +
+    rank, or they share their draws, and the errors of their samples do not cancel.
     normalizer: what the sum is divided by in the mean; default the number of tokens that count. A
     tensor is not looked at: it may be 0 only where no token counts, and the loss is 0 then.
     reduction: "mean" and "sum" form the gradients in the forward; "none" gives per-token losses and
@@ -157,12 +158,13 @@ def linear_distillation_loss(
     backend="reference"; under torch.compile it runs eagerly. See `parallel` for what is
     communicated.
     gradient_tolerance, gradient_sampling: make the gradients of hidden and weight from a sample of
-    the vocabulary's ids, drawn by how much each adds, and scaled so that both are unbiased. Most of
+    the vocabulary's ids, drawn by how much each adds, and scaled so that both are unbiased: most of
     a softmax's gradient lies on few ids, so most of two products is spared. A tolerance, such as
-    0.01, keeps as many ids as it takes for a standard deviation of that part of the gradient's
-    norm; sampling, such as 0.1, keeps that part of the ids, on average. The output's
+    0.01, keeps as many ids as it takes for a standard deviation of about that part of the
+    gradient's norm; sampling, such as 0.1, keeps that part of the ids, on average. The output's
     `gradient_error` says what came of it. Pass one of them, and `seed`. Loss, statistics and the
-    bias's gradient stay exact. Chosen once per super-chunk (see `plan_chunks`), at the cost of a
+    bias's gradient stay exact. Adam moves the head's row of an id that is drawn seldom less than it
+    would by many small gradients. Chosen once per super-chunk (see `plan_chunks`), at the cost of a
     host sync; not for reduction="none" or backend="reference". See `selection`.
 
     Raises ValueError, TypeError, NotImplementedError or RuntimeError that say what was given and

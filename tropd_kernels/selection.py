@@ -85,7 +85,9 @@ class Selection:
             c = _for_tolerance(self.tolerance, finite_sizes, order, values, sums, finite[order])
         pi = torch.where(units > 0, (c * (units.double() / UNITS)).clamp(0, 1), 0.0)
         pi = torch.where(finite, pi, 1.0)
-        all_are_kept = (pi.sum() > DENSE * len(pi)) | ~(units > 0).any()
+        # Asked for exactly DENSE, the sum's last bit must not decide.
+        dense = pi.sum() > (DENSE + 1e-9) * len(pi)
+        all_are_kept = dense | ~(units > 0).any()
         return torch.where(all_are_kept, 1.0, pi)
 
 
@@ -170,6 +172,9 @@ class Sample:
         if self.d_weight:
             sizes += _relative(spread.double() + along.double().square())
         pi = self.selection.probabilities(sizes.sqrt())
+        if d_logits.dtype == torch.float16:  # in which no entry divided by pi may overflow
+            least = squares.double().sqrt().nan_to_num(nan=torch.inf) / 2**15
+            pi = torch.maximum(pi, least).clamp(max=1)
         kept = id_uniforms(self.selection.seed, start, self.first_id, v, d_logits.device) < pi
         if hidden_sizes is not None:
             lost = torch.where(pi > 0, (1 / pi - 1) * hidden_sizes, 0.0)
@@ -220,11 +225,11 @@ def workspace_bytes(
     dtype: torch.dtype,
 ) -> int:  # fmt: skip
     """Of the sample: a block of columns, of rows of the head and of d_weight, hidden states in the
-    sums' precision, and a dozen numbers an id."""
+    sums' precision, and some twenty numbers an id."""
     ids = min(IDS_AT_ONCE, vocab_size)
     columns = (gradient_dtype.itemsize + dtype.itemsize) * super_rows * ids
     rows = 2 * dtype.itemsize * ids * hidden_size
-    return columns + rows + dtype.itemsize * super_rows * hidden_size + 12 * 8 * vocab_size
+    return columns + rows + dtype.itemsize * super_rows * hidden_size + 20 * 8 * vocab_size
 
 
 def _hidden_sums(hidden: Tensor, dtype: torch.dtype) -> Tensor:

@@ -24,6 +24,9 @@ WARPS, STATISTICS_UNROLL, SUMS_UNROLL = 8, 4, 2
 ASKED_WARPS = 16
 #: Ids of a tile of the gradient kernel, 8 of them a thread.
 GRADIENT_BLOCK = 2048
+#: Of the kernel that sums columns, where a thread reads 16 bytes of two rows of half precision, and
+#: a vocabulary of 150,000 fills a GPU.
+COLUMNS = {"BLOCK": 4 * WARP, "ROWS": 16, "num_warps": 4, **FUSION_OFF}
 #: Programs that fill a GPU a few times over, so that the last of them do not leave it idle.
 PROGRAMS = 1024
 #: Tiles of a row that one program should have, for what it costs to begin and to end.
@@ -54,13 +57,6 @@ def block_options(vocab_size: int, dtype: torch.dtype) -> dict:
     widest = GRADIENT_BLOCK // 2 if dtype == torch.float64 else GRADIENT_BLOCK
     block = min(widest, power_of_two(vocab_size))
     return {"BLOCK": block, "num_warps": max(1, block // (8 * WARP)), **FUSION_OFF}
-
-
-def column_options(vocab_size: int) -> dict:
-    """Of the kernel that sums columns: a thread reads 16 bytes of two rows of half precision, and
-    a vocabulary of 150,000 fills a GPU."""
-    block = min(4 * WARP, power_of_two(vocab_size))
-    return {"BLOCK": block, "ROWS": 16, "num_warps": 4, **FUSION_OFF}
 
 
 def parts_of_row(n: int, vocab_size: int, tile: int) -> int:

@@ -16,9 +16,9 @@ from .given import given_top_k
 from .layout import Coef, LogitTransform, RowBatch, RowOptions, Stat
 from .rule import Gate, topk_entropy
 from .triton_launch import (
+    COLUMNS,
     FUSION_OFF,
     block_options,
-    column_options,
     lanes_hold,
     parts_of_row,
     power_of_two,
@@ -205,10 +205,9 @@ def column_sums(d_logits: Tensor, hidden: Tensor) -> Tensor:
     d_logits = _rows(d_logits)
     n, vocab_size = d_logits.shape
     sums = hidden.new_empty((3, vocab_size))
-    launch = column_options(vocab_size)
-    kernels.column_sums_kernel[(-(-vocab_size // launch["BLOCK"]),)](
+    kernels.column_sums_kernel[(-(-vocab_size // COLUMNS["BLOCK"]),)](
         d_logits, hidden.contiguous(), sums, n, vocab_size, d_logits.stride(0),
-        ACC=_acc(hidden.dtype), **launch,
+        ACC=_acc(hidden.dtype), **COLUMNS,
     )  # fmt: skip
     return sums
 
