@@ -36,7 +36,7 @@ SUITES = (
     "tests/test_correctness.py", "tests/test_triton_rows.py", "tests/test_numbers.py",
     "tests/test_infinities.py", "tests/test_memory.py", "tests/test_compile.py",
     "tests/test_agreement.py", "tests/test_autograd.py", "tests/test_draws.py",
-    "tests/test_autocast.py", "tests/test_tolerance.py",
+    "tests/test_autocast.py", "tests/test_tolerance.py", "tests/test_selection.py",
 )  # fmt: skip
 #: Compiling takes most of a minute for each loss, so two stand for all, in a step of their own.
 COMPILED = ("tropd", "gkd")
