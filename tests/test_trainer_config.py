@@ -125,6 +125,8 @@ def test_knobs_are_the_constructor_s(name):
         ({"prefix_schedule": "linear", "prefix_length": 4.5}, "prefix_length: expected a whole"),
         ({"max_workspace_bytes": -1}, "max_workspace_bytes: must be a whole number"),
         ({"gradient_tolerance": 1.0}, "gradient_tolerance: must be a number in [0, 1), got 1.0"),
+        ({"gradient_tolerance": 0.1, "gradient_sampling": 2.0},
+         "gradient_sampling: must be None or a number in (0, 1], got 2.0"),
         ({"gradient_sampling": 0.0}, "gradient_sampling: must be None or a number in (0, 1]"),
         ({"gradient_sampling": 0.5, "gradient_tolerance": 0.1},
          "gradient_tolerance: gradient_tolerance=0.1 and gradient_sampling=0.5 both"),

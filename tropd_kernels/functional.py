@@ -161,11 +161,12 @@ def linear_distillation_loss(
     the vocabulary's ids, drawn by how much each adds, and scaled so that both are unbiased: most of
     a softmax's gradient lies on few ids, so most of two products is spared. A tolerance, such as
     0.01, keeps as many ids as it takes for a standard deviation of about that part of the
-    gradient's norm; sampling, such as 0.1, keeps that part of the ids, on average. The output's
-    `gradient_error` says what came of it. Pass one of them, and `seed`. Loss, statistics and the
-    bias's gradient stay exact. Adam moves the head's row of an id that is drawn seldom less than it
-    would by many small gradients. Chosen once per super-chunk (see `plan_chunks`), at the cost of a
-    host sync; not for reduction="none" or backend="reference". See `selection`.
+    gradient's norm; sampling, such as 0.1, keeps that part of the ids, on average; where more than
+    half of them would be kept, all are. The output's `gradient_error` says what came of it. Pass
+    one of them, and `seed`. Loss, statistics and the bias's gradient stay exact. Adam moves the
+    head's row of an id that is drawn seldom less than it would by many small gradients. Chosen once
+    per super-chunk (see `plan_chunks`), at the cost of a host sync; not for reduction="none" or
+    backend="reference". See `selection`.
 
     Raises ValueError, TypeError, NotImplementedError or RuntimeError that say what was given and
     what was expected; with a process_group on every rank, naming the one at fault.

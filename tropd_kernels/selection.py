@@ -52,9 +52,7 @@ class Sampled(IntEnum):
     """What a call says of its sample."""
 
     SHARE = 0  # of the columns' entries that the products saw
-    ERROR = (
-        1  # standard deviation relative to the gradient: the larger of d_hidden's and d_weight's
-    )
+    ERROR = 1  # standard deviation over the gradient's norm, the larger of the two gradients'
 
 
 @dataclass(frozen=True)

@@ -301,12 +301,14 @@ class TrOPDConfig(DistillationConfig):
             _at_least("max_workspace_bytes", self.max_workspace_bytes, 1)
 
     def _check_sample(self) -> None:
-        key = "gradient_tolerance" if self.gradient_tolerance else "gradient_sampling"
         try:
             check_selection(
                 self.gradient_tolerance, self.gradient_sampling, "mean", self.backend, self.seed
             )
         except (NotImplementedError, ValueError) as error:
+            named = str(error).startswith("gradient_tolerance")
+            one = self.gradient_sampling is None
+            key = "gradient_tolerance" if named or one else "gradient_sampling"
             raise ValueError(f"{key}: {str(error).removeprefix(f'{key} ')}") from error
 
     def _check_teacher(self) -> None:
