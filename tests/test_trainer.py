@@ -201,28 +201,6 @@ def test_empty_completions(tmp_path):
     assert trainer.batches[0]["completion_ids"].tolist() == [[2]] * 4
 
 
-OF_THEIR_OWN = dict(
-    min_p=0.99, typical_p=0.05, no_repeat_ngram_size=1, min_new_tokens=9, num_beams=2
-)  # fmt: skip
-
-
-@pytest.mark.parametrize("guide", [{}, {"prefix_schedule": "constant", "prefix_length": 5}])
-def test_models_do_not_sample_by_a_config_of_their_own(tmp_path, guide):
-    """transformers takes from it whatever the trainer's leaves unset."""
-    written = []
-    for own in ({}, OF_THEIR_OWN):
-        flat = tiny.model(0, spread=0.5), tiny.model(1, spread=0.5)
-        for model in flat:
-            model.generation_config.update(**own)
-        trainer = make(tmp_path, *flat, **guide)
-        trainer.train()
-        written.append(trainer.batches[0]["completion_ids"].tolist())
-        assert {name: getattr(trainer.model.generation_config, name) for name in own} == own
-    assert written[0] == written[1]
-    asked = make(tmp_path, *flat, generation_kwargs={"min_new_tokens": 4})
-    assert asked.generation_config.min_new_tokens == 4
-
-
 @pytest.mark.parametrize("objective", OBJECTIVES)
 def test_every_objective_trains(tmp_path, objective):
     trainer = make(tmp_path, objective=objective, prefix_schedule="constant", prefix_length=3)

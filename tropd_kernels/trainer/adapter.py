@@ -44,6 +44,7 @@ from .checks import (
     stop_on_weights,
 )
 from .prefix import is_complete
+from .sampling import plain_defaults
 from .sharding import (
     fsdp_version,
     generates_together,
@@ -82,13 +83,6 @@ ATTRIBUTES = (
     "_tokenizer", "_train_batch_size", "chat_template", "chat_template_kwargs", "eos_token_ids",
     "generation_config", "model_wrapped", "teacher_model", "use_vllm",
 )  # fmt: skip
-#: What changes nothing about how transformers samples. It takes what our generation_config leaves
-#: unset from the model's own, and would not sample from the distribution that the loss compares.
-_PLAIN_SAMPLING = {
-    "min_p": 0.0, "typical_p": 1.0, "epsilon_cutoff": 0.0, "eta_cutoff": 0.0, "guidance_scale": 1.0,
-    "no_repeat_ngram_size": 0, "min_length": 0, "min_new_tokens": 0, "num_beams": 1,
-    "num_return_sequences": 1,
-}  # fmt: skip
 #: Further fields of a micro-batch that go to the backbone, where a processor made them.
 _MULTIMODAL = tuple(dict(HOOKS)["_get_last_hidden_state"].split()[5:])
 
@@ -147,7 +141,6 @@ class DistillationAdapter(DistillationTrainer):
                 "num_iterations: TRL's loader does not repeat the rows of a streaming data set "
                 "over several steps: load the data set whole, or leave num_iterations at 1"
             )
-        _sample_plainly(self.generation_config, self.model)
         self._student_head = read_form(self.model, is_sharded(self.accelerator))
         own = self._student_head.vocab_size
         check_padding(self._tokenizer, own, "student")
@@ -230,7 +223,7 @@ class DistillationAdapter(DistillationTrainer):
         self.generation_config.eos_token_id = self.eos_token_ids
         try:
             with self._limit(tokens):
-                return super()._generate_single_turn(prompt_ids, images, multimodal_fields)
+                return self._write(prompt_ids, images, multimodal_fields)
         finally:
             self.model_wrapped, self.use_vllm, self.eos_token_ids = before
             self.generation_config.eos_token_id = self.eos_token_ids
@@ -254,7 +247,6 @@ class DistillationAdapter(DistillationTrainer):
             )
         check_own_weights(self.model, teacher)
         refuse_dtensors("teacher_model", teacher)
-        _sample_plainly(self.generation_config, teacher)
         ends = getattr(getattr(teacher, "generation_config", None), "eos_token_id", None)
         self._teacher_ends = [ends] if isinstance(ends, int) else list(ends or ())
         teacher.eval()
@@ -393,9 +385,7 @@ class DistillationAdapter(DistillationTrainer):
                 stop_on_weights(self.state.global_step)
             prefixes = self.write_prefixes(rows, prompt_ids, images, multimodal_fields)
         if prefixes is None:
-            return super()._generate_single_turn(
-                prompt_ids, images, multimodal_fields, has_tool_images
-            )
+            return self._write(prompt_ids, images, multimodal_fields, has_tool_images)
         self._prefix_lengths = [len(prefix) for prefix in prefixes]
         limit, ends = self.max_completion_length, self.eos_token_ids
         open_ = [prefix for prefix in prefixes if not is_complete(prefix, limit, ends)]
@@ -413,11 +403,16 @@ class DistillationAdapter(DistillationTrainer):
         # All rows are given as many tokens as the one with the shortest prefix needs.
         check_context(begun, tokens, self._contexts, self._tokenizer)
         with self._limit(tokens):
-            rest = super()._generate_single_turn(begun, images, multimodal_fields, has_tool_images)
+            rest = self._write(begun, images, multimodal_fields, has_tool_images)
         return [
             prefix if is_complete(prefix, limit, ends) else (prefix + own)[:limit]
             for prefix, own in zip(prefixes, rest)
         ]
+
+    def _write(self, *arguments: Any) -> list[list[int]]:
+        """TRL's generation, of which the trainer's config alone decides how it samples."""
+        with plain_defaults(self.accelerator.unwrap_model(self.model_wrapped)):
+            return super()._generate_single_turn(*arguments)
 
     # Evaluation.
 
@@ -520,14 +515,6 @@ class DistillationAdapter(DistillationTrainer):
         batches = sampler.num_samples // sampler.batch_size
         sampler.trainer, sampler.steps_per_epoch = self, batches * self.args.num_iterations
         return sampler
-
-
-def _sample_plainly(config: Any, model: Any) -> None:
-    """Sets in `config` what the model's own generation_config would otherwise decide."""
-    own = getattr(model, "generation_config", None)
-    for name, plain in _PLAIN_SAMPLING.items():
-        if getattr(config, name, None) is None and getattr(own, name, None) is not None:
-            setattr(config, name, plain)
 
 
 @contextlib.contextmanager

@@ -39,6 +39,11 @@ _NOT_TAKEN |= dict.fromkeys(
 )
 # A row that ends before the others is filled up with padding, which is known by that end alone.
 _NOT_TAKEN["eos_token_id"] = "set the student's generation_config.eos_token_id, which is read"
+_NOT_TAKEN |= dict.fromkeys(
+    ("return_dict_in_generate", "output_scores", "output_logits", "output_attentions",
+     "output_hidden_states"),
+    "the trainer reads the completions' ids alone: leave it out",
+)  # fmt: skip
 _NOT_TAKEN["stop_strings"] = "completions end with a token: add it to the student's eos_token_id"
 
 
