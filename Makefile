@@ -12,6 +12,7 @@
 #   make clean     removes what the above made, but for .venv
 #
 # ARGS passes more to demo, train, test, compiled, bench and sanitize: make test ARGS="-k prefix -x"
+# CPU=avx2 or CPU=portable makes demo, test and bench run as on a CPU that has no more.
 
 PYTHON  ?= python3
 # One exact version: with a bare `torch` the tests would run on another one from one day to the next.
@@ -22,10 +23,16 @@ PY       = .venv/bin/python
 PIP      = $(PY) -m pip --disable-pip-version-check install --quiet
 READY    = .venv/.ready
 
+# Our cap, and those of torch's kernels and of the libraries that multiply for it.
+CPU_avx2     = TROPD_CPU=avx2 ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 MKL_ENABLE_INSTRUCTIONS=AVX2
+CPU_portable = TROPD_CPU=portable ATEN_CPU_CAPABILITY=default ONEDNN_MAX_CPU_ISA=SSE41 MKL_ENABLE_INSTRUCTIONS=SSE4_2
+CPU          =
+CAPS         = $(if $(CPU),$(or $(CPU_$(CPU)),$(error CPU must be avx2 or portable, got $(CPU))))
+
 .PHONY: demo train test compiled engines lint bench wheel sanitize clean
 
 demo: $(READY)
-	$(PY) -m benchmarks.demo $(ARGS)
+	$(CAPS) $(PY) -m benchmarks.demo $(ARGS)
 
 train: $(READY)
 	$(PY) -m benchmarks.train.prepare
@@ -35,7 +42,7 @@ train: $(READY)
 # One thread a worker, or the workers' torch threads fight over the cores.
 PYTEST = -m pytest -n $(WORKERS) --dist worksteal --timeout 300 -p no:benchmark
 test: $(READY)
-	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(PY) $(PYTEST) tests $(ARGS)
+	$(CAPS) OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(PY) $(PYTEST) tests $(ARGS)
 
 # On a machine of our own for a GPU's instructions, tests/ptx. Left out: what is about the interpreter or
 # about errors, and Liger's kernels, in which threads read what they do not need while others write it.
@@ -66,7 +73,7 @@ lint: $(READY)
 	$(PY) -m mypy
 
 bench: $(READY)
-	.venv/bin/tropd bench $(ARGS)
+	$(CAPS) .venv/bin/tropd bench $(ARGS)
 
 # build/lib is where setuptools would pick up files that the package no longer has.
 wheel: $(READY)

@@ -140,6 +140,7 @@ def test_products_and_those_of_torch_may_take_turns(operator, multiplier):
 
 def test_where_amx_cannot_be_ours_the_library_s_products_serve(monkeypatch):
     """oneDNN uses the tile units; ours without them would be several times slower."""
+    monkeypatch.setattr(native, "CAP", "amx")
     monkeypatch.setattr(ops, "products", lambda: ["AVX512-BF16"])
     for amx, expected in ((True, []), (False, ["AVX512-BF16"])):
         monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda amx=amx: amx)

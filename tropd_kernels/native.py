@@ -1,13 +1,44 @@
 """Loads `_C`, the compiled part of `csrc/`: operators `torch.ops.tropd_native.*` for a CPU.
 
 At import, once: `torch.compile` traces through the choice of a backend and sees constants.
+
+TROPD_CPU=portable|avx2|avx512|amx caps what is used of the CPU, so that a test or a bug report can
+stand for a smaller machine; a cap above what the CPU has changes nothing. torch's libraries have
+caps of their own: ATEN_CPU_CAPABILITY, ONEDNN_MAX_CPU_ISA and MKL_ENABLE_INSTRUCTIONS.
 """
 
 from __future__ import annotations
 
+import os
 from importlib.util import find_spec
 
 import torch
+
+#: What TROPD_CPU may say, in ascending order: no more than this is used of the CPU.
+CAPS = ("portable", "avx2", "avx512", "amx")
+
+
+def _cap() -> str:
+    """The last of `CAPS` unless TROPD_CPU names another."""
+    cap = os.environ.get("TROPD_CPU") or CAPS[-1]
+    if cap not in CAPS:
+        raise ValueError(f"TROPD_CPU must be one of {', '.join(CAPS)}, or unset; got {cap!r}")
+    return cap
+
+
+#: What TROPD_CPU said when this module was imported.
+CAP = _cap()
+
+
+def may_use(cap: str) -> bool:
+    """Whether TROPD_CPU leaves these instructions in use; a CPU may lack them all the same."""
+    return CAPS.index(cap) <= CAPS.index(CAP)
+
+
+def _allowed(name: str) -> bool:
+    """The same of csrc/'s instruction sets and products, by their names: "AVX-512", "AMX", ..."""
+    plain = name.lower().replace("-", "")
+    return may_use(next((cap for cap in CAPS if plain.startswith(cap)), "portable"))
 
 
 def _load() -> str | None:
@@ -19,8 +50,11 @@ def _load() -> str | None:
         )
     try:
         torch.ops.load_library(spec.origin)
-        torch.ops.tropd_native.instruction_sets()
-        torch.ops.tropd_native.products()
+        best = next(filter(_allowed, torch.ops.tropd_native.instruction_sets()))
+        torch.ops.tropd_native.use_instruction_set(best)
+        products = next(filter(_allowed, torch.ops.tropd_native.products()), None)
+        if products is not None:
+            torch.ops.tropd_native.use_products(products)
     except (OSError, RuntimeError, AttributeError) as error:
         return f"{spec.origin} does not load with torch {torch.__version__}: {error}"
     return None
@@ -30,12 +64,17 @@ def _load() -> str | None:
 WHY_NOT = _load()
 
 
+def amx_in_hardware() -> bool:
+    """The CPU has AMX's tiles for bf16, and TROPD_CPU leaves them in use."""
+    return may_use("amx") and torch.cpu._is_amx_tile_supported()
+
+
 def _bf16_products() -> list[str]:
-    found = list(torch.ops.tropd_native.products()) if WHY_NOT is None else []
+    found = list(filter(_allowed, torch.ops.tropd_native.products())) if WHY_NOT is None else []
     # Where AMX cannot be ours, by the compiler or the system, oneDNN's use of it beats AVX512-BF16.
     # A build for tests may emulate it.
     ours = any(name.startswith("AMX") for name in found)
-    return found if ours or not torch.cpu._is_amx_tile_supported() else []
+    return found if ours or not amx_in_hardware() else []
 
 
 #: The units on which bfloat16 products with float32 results are ours here, best first.
@@ -50,10 +89,11 @@ def plain_rows(matrix: torch.Tensor) -> torch.Tensor:
 
 def instruction_sets() -> list[str]:
     """What the row kernels can run on here, best first; the first is in use."""
-    return list(torch.ops.tropd_native.instruction_sets())
+    return list(filter(_allowed, torch.ops.tropd_native.instruction_sets()))
 
 
 def description() -> str:
     """The instruction sets that are used unless a test asks for others."""
     products = f", products on {BF16_PRODUCTS[0]}" if BF16_PRODUCTS else ""
-    return f"rows on {instruction_sets()[0]}{products}"
+    capped = "" if may_use(CAPS[-1]) else f", no more by TROPD_CPU={CAP}"
+    return f"rows on {instruction_sets()[0]}{products}{capped}"

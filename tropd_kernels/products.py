@@ -162,8 +162,10 @@ def _tiles(weight: Tensor, dtype: torch.dtype):
 
 
 def bf16_in_hardware() -> bool:
-    """The CPU multiplies bf16, and oneDNN uses that for float32 operands when told to."""
-    return torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
+    """The CPU multiplies bf16, which TROPD_CPU leaves in use, and oneDNN uses that for float32
+    operands when told to."""
+    avx512 = native.may_use("avx512") and torch.cpu._is_avx512_bf16_supported()
+    return avx512 or native.amx_in_hardware()
 
 
 class _Setting:

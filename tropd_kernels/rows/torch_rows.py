@@ -179,16 +179,34 @@ def transform(
 
 
 def _log_probs(logits: Tensor, how: LogitTransform, dtype: torch.dtype) -> Tensor:
-    """(rows, V). `log_softmax` subtracts the maximum first and the logarithm last, as it has to be;
-    the gradient pass calls it again rather than rebuild it from stored normalisers."""
-    return transform(logits, how, dtype).log_softmax(-1)
+    """(rows, V). The gradient pass calls it again rather than rebuild it from normalisers."""
+    return log_softmax(transform(logits, how, dtype))
+
+
+def log_softmax(z: Tensor) -> Tensor:
+    """Along a row: the maximum is subtracted first and the logarithm last, as it has to be.
+
+    On a CPU torch's own adds the exponentials in as many running sums as a vector register has
+    lanes: at 151,936 ids and 8 lanes the loss is off by 1e-5. `sum` adds in pairs."""
+    if z.device.type != "cpu":
+        return z.log_softmax(-1)
+    shifted = z - z.amax(-1, keepdim=True)
+    return shifted.sub_(shifted.exp().sum(-1, keepdim=True).log_())
+
+
+def softmax(z: Tensor) -> Tensor:
+    """Along a row, with the sum of `log_softmax`."""
+    if z.device.type != "cpu":
+        return z.softmax(-1)
+    p = (z - z.amax(-1, keepdim=True)).exp_()
+    return p.div_(p.sum(-1, keepdim=True))
 
 
 def _log_p(z: Tensor, c: Tensor, options: RowOptions) -> Tensor:
     """From transformed student logits; of a part of a row, by the normalisers in c (Coef, n, 1)."""
     if options.sharded:
         return (z - c[Coef.STUDENT_MAX]) - c[Coef.STUDENT_LOG_SUM]
-    return z.log_softmax(-1)
+    return log_softmax(z)
 
 
 def _log_q(logits: Tensor, c: Tensor, options: RowOptions) -> Tensor:
@@ -196,7 +214,7 @@ def _log_q(logits: Tensor, c: Tensor, options: RowOptions) -> Tensor:
     t = transform(logits, options.teacher, c.dtype)
     if options.sharded:
         return (t - c[Coef.TEACHER_MAX]) - c[Coef.TEACHER_LOG_SUM]
-    return t.log_softmax(-1)
+    return log_softmax(t)
 
 
 def _statistics(part: RowBatch, options: RowOptions, s: Tensor, c: Tensor):
@@ -336,7 +354,7 @@ def _gradient(part: RowBatch, c: Tensor, options: RowOptions, out: Tensor) -> No
         c = c.clone()
         c[Coef.REVERSE_KL] -= c[Coef.STUDENT_LOG_SUM] - c[Coef.TEACHER_LOG_SUM]
     z = transform(part.student, options.student, c.dtype)
-    d = _log_p(z, c, options).exp_() if options.sharded else z.softmax(-1)
+    d = _log_p(z, c, options).exp_() if options.sharded else softmax(z)
     reads_teacher = part.teacher is not None and rule.reads_teacher_rows
     if on_cpu:
         reads_teacher = reads_teacher and bool(needs_teacher.any())

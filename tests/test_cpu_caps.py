@@ -1,0 +1,71 @@
+"""TROPD_CPU: what `native` and the products use of the CPU, where less is wanted than it has."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+from tropd_kernels import native
+
+SHOWN = """
+import json, torch
+from tropd_kernels import available_backends, native, products
+ops, sets = torch.ops.tropd_native, native.instruction_sets()
+in_use = ops.use_instruction_set(sets[0])
+multiplies = ops.use_products(native.BF16_PRODUCTS[0]) if native.BF16_PRODUCTS else None
+print(json.dumps([sets, in_use, native.BF16_PRODUCTS, multiplies, products.bf16_in_hardware()]))
+print(available_backends("cpu")["native"])
+"""
+
+
+def run(cap: str | None, code: str = SHOWN) -> subprocess.CompletedProcess:
+    environment = {key: value for key, value in os.environ.items() if key != "TROPD_CPU"}
+    if cap is not None:
+        environment["TROPD_CPU"] = cap
+    return subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True
+    )
+
+
+def shown(cap: str | None) -> tuple[list, str]:
+    done = run(cap)
+    assert done.returncode == 0, done.stderr
+    facts, description = done.stdout.splitlines()
+    return json.loads(facts), description
+
+
+needs_native = pytest.mark.skipif(native.WHY_NOT is not None, reason="csrc/ is not built")
+
+
+@needs_native
+def test_a_cap_leaves_what_does_not_exceed_it():
+    (all_sets, _, all_products, _, _), uncapped = shown(None)
+    assert "TROPD_CPU" not in uncapped
+    for i, cap in enumerate(native.CAPS):
+        (sets, in_use, products, multiplies, bf16), description = shown(cap)
+        above = ["AVX2", "AVX512", "AMX"][i:]
+        kept = [
+            [name for name in names if not name.replace("-", "").startswith(tuple(above))]
+            for names in (all_sets, all_products)
+        ]
+        assert sets == kept[0] and in_use == sets[0]
+        # Where AMX is left out, AVX512-BF16 may serve whose products were oneDNN's before.
+        assert products == kept[1] or set(all_products) < set(products)
+        assert multiplies == (products[0] if products else None)
+        assert f"rows on {sets[0]}" in description
+        assert (f"TROPD_CPU={cap}" in description) == (cap != "amx")
+        if cap in ("portable", "avx2"):
+            assert not bf16
+
+
+def test_an_unknown_cap_is_refused():
+    done = run("avx9", "import tropd_kernels")
+    assert done.returncode == 1
+    expected = "TROPD_CPU must be one of portable, avx2, avx512, amx, or unset; got 'avx9'"
+    assert expected in done.stderr
+
+
+def test_an_empty_cap_is_none():
+    assert run("", "import tropd_kernels").returncode == 0
