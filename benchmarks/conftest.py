@@ -6,6 +6,7 @@ import torch
 from benchmarks.bench import table
 from benchmarks.bench.problem import make_problem
 from benchmarks.bench.shapes import DEFAULTS, SHAPES, Shape
+from benchmarks.dtypes import default_dtype, dtype_name
 from benchmarks.measure import machine
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -19,7 +20,8 @@ def pytest_addoption(parser):
     group.addoption("--tokens", type=int, default=TOKENS[0])
     for size in ("vocab_size", "hidden_size", "teacher_hidden_size"):
         group.addoption(f"--{size.replace('_', '-')}", type=int, help="in place of the shape's")
-    group.addoption("--dtype", choices=["bfloat16", "float32"], default="bfloat16")
+    dtype = dtype_name(default_dtype(DEVICE)[0])
+    group.addoption("--dtype", choices=["bfloat16", "float32"], default=dtype)
 
 
 @pytest.fixture(scope="session")

@@ -21,8 +21,9 @@ from pathlib import Path
 
 import torch
 
+from benchmarks.bench.ceilings import bytes_per_second
 from benchmarks.bench.command import UsageError, device_of, positive, prepare, say
-from benchmarks.bench.timing import ceilings, reason_of
+from benchmarks.bench.timing import reason_of
 from benchmarks.measure import interleaved_times, machine
 from tropd_kernels import GKD, OPD, Divergence, TrOPD
 from tropd_kernels.backends import choose_backend, engine_for
@@ -163,7 +164,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (UsageError, ValueError, RuntimeError) as error:
         say(f"rows: {error}")
         return 2
-    most = ceilings(device, torch.bfloat16)["bytes_per_second"]
+    most = bytes_per_second(device)
     found = measure(passes(backend, n, v, device), n, v, options.repeats, device)
     facts = {
         "machine": machine(device), "backend": backend, "tokens": n, "vocab_size": v,

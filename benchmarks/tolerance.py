@@ -39,6 +39,7 @@ from benchmarks.demo.model import load_teacher, make_student
 from benchmarks.demo.prompts import PROMPTS
 from benchmarks.demo.rollout import Rollout, completion_hidden, sample
 from benchmarks.demo.run import STUDENT_LAYERS, prompt_batches
+from benchmarks.dtypes import default_dtype
 from benchmarks.measure import machine
 from tropd_kernels import (
     GKD,
@@ -259,7 +260,8 @@ def mean_kl(student: Model, teacher: Model, rollout: Rollout, direction: str) ->
 
 
 def pick_training_dtype() -> torch.dtype:
-    return torch.bfloat16 if native.BF16_PRODUCTS else torch.float32
+    """Of the models too, whose products are torch's, not ours."""
+    return default_dtype()[0] if native.BF16_PRODUCTS else torch.float32
 
 
 def learn(

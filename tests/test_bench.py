@@ -21,6 +21,7 @@ from benchmarks.bench.problem import IGNORED, make_problem
 from benchmarks.bench.providers import GEMMS, PROVIDERS, Provider, runner, why_not
 from benchmarks.bench.results import Results, Row, read
 from benchmarks.bench.shapes import SHAPES, Shape
+from benchmarks.dtypes import default_dtype, dtype_name
 from benchmarks.measure import Times
 from tropd_kernels import cli
 
@@ -212,7 +213,7 @@ def test_from_the_command_line_to_the_table(tmp_path, capsys):
     )
     assert str(tmp_path) not in out.read_text("utf-8")
     assert found["machine"]["torch"] == version("torch") and found["ignored"] == 0.5
-    assert found["shape"] == vars(TINY) and found["dtype"] == "bfloat16"
+    assert found["shape"] == vars(TINY) and found["dtype"] == dtype_name(default_dtype()[0])
     assert found["ceilings"]["flop_per_second"] > 0 < found["ceilings"]["bytes_per_second"]
     ours = [name for name in ("native", "torch") if name in {r["who"] for r in found["rows"]}]
     expected = [

@@ -12,6 +12,7 @@ bare products of the same shapes take theirs among them.
     shapes, losses, problem      what is computed, and on what
     eager, rivals, providers     by whom
     timing, accuracy, run        how it is measured
+    ceilings                     what the machine reaches at most, for the roofline
     results, table, plot, readme what becomes of it
     command                      the options
 

@@ -10,17 +10,20 @@ import argparse
 import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from types import ModuleType
 
 import torch
 
 from benchmarks.bench import readme, table
+from benchmarks.bench.ceilings import ceilings
 from benchmarks.bench.losses import LOSSES
 from benchmarks.bench.problem import make_problem
 from benchmarks.bench.providers import OURS, PROVIDERS, default_providers
 from benchmarks.bench.results import Results, Row, read
 from benchmarks.bench.run import Settings, measure
 from benchmarks.bench.shapes import DEFAULTS, SHAPES, Shape
-from benchmarks.bench.timing import ceilings, check_room, reason_of
+from benchmarks.bench.timing import check_room, reason_of
+from benchmarks.dtypes import default_dtype, dtype_name
 from benchmarks.measure import machine
 from tropd_kernels.registry import nearest
 
@@ -70,7 +73,8 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     often = f"{REPEATS['cuda']} on a GPU, {REPEATS['cpu']} on a CPU"
     add("--repeats", type=positive, help=f"timed runs of each; default: {often}")
     add("--device", help="cpu or cuda; default: a GPU if there is one")
-    add("--dtype", default="bfloat16", help=f"of the inputs: {', '.join(DTYPES)}")
+    add("--dtype", help=f"of the inputs: {', '.join(DTYPES)}; default: bfloat16 where the "
+        "processor multiplies it in hardware, else float32")  # fmt: skip
     add("--out", type=Path, metavar="FILE", help="default: build/bench/DEVICE.json")
     add("--plot", nargs="*", metavar="FILE",
         help="draw time, memory and roofline beside the results; of stored files if any are given, "
@@ -108,7 +112,7 @@ def share(text: str) -> float:
 
 def bench(options: argparse.Namespace, command: str) -> int:
     device = device_of(options.device)
-    dtype = getattr(torch, one_of("--dtype", options.dtype, DTYPES))
+    dtype, why_dtype = dtype_of(options.dtype, device)
     shape = shape_of(options, device)
     losses, bad_losses = known("--losses", options.losses or list(LOSSES), LOSSES)
     names, bad_names = known("--providers", providers_of(options.providers, device), PROVIDERS)
@@ -117,6 +121,8 @@ def bench(options: argparse.Namespace, command: str) -> int:
     repeats = options.repeats or REPEATS[kind]
     out = options.out or Path("build/bench") / f"{kind}.json"
     prepare("--out", out)
+    if options.plot is not None:
+        drawer()
     status = 2 if bad_losses or bad_names else 0
     snapshot = options.memory_snapshot
     if snapshot and kind != "cuda":
@@ -126,12 +132,13 @@ def bench(options: argparse.Namespace, command: str) -> int:
         prepare("--memory-snapshot", snapshot)
 
     on = machine(device)
-    print("\n".join(heading(options, on, shape, device, tokens)), flush=True)
+    print("\n".join(heading(options, on, shape, device, tokens, dtype, why_dtype)), flush=True)
     facts = {
-        "command": command, "machine": on, "shape": vars(shape), "dtype": options.dtype,
+        "command": command, "machine": on, "shape": vars(shape), "dtype": dtype_name(dtype),
         "device": kind, "ignored": options.mask, "repeats": repeats,
-        "ceilings": ceilings(device, dtype),
     }  # fmt: skip
+    if options.plot is not None:
+        facts["ceilings"] = ceilings(device, dtype)
     try:
         # Drawn in float32, the teacher's head from a second draw.
         rows_of_heads = shape.hidden_size + 2 * shape.teacher_hidden_size
@@ -156,8 +163,9 @@ def bench(options: argparse.Namespace, command: str) -> int:
 
 
 def heading(
-    options: argparse.Namespace, on: dict[str, str], shape: Shape, device: str, tokens: list[int]
-) -> list[str]:
+    options: argparse.Namespace, on: dict[str, str], shape: Shape, device: str, tokens: list[int],
+    dtype: torch.dtype, why_dtype: str,
+) -> list[str]:  # fmt: skip
     lines = []
     if not torch.cuda.is_available() and (options.shape or options.vocab_size) is None:
         lines.append("no GPU: small shapes, whose ratios are not those of a model; see --shape")
@@ -168,15 +176,21 @@ def heading(
     return [
         *lines,
         *(f"{name}: {fact}" for name, fact in on.items()),
-        f"{' and '.join(map(str, tokens))} tokens, {shape}, {options.dtype}{ignored}",
+        *([f"{dtype_name(dtype)}: {why_dtype}; --dtype takes another"] if why_dtype else []),
+        f"{' and '.join(map(str, tokens))} tokens, {shape}, {dtype_name(dtype)}{ignored}",
     ]
 
 
-def draw(files: list[Path]) -> int:
+def drawer() -> ModuleType:
     try:
         from benchmarks.bench import plot
     except ImportError:
         raise UsageError("--plot: matplotlib is not installed: pip install matplotlib") from None
+    return plot
+
+
+def draw(files: list[Path]) -> int:
+    plot = drawer()
     for file in files:
         try:
             results = read(file)
@@ -215,6 +229,13 @@ def device_of(name: str | None) -> str:
         there = torch.cuda.device_count()
         raise UsageError(f"--device: torch sees {there} GPUs here, so there is no {name!r}")
     return name
+
+
+def dtype_of(name: str | None, device: str) -> tuple[torch.dtype, str]:
+    """(dtype, why it was chosen); no reason where it was asked for."""
+    if name is None:
+        return default_dtype(device)
+    return getattr(torch, one_of("--dtype", name, DTYPES)), ""
 
 
 def shape_of(options: argparse.Namespace, device: str) -> Shape:

@@ -2,7 +2,8 @@
 
 One panel for each loss. With several numbers of tokens these are curves, else bars. The roofline
 shows how much of the machine each call uses: FLOP of the loss's floor over its time, against FLOP
-per byte that has to move (inputs read once, gradients written once), under the machine's ceilings.
+per byte that has to move (inputs read once, gradients written once), under the ceilings of the
+machine that measured, which it probed if it was told to draw; without them there is no roof.
 Work that an implementation does beyond the floor counts for nothing there.
 """
 
@@ -128,6 +129,8 @@ def roofline(results: Results, rows: list[Row]) -> Any:
             color="black", linewidth=1,
             label=f"{top / 1e12:.3g} TFLOP/s, {bandwidth / 1e9:.3g} GB/s",
         )  # fmt: skip
+    else:
+        axis.set_title("no roof: measured without --plot", fontsize=8)
     axis.set_xscale("log")
     axis.set_yscale("log")
     axis.set_xlabel("FLOP of the floor per byte that has to move")

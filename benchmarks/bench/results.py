@@ -1,8 +1,8 @@
 """The rows of the table, and the JSON file that keeps them.
 
 A file holds what a reader needs to judge the rows: the command, machine and versions, shape, dtype,
-and the ceilings that the machine reached. It is written after every loss, so that a run that is cut
-short keeps what it has.
+and under `--plot` the ceilings that the machine reached. It is written after every loss, so that a
+run that is cut short keeps what it has.
 """
 
 from __future__ import annotations

@@ -13,7 +13,7 @@ from __future__ import annotations
 import gc
 import re
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 
@@ -138,29 +138,3 @@ def free(device: str) -> None:
     """After a failure, so that the next provider has what the last one left."""
     if torch.device(device).type == "cuda":
         torch.cuda.empty_cache()
-
-
-def ceilings(device: str, dtype: torch.dtype) -> dict[str, float]:
-    """What the machine does at most: FLOP per second of a large product in `dtype`, and bytes per
-    second of a large copy, each byte read and written. Medians of five, after a warm-up."""
-    size, floats = 2048, 2**25
-    if torch.device(device).type == "cuda":
-        size, floats = 8192, min(2**30, torch.cuda.mem_get_info(device)[0] // 32)
-    a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
-    source = torch.randn(floats, device=device)
-    target = torch.empty_like(source)
-
-    def median(call: Callable[[], object]) -> float:
-        runs = []
-        for _ in range(6):
-            synchronize(device)
-            start = time.perf_counter()
-            call()
-            synchronize(device)
-            runs.append(time.perf_counter() - start)
-        return summary(runs[1:]).median
-
-    return {
-        "flop_per_second": 2 * size**3 / median(lambda: a @ b),
-        "bytes_per_second": 2 * source.nbytes / median(lambda: target.copy_(source)),
-    }

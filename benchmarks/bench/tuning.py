@@ -17,13 +17,22 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.bench.command import UsageError, device_of, one_of, positive, prepare, say
+from benchmarks.bench.command import (
+    UsageError,
+    device_of,
+    dtype_of,
+    one_of,
+    positive,
+    prepare,
+    say,
+)
 from benchmarks.bench.losses import LOSSES
 from benchmarks.bench.problem import Gradients, Problem, make_problem
 from benchmarks.bench.providers import Runner, runner
 from benchmarks.bench.shapes import DEFAULTS, SHAPES
 from benchmarks.bench.table import megabytes, seconds
 from benchmarks.bench.timing import reason_of, take_turns
+from benchmarks.dtypes import dtype_name
 from benchmarks.measure import machine
 from tropd_kernels import chunking
 from tropd_kernels.backends import choose_backend
@@ -121,6 +130,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--rows", type=positive, nargs="+", default=ROWS)
     parser.add_argument("--super-rows", type=positive, nargs="+", default=SUPER_ROWS)
     parser.add_argument("--device")
+    parser.add_argument("--dtype")
     parser.add_argument("--out", type=Path, default=Path("build/bench/tuning.json"))
     options = parser.parse_args(arguments)
     try:
@@ -128,6 +138,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         shape_name, tokens = DEFAULTS[torch.device(device).type]
         shape_name = one_of("--shape", options.shape or shape_name, SHAPES)
         loss = one_of("--loss", options.loss, LOSSES)
+        dtype, _ = dtype_of(options.dtype, device)
         prepare("--out", options.out)
     except UsageError as error:
         say(f"tuning: {error}")
@@ -136,11 +147,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     sizes = {defaults(device)} | {
         (rows, many) for rows in options.rows for many in options.super_rows if many >= rows
     }
-    problem = make_problem(tokens, SHAPES[shape_name], device=device)
+    problem = make_problem(tokens, SHAPES[shape_name], dtype, device)
     rows = sweep(problem, loss, sorted(sizes), options.repeats, device)
-    facts = {"machine": machine(device), "shape": shape_name, "tokens": tokens, "loss": loss}
+    facts = {
+        "machine": machine(device), "shape": shape_name, "dtype": dtype_name(dtype),
+        "tokens": tokens, "loss": loss,
+    }  # fmt: skip
     options.out.write_text(json.dumps(facts | {"sweep": rows}, indent=1) + "\n", "utf-8")
-    print(f"chunk sizes, {loss}, {tokens} tokens, {SHAPES[shape_name]}")
+    print(f"chunk sizes, {loss}, {tokens} tokens, {SHAPES[shape_name]}, {dtype_name(dtype)}")
     print(render(rows))
     return 0
 

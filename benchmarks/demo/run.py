@@ -16,6 +16,7 @@ from benchmarks.demo.plot import draw
 from benchmarks.demo.prompts import PROMPTS
 from benchmarks.demo.rollout import sample
 from benchmarks.demo.train import train
+from benchmarks.dtypes import bf16_units, default_dtype
 from benchmarks.measure import machine
 from tropd_kernels.backends import choose_backend
 
@@ -110,11 +111,11 @@ def pick_device(text: str) -> torch.device:
 
 
 def pick_dtype(device: torch.device) -> torch.dtype:
-    """bfloat16 where the hardware multiplies it fast, float32 elsewhere."""
+    """bfloat16 where the hardware multiplies it several times faster than float32, which on a CPU
+    is AMX alone; float32 elsewhere."""
     if device.type == "cuda":
-        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float32
-    has_amx = getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)()
-    return torch.bfloat16 if has_amx else torch.float32
+        return default_dtype(device)[0]
+    return torch.bfloat16 if bf16_units(device) == "AMX" else torch.float32
 
 
 def prompt_batches(prompts: tuple[str, ...], size: int) -> Iterator[list[str]]:
