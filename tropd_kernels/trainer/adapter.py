@@ -43,7 +43,7 @@ from .checks import (
     split_error,
     stop_on_weights,
 )
-from .prefix import is_complete
+from .prefix import extend_token_fields, is_complete
 from .sampling import plain_defaults
 from .sharding import (
     fsdp_version,
@@ -395,15 +395,14 @@ class DistillationAdapter(DistillationTrainer):
         if not open_ and not together:
             return prefixes
         # What is written after a prefix that is complete is thrown away.
-        begun = [
-            prompt if is_complete(prefix, limit, ends) else prompt + prefix
-            for prompt, prefix in zip(prompt_ids, prefixes)
-        ]
+        heads = [[] if is_complete(prefix, limit, ends) else prefix for prefix in prefixes]
+        begun = [prompt + head for prompt, head in zip(prompt_ids, heads)]
+        fields = extend_token_fields(multimodal_fields, prompt_ids, [len(head) for head in heads])
         tokens = max([limit - len(prefix) for prefix in open_], default=1)
         # All rows are given as many tokens as the one with the shortest prefix needs.
         check_context(begun, tokens, self._contexts, self._tokenizer)
         with self._limit(tokens):
-            rest = self._write(begun, images, multimodal_fields, has_tool_images)
+            rest = self._write(begun, images, fields, has_tool_images)
         return [
             prefix if is_complete(prefix, limit, ends) else (prefix + own)[:limit]
             for prefix, own in zip(prefixes, rest)

@@ -103,6 +103,24 @@ def check_prompts(rows: Sequence[Mapping[str, Any]]) -> None:
         )
 
 
+def refuse_images(rows: Sequence[Mapping[str, Any]]) -> None:
+    """Raises NotImplementedError for a row with an image, in a column of its own or in a message:
+    a served teacher would answer without having seen it."""
+    for row in rows:
+        messages = row["prompt"] if isinstance(row["prompt"], list) else []
+        contents = [message.get("content") for message in messages]
+        parts = [part for content in contents if isinstance(content, list) for part in content]
+        if row.get("images") or row.get("image") is not None or _holds_image(parts):
+            raise NotImplementedError(
+                "teacher_model_server_url: images are not sent to a teacher's server: load the "
+                "teacher in this process"
+            )
+
+
+def _holds_image(parts: Sequence[Mapping[str, Any]]) -> bool:
+    return any(part["type"] == "image" for part in parts)
+
+
 def _is_conversation(prompt: Any) -> bool:
     return isinstance(prompt, list) and len(prompt) > 0 and all(map(_is_message, prompt))
 

@@ -11,6 +11,7 @@ import math
 import random
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, ProgressCallback, TrainerCallback
 from trl import RichProgressCallback  # type: ignore[attr-defined]
+from trl.data_utils import prepare_multimodal_messages
 from trl.trainer.utils import get_config_model_id
 
 from ..draws import bernoulli_uniforms
@@ -35,6 +37,7 @@ from .checks import (
     check_trainable,
     find_tokenizer,
     no_guide,
+    refuse_images,
     stop_on,
 )
 from .config import TrOPDConfig
@@ -44,6 +47,7 @@ from .prefix import (
     have_column,
     is_complete,
     prefix_mask,
+    row_images,
     scheduled_length,
 )
 from .regions import Sample, samples, show, write_page
@@ -344,10 +348,14 @@ class TrOPDTrainer(DistillationAdapter):
         if not has_text:
             if self.teacher_model is None and self._server is None:
                 raise no_guide(column)
+            if self._server is not None:
+                refuse_images(rows)
             written = self._teacher_writes(prompt_ids, images, multimodal_fields, length)
         else:
             written = [
-                column_ids(row[column], row["prompt"], ids, self._tokenize, column)
+                column_ids(
+                    row[column], row["prompt"], ids, partial(self._tokenize, row=row), column
+                )
                 for row, ids in zip(rows, prompt_ids)
             ]
         prefixes = [cut(ids, length, self.eos_token_ids) for ids in written]
@@ -406,11 +414,7 @@ class TrOPDTrainer(DistillationAdapter):
         if self.args.precomputed_teacher:
             scores = signals.column_scores(rows, self.max_completion_length, top_k)
         elif self._server is not None:
-            if "image" in rows[0] or "images" in rows[0]:
-                raise NotImplementedError(
-                    "teacher_model_server_url: images are not sent to a teacher's server: load the "
-                    "teacher in this process"
-                )
+            refuse_images(rows)
             scores = self._server.score(prompt_ids, completion_ids, top_k)
         else:
             return {}
@@ -426,10 +430,13 @@ class TrOPDTrainer(DistillationAdapter):
             args.prefix_schedule, args.prefix_length, self.state.global_step, steps
         )
 
-    def _tokenize(self, text: str | list[dict]) -> list[int]:
-        """Ids of a prompt with its answer, in the way that TRL tokenises the prompt alone."""
+    def _tokenize(self, text: str | list[dict], row: dict[str, Any]) -> list[int]:
+        """Ids of a row's prompt with its answer, in the way that TRL tokenises the prompt alone."""
         if isinstance(text, str):
             return self.processing_class(text=[text])["input_ids"][0]
+        images = row_images(row)
+        if images or self._is_vlm:
+            text = prepare_multimodal_messages(text, images=images)
         return self.processing_class.apply_chat_template(
             conversation=[text],
             tools=self.tools or None,

@@ -1,0 +1,179 @@
+"""Rows with images: prefixes, completions and hidden states are those of each row alone."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+pytest.importorskip("trl", reason="the trainer needs trl")
+pytest.importorskip("PIL", reason="images need pillow")
+
+import tiny
+import vision
+from served import serve
+from training import SGD, Spy
+from trl.data_utils import prepare_multimodal_messages
+
+from tropd_kernels.trainer import TrOPDConfig
+from tropd_kernels.trainer.prefix import extend_token_fields
+
+pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
+LIMIT, PREFIX = 8, 4
+TYPE_IDS = ("token_type_ids", "mm_token_type_ids")
+
+
+class Hidden(Spy):
+    """Keeps both sides' hidden states."""
+
+    def distill(self, student, teacher, inputs, normalizer):
+        self.__dict__.setdefault("hidden", []).append((student.hidden.detach(), teacher.hidden))
+        return super().distill(student, teacher, inputs, normalizer)
+
+
+def make(folder, kind, data, **settings):
+    args = TrOPDConfig(
+        str(folder), max_steps=1, per_device_train_batch_size=8, max_completion_length=LIMIT,
+        bf16=False, use_cpu=True, report_to="none", save_strategy="no", disable_tqdm=True,
+        gradient_checkpointing=False, seed=5, objective="gkd",
+        generation_kwargs={"do_sample": False}, **SGD | {"learning_rate": 0.0} | settings,
+    )  # fmt: skip
+    student, teacher = (vision.model(kind, seed) for seed in (0, 1))
+    return Hidden(student, teacher, args, data, processing_class=vision.processor(kind))
+
+
+def by_hand(processor, row) -> dict[str, torch.Tensor]:
+    """What a model gets of this row's prompt alone."""
+    messages = prepare_multimodal_messages(row["prompt"], images=[row["image"]])
+    made = processor.apply_chat_template(
+        [messages], add_generation_prompt=True, tokenize=True, return_dict=True,
+        return_tensors="pt",
+    )  # fmt: skip
+    return {name: value for name, value in made.items() if name != "attention_mask"}
+
+
+def followed(fields, ids):
+    """... and once these ids, of text, follow it."""
+    more = torch.tensor([ids], dtype=torch.long)
+    grown = {"input_ids": torch.cat([fields["input_ids"], more], 1)}
+    grown |= {
+        name: torch.cat([fields[name], torch.zeros_like(more)], 1)
+        for name in TYPE_IDS
+        if name in fields
+    }
+    return fields | grown
+
+
+@torch.no_grad()
+def hidden_states(model, fields):
+    return model.base_model(**fields, use_cache=False).last_hidden_state[0]
+
+
+@torch.no_grad()
+def greedily(model, fields, ids):
+    """Continues these ids to an end or the limit, without a cache."""
+    ids = list(ids)
+    while len(ids) < LIMIT and ids[-1:] not in ([2], [3]):
+        logits = model(**followed(fields, ids), use_cache=False).logits[0, -1]
+        logits[vision.IDS[vision.IMAGE]] = -torch.inf  # as TRL has it suppressed
+        ids.append(int(logits.argmax()))
+    return ids
+
+
+def rows_of(trainer, data):
+    """Each completion of the batch with its row of the data set, found by its prompt's words."""
+    (batch,) = trainer.batches
+    rows = {tuple(by_hand(trainer.processing_class, row)["input_ids"][0].tolist()): row
+            for row in data}  # fmt: skip
+    for i, (ids, mask) in enumerate(zip(batch["prompt_ids"], batch["prompt_mask"])):
+        completion = batch["completion_ids"][i][batch["completion_mask"][i].bool()].tolist()
+        yield i, rows[tuple(ids[mask.bool()].tolist())], completion
+
+
+@pytest.mark.parametrize("writer", ["column", "teacher"])
+@pytest.mark.parametrize("kind", vision.KINDS)
+def test_a_prefix_of_rows_with_images(tmp_path, kind, writer):
+    """The student goes on from it as it would from that row alone, and the loss is on that.
+
+    Prefixes of several lengths behind prompts of several lengths, and complete behind the longest:
+    a per-token field that does not grow with them is out of place, or too short.
+    """
+    answers = [" ".join(tiny.WORDS[50 + i :][: (5, 4, 2, 1)[i % 4]]) for i in range(8)]
+    columns = {"teacher_completion": answers} if writer == "column" else {}
+    data = vision.prompts(8, **columns)
+    trainer = make(tmp_path, kind, data, prefix_schedule="constant", prefix_length=PREFIX)
+    trainer.train()
+    models = trainer.model, trainer.teacher_model
+    lengths, gone_on = set(), 0
+    for i, row, completion in rows_of(trainer, data):
+        fields = by_hand(trainer.processing_class, row)
+        length = int(trainer.batches[0]["prefix_lengths"][i])
+        if writer == "column":
+            answer = [*trainer._tokenizer(row["teacher_completion"])["input_ids"], 3]
+            assert completion[:length] == answer[:PREFIX]
+        else:
+            assert completion[:length] == greedily(models[1], fields, [])[:PREFIX]
+        assert completion == greedily(models[0], fields, completion[:length])
+        lengths.add(length)
+        gone_on += len(completion) > length
+        for model, found in zip(models, trainer.hidden[0]):
+            start = fields["input_ids"].shape[1] - 1
+            alone = hidden_states(model, followed(fields, completion))[start:-1]
+            # float32; a token out of place differs by a percent and more.
+            error = (found[i, : len(completion)] - alone).norm()
+            assert error <= 1e-4 * alone.norm()
+    assert gone_on >= 3
+    assert writer == "teacher" or lengths == {2, 3, 4}
+
+
+def test_an_answer_in_parts(tmp_path):
+    """As messages, and the prompt's image among its parts: nothing is left to prepare."""
+    talk = [
+        [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": f"w{i} w1"}]}]
+        for i in range(8)
+    ]
+    answer = [{"role": "assistant", "content": [{"type": "text", "text": "w5 w6"}]}]
+    data = vision.prompts(8, teacher_completion=[answer] * 8).remove_columns("prompt")
+    data = data.add_column("prompt", talk)
+    trainer = make(tmp_path, "gemma3", data, lmbda=0.0)
+    trainer.train()
+    assert all(completion == [10, 11, 3] for *_, completion in rows_of(trainer, data))
+
+
+IN_A_COLUMN = {"prompt": [{"role": "user", "content": "w1"}], "image": vision.image(1)}
+IN_A_MESSAGE = {
+    "prompt": [{"role": "user", "content": [{"type": "image", "image": vision.image(1)}]}]
+}
+
+
+@pytest.mark.parametrize("settings", [{"objective": "opd"}, {"objective": "sft", "lmbda": 0.0}])
+@pytest.mark.parametrize("row", [IN_A_COLUMN, IN_A_MESSAGE], ids=["column", "message"])
+def test_a_served_teacher_is_not_sent_images(tmp_path, row, settings):
+    """It would score, or write, without having seen them."""
+    with serve(tiny.model(1), tiny.tokenizer()) as served:
+        args = TrOPDConfig(
+            str(tmp_path), max_steps=1, per_device_train_batch_size=4, max_completion_length=4,
+            bf16=False, use_cpu=True, report_to="none", save_strategy="no", disable_tqdm=True,
+            teacher_model_server_url=served.url, teacher_server_retries=0, **settings,
+        )  # fmt: skip
+        student, processor = vision.model("gemma3", 0), vision.processor("gemma3")
+        trainer = Spy(student, None, args, [row] * 4, processing_class=processor)
+        with pytest.raises(NotImplementedError, match="images are not sent to a teacher's server"):
+            trainer.train()
+        assert not any(request["path"].endswith("completions") for request in served.requests)
+
+
+def test_fields_that_grow():
+    """Those of a number a token, whatever they are called; a processor may have padded them."""
+    prompts = [[1, 2, 3], [4, 5]]
+    fields = {
+        "token_type_ids": torch.tensor([[0, 1, 0], [0, 0, 1]]),
+        "of_tomorrow": [[7, 8, 9], [6, 5]],
+        "image_sizes": [[16, 8], [16, 8]],
+        "pixel_values": torch.ones(2, 3),
+    }
+    found = extend_token_fields(fields, prompts, [2, 0])
+    assert found["token_type_ids"] == [[0, 1, 0, 0, 0], [0, 1]]
+    assert found["of_tomorrow"] == [[7, 8, 9, 0, 0], [6, 5]]
+    assert found["image_sizes"] == fields["image_sizes"]
+    assert found["pixel_values"] is fields["pixel_values"]
+    assert fields["of_tomorrow"] == [[7, 8, 9], [6, 5]]

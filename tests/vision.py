@@ -1,0 +1,137 @@
+"""Tiny models that see images, their processors, and prompts with an image each: offline.
+
+One each of the ways in which a model is told which tokens are images': `token_type_ids` (Gemma 3,
+whose image tokens attend to one another), `mm_token_type_ids` (Qwen2-VL and Qwen3.5, which count
+positions by them). torchvision is not needed.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import tiny
+import torch
+import transformers
+from datasets import Dataset
+from PIL import Image
+from transformers import GenerationConfig, ProcessorMixin
+
+#: Behind the text model's own ids: what a prompt holds of an image.
+IMAGE, BEGIN, END, VIDEO = "<|image_pad|>", "<|begin|>", "<|close|>", "<|video_pad|>"
+IDS = {name: tiny.VOCAB + i for i, name in enumerate((IMAGE, BEGIN, END, VIDEO))}
+VOCAB = tiny.VOCAB + len(IDS)
+_TEMPLATE = (
+    "{% for m in messages %}<s> {% if m['content'] is string %}{{ m['content'] }}{% else %}"
+    "{% for p in m['content'] %}{{ PLACE if p['type'] == 'image' else p['text'] }} {% endfor %}"
+    "{% endif %} <|end|>{% endfor %}{% if add_generation_prompt %}<s>{% endif %}"
+)
+_TEXT = dict(
+    vocab_size=VOCAB, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
+    num_attention_heads=4, num_key_value_heads=2, head_dim=8, max_position_embeddings=64,
+    pad_token_id=0, bos_token_id=1, eos_token_id=2, initializer_range=0.15,
+)  # fmt: skip
+_QWEN = dict(
+    image_token_id=IDS[IMAGE], video_token_id=IDS[VIDEO], vision_start_token_id=IDS[BEGIN],
+    vision_end_token_id=IDS[END],
+)  # fmt: skip
+_EYE = dict(depth=1, num_heads=2, patch_size=4, spatial_merge_size=2, temporal_patch_size=2)
+
+
+def _gemma3():
+    config = transformers.Gemma3Config(
+        text_config=_TEXT | {"layer_types": ["full_attention"] * 2, "query_pre_attn_scalar": 1},
+        vision_config=dict(hidden_size=32, intermediate_size=48, num_hidden_layers=1,
+                           num_attention_heads=2, image_size=16, patch_size=4),
+        mm_tokens_per_image=4, image_token_id=IDS[IMAGE], boi_token_id=IDS[BEGIN],
+        eoi_token_id=IDS[END], tie_word_embeddings=False,
+    )  # fmt: skip
+    made = transformers.Gemma3ForConditionalGeneration(config)
+    with torch.no_grad():  # it begins at 0, that is blind
+        made.model.multi_modal_projector.mm_input_projection_weight.normal_()
+    return made
+
+
+def _qwen2_vl():
+    rope = dict(rope_type="default", rope_theta=1e4, mrope_section=[1, 1, 2])
+    config = transformers.Qwen2VLConfig(
+        text_config=_TEXT | {"rope_parameters": rope},
+        vision_config=_EYE | dict(embed_dim=16, hidden_size=32, mlp_ratio=2), **_QWEN,
+    )  # fmt: skip
+    return transformers.Qwen2VLForConditionalGeneration(config)
+
+
+def _qwen3_5():
+    rope = dict(
+        rope_type="default", rope_theta=1e4, mrope_section=[1, 1, 0], partial_rotary_factor=0.25
+    )
+    linear = dict(linear_key_head_dim=8, linear_value_head_dim=8, linear_num_key_heads=2,
+                  linear_num_value_heads=4)  # fmt: skip
+    config = transformers.Qwen3_5Config(
+        text_config=_TEXT | linear | dict(
+            head_dim=16, layer_types=["linear_attention", "full_attention"], rope_parameters=rope
+        ),
+        vision_config=_EYE | dict(hidden_size=16, intermediate_size=32, out_hidden_size=32,
+                                  num_position_embeddings=16),
+        **_QWEN,
+    )  # fmt: skip
+    return transformers.Qwen3_5ForConditionalGeneration(config)
+
+
+KINDS = {"gemma3": _gemma3, "qwen2_vl": _qwen2_vl, "qwen3_5": _qwen3_5}
+
+
+def model(kind: str, seed: int, spread: float = 4.0):
+    torch.manual_seed(seed)
+    made = KINDS[kind]()
+    with torch.no_grad():
+        head = made.get_output_embeddings().weight
+        head.mul_(spread / (head.std() * head.shape[1] ** 0.5))
+    made.generation_config = GenerationConfig(eos_token_id=[2, 3], pad_token_id=0, bos_token_id=1)
+    return made.eval()
+
+
+def processor(kind: str) -> ProcessorMixin:
+    tokens = tiny.tokenizer()
+    tokens.add_special_tokens(
+        {"additional_special_tokens": ["<s>", "<|end|>", IMAGE, BEGIN, END, VIDEO]}
+    )
+    if kind == "gemma3":
+        module = pytest.importorskip("transformers.models.gemma3.image_processing_pil_gemma3")
+        for name, token in (("boi", BEGIN), ("image", IMAGE), ("eoi", END)):
+            setattr(tokens, f"{name}_token", token)
+            setattr(tokens, f"{name}_token_id", IDS[token])
+        images = module.Gemma3ImageProcessorPil(size={"height": 16, "width": 16})
+        template = _TEMPLATE.replace("PLACE", f"'{BEGIN}'")
+        return transformers.Gemma3Processor(
+            images, tokens, chat_template=template, image_seq_length=4
+        )
+    module = pytest.importorskip("transformers.models.qwen2_vl.image_processing_pil_qwen2_vl")
+    images = module.Qwen2VLImageProcessorPil(
+        patch_size=4, merge_size=2, min_pixels=64, max_pixels=256
+    )
+    template = _TEMPLATE.replace("PLACE", f"'{BEGIN}{IMAGE}{END}'")
+    return _QwenOfImages(images, tokens, chat_template=template)
+
+
+class _QwenOfImages(transformers.Qwen2VLProcessor):
+    """Without videos, whose processor would need torchvision."""
+
+    def __init__(self, image_processor=None, tokenizer=None, chat_template=None):
+        self.image_token, self.image_token_id = IMAGE, IDS[IMAGE]
+        self.video_token, self.video_token_id = VIDEO, IDS[VIDEO]
+        ProcessorMixin.__init__(self, image_processor, tokenizer, chat_template=chat_template)
+
+
+def image(number: int) -> Image.Image:
+    """Another one, and of another size, for each number."""
+    pixels = np.random.default_rng(number).integers(0, 256, (16, (8, 16)[number % 2], 3))
+    return Image.fromarray(pixels.astype(np.uint8))
+
+
+def prompts(rows: int = 8, **columns) -> Dataset:
+    """A question of 1 to 4 words about an image each."""
+    talk = [
+        [{"role": "user", "content": " ".join(tiny.WORDS[7 * i : 7 * i + 1 + i % 4])}]
+        for i in range(rows)
+    ]
+    return Dataset.from_dict({"prompt": talk, "image": [image(i) for i in range(rows)]} | columns)
