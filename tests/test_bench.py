@@ -151,7 +151,7 @@ def test_one_that_fails_costs_its_row_alone(provider, tmp_path, capsys):
     calls = []
 
     def fails_late(problem):
-        calls.append(None)
+        calls.extend([None] * (len(problem.labels) == 8))
         if len(calls) > 3:  # gradient error, warm-up, and one turn
             raise RuntimeError("late\nof many lines")
         return eager.eager("opd")(problem)

@@ -12,9 +12,11 @@ bare products of the same shapes take theirs among them.
     shapes, losses, problem      what is computed, and on what
     eager, rivals, providers     by whom
     timing, accuracy, run        how it is measured
+    budget                       what a row would take, before it is begun
     ceilings                     what the machine reaches at most, for the roofline
     results, table, plot, readme what becomes of it
     command                      the options
 
-A row that cannot run stays in the table and says why.
+A row that cannot run, or would take more than the budget, stays in the table and says why. On a CPU
+the budget is two minutes a row unless `--budget` says otherwise.
 """

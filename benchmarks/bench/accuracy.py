@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
+from benchmarks.bench.budget import Cost
 from benchmarks.bench.losses import LOSSES
 from benchmarks.bench.problem import Gradients, Problem
 from benchmarks.bench.providers import Runner, runner
@@ -33,13 +35,17 @@ class Truth:
         return float(torch.stack(errors).max().sqrt())
 
 
-def truth(loss: str, problem: Problem) -> Truth:
-    """Raises MemoryError where float64 would take more than there is."""
+def truth(loss: str, problem: Problem, budget: float | None = None) -> Truth:
+    """Raises MemoryError where float64 would take more than there is, and OutOfTime where it would
+    take more than `budget` seconds."""
     vocab_size, width = problem.weight.shape
     tokens = min(TOKENS, problem.hidden.shape[0])
     # Two heads, one gradient, and some copies of the logits.
     a_row = 2 * width + problem.teacher_weight.shape[1] + 12 * tokens
     check_room(8 * vocab_size * a_row, problem.hidden.device)
     part, form = problem.first(TOKENS), LOSSES[loss].teacher
-    exact = runner("eager", loss)(problem.first(TOKENS, torch.float64).ready_for(form))
+    wide, run = problem.first(TOKENS, torch.float64), runner("eager", loss)
+    if budget is not None:
+        Cost().check(lambda n: partial(run, wide.first(n).ready_for(form)), [tokens], budget)
+    exact = run(wide.ready_for(form))
     return Truth(part.ready_for(form), exact)

@@ -14,7 +14,8 @@ from types import ModuleType
 
 import torch
 
-from benchmarks.bench import readme, table
+from benchmarks.bench import budget, readme, table
+from benchmarks.bench.budget import OutOfTime
 from benchmarks.bench.ceilings import ceilings
 from benchmarks.bench.losses import LOSSES
 from benchmarks.bench.problem import make_problem
@@ -71,14 +72,19 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     add("--providers", nargs="+", metavar="WHO",
         help=f"of ours, {', '.join(PROVIDERS)}; default: all that mean something here")  # fmt: skip
     often = f"{REPEATS['cuda']} on a GPU, {REPEATS['cpu']} on a CPU"
+    add("--budget", type=limit, metavar="SECONDS",
+        help="of a row: what a small run shows to take longer is left out, and the row says what "
+        "it needs; so is float64, for gradient errors; 0: no limit; default: "
+        f"{budget.DEFAULTS['cpu']:g} on a CPU, 0 on a GPU")  # fmt: skip
     add("--repeats", type=positive, help=f"timed runs of each; default: {often}")
     add("--device", help="cpu or cuda; default: a GPU if there is one")
     add("--dtype", help=f"of the inputs: {', '.join(DTYPES)}; default: bfloat16 where the "
         "processor multiplies it in hardware, else float32")  # fmt: skip
     add("--out", type=Path, metavar="FILE", help="default: build/bench/DEVICE.json")
     add("--plot", nargs="*", metavar="FILE",
-        help="draw time, memory and roofline beside the results; of stored files if any are given, "
-        "which then are all that is done")  # fmt: skip
+        help="draw time, memory and roofline beside the results, for whose roof the machine is "
+        "probed for a second; of stored files if any are given, which then are all that is "
+        "done")  # fmt: skip
     add("--memory-snapshot", type=Path, metavar="FILE",
         help="who allocated what in the first loss, whose times suffer by it; for "
         "pytorch.org/memory_viz, on a GPU")  # fmt: skip
@@ -97,6 +103,13 @@ def positive(text: str) -> int:
     value = int(text)
     if value < 1:
         raise argparse.ArgumentTypeError(f"must be at least 1, got {text}")
+    return value
+
+
+def limit(text: str) -> float:
+    value = float(text)
+    if not 0 <= value < float("inf"):
+        raise argparse.ArgumentTypeError(f"must be seconds, or 0 for no limit, got {text}")
     return value
 
 
@@ -119,6 +132,7 @@ def bench(options: argparse.Namespace, command: str) -> int:
     kind = torch.device(device).type
     tokens = sorted(set(options.tokens or DEFAULTS[kind][1]))
     repeats = options.repeats or REPEATS[kind]
+    seconds = budget.DEFAULTS[kind] if options.budget is None else options.budget or None
     out = options.out or Path("build/bench") / f"{kind}.json"
     prepare("--out", out)
     if options.plot is not None:
@@ -132,10 +146,11 @@ def bench(options: argparse.Namespace, command: str) -> int:
         prepare("--memory-snapshot", snapshot)
 
     on = machine(device)
-    print("\n".join(heading(options, on, shape, device, tokens, dtype, why_dtype)), flush=True)
+    lines = heading(options, on, shape, device, tokens, dtype, why_dtype, seconds)
+    print("\n".join(lines), flush=True)
     facts = {
         "command": command, "machine": on, "shape": vars(shape), "dtype": dtype_name(dtype),
-        "device": kind, "ignored": options.mask, "repeats": repeats,
+        "device": kind, "ignored": options.mask, "repeats": repeats, "budget": seconds,
     }  # fmt: skip
     if options.plot is not None:
         facts["ceilings"] = ceilings(device, dtype)
@@ -143,20 +158,28 @@ def bench(options: argparse.Namespace, command: str) -> int:
         # Drawn in float32, the teacher's head from a second draw.
         rows_of_heads = shape.hidden_size + 2 * shape.teacher_hidden_size
         check_room(4 * shape.vocab_size * rows_of_heads, device)
-        problem = make_problem(max(tokens), shape, dtype, device, ignored=options.mask)
+        problem = make_problem(
+            max(tokens), shape, dtype, device, ignored=options.mask, budget=seconds
+        )
+    except OutOfTime as error:
+        raise UsageError(
+            f"the inputs alone: {error}; take fewer tokens, a smaller shape, or --budget "
+            f"{error.enough}"
+        ) from None
     except (RuntimeError, MemoryError) as error:
         reason = reason_of(error)
         raise UsageError(f"the inputs do not fit: {reason}; take a smaller shape") from None
     rows: list[Row] = []
-    settings = Settings(tokens, losses, names, repeats, device)
+    settings = Settings(tokens, losses, names, repeats, device, seconds)
     try:
         for more in measure(problem, settings, say, snapshot):
+            print(table.block(more, head=not rows), flush=True)
             rows += more
             Results(facts, rows).write(out)
     except KeyboardInterrupt:
         say("interrupted: the table has what was finished")
         status = 130
-    print(table.render(rows))
+    print(table.notes(rows))
     if options.plot is not None and rows:
         draw([out])
     return status
@@ -164,7 +187,7 @@ def bench(options: argparse.Namespace, command: str) -> int:
 
 def heading(
     options: argparse.Namespace, on: dict[str, str], shape: Shape, device: str, tokens: list[int],
-    dtype: torch.dtype, why_dtype: str,
+    dtype: torch.dtype, why_dtype: str, seconds: float | None,
 ) -> list[str]:  # fmt: skip
     lines = []
     if not torch.cuda.is_available() and (options.shape or options.vocab_size) is None:
@@ -172,13 +195,14 @@ def heading(
     if options.providers is None:
         left_out = [name for name in PROVIDERS if name not in default_providers(device)]
         lines.append(f"not by default on {device}: {', '.join(left_out)}; --providers takes them")
+    lines += [f"{name}: {fact}" for name, fact in on.items()]
+    if why_dtype:
+        lines.append(f"{dtype_name(dtype)}: {why_dtype}; --dtype takes another")
+    if seconds is not None:
+        lines.append(f"left out: rows of more than {seconds:g} s; --budget takes other limits")
     ignored = f", {options.mask:.0%} of the tokens ignored" if options.mask else ""
-    return [
-        *lines,
-        *(f"{name}: {fact}" for name, fact in on.items()),
-        *([f"{dtype_name(dtype)}: {why_dtype}; --dtype takes another"] if why_dtype else []),
-        f"{' and '.join(map(str, tokens))} tokens, {shape}, {dtype_name(dtype)}{ignored}",
-    ]
+    size = f"{' and '.join(map(str, tokens))} tokens, {shape}"
+    return [*lines, f"{size}, {dtype_name(dtype)}{ignored}"]
 
 
 def drawer() -> ModuleType:

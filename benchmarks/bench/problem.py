@@ -13,6 +13,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from benchmarks.bench.budget import Pace
 from benchmarks.bench.losses import TOP_K
 from benchmarks.bench.shapes import Shape
 from tropd_kernels import HiddenTeacher, SampledTeacher, TopKTeacher
@@ -84,10 +85,13 @@ class Problem:
             return None
         return self.top_k_teacher if form == "top_k" else self.sampled_teacher
 
+    def is_ready_for(self, form: str | None) -> bool:
+        return form not in ("top_k", "sampled") or "top_k_teacher" in self.__dict__
+
     def ready_for(self, form: str | None) -> Problem:
         """Itself, with the teacher's log-probs made where they are an input, before any clock runs
         and outside what `torch.compile` traces."""
-        if form in ("top_k", "sampled"):
+        if not self.is_ready_for(form):
             _made = self.top_k_teacher
         return self
 
@@ -122,9 +126,11 @@ def make_problem(
     *,
     ignored: float = 0.0,
     seed: int = 0,
+    budget: float | None = None,
 ) -> Problem:
     """Student and teacher share their first coordinates, so that they mostly agree. ignored: the
-    share of tokens that do not count."""
+    share of tokens that do not count. Raises OutOfTime where drawing the labels, which takes a
+    product with the head, would take more than `budget` seconds."""
     torch.manual_seed(seed)
     vocab_size, width, teacher_width = (
         shape.vocab_size, shape.hidden_size, shape.teacher_hidden_size,
@@ -138,10 +144,12 @@ def make_problem(
     teacher_weight[:, :shared] = weight[:, :shared]
     teacher_weight += torch.randn_like(teacher_weight) * (DISAGREEMENT / teacher_width**0.5)
     # Labels sampled from the student by the Gumbel trick, a few rows at a time.
-    drawn = []
+    drawn: list[Tensor] = []
+    pace = Pace(tokens, budget)
     for rows in hidden.split(64):
         noise = torch.empty(len(rows), vocab_size, device=device).exponential_().log_()
         drawn.append((capped(rows @ weight.T, shape.softcap) - noise).argmax(-1))
+        pace.after(64 * len(drawn))
     labels = torch.cat(drawn)
     uniforms = torch.rand(tokens, device=device)
     many = min(round(ignored * tokens), tokens - 1)

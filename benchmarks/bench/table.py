@@ -19,14 +19,15 @@ NOTES = (
 )
 
 
-def render(rows: list[Row]) -> str:
-    lines = [HEAD]
-    last = None
-    for row in rows:
-        if (row.tokens, row.loss) != last:
-            last = (row.tokens, row.loss)
-            lines.append(f"--- {row.tokens} tokens, {title(row)} ".ljust(len(HEAD), "-"))
-        lines.append(line(row))
+def block(rows: list[Row], head: bool) -> str:
+    """The rows of one loss at one number of tokens; the first block has the head of the table."""
+    start = f"--- {rows[0].tokens} tokens, {title(rows[0])} ".ljust(len(HEAD), "-")
+    return "\n".join([*([HEAD] if head else []), start, *map(line, rows)])
+
+
+def notes(rows: list[Row]) -> str:
+    """What the losses and the columns mean, below the last block."""
+    lines = []
     for loss in dict.fromkeys(row.loss for row in rows):
         if loss in LOSSES:
             lines.append(f"{loss}: {LOSSES[loss].meaning}")

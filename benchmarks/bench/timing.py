@@ -19,6 +19,7 @@ from functools import partial
 
 import torch
 
+from benchmarks.bench.budget import OutOfTime
 from benchmarks.bench.problem import Problem
 from benchmarks.bench.providers import Runner
 from benchmarks.measure import Times, available_memory, peak_memory, summary, synchronize
@@ -95,15 +96,23 @@ def one_turn(call: Call, device: str) -> tuple[float, float]:
     return middle - start, time.perf_counter() - middle
 
 
-def check_fits(run: Runner, problem: Problem) -> None:
-    """`check_room` for a function that holds all logits; what it would need is extrapolated from
-    two small runs. On a GPU an allocation that fails is an error like others."""
-    tokens, (few, more) = problem.hidden.shape[0], PROBES
+def runs_to_fit(problem: Problem) -> list[int]:
+    """Tokens of the runs that `check_fits` makes; none where the logits surely fit, or where on a
+    GPU an allocation that fails is an error like others."""
+    tokens = problem.hidden.shape[0]
     has = None if problem.hidden.is_cuda else available_memory()
     logits = 4 * tokens * problem.weight.shape[0]
-    if has is None or tokens <= more or 2 * COPIES * logits < has:
+    if has is None or tokens <= max(PROBES) or 2 * COPIES * logits < has:
+        return []
+    return [n for n in PROBES for _ in range(2)]
+
+
+def check_fits(run: Runner, problem: Problem) -> None:
+    """`check_room` for a function that holds all logits; what it would need is extrapolated from
+    two small runs."""
+    if not runs_to_fit(problem):
         return
-    peaks = {}
+    tokens, (few, more), peaks = problem.hidden.shape[0], PROBES, {}
     for n in PROBES:
         part = problem.first(n)
         run(part)
@@ -126,6 +135,8 @@ def reason_of(error: Exception) -> str:
     """One line, without the folders of the machine."""
     text = (str(error).strip() or type(error).__name__).split("\n")[0]
     text = re.sub(r"(?:/[\w.+~-]+){2,}", lambda path: path[0].rsplit("/", 1)[1], text)
+    if isinstance(error, OutOfTime):
+        return f"out of time ({text})"
     if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
         return f"out of memory ({text})"
     if "can't allocate memory" in text:  # torch's CPU allocator, a RuntimeError
