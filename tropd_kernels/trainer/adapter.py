@@ -27,7 +27,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from trl import DistillationTrainer  # type: ignore[attr-defined]
 from trl.models.utils import prepare_deepspeed
-from trl.trainer.utils import RepeatSampler, create_model_from_path
+from trl.trainer.utils import RepeatSampler
 
 from ..functional import TokenStats
 from ..heads import Head, current
@@ -43,6 +43,7 @@ from .checks import (
     split_error,
     stop_on_weights,
 )
+from .loaded_teacher import load_teacher
 from .prefix import extend_token_fields, is_complete
 from .sampling import plain_defaults
 from .sharding import (
@@ -233,13 +234,7 @@ class DistillationAdapter(DistillationTrainer):
 
     def _load_teacher(self, teacher: str | PreTrainedModel) -> None:
         if isinstance(teacher, str):
-            options = dict(self.args.teacher_model_init_kwargs or {})
-            options.setdefault("trust_remote_code", self.args.trust_remote_code)
-            if self.args.teacher_model_revision is not None:
-                options.setdefault("revision", self.args.teacher_model_revision)
-            if self.args.distributed_state.distributed_type in ("MULTI_GPU", "DEEPSPEED"):
-                options["device_map"] = None
-            teacher = create_model_from_path(teacher, **options)
+            teacher = load_teacher(teacher, self.args)
         elif self.args.teacher_model_init_kwargs is not None:
             raise ValueError(
                 "teacher_model_init_kwargs: the teacher is already a model; leave the key out, or "

@@ -18,6 +18,7 @@ from ..arguments import check_selection
 from ..backends import choose_backend
 from ..objectives import TokenRule
 from ..registry import OBJECTIVES, build_rule, check_knobs, check_objective, knobs
+from .loaded_teacher import dtype_option
 from .prefix import SCHEDULES
 from .signals import check_served
 
@@ -239,6 +240,9 @@ class TrOPDConfig(DistillationConfig):
             value = getattr(self, key)
             if key.endswith("_kwargs") and not isinstance(value, (dict, type(None))):
                 raise ValueError(f"{key}: expected a mapping, got {value!r:.80}")
+        for key in ("model_init_kwargs", "teacher_model_init_kwargs"):
+            if getattr(self, key) is not None:
+                setattr(self, key, dtype_option(key, getattr(self, key)))
 
     def _check_trainer(self) -> None:
         """What TRL's trainer takes and then does without, or does wrong."""

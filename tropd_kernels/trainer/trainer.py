@@ -64,8 +64,9 @@ class TrOPDTrainer(DistillationAdapter):
 
     model: student, a model or its name. teacher_model: likewise; None takes
         `args.teacher_model_name_or_path`. Objective "sft" does without, and so do a served and a
-        precomputed teacher. The vocabularies may be padded to different heights; the ids that both
-        have are compared.
+        precomputed teacher. By name it is loaded in its checkpoint's dtype, a student in float32,
+        unless `teacher_model_init_kwargs` and `model_init_kwargs` give a `dtype`. The vocabularies
+        may be padded to different heights; the ids that both have are compared.
     args: a `TrOPDConfig`; None takes its defaults, that is TrOPD as in the paper without guidance.
     train_dataset, eval_dataset, processing_class, callbacks, optimizers, quantization_config,
     peft_config, tools: as in TRL.
