@@ -161,13 +161,27 @@ def test_server_that_dies_leaves_the_checkpoint(tmp_path, served):
     cut.distill = dies_in_the_third
     with pytest.raises(TeacherServerError) as error:
         cut.train()
-    for words in (served.url, "request ", " of 4 (the log-probs of", "2 attempts", "resume_from"):
+    last = str(tmp_path / "cut" / "checkpoint-2")
+    for words in (served.url, "request ", " of 4 (the log-probs of", "2 attempts",
+                  f"go on from {last} by resume_from_checkpoint"):  # fmt: skip
         assert words in str(error.value)
     served.faults.dead = False
     resumed = remote(tmp_path / "cut", served, **settings)
     resumed.train(resume_from_checkpoint=str(tmp_path / "cut" / "checkpoint-2"))
     assert resumed.losses == whole.losses[2:]
     assert torch.equal(weights(resumed), weights(whole))
+
+
+def test_server_that_dies_without_a_checkpoint(tmp_path, served):
+    """There is none to go on from, and an evaluation has nothing to go on with."""
+    settings = dict(teacher_server_retries=0, evaluate=tiny.prompts(4), **TOP_4)
+    run, evaluation = (remote(tmp_path, served, **settings) for _ in range(2))
+    served.faults.dead = True
+    with pytest.raises(TeacherServerError, match="begin anew: no checkpoint is in .*save_strateg"):
+        run.train()
+    with pytest.raises(TeacherServerError) as error:
+        evaluation.evaluate()
+    assert str(error.value).endswith("Look at the server")
 
 
 @pytest.mark.parametrize(

@@ -1,8 +1,10 @@
 """Per-token statistics to the means that are logged.
 
-Each metric is a sum and a count over the tokens that it is about. Sums and counts travel, means are
-taken last, so that processes with few tokens weigh little. What an objective does not compute (NaN)
-or a batch does not hold is left out rather than logged as 0.
+Each metric is a sum and a count over the tokens that it is about. Sums and counts are added up over
+processes, micro-batches, and the steps or batches until the next log; the mean is taken last, so
+that a batch of few tokens weighs little. What an objective does not compute (NaN) or no batch holds
+is left out rather than logged as 0. So it is with the loss of an evaluation, and with those of
+TRL's metrics that are means over tokens (entropy) or completions (their lengths).
 
 | metric              | over              | what                                                   |
 |---------------------|-------------------|--------------------------------------------------------|
@@ -19,12 +21,11 @@ or a batch does not hold is left out rather than logged as 0.
 | gradient_error      | micro-batches     | of a sampled gradient, relative to its norm            |
 | gradient_share      | micro-batches     | of the vocabulary's columns that made it               |
 
-TRL takes the mean of micro-batches' means over an accumulation window and the steps between logs.
-The student's entropy and the lengths of completions are TRL's own metrics.
 """
 
 import resource
 import sys
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -43,9 +44,30 @@ _STUDENT = {
     "teacher_topk_mass": "teacher_topk_mass",
     "student_topk_mass": "student_topk_mass",
 }
-#: Metrics that are no means, and what makes one of several micro-batches'.
-EXTREMES = {PREFIX + "reward_min": min, PREFIX + "peak_memory_gib": max}
-NAMES = (*_STUDENT, "teacher_entropy", "prefix_nll", "prefix_length")
+#: TRL's, of completions.
+_LENGTHS = "completions/"
+NAMES = (
+    *(PREFIX + name for name in (*_STUDENT, "teacher_entropy", "prefix_nll", "prefix_length")),
+    "entropy",  # TRL's
+)
+#: Of each metric the sum and the count of what it is the mean of.
+Sums = Mapping[str, tuple[float, float]]
+
+
+def _least_of_any(values: Sequence[float]) -> float:
+    """0 stands for a batch in which no completion ended."""
+    return min((value for value in values if value), default=0.0)
+
+
+#: Metrics that are no means, and what makes one of several batches'.
+EXTREMES: dict[str, Callable[[Sequence[float]], float]] = {
+    PREFIX + "reward_min": min,
+    PREFIX + "peak_memory_gib": max,
+    _LENGTHS + "min_length": min,
+    _LENGTHS + "max_length": max,
+    _LENGTHS + "min_terminated_length": _least_of_any,
+    _LENGTHS + "max_terminated_length": max,
+}
 
 
 def token_sums(
@@ -65,24 +87,50 @@ def token_sums(
     ]
     columns.append(_sum(stats.teacher_entropy, counted))
     columns.append(_sum(-stats.log_probs, teacher))
-    completions = counted.new_tensor(counted.shape[0], dtype=torch.float32)
-    columns.append(torch.stack([teacher_prefix.sum().float(), completions]))
+    completions = counted.any(1).sum().float()
+    columns.append(torch.stack([teacher.sum().float(), completions]))
+    columns.append(_sum(stats.entropy, counted))
     lowest = torch.full((1,), float("inf"), device=counted.device)
     if reward is not None and student.any():
         lowest = reward[student].min().float().reshape(1)
     return torch.stack(columns, dim=1), lowest
 
 
-def means(accelerator: Any, sums: Tensor, lowest: Tensor) -> dict[str, float]:
-    """Metrics of all processes' tokens. A collective: every process has to come here."""
-    totals, counts = accelerator.reduce(sums, reduction="sum").tolist()
-    lowest = accelerator.gather(lowest).min().item()
-    result = {
-        PREFIX + name: total / count for name, total, count in zip(NAMES, totals, counts) if count
+def totals(accelerator: Any, sums: Tensor) -> dict[str, tuple[float, float]]:
+    """`token_sums` of all processes, by name. A collective: every process has to come here."""
+    summed, counts = accelerator.reduce(sums, reduction="sum").tolist()
+    return dict(zip(NAMES, zip(summed, counts)))
+
+
+def completion_totals(
+    accelerator: Any,
+    lengths: Tensor,  # (B,)
+    ended: Tensor,  # (B,) bool
+    counted: Tensor,  # (B,) bool
+) -> dict[str, tuple[float, float]]:
+    """Of all processes' completions, what TRL would take means of means of. A collective."""
+    ended, lengths = ended & counted, lengths.float()
+    rows, terminated = counted.sum().float(), ended.sum().float()
+    sums = torch.stack(
+        [lengths[counted].sum(), rows, rows - terminated, lengths[ended].sum(), terminated]
+    )
+    written, rows, clipped, whole, terminated = accelerator.reduce(sums, reduction="sum").tolist()
+    return {
+        _LENGTHS + "mean_length": (written, rows),
+        _LENGTHS + "clipped_ratio": (clipped, rows),
+        _LENGTHS + "mean_terminated_length": (whole, terminated),
     }
-    if lowest != float("inf"):
-        result[PREFIX + "reward_min"] = lowest
-    return result
+
+
+def first_time(accelerator: Any, rows: int) -> Tensor:
+    """(rows,) bool: which rows of an evaluation's batch are no repetitions. accelerate fills up the
+    last batch of several processes with rows from the beginning."""
+    real = torch.ones(rows, dtype=torch.bool, device=accelerator.device)
+    state = accelerator.gradient_state
+    if accelerator.num_processes > 1 and state.end_of_dataloader and state.remainder > 0:
+        first = accelerator.process_index * rows
+        real[max(state.remainder - first, 0) :] = False
+    return real
 
 
 def sample_means(accelerator: Any, sampled: Tensor) -> dict[str, float]:

@@ -195,8 +195,7 @@ class TeacherServer:
 
     def _error(self, what: str, reason: str) -> TeacherServerError:
         return TeacherServerError(
-            f"teacher server {self.url}: {what} failed: {reason}. Look at the server; a run that "
-            "had begun goes on from its last checkpoint, which is whole, by resume_from_checkpoint"
+            f"teacher server {self.url}: {what} failed: {reason}. Look at the server"
         )
 
 

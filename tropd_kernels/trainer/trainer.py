@@ -7,10 +7,11 @@ behind a server, or in the data set's columns, gives log-probs of a few ids inst
 What surrounds that (generation, checkpoints, PEFT, logging, evaluation) is TRL's and transformers'.
 """
 
+import contextlib
 import math
 import random
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -39,6 +40,7 @@ from .checks import (
     no_guide,
     refuse_images,
     stop_on,
+    way_on,
 )
 from .config import TrOPDConfig
 from .prefix import (
@@ -51,7 +53,7 @@ from .prefix import (
     scheduled_length,
 )
 from .regions import Sample, samples, show, write_page
-from .server import TeacherServer
+from .server import TeacherServer, TeacherServerError
 
 _IGNORED = -100
 
@@ -80,7 +82,7 @@ class TrOPDTrainer(DistillationAdapter):
     columns that are no log-probs, or a resume that cannot go on with its generation batch;
     FloatingPointError for a loss that is NaN or infinite, after saving the batch under
     `output_dir`, and for such weights, before they generate; TeacherServerError for a served
-    teacher that does not answer, with the checkpoints so far intact.
+    teacher that does not answer. These say which checkpoint to go on from, if one was saved.
     """
 
     _tag_names = ["trl", "tropd"]  # noqa: RUF012
@@ -195,7 +197,7 @@ class TrOPDTrainer(DistillationAdapter):
         self, student: Side, teacher: Side | None, inputs: dict[str, Any], normalizer: Any
     ) -> tuple[Tensor, TokenStats]:
         """Loss and statistics of a micro-batch, as `DistillationAdapter` asks for them."""
-        rule = self.args.rule(self.state.global_step / max(self.state.max_steps, 1))
+        rule = self._rule()
         prefix = prefix_mask(inputs)
         labels = inputs["completion_ids"].masked_fill(inputs["loss_mask"] == 0, _IGNORED)
         if rule.normalize == "kept" and normalizer is not None:
@@ -220,6 +222,9 @@ class TrOPDTrainer(DistillationAdapter):
             sampled = torch.stack([out.gradient_error, out.gradient_share])
             self.log_metrics(metrics.sample_means(self.accelerator, sampled))
         return out.loss * share, out.stats
+
+    def _rule(self) -> TokenRule:
+        return self.args.rule(self.state.global_step / max(self.state.max_steps, 1))
 
     def _compare(
         self,
@@ -296,7 +301,10 @@ class TrOPDTrainer(DistillationAdapter):
         counted = inputs["loss_mask"].bool()
         guided, old = prefix_mask(inputs) & counted, inputs.get("old_log_probs")
         sums, lowest = metrics.token_sums(stats, counted, guided, old)
-        self.log_metrics(metrics.means(self.accelerator, sums, lowest))
+        self.log_sums(metrics.totals(self.accelerator, sums))
+        lowest = self.accelerator.gather(lowest).min().item()
+        if lowest != math.inf:
+            self.log_metrics({metrics.PREFIX + "reward_min": lowest})
         if self.args.log_regions and self.accelerator.is_main_process:
             self._samples = samples(inputs, stats.trust, counted, self._tokenizer)
         finite = self.accelerator.gather(loss.detach().isfinite().reshape(1))
@@ -309,13 +317,17 @@ class TrOPDTrainer(DistillationAdapter):
     def training_step(self, model, inputs, num_items_in_batch=None):
         loss = super().training_step(model, inputs, num_items_in_batch)
         if self._step % self.current_gradient_accumulation_steps == 0:
-            tokens = self._buffered_inputs[0]["num_items_in_batch"].item()
-            seconds = self._metrics["train"]["step_time"][-1]
+            batch = (self._buffered_inputs or [{}])[0]
+            if "num_items_in_batch" in batch:  # a subclass may have made the batch
+                tokens, seconds = batch["num_items_in_batch"].item(), self._metrics["train"]
+                self.log_sums({"tropd/tokens_per_second": (tokens, seconds["step_time"][-1])})
             memory = metrics.peak_memory_gib(self.accelerator.device)
-            self.log_metrics(
-                {"tropd/tokens_per_second": tokens / seconds, "tropd/peak_memory_gib": memory}
-            )
+            self.log_metrics({"tropd/peak_memory_gib": memory})
         return loss
+
+    def loss_count(self, stats: TokenStats, inputs: dict[str, Any]) -> Tensor:
+        kept = self._rule().normalize == "kept"
+        return stats.kept.sum() if kept else super().loss_count(stats, inputs)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         for name, extreme in metrics.EXTREMES.items():  # of which TRL would log the mean
@@ -391,7 +403,18 @@ class TrOPDTrainer(DistillationAdapter):
         key = f"{args.seed} {self.state.global_step} {self.accelerator.process_index}"
         draw = random.Random(key)
         seeds = [draw.getrandbits(31) for _ in prompt_ids]
-        return self._server.generate(prompt_ids, tokens, seeds=seeds, **sampling)
+        with self._asking():
+            return self._server.generate(prompt_ids, tokens, seeds=seeds, **sampling)
+
+    @contextlib.contextmanager
+    def _asking(self) -> Iterator[None]:
+        """Adds to the server's errors how the run can go on."""
+        try:
+            yield
+        except TeacherServerError as error:
+            if not self.is_in_train:
+                raise
+            raise TeacherServerError(f"{error}; then {way_on(self.args.output_dir)}") from error
 
     def asks_teacher(self) -> bool:
         return self.args.rule().uses_teacher
@@ -416,7 +439,8 @@ class TrOPDTrainer(DistillationAdapter):
             scores = signals.column_scores(rows, self.max_completion_length, top_k)
         elif self._server is not None:
             refuse_images(rows)
-            scores = self._server.score(prompt_ids, completion_ids, top_k)
+            with self._asking():
+                scores = self._server.score(prompt_ids, completion_ids, top_k)
         else:
             return {}
         return signals.batch_tensors(scores, width, self.accelerator.device)
