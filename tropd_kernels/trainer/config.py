@@ -91,6 +91,10 @@ class TrOPDConfig(DistillationConfig):
         the teacher's log-probs of them, `teacher_label_log_probs` (C), and for objectives that use
         the top-k `teacher_ids` and `teacher_log_probs` (C, K), at this temperature. No teacher is
         loaded and nothing is generated.
+    top_k, top_p, min_p, repetition_penalty, generation_kwargs: TRL's. Other values than the
+        defaults sample from another distribution than the student's, so that the K1 term of an
+        objective has a biased gradient: the trainer warns, and logs the mass that is kept as
+        `tropd/sampling_mass`. Objectives without K1 compare whole distributions all the same.
     num_iterations: optimiser steps on each generation batch, as in GRPO (default 1). From the
         second on the ratio to the policy that sampled takes part: PPO's clip, `drift_tau`. A run
         resumed between them goes on with its batch, and so with the same micro-batches.

@@ -17,6 +17,8 @@ TRL's metrics that are means over tokens (entropy) or completions (their lengths
 | student_topk_mass   | student's tokens  | p's mass there                                         |
 | teacher_entropy     | all tokens        | nats                                                   |
 | prefix_nll          | teacher's tokens  | -log p of the prefix, nats                             |
+| sampling_mass       | student's tokens  | p's mass on the ids that top_k, top_p, min_p keep; of  |
+|                     |                   | 256 tokens a micro-batch, where K1 takes part          |
 | prefix_length       | completions       | tokens                                                 |
 | gradient_error      | micro-batches     | of a sampled gradient, relative to its norm            |
 | gradient_share      | micro-batches     | of the vocabulary's columns that made it               |

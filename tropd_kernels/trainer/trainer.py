@@ -11,6 +11,7 @@ import contextlib
 import math
 import random
 import sys
+import warnings
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -27,7 +28,7 @@ from ..draws import bernoulli_uniforms
 from ..functional import DistillationOutput, TokenStats, linear_distillation_loss
 from ..objectives import OPD, SFT, TokenRule
 from ..teachers import HiddenTeacher, Teacher
-from . import credit, metrics, signals
+from . import credit, metrics, sampling, signals
 from .adapter import DistillationAdapter, Side
 from .checks import (
     check_dataset,
@@ -147,6 +148,11 @@ class TrOPDTrainer(DistillationAdapter):
             check_server_tokenizer(self._tokenizer, self._server.tokenize)
         each = args.per_device_train_batch_size * args.gradient_accumulation_steps
         check_rows(train_dataset, each * self.accelerator.num_processes)
+        self._cuts = sampling.cuts(args)
+        self._kept_mass: Tensor | None = None  # of a micro-batch: sum and count
+        warning = sampling.sampling_warning(args)
+        if warning is not None and self.accelerator.is_main_process:
+            warnings.warn(warning, stacklevel=2)
         at_terminal = sys.stdout.isatty() and not args.disable_tqdm
         if at_terminal if args.rich_progress is None else args.rich_progress:
             self.remove_callback(ProgressCallback)
@@ -209,6 +215,9 @@ class TrOPDTrainer(DistillationAdapter):
             share = 1.0
         signal = signals.teacher_of(inputs) if teacher is None else _frozen(teacher)
         old = inputs.get("old_log_probs")
+        if self._cuts and old is None and rule.policy_gradient:  # of the policy that sampled
+            own = inputs["loss_mask"].bool() & ~prefix
+            self._kept_mass = self._mass_of(student, own)
         given = self._credit(student, signal, labels, rule, prefix, old)
         if not all(tensor.isfinite().all() for tensor in given.values()):
             # The loss would refuse them here, on this process alone; `after_loss` stops every one.
@@ -225,6 +234,17 @@ class TrOPDTrainer(DistillationAdapter):
 
     def _rule(self) -> TokenRule:
         return self.args.rule(self.state.global_step / max(self.state.max_steps, 1))
+
+    def _mass_of(self, student: Side, own: Tensor) -> Tensor:
+        shared = slice(self._shared)  # the others are suppressed
+        bias = None if student.bias is None else student.bias[shared]
+        form = {
+            "logit_scale": student.logit_scale,
+            "softcap": student.softcap,
+            "temperature": self.temperature,
+        }
+        weight = student.weight[shared]
+        return sampling.kept_mass(student.hidden, own, weight, bias, form, self._cuts)
 
     def _compare(
         self,
@@ -302,6 +322,10 @@ class TrOPDTrainer(DistillationAdapter):
         guided, old = prefix_mask(inputs) & counted, inputs.get("old_log_probs")
         sums, lowest = metrics.token_sums(stats, counted, guided, old)
         self.log_sums(metrics.totals(self.accelerator, sums))
+        if self._kept_mass is not None:
+            mass, count = self.accelerator.reduce(self._kept_mass, reduction="sum").tolist()
+            self.log_sums({metrics.PREFIX + "sampling_mass": (mass, count)})
+            self._kept_mass = None
         lowest = self.accelerator.gather(lowest).min().item()
         if lowest != math.inf:
             self.log_metrics({metrics.PREFIX + "reward_min": lowest})
