@@ -196,7 +196,7 @@ class TrOPDTrainer(DistillationAdapter):
         self, student: Side, teacher: Side | None, inputs: dict[str, Any], normalizer: Any
     ) -> tuple[Tensor, TokenStats]:
         """Loss and statistics of a micro-batch, as `DistillationAdapter` asks for them."""
-        rule = self.args.rule(self.state.global_step / max(self.state.max_steps, 1))
+        rule = self._rule()
         prefix = prefix_mask(inputs)
         labels = inputs["completion_ids"].masked_fill(inputs["loss_mask"] == 0, _IGNORED)
         if rule.normalize == "kept" and normalizer is not None:
@@ -221,6 +221,9 @@ class TrOPDTrainer(DistillationAdapter):
             sampled = torch.stack([out.gradient_error, out.gradient_share])
             self.log_metrics(metrics.sample_means(self.accelerator, sampled))
         return out.loss * share, out.stats
+
+    def _rule(self) -> TokenRule:
+        return self.args.rule(self.state.global_step / max(self.state.max_steps, 1))
 
     def _compare(
         self,
@@ -296,7 +299,7 @@ class TrOPDTrainer(DistillationAdapter):
         """Logs, and stops where the loss of any process is not finite."""
         counted = inputs["loss_mask"].bool()
         guided, old = prefix_mask(inputs) & counted, inputs.get("old_log_probs")
-        sums, lowest = metrics.token_sums(stats, counted, guided, old)
+        sums, lowest = metrics.token_sums(stats, counted, guided, self._rule(), old)
         self.log_metrics(metrics.means(self.accelerator, sums, lowest))
         if self.args.log_regions and self.accelerator.is_main_process:
             self._samples = samples(inputs, stats.trust, counted, self._tokenizer)
