@@ -13,6 +13,7 @@ import platform
 
 import torch
 
+from tropd_kernels.native import amx_in_hardware
 from tropd_kernels.products import bf16_in_hardware
 
 
@@ -40,7 +41,7 @@ def bf16_units(device: str | torch.device = "cpu") -> str | None:
         return "Arm's bf16 instructions"
     if not bf16_in_hardware():
         return None
-    return "AMX" if torch.cpu._is_amx_tile_supported() else "AVX512-BF16"
+    return "AMX" if amx_in_hardware() else "AVX512-BF16"
 
 
 def dtype_name(dtype: torch.dtype) -> str:

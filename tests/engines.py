@@ -94,7 +94,7 @@ def use(engine: str) -> dict:
     from accelerate import PartialState
     from accelerate.utils import DistributedType
 
-    torch.distributed.init_process_group("gloo", timeout=timedelta(seconds=120))
+    torch.distributed.init_process_group("gloo", timeout=timedelta(seconds=200))
     PartialState._prepare_backend = lambda *_, **__: ("gloo", DistributedType.MULTI_GPU)
     PartialState.set_device = lambda self: setattr(self, "device", torch.device("cpu"))
     return dict(deepspeed=_ZERO, use_cpu=False) if engine == "zero3" else {}

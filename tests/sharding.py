@@ -41,7 +41,11 @@ def worker(rank, ranks, folder, body, timeout, backend):
         file.write(report)
 
 
-def run(ranks, folder, body, timeout=60, may_die=(), backend="gloo"):
+#: Seconds that a rank waits for another: for one that hangs, not for one on a slow processor.
+PATIENCE = 200
+
+
+def run(ranks, folder, body, timeout=PATIENCE, may_die=(), backend="gloo"):
     """Runs `body(ranks)`, which yields (name, case), on every rank; with nccl, a GPU each."""
     processes = mp.start_processes(
         worker, args=(ranks, str(folder), body, timeout, backend), nprocs=ranks, join=False,

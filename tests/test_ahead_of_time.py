@@ -27,7 +27,7 @@ OUTSIDE_LOOPS = {"cuda": 32, "hip": 0}
 
 #: Cases that between them launch every kernel, with all the arguments that it can have.
 FULLEST = ("tropd_everything", "tropd_top_k_teacher_everything", "column_sums")
-#: Those of the objectives, dtypes and sizes, in halves for two workers.
+#: Those of the objectives, dtypes and sizes.
 ON_POLICY = (
     "tropd", "tropd_top_k_teacher", "tropd_logits", "tropd_odd_vocabulary", "tropd_one_token",
     "tropd_float32", "opd_sampled", "reopold_2", "sft", "column_sums_float32",
@@ -36,10 +36,16 @@ DIVERGENCES = (
     "gkd", "gkd_logits", "forward_kl_bucket", "reverse_kl", "akl", "todi", "mopd", "topk_jsd",
     "eopd",
 )  # fmt: skip
+#: Small enough for a slow processor to compile one in a test's time.
 LOTS = {
-    "sm_90-on_policy": (["cuda:90"], FULLEST + ON_POLICY),
-    "sm_90-divergences": (["cuda:90"], DIVERGENCES),
-    "sm_80-sm_100-gfx942": (["cuda:80", "cuda:100", "hip:gfx942"], FULLEST),
+    "sm_90": (["cuda:90"], FULLEST),
+    "sm_90-on_policy-1": (["cuda:90"], ON_POLICY[:5]),
+    "sm_90-on_policy-2": (["cuda:90"], ON_POLICY[5:]),
+    "sm_90-divergences-1": (["cuda:90"], DIVERGENCES[:5]),
+    "sm_90-divergences-2": (["cuda:90"], DIVERGENCES[5:]),
+    "sm_80": (["cuda:80"], FULLEST),
+    "sm_100": (["cuda:100"], FULLEST),
+    "gfx942": (["hip:gfx942"], FULLEST),
 }
 #: Rows of this many ids start at any address.
 NARROW = {"tropd_odd_vocabulary"}

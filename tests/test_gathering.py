@@ -16,6 +16,7 @@ import torch.multiprocessing as mp
 pytest.importorskip("transformers")
 
 import transformers
+from sharding import PATIENCE
 
 from tropd_kernels import HiddenTeacher, TrOPD, linear_distillation_loss
 from tropd_kernels.gathering import gathered
@@ -94,7 +95,7 @@ def process(rank: int, folder: str, kind: str) -> None:
     torch.set_num_threads(1)
     torch.distributed.init_process_group(
         "gloo", init_method=f"file://{folder}/store_{kind}", rank=rank, world_size=2,
-        timeout=datetime.timedelta(seconds=60),
+        timeout=datetime.timedelta(seconds=PATIENCE),
     )  # fmt: skip
     student = model(0, tied=kind == "fsdp2, tied")
     part = slice(0, 2) if rank == 0 else slice(2, 4)

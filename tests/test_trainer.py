@@ -97,6 +97,38 @@ def test_gkd_is_trl_s_own_loss(tmp_path, beta):
     assert (our_weights - their_weights).norm() <= 1e-4 * (their_weights - before).norm()
 
 
+class OfTRL(Spy):
+    """Makes its batches in TRL's form, as a subclass or a test of TRL's would."""
+
+    def _prepare_inputs(self, generation_batch):
+        batch = super()._prepare_inputs(generation_batch)
+        added = ("prefix_lengths", "sequence_ids", "loss_mask", "num_items_in_batch")
+        return {name: value for name, value in batch.items() if name not in added}
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_a_batch_in_trl_s_form(tmp_path, training):
+    """Nobody wrote a prefix, and the rows are counted from 0: neither for `compute_loss` nor for
+    `_compute_loss` has a batch to hold more than TRL's does."""
+    trainer = make(tmp_path, generation_kwargs={"do_sample": False})
+    trainer.model.train(training)
+    batch = trainer._prepare_inputs(list(tiny.prompts(4)))
+    own = batch | {"sequence_ids": torch.arange(4), "prefix_lengths": torch.zeros(4).long()}
+    bare = {k: v for k, v in batch.items() if k not in ("sequence_ids", "prefix_lengths")}
+    names = list(bare)
+    expected = trainer.compute_loss(trainer.model, own)
+    assert torch.equal(trainer.compute_loss(trainer.model, bare), expected)
+    assert list(bare) == names
+    loss, _, tokens = trainer._compute_loss(trainer.model, bare, None)
+    assert tokens == bare["completion_mask"].sum()
+    if not training:
+        assert torch.equal(loss, expected)
+    step = make(tmp_path, kind=OfTRL, evaluate=tiny.prompts(4))
+    step.train()
+    assert len(step.losses) == 1
+    assert math.isfinite(step.evaluate()["eval_loss"])
+
+
 # --- one step ----------------------------------------------------------------------------------
 
 
@@ -265,14 +297,26 @@ def test_metrics_are_means_over_tokens(tmp_path):
         gradient_accumulation_steps=4,
     )  # fmt: skip
     split.train()
-    lowest = rewards_by_hand(split.batches)[0].min().item()
-    assert split.state.log_history[0]["tropd/reward_min"] == pytest.approx(lowest, rel=1e-4)
+    parts = rewards_by_hand(split.batches)[0]
+    logged = split.state.log_history[0]
+    assert logged["tropd/reward_min"] == pytest.approx(parts.min().item(), rel=1e-4)
+    assert logged["tropd/reward_mean"] == pytest.approx(parts.mean().item(), rel=1e-4)
     assert log["tropd/prefix_nll"] == pytest.approx(guided.mean().item(), rel=1e-4)
     assert log["tropd/trust_ratio"] + log["tropd/outlier_ratio"] == pytest.approx(1)
     for name in ("reverse_kl", "forward_kl", "teacher_entropy", "tokens_per_second",
                  "peak_memory_gib", "teacher_topk_mass", "student_topk_mass"):  # fmt: skip
         assert log[f"tropd/{name}"] > 0
     assert log["entropy"] > 0
+
+
+def test_a_rate_is_of_all_tokens_and_seconds(tmp_path):
+    """The first step, which compiles and fills caches, would weigh as much as the others."""
+    trainer = make(tmp_path, max_steps=3, logging_steps=3)
+    trainer.train()
+    (log,) = [log for log in trainer.state.log_history if "loss" in log]
+    tokens = sum(int(batch["completion_mask"].sum()) for batch in trainer.batches)
+    seconds = 3 * log["step_time"]  # TRL's mean
+    assert log["tropd/tokens_per_second"] == pytest.approx(tokens / seconds, rel=1e-6)
 
 
 @pytest.mark.parametrize(

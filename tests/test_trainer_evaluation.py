@@ -90,3 +90,49 @@ def test_metrics_of_several_data_sets(tmp_path):
     trainer.train()
     logged = [log.get("eval_far_b_tropd/reverse_kl") for log in trainer.state.log_history]
     assert trainer.state.best_metric == min(value for value in logged if value is not None)
+
+
+def of_several_lengths(folder, size, **settings):
+    """A trainer whose evaluation is in batches of this size; some completions end, some do not."""
+    return make(
+        folder, tiny.model(0, spread=0.5), tiny.model(1, spread=0.5), max_completion_length=24,
+        per_device_eval_batch_size=size, **settings, **GREEDY,
+    )  # fmt: skip
+
+
+ROWS = tiny.prompts(16).select(range(3, 8))
+
+
+def test_means_are_over_tokens(tmp_path):
+    """Not over the means of batches, of which the last one may have a single row: the loss, its
+    twin among the metrics, and TRL's own. Extremes are the extreme batch's."""
+    whole, *parts = (
+        of_several_lengths(tmp_path, size, objective="reverse_kl", evaluate=ROWS).evaluate()
+        for size in (5, 2, 1)
+    )
+    assert whole["eval_tropd/reverse_kl"] == pytest.approx(whole["eval_loss"], rel=1e-5)
+    assert whole["eval_completions/min_length"] < whole["eval_completions/max_length"]
+    assert 0 < whole["eval_completions/clipped_ratio"] < 1
+    timed = ("eval_runtime", "eval_samples_per_second", "eval_steps_per_second")
+    for part in parts:
+        assert part.keys() == whole.keys()
+        for name in whole.keys() - {*timed, "eval_num_tokens"}:
+            assert part[name] == pytest.approx(whole[name], rel=1e-4, abs=1e-6), name
+
+
+def test_a_mean_over_kept_tokens(tmp_path):
+    """reopold's loss is divided by those."""
+    settings = dict(objective="reopold", objective_kwargs={"stage": 1, "mixing": 0.4})
+    losses = [
+        of_several_lengths(tmp_path, size, evaluate=ROWS, **settings).evaluate()["eval_loss"]
+        for size in (5, 2)
+    ]
+    assert losses[0] != 0 and losses[1] == pytest.approx(losses[0], rel=1e-5)
+
+
+def test_a_prediction_s_loss_is_over_tokens(tmp_path):
+    found = [
+        of_several_lengths(tmp_path, size, objective="gkd").predict(ROWS).metrics["test_loss"]
+        for size in (5, 2)
+    ]
+    assert found[1] == pytest.approx(found[0], rel=1e-5)

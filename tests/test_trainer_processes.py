@@ -53,11 +53,34 @@ def test_two_processes_are_the_large_batch(tmp_path, engine):
     log = saved[0][3]
     assert log["tropd/prefix_length"] == 2
     assert log["tropd/trust_ratio"] + log["tropd/outlier_ratio"] == pytest.approx(1)
-    # Means of two micro-batches' means, each over both processes.
-    halves = [rewards_by_hand([saved[0][0][k], saved[1][0][k]]) for k in range(2)]
-    means = [torch.stack([half[j].mean() for half in halves]).mean().item() for j in range(2)]
-    assert log["tropd/reward_mean"] == pytest.approx(means[0], rel=1e-4)
-    assert log["tropd/prefix_nll"] == pytest.approx(means[1], rel=1e-4)
+    # Over the tokens of both processes' micro-batches.
+    own, guided = rewards_by_hand([batch for batches, *_ in saved for batch in batches])
+    assert log["tropd/reward_mean"] == pytest.approx(own.mean().item(), rel=1e-4)
+    assert log["tropd/prefix_nll"] == pytest.approx(guided.mean().item(), rel=1e-4)
+
+
+_EVALUATION = """
+import sys, torch, tiny
+from training import make
+from test_trainer_processes import EVALUATION
+trainer = make(sys.argv[1], evaluate=tiny.prompts(7), ddp_backend="gloo", **EVALUATION)
+found = trainer.evaluate()
+torch.save(found, f"{sys.argv[1]}/{trainer.accelerator.process_index}.pt")
+"""
+EVALUATION = dict(per_device_eval_batch_size=2, objective="reverse_kl",
+                  generation_kwargs={"do_sample": False})  # fmt: skip
+
+
+def test_an_evaluation_on_two_processes(tmp_path):
+    """Seven rows are four and three: the eighth, which accelerate repeats, does not count."""
+    both = on_two_processes(_EVALUATION, tmp_path, "ddp")
+    alone = make(tmp_path, evaluate=tiny.prompts(7), **EVALUATION).evaluate()
+    names = ["eval_loss", "eval_entropy", *(n for n in alone if n.startswith("eval_tropd/")),
+             *(n for n in alone if n.startswith("eval_completions/"))]  # fmt: skip
+    assert len(names) > 10
+    for found in both:
+        for name in names:
+            assert found[name] == pytest.approx(alone[name], rel=1e-4, abs=1e-6), name
 
 
 _RESUME = """

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import copy
+import warnings
+
 import pytest
+import torch
 
 pytest.importorskip("trl", reason="the trainer needs trl")
 
@@ -10,7 +14,12 @@ import tiny
 from training import make
 from transformers import GenerationConfig, LlamaForCausalLM
 
-pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
+from tropd_kernels import OPD, LogitsTeacher, distillation_loss
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::FutureWarning"),
+    pytest.mark.filterwarnings("ignore:.*completions are not sampled:UserWarning"),
+]
 GUIDED = {"prefix_schedule": "constant", "prefix_length": 5}
 #: A value of each that changes what is written, or that it is.
 OF_THEIR_OWN = dict(
@@ -92,3 +101,97 @@ def test_what_the_user_asks_for_is_done(tmp_path):
     trainer.train()
     assert trainer.generation_config.min_p == 0.3
     assert all(7 not in ids for ids in completions(trainer))
+
+
+CUT = [{"top_p": 0.6}, {"top_k": 3}, {"min_p": 0.2}, {"top_k": 8, "top_p": 0.8, "min_p": 0.1},
+       {"generation_kwargs": {"top_p": 0.6}}]  # fmt: skip
+
+
+@pytest.mark.parametrize("cut", CUT, ids=str)
+def test_the_mass_that_a_truncated_sampler_keeps(tmp_path, cut):
+    """By hand: the student's probability of the ids that transformers leaves finite, on its own
+    tokens alone; with no bias towards a micro-batch of few tokens."""
+    models = tiny.model(0, spread=1.0), tiny.model(1, spread=1.0)
+    before = copy.deepcopy(models[0])
+    guided = dict(prefix_schedule="constant", prefix_length=2, temperature=1.3)
+    with pytest.warns(UserWarning, match="^(top_p|top_k|min_p) .*K1 term is biased; tropd/sampl"):
+        trainer = make(
+            tmp_path, *models, per_device_train_batch_size=1, gradient_accumulation_steps=4,
+            **guided, **cut,
+        )  # fmt: skip
+    trainer.train()
+    config = dict(top_k=0) | (cut.get("generation_kwargs") or cut)
+    sampler = before._get_logits_processor(
+        GenerationConfig(do_sample=True, temperature=1.3, **config)
+    )
+    masses = []
+    for batch in trainer.batches:
+        prompt, own = (batch[f"{part}_ids"][batch[f"{part}_mask"].bool()]
+                       for part in ("prompt", "completion"))  # fmt: skip
+        ids = torch.cat([prompt, own])[None]
+        first = len(prompt) + int(batch["prefix_lengths"])
+        with torch.no_grad():
+            logits = before(ids).logits[0, first - 1 : -1]
+        finite = sampler(ids, logits.clone()).isfinite()
+        masses.append(((logits / 1.3).softmax(-1) * finite).sum(-1))
+    expected = torch.cat(masses).mean().item()
+    assert expected < 0.95
+    (log,) = [log for log in trainer.state.log_history if "loss" in log]
+    assert log["tropd/sampling_mass"] == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    "plain", [{}, {"min_p": 0.0}, {"top_p": 0.8, "objective": "gkd"}, {"generation_kwargs":
+    {"use_cache": True, "do_sample": True, "temperature": 1.0}}], ids=str,
+)  # fmt: skip
+def test_no_warning_where_nothing_is_off(tmp_path, plain):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        trainer = make(tmp_path, **plain)
+    trainer.train()
+    assert "tropd/sampling_mass" not in trainer.state.log_history[0]
+
+
+def test_other_settings_that_change_the_sampler(tmp_path):
+    """They are named, although no mass can be said of them."""
+    words = "^temperature 0.7, repetition_penalty 1.1, do_sample False, of_tomorrow 2: "
+    off = {"generation_kwargs": {"temperature": 0.7, "do_sample": False, "of_tomorrow": 2}}
+    with pytest.warns(UserWarning, match=words) as caught:
+        make(tmp_path, repetition_penalty=1.1, **off)
+    (message,) = [str(w.message) for w in caught if w.category is UserWarning]
+    assert "sampling_mass" not in message
+
+
+@pytest.mark.parametrize("peaked", [False, True])
+def test_what_k1_learns_from_a_truncated_sampler(peaked):
+    """Its expected gradient, by enumeration: 1/m of the reverse KL's on the kept ids, so 0 where p
+    is q there. log mu for the old log-probs would make it that of m KL(mu || q), which is not."""
+    vocab, kept = 12, 5
+    logits = torch.randn(vocab, dtype=torch.float64).sort(descending=True).values
+    target = logits.clone() if peaked else torch.randn(vocab, dtype=torch.float64)
+    lp, lq = logits.log_softmax(-1), target.log_softmax(-1)
+    mass = lp[:kept].exp().sum()
+    mu, ids = lp[:kept].exp() / mass, torch.arange(kept)
+
+    def expected(**options):
+        leaf = logits.clone().requires_grad_()
+        distillation_loss(
+            leaf.expand(kept, -1), ids, LogitsTeacher(target.expand(kept, -1)), OPD(),
+            reduction="sum", token_weight=mu, backend="reference", **options,
+        ).loss.backward()  # fmt: skip
+        return leaf.grad
+
+    def gradient(of):
+        leaf = logits.clone().requires_grad_()
+        of(leaf.log_softmax(-1)).backward()
+        return leaf.grad
+
+    weights = (lp.exp() * (lp - lq))[:kept] / mass
+    plain = gradient(lambda x: (weights * x[:kept]).sum())
+    torch.testing.assert_close(expected(), plain)
+    with_mu = gradient(
+        lambda x: (x[:kept].exp() * (x[:kept] - x[:kept].logsumexp(-1) - lq[:kept])).sum()
+    )
+    torch.testing.assert_close(expected(old_log_probs=lp[:kept] - mass.log()), with_mu)
+    if peaked:
+        assert plain.abs().max() < 1e-12 < 1e-3 < with_mu.abs().max()

@@ -14,7 +14,6 @@ from served import serve
 from training import make, step_and_compare
 
 from tropd_kernels.trainer import server as server_module
-from tropd_kernels.trainer.completions import read_scores
 from tropd_kernels.trainer.server import TeacherServer, TeacherServerError
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
@@ -40,10 +39,7 @@ def served(monkeypatch):
 
 
 def remote(folder, served, **settings):
-    """A trainer with this teacher; of its requests only those that come after its construction."""
-    trainer = make(folder, teacher_model_server_url=served.url, **settings)
-    served.requests.clear()
-    return trainer
+    return make(folder, teacher_model_server_url=served.url, **settings)
 
 
 def weights(trainer):
@@ -78,19 +74,17 @@ def test_step_with_a_served_teacher(tmp_path, served):
 
 def test_server_writes_the_prefix(tmp_path, served):
     settings = dict(prefix_schedule="constant", prefix_length=3, **TOP_4)
-    runs, requests = [], []
+    runs = []
     for _ in range(2):
         runs.append(remote(tmp_path, served, **settings))
         runs[-1].train()
-        requests += served.requests
     first, second = (run.batches[0] for run in runs)
     assert (first["prefix_lengths"] >= 1).all() and (first["prefix_lengths"] <= 3).all()
     assert torch.equal(first["completion_ids"], second["completion_ids"])  # seeds are sent
-    wrote = [r for r in requests if r.get("return_token_ids")]
+    wrote = [r for r in served.requests if r.get("return_token_ids")]
     assert len(wrote) == 8 and all(r["max_tokens"] == 3 for r in wrote)
     # What is not sent a server takes from the model's own generation_config.
-    unset = dict(temperature=1.0, top_p=1.0, top_k=-1, min_p=0.0, repetition_penalty=1.0,
-                 presence_penalty=0.0, frequency_penalty=0.0)  # fmt: skip
+    unset = dict(temperature=1.0, top_p=1.0, top_k=-1, min_p=0.0, repetition_penalty=1.0)
     assert all(unset.items() <= r.items() for r in wrote)
 
 
@@ -167,13 +161,27 @@ def test_server_that_dies_leaves_the_checkpoint(tmp_path, served):
     cut.distill = dies_in_the_third
     with pytest.raises(TeacherServerError) as error:
         cut.train()
-    for words in (served.url, "request ", " of 4 (the log-probs of", "2 attempts", "resume_from"):
+    last = str(tmp_path / "cut" / "checkpoint-2")
+    for words in (served.url, "request ", " of 4 (the log-probs of", "2 attempts",
+                  f"go on from {last} by resume_from_checkpoint"):  # fmt: skip
         assert words in str(error.value)
     served.faults.dead = False
     resumed = remote(tmp_path / "cut", served, **settings)
     resumed.train(resume_from_checkpoint=str(tmp_path / "cut" / "checkpoint-2"))
     assert resumed.losses == whole.losses[2:]
     assert torch.equal(weights(resumed), weights(whole))
+
+
+def test_server_that_dies_without_a_checkpoint(tmp_path, served):
+    """There is none to go on from, and an evaluation has nothing to go on with."""
+    settings = dict(teacher_server_retries=0, evaluate=tiny.prompts(4), **TOP_4)
+    run, evaluation = (remote(tmp_path, served, **settings) for _ in range(2))
+    served.faults.dead = True
+    with pytest.raises(TeacherServerError, match="begin anew: no checkpoint is in .*save_strateg"):
+        run.train()
+    with pytest.raises(TeacherServerError) as error:
+        evaluation.evaluate()
+    assert str(error.value).endswith("Look at the server")
 
 
 @pytest.mark.parametrize(
@@ -199,8 +207,9 @@ def test_bad_answers_name_the_request(tmp_path, served, fault, words):
 
 def test_server_without_token_ids(tmp_path, served):
     served.faults.no_token_ids = True
+    trainer = remote(tmp_path, served, prefix_schedule="constant", prefix_length=2, **TOP_4)
     with pytest.raises(TeacherServerError, match="return_token_ids"):
-        remote(tmp_path, served, prefix_schedule="constant", prefix_length=2, **TOP_4)
+        trainer.train()
 
 
 def test_another_tokenizer_is_refused(tmp_path, served):
@@ -313,13 +322,13 @@ def test_columns_of_several_distributions(tmp_path, change, words):
 def test_served_log_probs_above_zero():
     choice = {"prompt_logprobs": [None, {"5": {"logprob": 0.5}}]}
     with pytest.raises(ValueError, match="token 0 reach 0.5, above 0"):
-        read_scores(choice, [4], [5], 0)
+        server_module.read_scores(choice, [4], [5], 0)
 
 
 def test_log_prob_of_a_token_that_the_teacher_excludes(tmp_path, served):
     """vLLM sends -9999 for -inf, which as a reward like others would swamp all earlier returns."""
     choice = {"prompt_logprobs": [None, {"5": {"logprob": -9999.0}, "6": {"logprob": -0.5}}]}
-    scores = read_scores(choice, [4], [5], 1)
+    scores = server_module.read_scores(choice, [4], [5], 1)
     assert scores.label_log_probs.tolist() == [-math.inf] and scores.ids.tolist() == [[6]]
     settings = TOP_4 | dict(kl_discount_factor=1.0)
     losses = []
@@ -357,65 +366,3 @@ def test_a_given_completion_is_measured_by_its_own_length(tmp_path):
             continue
         with pytest.raises(ValueError, match="a prompt with its completion, 65 tokens, exceed"):
             trainer.train()
-
-
-# --- metrics -----------------------------------------------------------------------------------
-
-#: What a teacher of k ids cannot give, or gives as another quantity under another name.
-WHOLE = {"tropd/reverse_kl", "tropd/forward_kl", "tropd/teacher_entropy"}
-TOP_K = {"tropd/forward_kl_topk", "tropd/teacher_entropy_topk"}
-
-
-@pytest.mark.parametrize(
-    "settings",
-    [
-        TOP_4,
-        dict(objective_kwargs={"top_k": 4, "gate": "expected"}),
-        dict(objective_kwargs={"top_k": 4, "outlier": "forward_kl_reward"}),
-        dict(objective="opd"),
-        dict(objective="eopd", objective_kwargs={"top_k": 4, "entropy_threshold": 0.0}),
-        dict(objective="forward_kl", objective_kwargs={"top_k": 4}),
-        dict(objective="mopd", objective_kwargs={"top_k": 4}),
-    ],
-)
-def test_one_name_is_one_quantity(tmp_path, served, settings):
-    """Whichever way the teacher's log-probs come: masses of K once were over other tokens."""
-    settings = settings | dict(prefix_schedule="constant", prefix_length=2)
-    data = tiny.prompts(teacher_completion=[" w3 w4 w5"] * 8)
-    logs = []
-    for make_it, source in ((make, dict(teacher=teacher())), (remote, dict(served=served))):
-        trainer = make_it(tmp_path, data=data, **source, **settings)
-        trainer.train()
-        logs.append({k: v for k, v in trainer.state.log_history[0].items() if "tropd/" in k})
-    for log in logs:
-        del log["tropd/tokens_per_second"], log["tropd/peak_memory_gib"]
-    here, there = logs
-    assert WHOLE <= here.keys() and not TOP_K & here.keys() and not WHOLE & there.keys()
-    served_top_k = {r["prompt_logprobs"] for r in served.requests} != {0}
-    assert TOP_K <= there.keys() if served_top_k else not TOP_K & there.keys()
-    assert there.keys() - TOP_K == here.keys() - WHOLE
-    for name in here.keys() - WHOLE:
-        assert there[name] == pytest.approx(here[name], rel=1e-4), name
-    if served_top_k:
-        assert there["tropd/teacher_entropy_topk"] < here["tropd/teacher_entropy"]
-
-
-def test_forward_kl_on_the_top_k(tmp_path, served):
-    """From the ids that came, by its definition, over the student's tokens."""
-    trainer = remote(tmp_path, served, **TOP_4)
-    student = tiny.model(0)
-    trainer.train()
-    (batch,) = trainer.batches
-    total, tokens = 0.0, 0
-    for i, prompt in enumerate(batch["prompt_ids"]):
-        prompt = prompt[batch["prompt_mask"][i].bool()]
-        length = int(batch["completion_mask"][i].sum())
-        ids = torch.cat([prompt, batch["completion_ids"][i, :length]])
-        with torch.no_grad():
-            lp = student(ids[None]).logits[0, len(prompt) - 1 : -1].log_softmax(-1)
-        lp, lq = (lp.gather(1, batch["teacher_ids"][i, :length]),
-                  batch["teacher_log_probs"][i, :length])  # fmt: skip
-        total += (lq.exp() * (lq - lp)).sum().item()
-        tokens += length
-    log = trainer.state.log_history[0]
-    assert log["tropd/forward_kl_topk"] == pytest.approx(total / tokens, rel=1e-4)

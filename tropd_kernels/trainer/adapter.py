@@ -31,6 +31,7 @@ from trl.trainer.utils import RepeatSampler
 
 from ..functional import TokenStats
 from ..heads import Head, current
+from . import metrics
 from .checks import (
     check_context,
     check_dtypes,
@@ -152,9 +153,10 @@ class DistillationAdapter(DistillationTrainer):
         self._shared = self._student_head.vocab_size  # ids that both sides have
         if teacher_model is not None:
             self._load_teacher(teacher_model)
-            assert self._teacher_head is not None
-            self.share_vocabulary(self._teacher_head.vocab_size)
+            self._share_vocabulary()
         self._stats: TokenStats | None = None
+        self._sums: dict[str, dict[str, tuple[float, float]]] = {"train": {}, "eval": {}}
+        self._loss_sums = torch.zeros(2, device=self.accelerator.device)  # of an evaluation
         self._exact_loss: Tensor | None = None
         self._rows: list[dict] | None = None
         self._prefix_lengths: list[int] = []
@@ -182,6 +184,10 @@ class DistillationAdapter(DistillationTrainer):
         """
         return None
 
+    def loss_count(self, stats: TokenStats, inputs: dict[str, Any]) -> Tensor:
+        """What the mean over a micro-batch divides by (scalar), as `distill` takes it."""
+        return inputs["loss_mask"].sum()
+
     def asks_teacher(self) -> bool:
         """Whether the loss looks at the teacher at all; if not, its forward is saved."""
         return True
@@ -208,22 +214,18 @@ class DistillationAdapter(DistillationTrainer):
         """ "train" or "eval": the key of TRL's metrics."""
         return "train" if self.model.training else "eval"
 
-    def log_metrics(self, metrics: dict[str, float]) -> None:
+    def log_metrics(self, values: dict[str, float]) -> None:
         """Adds values to those that TRL averages and reports at the next log."""
-        for name, value in metrics.items():
+        for name, value in values.items():
             self._metrics[self.mode][name].append(value)
 
-    def share_vocabulary(self, teacher_size: int) -> None:
-        """Takes the first `teacher_size` ids for the teacher's: neither side writes an id that the
-        other's padded vocabulary does not have."""
-        own = self._student_head.vocab_size
-        self._shared = min(own, teacher_size)
-        both = "student and teacher have in common"
-        check_ends(self.eos_token_ids, self._shared, both, self._tokenizer)
-        if own != teacher_size:
-            config = self.generation_config
-            beyond = range(self._shared, max(own, teacher_size))
-            config.suppress_tokens = [*(config.suppress_tokens or ()), *beyond]
+    def log_sums(self, sums: metrics.Sums) -> None:
+        """Adds sums and counts, whose quotients are reported at the next log, in the place of
+        TRL's value where TRL has a metric of that name. What is counted 0 times is left out."""
+        known = self._sums[self.mode]
+        for name, (value, count) in sums.items():
+            before = known.get(name, (0.0, 0.0))
+            known[name] = before[0] + value, before[1] + count
 
     def generate_with_teacher(
         self, prompt_ids: list[list[int]], images: Any, multimodal_fields: dict, tokens: int
@@ -273,10 +275,22 @@ class DistillationAdapter(DistillationTrainer):
         else:
             self.teacher_model = self.accelerator.prepare_model(teacher, evaluation_mode=True)
 
+    def _share_vocabulary(self) -> None:
+        """Neither side writes an id that the other's padded vocabulary does not have."""
+        heights = [head.vocab_size for head in (self._student_head, self._teacher_head)]
+        self._shared = min(heights)
+        both = "student and teacher have in common"
+        check_ends(self.eos_token_ids, self._shared, both, self._tokenizer)
+        if heights[0] != heights[1]:
+            config = self.generation_config
+            beyond = range(self._shared, max(heights))
+            config.suppress_tokens = [*(config.suppress_tokens or ()), *beyond]
+
     # The loss. `_compute_loss` runs inside the student wrapper's forward, where a collective would
     # hang; `compute_loss` runs after it.
 
     def _compute_loss(self, unwrapped_student, inputs, num_items_in_batch):
+        inputs = self._completed(inputs)
         # TRL's redirection replaces the forward that accelerate has put into autocast.
         with self.accelerator.autocast():
             student = self._side(unwrapped_student, self._student_head, inputs)
@@ -294,17 +308,36 @@ class DistillationAdapter(DistillationTrainer):
         return loss, (self._stats.entropy * mask).sum(), mask.sum()
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        mask = inputs["completion_mask"]
-        inputs["loss_mask"] = mask * inputs["tool_mask"] if "tool_mask" in inputs else mask
-        result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        batch = self._completed(inputs)
+        result = super().compute_loss(model, batch, return_outputs, num_items_in_batch)
         result = self._unrounded(result, return_outputs)
         reshard(self.teacher_model)
-        self.after_loss(result[0] if return_outputs else result, self._stats, inputs)
-        if self.model.training and self.args.num_iterations > 1:
+        loss, stats = result[0] if return_outputs else result, self._stats
+        self.after_loss(loss, stats, batch)
+        if not self.model.training:
+            count = self.loss_count(stats, batch)
+            self._loss_sums += torch.stack([loss.detach() * count, count])
+        elif self.args.num_iterations > 1:
             # The first step on a batch is taken by the policy that wrote it.
-            inputs.setdefault("old_log_probs", self._stats.log_probs)
+            inputs.setdefault("old_log_probs", stats.log_probs)
         self._stats = None
         return result
+
+    def _completed(self, inputs):
+        """A batch with `loss_mask`, and with the fields that one in TRL's form does not have."""
+        if "loss_mask" in inputs:
+            return inputs
+        mask = inputs["completion_mask"]
+        loss_mask = mask * inputs["tool_mask"] if "tool_mask" in inputs else mask
+        if not self.model.training:
+            loss_mask = loss_mask * metrics.first_time(self.accelerator, len(mask))[:, None]
+        first = self.accelerator.process_index * len(mask)
+        return {
+            "loss_mask": loss_mask,
+            "prefix_lengths": mask.new_zeros(len(mask)),
+            "sequence_ids": torch.arange(first, first + len(mask), device=mask.device),
+            **inputs,
+        }
 
     def _unrounded(self, result, return_outputs):
         """FSDP2 casts what leaves the student's forward, the loss too, to its low precision: the
@@ -362,8 +395,19 @@ class DistillationAdapter(DistillationTrainer):
         output["prefix_lengths"] = torch.tensor(self._prefix_lengths, device=device)
         width = output["completion_ids"].shape[1]
         prompts, completions = (_ids(output, part) for part in ("prompt", "completion"))
+        self._log_lengths(output, completions)
         output |= self.teacher_tensors(inputs, prompts, completions, width)
         return output
+
+    def _log_lengths(self, output: dict[str, Any], completions: list[list[int]]) -> None:
+        own = output["completion_mask"] * output.get("tool_mask", 1)
+        ends = {*self.eos_token_ids, self._tokenizer.pad_token_id}
+        ended = torch.tensor([ids[-1] in ends for ids in completions], device=own.device)
+        counted = torch.ones_like(ended)
+        if not self.model.training:
+            counted = metrics.first_time(self.accelerator, len(completions))
+        lengths = own.sum(1)
+        self.log_sums(metrics.completion_totals(self.accelerator, lengths, ended, counted))
 
     def _generate_single_turn(self, prompt_ids, images, multimodal_fields, has_tool_images=False):
         rows, self._rows = self._rows, None  # None again in the turns after a tool's answer
@@ -379,7 +423,7 @@ class DistillationAdapter(DistillationTrainer):
                 return given
             check_context(prompt_ids, self.max_completion_length, self._contexts, self._tokenizer)
             if not self._on_all(weights_are_finite(self.model)):
-                stop_on_weights(self.state.global_step)
+                stop_on_weights(self.state.global_step, self.args.output_dir)
             prefixes = self.write_prefixes(rows, prompt_ids, images, multimodal_fields)
         if prefixes is None:
             return self._write(prompt_ids, images, multimodal_fields, has_tool_images)
@@ -414,20 +458,28 @@ class DistillationAdapter(DistillationTrainer):
 
     def evaluation_loop(self, *arguments, **keywords):
         self._evaluated = 0
+        self._loss_sums.zero_()
         key = keywords.get("metric_key_prefix", "")
         self._part = key.removeprefix("eval_") if key.startswith("eval_") else ""
-        return super().evaluation_loop(*arguments, **keywords)
+        output = super().evaluation_loop(*arguments, **keywords)
+        total, count = self.accelerator.reduce(self._loss_sums, reduction="sum").tolist()
+        if f"{key}_loss" in output.metrics and count:
+            output.metrics[f"{key}_loss"] = total / count  # of tokens; there it was one of batches
+        return output
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        reported, sums = self._metrics[self.mode], self._sums[self.mode]
+        reported |= {name: [total / count] for name, (total, count) in sums.items() if count}
+        sums.clear()
         if self.mode == "eval" and self._part:
             # TRL would call them the same for each data set, and evaluate() return the last one's.
-            metrics = self._metrics["eval"]
-            for name in list(metrics):
-                metrics[f"{self._part}_{name}"] = metrics.pop(name)
+            for name in list(reported):
+                reported[f"{self._part}_{name}"] = reported.pop(name)
         super().log(logs, start_time)
 
     def predict(self, *arguments, **keywords):
         found = super().predict(*arguments, **keywords)
+        self._sums["eval"].clear()
         self._metrics["eval"].clear()  # or the next evaluation would report the mean of both
         return found
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers.trainer_utils import get_last_checkpoint
 
 #: Text on which two tokenizers of one vocabulary, but different merges or rules, part ways.
 _PROBE = "The 2nd test: naïve façade, x = -3.14;\n\n  if (a != b) { 数学 }\tEnd."
@@ -315,6 +316,17 @@ def check_server_tokenizer(
     )
 
 
+def way_on(folder: str) -> str:
+    """What a run that has stopped can do, by the checkpoints in its folder."""
+    last = get_last_checkpoint(folder) if Path(folder).is_dir() else None
+    if last is not None:
+        return f"go on from {last} by resume_from_checkpoint"
+    return (
+        f"begin anew: no checkpoint is in {folder!r}; save_strategy and save_steps say when one is "
+        "saved"
+    )
+
+
 def stop_on(loss: float, inputs: Mapping[str, Any], folder: str, step: int, process: int) -> None:
     """Raises FloatingPointError, in every process; those whose loss it is save the batch first."""
     if math.isfinite(loss):
@@ -324,15 +336,15 @@ def stop_on(loss: float, inputs: Mapping[str, Any], folder: str, step: int, proc
     torch.save({"loss": loss, "step": step, "inputs": dict(inputs)}, path)
     raise FloatingPointError(
         f"the loss is {loss} at step {step}: the batch is in {path} (torch.load). The weights may "
-        "hold NaN already; go on from the last checkpoint with a lower learning_rate, or with an "
-        "objective of bounded loss"
+        f"hold NaN already; lower learning_rate, or take an objective of bounded loss, and "
+        f"{way_on(folder)}"
     )
 
 
-def stop_on_weights(step: int) -> None:
+def stop_on_weights(step: int, folder: str) -> None:
     """Raises FloatingPointError; sampling would fail on a probability that is NaN, and say less."""
     raise FloatingPointError(
         f"the student's weights hold NaN or infinity at step {step}, though the losses so far were "
-        "finite: go on from the last checkpoint with a lower learning_rate or max_grad_norm, or "
-        "with an objective of bounded loss"
+        "finite: lower learning_rate or max_grad_norm, or take an objective of bounded loss, and "
+        f"{way_on(folder)}"
     )

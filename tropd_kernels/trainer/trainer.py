@@ -7,10 +7,12 @@ behind a server, or in the data set's columns, gives log-probs of a few ids inst
 What surrounds that (generation, checkpoints, PEFT, logging, evaluation) is TRL's and transformers'.
 """
 
+import contextlib
 import math
 import random
 import sys
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -26,7 +28,7 @@ from ..draws import bernoulli_uniforms
 from ..functional import DistillationOutput, TokenStats, linear_distillation_loss
 from ..objectives import OPD, SFT, TokenRule
 from ..teachers import HiddenTeacher, Teacher
-from . import credit, metrics, signals
+from . import credit, metrics, sampling, signals
 from .adapter import DistillationAdapter, Side
 from .checks import (
     check_dataset,
@@ -39,6 +41,7 @@ from .checks import (
     no_guide,
     refuse_images,
     stop_on,
+    way_on,
 )
 from .config import TrOPDConfig
 from .prefix import (
@@ -51,7 +54,7 @@ from .prefix import (
     scheduled_length,
 )
 from .regions import Sample, samples, show, write_page
-from .served_teacher import ServedTeacher
+from .server import TeacherServer, TeacherServerError
 
 _IGNORED = -100
 
@@ -74,15 +77,13 @@ class TrOPDTrainer(DistillationAdapter):
     Raises, before training: ValueError or TypeError for a head that cannot be read (an adapter on
     it, quantised, logits that no scale and cap express), a teacher with another tokenizer or with
     the student's own tensors, an end of completions or padding that a model does not have, a
-    student with nothing to train, an empty data set, a served teacher whose context is shorter than
-    a completion; TeacherServerError for one that does not answer, or not what the objective needs;
-    NotImplementedError under FSDP's first version (FSDP2 and ZeRO-3 will do) and for models of
-    tensor parallelism. While training: ValueError for a prompt that is empty or exceeds the
-    context, a prefix that does not continue its prompt, columns that are no log-probs, or a resume
-    that cannot go on with its generation batch; FloatingPointError for a loss that is NaN or
-    infinite, after saving the batch under `output_dir`, and for such weights, before they generate;
-    TeacherServerError for a served teacher that does not answer, or cuts its text, with the
-    checkpoints so far intact.
+    student with nothing to train, an empty data set; NotImplementedError under FSDP's first version
+    (FSDP2 and ZeRO-3 will do) and for models of tensor parallelism. While training: ValueError for
+    a prompt that is empty or exceeds the context, a prefix that does not continue its prompt,
+    columns that are no log-probs, or a resume that cannot go on with its generation batch;
+    FloatingPointError for a loss that is NaN or infinite, after saving the batch under
+    `output_dir`, and for such weights, before they generate; TeacherServerError for a served
+    teacher that does not answer. These say which checkpoint to go on from, if one was saved.
     """
 
     _tag_names = ["trl", "tropd"]  # noqa: RUF012
@@ -116,7 +117,7 @@ class TrOPDTrainer(DistillationAdapter):
                 f"model: a {type(model).__name__} writes no text: load it with AutoModelForCausalLM"
             )
         self._samples: list[Sample] = []
-        self._server: ServedTeacher | None = None
+        self._server: TeacherServer | None = None
         loaded = self._loaded_teacher(teacher_model, args)
         columns = signals.columns_of(args.rule()) if args.precomputed_teacher else ()
         if args.precomputed_teacher and tools:
@@ -134,18 +135,24 @@ class TrOPDTrainer(DistillationAdapter):
         if guided and not written and present and args.prefix_column not in present:
             raise no_guide(args.prefix_column)
         if args.teacher_model_server_url:
-            has_text = present is None or args.prefix_column in present
-            self._server = ServedTeacher(args, writes=guided and not has_text)
+            self._server = TeacherServer(
+                args.teacher_model_server_url, args.teacher_model_name_or_path,
+                timeout=args.teacher_server_timeout, retries=args.teacher_server_retries,
+                concurrency=args.teacher_server_concurrency,
+            )  # fmt: skip
         super().__init__(
             model, loaded, args, train_dataset, eval_dataset, processing_class, callbacks,
             optimizers, quantization_config, peft_config, tools,
         )  # fmt: skip
         if self._server is not None:
             check_server_tokenizer(self._tokenizer, self._server.tokenize)
-            if self._server.is_asked:
-                self.share_vocabulary(self._server.count_ids(self._shared))
         each = args.per_device_train_batch_size * args.gradient_accumulation_steps
         check_rows(train_dataset, each * self.accelerator.num_processes)
+        self._cuts = sampling.cuts(args)
+        self._kept_mass: Tensor | None = None  # of a micro-batch: sum and count
+        warning = sampling.sampling_warning(args)
+        if warning is not None and self.accelerator.is_main_process:
+            warnings.warn(warning, stacklevel=2)
         at_terminal = sys.stdout.isatty() and not args.disable_tqdm
         if at_terminal if args.rich_progress is None else args.rich_progress:
             self.remove_callback(ProgressCallback)
@@ -208,6 +215,9 @@ class TrOPDTrainer(DistillationAdapter):
             share = 1.0
         signal = signals.teacher_of(inputs) if teacher is None else _frozen(teacher)
         old = inputs.get("old_log_probs")
+        if self._cuts and old is None and rule.policy_gradient:  # of the policy that sampled
+            own = inputs["loss_mask"].bool() & ~prefix
+            self._kept_mass = self._mass_of(student, own)
         given = self._credit(student, signal, labels, rule, prefix, old)
         if not all(tensor.isfinite().all() for tensor in given.values()):
             # The loss would refuse them here, on this process alone; `after_loss` stops every one.
@@ -224,6 +234,17 @@ class TrOPDTrainer(DistillationAdapter):
 
     def _rule(self) -> TokenRule:
         return self.args.rule(self.state.global_step / max(self.state.max_steps, 1))
+
+    def _mass_of(self, student: Side, own: Tensor) -> Tensor:
+        shared = slice(self._shared)  # the others are suppressed
+        bias = None if student.bias is None else student.bias[shared]
+        form = {
+            "logit_scale": student.logit_scale,
+            "softcap": student.softcap,
+            "temperature": self.temperature,
+        }
+        weight = student.weight[shared]
+        return sampling.kept_mass(student.hidden, own, weight, bias, form, self._cuts)
 
     def _compare(
         self,
@@ -299,8 +320,15 @@ class TrOPDTrainer(DistillationAdapter):
         """Logs, and stops where the loss of any process is not finite."""
         counted = inputs["loss_mask"].bool()
         guided, old = prefix_mask(inputs) & counted, inputs.get("old_log_probs")
-        sums, lowest = metrics.token_sums(stats, counted, guided, self._rule(), old)
-        self.log_metrics(metrics.means(self.accelerator, sums, lowest))
+        sums, lowest = metrics.token_sums(stats, counted, guided, old)
+        self.log_sums(metrics.totals(self.accelerator, sums))
+        if self._kept_mass is not None:
+            mass, count = self.accelerator.reduce(self._kept_mass, reduction="sum").tolist()
+            self.log_sums({metrics.PREFIX + "sampling_mass": (mass, count)})
+            self._kept_mass = None
+        lowest = self.accelerator.gather(lowest).min().item()
+        if lowest != math.inf:
+            self.log_metrics({metrics.PREFIX + "reward_min": lowest})
         if self.args.log_regions and self.accelerator.is_main_process:
             self._samples = samples(inputs, stats.trust, counted, self._tokenizer)
         finite = self.accelerator.gather(loss.detach().isfinite().reshape(1))
@@ -313,13 +341,17 @@ class TrOPDTrainer(DistillationAdapter):
     def training_step(self, model, inputs, num_items_in_batch=None):
         loss = super().training_step(model, inputs, num_items_in_batch)
         if self._step % self.current_gradient_accumulation_steps == 0:
-            tokens = self._buffered_inputs[0]["num_items_in_batch"].item()
-            seconds = self._metrics["train"]["step_time"][-1]
+            batch = (self._buffered_inputs or [{}])[0]
+            if "num_items_in_batch" in batch:  # a subclass may have made the batch
+                tokens, seconds = batch["num_items_in_batch"].item(), self._metrics["train"]
+                self.log_sums({"tropd/tokens_per_second": (tokens, seconds["step_time"][-1])})
             memory = metrics.peak_memory_gib(self.accelerator.device)
-            self.log_metrics(
-                {"tropd/tokens_per_second": tokens / seconds, "tropd/peak_memory_gib": memory}
-            )
+            self.log_metrics({"tropd/peak_memory_gib": memory})
         return loss
+
+    def loss_count(self, stats: TokenStats, inputs: dict[str, Any]) -> Tensor:
+        kept = self._rule().normalize == "kept"
+        return stats.kept.sum() if kept else super().loss_count(stats, inputs)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         for name, extreme in metrics.EXTREMES.items():  # of which TRL would log the mean
@@ -339,8 +371,6 @@ class TrOPDTrainer(DistillationAdapter):
     ) -> list[list[int]] | None:
         """The teacher's tokens at the head of each completion. While evaluating the student writes
         all of it, but where no step is on-policy and the rows have the teacher's text."""
-        if self._server is not None:
-            self._server.check_prompts(prompt_ids, self._tokenizer)
         column = self.args.prefix_column
         has_text = column is not None and have_column(rows, column)
         if self.model.training:
@@ -385,9 +415,30 @@ class TrOPDTrainer(DistillationAdapter):
     ) -> list[list[int]]:
         if self._server is None:
             return self.generate_with_teacher(prompt_ids, images, multimodal_fields, tokens)
-        step, process = self.state.global_step, self.accelerator.process_index
-        seed = f"{self.args.seed} {step} {process}"
-        return self._server.write(prompt_ids, tokens, seed, self._tokenizer)
+        args = self.args
+        # All of them: for what is not sent vLLM takes the teacher's own generation_config.
+        sampling = {
+            "temperature": args.temperature,
+            "top_p": args.top_p,
+            "top_k": args.top_k or -1,
+            "min_p": args.min_p or 0.0,
+            "repetition_penalty": args.repetition_penalty,
+        }
+        key = f"{args.seed} {self.state.global_step} {self.accelerator.process_index}"
+        draw = random.Random(key)
+        seeds = [draw.getrandbits(31) for _ in prompt_ids]
+        with self._asking():
+            return self._server.generate(prompt_ids, tokens, seeds=seeds, **sampling)
+
+    @contextlib.contextmanager
+    def _asking(self) -> Iterator[None]:
+        """Adds to the server's errors how the run can go on."""
+        try:
+            yield
+        except TeacherServerError as error:
+            if not self.is_in_train:
+                raise
+            raise TeacherServerError(f"{error}; then {way_on(self.args.output_dir)}") from error
 
     def asks_teacher(self) -> bool:
         return self.args.rule().uses_teacher
@@ -412,7 +463,8 @@ class TrOPDTrainer(DistillationAdapter):
             scores = signals.column_scores(rows, self.max_completion_length, top_k)
         elif self._server is not None:
             refuse_images(rows)
-            scores = self._server.score(prompt_ids, completion_ids, top_k)
+            with self._asking():
+                scores = self._server.score(prompt_ids, completion_ids, top_k)
         else:
             return {}
         return signals.batch_tensors(scores, width, self.accelerator.device)
