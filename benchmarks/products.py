@@ -7,7 +7,10 @@ products, runs interleaved:
 
     upcast    float32 products of operands upcast in tiles (the `torch` backend without bf16 mode)
     bf16 mode the same with oneDNN's bf16 compute mode
-    AMX, AVX512-BF16    csrc/gemm_*.cpp, where the CPU has them
+    AMX, AVX512-BF16, AVX2    csrc/gemm_*.cpp, where the CPU has them; d_logits in bf16, for AVX2
+              in float32
+    float32   torch's `mm` of float32 operands that nothing had to upcast
+    2048      the same of 2048 x 2048 x 2048: what this CPU reaches in float32
     mm        torch's bf16 `mm`, which rounds its result to bf16: the bar, not a candidate
 """
 
@@ -25,6 +28,9 @@ def main():
     parser.add_argument("--vocab-size", type=int, default=151_936)
     parser.add_argument("--hidden-size", type=int, default=1024)
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument(
+        "--no-mm", action="store_true", help="leave out bf16 mm: slow without AVX512-BF16"
+    )
     args = parser.parse_args()
     for name, fact in machine("cpu").items():
         print(f"{name}: {fact}")
@@ -66,28 +72,43 @@ def measure_products(args):
 
         return call
 
+    wide_hidden, wide_weight, wide_d = hidden.float(), weight.float(), d_logits.float()
+    square, square_out = torch.randn(2048, 2048), torch.empty(2048, 2048)
     torch_road = products.TorchProducts(torch.bfloat16, "cpu")
-    upcast = three(torch_road, d_logits.float())
+    upcast = three(torch_road, wide_d)
     roads = {"upcast": {what: without_bf16_mode(run) for what, run in upcast.items()}}
     if products.bf16_in_hardware():
         roads["bf16 mode"] = upcast
     for name in native.BF16_PRODUCTS:
-        ours = three(products.NativeProducts(torch.bfloat16, "cpu"), d_logits)
+        kind, d = (
+            (products.NativeFloatProducts, wide_d)
+            if name == "AVX2"
+            else (products.NativeProducts, d_logits)
+        )
+        ours = three(kind(torch.bfloat16, "cpu"), d)
         roads[name] = {what: on_units(name, run) for what, run in ours.items()}
-    roads["mm"] = {
-        "logits": lambda: torch.mm(hidden, weight.t(), out=rounded),
-        "d_hidden": lambda: torch.mm(d_logits, weight),
-        "d_weight": lambda: torch.mm(d_logits.t(), hidden),
+    if not args.no_mm:
+        roads["mm"] = {
+            "logits": lambda: torch.mm(hidden, weight.t(), out=rounded),
+            "d_hidden": lambda: torch.mm(d_logits, weight),
+            "d_weight": lambda: torch.mm(d_logits.t(), hidden),
+        }
+    roads["float32"] = {
+        "logits": lambda: torch.mm(wide_hidden, wide_weight.t(), out=logits),
+        "d_hidden": lambda: torch.mm(wide_d, wide_weight),
+        "d_weight": lambda: d_weight.addmm_(wide_d.t(), wide_hidden),
     }
     runs = {(road, what): run for road, three in roads.items() for what, run in three.items()}
     named = {f"{road} {what}": run for (road, what), run in runs.items()}
+    named["2048"] = lambda: torch.mm(square, square.t(), out=square_out)
     times = interleaved_times(named, args.repeats, device="cpu")
     work = 2 * n * v * h / 1e12
     print(f"\nTFLOP/s, {n} x {v} x {h}, median of {args.repeats}")
     print(f"{'':12}{'logits':>10}{'d_hidden':>10}{'d_weight':>10}")
     for road, three_runs in roads.items():
         rates = [work / times[f"{road} {what}"].median for what in three_runs]
-        print(f"{road:12}" + "".join(f"{rate:>10.2f}" for rate in rates))
+        print(f"{road:12}" + "".join(f"{rate:>10.3f}" for rate in rates))
+    print(f"{'2048':12}{2 * 2048**3 / 1e12 / times['2048'].median:>10.3f}")
 
 
 if __name__ == "__main__":

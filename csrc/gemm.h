@@ -1,5 +1,6 @@
-// Matrix products from bfloat16 to float32 on CPUs that multiply bfloat16: torch has none (its bf16
-// products round their result), and float32 products are four times slower.
+// Matrix products from bfloat16 to float32: torch has none on a CPU (its bf16 products round their result).
+// On CPUs that multiply bfloat16, float32 products are four times slower; on the others ours takes bfloat16
+// to float32 on its way into the cache.
 
 #pragma once
 #include <cstdint>
@@ -10,6 +11,7 @@ namespace tropd {
 struct Matrix {
   const uint16_t* data;  // bfloat16
   int64_t rows, cols, stride;
+  const float* float32 = nullptr;  // in place of `data`, for products that take it
 };
 
 // Where a product goes: out = [sums +] product, in float32, or rounded once to bfloat16.
@@ -33,6 +35,7 @@ struct Pool {
 struct Products {
   const char* name;
   bool (*available)();
+  bool takes_float32;  // for either operand
   // out (m, n) = a (m, k) @ b (n, k).T
   void (*nt)(const Matrix& a, const Matrix& b, float* out, int64_t out_stride, const Pool&);
   // out (m, n) = a (m, k) @ b (k, n)
@@ -43,6 +46,7 @@ struct Products {
 
 #if defined(__x86_64__)
 extern const Products products_avx512_bf16;
+extern const Products products_avx2;
 // TROPD_NO_AMX: for assemblers that do not know its instructions; TROPD_EMULATE_AMX: see tiles.h.
 #if defined(__linux__) && (defined(TROPD_EMULATE_AMX) || !defined(TROPD_NO_AMX))
 #define TROPD_AMX

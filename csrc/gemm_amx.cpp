@@ -184,8 +184,8 @@ inline void store_block(const float* block, int64_t rows, int64_t columns, const
     const To here = to.at(i, 0);
     const float* left = block + i / 16 * 512 + i % 16 * 16;
     const __mmask16 masks[] = {first_of_16(columns), first_of_16(columns - 16)};
-    const __m512 low = here.total(_mm512_load_ps(left), masks[0]);
-    const __m512 high = to.at(i, 16).total(_mm512_load_ps(left + 256), masks[1]);
+    const __m512 low = plus_sums(here, _mm512_load_ps(left), masks[0]);
+    const __m512 high = plus_sums(to.at(i, 16), _mm512_load_ps(left + 256), masks[1]);
     if constexpr (To::rounds) {
       const __m512i both = _mm512_inserti64x4(_mm512_castsi256_si512(to_bf16(low)), to_bf16(high), 1);
       const bool line = columns >= EDGE && reinterpret_cast<uintptr_t>(here.out) % 64 == 0;
@@ -363,7 +363,7 @@ bool available() {
 
 }  // namespace
 
-const Products products_amx = {TILES_NAME, available, gemm_nt, gemm_nn, gemm_tn};
+const Products products_amx = {TILES_NAME, available, false, gemm_nt, gemm_nn, gemm_tn};
 
 }  // namespace tropd
 TROPD_TARGET_END

@@ -72,7 +72,7 @@ inline __attribute__((always_inline)) void tile(
       if (left <= 0) continue;
       const __mmask16 mask = left >= 16 ? 0xffff : __mmask16((1u << left) - 1);
       const To here = to.at(i, 16 * j);
-      const __m512 total = here.total(sum[i][j], mask);
+      const __m512 total = plus_sums(here, sum[i][j], mask);
       if constexpr (To::rounds) {
         _mm256_mask_storeu_epi16(here.out, mask, to_bf16(total));
       } else {
@@ -244,7 +244,7 @@ bool available() {
 
 }  // namespace
 
-const Products products_avx512_bf16 = {"AVX512-BF16", available, gemm_nt, gemm_nn, gemm_tn};
+const Products products_avx512_bf16 = {"AVX512-BF16", available, false, gemm_nt, gemm_nn, gemm_tn};
 
 }  // namespace tropd
 TROPD_TARGET_END

@@ -357,6 +357,7 @@ std::vector<const Products*> products() {  // those of this CPU, best first
 #endif
 #if defined(__x86_64__)
   if (products_avx512_bf16.available()) found.push_back(&products_avx512_bf16);
+  if (products_avx2.available()) found.push_back(&products_avx2);
 #endif
   return found;
 }
@@ -395,8 +396,17 @@ Pool pool() {
 
 Matrix matrix(const Tensor& t, const char* name) {
   check_matrix(t, name, -1, -1);
-  if (t.scalar_type() != ScalarType::BFloat16) fail(name, " must be bfloat16");
-  return {static_cast<const uint16_t*>(t.const_data_ptr()), t.size(0), t.size(1), t.stride(0)};
+  const Products* products = products_in_use();
+  const bool takes_float32 = products != nullptr && products->takes_float32;
+  Matrix m = {nullptr, t.size(0), t.size(1), t.stride(0)};
+  if (t.scalar_type() == ScalarType::BFloat16) {
+    m.data = static_cast<const uint16_t*>(t.const_data_ptr());
+  } else if (takes_float32 && t.scalar_type() == ScalarType::Float) {
+    m.float32 = t.const_data_ptr<float>();
+  } else {
+    fail(name, " must be bfloat16", takes_float32 ? " or float32" : "");
+  }
+  return m;
 }
 
 void check_float(const Tensor& t, const char* name, int64_t rows, int64_t cols) {
@@ -411,7 +421,7 @@ float* result(const Tensor& t, int64_t rows, int64_t cols) {
 
 const Products& check_gemm(int64_t inner_a, int64_t inner_b) {
   if (products_in_use() == nullptr) {
-    fail("this CPU has neither AMX nor AVX512-BF16, which the bfloat16 products need");
+    fail("this CPU has neither AMX, AVX512-BF16 nor AVX2 with FMA, one of which the bfloat16 products need");
   }
   if (inner_a != inner_b) fail("a and b do not fit: inner sizes ", inner_a, " and ", inner_b);
   if (inner_a < 1) fail("a and b have an inner size of 0");

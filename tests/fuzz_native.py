@@ -150,7 +150,8 @@ class Case:
         kinds += [self.column_sums, self.row_squares]
         if native.BF16_PRODUCTS:
             kinds += [self.product]
-            ops.use_products(self.draw.choice(native.BF16_PRODUCTS))
+            self.units = self.draw.choice(native.BF16_PRODUCTS)
+            ops.use_products(self.units)
         self.draw.choice(kinds)()
         if self.draw.random() < 0.1:
             self.spoil()
@@ -381,9 +382,10 @@ class Case:
             m, n, k = (draw.choice([0, size, size, size]) for size in (m, n, k))
 
         def operand(*shape):
+            dtype = draw.choice([BFLOAT16, FLOAT32]) if self.units == "AVX2" else BFLOAT16
             if self.sane:
-                return memory.integers(*shape, low=-8, high=9, dtype=BFLOAT16)
-            a = memory.normal(*shape, dtype=BFLOAT16)
+                return memory.integers(*shape, low=-8, high=9, dtype=dtype)
+            a = memory.normal(*shape, dtype=dtype)
             memory.sprinkle(a, [math.inf, math.nan, 3e38, 1e-40])
             return a
 

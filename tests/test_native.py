@@ -432,7 +432,7 @@ def bad_arguments():
         for name in ("a", "b"):
             yield from everywhere(
                 gemms, name, *layout, (half, "must be bfloat16"), (lambda t: t[0], "has shape"),
-                (to(torch.float32), "must be bfloat16"),
+                (double, "must be bfloat16"),
             )  # fmt: skip
         yield "gemm_nt", "a", narrow, "a and b do not fit: inner sizes 3 and 4"
         yield "gemm_nn", "b", short, "a and b do not fit: inner sizes 4 and 3"

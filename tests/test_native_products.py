@@ -1,4 +1,4 @@
-"""The products of bfloat16 in `csrc/`, on each of the CPU's units that multiply it."""
+"""The products in `csrc/`, on each of the CPU's units for which there are any."""
 
 import math
 
@@ -7,7 +7,7 @@ import torch
 from fuzz_native import same_bits
 
 from tropd_kernels import native
-from tropd_kernels.products import TorchProducts, products_for
+from tropd_kernels.products import NativeFloatProducts, NativeProducts, TorchProducts, products_for
 
 if native.WHY_NOT is not None:
     pytest.skip(f"no native kernels: {native.WHY_NOT}", allow_module_level=True)
@@ -17,16 +17,20 @@ ops = torch.ops.tropd_native
 
 @pytest.fixture(
     params=native.BF16_PRODUCTS
-    or [pytest.param(None, marks=pytest.mark.skip(reason="this CPU multiplies no bfloat16"))]
+    or [pytest.param(None, marks=pytest.mark.skip(reason="this CPU's products are torch's"))]
 )
-def multiplier(request):
-    """Multiplies bfloat16 on each of the CPU's units, and leaves the best one in use."""
+def multiplier(request, monkeypatch):
+    """Multiplies on each of the CPU's units as if it were the only one, and leaves the best one in
+    use."""
+    monkeypatch.setattr(native, "BF16_PRODUCTS", [request.param])
     before = ops.use_products(request.param)
     yield request.param
     assert ops.use_products(before) == request.param
 
 
-SHAPES = [  # m, n, k: a tile is 6 x 64, a panel 2048 deep; on AMX 32 x 32, 512 deep
+#: m, n, k: a tile is 6 x 64, a panel 2048 deep; on AMX 32 x 32, 512 deep; on AVX2 6 x 16, 256 deep,
+#: in blocks of 96 x 128 of up to 510 tokens.
+SHAPES = [
     (1, 1, 1), (1, 1, 2), (2, 3, 1), (5, 63, 7), (6, 64, 32), (7, 65, 33), (13, 129, 31),
     (97, 5, 48), (3, 70, 2047), (2, 66, 2049), (8, 3, 4101), (290, 33, 66), (34, 600, 513),
     (530, 3, 1100), (1100, 1090, 40),
@@ -104,6 +108,26 @@ def test_transposed_products_round_once_with_sums(shape, multiplier):
 
 
 @products
+@pytest.mark.parametrize("wide", ["a", "b", "both"])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_products_in_float32_take_float32_operands(operator, shape, wide, multiplier):
+    """Unrounded, beside bfloat16 too; the others refuse them."""
+    m, n, k = shape
+    more = [False] if operator == "gemm_tn" else []
+    kinds = {name: torch.float32 if wide in (name, "both") else torch.bfloat16 for name in "ab"}
+    make = iter(kinds.values())
+    a, b = operands(operator, m, n, k, lambda r, c: integers(r, c, dtype=next(make), lead=1, gap=2))
+    (a if a.dtype == torch.float32 else b).mul_(257)  # bfloat16 would make 256 of it
+    out = torch.full((m, n), math.nan)
+    if multiplier == "AVX2":
+        getattr(ops, operator)(a, b, out, *more)
+        assert torch.equal(out.double(), product(operator, a, b))
+    else:
+        with pytest.raises(RuntimeError, match="must be bfloat16"):
+            getattr(ops, operator)(a, b, out, *more)
+
+
+@products
 def test_products_add_in_float32(operator, multiplier):
     a, b = operands(operator, 70, 100, 3001, lambda r, c: torch.randn(r, c).bfloat16())
     out = torch.empty(70, 100)
@@ -117,7 +141,7 @@ def test_products_add_in_float32(operator, multiplier):
 def test_products_are_the_same_bits_on_any_number_of_threads(operator, multiplier, use_threads):
     a, b = operands(operator, 200, 700, 2100, lambda r, c: torch.randn(r, c).bfloat16())
     results = []
-    for threads in (1, 1, 2, 5):
+    for threads in (1, 1, 2, 3, 5):
         use_threads(threads)
         results.append(torch.full((200, 700), math.nan))
         getattr(ops, operator)(a, b, results[-1], *([False] if operator == "gemm_tn" else []))
@@ -152,6 +176,24 @@ def test_where_amx_cannot_be_ours_the_library_s_products_serve(monkeypatch):
     monkeypatch.setattr(native, "BF16_PRODUCTS", [])
     assert type(products_for("native", torch.bfloat16, "cpu")) is TorchProducts
     assert "AVX512-BF16" not in native.description()
+
+
+def test_on_avx2_d_logits_stay_in_float32_and_on_avx512_torch_multiplies(monkeypatch):
+    monkeypatch.setattr(native, "CAP", "amx")
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
+    monkeypatch.setattr(ops, "products", lambda: ["AVX2"])
+    for sets, expected in ((["AVX2", "128-bit"], ["AVX2"]), (["AVX-512", "AVX2"], [])):
+        monkeypatch.setattr(ops, "instruction_sets", lambda sets=sets: sets)
+        assert native._bf16_products() == expected
+    for units, kind, gradient in (
+        (["AVX2"], NativeFloatProducts, torch.float32),
+        (["AVX512-BF16", "AVX2"], NativeProducts, torch.bfloat16),
+        ([], TorchProducts, torch.float32),
+    ):
+        monkeypatch.setattr(native, "BF16_PRODUCTS", units)
+        chosen = products_for("native", torch.bfloat16, "cpu")
+        assert type(chosen) is kind and chosen.gradient_dtype == gradient
+        assert type(products_for("native", torch.float32, "cpu")) is TorchProducts
 
 
 def test_unknown_products_are_an_error():

@@ -7,11 +7,11 @@ super-chunks of `super_rows` tokens, each of which costs one d_hidden and one d_
 
     workspace = (4 + 4) rows V + 2 super_rows V + 4 V H      bf16 inputs, trainable head
 
-Where d_logits has the logits' own dtype (float32 inputs; any input on a CPU without products of
+Where d_logits has the logits' own dtype (float32 inputs; any input on a CPU that multiplies no
 bf16) the gradient overwrites the student's logits, and the two sizes are one. Where the products
-can round d_weight themselves, the last one does, straight into the gradient, and a batch of up to
-2 H tokens is one super-chunk: d_logits of all of them are smaller than the accumulator 4 V H, which
-is then not needed.
+can round d_weight themselves, the last one does, straight into the gradient. If d_logits is in
+bf16, a batch of up to 2 H tokens is one super-chunk then: d_logits of all of them are smaller than
+the accumulator 4 V H, which is not needed.
 
 GEMM work, in units of S = 2 N V H (student head) and T = 2 N V G (teacher head): 3 S + T with
 gradients formed in the forward; 3 S without a dense teacher; one S less for each frozen side; 4 S +
@@ -184,7 +184,7 @@ def plan_chunks(
     small = device_type == "cpu" and dtype in HALF
     rows = min(CPU_ROWS if small else ROWS, ROWS, longest)
     super_rows = min(CPU_SUPER_ROWS if small else SUPER_ROWS, SUPER_ROWS, longest)
-    whole = rounds and tokens <= 2 * hidden_size
+    whole = rounds and not in_place and tokens <= 2 * hidden_size
     # In the order of preference; the budget takes the first that fits.
     fewer_rows = range(rows, 0, -MULTIPLE)
     sizes = [(r, longest) for r in fewer_rows] if whole else []

@@ -352,7 +352,8 @@ class _Loop:
                     self._store_d_logits(batch, coefs, options, tokens)
             last = stop == self.n
             if last and self.total_size() is not None:
-                arena.drop(z_buffer, t_buffer)  # what is rounded takes their room
+                # What is rounded takes their room.
+                arena.drop(t_buffer, z_buffer)
             if self.needs and self.has_head:
                 self._products(d_logits[: stop - start], self.tokens(start, stop), start, last)
 

@@ -69,18 +69,6 @@ def amx_in_hardware() -> bool:
     return may_use("amx") and torch.cpu._is_amx_tile_supported()
 
 
-def _bf16_products() -> list[str]:
-    found = list(filter(_allowed, torch.ops.tropd_native.products())) if WHY_NOT is None else []
-    # Where AMX cannot be ours, by the compiler or the system, oneDNN's use of it beats AVX512-BF16.
-    # A build for tests may emulate it.
-    ours = any(name.startswith("AMX") for name in found)
-    return found if ours or not amx_in_hardware() else []
-
-
-#: The units on which bfloat16 products with float32 results are ours here, best first.
-BF16_PRODUCTS = _bf16_products()
-
-
 def plain_rows(matrix: torch.Tensor) -> torch.Tensor:
     """The matrix with unit stride along rows that do not overlap, as csrc/ reads it."""
     overlap = matrix.shape[0] > 1 and matrix.stride(0) < matrix.shape[1]
@@ -90,6 +78,21 @@ def plain_rows(matrix: torch.Tensor) -> torch.Tensor:
 def instruction_sets() -> list[str]:
     """What the row kernels can run on here, best first; the first is in use."""
     return list(filter(_allowed, torch.ops.tropd_native.instruction_sets()))
+
+
+def _bf16_products() -> list[str]:
+    found = list(filter(_allowed, torch.ops.tropd_native.products())) if WHY_NOT is None else []
+    # On AVX-512 without bf16, torch's float32 products of upcast tiles beat ours, which are AVX2's.
+    if found[:1] == ["AVX2"] and "AVX-512" in instruction_sets():
+        return []
+    # Where AMX cannot be ours, by the compiler or the system, oneDNN's use of it beats AVX512-BF16.
+    # A build for tests may emulate it.
+    ours = any(name.startswith("AMX") for name in found)
+    return found if ours or not amx_in_hardware() else []
+
+
+#: The units on which bfloat16 products with float32 results are ours here, best first.
+BF16_PRODUCTS = _bf16_products()
 
 
 def description() -> str:

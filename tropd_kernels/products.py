@@ -6,10 +6,11 @@ where student and teacher agree, and d_weight accumulates over chunks in float32
 
 On a GPU, cuBLAS does that for half-precision inputs (`out_dtype`). On a CPU no such kernel exists
 in torch. Where `csrc/` is built and the CPU has AMX or AVX512-BF16, `NativeProducts` multiplies
-there. Elsewhere half-precision weights are upcast in tiles of `TILE_ROWS` rows that stay in the
-cache, and the product is a float32 one; CPUs that multiply bf16 in hardware do that for those
-float32 operands too (oneDNN's bf16 mode), which is exact for weights and hidden states that were
-bf16 to begin with.
+there; where it has AVX2 and nothing above, `NativeFloatProducts` does, in float32, to which bf16 is
+upcast on its way into the cache. Elsewhere half-precision weights are upcast in tiles of
+`TILE_ROWS` rows that stay in the cache, and the product is a float32 one; CPUs that multiply bf16
+in hardware do that for those float32 operands too (oneDNN's bf16 mode), which is exact for weights
+and hidden states that were bf16 to begin with.
 """
 
 from __future__ import annotations
@@ -51,7 +52,10 @@ def without_autocast(device_type: str):
 def products_for(backend: str, dtype: torch.dtype, device_type: str) -> TorchProducts:
     """The products that serve this backend and inputs of this dtype."""
     here = backend == "native" and device_type == "cpu" and dtype == torch.bfloat16
-    return (NativeProducts if here and native.BF16_PRODUCTS else TorchProducts)(dtype, device_type)
+    if not here or not native.BF16_PRODUCTS:
+        return TorchProducts(dtype, device_type)
+    in_float32 = native.BF16_PRODUCTS[0] == "AVX2"
+    return (NativeFloatProducts if in_float32 else NativeProducts)(dtype, device_type)
 
 
 class TorchProducts:
@@ -122,7 +126,7 @@ class TorchProducts:
 
 
 class NativeProducts(TorchProducts):
-    """Products of bfloat16 by `csrc/gemm_*.cpp`."""
+    """Products of bfloat16 by `csrc/gemm_*.cpp`, on units that multiply it."""
 
     rounds_d_weight = True
 
@@ -148,6 +152,23 @@ class NativeProducts(TorchProducts):
     def scratch_bytes(self, rows, super_rows, widths):
         # On every thread a block of packed rows; for all of them hidden states or d_hidden's sums.
         return torch.get_num_threads() * 2**20 + 6 * super_rows * max(widths, default=0)
+
+
+class NativeFloatProducts(NativeProducts):
+    """Products of bfloat16 inputs by `csrc/gemm_avx2.cpp`, in float32. d_logits stays in float32:
+    nothing would be faster for its rounding."""
+
+    def __init__(self, dtype: torch.dtype, device_type: str):
+        super().__init__(dtype, device_type)
+        self.gradient_dtype = self.result_dtype
+
+    def scratch_bytes(self, rows, super_rows, widths):
+        # As float32, hidden states or d_hidden's sums, and 256 ids of d_logits and of the head. On
+        # every thread 96 rows of 256 steps, or 128, and their sums.
+        widest = max(widths, default=0)
+        shared = 4 * super_rows * widest + 4 * 256 * (super_rows + widest)
+        each = max(4 * 128 * (256 + min(rows, 510)), 4 * 96 * (256 + widest))
+        return shared + torch.get_num_threads() * each
 
 
 def _tiles(weight: Tensor, dtype: torch.dtype):
