@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 import inspect
 import json
+import pickle
 import subprocess
 import sys
 
@@ -15,7 +18,7 @@ pytest.importorskip("trl", reason="the trainer needs trl")
 import tiny
 from served import serve
 
-from tropd_kernels import AOPD, EOPD, GKD, OPD, SFT, Divergence, TrOPD, cli
+from tropd_kernels import AOPD, EOPD, GKD, OPD, SFT, Divergence, TrOPD, check, cli, trainer
 from tropd_kernels.registry import OBJECTIVES, build_rule, knobs
 from tropd_kernels.trainer import TrOPDConfig
 from tropd_kernels.trainer.prefix import column_ids, cut, is_complete, scheduled_length
@@ -266,13 +269,54 @@ def test_help_explains_every_key(capsys, monkeypatch):
             assert f"{documented.get(key) or key} (default:" in printed, key
 
 
+def test_help_lists_our_keys_first(capsys):
+    with pytest.raises(SystemExit, match="0"):
+        cli.main(["train", "--help"])
+    printed = capsys.readouterr().out
+    keys = ["--model ", "--objective ", "--importance_gamma ", "--temperature ", "--weight_decay "]
+    places = [printed.index(f"\n  {key}") for key in keys]
+    assert places == sorted(places)
+
+
+@pytest.mark.parametrize("key", ["objectiv", "learning_rat"])
+def test_an_unknown_key_names_the_nearest(key, tmp_path):
+    near = {"objectiv": "objective", "learning_rat": "learning_rate"}[key]
+    with pytest.raises(TypeError, match=f"TrOPDConfig: unknown key {key!r} .did you mean {near!r}"):
+        TrOPDConfig(str(tmp_path), **{key: "gkd"})
+
+
+def test_a_config_is_copied_and_pickled(tmp_path):
+    config = TrOPDConfig(str(tmp_path), objective="gkd", use_cpu=True, bf16=False)
+    assert pickle.loads(pickle.dumps(config)).objective == "gkd"
+    assert copy.deepcopy(config).objective == "gkd"
+    assert dataclasses.replace(config, objective="opd").objective == "opd"
+    assert "objective" in inspect.signature(TrOPDConfig).parameters
+
+
+@pytest.mark.parametrize("missing", ["model", "teacher_model"])
+@pytest.mark.parametrize("name", ["models/absent", "/models/absent", "a/b/c"])
+def test_a_missing_model_is_named_before_anything_is_loaded(missing, name, tmp_path, monkeypatch):
+    """What transformers says of it does not tell which of the two models it is."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(trainer.adapter, "create_model_from_path", None)
+    monkeypatch.setattr("trl.trainer.distillation_trainer.create_model_from_path", None)
+    args = TrOPDConfig(str(tmp_path / "out"), use_cpu=True, bf16=False)
+    models = {"model": str(tmp_path), "teacher_model": str(tmp_path)} | {missing: name}
+    with pytest.raises(OSError, match=f"^{missing}: there is no folder {name}"):
+        trainer.TrOPDTrainer(**models, args=args)
+    monkeypatch.setattr(cli, "load_data", None)
+    run = cli.Run(**models, dataset="data.jsonl")
+    with pytest.raises(cli.UsageError, match=f"^{missing}: there is no folder {name}"):
+        cli.make_trainer(run, args)
+
+
 def test_env_and_check(capsys, monkeypatch):
     assert cli.main(["env"]) == 0
     printed = capsys.readouterr().out
     assert "backend torch" in printed and "trl" in printed
     assert cli.main(["check", "--device", "cpu"]) == 0
     assert "worst gradient error" in capsys.readouterr().out
-    monkeypatch.setattr(cli, "CHECK_TOLERANCE", 1e-12)
+    monkeypatch.setattr(check, "TOLERANCE", 1e-12)
     assert cli.main(["check", "--device", "cpu"]) == 1
     assert "FAILED" in capsys.readouterr().out
 

@@ -1,67 +1,29 @@
-"""Fused on-policy distillation losses for large vocabularies. See README.md."""
+"""Fused on-policy distillation losses for large vocabularies. See README.md.
 
-from .backends import available_backends
-from .chunking import ChunkPlan, plan_chunks
-from .functional import (
-    DistillationOutput,
-    TokenStats,
-    distillation_loss,
-    linear_distillation_loss,
-    linear_log_probs,
-)
-from .modules import DistillationLoss, LinearDistillationLoss, LinearLogProbs
-from .objectives import (
-    AOPD,
-    EOPD,
-    GKD,
-    MOPD,
-    OPD,
-    REOPOLD,
-    SFT,
-    ClipOutlier,
-    Divergence,
-    EntropyOPD,
-    MaskOutlier,
-    TokenRule,
-    TopKJSD,
-    TrOPD,
-)
-from .teachers import HiddenTeacher, LogitsTeacher, SampledTeacher, TopKTeacher
+The names are those of `public`, which is imported when the first of them is asked for, and torch
+with it: the command line's help needs neither.
+"""
+
+from importlib import import_module
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
 
-__all__ = [
-    # functions and their modules
-    "linear_distillation_loss",
-    "distillation_loss",
-    "linear_log_probs",
-    "LinearDistillationLoss",
-    "DistillationLoss",
-    "LinearLogProbs",
-    "DistillationOutput",
-    "TokenStats",
-    # teachers
-    "HiddenTeacher",
-    "LogitsTeacher",
-    "TopKTeacher",
-    "SampledTeacher",
-    # objectives
-    "TokenRule",
-    "TrOPD",
-    "OPD",
-    "ClipOutlier",
-    "MaskOutlier",
-    "EOPD",
-    "EntropyOPD",
-    "REOPOLD",
-    "AOPD",
-    "GKD",
-    "Divergence",
-    "MOPD",
-    "TopKJSD",
-    "SFT",
-    # what will run, and where
-    "plan_chunks",
-    "ChunkPlan",
-    "available_backends",
-]
+if TYPE_CHECKING:
+    from .public import *  # noqa: F403
+    from .public import __all__ as __all__
+
+
+def __getattr__(name: str) -> Any:
+    if name == "__all__" or not name.startswith("_"):
+        if find_spec(f"{__name__}.{name}") is not None:  # which may be imported before `public`
+            return import_module(f".{name}", __name__)
+        public = import_module(".public", __name__)
+        if name in ("__all__", *public.__all__):
+            return globals().setdefault(name, getattr(public, name))
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__getattr__("__all__")})

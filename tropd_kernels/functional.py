@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from . import ops
+from . import native, ops
 from .arguments import (
     check_call,
     check_devices,
@@ -378,6 +378,8 @@ def _found_sharded(call, group, reduction: str):
 
 def _backend(requested: str | None, student: Tensor, group) -> str:
     backend = choose_backend(requested, student.device)
+    if requested is None and student.device.type == "cpu":
+        native.advise_to_build()
     if group is not None and backend == "reference":
         raise NotImplementedError(
             "backend='reference' takes no process_group: use 'torch', 'native' or 'triton'"

@@ -9,8 +9,17 @@ caps of their own: ATEN_CPU_CAPABILITY, ONEDNN_MAX_CPU_ISA and MKL_ENABLE_INSTRU
 
 from __future__ import annotations
 
+import json
 import os
+import shlex
+import sys
+import warnings
+from contextlib import suppress
+from importlib.metadata import PackageNotFoundError, distribution
 from importlib.util import find_spec
+from pathlib import Path
+from urllib.parse import urlsplit
+from urllib.request import url2pathname
 
 import torch
 
@@ -41,13 +50,52 @@ def _allowed(name: str) -> bool:
     return may_use(next((cap for cap in CAPS if plain.startswith(cap)), "portable"))
 
 
+def build_command() -> str:
+    """The shell command that builds csrc/, from where this installation came, or says what is
+    missing."""
+    root = Path(__file__).resolve().parents[1]
+    source, editable = "--no-binary tropd-kernels tropd-kernels", ""
+    if (root / "csrc").is_dir() and (root / "setup.py").is_file():
+        source, editable = shlex.quote(str(root)), "--editable "
+    else:
+        with suppress(PackageNotFoundError, ValueError):
+            # Where pip had it from, unless from an index: pip's direct_url.json.
+            origin = json.loads(distribution("tropd-kernels").read_text("direct_url.json") or "{}")
+            if "vcs_info" in origin:
+                vcs = origin["vcs_info"]
+                source = shlex.quote(f"{vcs['vcs']}+{origin['url']}@{vcs['commit_id']}")
+            elif "dir_info" in origin:
+                source = shlex.quote(url2pathname(urlsplit(origin["url"]).path))
+    return (
+        "pip install 'setuptools>=77' ninja && TROPD_BUILD_EXT=1 pip install --no-build-isolation "
+        f"--no-deps --force-reinstall {editable}{source}"
+    )
+
+
+_advised = False
+
+
+def advise_to_build() -> None:
+    """Warns once a process, in the caller's line, that a call on a CPU could be faster."""
+    global _advised
+    if _advised or WHY_NOT is None or sys.platform == "win32" or torch.compiler.is_compiling():
+        return
+    _advised = True
+    level, frame = 1, sys._getframe()
+    passed = (f"{__package__}.", "torch.")
+    while frame is not None and frame.f_globals.get("__name__", "").startswith(passed):
+        level, frame = level + 1, frame.f_back
+    warnings.warn(
+        f"the torch backend serves, where native would be faster on a CPU: {WHY_NOT} "
+        '(backend="torch" chooses it without this warning)',
+        stacklevel=level,
+    )
+
+
 def _load() -> str | None:
     spec = find_spec("tropd_kernels._C")
     if spec is None or spec.origin is None:
-        return (
-            "csrc/ is not built in this installation; TROPD_BUILD_EXT=1 pip install "
-            "--no-build-isolation builds it, or says what is missing"
-        )
+        return f"csrc/ is not built in this installation; to build it: {build_command()}"
     try:
         torch.ops.load_library(spec.origin)
         best = next(filter(_allowed, torch.ops.tropd_native.instruction_sets()))

@@ -9,10 +9,11 @@ and says what goes with what.
 from __future__ import annotations
 
 import difflib
+import functools
 import inspect
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 from .objectives import (
     AOPD,
@@ -32,6 +33,8 @@ from .objectives import (
     TopKJSD,
     TrOPD,
 )
+
+T = TypeVar("T")
 
 #: Divergences over the vocabulary, each an objective by its own name, and the knobs of each.
 _DIVERGENCE_KNOBS: dict[str, tuple[str, ...]] = {
@@ -113,3 +116,19 @@ def nearest(name: Any, known: Iterable[str]) -> str:
     by_lower = {one.lower(): one for one in known}
     close = difflib.get_close_matches(str(name).lower(), list(by_lower), n=1)
     return f" (did you mean {by_lower[close[0]]!r}?)" if close else ""
+
+
+def names_unknown_keys(cls: type[T]) -> type[T]:
+    """Class decorator: a keyword that the constructor does not take raises TypeError with the
+    nearest one that it takes."""
+    init = cls.__init__
+    known = [name for name in inspect.signature(init).parameters if name != "self"]
+
+    @functools.wraps(init)
+    def __init__(self, *values: Any, **keywords: Any) -> None:
+        for key in keywords.keys() - set(known):
+            raise TypeError(f"{cls.__name__}: unknown key {key!r}{nearest(key, known)}")
+        init(self, *values, **keywords)
+
+    cls.__init__ = __init__  # type: ignore[method-assign]
+    return cls

@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from transformers.trainer_utils import get_last_checkpoint
 
@@ -234,6 +236,34 @@ def check_trainable(model: torch.nn.Module) -> None:
             "an adapter is loaded for training by PeftModel.from_pretrained(..., "
             "is_trainable=True), other weights by requires_grad_(True)"
         )
+
+
+def check_sources(model: Any, teacher_model: Any, args: Any) -> None:
+    """Raises OSError that begins with the key, "model" or "teacher_model", whose folder is missing
+    or whose name the hub does not have. Of the hub no more is fetched than the two configs."""
+    revision = {"revision": args.teacher_model_revision}
+    _check_source("model", model, args.model_init_kwargs or {})
+    _check_source("teacher_model", teacher_model, revision | (args.teacher_model_init_kwargs or {}))
+
+
+def _check_source(key: str, name: Any, options: Mapping[str, Any]) -> None:
+    if not isinstance(name, str) or Path(name).is_dir():
+        return
+    if name.startswith(("/", ".", "~")) or name.count("/") > 1:
+        raise OSError(f"{key}: there is no folder {name}")
+    where = ("revision", "token", "cache_dir", "subfolder", "local_files_only")
+    given = {option: options[option] for option in where if options.get(option) is not None}
+    try:
+        hf_hub_download(name, "config.json", **given)
+    except (OSError, HFValidationError, HfHubHTTPError) as error:
+        # The hub's model may have an adapter's config alone.
+        if isinstance(error, EntryNotFoundError) and not isinstance(error, FileNotFoundError):
+            return
+        reason = str(error).strip().splitlines()[0]
+        raise OSError(
+            f"{key}: there is no folder {name}, and the hub's model of that name cannot be read: "
+            f"{reason}"
+        ) from error
 
 
 def find_tokenizer(

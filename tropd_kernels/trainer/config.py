@@ -17,7 +17,14 @@ from trl import DistillationConfig  # type: ignore[attr-defined]
 from ..arguments import check_selection
 from ..backends import choose_backend
 from ..objectives import TokenRule
-from ..registry import OBJECTIVES, build_rule, check_knobs, check_objective, knobs
+from ..registry import (
+    OBJECTIVES,
+    build_rule,
+    check_knobs,
+    check_objective,
+    knobs,
+    names_unknown_keys,
+)
 from .loaded_teacher import dtype_option
 from .prefix import SCHEDULES
 from .signals import check_served
@@ -48,6 +55,7 @@ _NOT_TAKEN |= dict.fromkeys(
 _NOT_TAKEN["stop_strings"] = "completions end with a token: add it to the student's eos_token_id"
 
 
+@names_unknown_keys
 @dataclass
 class TrOPDConfig(DistillationConfig):
     """Settings of `TrOPDTrainer`. Those of `DistillationConfig` and `TrainingArguments` besides.

@@ -35,6 +35,7 @@ from .checks import (
     check_no_splits,
     check_rows,
     check_server_tokenizer,
+    check_sources,
     check_tokenizers,
     check_trainable,
     find_tokenizer,
@@ -119,6 +120,7 @@ class TrOPDTrainer(DistillationAdapter):
         self._samples: list[Sample] = []
         self._server: TeacherServer | None = None
         loaded = self._loaded_teacher(teacher_model, args)
+        check_sources(model, loaded, args)
         columns = signals.columns_of(args.rule()) if args.precomputed_teacher else ()
         if args.precomputed_teacher and tools:
             raise ValueError("tools: precomputed_teacher fixes the completions: leave tools out")

@@ -1,0 +1,65 @@
+"""The names that `tropd_kernels` has for its users."""
+
+from .backends import available_backends
+from .chunking import ChunkPlan, plan_chunks
+from .functional import (
+    DistillationOutput,
+    TokenStats,
+    distillation_loss,
+    linear_distillation_loss,
+    linear_log_probs,
+)
+from .modules import DistillationLoss, LinearDistillationLoss, LinearLogProbs
+from .objectives import (
+    AOPD,
+    EOPD,
+    GKD,
+    MOPD,
+    OPD,
+    REOPOLD,
+    SFT,
+    ClipOutlier,
+    Divergence,
+    EntropyOPD,
+    MaskOutlier,
+    TokenRule,
+    TopKJSD,
+    TrOPD,
+)
+from .teachers import HiddenTeacher, LogitsTeacher, SampledTeacher, TopKTeacher
+
+__all__ = [
+    # functions and their modules
+    "linear_distillation_loss",
+    "distillation_loss",
+    "linear_log_probs",
+    "LinearDistillationLoss",
+    "DistillationLoss",
+    "LinearLogProbs",
+    "DistillationOutput",
+    "TokenStats",
+    # teachers
+    "HiddenTeacher",
+    "LogitsTeacher",
+    "TopKTeacher",
+    "SampledTeacher",
+    # objectives
+    "TokenRule",
+    "TrOPD",
+    "OPD",
+    "ClipOutlier",
+    "MaskOutlier",
+    "EOPD",
+    "EntropyOPD",
+    "REOPOLD",
+    "AOPD",
+    "GKD",
+    "Divergence",
+    "MOPD",
+    "TopKJSD",
+    "SFT",
+    # what will run, and where
+    "plan_chunks",
+    "ChunkPlan",
+    "available_backends",
+]
