@@ -353,7 +353,7 @@ class _Loop:
             last = stop == self.n
             if last and self.total_size() is not None:
                 # What is rounded takes their room.
-                arena.drop(t_buffer, z_buffer)
+                arena.drop(t_buffer, None if plan.in_place else z_buffer)
             if self.needs and self.has_head:
                 self._products(d_logits[: stop - start], self.tokens(start, stop), start, last)
 
