@@ -298,7 +298,7 @@ def test_a_config_is_copied_and_pickled(tmp_path):
 def test_a_missing_model_is_named_before_anything_is_loaded(missing, name, tmp_path, monkeypatch):
     """What transformers says of it does not tell which of the two models it is."""
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    monkeypatch.setattr(trainer.adapter, "create_model_from_path", None)
+    monkeypatch.setattr(trainer.loaded_teacher, "create_model_from_path", None)
     monkeypatch.setattr("trl.trainer.distillation_trainer.create_model_from_path", None)
     args = TrOPDConfig(str(tmp_path / "out"), use_cpu=True, bf16=False)
     models = {"model": str(tmp_path), "teacher_model": str(tmp_path)} | {missing: name}
