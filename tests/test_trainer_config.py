@@ -362,7 +362,7 @@ def test_train_with_a_served_teacher(run_file, capsys):
     with serve(tiny.model(1), tiny.tokenizer()) as served:
         arguments = ["train", "--config", str(run_file), "--teacher_model_server_url", served.url]
         assert cli.main(arguments) == 0
-    assert sum("prompt_logprobs" in request for request in served.requests) == 12
+    assert sum("prompt_logprobs" in request for request in served.requests) == 1 + 12
     assert (run_file.parent / "out" / "model.safetensors").exists()
 
 

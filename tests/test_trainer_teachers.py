@@ -14,6 +14,7 @@ from served import serve
 from training import make, step_and_compare
 
 from tropd_kernels.trainer import server as server_module
+from tropd_kernels.trainer.completions import read_scores
 from tropd_kernels.trainer.server import TeacherServer, TeacherServerError
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
@@ -39,7 +40,10 @@ def served(monkeypatch):
 
 
 def remote(folder, served, **settings):
-    return make(folder, teacher_model_server_url=served.url, **settings)
+    """A trainer with this teacher; of its requests only those that come after its construction."""
+    trainer = make(folder, teacher_model_server_url=served.url, **settings)
+    served.requests.clear()
+    return trainer
 
 
 def weights(trainer):
@@ -74,17 +78,19 @@ def test_step_with_a_served_teacher(tmp_path, served):
 
 def test_server_writes_the_prefix(tmp_path, served):
     settings = dict(prefix_schedule="constant", prefix_length=3, **TOP_4)
-    runs = []
+    runs, requests = [], []
     for _ in range(2):
         runs.append(remote(tmp_path, served, **settings))
         runs[-1].train()
+        requests += served.requests
     first, second = (run.batches[0] for run in runs)
     assert (first["prefix_lengths"] >= 1).all() and (first["prefix_lengths"] <= 3).all()
     assert torch.equal(first["completion_ids"], second["completion_ids"])  # seeds are sent
-    wrote = [r for r in served.requests if r.get("return_token_ids")]
+    wrote = [r for r in requests if r.get("return_token_ids")]
     assert len(wrote) == 8 and all(r["max_tokens"] == 3 for r in wrote)
     # What is not sent a server takes from the model's own generation_config.
-    unset = dict(temperature=1.0, top_p=1.0, top_k=-1, min_p=0.0, repetition_penalty=1.0)
+    unset = dict(temperature=1.0, top_p=1.0, top_k=-1, min_p=0.0, repetition_penalty=1.0,
+                 presence_penalty=0.0, frequency_penalty=0.0)  # fmt: skip
     assert all(unset.items() <= r.items() for r in wrote)
 
 
@@ -207,9 +213,8 @@ def test_bad_answers_name_the_request(tmp_path, served, fault, words):
 
 def test_server_without_token_ids(tmp_path, served):
     served.faults.no_token_ids = True
-    trainer = remote(tmp_path, served, prefix_schedule="constant", prefix_length=2, **TOP_4)
     with pytest.raises(TeacherServerError, match="return_token_ids"):
-        trainer.train()
+        remote(tmp_path, served, prefix_schedule="constant", prefix_length=2, **TOP_4)
 
 
 def test_another_tokenizer_is_refused(tmp_path, served):
@@ -322,13 +327,13 @@ def test_columns_of_several_distributions(tmp_path, change, words):
 def test_served_log_probs_above_zero():
     choice = {"prompt_logprobs": [None, {"5": {"logprob": 0.5}}]}
     with pytest.raises(ValueError, match="token 0 reach 0.5, above 0"):
-        server_module.read_scores(choice, [4], [5], 0)
+        read_scores(choice, [4], [5], 0)
 
 
 def test_log_prob_of_a_token_that_the_teacher_excludes(tmp_path, served):
     """vLLM sends -9999 for -inf, which as a reward like others would swamp all earlier returns."""
     choice = {"prompt_logprobs": [None, {"5": {"logprob": -9999.0}, "6": {"logprob": -0.5}}]}
-    scores = server_module.read_scores(choice, [4], [5], 1)
+    scores = read_scores(choice, [4], [5], 1)
     assert scores.label_log_probs.tolist() == [-math.inf] and scores.ids.tolist() == [[6]]
     settings = TOP_4 | dict(kl_discount_factor=1.0)
     losses = []

@@ -153,7 +153,8 @@ class DistillationAdapter(DistillationTrainer):
         self._shared = self._student_head.vocab_size  # ids that both sides have
         if teacher_model is not None:
             self._load_teacher(teacher_model)
-            self._share_vocabulary()
+            assert self._teacher_head is not None
+            self.share_vocabulary(self._teacher_head.vocab_size)
         self._stats: TokenStats | None = None
         self._sums: dict[str, dict[str, tuple[float, float]]] = {"train": {}, "eval": {}}
         self._loss_sums = torch.zeros(2, device=self.accelerator.device)  # of an evaluation
@@ -227,6 +228,18 @@ class DistillationAdapter(DistillationTrainer):
             before = known.get(name, (0.0, 0.0))
             known[name] = before[0] + value, before[1] + count
 
+    def share_vocabulary(self, teacher_size: int) -> None:
+        """Takes the first `teacher_size` ids for the teacher's: neither side writes an id that the
+        other's padded vocabulary does not have."""
+        own = self._student_head.vocab_size
+        self._shared = min(own, teacher_size)
+        both = "student and teacher have in common"
+        check_ends(self.eos_token_ids, self._shared, both, self._tokenizer)
+        if own != teacher_size:
+            config = self.generation_config
+            beyond = range(self._shared, max(own, teacher_size))
+            config.suppress_tokens = [*(config.suppress_tokens or ()), *beyond]
+
     def generate_with_teacher(
         self, prompt_ids: list[list[int]], images: Any, multimodal_fields: dict, tokens: int
     ) -> list[list[int]]:
@@ -274,17 +287,6 @@ class DistillationAdapter(DistillationTrainer):
             self.teacher_model = shard_frozen(teacher, self.accelerator)
         else:
             self.teacher_model = self.accelerator.prepare_model(teacher, evaluation_mode=True)
-
-    def _share_vocabulary(self) -> None:
-        """Neither side writes an id that the other's padded vocabulary does not have."""
-        heights = [head.vocab_size for head in (self._student_head, self._teacher_head)]
-        self._shared = min(heights)
-        both = "student and teacher have in common"
-        check_ends(self.eos_token_ids, self._shared, both, self._tokenizer)
-        if heights[0] != heights[1]:
-            config = self.generation_config
-            beyond = range(self._shared, max(heights))
-            config.suppress_tokens = [*(config.suppress_tokens or ()), *beyond]
 
     # The loss. `_compute_loss` runs inside the student wrapper's forward, where a collective would
     # hang; `compute_loss` runs after it.

@@ -52,6 +52,10 @@ _NOT_TAKEN |= dict.fromkeys(
      "output_hidden_states"),
     "the trainer reads the completions' ids alone: leave it out",
 )  # fmt: skip
+_NOT_TAKEN["forced_eos_token_id"] = "an end that the model did not write would be learned"
+_NOT_TAKEN["max_time"] = (
+    "how much is written would depend on the machine: lower max_completion_length"
+)
 _NOT_TAKEN["stop_strings"] = "completions end with a token: add it to the student's eos_token_id"
 
 
@@ -86,12 +90,17 @@ class TrOPDConfig(DistillationConfig):
     lmbda: GKD's share of on-policy steps (default 1: all). In the others the completions are the
         teacher's whole answers, from prefix_column or written on the spot. Objective "sft" trains
         on the teacher's text with lmbda 0. To an objective with a prefix term those answers are one
-        long prefix, of prefix_weight. An evaluation is on the student's own completions, but with
-        lmbda 0 on prefix_column, where its rows have that.
+        long prefix, of prefix_weight. A text that reaches max_completion_length gets no end; one
+        that the teacher ended by a token that is no end of the student's gets the student's after
+        it. An evaluation is on the student's own completions, but with lmbda 0 on prefix_column,
+        where its rows have that.
     teacher_model_server_url: a teacher behind HTTP that speaks vLLM's completions protocol
         (`server.py`), instead of one in this process: for objectives of K1 and the teacher's top-k,
         at temperature 1. `teacher_model_name_or_path` is then the served name, if the server has
-        several. Its tokenizer is checked where the server offers /tokenize.
+        several. Its tokenizer is checked where the server offers /tokenize, its log-probs by a
+        first request before a model is loaded, and each prompt against the context that it states:
+        it needs room for prompt, max_completion_length and one token. eopd's threshold is compared
+        with a lower bound of the teacher's entropy, which is what a top-k gives.
     teacher_server_timeout: seconds a request.
     teacher_server_retries: attempts after the first.
     teacher_server_concurrency: requests at once.

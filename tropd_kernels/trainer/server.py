@@ -1,6 +1,6 @@
 """A teacher behind HTTP: vLLM's OpenAI-compatible server, or whatever speaks its protocol.
 
-    GET  /v1/models                    the served name, where none is given
+    GET  /v1/models                    the served name, where none is given, and the context
     POST /v1/completions               prompt (ids), prompt_logprobs=k, max_tokens=1: log-probs of
                                        given tokens, {id: {"logprob": ...}} a position
     POST /v1/completions               prompt (ids), return_token_ids=True: the teacher's own text
@@ -8,48 +8,41 @@
 
 Only ids, log-probs and, once, a probe text travel: for a token with k log-probs some 75 k bytes of
 JSON. Sequences go one a request, several at a time; a request that fails is sent again after a
-growing pause. vLLM gives a prompt's log-probs before temperature.
+growing pause. vLLM gives a prompt's log-probs before temperature. `completions.py` reads answers
+and refusals.
 
-Protocol: the documentation of vLLM's OpenAI-compatible server. A vLLM that is to give more than 20
-log-probs is started with `--max-logprobs`; `return_token_ids` came with vLLM 0.10.2.
+Protocol: the documentation and the source of vLLM's OpenAI-compatible server, 0.32. A vLLM that is
+to give more than 20 log-probs is started with `--max-logprobs`; `return_token_ids` came with vLLM
+0.10.2.
 """
 
-import json
-import math
 import os
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from typing import Any
 
-import torch
 import urllib3
-from torch import Tensor
+
+from .completions import (
+    TokenScores,
+    is_unknown_id,
+    no_scores,
+    quote,
+    read_json,
+    read_scores,
+    read_text,
+    refusal,
+)
 
 #: urllib3 repeats at once, then after twice this many seconds, doubled each time, 120 at most.
 BACKOFF_SECONDS = 0.5
 _REPEATED = (408, 429, 500, 502, 503, 504)
-#: Above 0 by more than rounding, in nats, no number is a log-prob.
-MARGIN = 1e-3
-#: What vLLM sends for a log-prob of -inf, which JSON does not have.
-EXCLUDED = -9999.0
-_QUOTED = 300  # characters of a server's own words in an error
+#: Tokens that vLLM writes at the least, also after a prompt of which only the log-probs are wanted.
+WRITTEN = 1
 
 
 class TeacherServerError(RuntimeError):
     """A request that the teacher's server did not answer, or not with what was asked."""
-
-
-@dataclass(frozen=True, eq=False)
-class TokenScores:
-    """A teacher's log-probs (nats, float32) on one completion of C tokens.
-
-    label_log_probs: (C,). ids (int64), log_probs: (C, K), the teacher's K likeliest, where known.
-    """
-
-    label_log_probs: Tensor
-    ids: Tensor | None = None
-    log_probs: Tensor | None = None
 
 
 class TeacherServer:
@@ -59,6 +52,9 @@ class TeacherServer:
     timeout: seconds that one request may take. retries: further attempts of a request that fails in
     transport or by 408, 429 or 5xx. concurrency: requests under way at once. api_key: sent as a
     bearer token; None takes VLLM_API_KEY from the environment, where it is set.
+
+    context: tokens of a prompt with what is written after it, as the server says (`max_model_len`);
+    None where it does not.
     """
 
     def __init__(
@@ -86,7 +82,28 @@ class TeacherServer:
                 raise_on_status=False,
             ),
         )
-        self.model = model or self._served_model()
+        self._contexts = self._served_models(required=model is None)
+        self.model = next(iter(self._contexts)) if model is None else model
+        self.context = self._contexts.get(self.model)
+
+    def check_scores(self, top_k: int) -> None:
+        """Raises TeacherServerError where the server does not give log-probs of given tokens, or
+        not of the `top_k` likeliest."""
+        self._score("a first request for log-probs", [0], [0], top_k)
+
+    def check_text(self, **sampling: Any) -> None:
+        """Raises TeacherServerError where the server does not write, or not with this sampling."""
+        self._write("a first request for a text", [0], 1, sampling)
+
+    def count_ids(self, most: int) -> int:
+        """How many of the ids 0 ... most - 1 the teacher has: it refuses the others."""
+        if self._has(most - 1):
+            return most
+        low, high = 1, most - 1
+        while low < high:  # the least count whose next id is refused
+            middle = (low + high) // 2
+            low, high = (middle + 1, high) if self._has(middle) else (low, middle)
+        return low
 
     def score(
         self, prompts: Sequence[Sequence[int]], completions: Sequence[Sequence[int]], top_k: int = 0
@@ -101,14 +118,12 @@ class TeacherServer:
         def one(place: int) -> TokenScores:
             prompt, completion = list(prompts[place]), list(completions[place])
             if not completion:
-                return _no_tokens(top_k)
-            return self._complete(
+                return no_scores(top_k)
+            what = (
                 f"request {place + 1} of {len(prompts)} (the log-probs of {len(completion)} tokens "
-                f"after a prompt of {len(prompt)} that begins {prompt[:8]})",
-                {"prompt": prompt + completion, "prompt_logprobs": top_k, "max_tokens": 1,
-                 "temperature": 1.0},
-                lambda choice: read_scores(choice, prompt, completion, top_k),
-            )  # fmt: skip
+                f"after a prompt of {len(prompt)} that begins {prompt[:8]})"
+            )
+            return self._score(what, prompt, completion, top_k)
 
         return self._all(one, len(prompts))
 
@@ -120,23 +135,21 @@ class TeacherServer:
         seeds: Sequence[int] | None = None,
         **sampling: Any,
     ) -> list[list[int]]:
-        """Ids of at most `max_tokens` tokens that the teacher writes after each prompt (ids).
+        """Ids of at most `max_tokens` tokens that the teacher writes after each prompt (ids). A
+        text of fewer is one that the teacher ended, and holds that end.
 
         seeds: one a prompt. sampling: vLLM's parameters: temperature, top_p, top_k, min_p, ...
-        Raises TeacherServerError as `score` does.
+        Raises TeacherServerError as `score` does, and for a text that the server cut.
         """
 
         def one(place: int) -> list[int]:
             prompt = list(prompts[place])
             own = {} if seeds is None else {"seed": seeds[place]}
-            return self._complete(
+            what = (
                 f"request {place + 1} of {len(prompts)} (up to {max_tokens} tokens after a prompt "
-                f"of {len(prompt)} that begins {prompt[:8]})",
-                {"prompt": prompt, "max_tokens": max_tokens, "return_token_ids": True}
-                | sampling
-                | own,
-                _read_ids,
+                f"of {len(prompt)} that begins {prompt[:8]})"
             )
+            return self._write(what, prompt, max_tokens, sampling | own)
 
         return self._all(one, len(prompts))
 
@@ -146,8 +159,35 @@ class TeacherServer:
         response = self._request("POST", "/tokenize", body, "the tokenization of a text")
         if response.status != 200:
             return None
-        ids = _json(response).get("tokens")
+        ids = read_json(response.data).get("tokens")
         return ids if isinstance(ids, list) else None
+
+    def _score(
+        self, what: str, prompt: list[int], completion: list[int], top_k: int
+    ) -> TokenScores:
+        return self._complete(
+            what,
+            {"prompt": prompt + completion, "prompt_logprobs": top_k, "max_tokens": WRITTEN,
+             "temperature": 1.0},
+            lambda choice: read_scores(choice, prompt, completion, top_k),
+        )  # fmt: skip
+
+    def _write(
+        self, what: str, prompt: list[int], max_tokens: int, sampling: Mapping[str, Any]
+    ) -> list[int]:
+        return self._complete(
+            what,
+            {"prompt": prompt, "max_tokens": max_tokens, "return_token_ids": True, **sampling},
+            lambda choice: read_text(choice, max_tokens),
+        )
+
+    def _has(self, token: int) -> bool:
+        what = f"the question whether it has id {token}"
+        body = {"model": self.model, "prompt": [token], "max_tokens": WRITTEN}
+        response = self._request("POST", "/v1/completions", body, what)
+        if response.status != 200 and not is_unknown_id(response.status, response.data):
+            raise self._refused(what, response, body)
+        return response.status == 200
 
     def _all(self, one: Callable[[int], Any], count: int) -> list[Any]:
         with ThreadPoolExecutor(min(self._concurrency, max(count, 1))) as pool:
@@ -158,31 +198,35 @@ class TeacherServer:
                 pool.shutdown(cancel_futures=True)
                 raise
 
-    def _served_model(self) -> str:
+    def _served_models(self, required: bool) -> dict[str, int | None]:
+        """The names that the server lists, each with its context where it says one."""
         what = "the list of models"
         response = self._request("GET", "/v1/models", None, what)
-        entries = _json(response).get("data")
-        entries = entries if isinstance(entries, list) else []
-        ids = [entry.get("id") for entry in entries if isinstance(entry, Mapping)]
-        names = [name for name in ids if isinstance(name, str)]
-        if response.status != 200 or not names:
-            raise self._error(what, f"HTTP {response.status}: {_quote(response)}")
-        return names[0]
+        entries = read_json(response.data).get("data") if response.status == 200 else None
+        contexts: dict[str, int | None] = {}
+        for entry in entries if isinstance(entries, list) else []:
+            if isinstance(entry, Mapping) and isinstance(entry.get("id"), str):
+                tokens = entry.get("max_model_len")
+                # An adapter's context is that of the model which it belongs to.
+                above = contexts.get(entry.get("parent") or "")
+                contexts[entry["id"]] = tokens if isinstance(tokens, int) else above
+        if required and not contexts:
+            raise self._refused(what, response, {})
+        return contexts
 
     def _complete(self, what: str, body: dict[str, Any], read: Callable[[Mapping], Any]) -> Any:
         response = self._request("POST", "/v1/completions", {"model": self.model} | body, what)
         if response.status != 200:
-            tries = f" after {self._retries + 1} attempts" * (response.status in _REPEATED)
-            raise self._error(what, f"HTTP {response.status}{tries}: {_quote(response)}")
-        choices = _json(response).get("choices")
+            raise self._refused(what, response, body)
+        choices = read_json(response.data).get("choices")
         if not choices:
-            raise self._error(what, f"no choices in its answer {_quote(response)}")
+            raise self._error(what, f"no choices in its answer {quote(response.data)}")
         try:
             return read(choices[0])
         except ValueError as error:
             raise self._error(what, str(error)) from error
         except (AttributeError, KeyError, TypeError) as error:
-            raise self._error(what, f"its answer is malformed: {_quote(response)}") from error
+            raise self._error(what, f"its answer is malformed: {quote(response.data)}") from error
 
     def _request(self, method: str, path: str, body: Any, what: str) -> urllib3.BaseHTTPResponse:
         try:
@@ -193,81 +237,15 @@ class TeacherServer:
                 what, f"no answer after {self._retries + 1} attempts: {reason}"
             ) from error
 
-    def _error(self, what: str, reason: str) -> TeacherServerError:
+    def _refused(
+        self, what: str, response: urllib3.BaseHTTPResponse, body: Mapping[str, Any]
+    ) -> TeacherServerError:
+        tries = f" after {self._retries + 1} attempts" * (response.status in _REPEATED)
+        names = list(self._contexts) if hasattr(self, "_contexts") else []
+        words, remedy = refusal(response.status, response.data, body, names)
+        return self._error(what, f"HTTP {response.status}{tries}: {words}", remedy)
+
+    def _error(self, what: str, reason: str, remedy: str = "") -> TeacherServerError:
         return TeacherServerError(
-            f"teacher server {self.url}: {what} failed: {reason}. Look at the server"
+            f"teacher server {self.url}: {what} failed: {reason}. {remedy or 'Look at the server'}"
         )
-
-
-def read_scores(
-    choice: Mapping[str, Any], prompt: Sequence[int], completion: Sequence[int], top_k: int
-) -> TokenScores:
-    """The completion's part of one choice's `prompt_logprobs`. Raises ValueError where log-probs
-    are missing, no numbers or above 0."""
-    positions = choice.get("prompt_logprobs")
-    expected = len(prompt) + len(completion)
-    if not isinstance(positions, list) or len(positions) != expected:
-        got = len(positions) if isinstance(positions, list) else "none"
-        raise ValueError(f"prompt_logprobs for {expected} tokens were asked, {got} came")
-    labels, ids, log_probs = [], [], []
-    for place, token in enumerate(completion):
-        at = {
-            int(i): _log_prob(e["logprob"])
-            for i, e in (positions[len(prompt) + place] or {}).items()
-        }
-        if any(math.isnan(value) for value in at.values()):
-            raise ValueError(f"the log-probs of token {place} hold NaN")
-        if max(at.values(), default=0.0) > MARGIN:
-            raise ValueError(
-                f"the log-probs of token {place} reach {max(at.values()):.4g}, above 0: the server "
-                "must give log-probs, not logits"
-            )
-        # Besides the label's own, which comes even where it is not among the k likeliest.
-        best = sorted(at.items(), key=lambda entry: -entry[1])[:top_k]
-        if token not in at or len(best) < top_k:
-            raise ValueError(
-                f"{len(at)} log-probs came for token {place} (id {token}), which should be the "
-                f"{top_k} likeliest and its own: start the server with --max-logprobs {top_k}, or "
-                "lower the objective's top_k"
-            )
-        labels.append(at[token])
-        ids.append([i for i, _ in best])
-        log_probs.append([value for _, value in best])
-    known = torch.tensor(labels, dtype=torch.float32)
-    if not top_k:
-        return TokenScores(known)
-    return TokenScores(known, torch.tensor(ids), torch.tensor(log_probs, dtype=torch.float32))
-
-
-def _log_prob(sent: Any) -> float:
-    value = float(sent)
-    return -math.inf if value == EXCLUDED else value
-
-
-def _no_tokens(top_k: int) -> TokenScores:
-    none = torch.zeros(0)
-    if not top_k:
-        return TokenScores(none)
-    return TokenScores(none, torch.zeros((0, top_k), dtype=torch.int64), torch.zeros((0, top_k)))
-
-
-def _read_ids(choice: Mapping[str, Any]) -> list[int]:
-    ids = choice.get("token_ids")
-    if not isinstance(ids, list):
-        raise ValueError(
-            "no token_ids in its answer: a server that knows return_token_ids is needed to write "
-            "prefixes (vLLM 0.10.2 or later), or a data set with a column of prefixes"
-        )
-    return [int(i) for i in ids]
-
-
-def _json(response: urllib3.BaseHTTPResponse) -> Mapping[str, Any]:
-    try:
-        answer = json.loads(response.data)
-    except ValueError:
-        return {}
-    return answer if isinstance(answer, Mapping) else {}
-
-
-def _quote(response: urllib3.BaseHTTPResponse) -> str:
-    return repr(response.data[:_QUOTED].decode(errors="replace"))

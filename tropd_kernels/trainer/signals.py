@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ..objectives import TokenRule
 from ..teachers import SampledTeacher, TopKTeacher, check_serves
-from .server import MARGIN, TokenScores
+from .completions import MARGIN, TokenScores
 
 COMPLETION = "completion_ids"
 LABEL, IDS, LOG_PROBS = "teacher_label_log_probs", "teacher_ids", "teacher_log_probs"

@@ -55,7 +55,8 @@ from .prefix import (
     scheduled_length,
 )
 from .regions import Sample, samples, show, write_page
-from .server import TeacherServer, TeacherServerError
+from .served_teacher import ServedTeacher
+from .server import TeacherServerError
 
 _IGNORED = -100
 
@@ -78,13 +79,15 @@ class TrOPDTrainer(DistillationAdapter):
     Raises, before training: ValueError or TypeError for a head that cannot be read (an adapter on
     it, quantised, logits that no scale and cap express), a teacher with another tokenizer or with
     the student's own tensors, an end of completions or padding that a model does not have, a
-    student with nothing to train, an empty data set; NotImplementedError under FSDP's first version
-    (FSDP2 and ZeRO-3 will do) and for models of tensor parallelism. While training: ValueError for
-    a prompt that is empty or exceeds the context, a prefix that does not continue its prompt,
-    columns that are no log-probs, or a resume that cannot go on with its generation batch;
-    FloatingPointError for a loss that is NaN or infinite, after saving the batch under
-    `output_dir`, and for such weights, before they generate; TeacherServerError for a served
-    teacher that does not answer. These say which checkpoint to go on from, if one was saved.
+    student with nothing to train, an empty data set, a served teacher whose context is shorter than
+    a completion; TeacherServerError for one that does not answer, or not what the objective needs;
+    NotImplementedError under FSDP's first version (FSDP2 and ZeRO-3 will do) and for models of
+    tensor parallelism. While training: ValueError for a prompt that is empty or exceeds the
+    context, a prefix that does not continue its prompt, columns that are no log-probs, or a resume
+    that cannot go on with its generation batch; FloatingPointError for a loss that is NaN or
+    infinite, after saving the batch under `output_dir`, and for such weights, before they generate;
+    TeacherServerError for a served teacher that does not answer, or cuts its text. These say which
+    checkpoint to go on from, if one was saved.
     """
 
     _tag_names = ["trl", "tropd"]  # noqa: RUF012
@@ -118,7 +121,7 @@ class TrOPDTrainer(DistillationAdapter):
                 f"model: a {type(model).__name__} writes no text: load it with AutoModelForCausalLM"
             )
         self._samples: list[Sample] = []
-        self._server: TeacherServer | None = None
+        self._server: ServedTeacher | None = None
         loaded = self._loaded_teacher(teacher_model, args)
         check_sources(model, loaded, args)
         columns = signals.columns_of(args.rule()) if args.precomputed_teacher else ()
@@ -137,17 +140,16 @@ class TrOPDTrainer(DistillationAdapter):
         if guided and not written and present and args.prefix_column not in present:
             raise no_guide(args.prefix_column)
         if args.teacher_model_server_url:
-            self._server = TeacherServer(
-                args.teacher_model_server_url, args.teacher_model_name_or_path,
-                timeout=args.teacher_server_timeout, retries=args.teacher_server_retries,
-                concurrency=args.teacher_server_concurrency,
-            )  # fmt: skip
+            has_text = present is None or args.prefix_column in present
+            self._server = ServedTeacher(args, writes=guided and not has_text)
         super().__init__(
             model, loaded, args, train_dataset, eval_dataset, processing_class, callbacks,
             optimizers, quantization_config, peft_config, tools,
         )  # fmt: skip
         if self._server is not None:
             check_server_tokenizer(self._tokenizer, self._server.tokenize)
+            if self._server.is_asked:
+                self.share_vocabulary(self._server.count_ids(self._shared))
         each = args.per_device_train_batch_size * args.gradient_accumulation_steps
         check_rows(train_dataset, each * self.accelerator.num_processes)
         self._cuts = sampling.cuts(args)
@@ -373,6 +375,8 @@ class TrOPDTrainer(DistillationAdapter):
     ) -> list[list[int]] | None:
         """The teacher's tokens at the head of each completion. While evaluating the student writes
         all of it, but where no step is on-policy and the rows have the teacher's text."""
+        if self._server is not None:
+            self._server.check_prompts(prompt_ids, self._tokenizer)
         column = self.args.prefix_column
         has_text = column is not None and have_column(rows, column)
         if self.model.training:
@@ -417,20 +421,10 @@ class TrOPDTrainer(DistillationAdapter):
     ) -> list[list[int]]:
         if self._server is None:
             return self.generate_with_teacher(prompt_ids, images, multimodal_fields, tokens)
-        args = self.args
-        # All of them: for what is not sent vLLM takes the teacher's own generation_config.
-        sampling = {
-            "temperature": args.temperature,
-            "top_p": args.top_p,
-            "top_k": args.top_k or -1,
-            "min_p": args.min_p or 0.0,
-            "repetition_penalty": args.repetition_penalty,
-        }
-        key = f"{args.seed} {self.state.global_step} {self.accelerator.process_index}"
-        draw = random.Random(key)
-        seeds = [draw.getrandbits(31) for _ in prompt_ids]
+        step, process = self.state.global_step, self.accelerator.process_index
+        seed = f"{self.args.seed} {step} {process}"
         with self._asking():
-            return self._server.generate(prompt_ids, tokens, seeds=seeds, **sampling)
+            return self._server.write(prompt_ids, tokens, seed, self._tokenizer)
 
     @contextlib.contextmanager
     def _asking(self) -> Iterator[None]:

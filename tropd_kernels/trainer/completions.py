@@ -1,0 +1,169 @@
+"""What vLLM's /v1/completions answers: log-probs of a prompt's tokens, a text, or a refusal.
+
+A server may shorten a text without an error: vLLM lowers max_tokens to what its context leaves.
+`finish_reason` says how a text ended:
+
+    stop      the teacher wrote an end, which is the last id; `stop_reason` is that id where it is
+              not the tokenizer's eos_token, None where it is, and text for a stop string
+    length    the text has max_tokens tokens, or the server allowed fewer
+    others    the server broke it off: abort, error, repetition
+"""
+
+import json
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+#: Above 0 by more than rounding, in nats, no number is a log-prob.
+MARGIN = 1e-3
+#: What vLLM sends for a log-prob of -inf, which JSON does not have.
+EXCLUDED = -9999.0
+_QUOTED = 300  # characters of a server's own words in an error
+
+
+@dataclass(frozen=True, eq=False)
+class TokenScores:
+    """A teacher's log-probs (nats, float32) on one completion of C tokens.
+
+    label_log_probs: (C,). ids (int64), log_probs: (C, K), the teacher's K likeliest, where known.
+    """
+
+    label_log_probs: Tensor
+    ids: Tensor | None = None
+    log_probs: Tensor | None = None
+
+
+def read_scores(
+    choice: Mapping[str, Any], prompt: Sequence[int], completion: Sequence[int], top_k: int
+) -> TokenScores:
+    """The completion's part of one choice's `prompt_logprobs`. Raises ValueError where log-probs
+    are missing, no numbers or above 0."""
+    positions = choice.get("prompt_logprobs")
+    expected = len(prompt) + len(completion)
+    if not isinstance(positions, list) or len(positions) != expected:
+        got = len(positions) if isinstance(positions, list) else "none"
+        raise ValueError(f"prompt_logprobs for {expected} tokens were asked, {got} came")
+    labels, ids, log_probs = [], [], []
+    for place, token in enumerate(completion):
+        at = {
+            int(i): _log_prob(e["logprob"])
+            for i, e in (positions[len(prompt) + place] or {}).items()
+        }
+        if any(math.isnan(value) for value in at.values()):
+            raise ValueError(f"the log-probs of token {place} hold NaN")
+        if max(at.values(), default=0.0) > MARGIN:
+            raise ValueError(
+                f"the log-probs of token {place} reach {max(at.values()):.4g}, above 0: the server "
+                "must give log-probs, not logits"
+            )
+        # Besides the label's own, which comes even where it is not among the k likeliest.
+        best = sorted(at.items(), key=lambda entry: -entry[1])[:top_k]
+        if token not in at or len(best) < top_k:
+            raise ValueError(
+                f"{len(at)} log-probs came for token {place} (id {token}), which should be the "
+                f"{top_k} likeliest and its own: start the server with --max-logprobs {top_k}, or "
+                "lower the objective's top_k"
+            )
+        labels.append(at[token])
+        ids.append([i for i, _ in best])
+        log_probs.append([value for _, value in best])
+    known = torch.tensor(labels, dtype=torch.float32)
+    if not top_k:
+        return TokenScores(known)
+    return TokenScores(known, torch.tensor(ids), torch.tensor(log_probs, dtype=torch.float32))
+
+
+def _log_prob(sent: Any) -> float:
+    value = float(sent)
+    return -math.inf if value == EXCLUDED else value
+
+
+def no_scores(top_k: int) -> TokenScores:
+    """Of a completion without tokens."""
+    none = torch.zeros(0)
+    if not top_k:
+        return TokenScores(none)
+    return TokenScores(none, torch.zeros((0, top_k), dtype=torch.int64), torch.zeros((0, top_k)))
+
+
+def read_text(choice: Mapping[str, Any], max_tokens: int) -> list[int]:
+    """Ids of one choice's text. Raises ValueError where there are none, and for a text of fewer
+    than `max_tokens` that the teacher has not ended: it must not pass for a whole one."""
+    ids = choice.get("token_ids")
+    if not isinstance(ids, list):
+        raise ValueError(
+            "no token_ids in its answer: a server that knows return_token_ids is needed to write "
+            "prefixes (vLLM 0.10.2 or later), or a data set with a column of prefixes"
+        )
+    reason, cause = choice.get("finish_reason"), choice.get("stop_reason")
+    ended = reason == "stop" and not isinstance(cause, str)
+    if ended or (reason == "length" and len(ids) >= max_tokens):
+        return [int(i) for i in ids]
+    if reason == "length":
+        raise ValueError(
+            f"the server cut the text after {len(ids)} of {max_tokens} tokens, before the teacher "
+            "ended it: its context (--max-model-len) or a max_new_tokens of its generation config "
+            "allows no more; raise that, or lower max_completion_length"
+        )
+    raise ValueError(
+        f"the text broke off after {len(ids)} of {max_tokens} tokens, with finish_reason "
+        f"{reason!r} and stop_reason {cause!r}: expected 'stop' at an end that the teacher wrote, "
+        "or 'length' at the last token"
+    )
+
+
+#: What a refusal says, as far as vLLM's words go, and what to do about it.
+_REMEDIES = (
+    (r"logprobs.*max(imum)? allowed",
+     "Start the server with --max-logprobs {k} or more, or lower the objective's top_k"),
+    (r"context length|max_model_len|maximum model length|max_tokens must be at least 1",
+     "Start the server with a larger --max-model-len, lower max_completion_length, or drop the "
+     "longest prompts"),
+    (r"out of vocabulary", "Serve a teacher that has the student's ids"),
+    (r"model.*does not exist",
+     "Set teacher_model_name_or_path to a name that the server has: {names}"),
+)  # fmt: skip
+
+
+def refusal(
+    status: int, answer: bytes, request: Mapping[str, Any], names: Sequence[str]
+) -> tuple[str, str]:
+    """A refusal in the server's own words, and what to do; "" where that is not known.
+
+    request: the body that was sent. names: of the models that the server lists.
+    """
+    said = read_json(answer)
+    error = said.get("error", said)
+    message = error.get("message") if isinstance(error, Mapping) else None
+    words = repr(message[:_QUOTED]) if isinstance(message, str) else quote(answer)
+    if status in (401, 403):
+        return words, "Set VLLM_API_KEY to the server's --api-key"
+    known = {"k": request.get("prompt_logprobs"), "names": ", ".join(names) or "see /v1/models"}
+    for pattern, remedy in _REMEDIES:
+        if re.search(pattern, words, re.IGNORECASE):
+            return words, remedy.format_map(known)
+    return words, ""
+
+
+def is_unknown_id(status: int, answer: bytes) -> bool:
+    """Whether a refusal says that the model does not have an id of the prompt."""
+    return status == 400 and "vocab" in quote(answer)
+
+
+def read_json(answer: bytes) -> Mapping[str, Any]:
+    """The object that an answer holds; an empty one where it holds none."""
+    try:
+        value = json.loads(answer)
+    except ValueError:
+        return {}
+    return value if isinstance(value, Mapping) else {}
+
+
+def quote(answer: bytes) -> str:
+    """The beginning of a server's own words."""
+    return repr(answer[:_QUOTED].decode(errors="replace"))

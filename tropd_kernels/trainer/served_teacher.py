@@ -1,0 +1,99 @@
+"""A teacher behind a server, as the trainer uses it: looked at before anything is loaded.
+
+What a server cannot do shows in a first small request of each kind, and its context in the list of
+its models, so that a run does not stop at its first step, or train on texts that were cut.
+"""
+
+import random
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from . import signals
+from .config import TrOPDConfig
+from .server import WRITTEN, TeacherServer
+
+
+class ServedTeacher(TeacherServer):
+    """The server of a config.
+
+    writes: whether the teacher is known to write texts, and not only to score them.
+
+    Raises TeacherServerError where the server does not answer, has no model of that name, or does
+    not give what the objective needs; ValueError where its context is too short for
+    max_completion_length.
+    """
+
+    def __init__(self, args: TrOPDConfig, writes: bool):
+        assert args.teacher_model_server_url is not None
+        super().__init__(
+            args.teacher_model_server_url, args.teacher_model_name_or_path,
+            timeout=args.teacher_server_timeout, retries=args.teacher_server_retries,
+            concurrency=args.teacher_server_concurrency,
+        )  # fmt: skip
+        self._args = args
+        rule = args.rule()
+        self.scores, self.is_asked = rule.uses_teacher, rule.uses_teacher or writes
+        if self.is_asked:
+            self._check_room(1, args.max_completion_length or 0, "the shortest prompt, of 1 token,")
+        if self.scores:
+            self.check_scores(signals.wanted(rule))
+        if writes:
+            self.check_text(**self._sampling())
+
+    def check_prompts(
+        self, prompt_ids: list[list[int]], tokenizer: PreTrainedTokenizerBase
+    ) -> None:
+        """Raises ValueError for a prompt that, with a completion of full length, is too long to
+        score."""
+        if self.scores:
+            self._check_all(prompt_ids, self._args.max_completion_length or 0, tokenizer)
+
+    def write(
+        self,
+        prompt_ids: list[list[int]],
+        tokens: int,
+        seed: str,
+        tokenizer: PreTrainedTokenizerBase,
+    ) -> list[list[int]]:
+        """Texts of at most `tokens` tokens, as `generate` gives them, sampled as the config says.
+
+        seed: one text for all of them. Raises ValueError for a prompt that is too long.
+        """
+        self._check_all(prompt_ids, tokens, tokenizer)
+        draw = random.Random(seed)
+        seeds = [draw.getrandbits(31) for _ in prompt_ids]
+        return self.generate(prompt_ids, tokens, seeds=seeds, **self._sampling())
+
+    def _sampling(self) -> dict[str, Any]:
+        """All of vLLM's: for what is not sent it takes the teacher's own generation_config."""
+        return {
+            "temperature": self._args.temperature,
+            "top_p": self._args.top_p,
+            "top_k": self._args.top_k or -1,
+            "min_p": self._args.min_p or 0.0,
+            "repetition_penalty": self._args.repetition_penalty,
+            "presence_penalty": 0.0,
+            "frequency_penalty": 0.0,
+        }
+
+    def _check_all(
+        self, prompt_ids: list[list[int]], tokens: int, tokenizer: PreTrainedTokenizerBase
+    ) -> None:
+        if self.context is None or not prompt_ids:
+            return
+        longest = max(prompt_ids, key=len)
+        what = f"the prompt of {len(longest)} tokens that begins with "
+        self._check_room(len(longest), tokens, f"{what}{tokenizer.decode(longest[:16])!r}")
+
+    def _check_room(self, prompt: int, tokens: int, what: str) -> None:
+        more = WRITTEN if self.scores else 0
+        if self.context is None or prompt + tokens + more <= self.context:
+            return
+        also = f", and {more} that the server writes when it scores," if more else ""
+        raise ValueError(
+            f"teacher_model_server_url: {what} with a completion of {tokens} tokens{also} "
+            f"exceeds the context of {self.context} of {self.model!r}: lower "
+            "max_completion_length, drop or cut such prompts, or start the server with a larger "
+            "--max-model-len"
+        )
