@@ -371,3 +371,65 @@ def test_a_given_completion_is_measured_by_its_own_length(tmp_path):
             continue
         with pytest.raises(ValueError, match="a prompt with its completion, 65 tokens, exceed"):
             trainer.train()
+
+
+# --- metrics -----------------------------------------------------------------------------------
+
+#: What a teacher of k ids cannot give, or gives as another quantity under another name.
+WHOLE = {"tropd/reverse_kl", "tropd/forward_kl", "tropd/teacher_entropy"}
+TOP_K = {"tropd/forward_kl_topk", "tropd/teacher_entropy_topk"}
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        TOP_4,
+        dict(objective_kwargs={"top_k": 4, "gate": "expected"}),
+        dict(objective_kwargs={"top_k": 4, "outlier": "forward_kl_reward"}),
+        dict(objective="opd"),
+        dict(objective="eopd", objective_kwargs={"top_k": 4, "entropy_threshold": 0.0}),
+        dict(objective="forward_kl", objective_kwargs={"top_k": 4}),
+        dict(objective="mopd", objective_kwargs={"top_k": 4}),
+    ],
+)
+def test_one_name_is_one_quantity(tmp_path, served, settings):
+    """Whichever way the teacher's log-probs come: masses of K once were over other tokens."""
+    settings = settings | dict(prefix_schedule="constant", prefix_length=2)
+    data = tiny.prompts(teacher_completion=[" w3 w4 w5"] * 8)
+    logs = []
+    for make_it, source in ((make, dict(teacher=teacher())), (remote, dict(served=served))):
+        trainer = make_it(tmp_path, data=data, **source, **settings)
+        trainer.train()
+        logs.append({k: v for k, v in trainer.state.log_history[0].items() if "tropd/" in k})
+    for log in logs:
+        del log["tropd/tokens_per_second"], log["tropd/peak_memory_gib"]
+    here, there = logs
+    assert WHOLE <= here.keys() and not TOP_K & here.keys() and not WHOLE & there.keys()
+    served_top_k = {r["prompt_logprobs"] for r in served.requests} != {0}
+    assert TOP_K <= there.keys() if served_top_k else not TOP_K & there.keys()
+    assert there.keys() - TOP_K == here.keys() - WHOLE
+    for name in here.keys() - WHOLE:
+        assert there[name] == pytest.approx(here[name], rel=1e-4), name
+    if served_top_k:
+        assert there["tropd/teacher_entropy_topk"] < here["tropd/teacher_entropy"]
+
+
+def test_forward_kl_on_the_top_k(tmp_path, served):
+    """From the ids that came, by its definition, over the student's tokens."""
+    trainer = remote(tmp_path, served, **TOP_4)
+    student = tiny.model(0)
+    trainer.train()
+    (batch,) = trainer.batches
+    total, tokens = 0.0, 0
+    for i, prompt in enumerate(batch["prompt_ids"]):
+        prompt = prompt[batch["prompt_mask"][i].bool()]
+        length = int(batch["completion_mask"][i].sum())
+        ids = torch.cat([prompt, batch["completion_ids"][i, :length]])
+        with torch.no_grad():
+            lp = student(ids[None]).logits[0, len(prompt) - 1 : -1].log_softmax(-1)
+        lp, lq = (lp.gather(1, batch["teacher_ids"][i, :length]),
+                  batch["teacher_log_probs"][i, :length])  # fmt: skip
+        total += (lq.exp() * (lq - lp)).sum().item()
+        tokens += length
+    log = trainer.state.log_history[0]
+    assert log["tropd/forward_kl_topk"] == pytest.approx(total / tokens, rel=1e-4)

@@ -57,13 +57,14 @@ class TokenStats:
     """Detached statistics, each shaped like `labels`; 0 at tokens that do not count. None where the
     form of teacher cannot give it; NaN at tokens for which the objective had no need of it.
 
-    log_probs, teacher_log_probs: of the label, nats. entropy, teacher_entropy: nats (of a top-k
-    teacher without `entropy`, a lower bound). forward_kl, reverse_kl: exact, over the vocabulary,
-    with a dense teacher; forward_kl of a top-k teacher is on its ids, or where the rule uses K on
-    the likeliest `top_k` of them, with the rule's `top_k_tail`. reward: R, before any clip. trust:
-    the gate's M; outlier: 1 - M; both 0 on a prefix. teacher_topk_mass,
-    student_topk_mass: of K. token_loss: before `token_weight`. kept: passed gate and entropy
-    filter.
+    log_probs, teacher_log_probs: of the label, nats. entropy, teacher_entropy: nats; of a
+    TopKTeacher without `entropy` a lower bound, with the mass off its ids taken for one id's.
+    forward_kl, reverse_kl: exact, over the vocabulary, with a dense teacher. forward_kl of a
+    TopKTeacher is another quantity: on its ids, or where the rule uses K on the likeliest `top_k`
+    of them, with the rule's `top_k_tail`. reward: R, before any clip. trust: the gate's M;
+    outlier: 1 - M; both 0 on a prefix. teacher_topk_mass, student_topk_mass: of K; of a dense
+    teacher at the tokens alone at which the rule looks at K, of a TopKTeacher at all tokens.
+    token_loss: before `token_weight`. kept: passed gate and entropy filter.
     """
 
     log_probs: Tensor

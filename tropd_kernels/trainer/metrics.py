@@ -6,23 +6,29 @@ that a batch of few tokens weighs little. What an objective does not compute (Na
 is left out rather than logged as 0. So it is with the loss of an evaluation, and with those of
 TRL's metrics that are means over tokens (entropy) or completions (their lengths).
 
-| metric              | over              | what                                                   |
-|---------------------|-------------------|--------------------------------------------------------|
-| trust_ratio         | student's tokens  | mean of the gate M                                     |
-| outlier_ratio       | student's tokens  | mean of 1 - M                                          |
-| reward_mean, _min   | student's tokens  | K1's lq - lo, nats; minus its mean is the reverse KL   |
-| reverse_kl          | student's tokens  | exact, nats                                            |
-| forward_kl          | student's tokens  | exact, nats                                            |
-| teacher_topk_mass   | student's tokens  | q's mass on its top-k, where the objective looks at it |
-| student_topk_mass   | student's tokens  | p's mass there                                         |
-| teacher_entropy     | all tokens        | nats                                                   |
-| prefix_nll          | teacher's tokens  | -log p of the prefix, nats                             |
-| sampling_mass       | student's tokens  | p's mass on the ids that top_k, top_p, min_p keep; of  |
-|                     |                   | 256 tokens a micro-batch, where K1 takes part          |
-| prefix_length       | completions       | tokens                                                 |
-| gradient_error      | micro-batches     | of a sampled gradient, relative to its norm            |
-| gradient_share      | micro-batches     | of the vocabulary's columns that made it               |
+| metric               | over              | what                                                  |
+|----------------------|-------------------|-------------------------------------------------------|
+| trust_ratio          | student's tokens  | mean of the gate M                                    |
+| outlier_ratio        | student's tokens  | mean of 1 - M                                         |
+| reward_mean, _min    | student's tokens  | K1's lq - lo, nats; minus its mean is the reverse KL  |
+| reverse_kl           | student's tokens  | exact, nats                                           |
+| forward_kl           | student's tokens  | exact, nats                                           |
+| forward_kl_topk      | student's tokens  | the objective's KL_K(q || p), with its tail, nats     |
+| teacher_topk_mass    | student's, chosen | q's mass on its top-k                                 |
+| student_topk_mass    | student's, chosen | p's mass there                                        |
+| teacher_entropy      | all tokens        | exact, nats                                           |
+| teacher_entropy_topk | all tokens        | at least, nats: the mass off the top-k is one id's    |
+| prefix_nll           | teacher's tokens  | -log p of the prefix, nats                            |
+| sampling_mass        | student's tokens  | p's mass on the ids that top_k, top_p, min_p keep; of |
+|                      |                   | 256 tokens a micro-batch, where K1 takes part         |
+| prefix_length        | completions       | tokens                                                |
+| gradient_error       | micro-batches     | of a sampled gradient, relative to its norm           |
+| gradient_share       | micro-batches     | of the vocabulary's columns that made it              |
 
+A teacher in this process has whole distributions: the exact quantities are logged. A served or
+precomputed one has the top-k alone: forward_kl_topk and teacher_entropy_topk are logged instead,
+which are other quantities. Everything else is the same for both. "Chosen" are the tokens at which
+the objective looks at K: TrOPD's outliers, EOPD's tokens of high entropy, all of a divergence's.
 """
 
 import resource
@@ -34,24 +40,24 @@ import torch
 from torch import Tensor
 
 from ..functional import TokenStats
+from ..objectives import TokenRule
 
 PREFIX = "tropd/"
 
-_STUDENT = {
-    "trust_ratio": "trust",
-    "outlier_ratio": "outlier",
-    "reward_mean": None,  # the loss's own is the return where the config discounts
-    "reverse_kl": "reverse_kl",
-    "forward_kl": "forward_kl",
-    "teacher_topk_mass": "teacher_topk_mass",
-    "student_topk_mass": "student_topk_mass",
-}
 #: TRL's, of completions.
 _LENGTHS = "completions/"
+#: In the order of the columns that `token_sums` makes.
 NAMES = (
-    *(PREFIX + name for name in (*_STUDENT, "teacher_entropy", "prefix_nll", "prefix_length")),
+    *(
+        PREFIX + name
+        for name in (
+            "trust_ratio", "outlier_ratio", "reward_mean", "reverse_kl", "forward_kl",
+            "forward_kl_topk", "teacher_topk_mass", "student_topk_mass", "teacher_entropy",
+            "teacher_entropy_topk", "prefix_nll", "prefix_length",
+        )
+    ),
     "entropy",  # TRL's
-)
+)  # fmt: skip
 #: Of each metric the sum and the count of what it is the mean of.
 Sums = Mapping[str, tuple[float, float]]
 
@@ -76,26 +82,36 @@ def token_sums(
     stats: TokenStats,  # (B, T) each
     counted: Tensor,  # (B, T) bool
     teacher_prefix: Tensor,  # (B, T) bool
+    rule: TokenRule,
     old_log_probs: Tensor | None = None,  # (B, T)
 ) -> tuple[Tensor, Tensor]:
     """Sums and counts (2, len(NAMES)) of this process, and its smallest reward (1,)."""
     student, teacher = counted & ~teacher_prefix, counted & teacher_prefix
+    # The loss's own reward is the return where the config discounts.
     reward = stats.teacher_log_probs
     if reward is not None:
         reward = reward - (stats.log_probs if old_log_probs is None else old_log_probs)
-    columns = [
-        _sum(reward if field is None else getattr(stats, field), student)
-        for field in _STUDENT.values()
-    ]
-    columns.append(_sum(stats.teacher_entropy, counted))
-    columns.append(_sum(-stats.log_probs, teacher))
-    completions = counted.any(1).sum().float()
-    columns.append(torch.stack([teacher.sum().float(), completions]))
-    columns.append(_sum(stats.entropy, counted))
+    whole = stats.reverse_kl is not None  # which a teacher of k ids cannot give
+    chosen = student & _looks_at_k(stats, rule)
+    sums = {
+        "trust_ratio": _sum(stats.trust, student),
+        "outlier_ratio": _sum(stats.outlier, student),
+        "reward_mean": _sum(reward, student),
+        "reverse_kl": _sum(stats.reverse_kl, student),
+        "forward_kl": _sum(stats.forward_kl if whole else None, student),
+        "forward_kl_topk": _sum(None if whole else stats.forward_kl, student),
+        "teacher_topk_mass": _sum(stats.teacher_topk_mass, chosen),
+        "student_topk_mass": _sum(stats.student_topk_mass, chosen),
+        "teacher_entropy": _sum(stats.teacher_entropy if whole else None, counted),
+        "teacher_entropy_topk": _sum(None if whole else stats.teacher_entropy, counted),
+        "prefix_nll": _sum(-stats.log_probs, teacher),
+        "prefix_length": torch.stack([teacher.sum().float(), counted.any(1).sum().float()]),
+        "entropy": _sum(stats.entropy, counted),
+    }
     lowest = torch.full((1,), float("inf"), device=counted.device)
     if reward is not None and student.any():
         lowest = reward[student].min().float().reshape(1)
-    return torch.stack(columns, dim=1), lowest
+    return torch.stack([sums[name.removeprefix(PREFIX)] for name in NAMES], dim=1), lowest
 
 
 def totals(accelerator: Any, sums: Tensor) -> dict[str, tuple[float, float]]:
@@ -147,6 +163,19 @@ def peak_memory_gib(device: torch.device) -> float:
         return torch.cuda.max_memory_allocated(device) / 2**30
     unit = 1 if sys.platform == "darwin" else 2**10
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
+
+
+def _looks_at_k(stats: TokenStats, rule: TokenRule) -> Tensor:
+    """(B, T) bool: at which of the student's tokens the objective looks at K. A dense teacher's
+    masses are known there alone, those of a teacher of k ids everywhere."""
+    if rule.sums_of_every_row:
+        return torch.ones_like(stats.trust, dtype=torch.bool)
+    looks = torch.zeros_like(stats.trust, dtype=torch.bool)
+    if rule.outlier.startswith("forward_kl"):
+        looks = stats.outlier > 0
+    if rule.forward_kl_entropy is not None and stats.teacher_entropy is not None:
+        looks = looks | (stats.teacher_entropy > rule.forward_kl_entropy)
+    return looks
 
 
 def _sum(value: Tensor | None, where: Tensor) -> Tensor:

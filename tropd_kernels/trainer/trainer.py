@@ -324,7 +324,7 @@ class TrOPDTrainer(DistillationAdapter):
         """Logs, and stops where the loss of any process is not finite."""
         counted = inputs["loss_mask"].bool()
         guided, old = prefix_mask(inputs) & counted, inputs.get("old_log_probs")
-        sums, lowest = metrics.token_sums(stats, counted, guided, old)
+        sums, lowest = metrics.token_sums(stats, counted, guided, self._rule(), old)
         self.log_sums(metrics.totals(self.accelerator, sums))
         if self._kept_mass is not None:
             mass, count = self.accelerator.reduce(self._kept_mass, reduction="sum").tolist()
