@@ -15,6 +15,8 @@ from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidat
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from transformers.trainer_utils import get_last_checkpoint
 
+from .context import context_of
+
 #: Text on which two tokenizers of one vocabulary, but different merges or rules, part ways.
 _PROBE = "The 2nd test: naïve façade, x = -3.14;\n\n  if (a != b) { 数学 }\tEnd."
 
@@ -155,12 +157,11 @@ def check_context(
     configs: Mapping[str, Any],
     tokenizer: PreTrainedTokenizerBase,
 ) -> None:
-    """Raises ValueError where a prompt and a completion of full length exceed a model's context,
-    as its config gives it in `max_position_embeddings`; none, or one below 1, is no bound.
-    completion: 0 where the ids have it."""
+    """Raises ValueError where a prompt and a completion of full length exceed a model's context;
+    one that is not known (`context_of`) is no bound. completion: 0 where the ids have it."""
     for side, config in configs.items():
-        context = getattr(config.get_text_config(), "max_position_embeddings", None) or 0
-        for ids in prompt_ids if context > 0 else ():
+        context = context_of(config)
+        for ids in prompt_ids if context is not None else ():
             if len(ids) + completion > context:
                 start = tokenizer.decode(ids[:16])
                 what, remedy = f"a prompt with its completion, {len(ids)} tokens,", ""

@@ -1,0 +1,148 @@
+"""How long a text a model takes: what exceeds it is refused, and nothing else."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import transformers
+
+pytest.importorskip("trl", reason="the trainer needs trl")
+
+import tiny
+from training import make
+
+from tropd_kernels.trainer.context import context_of
+
+pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
+YARN = dict(rope_type="yarn", rope_theta=10000.0, factor=4.0, original_max_position_embeddings=64)
+LLAMA_3 = YARN | dict(rope_type="llama3", low_freq_factor=1.0, high_freq_factor=4.0)
+LINEAR = dict(rope_type="linear", rope_theta=10000.0, factor=2.0)
+LONG = dict(
+    rope_type="longrope", rope_theta=10000.0, short_factor=[1.0] * 4, long_factor=[2.0] * 4,
+    original_max_position_embeddings=16,
+)  # fmt: skip
+DYNAMIC = LINEAR | {"rope_type": "dynamic"}
+LLAMA = (transformers.LlamaForCausalLM, transformers.LlamaConfig)
+SMALL = dict(n_embd=32, n_layer=1, n_head=4)
+
+
+def tiny_of(kind, config, **changes):
+    torch.manual_seed(0)
+    return kind(config(vocab_size=tiny.VOCAB, **changes)).eval()
+
+
+def llama(**changes):
+    return tiny.model(0, kind=LLAMA[0], config=LLAMA[1], **changes)
+
+
+@pytest.mark.parametrize(
+    ("rope", "context"),
+    [
+        (YARN, 256),
+        (YARN | {"original_max_position_embeddings": 32}, 128),  # as Qwen3's card has it
+        (YARN | {"original_max_position_embeddings": 16}, 64),  # as gpt-oss: the maximum has it
+        (LINEAR, 128),
+        (DYNAMIC, None),
+        (LLAMA_3, 256),
+        (LLAMA_3 | {"original_max_position_embeddings": 8, "factor": 32.0}, 64),  # Llama 3.2
+        (LONG, 64),
+        (dict(rope_type="default", rope_theta=10000.0), 64),
+    ],
+)
+def test_scaled_positions(rope, context):
+    model = llama(rope_parameters=rope)
+    assert context_of(model.config) == context
+    ids = torch.randint(5, tiny.VOCAB, (1, context or 200))
+    assert model(ids).logits.isfinite().all()
+
+
+def test_scaling_that_nobody_knows():
+    config = transformers.LlamaConfig(max_position_embeddings=64)
+    config.rope_parameters = {"rope_type": "ntk-by-parts", "factor": 2.0}
+    assert context_of(config) is None
+    # Of a config without transformers' newer field.
+    old = transformers.GPTNeoConfig(max_position_embeddings=64)
+    old.rope_scaling = {"type": "yarn", "factor": 4.0}
+    assert context_of(old) == 256
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        lambda: tiny_of(
+            transformers.BloomForCausalLM, transformers.BloomConfig,
+            hidden_size=32, n_layer=1, n_head=4,
+        ),
+        lambda: tiny_of(
+            transformers.FalconForCausalLM, transformers.FalconConfig, hidden_size=32,
+            num_hidden_layers=1, num_attention_heads=4, alibi=True, max_position_embeddings=16,
+        ),
+        lambda: tiny_of(
+            transformers.RwkvForCausalLM, transformers.RwkvConfig,
+            hidden_size=32, num_hidden_layers=2, context_length=16,
+        ),
+        lambda: tiny_of(
+            transformers.MambaForCausalLM, transformers.MambaConfig,
+            hidden_size=32, num_hidden_layers=1,
+        ),
+        lambda: tiny_of(
+            transformers.JambaForCausalLM, transformers.JambaConfig, hidden_size=32,
+            intermediate_size=32, num_hidden_layers=2, num_attention_heads=4, num_experts=2,
+            num_key_value_heads=2, attn_layer_period=2, attn_layer_offset=1, mamba_dt_rank=4,
+            max_position_embeddings=16, use_mamba_kernels=False,
+        ),
+    ],
+    ids=["bloom", "falcon alibi", "rwkv", "mamba", "jamba"],
+)  # fmt: skip
+def test_models_without_positions(model):
+    """They run beyond the maximum that their config gives, if it gives one."""
+    model = model()
+    assert context_of(model.config) is None
+    assert model(torch.randint(5, tiny.VOCAB, (1, 40))).logits.isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("kind", "config", "changes"),
+    [
+        (transformers.GPT2LMHeadModel, transformers.GPT2Config, SMALL | {"n_positions": 16}),
+        (transformers.OPTForCausalLM, transformers.OPTConfig,
+         dict(hidden_size=32, ffn_dim=32, num_hidden_layers=1, num_attention_heads=4,
+              word_embed_proj_dim=32, max_position_embeddings=16)),
+        (transformers.GPTJForCausalLM, transformers.GPTJConfig,
+         SMALL | {"n_positions": 16, "rotary_dim": 4}),
+        (transformers.MptForCausalLM, transformers.MptConfig,
+         dict(d_model=32, n_layers=1, n_heads=4, max_seq_len=16)),
+    ],
+    ids=["gpt2", "opt", "gptj", "mpt"],
+)  # fmt: skip
+def test_models_that_end(kind, config, changes):
+    """Learned positions and tables: the model itself fails one token later."""
+    model = tiny_of(kind, config, **changes)
+    assert context_of(model.config) == 16
+    ids = torch.randint(5, tiny.VOCAB, (1, 17))
+    assert model(ids[:, :16]).logits.isfinite().all()
+    with pytest.raises((IndexError, RuntimeError)):
+        model(ids)
+
+
+def test_kinds_of_layers():
+    """Gemma 3's sliding layers have positions of their own."""
+    sliding = dict(rope_type="default", rope_theta=10000.0)
+    for full, context in ((sliding, 64), (YARN, 256), (DYNAMIC, None)):
+        config = transformers.Gemma3TextConfig(max_position_embeddings=64)
+        config.rope_parameters = {"sliding_attention": sliding, "full_attention": full}
+        assert context_of(config) == context
+
+
+def test_long_prompts_train_under_yarn(tmp_path):
+    """As Qwen2.5's cards prescribe it; and the loaded teacher's context is as well looked at."""
+    qwen = dict(kind=transformers.Qwen2ForCausalLM, config=transformers.Qwen2Config)
+    data = tiny.Dataset.from_dict({"prompt": [" ".join(["w7"] * 82)] * 4})
+    long = [tiny.model(seed, rope_parameters=YARN, **qwen) for seed in (0, 1)]
+    trainer = make(tmp_path, *long, data=data)
+    trainer.train()
+    assert trainer.batches[0]["prompt_ids"].shape[1] == 82
+    short = tiny.model(1, **qwen)
+    trainer = make(tmp_path, tiny.model(0, rope_parameters=YARN, **qwen), short, data=data)
+    with pytest.raises(ValueError, match="exceed the teacher's context of 64"):
+        trainer.train()

@@ -1,0 +1,59 @@
+"""How many tokens a model reads, as its config says.
+
+`max_position_embeddings` alone is not the answer: rotary positions may be scaled beyond it, and a
+model without positions has no such bound.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+#: Models whose config gives a maximum though their layers have no positions that could run out:
+#: recurrent ones, and those whose attention looks at distances or at the order alone.
+_POSITION_FREE = {
+    "bloom", "inkling_text", "inkling2_text", "inkling2_loop_text", "jamba", "kimi_linear",
+    "nemotron_h", "rwkv", "zamba",
+}  # fmt: skip
+
+
+def context_of(config: Any) -> int | None:
+    """The longest text in tokens, prompt and completion, or None where there is no bound or none
+    that the config tells.
+
+    config: of transformers. Scaling follows the convention that a factor multiplies the length of
+    pretraining (YaRN, linear), unless `max_position_embeddings` has it already (Llama 3, LongRoPE).
+    """
+    config = config.get_text_config()
+    if config.model_type == "mpt":  # its table of distances ends there
+        return config.max_seq_len
+    limit = getattr(config, "max_position_embeddings", None) or 0
+    if limit < 1 or _is_position_free(config):
+        return None
+    rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
+    if not any(isinstance(part, Mapping) for part in rope.values()):
+        return _scaled(rope, limit)
+    # One for each kind of layer: the widest, for the others are those of a sliding window.
+    bounds = [_scaled(part, limit) for part in rope.values() if isinstance(part, Mapping)]
+    return max((b for b in bounds if b is not None), default=None) if all(bounds) else None
+
+
+def _is_position_free(config: Any) -> bool:
+    if config.model_type in _POSITION_FREE or getattr(config, "alibi", False):
+        return True
+    kind = getattr(config, "position_embedding_type", "rope")
+    if config.model_type == "granitemoehybrid":
+        return kind != "rope"
+    return str(kind).lower() == "alibi" or getattr(config, "use_mem_rope", True) is False
+
+
+def _scaled(rope: Mapping[str, Any], limit: int) -> int | None:
+    """The bound under these rotary parameters, of which `limit` is the config's maximum."""
+    kind = rope.get("rope_type") or rope.get("type") or "default"
+    factor = max(float(rope.get("factor") or 1.0), 1.0)
+    original = rope.get("original_max_position_embeddings") or limit
+    if kind in ("default", "proportional", "mrope"):
+        return limit
+    if kind in ("yarn", "linear"):
+        return max(limit, int(factor * original))
+    if kind in ("llama3", "longrope", "su"):
+        return limit if original < limit else int(factor * limit)
+    return None  # "dynamic" follows the text's length; of others nothing is known
