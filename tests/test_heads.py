@@ -472,9 +472,15 @@ def test_adapter_on_the_head_is_refused(name):
 
 
 def test_trainable_tokens_on_a_tied_head_are_refused():
+    """... and what the message advises works."""
     model = _lora(_build("qwen2 tied"), trainable_token_indices=[1, 2])
-    with pytest.raises(TypeError, match="TrainableTokensWrapper as head.*expected a plain"):
+    with pytest.raises(TypeError, match="TokensWrapper as head.*expected a plain") as error:
         read_head(model)
+    assert "name the embedding and the head in modules_to_save" in str(error.value)
+    saved = _lora(_build("qwen2 tied"), modules_to_save=["embed_tokens", "lm_head"])
+    head = read_head(saved, verify=True)
+    assert head.weight.requires_grad
+    read_head(model.merge_and_unload(), verify=True)
 
 
 @pytest.mark.parametrize("kind", ["PromptTuningConfig", "PrefixTuningConfig"])

@@ -301,6 +301,12 @@ def _plain_linear(base: Any, head: Any) -> nn.Linear:
         head = head.original_module if original else copies[active[0]]
     weight: Any = getattr(head, "weight", None)
     got = f"{_name(base)}: got a {_name(head)} as head"
+    if hasattr(head, "token_adapter"):
+        raise TypeError(
+            f"{got}, which adds PEFT's trainable_token_indices of a tied embedding to the weight, "
+            f"expected a plain nn.Linear: leave trainable_token_indices out and name the embedding "
+            f"and the head in modules_to_save, or call merge_and_unload()"
+        )
     if hasattr(head, "base_layer"):
         raise TypeError(
             f"{got}, an adapter layer, expected the bare linear layer: leave the head out of "
