@@ -44,8 +44,10 @@ from .checks import (
     split_error,
     stop_on_weights,
 )
+from .dropout import disable_dropout
 from .loaded_teacher import load_teacher
 from .prefix import extend_token_fields, is_complete
+from .router import router_loss
 from .sampling import plain_defaults
 from .sharding import (
     fsdp_version,
@@ -143,6 +145,10 @@ class DistillationAdapter(DistillationTrainer):
                 "num_iterations: TRL's loader does not repeat the rows of a streaming data set "
                 "over several steps: load the data set whole, or leave num_iterations at 1"
             )
+        if args.disable_dropout:
+            disable_dropout(self.model)
+        self._router = router_loss(self.model, args)
+        self._router_loss: Tensor | None = None
         self._student_head = read_form(self.model, is_sharded(self.accelerator))
         own = self._student_head.vocab_size
         check_padding(self._tokenizer, own, "student")
@@ -295,7 +301,7 @@ class DistillationAdapter(DistillationTrainer):
         inputs = self._completed(inputs)
         # TRL's redirection replaces the forward that accelerate has put into autocast.
         with self.accelerator.autocast():
-            student = self._side(unwrapped_student, self._student_head, inputs)
+            student, router_logits = self._student_side(unwrapped_student, inputs)
             teacher = None
             if self.teacher_model is not None and self.asks_teacher():
                 unwrapped = self.accelerator.unwrap_model(self.teacher_model)
@@ -305,6 +311,13 @@ class DistillationAdapter(DistillationTrainer):
                         inputs,
                     )  # fmt: skip
         loss, self._stats = self.distill(student, teacher, inputs, num_items_in_batch)
+        if self._router is not None:
+            mask = torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], dim=1)
+            auxiliary = self._router.loss(router_logits, mask)
+            self._router_loss = auxiliary.detach()
+            # A mean over a micro-batch, as in TRL's GRPO: micro-batches weigh alike.
+            steps = self.current_gradient_accumulation_steps if self.model.training else 1
+            loss = loss + (self._router.coefficient / steps) * auxiliary.to(loss.device)
         self._exact_loss = loss.detach()
         mask = inputs["loss_mask"]
         return loss, (self._stats.entropy * mask).sum(), mask.sum()
@@ -315,6 +328,9 @@ class DistillationAdapter(DistillationTrainer):
         result = self._unrounded(result, return_outputs)
         reshard(self.teacher_model)
         loss, stats = result[0] if return_outputs else result, self._stats
+        if self._router_loss is not None:
+            auxiliary = self.accelerator.gather(self._router_loss.reshape(1))
+            self.log_metrics({"aux_loss": auxiliary.mean().item()})
         self.after_loss(loss, stats, batch)
         if not self.model.training:
             count = self.loss_count(stats, batch)
@@ -352,6 +368,14 @@ class DistillationAdapter(DistillationTrainer):
 
     def after_loss(self, loss: Tensor, stats: TokenStats, inputs: dict[str, Any]) -> None:
         """Called after each loss, where collectives are safe."""
+
+    def _student_side(self, model: PreTrainedModel, inputs: dict[str, Any]) -> tuple[Side, Any]:
+        """The student's side, and what its routers say if their loss counts."""
+        if self._router is None:
+            return self._side(model, self._student_head, inputs), None
+        with self._router.recording(model) as found:
+            side = self._side(model, self._student_head, inputs)
+        return side, found[-1]
 
     def _side(self, model: PreTrainedModel, head: Head, inputs: dict[str, Any]) -> Side:
         mask = torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], dim=1)

@@ -25,6 +25,7 @@ from ..registry import (
     knobs,
     names_unknown_keys,
 )
+from .effects import check_effects
 from .loaded_teacher import dtype_option
 from .prefix import SCHEDULES
 from .signals import check_served
@@ -125,17 +126,23 @@ class TrOPDConfig(DistillationConfig):
         objective without a gate has an infinite loss there, and the run stops.
     importance_gamma: IW-OPD's gamma (the paper's 0.5): early tokens weigh up to 1 + gamma. None
         (default) weighs all alike.
+    router_aux_loss_coef: weight of a mixture-of-experts student's load-balancing loss, over prompts
+        and completions, as in TRL's GRPO; logged as aux_loss. None (default) takes the model's own,
+        0 trains without.
     backend: "triton", "native", "torch" or "reference"; None takes the best one here.
     max_workspace_bytes: bound on the loss's temporaries; see `plan_chunks`.
     gradient_tolerance, gradient_sampling: make the head's and the hidden states' gradients from a
         sample of the vocabulary's ids, without bias; see `linear_distillation_loss`. 0 and None
         (default): from all.
+    disable_dropout: switches dropout off however the student does it, also in its config, with
+        which it is saved.
     rich_progress: rich's progress display in place of tqdm's; None (default): at a terminal.
     log_regions: with each log, shows a few completions with their tokens coloured by region
         (trusted, outlier, prefix) in the terminal and in `output_dir`/regions.
 
-    Not taken: `auto_find_batch_size`, `torch_compile`, and in `generation_kwargs` the lengths,
-    numbers and ends of completions. Raises ValueError that begins with the key.
+    Not taken: `auto_find_batch_size`, `torch_compile`, settings without effect here (`effects.py`),
+    and in `generation_kwargs` the lengths, numbers and ends of completions. Raises ValueError that
+    begins with the key.
     """
 
     _VALID_DICT_FIELDS = DistillationConfig._VALID_DICT_FIELDS + ["objective_kwargs"]
@@ -161,6 +168,7 @@ class TrOPDConfig(DistillationConfig):
     drift_block_size: int = 64
     kl_discount_factor: float = 0.0
     importance_gamma: float | None = None
+    router_aux_loss_coef: float | None = None
     backend: str | None = None
     max_workspace_bytes: int | None = None
     gradient_tolerance: float = 0.0
@@ -281,6 +289,10 @@ class TrOPDConfig(DistillationConfig):
                 "torch_compile: it would compile nothing: the loss reaches the models below the "
                 "wrapper that compiles: leave out the keys that begin with torch_compile"
             )
+
+        check_effects(self)
+        if self.router_aux_loss_coef is not None:
+            _within("router_aux_loss_coef", self.router_aux_loss_coef, 0.0, 1e9)
 
     def _check_objective(self) -> None:
         check_objective(self.objective)

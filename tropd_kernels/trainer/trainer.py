@@ -120,6 +120,16 @@ class TrOPDTrainer(DistillationAdapter):
             raise TypeError(
                 f"model: a {type(model).__name__} writes no text: load it with AutoModelForCausalLM"
             )
+        if not isinstance(model, str):
+            for key, value in (
+                ("model_init_kwargs", args.model_init_kwargs),
+                ("quantization_config", quantization_config),
+            ):
+                if value is not None:
+                    raise ValueError(
+                        f"{key}: the student is already a model; leave {key} out, or give the "
+                        "student by its name"
+                    )
         self._samples: list[Sample] = []
         self._server: ServedTeacher | None = None
         loaded = self._loaded_teacher(teacher_model, args)

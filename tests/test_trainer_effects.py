@@ -1,0 +1,171 @@
+"""Every setting does something: those of transformers and TRL that would not are refused."""
+
+from __future__ import annotations
+
+from dataclasses import fields, replace
+
+import pytest
+import torch
+import transformers
+
+pytest.importorskip("trl", reason="the trainer needs trl")
+
+import tiny
+from training import make
+
+from tropd_kernels.trainer import TrOPDConfig
+from tropd_kernels.trainer.effects import BELONGS_TO, WITHOUT_EFFECT
+
+pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
+#: What transformers' loop, accelerate, or TRL's trainer around our loss looks at. Before a name is
+#: added here, see in their source that it reaches a run of TrOPDTrainer.
+_EFFECTIVE = """
+output_dir per_device_train_batch_size num_train_epochs max_steps learning_rate
+lr_scheduler_type lr_scheduler_kwargs warmup_steps warmup_ratio optim optim_args weight_decay
+adam_beta1 adam_beta2 adam_epsilon optim_target_modules gradient_accumulation_steps
+max_grad_norm bf16 fp16 bf16_full_eval fp16_full_eval tf32 activation_checkpointing
+activation_checkpointing_kwargs gradient_checkpointing use_liger_kernel neftune_noise_alpha
+torch_empty_cache_steps logging_strategy logging_steps logging_first_step log_on_each_node
+logging_dir logging_nan_inf_filter log_level log_level_replica disable_tqdm report_to run_name
+project trackio_space_id trackio_bucket_id trackio_static_space_id eval_strategy eval_steps
+eval_delay per_device_eval_batch_size eval_on_start eval_use_gather_object
+eval_accumulation_steps save_only_model save_strategy save_steps save_on_each_node
+save_total_limit save_safetensors enable_jit_checkpoint push_to_hub hub_token hub_private_repo
+hub_model_id hub_strategy hub_always_push hub_revision load_best_model_at_end
+metric_for_best_model greater_is_better ignore_data_skip
+restore_callback_states_from_checkpoint full_determinism seed data_seed use_cpu
+accelerator_config parallelism_config dataloader_drop_last dataloader_num_workers
+dataloader_pin_memory dataloader_persistent_workers dataloader_prefetch_factor
+dataloader_multiprocessing_context dataloader_in_order remove_unused_columns
+ddp_find_unused_parameters ddp_bucket_cap_mb ddp_broadcast_buffers ddp_static_graph ddp_backend
+ddp_timeout fsdp fsdp_config deepspeed debug skip_memory_metrics model_init_kwargs
+trust_remote_code teacher_model_name_or_path teacher_model_revision teacher_model_init_kwargs
+disable_dropout max_completion_length ds3_gather_for_generation shuffle_dataset
+pad_to_multiple_of temperature top_p top_k min_p generation_kwargs chat_template_kwargs
+repetition_penalty cache_implementation use_vllm max_tool_calling_iterations log_completions
+"""
+EFFECTIVE = set(_EFFECTIVE.split())
+#: For the script that makes the trainer, or what happens in any case.
+OF_THE_SCRIPT = {
+    "do_train", "do_eval", "do_predict", "resume_from_checkpoint", "local_rank",
+    "prediction_loss_only",
+}  # fmt: skip
+REFUSED = {"auto_find_batch_size", "torch_compile", "torch_compile_backend", "torch_compile_mode"}
+VALUES = {
+    "label_smoothing_factor": 0.1, "average_tokens_across_devices": False,
+    "include_num_input_tokens_seen": "all", "use_cache": True,
+    "train_sampling_strategy": "group_by_length", "length_column_name": "size",
+    "label_names": ["labels"], "include_for_metrics": ["inputs"], "batch_eval_metrics": True,
+    "eval_do_concat_batches": False, "liger_kernel_config": {"rope": True},
+    "gradient_checkpointing_kwargs": {"use_reentrant": False}, "num_completions_to_print": 2,
+    "log_unique_prompts": True, "vllm_mode": "server",
+    "vllm_model_impl": "transformers", "vllm_enable_sleep_mode": True,
+    "vllm_structured_outputs_regex": "a", "vllm_server_base_url": "http://a",
+    "vllm_server_host": "a", "vllm_server_port": 9, "vllm_server_timeout": 9.0,
+    "vllm_group_port": 9, "vllm_gpu_memory_utilization": 0.5, "vllm_max_model_length": 99,
+    "vllm_tensor_parallel_size": 2,
+}  # fmt: skip
+
+
+def config(**settings):
+    defaults = dict(use_cpu=True, bf16=False, report_to="none", gradient_checkpointing=False)
+    return TrOPDConfig("unused", **(defaults | settings))
+
+
+def test_no_setting_is_overlooked():
+    """One that a later transformers or TRL brings stands in no list: look what it does here."""
+    ours = set(TrOPDConfig.__annotations__)
+    known = ours | EFFECTIVE | OF_THE_SCRIPT | REFUSED | WITHOUT_EFFECT.keys() | BELONGS_TO.keys()
+    assert {field.name for field in fields(TrOPDConfig)} - known == set()
+    lists = (ours, EFFECTIVE, OF_THE_SCRIPT, REFUSED, WITHOUT_EFFECT.keys(), BELONGS_TO.keys())
+    assert sum(map(len, lists)) == len(known)
+
+
+@pytest.mark.parametrize("key", [*WITHOUT_EFFECT, *BELONGS_TO])
+def test_settings_without_effect(key):
+    with pytest.raises(ValueError, match=f"^{key}: it .* effect"):
+        config(**{key: VALUES[key]})
+
+
+def test_settings_with_what_they_belong_to():
+    config(gradient_checkpointing=True, gradient_checkpointing_kwargs={"use_reentrant": False})
+    config(log_completions=True, num_completions_to_print=2, log_unique_prompts=True)
+    vllm = config(use_vllm=True, vllm_mode="server", vllm_server_port=9)
+    for args in (vllm, config(eval_strategy="steps", include_num_input_tokens_seen=False)):
+        assert replace(args) == args
+    with pytest.raises(ValueError, match="vllm_max_model_length: .* vllm_mode 'colocate' alone"):
+        config(use_vllm=True, vllm_mode="server", vllm_max_model_length=99)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("teacher_model_init_kwargs", {"dtype": "auto"}), ("teacher_model_revision", "main"),
+     ("teacher_model_name_or_path", "a")],
+)  # fmt: skip
+def test_settings_of_a_teacher_that_is_not_loaded(key, value):
+    with pytest.raises(ValueError, match=f"^{key}: with precomputed_teacher no teacher is loaded"):
+        config(precomputed_teacher=True, **{key: value})
+    served = dict(teacher_model_server_url="http://127.0.0.1:1")
+    if key == "teacher_model_name_or_path":  # the served name
+        assert config(**served, **{key: value}).teacher_model_name_or_path == value
+        return
+    with pytest.raises(ValueError, match=f"^{key}: with teacher_model_server_url no teacher"):
+        config(**served, **{key: value})
+
+
+def test_how_to_load_a_student_that_is_loaded(tmp_path):
+    with pytest.raises(ValueError, match="^model_init_kwargs: the student is already a model"):
+        make(tmp_path, model_init_kwargs={"dtype": "float32"})
+
+
+def opt(p):
+    torch.manual_seed(0)
+    return transformers.OPTForCausalLM(
+        transformers.OPTConfig(
+            vocab_size=tiny.VOCAB, hidden_size=32, ffn_dim=32, num_hidden_layers=2,
+            num_attention_heads=4, word_embed_proj_dim=32, max_position_embeddings=64,
+            dropout=p, attention_dropout=p, layerdrop=p,
+        )
+    )  # fmt: skip
+
+
+def persimmon(p):
+    return tiny.model(
+        0, kind=transformers.PersimmonForCausalLM, config=transformers.PersimmonConfig,
+        attention_dropout=p,
+    )  # fmt: skip
+
+
+def gpt2(p):
+    torch.manual_seed(0)
+    return transformers.GPT2LMHeadModel(
+        transformers.GPT2Config(
+            vocab_size=tiny.VOCAB, n_embd=32, n_layer=1, n_head=4, n_positions=64,
+            bos_token_id=1, eos_token_id=2, resid_pdrop=p, embd_pdrop=p, attn_pdrop=p,
+        )
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "made", [opt, persimmon, gpt2, lambda p: tiny.model(0, attention_dropout=p)],
+    ids=["opt", "persimmon", "gpt2", "llama"],
+)  # fmt: skip
+def test_no_dropout_of_any_kind(tmp_path, made):
+    ids = torch.randint(5, tiny.VOCAB, (2, 12))
+    for off in (False, True):
+        model = make(tmp_path, made(0.5), disable_dropout=off).model
+        with torch.no_grad():
+            expected = model.eval()(ids).logits
+            drawn = [model.train()(ids).logits for _ in range(4)]
+        same = [torch.allclose(logits, expected, atol=1e-6) for logits in drawn]
+        assert all(same) if off else not any(same)
+
+
+def test_no_dropout_in_an_adapter(tmp_path):
+    peft = pytest.importorskip("peft")
+    adapter = peft.LoraConfig(
+        task_type="CAUSAL_LM", target_modules=["q_proj"], lora_dropout=0.5, init_lora_weights=False
+    )
+    model = make(tmp_path, tiny.model(0), peft=adapter, disable_dropout=True).model
+    ids = torch.randint(5, tiny.VOCAB, (2, 12))
+    assert torch.equal(model.train()(ids).logits, model.eval()(ids).logits)

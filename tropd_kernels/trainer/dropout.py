@@ -1,0 +1,23 @@
+"""Dropout switched off, in whichever way a model of transformers does it."""
+
+from torch import nn
+from torch.nn.modules.dropout import _DropoutNd
+from transformers import PreTrainedConfig
+
+
+def disable_dropout(model: nn.Module) -> None:
+    """Sets every probability of dropout in the model to 0, for good.
+
+    Layers of `nn.Dropout` are one way. Others are a number that a module hands to
+    `nn.functional.dropout` or to its attention (OPT, Llama), that drops whole layers (`layerdrop`),
+    or that a forward reads from the config (Persimmon), with which it is then saved.
+    """
+    modules = list(model.modules())
+    for module in modules:
+        if isinstance(module, _DropoutNd):
+            module.p = 0.0
+    configs = [getattr(module, "config", None) for module in modules]
+    for holder in [*modules, *(c for c in configs if isinstance(c, PreTrainedConfig))]:
+        for name, value in list(vars(holder).items()):
+            if "drop" in name and isinstance(value, float):
+                setattr(holder, name, 0.0)

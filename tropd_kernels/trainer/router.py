@@ -1,0 +1,114 @@
+"""The load-balancing loss of a mixture of experts, which a model adds to a loss of its own.
+
+The loss here is made from the backbone's hidden states, so the router's logits are taken from the
+same forward, and the model's own function makes the auxiliary loss of them: over the tokens of
+prompts and completions that are no padding, as TRL's GRPO does.
+"""
+
+import contextlib
+import inspect
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from torch import Tensor
+
+_EXPERTS = "num_experts num_local_experts n_routed_experts"
+_WITHOUT = "set router_aux_loss_coef=0 to train without it"
+
+
+def base_of(model: Any) -> Any:
+    """The causal LM itself, inside of PEFT's wrapper."""
+    inner = getattr(model, "get_base_model", None)
+    return model if inner is None else inner()
+
+
+class RouterLoss:
+    """What a model's routers add to the loss: `coefficient` x the model's auxiliary loss."""
+
+    def __init__(self, model: Any, coefficient: float):
+        """Raises NotImplementedError for a model whose auxiliary loss is not to be had."""
+        self.coefficient = coefficient
+        base = base_of(model)
+        config = base.config.get_text_config()
+        # Each modelling file has its own.
+        made: Any = getattr(inspect.getmodule(type(base)), "load_balancing_loss_func", None)
+        self.experts = _first(_EXPERTS, base, config)
+        self.chosen = _first("num_experts_per_tok", base, config)
+        takes = [] if made is None else list(inspect.signature(made).parameters)
+        if takes != ["gate_logits", "num_experts", "top_k", "attention_mask"] or None in (
+            self.experts, self.chosen,
+        ):  # fmt: skip
+            raise NotImplementedError(
+                f"router_aux_loss_coef: {type(base).__name__} has a router's loss of weight "
+                f"{coefficient:g} by its config, and computes it in a way that is not known here: "
+                f"{_WITHOUT}"
+            )
+        self._function: Callable[..., Tensor] = made
+
+    @contextlib.contextmanager
+    def recording(self, model: Any) -> Iterator[list[Any]]:
+        """Lists what the routers of each forward inside say: a tuple of (tokens, experts), one a
+        layer."""
+        found: list[Any] = []
+        backbone = base_of(model).base_model
+
+        def ask(module, arguments, keywords):
+            return arguments, keywords | {"output_router_logits": True}
+
+        def keep(module, arguments, output):
+            found.append(getattr(output, "router_logits", None))
+
+        hooks = (
+            backbone.register_forward_pre_hook(ask, with_kwargs=True),
+            backbone.register_forward_hook(keep),
+        )
+        try:
+            yield found
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    def loss(self, logits: Any, mask: Tensor) -> Tensor:
+        """The auxiliary loss, without its coefficient. mask: (B, T), 0 for padding."""
+        if not logits:
+            raise NotImplementedError(
+                f"router_aux_loss_coef: the backbone gives no router logits: {_WITHOUT}"
+            )
+        return self._function(logits, self.experts, self.chosen, mask)
+
+
+def router_loss(model: Any, args: Any) -> RouterLoss | None:
+    """The student's, or None where it has none or its weight is 0. args: a `TrOPDConfig`.
+
+    Raises ValueError for a coefficient for a model without routers, and with reentrant
+    checkpoints, in which the router's logits carry no gradient.
+    """
+    base, given = base_of(model), args.router_aux_loss_coef
+    config = base.config.get_text_config()
+    routed = hasattr(config, "output_router_logits")
+    if given and not routed:
+        raise ValueError(
+            f"router_aux_loss_coef: {given:g}, but {type(base).__name__} is no mixture of experts "
+            "that gives its router's logits: leave it out"
+        )
+    own = _first("router_aux_loss_coef aux_loss_coef", base, config) or 0.0
+    coefficient = own if given is None else given
+    experts = _first(_EXPERTS, base, config)
+    if not routed or coefficient == 0 or experts == 0:  # Granite's hybrids may be dense
+        return None
+    if args.gradient_checkpointing and (args.gradient_checkpointing_kwargs or {}).get(
+        "use_reentrant"
+    ):
+        raise ValueError(
+            "gradient_checkpointing_kwargs: with use_reentrant the router's loss has no gradient: "
+            f"leave use_reentrant out, or {_WITHOUT}"
+        )
+    return RouterLoss(model, coefficient)
+
+
+def _first(names: str, *owners: Any) -> Any:
+    for owner in owners:
+        for name in names.split():
+            if (value := getattr(owner, name, None)) is not None:
+                return value
+    return None
