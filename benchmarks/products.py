@@ -15,23 +15,35 @@ products, runs interleaved:
 """
 
 import argparse
+from collections.abc import Sequence
 
 import torch
 
+from benchmarks.dtypes import bf16_units
 from benchmarks.measure import interleaved_times, machine
 from tropd_kernels import native, products
 
 
-def main():
+def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--tokens", type=int, default=512)
     parser.add_argument("--vocab-size", type=int, default=151_936)
     parser.add_argument("--hidden-size", type=int, default=1024)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument(
-        "--no-mm", action="store_true", help="leave out bf16 mm: slow without AVX512-BF16"
-    )
-    args = parser.parse_args()
+        "--mm", action=argparse.BooleanOptionalAction,
+        help="with torch's bf16 mm; default: where the CPU multiplies bf16 in hardware, since "
+        "elsewhere it takes minutes a product",
+    )  # fmt: skip
+    return parser.parse_args(arguments)
+
+
+def main(arguments: Sequence[str] | None = None):
+    args = parse(arguments)
+    if args.mm is None:
+        args.mm = bf16_units() is not None
+        if not args.mm:
+            print("no mm: torch multiplies bf16 by plain loops here; --mm takes it all the same")
     for name, fact in machine("cpu").items():
         print(f"{name}: {fact}")
     measure_products(args)
@@ -87,7 +99,7 @@ def measure_products(args):
         )
         ours = three(kind(torch.bfloat16, "cpu"), d)
         roads[name] = {what: on_units(name, run) for what, run in ours.items()}
-    if not args.no_mm:
+    if args.mm:
         roads["mm"] = {
             "logits": lambda: torch.mm(hidden, weight.t(), out=rounded),
             "d_hidden": lambda: torch.mm(d_logits, weight),

@@ -16,7 +16,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks import dtypes
+from benchmarks import dtypes, products
 from benchmarks.bench import accuracy, budget, ceilings, command, eager, run
 from benchmarks.bench.budget import OutOfTime
 from benchmarks.bench.problem import Problem
@@ -162,6 +162,21 @@ def test_the_heading_says_which_dtype_and_why(units, tmp_path, monkeypatch, caps
     _, out = bench(tmp_path, *options, "--dtype", other)
     assert json.loads(out.read_text("utf-8"))["dtype"] == other
     assert f"{other}: " not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("units", "asked", "expected"),
+    [("AMX", [], True), (None, [], False), (None, ["--mm"], True), ("AMX", ["--no-mm"], False)],
+)
+def test_torchs_bf16_products_are_measured_where_they_end(
+    units, asked, expected, monkeypatch, capsys
+):
+    seen = []
+    monkeypatch.setattr(products, "bf16_units", lambda: units)
+    monkeypatch.setattr(products, "measure_products", lambda args: seen.append(args.mm))
+    products.main(asked)
+    assert seen == [expected]
+    assert ("no mm: " in capsys.readouterr().out) == (not expected and not asked)
 
 
 # --- the budget of a row -----------------------------------------------------------------------
