@@ -46,9 +46,9 @@ SUPER_ROWS = 2048
 CPU_ROWS, CPU_SUPER_ROWS = 256, 1024
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class ChunkPlan:
-    """What a call will do. `print(plan)` shows it.
+    """What a call will do, as its repr and `print(plan)` show it.
 
     rows, super_rows: tokens per logits GEMM and per pair of gradient GEMMs.
     in_place: d_logits overwrites the student's logits. rounds_d_weight: the last product gives
@@ -72,7 +72,7 @@ class ChunkPlan:
     def workspace_bytes(self) -> int:
         return sum(self.workspace.values())
 
-    def __str__(self):
+    def __repr__(self):
         work = f"{self.student_gemms} S" + (
             f" + {self.teacher_gemms} T" if self.teacher_gemms else ""
         )

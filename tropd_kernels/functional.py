@@ -38,6 +38,7 @@ from .products import result_dtype
 from .reference_backend import reference_loss
 from .rows.layout import Stat
 from .selection import EVERY_ID, Sampled, Selection
+from .summary import Summarized
 from .teachers import (
     HiddenTeacher,
     LogitsTeacher,
@@ -52,8 +53,8 @@ if TYPE_CHECKING:  # a torch without distributed has no such name
     from torch.distributed import ProcessGroup
 
 
-@dataclass(frozen=True, eq=False)
-class TokenStats:
+@dataclass(frozen=True, eq=False, repr=False)
+class TokenStats(Summarized):
     """Detached statistics, each shaped like `labels`; 0 at tokens that do not count. None where the
     form of teacher cannot give it; NaN at tokens for which the objective had no need of it.
 
@@ -82,8 +83,8 @@ class TokenStats:
     kept: Tensor
 
 
-@dataclass(frozen=True, eq=False)
-class DistillationOutput:
+@dataclass(frozen=True, eq=False, repr=False)
+class DistillationOutput(Summarized):
     """loss: scalar, or shaped like labels with reduction="none". stats: per token, detached.
 
     With `gradient_tolerance` or `gradient_sampling`, and None without them or where no product made

@@ -27,12 +27,13 @@ from torch import Tensor, nn
 
 from .gathering import gathered
 from .products import FLOATS, without_autocast
+from .summary import Summarized
 
 __all__ = ["Head", "check_head", "read_head"]
 
 
-@dataclass(frozen=True, eq=False)
-class Head:
+@dataclass(frozen=True, eq=False, repr=False)
+class Head(Summarized):
     """The output side of a causal language model, as a fused loss takes it.
 
     `weight` and `bias` are the model's own parameters, not copies, so gradients reach them. Rows

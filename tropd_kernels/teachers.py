@@ -23,10 +23,11 @@ from torch import Tensor
 
 from .arguments import check_float, is_number
 from .objectives import TokenRule
+from .summary import Summarized
 
 
-@dataclass(frozen=True, eq=False)
-class HiddenTeacher:
+@dataclass(frozen=True, eq=False, repr=False)
+class HiddenTeacher(Summarized):
     """A teacher as hidden states and head.
 
     hidden: (*, G) last hidden states, one per label; G may differ from the student's width.
@@ -56,8 +57,8 @@ class HiddenTeacher:
         return self.hidden.shape[:-1]
 
 
-@dataclass(frozen=True, eq=False)
-class LogitsTeacher:
+@dataclass(frozen=True, eq=False, repr=False)
+class LogitsTeacher(Summarized):
     """A teacher as logits (*, V), of any float dtype, before temperature."""
 
     logits: Tensor
@@ -76,8 +77,8 @@ class LogitsTeacher:
         return self.logits.shape[:-1]
 
 
-@dataclass(frozen=True, eq=False)
-class TopKTeacher:
+@dataclass(frozen=True, eq=False, repr=False)
+class TopKTeacher(Summarized):
     """A teacher as its k likeliest ids.
 
     ids: (*, K) int64, distinct within a row. Ids outside [0, V) and entries with log-prob -inf are
@@ -117,8 +118,8 @@ class TopKTeacher:
         return self.ids.shape[:-1]
 
 
-@dataclass(frozen=True, eq=False)
-class SampledTeacher:
+@dataclass(frozen=True, eq=False, repr=False)
+class SampledTeacher(Summarized):
     """A teacher as the log-probs (*) that it gives to the labels."""
 
     label_log_probs: Tensor
