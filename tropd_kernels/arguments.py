@@ -10,6 +10,7 @@ from torch import Tensor
 
 from .objectives import TokenRule
 from .products import FLOATS
+from .values import raise_repeated
 
 if TYPE_CHECKING:
     from .linear_loss import Problem
@@ -203,6 +204,8 @@ def raise_bad_value(name: str, problem: Problem, outside: Tensor, counts: Tensor
             f"and teacher share{held}, and is not ignore_index={problem.ignore_index}: mask such "
             "tokens, or check that labels and model use the same tokenizer"
         )
+    if name == "ids":
+        raise_repeated(problem, counts)
     if name == "uniforms":
         raise ValueError("uniforms must lie in [0, 1), as torch.rand draws them")
     if name in ("label_log_probs", "topk_log_probs"):

@@ -40,6 +40,7 @@ from .products import products_for, result_dtype, stored_dtype, without_autocast
 from .rows.layout import FIRST_WEIGHT, Coef, LogitTransform, RowBatch, RowOptions, Stat
 from .rows.sharded import ShardRows
 from .selection import EVERY_ID, Sample, Selection
+from .values import may_look, repeated, with_repeats_marked
 
 if TYPE_CHECKING:
     from .parallel import Shard
@@ -139,6 +140,7 @@ def forward(problem: Problem, needs: Needs, loss_scale: Tensor) -> Result:
 def _forward(problem: Problem, needs: Needs, loss_scale: Tensor) -> Result:
     n = problem.labels.shape[0]
     index = tokens_that_count(problem)
+    problem = with_repeats_marked(problem)
     result = Result(
         stats=problem.student.source.new_zeros((len(Stat), n), dtype=problem.dtype),
         coefs=problem.student.source.new_zeros((len(Coef), n), dtype=problem.dtype),
@@ -174,11 +176,11 @@ def backward(problem: Problem, coefs: Tensor, needs: Needs) -> Result:
 def tokens_that_count(problem: Problem) -> Tensor | None:
     """Indices of the tokens that count, or None where all do. Raises ValueError on values that
     cannot be right: labels outside the vocabulary, weights or advantages that are not finite, a
-    teacher's log-probs above 0 or NaN."""
+    teacher's log-probs above 0 or NaN, ids that repeat."""
     labels, weight = problem.labels, problem.inputs.get("weight")
     all_count = problem.ignore_index is None
-    if all_count and labels.device.type != "cpu":
-        return None  # looking at values would wait for the GPU
+    if not may_look(problem):
+        return None  # it would wait for the GPU
     counts = torch.ones_like(labels, dtype=torch.bool)
     if not all_count:
         counts = labels != problem.ignore_index
@@ -194,6 +196,8 @@ def tokens_that_count(problem: Problem) -> Tensor | None:
         checks["uniforms"] = (~((u >= 0) & (u < 1)) & counts).any()
     for name, values in given_log_probs(problem, counts).items():
         checks[name] = (~(values <= LOG_PROB_MARGIN)).any()  # NaN, too
+    if "ids" in problem.inputs:
+        checks["ids"] = (repeated(problem) & counts).any()
     count, *bad = torch.stack([counts.sum(), *checks.values()]).tolist()
     for name, found in zip(checks, bad, strict=True):
         if found:

@@ -13,11 +13,13 @@ from . import reference
 from .linear_loss import Problem, Side, tokens_that_count
 from .products import without_autocast
 from .rows.layout import LogitTransform, Stat
+from .values import with_repeats_marked
 
 
 def reference_loss(problem: Problem, loss_scale: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """(loss, token_loss (N,), stats (Stat, N)) as `ops.distill` gives them."""
     index = tokens_that_count(problem)
+    problem = with_repeats_marked(problem)
     tokens = slice(None) if index is None else index
     labels = problem.labels[tokens]
     inputs = {

@@ -81,8 +81,9 @@ class LogitsTeacher(Summarized):
 class TopKTeacher(Summarized):
     """A teacher as its k likeliest ids.
 
-    ids: (*, K) int64, distinct within a row. Ids outside [0, V) and entries with log-prob -inf are
-        padding.
+    ids: (*, K) int64, distinct within a row: an error, or NaN in that row where values are not
+        looked at (`ignore_index=None` on a GPU). Ids outside [0, V) and entries with log-prob -inf
+        are padding, which may repeat.
     log_probs: (*, K) log q of those ids, normalised over the teacher's whole vocabulary.
     label_log_probs: (*) log q of the label.
     entropy: (*) the teacher's entropy in nats, where known. Without it, objectives that ask for it
