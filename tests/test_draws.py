@@ -186,11 +186,11 @@ def test_traces_as_one_graph():
     for seed, step in ((-7, 2), (11, 3), (2**40, 4)):
         eager = draws.bernoulli_uniforms(seed, step, ids, positions)
         assert torch.equal(compiled(seed, step, ids, positions), eager)
-    # An int that changes becomes symbolic, and inductor miscompiles shifts and masks of those.
-    bitwise = (operator.and_, operator.xor, operator.rshift, operator.lshift)
-    for node in (node for graph in graphs for node in graph.graph.nodes if node.target in bitwise):
-        values = [arg.meta["example_value"] for arg in node.args if isinstance(arg, torch.fx.Node)]
-        assert all(isinstance(value, torch.Tensor) for value in values)
+    # An int that changes becomes symbolic, and inductor miscompiles shifts and masks of those; of
+    # ten rounds in one expression it does not make a kernel at all.
+    targets = {str(node.target) for graph in graphs for node in graph.graph.nodes}
+    assert "tropd_kernels.uniforms.default" in targets
+    assert not targets & {str(getattr(operator, n)) for n in ("and_", "xor", "rshift", "lshift")}
 
 
 def test_uniforms_like_traces_as_one_graph():

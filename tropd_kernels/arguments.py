@@ -10,6 +10,7 @@ from torch import Tensor
 
 from .objectives import TokenRule
 from .products import FLOATS
+from .symbolic import shown
 from .values import raise_repeated
 
 if TYPE_CHECKING:
@@ -61,7 +62,7 @@ def check_call(
             + ("convert them with .long()" if as_long else remedy)
         )
     if not is_number(temperature) or not 0 < temperature < float("inf"):
-        raise ValueError(f"temperature must be a positive number, got {short(temperature)}")
+        raise ValueError(f"temperature must be a positive number, got {shown(temperature)}")
     if ignore_index is not None and not is_int(ignore_index):
         raise TypeError(f"ignore_index must be an int or None, got {short(ignore_index)}")
     if reduction not in REDUCTIONS:
@@ -79,18 +80,18 @@ def check_call(
 def check_selection(tolerance, sampling, reduction: str, backend: str | None, seed) -> None:
     if not is_number(tolerance) or not 0 <= tolerance < 1:
         raise ValueError(
-            f"gradient_tolerance must be a number in [0, 1), got {short(tolerance)}: the standard "
+            f"gradient_tolerance must be a number in [0, 1), got {shown(tolerance)}: the standard "
             "deviation of the gradient relative to its norm, 0 for an exact one"
         )
     if sampling is not None and (not is_number(sampling) or not 0 < sampling <= 1):
         raise ValueError(
-            f"gradient_sampling must be None or a number in (0, 1], got {short(sampling)}: the "
+            f"gradient_sampling must be None or a number in (0, 1], got {shown(sampling)}: the "
             "share of the vocabulary's ids that make the gradient, on average"
         )
     if tolerance > 0 and sampling is not None:
         raise ValueError(
-            f"gradient_tolerance={tolerance} and gradient_sampling={sampling} both say how many "
-            "ids make the gradient: pass one of them"
+            f"gradient_tolerance={shown(tolerance)} and gradient_sampling={shown(sampling)} both "
+            "say how many ids make the gradient: pass one of them"
         )
     if not tolerance and sampling is None:
         return

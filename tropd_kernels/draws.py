@@ -19,9 +19,9 @@ The second and third output word give a sampled gradient's draw, float64 of 53 b
 independent of the gate's under the same seed; the fourth is not used. An element costs one block,
 and no element's draw depends on a neighbour.
 
-Arithmetic is int64 tensor arithmetic kept below 2^49, so it means the same on every device, eager
-or compiled, and the global random state is neither read nor changed. On a GPU, but for what is
-traced, the kernel of `triton_draws.py` gives the same bits.
+Arithmetic is int64 tensor arithmetic kept below 2^49, so it means the same on every device, and
+the global random state is neither read nor changed. On a GPU the kernel of `triton_draws.py` gives
+the same bits. To torch.compile it is one op.
 """
 
 import torch
@@ -131,9 +131,10 @@ def _uniforms(
     device = positions.device
     seed = seed_tensor(seed, device)
     step = _scalar("step", step, 0, _WORD, device)
-    # What is traced has tensors of another type, or none yet.
-    traced = torch.compiler.is_compiling() or type(positions) is not Tensor
-    if choose_backend(None, device) == "triton" and not traced:
+    if torch.compiler.is_compiling():
+        return _opaque(seed, step, sequence_ids, positions, dtype)
+    # Fake tensors have no values.
+    if choose_backend(None, device) == "triton" and type(positions) is Tensor:
         from . import triton_draws
 
         return triton_draws.uniforms(seed, step, sequence_ids, positions, dtype)
@@ -143,6 +144,21 @@ def _uniforms(
     if dtype == torch.float32:
         return _uniform(first)
     return (((second >> 5) << 26) + (third >> 6)).to(dtype) * 2.0**-53
+
+
+@torch.library.custom_op("tropd_kernels::uniforms", mutates_args=())
+def _opaque(
+    seed: Tensor, step: Tensor, sequence_ids: Tensor, positions: Tensor, dtype: torch.dtype
+) -> Tensor:
+    """`_uniforms` as one node of a compiled graph. Inductor would write each round's words into the
+    next one's, four times each: ten rounds make an expression that it does not finish."""
+    return _uniforms(seed, step, sequence_ids, positions, dtype)
+
+
+@_opaque.register_fake
+def _(seed, step, sequence_ids, positions, dtype):
+    shape = torch.broadcast_shapes(sequence_ids.shape, positions.shape)
+    return positions.new_empty(shape, dtype=dtype)
 
 
 def _places(labels: Tensor) -> tuple[Tensor, Tensor]:

@@ -8,7 +8,6 @@ exist, `linear_log_probs` gives per-token log-probabilities of a head. The mathe
 from __future__ import annotations
 
 from dataclasses import dataclass
-from reprlib import repr as short
 from typing import TYPE_CHECKING
 
 import torch
@@ -39,6 +38,7 @@ from .reference_backend import reference_loss
 from .rows.layout import Stat
 from .selection import EVERY_ID, Sampled, Selection
 from .summary import Summarized
+from .symbolic import as_tensor, shown, symbols_of
 from .teachers import (
     HiddenTeacher,
     LogitsTeacher,
@@ -407,14 +407,20 @@ def _run(
     max_workspace_bytes, selection,
 ):  # fmt: skip
     """(loss, token_loss, stats, sampled) of the flat problem."""
-    settings = (rule.key, scales, backend, ignore_index, max_workspace_bytes)
+    more = (backend, ignore_index, max_workspace_bytes)
     row_inputs = [inputs.get(name) for name in INPUTS]
     if backend == "reference":
-        arguments = (*tensors, row_inputs, *settings)
+        arguments = (*tensors, row_inputs, rule.key, scales, *more)
         return *reference_loss(ops.flat_problem(*arguments), scale), None
-    selects = (selection.tolerance, selection.sampling, selection.seed)
     _check_tangents(*tensors[:3])
-    found = ops.distill(*tensors, row_inputs, scale, needs, later, *settings, *selects)
+    tolerance, sampling = selection.tolerance, selection.sampling
+    symbols = symbols_of([*scales, tolerance, sampling or 0.0])
+    if symbols is not None:
+        scales, tolerance, sampling = [], 0.0, None
+    found = ops.distill(
+        *tensors, row_inputs, scale, needs, later, rule.key, scales, *more, tolerance, sampling,
+        selection.seed, symbols,
+    )  # fmt: skip
     return *found[:3], found[-1]
 
 
@@ -513,5 +519,5 @@ def _normalizer(value, device, dtype) -> Tensor:
             raise ValueError(f"normalizer must be one number, got shape {tuple(value.shape)}")
         return value.detach().reshape(()).to(device=device, dtype=dtype)
     if not is_number(value) or not 0 < value < float("inf"):
-        raise ValueError(f"normalizer must be a positive number, got {short(value)}")
-    return torch.full((), float(value), dtype=dtype, device=device)
+        raise ValueError(f"normalizer must be a positive number, got {shown(value)}")
+    return as_tensor(float(value), dtype, device)

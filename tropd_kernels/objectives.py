@@ -154,7 +154,7 @@ class TokenRule:
             if isinstance(value, float) and type(value) is not float:
                 object.__setattr__(self, f.name, float(value))
         # An f-string rather than json, which torch.compile cannot trace.
-        given = [getattr(self, name) for name in _FIELDS]
+        given = [_known(getattr(self, name)) for name in _FIELDS]
         object.__setattr__(self, "_key", ";".join([f"{value!r}" for value in given]))
 
     def _check_sets(self):
@@ -519,9 +519,15 @@ def _number(name, value, low=-math.inf, high=math.inf, optional=False):
         return
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name} must be a number, got {value!r}")
-    if not math.isfinite(value) or not low <= value <= high:
+    if not -math.inf < value < math.inf or not low <= value <= high:
         bounds = "finite" if (low, high) == (-math.inf, math.inf) else f"in [{low:g}, {high:g}]"
         raise ValueError(f"{name} must be {bounds}, got {value!r}")
+
+
+def _known(value):
+    """The value itself; where torch.compile traces a symbol for it, the number that the graph is
+    made for."""
+    return float.fromhex(value.hex()) if isinstance(value, float) else value
 
 
 def _check_divergence_parameter(divergence, value, name="divergence_parameter", allow_limits=False):

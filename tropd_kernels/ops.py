@@ -14,7 +14,8 @@ so a second differentiation raises.
 
 Arguments are flat because an op's schema is: `rule` is `TokenRule.key`, `scales` is logit scale and
 soft cap (0: none) of student and teacher and the temperature, `inputs` the per-token tensors in the
-order of `linear_loss.INPUTS`; the last three are `selection.Selection`.
+order of `linear_loss.INPUTS`; the next three are `selection.Selection`. `symbols` holds the scales,
+tolerance and sampling (0: none) where torch.compile does not know them (see `symbolic`).
 """
 
 from __future__ import annotations
@@ -31,8 +32,14 @@ from .objectives import decode_rule
 from .products import TILE_ROWS, result_dtype, stored_dtype
 from .rows.layout import FIRST_WEIGHT, Coef, LogitTransform, RowOptions, Stat
 from .selection import EVERY_ID, Sampled, Selection
+from .symbolic import values_of
 
 Gradients = tuple[Tensor, Tensor, Tensor]
+#: What `symbols` holds.
+SYMBOLS = (
+    "logit_scale", "softcap", "the teacher's logit_scale", "the teacher's softcap", "temperature",
+    "gradient_tolerance", "gradient_sampling",
+)  # fmt: skip
 
 
 @torch.library.custom_op("tropd_kernels::distill", mutates_args=())
@@ -56,11 +63,14 @@ def distill(
     tolerance: float = 0.0,
     sampling: float | None = None,
     sampling_seed: Tensor | None = None,
+    symbols: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    if symbols is not None:
+        *scales, tolerance, sampling = values_of(symbols, SYMBOLS)
     problem = flat_problem(
         student, weight, bias, labels, teacher, teacher_weight, teacher_bias, inputs,
         rule, scales, backend, ignore_index, max_workspace_bytes,
-        selection=Selection(tolerance, sampling, sampling_seed), later=later,
+        selection=Selection(tolerance, sampling or None, sampling_seed), later=later,
     )  # fmt: skip
     with device_of(student):
         result = forward(problem, Needs(*needs), loss_scale)
@@ -78,10 +88,10 @@ def distill(
 def _(
     student, weight, bias, labels, teacher, teacher_weight, teacher_bias, inputs,
     loss_scale, needs, later, rule, scales, backend, ignore_index, max_workspace_bytes,
-    tolerance=0.0, sampling=None, sampling_seed=None,
+    tolerance=0.0, sampling=None, sampling_seed=None, symbols=None,
 ):  # fmt: skip
     dtype, n = result_dtype(student.dtype), labels.shape[0]
-    samples = any(needs[:2]) and Selection(tolerance, sampling, sampling_seed).on
+    samples = any(needs[:2]) and sampling_seed is not None
 
     def gradient(of, need, wide=False):
         if not need:
@@ -118,7 +128,10 @@ def distill_backward(
     backend: str,
     ignore_index: int | None,
     max_workspace_bytes: int | None,
+    symbols: Tensor | None = None,
 ) -> Gradients:
+    if symbols is not None:
+        scales = values_of(symbols, SYMBOLS)[:5]
     problem = flat_problem(
         student, weight, bias, labels, teacher, teacher_weight, teacher_bias, inputs,
         rule, scales, backend, ignore_index, max_workspace_bytes, later=later,
@@ -136,7 +149,7 @@ def distill_backward(
 @distill_backward.register_fake
 def _(
     student, weight, bias, labels, teacher, teacher_weight, teacher_bias, inputs,
-    coefs, needs, later, rule, scales, backend, ignore_index, max_workspace_bytes,
+    coefs, needs, later, rule, scales, backend, ignore_index, max_workspace_bytes, symbols=None,
 ):  # fmt: skip
     return (
         torch.empty_like(student) if needs[0] else student.new_empty(0),
@@ -148,7 +161,7 @@ def _(
 def _setup_context(ctx, inputs, output):
     (
         student, weight, bias, labels, teacher, teacher_weight, teacher_bias, row_inputs,
-        loss_scale, needs, *settings,
+        loss_scale, needs, *settings, symbols,
     ) = inputs  # fmt: skip
     loss, token_loss, stats, coefs, d_student, d_weight, d_bias, sampled = output
     ctx.settings = settings[:6]  # a recomputing backward samples no ids
@@ -161,7 +174,7 @@ def _setup_context(ctx, inputs, output):
         ctx.mark_non_differentiable(coefs, d_student, d_weight, d_bias, sampled)
         ctx.save_for_backward(
             loss, student, weight, bias, labels, teacher, teacher_weight, teacher_bias, coefs,
-            loss_scale, *row_inputs,
+            loss_scale, symbols, *row_inputs,
         )  # fmt: skip
 
 
@@ -209,12 +222,12 @@ def constants(gradients: list[Tensor | None], loss: Tensor) -> list[Tensor | Non
 
 def _recomputed(ctx, saved, d_loss, d_token_loss, d_stats) -> list[Tensor | None]:
     student, weight, bias, labels, *rest = saved
-    teacher, teacher_weight, teacher_bias, coefs, loss_scale, *row_inputs = rest
+    teacher, teacher_weight, teacher_bias, coefs, loss_scale, symbols, *row_inputs = rest
     needs = list(ctx.needs_input_grad[:3])
     carried = carry(coefs, loss_scale, d_loss, d_token_loss, d_stats)
     made = distill_backward(
         student, weight, bias, labels, teacher, teacher_weight, teacher_bias, row_inputs,
-        carried, needs, *ctx.settings,
+        carried, needs, *ctx.settings, symbols,
     )  # fmt: skip
     return [g if need else None for g, need in zip(made, needs, strict=True)]
 

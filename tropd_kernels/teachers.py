@@ -17,13 +17,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from reprlib import repr as short
 
 from torch import Tensor
 
 from .arguments import check_float, is_number
 from .objectives import TokenRule
 from .summary import Summarized
+from .symbolic import shown
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -210,11 +210,11 @@ def check_scale(side: str, logit_scale: float, softcap: float | None) -> None:
     """logit_scale: a finite number other than 0; softcap: a positive number or None."""
     for name, value in (("logit_scale", logit_scale), ("softcap", softcap)):
         if not is_number(value) and not (name == "softcap" and value is None):
-            raise TypeError(f"{side} {name} must be a number, got {short(value)}")
-    if not math.isfinite(logit_scale) or logit_scale == 0:
-        raise ValueError(f"{side} logit_scale must be finite and not 0, got {logit_scale!r}")
+            raise TypeError(f"{side} {name} must be a number, got {shown(value)}")
+    if not -math.inf < logit_scale < math.inf or logit_scale == 0:
+        raise ValueError(f"{side} logit_scale must be finite and not 0, got {shown(logit_scale)}")
     if softcap is not None and not 0 < softcap < math.inf:
-        raise ValueError(f"{side} softcap must be a positive number or None, got {softcap!r}")
+        raise ValueError(f"{side} softcap must be a positive number or None, got {shown(softcap)}")
 
 
 def _frozen(teacher, *names):
