@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
 from . import native, ops
 from .arguments import (
@@ -48,6 +47,7 @@ from .teachers import (
     check_scale,
     check_serves,
 )
+from .transforms import check_none, check_tangents, check_unbatched
 
 if TYPE_CHECKING:  # a torch without distributed has no such name
     from torch.distributed import ProcessGroup
@@ -271,6 +271,7 @@ def linear_log_probs(
         check_call(student, labels, rule, temperature, ignore_index, "none", max_workspace_bytes)
         check_plain({"labels": labels})
         check_devices(student, {"weight": head, "bias": shift, "labels": labels})
+        check_unbatched({"hidden": student, "weight": head, "bias": shift, "labels": labels})
         scales = [float(logit_scale), float(softcap or 0.0), 1.0, 0.0, float(temperature)]
         flat = (student.reshape(-1, student.shape[-1]), head, shift, labels.reshape(-1))
         one = student.new_ones((), dtype=result_dtype(student.dtype))
@@ -300,6 +301,12 @@ def _flat_call(
     check_serves(teacher, rule)
     check_plain({"labels": labels} | public(per_token))
     check_devices(student, {"weight": weight, "bias": bias, "labels": labels} | public(per_token))
+    check_unbatched(
+        {"logits" if weight is None else "hidden": student, "weight": weight, "bias": bias}
+        | {"labels": labels, "seed": seed, "normalizer": normalizer}
+        | public(per_token)
+        | ({} if teacher is None else {f"teacher {k}": v for k, v in vars(teacher).items()})
+    )
     if rule.gate == "bernoulli" and per_token["uniforms"] is None:
         if seed is None:
             raise ValueError(
@@ -367,6 +374,7 @@ def _found(call, group, reduction: str):
     if group is None:
         arguments, after = call()
         return _run(*arguments), after
+    check_none("process_group")
     sharded = _found_sharded
     if torch.compiler.is_compiling():  # as a decorator it would import the compiler with us
         sharded = torch.compiler.disable(_found_sharded)
@@ -412,26 +420,16 @@ def _run(
     if backend == "reference":
         arguments = (*tensors, row_inputs, rule.key, scales, *more)
         return *reference_loss(ops.flat_problem(*arguments), scale), None
-    _check_tangents(*tensors[:3])
+    check_tangents(*tensors[:3])
     tolerance, sampling = selection.tolerance, selection.sampling
     symbols = symbols_of([*scales, tolerance, sampling or 0.0])
     if symbols is not None:
         scales, tolerance, sampling = [], 0.0, None
-    found = ops.distill(
+    found = ops.differentiable_distill(
         *tensors, row_inputs, scale, needs, later, rule.key, scales, *more, tolerance, sampling,
         selection.seed, symbols,
     )  # fmt: skip
     return *found[:3], found[-1]
-
-
-def _check_tangents(*tensors: Tensor | None) -> None:
-    if torch.compiler.is_compiling() or forward_ad._current_level < 0:
-        return
-    if any(t is not None and forward_ad.unpack_dual(t).tangent is not None for t in tensors):
-        raise NotImplementedError(
-            "forward-mode differentiation (torch.func.jvp, forward_ad) of a fused loss, which has "
-            "only a backward: use that, or distillation_loss(..., backend='reference')"
-        )
 
 
 # --- the teacher, flat -------------------------------------------------------------------------

@@ -29,6 +29,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from .parallel import gather
+from .transforms import check_none
 
 
 def gathered(parameter: Tensor, *, mean: bool = True) -> Tensor:
@@ -45,6 +46,7 @@ def gathered(parameter: Tensor, *, mean: bool = True) -> Tensor:
         raise TypeError(f"parameter must be a tensor, got {type(parameter).__name__}")
     if not hasattr(parameter, "full_tensor"):
         return parameter
+    check_none("gathered() of a sharded parameter")
     sharded: Any = parameter
     from torch.distributed.tensor import Partial
 
@@ -78,6 +80,7 @@ def gathered_tokens(hidden: Tensor, process_group: dist.ProcessGroup) -> Tensor:
 
     A collective. Raises ValueError, on every rank, where the ranks hold other shapes.
     """
+    check_none("gathered_tokens")
     shape = torch.tensor([hidden.dim(), *hidden.shape][:8], device=hidden.device)
     shape = torch.nn.functional.pad(shape, (0, 8 - shape.numel()))
     shapes = gather(process_group, shape).tolist()

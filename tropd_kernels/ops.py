@@ -25,7 +25,9 @@ from contextlib import nullcontext
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_flatten, tree_unflatten
 
+from . import transforms
 from .linear_loss import INPUTS, Needs, Problem, Result, Side, backward, forward
 from .main_grad import add_to_main_grad, offers_main_grad
 from .objectives import decode_rule
@@ -158,6 +160,18 @@ def _(
     )
 
 
+@distill_backward.register_vmap
+def _(info, in_dims, *arguments):
+    """One incoming gradient after the other, as jacrev asks for them."""
+    flat, tree = tree_flatten(arguments)
+    dims = tree_flatten(in_dims, is_leaf=lambda dim: dim is None)[0]
+    found = []
+    for i in range(info.batch_size):
+        one = [v if dim is None else v.select(dim, i) for v, dim in zip(flat, dims, strict=True)]
+        found.append(distill_backward(*tree_unflatten(one, tree)))
+    return tuple(map(torch.stack, zip(*found, strict=True))), (0, 0, 0)
+
+
 def _setup_context(ctx, inputs, output):
     (
         student, weight, bias, labels, teacher, teacher_weight, teacher_bias, row_inputs,
@@ -197,13 +211,43 @@ def _backward(ctx, d_loss, d_token_loss, d_stats, *_):
 distill.register_autograd(_backward, setup_context=_setup_context)
 
 
+class _Distill(torch.autograd.Function):
+    """`distill` inside torch.func's transforms, which take no custom op's autograd."""
+
+    @staticmethod
+    def forward(*arguments):
+        return distill(*arguments)
+
+    setup_context = staticmethod(_setup_context)
+    backward = staticmethod(_backward)
+    jvp = staticmethod(transforms.raise_forward_mode)  # type: ignore[assignment]
+
+    @staticmethod
+    def vmap(info, in_dims, *arguments):
+        """Of a vmap over other tensors than these, which are refused (`check_unbatched`)."""
+        found = _Distill.apply(*arguments)
+        return found, (None,) * len(found)
+
+
+def differentiable_distill(*arguments):
+    """`distill`, inside of transforms and outside."""
+    inside = not torch.compiler.is_compiling() and transforms.active()
+    return _Distill.apply(*arguments) if inside else distill(*arguments)
+
+
 class _Constant(torch.autograd.Function):
     """A gradient that cannot be differentiated. It hangs on the loss, and so on the loss's inputs:
     `once_differentiable` would leave it without a graph, and drop it from a sum that has one."""
 
+    generate_vmap_rule = True
+
     @staticmethod
-    def forward(ctx, gradient, loss):
+    def forward(gradient, loss):
         return gradient.view_as(gradient)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        pass
 
     @staticmethod
     def backward(ctx, *_):
@@ -245,7 +289,8 @@ def kept_gradients(ctx, saved, d_loss) -> list[Tensor | None]:
     for i, (gradient, dtype) in enumerate(zip(saved, ctx.dtypes, strict=True)):
         if d_loss is None or not ctx.needs[i]:
             continue
-        if i == 1 and ctx.main_weight is not None and offers_main_grad(ctx.main_weight):
+        main = i == 1 and ctx.main_weight is not None and not transforms.batched(d_loss)
+        if main and offers_main_grad(ctx.main_weight):
             gradients[i] = add_to_main_grad(ctx.main_weight, gradient, d_loss)
         else:
             gradients[i] = scaled(gradient, d_loss, dtype, last_use=not _graph_is_kept())
@@ -282,16 +327,18 @@ def carry(coefs, loss_scale, d_loss, d_token_loss, d_stats) -> Tensor:
     if d_stats is not None:
         # d(log p(y))/dz = 1[v = y] - p and d(H)/dz = -p (log p + H)
         d_log_prob = d_stats[Stat.LOG_PROB]
-        extra = torch.zeros_like(carried)
-        extra[Coef.P] = extra[Coef.P_TOP_K] = extra[Coef.LABEL] = -d_log_prob
+        extra = dict.fromkeys((Coef.P, Coef.P_TOP_K, Coef.LABEL), -d_log_prob)
         extra[Coef.ENTROPY_WEIGHT] = d_stats[Stat.ENTROPY]
-        carried = carried + extra
+        nothing = torch.zeros_like(d_log_prob)  # stacked, as a batch of gradients allows no writing
+        carried = carried + torch.stack([extra.get(row, nothing) for row in Coef])
     return carried
 
 
 def scaled(gradient: Tensor, factor: Tensor, dtype: torch.dtype, last_use: bool = False) -> Tensor:
     """gradient * factor, rounded once to dtype, without a float32 copy of the whole; with
     `last_use` in the gradient's own memory where that can be."""
+    if transforms.batched(factor):
+        return (gradient * factor).to(dtype)
     # A traced gradient belongs to the graph.
     if last_use and gradient.dtype == dtype and type(gradient) is Tensor:
         on_cpu = factor.device.type == "cpu"  # where a look at it waits for nothing

@@ -58,11 +58,24 @@ _STAT_NAMES = {row: row.name.lower() for row in Stat} | {
 class _Product(torch.autograd.Function):
     """a @ b, which no autocast rounds: neither in the forward nor around the backward."""
 
+    generate_vmap_rule = True
+
     @staticmethod
-    def forward(ctx, a, b):
-        ctx.save_for_backward(a, b)
+    def forward(a, b):
         with without_autocast(a.device.type):
             return a @ b
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.save_for_backward(*inputs)
+        ctx.save_for_forward(*inputs)
+
+    @staticmethod
+    def jvp(ctx, d_a, d_b):
+        a, b = ctx.saved_tensors
+        parts = [] if d_a is None else [_Product.apply(d_a, b)]
+        parts += [] if d_b is None else [_Product.apply(a, d_b)]
+        return sum(parts)
 
     @staticmethod
     def backward(ctx, d_out):
