@@ -338,7 +338,7 @@ def test_progress(tmp_path, capsys, rich_progress):
     pytest.importorskip("rich")
     trainer = make(tmp_path, rich_progress=rich_progress, disable_tqdm=False)
     shown = [type(callback).__name__ for callback in trainer.callback_handler.callbacks]
-    assert ("RichProgressCallback" in shown) == bool(rich_progress)
+    assert ("Progress" in shown) == bool(rich_progress)
     assert ("ProgressCallback" in shown) == (not rich_progress)
     trainer.train()
     assert ("Training" in capsys.readouterr().out) == bool(rich_progress)

@@ -352,6 +352,9 @@ def test_train_from_a_file(run_file, peft):
     assert (out / saved).exists() and (out / "tokenizer.json").exists()
     if peft == '{"r": 2}':
         assert json.loads((out / "adapter_config.json").read_text())["r"] == 2
+    card = (out / "README.md").read_text()
+    assert "of `student`, trained to match `teacher` on `prompts.jsonl`." in card
+    assert str(run_file.parent) not in card and "Objective: TrOPD" in card
 
 
 def test_train_with_a_served_teacher(run_file, capsys):
@@ -474,6 +477,17 @@ def test_resume_from_the_last(run_file, capsys):
     capsys.readouterr()
     assert cli.main([*arguments, "--resume_from_checkpoint", "true"]) == 0
     assert capsys.readouterr().out.count("'loss'") == 1
+
+
+def test_the_output_folder_is_no_checkpoint(run_file, capsys):
+    """A finished run's has a model and a log, but nothing of the optimiser."""
+    arguments = ["train", "--config", str(run_file), "--max_steps", "1"]
+    out = str(run_file.parent / "out")
+    assert cli.main(arguments) == 0
+    assert (run_file.parent / "out" / "trainer_state.json").is_file()
+    assert cli.main([*arguments, "--resume_from_checkpoint", out]) == 2
+    error = capsys.readouterr().err
+    assert f"there is no checkpoint {out}; expected a folder, true for the last" in error
 
 
 def test_what_is_missing_comes_first(capsys, run_file):

@@ -83,12 +83,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def train(arguments: Sequence[str]) -> int:
-    """`tropd train`: trains, then saves model and tokenizer in `output_dir`."""
+    """`tropd train`: trains, then saves model, tokenizer and model card in `output_dir`."""
     run, config = parse_run(arguments)
     checkpoint = find_checkpoint(config)
     trainer = make_trainer(run, config)
+    trainer.dataset_name = run.dataset
     trainer.train(resume_from_checkpoint=checkpoint)
     trainer.save_model()
+    trainer.create_model_card()
     return 0
 
 
@@ -122,6 +124,8 @@ def find_checkpoint(config: Any) -> str | None:
     "false", "none" and "" for none."""
     from transformers.trainer_utils import get_last_checkpoint
 
+    from .trainer.progress import is_checkpoint
+
     given = str(config.resume_from_checkpoint or "")
     if given.lower() in ("", "false", "none"):
         return None
@@ -130,7 +134,7 @@ def find_checkpoint(config: Any) -> str | None:
         given = (get_last_checkpoint(folder) if folder.is_dir() else None) or ""
         if not given:
             raise UsageError(f"resume_from_checkpoint: there is no checkpoint in {folder}")
-    if not Path(given, "trainer_state.json").is_file():
+    if not is_checkpoint(given):
         raise UsageError(
             f"resume_from_checkpoint: there is no checkpoint {given}; expected a folder, true for "
             "the last of output_dir, or false"

@@ -11,6 +11,8 @@
 | server.py    | the client of a served teacher                                            |
 | checks.py    | inputs that are refused: tokenizers, data sets, prompts, losses           |
 | regions.py   | completions with their tokens coloured: trusted, outlier, prefix          |
+| progress.py  | what a run shows at a terminal, and the log that it leaves                |
+| card.py      | the model card: objective, paper, models, data, versions                  |
 | metrics.py   | per-token statistics to logged means, over all processes                  |
 
 Needs TRL: `pip install 'tropd-kernels[trainer]'`. The rest of the package does not.

@@ -136,7 +136,8 @@ class TrOPDConfig(DistillationConfig):
         (default): from all.
     disable_dropout: switches dropout off however the student does it, also in its config, with
         which it is saved.
-    rich_progress: rich's progress display in place of tqdm's; None (default): at a terminal.
+    rich_progress: rich's progress display in place of tqdm's; None (default): at a terminal. Each
+        log is a line in either.
     log_regions: with each log, shows a few completions with their tokens coloured by region
         (trusted, outlier, prefix) in the terminal and in `output_dir`/regions.
 

@@ -18,9 +18,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import is_peft_model
+from huggingface_hub import ModelCard
 from torch import Tensor
-from transformers import PreTrainedModel, ProgressCallback, TrainerCallback
-from trl import RichProgressCallback  # type: ignore[attr-defined]
+from transformers import PreTrainedModel, PrinterCallback, ProgressCallback, TrainerCallback
 from trl.data_utils import prepare_multimodal_messages
 from trl.trainer.utils import get_config_model_id
 
@@ -28,7 +29,7 @@ from ..draws import bernoulli_uniforms
 from ..functional import DistillationOutput, TokenStats, linear_distillation_loss
 from ..objectives import OPD, SFT, TokenRule
 from ..teachers import HiddenTeacher, Teacher
-from . import credit, metrics, sampling, signals
+from . import card, credit, metrics, progress, sampling, signals
 from .adapter import DistillationAdapter, Side
 from .checks import (
     check_dataset,
@@ -76,6 +77,9 @@ class TrOPDTrainer(DistillationAdapter):
     train_dataset, eval_dataset, processing_class, callbacks, optimizers, quantization_config,
     peft_config, tools: as in TRL.
 
+    Attribute `dataset_name` (None): what the model card calls the data: a name on the hub, or a
+    file.
+
     Raises, before training: ValueError or TypeError for a head that cannot be read (an adapter on
     it, quantised, logits that no scale and cap express), a teacher with another tokenizer or with
     the student's own tensors, an end of completions or padding that a model does not have, a
@@ -90,12 +94,7 @@ class TrOPDTrainer(DistillationAdapter):
     checkpoint to go on from, if one was saved.
     """
 
-    _tag_names = ["trl", "tropd"]  # noqa: RUF012
-    _name = "TrOPD"
-    _paper = {  # noqa: RUF012
-        "title": "Trust Region On-Policy Distillation",
-        "id": "2606.01249",
-    }
+    _tag_names = ["trl", "tropd-kernels", "distillation"]  # noqa: RUF012
 
     def __init__(
         self,
@@ -130,6 +129,7 @@ class TrOPDTrainer(DistillationAdapter):
                         f"{key}: the student is already a model; leave {key} out, or give the "
                         "student by its name"
                     )
+        self.dataset_name: str | None = None
         self._samples: list[Sample] = []
         self._server: ServedTeacher | None = None
         loaded = self._loaded_teacher(teacher_model, args)
@@ -152,6 +152,9 @@ class TrOPDTrainer(DistillationAdapter):
         if args.teacher_model_server_url:
             has_text = present is None or args.prefix_column in present
             self._server = ServedTeacher(args, writes=guided and not has_text)
+        served = self._server.model if self._server else None
+        self._card_subject = card.subject(model, loaded, served, args)
+        self._tag_names = [*self._tag_names, args.objective]
         super().__init__(
             model, loaded, args, train_dataset, eval_dataset, processing_class, callbacks,
             optimizers, quantization_config, peft_config, tools,
@@ -169,8 +172,9 @@ class TrOPDTrainer(DistillationAdapter):
             warnings.warn(warning, stacklevel=2)
         at_terminal = sys.stdout.isatty() and not args.disable_tqdm
         if at_terminal if args.rich_progress is None else args.rich_progress:
-            self.remove_callback(ProgressCallback)
-            self.add_callback(RichProgressCallback)
+            for shown in (ProgressCallback, PrinterCallback):  # one of them, which prints the logs
+                self.remove_callback(shown)
+            self.add_callback(progress.Progress)
 
     @staticmethod
     def _loaded_teacher(teacher_model: Any, args: TrOPDConfig) -> Any:
@@ -210,6 +214,53 @@ class TrOPDTrainer(DistillationAdapter):
             raise ValueError("train_dataset: none was given, so that this trainer only evaluates")
         check_trainable(self.model)
         return super().get_train_dataloader()
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *rest: Any, **keywords: Any):
+        """As transformers'. However training ends, the log so far is in `trainer_state.json` in
+        output_dir. Raises ValueError for an output_dir in place of one of its checkpoints."""
+        given = resume_from_checkpoint
+        if isinstance(given, (str, Path)) and Path(given, progress.STATE).is_file():
+            if not progress.is_checkpoint(given):
+                raise ValueError(
+                    f"resume_from_checkpoint: there is no checkpoint {given}, which holds the end "
+                    "of a run: give one of its folders checkpoint-..., or True for the last of "
+                    "output_dir"
+                )
+        try:
+            return super().train(resume_from_checkpoint, *rest, **keywords)
+        finally:
+            progress.close(self.callback_handler.callbacks)
+            if self.args.should_save and self.state.log_history:
+                self.save_state()
+
+    def create_model_card(
+        self,
+        model_name: str | None = None,
+        dataset_name: str | None = None,
+        tags: str | list[str] | None = None,
+    ) -> None:
+        """Writes README.md in output_dir: TRL's metadata over the text of `card.py`.
+
+        dataset_name: of the hub, or a file; None takes `dataset_name` of the trainer.
+        """
+        if not self.is_world_process_zero():
+            return
+        output = Path(self.args.output_dir)
+        name = model_name or (self.hub_model_id or output.resolve().name).split("/")[-1]
+        data = dataset_name or self.dataset_name
+        on_hub = card.named(data).hub if data else None
+        super().create_model_card(name, on_hub, tags)
+        made = ModelCard.load(output / "README.md")
+        peft = is_peft_model(self.model)
+        made.data.base_model = self._card_subject.student.hub
+        made.data.library_name = "peft" if peft else made.data.library_name
+        made.data.pop("licence", None)  # a placeholder
+        badges = [line.strip() for line in made.text.splitlines() if line.lstrip()[:5] == "[<img"]
+        made.text = "\n" + card.write(
+            self._card_subject, self.args, name, hub_model_id=self.hub_model_id, dataset=data,
+            chat=bool(self.processing_class.chat_template), badges=badges, peft=peft,
+        )  # fmt: skip
+        made.save(output / "README.md")
 
     # The loss.
 

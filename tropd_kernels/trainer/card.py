@@ -1,0 +1,317 @@
+"""The model card of a run: what the student was trained with, on, from and by whom.
+
+TRL's card names its trainer's one method and paper. Here the method is the config's objective, so
+the text is written from the config and from the names that the trainer was given; the metadata is
+TRL's. A model in a folder goes by the folder's last part: a card is published, and a machine's
+paths are nobody's business. What is not known is left out.
+"""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
+
+from .. import __version__
+from .config import TrOPDConfig
+
+_REPOSITORY = "https://github.com/huggingface/trl"
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where an objective is from.
+
+    id: of arXiv, or None where `url` is all there is.
+    """
+
+    title: str
+    authors: str
+    year: int
+    id: str | None = None
+    url: str = ""
+
+    @property
+    def link(self) -> str:
+        return f"[{self.title}]({self.url or f'https://huggingface.co/papers/{self.id}'})"
+
+    @property
+    def bibtex(self) -> str:
+        name = self.authors.split(" and ")[0].split()[-1].lower()
+        word = re.sub(r"\W", "", self.title.split()[0]).lower()
+        fields = {"title": f"{{{self.title}}}", "author": self.authors, "year": str(self.year)}
+        if self.id:
+            fields |= {"eprint": self.id, "archivePrefix": "arXiv"}
+        else:
+            fields["url"] = self.url
+        lines = (f"  {key:<13} = {{{value}}}," for key, value in fields.items())
+        return "\n".join([f"@misc{{{name}{self.year}{word},", *lines, "}"])
+
+
+_TROPD = Source(
+    "Trust Region On-Policy Distillation",
+    "Xingrun Xing and Haoqing Wang and Boyan Gao and Ziheng Li and Yehui Tang", 2026, "2606.01249",
+)  # fmt: skip
+_SURVEY = Source(
+    "A Formula-Driven Survey and Research Agenda for On-Policy Distillation", "Bowen Zhang",
+    2026, "2606.22793",
+)  # fmt: skip
+_DISTILLM = Source(
+    "DistiLLM: Towards Streamlined Distillation for Large Language Models",
+    "Jongwoo Ko and Sungnyun Kim and Tianyi Chen and Se-Young Yun", 2024, "2402.03898",
+)  # fmt: skip
+_BLOG = Source(
+    "On-Policy Distillation", "Kevin Lu and {Thinking Machines Lab}", 2025,
+    url="https://thinkingmachines.ai/blog/on-policy-distillation/",
+)  # fmt: skip
+_GKD = Source(
+    "On-Policy Distillation of Language Models: Learning from Self-Generated Mistakes",
+    "Rishabh Agarwal and Nino Vieillard and Yongchao Zhou and Piotr Stanczyk and Sabela Ramos "
+    "Garea and Matthieu Geist and Olivier Bachem", 2023, "2306.13649",
+)  # fmt: skip
+_EOPD = Source(
+    "Entropy-Aware On-Policy Distillation of Language Models",
+    "Woogyeol Jin and Taywon Min and Yongjin Yang and Swanand Ravindra Kadhe and Yi Zhou and "
+    "Dennis Wei and Nathalie Baracaldo and Kimin Lee", 2026, "2603.07079",
+)  # fmt: skip
+_REOPOLD = Source(
+    "Scaling Reasoning Efficiently via Relaxed On-Policy Distillation",
+    "Jongwoo Ko and Sara Abdali and Young Jin Kim and Tianyi Chen and Pashmina Cameron",
+    2026, "2603.11137",
+)  # fmt: skip
+_AOPD = Source(
+    "Asymmetric On-Policy Distillation: Bridging Exploitation and Imitation at the Token Level",
+    "Nan Jia and Haojin Yang and Xing Ma and Jiesong Lian and Shuailiang Zhang and Weipeng Zhang "
+    "and Ke Zeng and Xunliang Cai", 2026, "2605.06387",
+)  # fmt: skip
+_TODI = Source(
+    "ToDi: Token-wise Distillation via Fine-Grained Divergence Control",
+    "Seongryong Jung and Suwan Yoon and DongGeon Kim and Hwanhee Lee", 2025, "2505.16297",
+)  # fmt: skip
+_AKL = Source(
+    "Rethinking Kullback-Leibler Divergence in Knowledge Distillation for Large Language Models",
+    "Taiqiang Wu and Chaofan Tao and Jiahao Wang and Runming Yang and Zhe Zhao and Ngai Wong",
+    2024, "2404.02657",
+)  # fmt: skip
+
+_WHOLE = "over the whole vocabulary, on every token"
+#: Name, what it does on a token, and where it is from, of each objective.
+OBJECTIVES: Mapping[str, tuple[str, str, Source | None]] = {
+    "tropd": (
+        "TrOPD",
+        "K1 (the sampled reverse KL) where the teacher accepts the token, else the forward KL on "
+        "its top-k",
+        _TROPD,
+    ),
+    "opd": ("OPD", "K1 (the sampled reverse KL) as a policy gradient", _BLOG),
+    "clip_outlier": ("OPD with clipped outliers", "K1 floored at a static threshold", _TROPD),
+    "mask_outlier": ("OPD with masked outliers", "K1 above a static threshold", _TROPD),
+    "reopold": ("REOPOLD", "floored K1; masked at first, then ranked by entropy", _REOPOLD),
+    "eopd": ("EOPD", "PPO-clipped K1, and forward KL where the teacher is unsure", _EOPD),
+    "entropy_opd": ("Entropy OPD", "K1 on the student's most uncertain tokens", _SURVEY),
+    "aopd": ("AOPD", "K1 where it rewards, forward KL where it punishes", _AOPD),
+    "gkd": (
+        "GKD",
+        "the Jensen-Shannon divergence, of which beta 0 is the forward KL and 1 the reverse KL",
+        _GKD,
+    ),
+    "mopd": ("MOPD", "a mass-corrected reverse KL on the teacher's top-k", _SURVEY),
+    "topk_jsd": ("Top-k JSD", "a Jensen-Shannon divergence on the teacher's top-k", _TROPD),
+    "sft": ("SFT", "cross-entropy", None),
+    "forward_kl": ("Forward KL", f"KL(teacher || student) {_WHOLE}", None),
+    "reverse_kl": ("Reverse KL", f"KL(student || teacher) {_WHOLE}", None),
+    "jeffreys": ("Jeffreys divergence", "the sum of forward and reverse KL", None),
+    "jsd": ("Jensen-Shannon divergence", _WHOLE, None),
+    "skew_forward": ("Skewed forward KL", _WHOLE, _DISTILLM),
+    "skew_reverse": ("Skewed reverse KL", _WHOLE, _DISTILLM),
+    "alpha": ("Alpha divergence", _WHOLE, None),
+    "chi2": ("Chi-squared divergence", _WHOLE, None),
+    "total_variation": ("Total variation", _WHOLE, None),
+    "todi": ("ToDi", "forward and reverse KL, blended per id", _TODI),
+    "akl": ("Adaptive KL (AKL)", "forward and reverse KL, blended per token", _AKL),
+}
+
+_TRL_BIBTEX = f"""@software{{vonwerra2020trl,
+  title   = {{{{TRL: Transformers Reinforcement Learning}}}},
+  author  = {{von Werra, Leandro and Belkada, Younes and Tunstall, Lewis and Beeching, Edward and \
+Thrush, Tristan and Lambert, Nathan and Huang, Shengyi and Rasul, Kashif and Gallouédec, Quentin}},
+  license = {{Apache-2.0}},
+  url     = {{{_REPOSITORY}}},
+  year    = {{2020}}
+}}"""
+
+
+@dataclass(frozen=True)
+class Named:
+    """A model or a data set, by a name fit to be published.
+
+    hub: its name on the hub, where it has one; else `text` says what it is.
+    """
+
+    text: str
+    hub: str | None = None
+
+    def link(self, kind: str = "") -> str:
+        if self.hub is None:
+            return self.text
+        return f"[{self.hub}](https://huggingface.co/{kind}{self.hub})"
+
+
+def named(name: str) -> Named:
+    """Of a name on the hub, or of a folder or file, which gives its last part alone."""
+    parts = [part for part in re.split(r"[/\\]+", name) if part]
+    for part in parts:  # a snapshot in the hub's cache
+        if match := re.fullmatch(r"(?:models|datasets)--(?:(.+?)--)?(.+)", part):
+            return _on_hub("/".join(filter(None, match.groups())))
+    path = Path(name).expanduser()
+    if path.exists():
+        return Named(f"`{path.resolve().name}`")
+    try:
+        validate_repo_id(name)
+    except HFValidationError:  # more parts than owner/name, or signs that the hub does not take
+        return Named(f"`{parts[-1]}`" if parts else "`.`")
+    if path.suffix in (".json", ".jsonl", ".parquet"):
+        return Named(f"`{path.name}`")
+    return _on_hub(name)
+
+
+def _on_hub(name: str) -> Named:
+    return Named(f"`{name}`", name)
+
+
+def named_model(model: Any) -> Named:
+    """Of a model's name, or of a model: by the name that it was loaded by, or else by its class."""
+    if isinstance(model, str):
+        return named(model)
+    loaded = getattr(model.config, "_name_or_path", "") or ""
+    if loaded:
+        return named(loaded)
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    kind = type(base).__name__
+    return Named(f"{'an' if kind[0] in 'AEIO' else 'a'} `{kind}` without a name")
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What a card is about, as the trainer was given it.
+
+    student: where training began. teacher: as it stands in a sentence, or None where there is none.
+    """
+
+    student: Named
+    teacher: str | None = None
+
+
+def subject(model: Any, teacher: Any, served: str | None, args: TrOPDConfig) -> Subject:
+    """Of what `TrOPDTrainer` was given. served: the name of a teacher behind a server."""
+    if args.precomputed_teacher:
+        who: str | None = "a teacher whose log-probs were computed before and came with the data"
+    elif served is not None:
+        parts = [part for part in re.split(r"[/\\]+", served) if part]
+        path = not parts or served.startswith(("/", ".", "~")) or len(parts) > 2
+        who = f"`{parts[-1] if path and parts else served}`, behind a server"
+    elif teacher is not None:
+        who = named_model(teacher).link()
+    else:
+        who = None
+    return Subject(named_model(model), who)
+
+
+def write(
+    about: Subject,
+    args: TrOPDConfig,
+    model_name: str,
+    *,
+    hub_model_id: str | None = None,
+    dataset: str | None = None,
+    chat: bool = True,
+    badges: list[str] | None = None,
+    peft: bool = False,
+) -> str:
+    """The card's text, in Markdown, without its metadata.
+
+    dataset: name on the hub, or a file. chat: the model takes messages. badges: links to the run's
+    trackers, in Markdown. peft: the model is an adapter.
+    """
+    title, words, source = OBJECTIVES[args.objective]
+    if source:
+        title = f"{title} ({source.link})"
+    data = f" on {named(dataset).link('datasets/')}" if dataset else ""
+    taught = f" to match {about.teacher}" if about.teacher and args.rule().uses_teacher else ""
+    sections = [
+        f"# Model Card for {model_name}",
+        f"This model is a fine-tuned version of {about.student.link()}, trained{taught}{data}.\n"
+        f"It has been trained with tropd-kernels, on [TRL]({_REPOSITORY}).",
+        "## Quick start",
+        _quick_start(hub_model_id or model_name, chat),
+        "## Training procedure",
+        *(badges or []),
+        f"Objective: {title}: {words}.",
+        *_settings(about, args),
+        "### Framework versions",
+        "\n".join(f"- {name}: {number}" for name, number in _versions(peft).items()),
+        "## Citations",
+    ]
+    if source:
+        sections.append(_cite(OBJECTIVES[args.objective][0], source.bibtex))
+    return "\n\n".join([*sections, _cite("TRL", _TRL_BIBTEX)]) + "\n"
+
+
+def _settings(about: Subject, args: TrOPDConfig) -> list[str]:
+    """A list of what else shaped the loss or the completions, where something did."""
+    lines = []
+    knobs: dict[str, Any] = dict(args.objective_kwargs or {})  # type: ignore[arg-type]
+    if args.beta is not None:
+        knobs["beta"] = args.beta
+    elif args.objective in ("gkd", "jsd"):
+        knobs["beta"] = args.rule().divergence_parameter
+    if knobs:
+        given = ", ".join(f"`{key}={value!r}`" for key, value in knobs.items())
+        lines.append(f"Knobs of `{args.objective}`: {given}.")
+    text = about.teacher or f"the teacher, from column `{args.prefix_column}`"
+    if args.prefix_schedule != "none":
+        lines.append(
+            f"Guidance prefix: `{args.prefix_schedule}` schedule, {args.prefix_length} tokens at "
+            "first, written by the teacher."
+        )
+    if args.lmbda < 1:
+        lines.append(
+            f"Share of on-policy steps: {args.lmbda:g}; in the others the completions are those of "
+            f"{text}."
+        )
+    if args.kl_discount_factor:
+        lines.append(f"Rewards discounted by {args.kl_discount_factor:g} a token.")
+    if args.importance_gamma is not None:
+        lines.append(f"Importance weights (arXiv 2606.22600), gamma {args.importance_gamma:g}.")
+    if args.drift_tau is not None:
+        lines.append(f"Policy-drift gates (arXiv 2606.24084), tau {args.drift_tau:g}.")
+    return ["\n".join(f"- {line}" for line in lines)] if lines else []
+
+
+def _quick_start(name: str, chat: bool) -> str:
+    question = "Which is the largest prime below 100?"
+    given = f'[{{"role": "user", "content": "{question}"}}]' if chat else f'"{question}"'
+    return (
+        "```python\nfrom transformers import pipeline\n\n"
+        f'generator = pipeline("text-generation", model="{name}", device_map="auto")\n'
+        f"output = generator({given}, max_new_tokens=128, return_full_text=False)[0]\n"
+        'print(output["generated_text"])\n```'
+    )
+
+
+def _versions(peft: bool) -> dict[str, str]:
+    packages = {"TRL": "trl", "Transformers": "transformers", "PyTorch": "torch"}
+    packages |= {"Datasets": "datasets", "Tokenizers": "tokenizers"}
+    if peft:
+        packages["PEFT"] = "peft"
+    return {"tropd-kernels": __version__} | {
+        name: version(package) for name, package in packages.items()
+    }
+
+
+def _cite(name: str, entry: str) -> str:
+    return f"Cite {name} as:\n\n```bibtex\n{entry}\n```"
