@@ -116,13 +116,14 @@ def test_names_without_paths(name, text, hub):
     assert card.named(name) == card.Named(text, hub)
 
 
-@pytest.mark.parametrize("name", ["teacher", "/srv/models/teacher"])
-def test_a_served_teacher_by_its_served_name(tmp_path, name):
+def test_a_served_teacher_by_its_served_name(tmp_path):
     with serve(tiny.model(1), tiny.tokenizer()) as served:
-        served.faults.models = [{"id": name}]
-        _, text = made(make(tmp_path / "run", teacher_model_server_url=served.url, **FORWARD_KL))
-    assert "trained to match `teacher`, behind a server." in text and "/srv" not in text
+        trainer = make(tmp_path / "run", teacher_model_server_url=served.url, **FORWARD_KL)
+        _, text = made(trainer)
+    assert "trained to match `teacher`, behind a server." in text
     assert served.url not in text
+    of_a_folder = card.subject(tiny.model(0), None, "/srv/models/teacher", trainer.args)
+    assert of_a_folder.teacher == "`teacher`, behind a server"
 
 
 def test_a_precomputed_teacher_and_none(tmp_path):

@@ -233,7 +233,7 @@ class TrOPDTrainer(DistillationAdapter):
             if self.args.should_save and self.state.log_history:
                 self.save_state()
 
-    def create_model_card(
+    def create_model_card(  # type: ignore[override]
         self,
         model_name: str | None = None,
         dataset_name: str | None = None,
