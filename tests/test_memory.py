@@ -118,10 +118,14 @@ def test_workspace_is_what_the_plan_says(dtype, frozen, backend, tokens, h, devi
         pytest.skip("this backend is for the other device")
     v, g = 50_000, 64
     hidden = torch.randn(tokens, h, device=device).to(dtype).requires_grad_()
-    weight = torch.randn(v, h, device=device).to(dtype).requires_grad_(not frozen)
-    teacher = HiddenTeacher(
-        torch.randn(tokens, g, device=device).to(dtype), torch.randn(v, g, device=device).to(dtype)
-    )
+
+    def head(width):
+        # Logits of a standard deviation of 3: the softmax of a wider spread holds subnormal
+        # numbers, with which some processors multiply ten times slower.
+        return torch.randn(v, width, device=device).mul_(3 / width**0.5).to(dtype)
+
+    weight = head(h).requires_grad_(not frozen)
+    teacher = HiddenTeacher(torch.randn(tokens, g, device=device).to(dtype), head(g))
     labels = torch.randint(v, (tokens,), device=device)
 
     def run():
