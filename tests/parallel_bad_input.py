@@ -149,7 +149,8 @@ def bad_inputs(ranks):
         yield name, partial(refused, match, everywhere=everywhere, **wrong)
     half, by_name = torch.zeros(n, 16).bfloat16(), dict(process_group="world")
     for match, kind, wrong, everywhere in (
-        (f"{at_fault}: student hidden is", TypeError, dict(hidden=half), {}),
+        (f"{at_fault}: student hidden must be of a float", TypeError, dict(hidden=half.long()), {}),
+        (disagree("hidden"), ValueError, dict(hidden=half), {}),
         (f"{at_fault}: objective must be", TypeError, dict(objective=3), {}),
         ("backend='reference' takes no", NotImplementedError, {}, dict(backend="reference")),
         ("process_group must be", TypeError, {}, by_name),

@@ -137,9 +137,6 @@ HEADS = {
         dict(weight=of(V, H).to(torch.float8_e4m3fn)), TypeError, "student weight", "float8_e4m3fn",
         "bfloat16", "dequantise",
     ),
-    "two dtypes": (
-        dict(hidden=of(*SHAPE, H).double()), TypeError, "student hidden", "student weight", "cast",
-    ),
     "bias is no tensor": (dict(bias=0.5), TypeError, "student bias"),
     "bias of integers": (dict(bias=labels(V)), TypeError, "student bias", "float", "int64"),
     "bias of another height": (dict(bias=of(V + 1)), ValueError, "student bias", "(7,)", "(8,)"),
@@ -493,9 +490,6 @@ TEACHERS = {
     ),
     "bias of another height": (
         lambda: hidden_teacher(bias=of(V - 1)), ValueError, "teacher bias", "(7,)", "(6,)",
-    ),
-    "two dtypes": (
-        lambda: hidden_teacher(weight=of(V, G).double()), TypeError, "teacher hidden", "cast",
     ),
     "scale 0": (lambda: hidden_teacher(logit_scale=0), ValueError, "teacher logit_scale", "not 0"),
     "cap 0": (lambda: hidden_teacher(softcap=0), ValueError, "teacher softcap", "positive"),

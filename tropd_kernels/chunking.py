@@ -104,6 +104,8 @@ def plan_chunks(
     samples_gradient: bool = False,
     wide_weight_grad: bool = False,
     vocab_parallel: bool = False,
+    weight_dtype: torch.dtype | None = None,
+    teacher_weight_dtype: torch.dtype | None = None,
 ) -> ChunkPlan:
     """The chunk sizes, GEMM work and workspace of one call of `linear_distillation_loss`.
 
@@ -116,6 +118,8 @@ def plan_chunks(
     wide_weight_grad: d_weight stays in float32, for a weight with `main_grad`; the accumulator then
         is the gradient.
     vocab_parallel: `vocab_size` is that of the largest shard, with `process_group`.
+    weight_dtype, teacher_weight_dtype: of the heads, where they differ from that of the hidden
+        states, `dtype`: the call copies them into it.
 
     Raises ValueError where even one step does not fit the budget, and for sizes or a backend that
     no call has.
@@ -140,7 +144,11 @@ def plan_chunks(
     in_place = products.gradient_dtype == products.result_dtype
     gradients = needs_hidden_grad or needs_weight_grad
     samples_gradient = samples_gradient and gradients
-    rounds = products.rounds_d_weight and needs_weight_grad and not wide_weight_grad
+    casts = weight_dtype not in (None, dtype)
+    teacher_casts = teacher_hidden_size and teacher_weight_dtype not in (None, dtype)
+    copied = (hidden_size if casts else 0) + (teacher_hidden_size if teacher_casts else 0)
+    rounds = products.rounds_d_weight and needs_weight_grad
+    rounds = rounds and not (wide_weight_grad or casts)
     repeats = 2 if reduction == "none" and gradients else 1
     widths = [hidden_size] + ([teacher_hidden_size] if teacher_hidden_size else [])
     longest = max(MULTIPLE, -(-tokens // MULTIPLE) * MULTIPLE)
@@ -161,6 +169,7 @@ def plan_chunks(
             if needs_hidden_grad
             else 0,
             "statistics and coefficients": logit_size * tokens * (len(Stat) + len(Coef)),
+            "heads in the hidden states' dtype": dtype.itemsize * vocab_size * copied,
             "temporaries": scratch,
             "sample of ids": selection_workspace(
                 super_rows, vocab_size, hidden_size, products.gradient_dtype, products.result_dtype

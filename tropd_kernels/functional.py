@@ -126,8 +126,10 @@ def linear_distillation_loss(
 ) -> DistillationOutput:
     """Distillation loss of a student's head, without ever holding the logits of all tokens.
 
-    hidden: last hidden states, so placed that hidden[i] predicts labels[i]. weight: the head. A
-    side that does not require grad costs no GEMM.
+    hidden: last hidden states, so placed that hidden[i] predicts labels[i]. weight: the head, of
+    any float dtype: the product is in that of hidden, for which a head of another is copied, and
+    the gradient in the head's own, straight from the float32 sums. A side that does not require
+    grad costs no GEMM.
     labels: int64. Tokens with `ignore_index`, or of weight 0, are dropped before the first GEMM;
     `ignore_index=None` says that every token counts, which spares a GPU the one host sync, and with
     it the checks of values: there a label out of range gives NaN in its row. A CPU checks anyway.

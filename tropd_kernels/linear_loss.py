@@ -9,6 +9,10 @@
         d_hidden   = d_logits @ weight                   one product a super-chunk
         d_weight  += d_logits.T @ hidden                 float32 accumulator, rounded at last
 
+A head of another dtype than its hidden states, as the float32 parameter beside what autocast made
+bf16, is copied into theirs for the call (V H elements); its gradient goes from the accumulator
+straight to its own dtype.
+
 Tokens that do not count are dropped before the first GEMM, which costs the call's one host sync;
 the checks of values ride on the same sync. With `ignore_index=None` the caller says that every
 token counts, and there is none.
@@ -56,6 +60,17 @@ class Side:
     bias: Tensor | None = None
     #: Of a shard of the vocabulary whose rows lie in several tensors: those, in the order of ids.
     pieces: tuple[Tensor, ...] = ()
+    #: Of the caller's head, where `weight` is a copy in the dtype of `source`.
+    weight_dtype: torch.dtype | None = None
+
+    def of_one_dtype(self) -> Side:
+        """With the head in the dtype of the hidden states, in which both are multiplied."""
+        if self.weight is None or self.weight.dtype == self.source.dtype:
+            return self
+        dtype = self.source.dtype
+        pieces = tuple(piece.to(dtype) for piece in self.pieces)
+        weight = pieces[0] if pieces else self.weight.to(dtype)
+        return replace(self, weight=weight, pieces=pieces, weight_dtype=self.weight.dtype)
 
     @property
     def vocab_size(self) -> int:
@@ -83,6 +98,11 @@ class Problem:
     @property
     def sides(self) -> tuple[Side, Side | None]:
         return self.student, self.teacher
+
+    def with_heads_cast(self) -> Problem:
+        """Each side with its head in the dtype of its hidden states."""
+        teacher = None if self.teacher is None else self.teacher.of_one_dtype()
+        return replace(self, student=self.student.of_one_dtype(), teacher=teacher)
 
     @property
     def columns(self) -> int:
@@ -133,6 +153,7 @@ class Result:
 def forward(problem: Problem, needs: Needs, loss_scale: Tensor) -> Result:
     """Statistics and coefficients, and with `needs` the gradient of the summed loss times
     `loss_scale`."""
+    problem = problem.with_heads_cast()
     with without_autocast(problem.student.source.device.type):
         return _forward(problem, needs, loss_scale)
 
@@ -163,6 +184,7 @@ def _forward(problem: Problem, needs: Needs, loss_scale: Tensor) -> Result:
 
 def backward(problem: Problem, coefs: Tensor, needs: Needs) -> Result:
     """The gradients that these coefficients (already times the incoming gradient) stand for."""
+    problem = problem.with_heads_cast()
     made = any(side is not None and side.weight is not None for side in problem.sides)
     index = tokens_that_count(problem) if made else None
     result = Result(stats=coefs, coefs=coefs)
@@ -266,6 +288,8 @@ class _Loop:
             max_workspace_bytes=self.problem.max_workspace_bytes if self.has_head else None,
             samples_gradient=self.problem.selection.on,
             wide_weight_grad=self.needs.wide_weight,
+            weight_dtype=student.weight_dtype,
+            teacher_weight_dtype=teacher.weight_dtype if teacher_head else None,
             objective=self.problem.options.rule,
             vocab_parallel=shard is not None,
         )
@@ -380,8 +404,11 @@ class _Loop:
             if total is not None:
                 if self.late_scale is not None:
                     total *= self.late_scale
+                dtype = tensor.dtype
+                if name == "d_weight":
+                    dtype = student.weight_dtype or dtype
                 if name != "d_weight" or not self.needs.wide_weight:
-                    setattr(result, name, total.to(stored_dtype(tensor.dtype)))
+                    setattr(result, name, total.to(stored_dtype(dtype)))
 
     def _products(self, d_logits: Tensor, tokens: slice | Tensor, start: int, last: bool) -> None:
         """Adds these rows' gradients. With the last super-chunk's d_weight is rounded, if the

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from . import reference
 from .linear_loss import Problem, Side, tokens_that_count
-from .products import without_autocast
+from .products import result_dtype, without_autocast
 from .rows.layout import LogitTransform, Stat
 from .values import with_repeats_marked
 
@@ -86,11 +86,37 @@ class _Product(torch.autograd.Function):
         return d_a, d_b
 
 
+class _Rounded(torch.autograd.Function):
+    """A head (V, H) with the values that it has in another dtype, in a dtype that holds those and
+    its gradient, of which only the head's own dtype rounds the latter."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(weight, dtype):
+        return weight.to(dtype).to(result_dtype(dtype))
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.given, ctx.held = inputs[0].dtype, output.dtype
+
+    @staticmethod
+    def backward(ctx, d_out):
+        return d_out.to(ctx.given), None
+
+    @staticmethod
+    def jvp(ctx, d_weight, _):
+        return d_weight.to(ctx.held)
+
+
 def _logits(side: Side, how: LogitTransform, problem: Problem, tokens) -> Tensor:
     rows, v = side.source[tokens].to(problem.dtype), problem.vocab_size
     logits = rows[:, :v]
     if side.weight is not None:
-        logits = _Product.apply(rows, side.weight[:v].to(problem.dtype).t())
+        weight = side.weight[:v]
+        if weight.dtype != side.source.dtype:
+            weight = _Rounded.apply(weight, side.source.dtype)
+        logits = _Product.apply(rows, weight.to(problem.dtype).t())
     if how.bias is not None:
         logits = logits + how.bias.to(problem.dtype)
     return reference.transform_logits(logits, how.scale, how.softcap, how.temperature)

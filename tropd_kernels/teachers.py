@@ -32,7 +32,7 @@ class HiddenTeacher(Summarized):
 
     hidden: (*, G) last hidden states, one per label; G may differ from the student's width.
     weight: (V, G) head; its vocabulary may differ in height from the student's: the ids that both
-        have are used.
+        have are used. Of any float dtype: the product is in that of hidden.
     bias: (V,) or None. logit_scale, softcap: logits = softcap * tanh(scale * (h W^T + b) /
     softcap).
     """
@@ -195,10 +195,6 @@ def check_head(side: str, hidden: Tensor, weight: Tensor, bias: Tensor | None) -
     for name, tensor in (("hidden", hidden), ("weight", weight), ("bias", bias)):
         if tensor is not None:
             check_float(f"{side} {name}", tensor)
-    if hidden.dtype != weight.dtype:
-        raise TypeError(
-            f"{side} hidden is {hidden.dtype} and {side} weight {weight.dtype}: cast one of them"
-        )
     if bias is not None and bias.shape != weight.shape[:1]:
         raise ValueError(
             f"{side} bias must be ({weight.shape[0]},) as the weight has rows, got "
