@@ -74,6 +74,7 @@ def test_every_log_is_a_line_at_a_terminal(tmp_path, monkeypatch, settings):
         assert shown["learning_rate"] == "1e-06"
         assert shown["loss"] == f"{kept['loss']:.4g}" and "tropd/trust_ratio" in shown
     screen = "\n".join(lines(sent))
+    assert screen.count("'loss'") == 3
     assert ("Training" in screen) == (settings.get("rich_progress") is not False)
     assert not re.search(r"learning_rate +0\.000", screen)
 
