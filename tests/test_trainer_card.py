@@ -143,7 +143,7 @@ def test_a_precomputed_teacher_and_none(tmp_path):
 
 def test_the_prefix_schedule(tmp_path):
     _, text = made(make(tmp_path / "run", prefix_schedule="cosine", prefix_length=4))
-    assert "Guidance prefix: `cosine` schedule, 4 tokens at first" in text
+    assert "Guidance prefix: `cosine` schedule, 4 tokens at first, of the teacher's text." in text
     assert "prefix" not in made(make(tmp_path / "run"))[1]
 
 

@@ -86,8 +86,8 @@ def advise_to_build() -> None:
     while frame is not None and frame.f_globals.get("__name__", "").startswith(passed):
         level, frame = level + 1, frame.f_back
     warnings.warn(
-        f"the torch backend serves, where native would be faster on a CPU: {WHY_NOT} "
-        '(backend="torch" chooses it without this warning)',
+        'this call runs on the torch backend, and native would be faster on a CPU (backend="torch" '
+        f"silences this warning): {WHY_NOT}",
         stacklevel=level,
     )
 
@@ -146,5 +146,5 @@ BF16_PRODUCTS = _bf16_products()
 def description() -> str:
     """The instruction sets that are used unless a test asks for others."""
     products = f", products on {BF16_PRODUCTS[0]}" if BF16_PRODUCTS else ""
-    capped = "" if may_use(CAPS[-1]) else f", no more by TROPD_CPU={CAP}"
+    capped = "" if may_use(CAPS[-1]) else f", capped by TROPD_CPU={CAP}"
     return f"rows on {instruction_sets()[0]}{products}{capped}"

@@ -251,7 +251,7 @@ def write(
         "## Training procedure",
         *(badges or []),
         f"Objective: {title}: {words}.",
-        *_settings(about, args),
+        *_settings(args),
         "### Framework versions",
         "\n".join(f"- {name}: {number}" for name, number in _versions(peft).items()),
         "## Citations",
@@ -261,7 +261,7 @@ def write(
     return "\n\n".join([*sections, _cite("TRL", _TRL_BIBTEX)]) + "\n"
 
 
-def _settings(about: Subject, args: TrOPDConfig) -> list[str]:
+def _settings(args: TrOPDConfig) -> list[str]:
     """A list of what else shaped the loss or the completions, where something did."""
     lines = []
     knobs: dict[str, Any] = dict(args.objective_kwargs or {})  # type: ignore[arg-type]
@@ -272,16 +272,14 @@ def _settings(about: Subject, args: TrOPDConfig) -> list[str]:
     if knobs:
         given = ", ".join(f"`{key}={value!r}`" for key, value in knobs.items())
         lines.append(f"Knobs of `{args.objective}`: {given}.")
-    text = about.teacher or f"the teacher, from column `{args.prefix_column}`"
     if args.prefix_schedule != "none":
         lines.append(
             f"Guidance prefix: `{args.prefix_schedule}` schedule, {args.prefix_length} tokens at "
-            "first, written by the teacher."
+            "first, of the teacher's text."
         )
     if args.lmbda < 1:
         lines.append(
-            f"Share of on-policy steps: {args.lmbda:g}; in the others the completions are those of "
-            f"{text}."
+            f"Share of on-policy steps: {args.lmbda:g}; the others train on the teacher's text."
         )
     if args.kl_discount_factor:
         lines.append(f"Rewards discounted by {args.kl_discount_factor:g} a token.")
