@@ -251,7 +251,7 @@ def _compiling_for(target: GPUTarget, seen: Callable) -> Iterator[None]:
         mock.patch.object(JITFunction, "run", compile_only),
         mock.patch.object(triton_launch, "WARP", target.warp_size),
         mock.patch.object(functional, "choose_backend", lambda name, device: name),
-        mock.patch.object(functional, "ops", SimpleNamespace(distill=distill)),
+        mock.patch.object(functional, "ops", SimpleNamespace(differentiable_distill=distill)),
     ):
         yield
 
