@@ -101,6 +101,25 @@ def test_a_value_that_breaks_a_condition_of_the_graph_is_refused(device):
             compiled(*bad)
 
 
+def test_a_divisor_that_breaks_a_condition_of_the_graph_is_refused(device):
+    torch._dynamo.reset()
+    hidden, weight = torch.randn(6, H, device=device), torch.randn(V, H, device=device)
+    labels = torch.randint(V, (6,), device=device)
+    teacher = LogitsTeacher(torch.randn(6, V, device=device))
+
+    def loss(normalizer):
+        return linear_distillation_loss(
+            hidden, weight, labels, teacher, RULE, seed=1, normalizer=normalizer, backend="torch"
+        ).loss
+
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager", dynamic=True)
+    for good in (0.7, 8.0):
+        torch.testing.assert_close(compiled(good), loss(good))
+    for bad in (0.0, -2.0, math.inf, math.nan):
+        with pytest.raises(Exception, match="normalizer must be a positive number"):
+            compiled(bad)
+
+
 def test_a_rule_made_inside_is_a_constant_of_the_graph(device):
     """Its numbers are symbols there, too, where shapes are, but its key is a string."""
     torch._dynamo.reset()

@@ -13,7 +13,7 @@ pytest.importorskip("trl", reason="the trainer needs trl")
 import tiny
 from training import make
 
-from tropd_kernels.trainer import TrOPDConfig
+from tropd_kernels.trainer import TrOPDConfig, TrOPDTrainer
 from tropd_kernels.trainer.effects import BELONGS_TO, WITHOUT_EFFECT
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
@@ -113,9 +113,28 @@ def test_settings_of_a_teacher_that_is_not_loaded(key, value):
         config(**served, **{key: value})
 
 
-def test_how_to_load_a_student_that_is_loaded(tmp_path):
+def test_how_to_load_a_model_that_is_loaded(tmp_path):
+    options = {"dtype": "float32"}
     with pytest.raises(ValueError, match="^model_init_kwargs: the student is already a model"):
-        make(tmp_path, model_init_kwargs={"dtype": "float32"})
+        make(tmp_path, model_init_kwargs=options)
+    with pytest.raises(ValueError, match="^teacher_model_init_kwargs: the teacher is already a mo"):
+        # Said before the student, of which there is nothing here, is looked for.
+        make(tmp_path, student="/no/such/student", teacher_model_init_kwargs=options)
+
+
+def test_without_a_config_the_folder_is_named_after_the_student(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+    class OnACpu(TrOPDConfig):
+        def __init__(self, folder):
+            super().__init__(folder, use_cpu=True, report_to="none")
+
+    monkeypatch.setattr("tropd_kernels.trainer.trainer.TrOPDConfig", OnACpu)
+    for name, folder in (("", "model"), ("/models/small/", "small"), ("a/tiny-1B", "tiny-1B")):
+        student = tiny.model(0)
+        student.config._name_or_path = name
+        trainer = TrOPDTrainer(student, tiny.model(1), processing_class=tiny.tokenizer())
+        assert trainer.args.output_dir == f"{folder}-TrOPD"
 
 
 def opt(p):

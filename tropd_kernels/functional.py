@@ -7,6 +7,7 @@ exist, `linear_log_probs` gives per-token log-probabilities of a head. The mathe
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -518,6 +519,7 @@ def _normalizer(value, device, dtype) -> Tensor:
         if value.numel() != 1:
             raise ValueError(f"normalizer must be one number, got shape {tuple(value.shape)}")
         return value.detach().reshape(()).to(device=device, dtype=dtype)
-    if not is_number(value) or not 0 < value < float("inf"):
+    # Written with a number, since a compiler takes a symbol to be below infinity.
+    if not is_number(value) or not 0 < value <= sys.float_info.max:
         raise ValueError(f"normalizer must be a positive number, got {shown(value)}")
     return as_tensor(float(value), dtype, device)

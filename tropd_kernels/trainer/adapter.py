@@ -269,11 +269,6 @@ class DistillationAdapter(DistillationTrainer):
     def _load_teacher(self, teacher: str | PreTrainedModel) -> None:
         if isinstance(teacher, str):
             teacher = load_teacher(teacher, self.args)
-        elif self.args.teacher_model_init_kwargs is not None:
-            raise ValueError(
-                "teacher_model_init_kwargs: the teacher is already a model; leave the key out, or "
-                "give the teacher by its name"
-            )
         check_own_weights(self.model, teacher)
         refuse_dtensors("teacher_model", teacher)
         ends = getattr(getattr(teacher, "generation_config", None), "eos_token_id", None)

@@ -112,23 +112,23 @@ class TrOPDTrainer(DistillationAdapter):
     ):
         if args is None:
             name = model if isinstance(model, str) else get_config_model_id(model.config)
-            args = TrOPDConfig(f"{name.split('/')[-1]}-TrOPD")
+            args = TrOPDConfig(f"{name.rstrip('/').split('/')[-1] or 'model'}-TrOPD")
         if not isinstance(args, TrOPDConfig):
             raise TypeError(f"args must be a TrOPDConfig, got a {type(args).__name__}")
         if not isinstance(model, str) and not hasattr(model, "generation_config"):
             raise TypeError(
                 f"model: a {type(model).__name__} writes no text: load it with AutoModelForCausalLM"
             )
-        if not isinstance(model, str):
-            for key, value in (
-                ("model_init_kwargs", args.model_init_kwargs),
-                ("quantization_config", quantization_config),
-            ):
-                if value is not None:
-                    raise ValueError(
-                        f"{key}: the student is already a model; leave {key} out, or give the "
-                        "student by its name"
-                    )
+        for whose, given, key, value in (
+            ("student", model, "model_init_kwargs", args.model_init_kwargs),
+            ("student", model, "quantization_config", quantization_config),
+            ("teacher", teacher_model, "teacher_model_init_kwargs", args.teacher_model_init_kwargs),
+        ):
+            if isinstance(given, torch.nn.Module) and value is not None:
+                raise ValueError(
+                    f"{key}: the {whose} is already a model; leave {key} out, or give the {whose} "
+                    "by its name"
+                )
         self.dataset_name: str | None = None
         self._samples: list[Sample] = []
         self._server: ServedTeacher | None = None
