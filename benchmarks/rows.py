@@ -7,6 +7,10 @@
 Bytes are what a pass has to move, each once: float32 logits of student and teacher read, bf16
 d_logits written. 100 % is a large copy on the same machine. A pass that reads a row again may find
 it in a cache, and exceed that; one that computes much cannot reach it.
+
+On a GPU the time is the GPU's, of a CUDA graph's replays (`benchmarks.device_times`): what the host
+takes to launch a pass is more than a pass over a few hundred rows takes. Each pass, and each other
+launch, is a record as it comes (`benchmarks.records`).
 """
 
 from __future__ import annotations
@@ -24,7 +28,9 @@ import torch
 from benchmarks.bench.ceilings import bytes_per_second
 from benchmarks.bench.command import UsageError, device_of, positive, prepare, say
 from benchmarks.bench.timing import reason_of
-from benchmarks.measure import interleaved_times, machine
+from benchmarks.device_times import device_times
+from benchmarks.measure import machine
+from benchmarks.records import emit, wait_for_turn
 from tropd_kernels import GKD, OPD, Divergence, TrOPD
 from tropd_kernels.backends import choose_backend, engine_for
 from tropd_kernels.rows.layout import LogitTransform, RowBatch, RowOptions
@@ -94,16 +100,18 @@ def passes(backend: str, n: int, vocab_size: int, device: str) -> dict[str, Pass
 
 def measure(
     todo: Mapping[str, Pass], n: int, vocab_size: int, repeats: int, device: str
-) -> dict[str, dict]:
-    """By name: seconds, and bytes a second."""
-    times = interleaved_times({k: v.call for k, v in todo.items()}, repeats, device=device)
-    return {
-        name: {
-            "seconds": vars(times[name]),
-            "bytes_per_second": n * vocab_size * one.bytes_an_id / times[name].median,
-        }
-        for name, one in todo.items()
-    }
+) -> Iterator[tuple[str, dict]]:
+    """By name, each as it is there: seconds, how they were taken, and bytes a second."""
+    for name, one in todo.items():
+        times, how = device_times(one.call, repeats, device)
+        yield (
+            name,
+            {
+                "seconds": vars(times),
+                "timed_by": how,
+                "bytes_per_second": n * vocab_size * one.bytes_an_id / times.median,
+            },
+        )
 
 
 @contextmanager
@@ -146,7 +154,7 @@ def render_sweep(found: dict[str, dict], default: dict[str, dict]) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--tokens", type=positive, default=512)
+    parser.add_argument("--tokens", type=positive, help="default: 4096 on a GPU, 512 on a CPU")
     parser.add_argument("--vocab-size", type=positive, default=151_936)
     parser.add_argument("--backend")
     parser.add_argument("--device")
@@ -154,7 +162,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--sweep", action="store_true")
     parser.add_argument("--out", type=Path, default=Path("build/bench/rows.json"))
     options = parser.parse_args(arguments)
-    n, v = options.tokens, options.vocab_size
     try:
         device = device_of(options.device)
         backend = choose_backend(options.backend, torch.device(device))
@@ -164,8 +171,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (UsageError, ValueError, RuntimeError) as error:
         say(f"rows: {error}")
         return 2
+    on_gpu = torch.device(device).type == "cuda"
+    n, v = options.tokens or (4096 if on_gpu else 512), options.vocab_size
+    if on_gpu:
+        torch.cuda.init()
+    wait_for_turn()
     most = bytes_per_second(device)
-    found = measure(passes(backend, n, v, device), n, v, options.repeats, device)
+    found = {}
+    for name, row in measure(passes(backend, n, v, device), n, v, options.repeats, device):
+        found[name] = row
+        emit(**{"pass": name}, **row, of_copy=row["bytes_per_second"] / most)
     facts = {
         "machine": machine(device), "backend": backend, "tokens": n, "vocab_size": v,
         "copy_bytes_per_second": most, "passes": found,
@@ -180,9 +195,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 try:
                     with launched_with(**{name: value}):
                         todo = passes(backend, n, v, device)
-                        swept[label] = measure(todo, n, v, options.repeats, device)
+                        swept[label] = dict(measure(todo, n, v, options.repeats, device))
                 except Exception as error:  # what does not fit the chip is a result
                     swept[label] = {"reason": reason_of(error)}
+                    emit(launch=label, **swept[label])
+                    continue
+                emit(launch=label, over_default={
+                    key: row["seconds"]["median"] / found[key]["seconds"]["median"]
+                    for key, row in swept[label].items()
+                })  # fmt: skip
         facts["sweep"] = swept
         print(render_sweep(swept, found))
     options.out.write_text(json.dumps(facts, indent=1) + "\n", "utf-8")

@@ -66,7 +66,7 @@ def read(path: Path) -> Results:
     try:
         found = json.loads(path.read_text("utf-8"))
         rows = found.pop("rows")
-        return Results(found, [Row(**_timed(row)) for row in rows])
+        return Results(found, [row_of(row) for row in rows])
     except (KeyError, TypeError, AttributeError, UnicodeDecodeError, ValueError) as error:
         raise ValueError(
             f"{path.name} is not a file of results: expected the JSON that `tropd bench` writes"
@@ -79,7 +79,8 @@ def is_results(path: Path) -> bool:
     return "machine" in found and "rows" in found
 
 
-def _timed(row: dict[str, Any]) -> dict[str, Any]:
-    row = {key: value for key, value in row.items() if key in Row.__dataclass_fields__}
+def row_of(record: dict[str, Any]) -> Row:
+    """Of what JSON made of it, whatever else the record says."""
+    row = {key: value for key, value in record.items() if key in Row.__dataclass_fields__}
     halves = ("forward", "backward", "both")
-    return row | {key: Times(**row[key]) for key in halves if row.get(key)}
+    return Row(**row | {key: Times(**row[key]) for key in halves if row.get(key)})

@@ -28,7 +28,8 @@ class Shape:
 
 QWEN3, LLAMA3, GEMMA = 151_936, 128_256, 262_144
 
-#: gemma: Gemma's ids with the cap of Gemma 2 and 3n.
+#: gemma: Gemma's ids with the cap of Gemma 2 and 3n. qwen3-8b-self: a teacher of the student's own
+#: size. liger: the sizes of which Liger publishes times of its linear JSD, at 8192 tokens.
 SHAPES = {
     "small": Shape(32_768, 256, 512),
     "qwen3-0.6b": Shape(QWEN3, 1024, 2560),
@@ -37,6 +38,8 @@ SHAPES = {
     "qwen3-8b": Shape(QWEN3, 4096, 5120),
     "llama3-1b": Shape(LLAMA3, 2048, 4096),
     "llama3-8b": Shape(LLAMA3, 4096, 8192),
+    "qwen3-8b-self": Shape(QWEN3, 4096, 4096),
+    "liger": Shape(LLAMA3, 4096, 4096),
     "gemma": Shape(GEMMA, 2048, 3840, softcap=30.0),
 }
 

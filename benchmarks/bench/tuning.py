@@ -3,15 +3,17 @@
     python -m benchmarks.bench.tuning --shape qwen3-1.7b --tokens 8192 --out build/bench/tuning.json
 
 `rows` tokens of float32 logits at a time, gradients of `super_rows` tokens in a pair of products
-(`tropd_kernels/chunking.py`). The best backend of the device, one loss, runs in turns; the defaults
-are among them and marked. Prints milliseconds and peak memory over inputs and gradients.
+(`tropd_kernels/chunking.py`). The best backend of the device, one loss; each pair of sizes takes
+turns with the defaults, which are first among them and marked. Prints milliseconds, ratios to the
+defaults in the same turns, and peak memory over inputs and gradients; a record for each as it comes
+(`benchmarks.records`).
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -31,9 +33,10 @@ from benchmarks.bench.problem import Gradients, Problem, make_problem
 from benchmarks.bench.providers import Runner, runner
 from benchmarks.bench.shapes import DEFAULTS, SHAPES
 from benchmarks.bench.table import megabytes, seconds
-from benchmarks.bench.timing import reason_of, take_turns
+from benchmarks.bench.timing import free, reason_of, take_turns
 from benchmarks.dtypes import dtype_name
 from benchmarks.measure import machine
+from benchmarks.records import emit, wait_for_turn
 from tropd_kernels import chunking
 from tropd_kernels.backends import choose_backend
 
@@ -77,44 +80,46 @@ def with_chunks(run: Runner, sizes: Sizes) -> Runner:
 
 def sweep(
     problem: Problem, loss: str, sizes: Sequence[Sizes], repeats: int, device: str
-) -> list[dict]:
-    """Fastest first; sizes that cannot run last, with the reason."""
-    run = runner(choose_backend(None, torch.device(device)), loss)
-    calls, failed = {}, {}
+) -> Iterator[dict]:
+    """A row for each as soon as it is there; sizes that cannot run give the reason."""
+    run, standard = runner(choose_backend(None, torch.device(device)), loss), defaults(device)
     for pair in sizes:
-        call = (with_chunks(run, pair), problem)
+        calls = {"default": (with_chunks(run, standard), problem)}
+        if pair != standard:
+            calls["these"] = (with_chunks(run, pair), problem)
+        row = {"rows": pair[0], "super_rows": pair[1], "default": pair == standard}
         try:
-            call[0](problem)
-        except Exception as error:
-            failed[name_of(pair)] = reason_of(error)
-        else:
-            calls[name_of(pair)] = call
-    measured, more = take_turns(calls, repeats, device)
-    found = []
-    for pair in sizes:
-        key = name_of(pair)
-        row = {"rows": pair[0], "super_rows": pair[1], "default": pair == defaults(device)}
-        if key in measured:
-            mine = measured[key]
-            over = None if mine.peak is None else max(0, mine.peak - problem.gradient_bytes)
-            row |= {"seconds": vars(mine.both), "workspace": over}
-        else:
-            row |= {"reason": (failed | more)[key]}
-        found.append(row)
-    return sorted(found, key=lambda row: row["seconds"]["median"] if "seconds" in row else 1e9)
+            for call, _ in calls.values():
+                call(problem)
+            measured, failed = take_turns(calls, repeats, device)
+            mine = measured.get("these" if "these" in calls else "default")
+        except Exception as error:  # what does not fit is a result
+            mine, failed = None, {"these": reason_of(error)}
+            free(device)
+        if mine is None:
+            yield row | {"reason": next(iter(failed.values()))}
+            continue
+        over = None if mine.peak is None else max(0, mine.peak - problem.gradient_bytes)
+        row |= {"seconds": vars(mine.both), "workspace": over}
+        if "default" in measured:
+            row["over_default"] = mine.both.median / measured["default"].both.median
+        yield row
 
 
-def name_of(pair: Sizes) -> str:
-    return f"{pair[0]} {pair[1]}"
+def fastest_first(rows: Iterable[dict]) -> list[dict]:
+    """Those that could not run last."""
+    return sorted(rows, key=lambda row: row["seconds"]["median"] if "seconds" in row else 1e9)
 
 
 def render(rows: list[dict]) -> str:
-    lines = [f"{'rows':>6}{'super_rows':>12}{'median':>11}{'over MB':>9}"]
+    lines = [f"{'rows':>6}{'super_rows':>12}{'median':>11}{'/ default':>11}{'over MB':>9}"]
     for row in rows:
         mark = "  default" if row["default"] else ""
         text = f"{row['rows']:>6}{row['super_rows']:>12}"
         if "seconds" in row:
-            text += f"{seconds(row['seconds']['median']):>11}{megabytes(row['workspace']):>9}"
+            ratio = f"{row['over_default']:.3f}" if "over_default" in row else "-"
+            text += f"{seconds(row['seconds']['median']):>11}{ratio:>11}"
+            text += f"{megabytes(row['workspace']):>9}"
         else:
             text += f"  {row['reason']}"
         lines.append(text + mark)
@@ -147,12 +152,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
     sizes = {defaults(device)} | {
         (rows, many) for rows in options.rows for many in options.super_rows if many >= rows
     }
+    if device == "cuda":
+        torch.cuda.init()
+    wait_for_turn()
     problem = make_problem(tokens, SHAPES[shape_name], dtype, device)
-    rows = sweep(problem, loss, sorted(sizes), options.repeats, device)
+    problem.ready_for(LOSSES[loss].teacher)
     facts = {
         "machine": machine(device), "shape": shape_name, "dtype": dtype_name(dtype),
         "tokens": tokens, "loss": loss,
     }  # fmt: skip
+    rows = []
+    in_order = sorted(sizes, key=lambda pair: (pair != defaults(device), pair))
+    for row in sweep(problem, loss, in_order, options.repeats, device):
+        emit(shape=shape_name, loss=loss, tokens=tokens, **row)
+        rows.append(row)
+    rows = fastest_first(rows)
     options.out.write_text(json.dumps(facts | {"sweep": rows}, indent=1) + "\n", "utf-8")
     print(f"chunk sizes, {loss}, {tokens} tokens, {SHAPES[shape_name]}, {dtype_name(dtype)}")
     print(render(rows))
