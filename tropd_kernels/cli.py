@@ -113,8 +113,9 @@ def make_trainer(run: Run, config: Any) -> Any:
     try:
         return TrOPDTrainer(run.model, run.teacher_model, config, data, held_out, peft_config=peft)
     except OSError as error:  # transformers does not always say which model it looked for
-        models = f"model {run.model}, teacher_model {run.teacher_model}"
-        raise UsageError(f"{models}: {error}") from error
+        models = f"model {run.model}, teacher_model {run.teacher_model}: "
+        named = str(error).startswith("teacher_model: ")
+        raise UsageError(f"{'' if named else models}{error}") from error
     except (ImportError, RuntimeError, TypeError, ValueError) as error:
         raise UsageError(str(error).replace("train_dataset:", "dataset:")) from error
 

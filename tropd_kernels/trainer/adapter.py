@@ -60,6 +60,7 @@ from .sharding import (
     shard_frozen,
     weights_are_finite,
 )
+from .sources import class_of_student
 
 #: Methods of DistillationTrainer that are overridden or called, with their leading parameters.
 HOOKS = (
@@ -137,7 +138,8 @@ class DistillationAdapter(DistillationTrainer):
     _signature_columns: Any
 
     def __init__(self, model: Any, teacher_model: Any, args: Any, *rest: Any, **keywords: Any):
-        super().__init__(model, None, args, *rest, **keywords)
+        with class_of_student(model, args):
+            super().__init__(model, None, args, *rest, **keywords)
         refuse_fsdp_1(self.accelerator)
         refuse_dtensors("model", self.model)
         if args.num_iterations > 1 and isinstance(self.train_dataset, IterableDataset):

@@ -12,10 +12,11 @@ from typing import Any
 import torch
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 from transformers.trainer_utils import get_last_checkpoint
 
 from .context import context_of
+from .sources import PLACE, pick, student_options, teacher_options
 
 #: Text on which two tokenizers of one vocabulary, but different merges or rules, part ways.
 _PROBE = "The 2nd test: naïve façade, x = -3.14;\n\n  if (a != b) { 数学 }\tEnd."
@@ -242,9 +243,8 @@ def check_trainable(model: torch.nn.Module) -> None:
 def check_sources(model: Any, teacher_model: Any, args: Any) -> None:
     """Raises OSError that begins with the key, "model" or "teacher_model", whose folder is missing
     or whose name the hub does not have. Of the hub no more is fetched than the two configs."""
-    revision = {"revision": args.teacher_model_revision}
-    _check_source("model", model, args.model_init_kwargs or {})
-    _check_source("teacher_model", teacher_model, revision | (args.teacher_model_init_kwargs or {}))
+    _check_source("model", model, student_options(args))
+    _check_source("teacher_model", teacher_model, teacher_options(args))
 
 
 def _check_source(key: str, name: Any, options: Mapping[str, Any]) -> None:
@@ -252,10 +252,8 @@ def _check_source(key: str, name: Any, options: Mapping[str, Any]) -> None:
         return
     if name.startswith(("/", ".", "~")) or name.count("/") > 1:
         raise OSError(f"{key}: there is no folder {name}")
-    where = ("revision", "token", "cache_dir", "subfolder", "local_files_only")
-    given = {option: options[option] for option in where if options.get(option) is not None}
     try:
-        hf_hub_download(name, "config.json", **given)
+        hf_hub_download(name, "config.json", **pick(options, PLACE))
     except (OSError, HFValidationError, HfHubHTTPError) as error:
         # The hub's model may have an adapter's config alone.
         if isinstance(error, EntryNotFoundError) and not isinstance(error, FileNotFoundError):
@@ -265,28 +263,6 @@ def _check_source(key: str, name: Any, options: Mapping[str, Any]) -> None:
             f"{key}: there is no folder {name}, and the hub's model of that name cannot be read: "
             f"{reason}"
         ) from error
-
-
-def find_tokenizer(
-    teacher: Any, trust_remote_code: bool, revision: str | None = None
-) -> PreTrainedTokenizerBase | None:
-    """The teacher's tokenizer by the teacher's name, or None where there is none to be had.
-
-    The name of a model that is loaded already is looked up on this machine alone.
-    """
-    by_name = isinstance(teacher, str)
-    name = teacher if by_name else getattr(teacher.config, "_name_or_path", "")
-    if not name:
-        return None
-    try:
-        return AutoTokenizer.from_pretrained(
-            name,
-            trust_remote_code=trust_remote_code,
-            local_files_only=not by_name,
-            revision=revision or "main",
-        )
-    except (OSError, ValueError, KeyError):
-        return None
 
 
 def check_tokenizers(student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase) -> None:

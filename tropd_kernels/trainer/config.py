@@ -29,6 +29,7 @@ from .effects import check_effects
 from .loaded_teacher import dtype_option
 from .prefix import SCHEDULES
 from .signals import check_served
+from .sources import check_revisions
 
 PREFIX_WEIGHT = 0.001
 STAGE_FRACTION = 0.5
@@ -273,6 +274,7 @@ class TrOPDConfig(DistillationConfig):
         for key in ("model_init_kwargs", "teacher_model_init_kwargs"):
             if getattr(self, key) is not None:
                 setattr(self, key, dtype_option(key, getattr(self, key)))
+        check_revisions(self)
 
     def _check_trainer(self) -> None:
         """What TRL's trainer takes and then does without, or does wrong."""

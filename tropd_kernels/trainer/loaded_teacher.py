@@ -7,6 +7,10 @@ import torch
 from transformers import PreTrainedModel
 from trl.trainer.utils import create_model_from_path
 
+from .sources import model_class, teacher_options
+
+#: Errors of transformers that tell what is wrong, and not of which model.
+_CLEAR = (ImportError, ModuleNotFoundError, OSError, RuntimeError, TypeError, ValueError)
 _DTYPES = ("bfloat16", "float16", "float32", "float64")
 
 
@@ -40,14 +44,17 @@ def _read_dtype(what: str, value: Any) -> torch.dtype | str | None:
 
 def load_teacher(name: str, args: Any) -> PreTrainedModel:
     """The model of this name, by `args.teacher_model_init_kwargs`, in its checkpoint's dtype where
-    those give none. args: a `TrOPDConfig`."""
-    options = dtype_option("teacher_model_init_kwargs", args.teacher_model_init_kwargs or {})
+    those give none. args: a `TrOPDConfig`. Raises what transformers does, beginning with the key.
+    """
+    options = dtype_option("teacher_model_init_kwargs", teacher_options(args))
     if options.get("dtype") is None:
         options["dtype"] = "auto"  # transformers before 5 take None for float32
-    options.setdefault("trust_remote_code", args.trust_remote_code)
-    if args.teacher_model_revision is not None:
-        options.setdefault("revision", args.teacher_model_revision)
     # A map of devices cannot go with several processes.
     if args.distributed_state.distributed_type in ("MULTI_GPU", "DEEPSPEED"):
         options["device_map"] = None
-    return create_model_from_path(name, **options)
+    try:
+        return create_model_from_path(name, model_class(name, options), **options)
+    except _CLEAR as error:
+        if type(error) not in _CLEAR:  # of a kind that may hold more than its words
+            raise
+        raise type(error)(f"teacher_model: {name} cannot be loaded: {error}") from error

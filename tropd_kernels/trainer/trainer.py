@@ -39,7 +39,6 @@ from .checks import (
     check_sources,
     check_tokenizers,
     check_trainable,
-    find_tokenizer,
     no_guide,
     refuse_images,
     stop_on,
@@ -58,6 +57,7 @@ from .prefix import (
 from .regions import Sample, samples, show, write_page
 from .served_teacher import ServedTeacher
 from .server import TeacherServerError
+from .sources import find_processor, find_tokenizer
 
 _IGNORED = -100
 
@@ -155,6 +155,8 @@ class TrOPDTrainer(DistillationAdapter):
         served = self._server.model if self._server else None
         self._card_subject = card.subject(model, loaded, served, args)
         self._tag_names = [*self._tag_names, args.objective]
+        if processing_class is None:
+            processing_class = find_processor(model, args)
         super().__init__(
             model, loaded, args, train_dataset, eval_dataset, processing_class, callbacks,
             optimizers, quantization_config, peft_config, tools,
@@ -195,9 +197,7 @@ class TrOPDTrainer(DistillationAdapter):
         return loaded
 
     def _load_teacher(self, teacher: str | PreTrainedModel) -> None:
-        tokenizer = find_tokenizer(
-            teacher, self.args.trust_remote_code, self.args.teacher_model_revision
-        )
+        tokenizer = find_tokenizer(teacher, self.args)
         if tokenizer is not None:
             check_tokenizers(self._tokenizer, tokenizer)
         super()._load_teacher(teacher)
