@@ -23,6 +23,10 @@ LONG = dict(
 )  # fmt: skip
 DYNAMIC = LINEAR | {"rope_type": "dynamic"}
 LLAMA = (transformers.LlamaForCausalLM, transformers.LlamaConfig)
+WITHOUT_ROPE = dict(
+    hidden_size=32, intermediate_size=32, num_hidden_layers=2, num_attention_heads=4,
+    num_key_value_heads=2, max_position_embeddings=16,
+)  # fmt: skip
 SMALL = dict(n_embd=32, n_layer=1, n_head=4)
 
 
@@ -91,14 +95,35 @@ def test_scaling_that_nobody_knows():
             num_key_value_heads=2, attn_layer_period=2, attn_layer_offset=1, mamba_dt_rank=4,
             max_position_embeddings=16, use_mamba_kernels=False,
         ),
+        lambda: tiny_of(
+            transformers.OlmoHybridForCausalLM, transformers.OlmoHybridConfig,
+            rope_parameters={"rope_type": "default", "rope_theta": None}, **WITHOUT_ROPE,
+            layer_types=["linear_attention", "full_attention"], linear_num_key_heads=4,
+            linear_num_value_heads=4, linear_key_head_dim=8, linear_value_head_dim=8,
+            pad_token_id=0, bos_token_id=1, eos_token_id=2,
+        ),
+        lambda: tiny_of(
+            transformers.SmolLM3ForCausalLM, transformers.SmolLM3Config,
+            no_rope_layers=[0, 0], pad_token_id=0, **WITHOUT_ROPE,
+        ),
+        lambda: tiny_of(
+            transformers.GraniteSWAForCausalLM, transformers.GraniteSWAConfig,
+            layer_rope_theta=[0, 0], **WITHOUT_ROPE,
+        ),
     ],
-    ids=["bloom", "falcon alibi", "rwkv", "mamba", "jamba"],
+    ids=["bloom", "falcon alibi", "rwkv", "mamba", "jamba", "olmo hybrid", "smollm3", "granite"],
 )  # fmt: skip
 def test_models_without_positions(model):
     """They run beyond the maximum that their config gives, if it gives one."""
     model = model()
     assert context_of(model.config) is None
-    assert model(torch.randint(5, tiny.VOCAB, (1, 40))).logits.isfinite().all()
+    ids = torch.randint(5, tiny.VOCAB, (1, 40))
+    logits = model(ids).logits
+    assert logits.isfinite().all()
+    if model.config.model_type in ("olmo_hybrid", "smollm3", "granite_swa"):
+        # Rotary in general: these are switched off, for positions make no difference.
+        far = model(ids, position_ids=torch.arange(40)[None].flip(1) * 7).logits
+        torch.testing.assert_close(far, logits)
 
 
 @pytest.mark.parametrize(
@@ -146,3 +171,25 @@ def test_long_prompts_train_under_yarn(tmp_path):
     trainer = make(tmp_path, tiny.model(0, rope_parameters=YARN, **qwen), short, data=data)
     with pytest.raises(ValueError, match="exceed the teacher's context of 64"):
         trainer.train()
+
+
+def test_a_batch_that_its_padding_makes_too_wide(tmp_path):
+    """MPT counts padding: each of these rows fits, the two together do not."""
+    rows = [(14, 2), (2, 14)]
+    data = tiny.Dataset.from_dict({
+        "prompt": [" ".join(["w7"] * prompt) for prompt, _ in rows],
+        "completion_ids": [[9] * (own - 1) + [2] for _, own in rows],
+        "teacher_label_log_probs": [[-1.0] * own for _, own in rows],
+    })  # fmt: skip
+    student = tiny_of(
+        transformers.MptForCausalLM, transformers.MptConfig,
+        d_model=32, n_layers=1, n_heads=4, max_seq_len=16, eos_token_id=2,
+    )  # fmt: skip
+    more = dict(objective="opd", precomputed_teacher=True, max_completion_length=14)
+    trainer = make(tmp_path, student, data=data, per_device_train_batch_size=2, **more)
+    with pytest.raises(
+        ValueError, match="micro-batch of 28 tokens a row.* exceeds the 16 of a mpt"
+    ):
+        trainer.train()
+    trainer = make(tmp_path, student, data=data, per_device_train_batch_size=1, **more)
+    trainer.train()

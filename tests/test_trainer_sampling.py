@@ -103,6 +103,68 @@ def test_what_the_user_asks_for_is_done(tmp_path):
     assert all(7 not in ids for ids in completions(trainer))
 
 
+class Around(LlamaForCausalLM):
+    """Writes by a model inside it, which has a config of its own."""
+
+    def generate(self, *arguments, **keywords):
+        return self.inside.generate(*arguments, **keywords)
+
+
+def test_a_model_inside_does_not_sample_by_a_config_of_its_own(tmp_path):
+    written = []
+    for odd in (False, True):
+        inside = tiny.model(0, spread=0.5)
+        student = tiny.model(0, spread=0.5, kind=Around)
+        student.model, student.lm_head, student.inside = inside.model, inside.lm_head, inside
+        if odd:
+            inside.generation_config.no_repeat_ngram_size = 1
+        trainer = make(tmp_path, student, tiny.model(1))
+        trainer.train()
+        written.append(completions(trainer))
+        assert (inside.generation_config.no_repeat_ngram_size == 1) == odd
+    assert written[0] == written[1]
+
+
+def test_none_of_the_ids_is_left_out_by_top_k_none(tmp_path):
+    """transformers takes None for its default, the 50 largest."""
+    student = tiny.model(0, spread=0.1)  # nearly uniform over 96 ids
+    before = copy.deepcopy(student)
+    given = {"top_k": None, "temperature": 1}
+    trainer = make(tmp_path, student, tiny.model(1), max_completion_length=30,
+                   generation_kwargs=given)  # fmt: skip
+    assert trainer.generation_config.top_k == 0
+    trainer.train()
+    ranks = []
+    for prompt, own in zip(
+        *(trainer.batches[0][f"{part}_ids"] for part in ("prompt", "completion"))
+    ):
+        ids = torch.cat([prompt[prompt != 0], own[own != 0]])[None]
+        logits = before(ids).logits[0, -1 - (own != 0).sum() : -1]
+        label = logits.gather(1, own[own != 0, None])
+        ranks += (logits > label).sum(1).tolist()
+    assert max(ranks) >= 50
+
+
+@pytest.mark.parametrize(
+    "noise", [{"attention_dropout": 0.9}, {"neftune_noise_alpha": 50.0}], ids=["dropout", "neftune"]
+)  # fmt: skip
+def test_noise_of_training_has_no_part_in_what_is_written(tmp_path, noise):
+    """And acts in training as before."""
+    runs = []
+    for on in (False, True):
+        student, settings = tiny.model(0, spread=0.5), {}
+        if on and "attention_dropout" in noise:
+            student = tiny.model(0, spread=0.5, **noise)
+        elif on:
+            settings = noise
+        trainer = make(tmp_path, student, tiny.model(1), **GUIDED, **settings)
+        trainer.train()
+        assert all(part.training for part in student.modules())
+        runs.append((completions(trainer), trainer.losses))
+    assert runs[0][0] == runs[1][0]
+    assert runs[0][1] != runs[1][1]
+
+
 CUT = [{"top_p": 0.6}, {"top_k": 3}, {"min_p": 0.2}, {"top_k": 8, "top_p": 0.8, "min_p": 0.1},
        {"generation_kwargs": {"top_p": 0.6}}]  # fmt: skip
 
@@ -154,8 +216,8 @@ def test_no_warning_where_nothing_is_off(tmp_path, plain):
 
 def test_other_settings_that_change_the_sampler(tmp_path):
     """They are named, although no mass can be said of them."""
-    words = "^temperature 0.7, repetition_penalty 1.1, do_sample False, of_tomorrow 2: "
-    off = {"generation_kwargs": {"temperature": 0.7, "do_sample": False, "of_tomorrow": 2}}
+    words = "^temperature 0.7, repetition_penalty 1.1, do_sample False, no_repeat_ngram_size 2: "
+    off = {"generation_kwargs": {"temperature": 0.7, "do_sample": False, "no_repeat_ngram_size": 2}}
     with pytest.warns(UserWarning, match=words) as caught:
         make(tmp_path, repetition_penalty=1.1, **off)
     (message,) = [str(w.message) for w in caught if w.category is UserWarning]

@@ -7,6 +7,7 @@
 | trainer.py   | `TrOPDTrainer`: what is done with hidden states, prefixes and draws       |
 | prefix.py    | the guidance prefix: how long, from where, and where the student goes on  |
 | sampling.py  | sampling by the trainer's config alone; what a truncated sampler leaves   |
+| generation_keys.py | the keys of `generation_kwargs`                                     |
 | signals.py   | a teacher's log-probs that come from a server or from columns             |
 | server.py    | the client of a served teacher                                            |
 | checks.py    | inputs that are refused: tokenizers, data sets, prompts, losses           |

@@ -41,6 +41,7 @@ from .checks import (
     check_padding,
     check_prompts,
     check_tokens,
+    check_width,
     split_error,
     stop_on_weights,
 )
@@ -48,7 +49,7 @@ from .dropout import disable_dropout
 from .loaded_teacher import load_teacher
 from .prefix import extend_token_fields, is_complete
 from .router import router_loss
-from .sampling import plain_defaults
+from .sampling import evaluating, plain_defaults
 from .sharding import (
     fsdp_version,
     generates_together,
@@ -376,6 +377,7 @@ class DistillationAdapter(DistillationTrainer):
 
     def _side(self, model: PreTrainedModel, head: Head, inputs: dict[str, Any]) -> Side:
         mask = torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], dim=1)
+        check_width(mask.shape[1], model.config)
         with _positions_behind_padding(model, mask):
             hidden = self._get_last_hidden_state(
                 model,
@@ -474,7 +476,8 @@ class DistillationAdapter(DistillationTrainer):
 
     def _write(self, *arguments: Any) -> list[list[int]]:
         """TRL's generation, of which the trainer's config alone decides how it samples."""
-        with plain_defaults(self.accelerator.unwrap_model(self.model_wrapped)):
+        model = self.accelerator.unwrap_model(self.model_wrapped)
+        with plain_defaults(model), evaluating(model):
             return super()._generate_single_turn(*arguments)
 
     # Evaluation.

@@ -15,7 +15,7 @@ from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidat
 from transformers import PreTrainedTokenizerBase
 from transformers.trainer_utils import get_last_checkpoint
 
-from .context import context_of
+from .context import context_of, padded_context_of
 from .sources import PLACE, pick, student_options, teacher_options
 
 #: Text on which two tokenizers of one vocabulary, but different merges or rules, part ways.
@@ -173,6 +173,17 @@ def check_context(
                     f"{what} exceed the {side}'s context of {context}: drop or cut the prompt that "
                     f"begins with {start!r}{remedy}"
                 )
+
+
+def check_width(width: int, config: Any) -> None:
+    """Raises ValueError for a micro-batch that its padding makes wider than the model can be."""
+    most = padded_context_of(config)
+    if most is not None and width > most:
+        raise ValueError(
+            f"a micro-batch of {width} tokens a row, padding included, exceeds the {most} of a "
+            f"{config.model_type} model, which counts padding: set per_device_train_batch_size 1, "
+            "or leave pad_to_multiple_of out"
+        )
 
 
 def check_ids(

@@ -26,6 +26,7 @@ from ..registry import (
     names_unknown_keys,
 )
 from .effects import check_effects
+from .generation_keys import check_generation_keys
 from .loaded_teacher import dtype_option
 from .prefix import SCHEDULES
 from .signals import check_served
@@ -41,24 +42,6 @@ _TYPES: dict[type, tuple[type, str]] = {
     str: (str, "text"),
     type(None): (type(None), ""),
 }
-#: Keys of generation_kwargs, transformers' and vLLM's, under which the trainer goes wrong.
-_NOT_TAKEN = dict.fromkeys(("max_new_tokens", "max_tokens"), "set max_completion_length")
-_NOT_TAKEN |= dict.fromkeys(
-    ("num_return_sequences", "n"),
-    "each prompt gets one completion: for several repeat its row in the data set",
-)
-# A row that ends before the others is filled up with padding, which is known by that end alone.
-_NOT_TAKEN["eos_token_id"] = "set the student's generation_config.eos_token_id, which is read"
-_NOT_TAKEN |= dict.fromkeys(
-    ("return_dict_in_generate", "output_scores", "output_logits", "output_attentions",
-     "output_hidden_states"),
-    "the trainer reads the completions' ids alone: leave it out",
-)  # fmt: skip
-_NOT_TAKEN["forced_eos_token_id"] = "an end that the model did not write would be learned"
-_NOT_TAKEN["max_time"] = (
-    "how much is written would depend on the machine: lower max_completion_length"
-)
-_NOT_TAKEN["stop_strings"] = "completions end with a token: add it to the student's eos_token_id"
 
 
 @names_unknown_keys
@@ -242,15 +225,8 @@ class TrOPDConfig(DistillationConfig):
                     "per_device_eval_batch_size"):  # fmt: skip
             _at_least(key, getattr(self, key), 1)
         _within("learning_rate", self.learning_rate, 0.0, 1e9)
-        for key in ("temperature", "repetition_penalty"):
-            _within(key, getattr(self, key), 0.0, 1e9)
-            if getattr(self, key) == 0:
-                raise ValueError(f"{key}: must be positive, got 0")
-            setattr(self, key, float(getattr(self, key)))  # the samplers refuse an int
-        _at_least("top_k", self.top_k, 0)
-        _within("top_p", self.top_p, 0.0, 1.0)
-        if self.min_p is not None:
-            _within("min_p", self.min_p, 0.0, 1.0)
+        for key in ("temperature", "repetition_penalty", "top_k", "top_p", "min_p"):
+            setattr(self, key, _sampling(key, key, getattr(self, key)))
         limit = self.max_completion_length
         if limit is None or limit < 1:
             raise ValueError(f"max_completion_length: must be at least 1 token, got {limit!r}")
@@ -278,9 +254,8 @@ class TrOPDConfig(DistillationConfig):
 
     def _check_trainer(self) -> None:
         """What TRL's trainer takes and then does without, or does wrong."""
-        for name, advice in _NOT_TAKEN.items():
-            if name in (self.generation_kwargs or {}):
-                raise ValueError(f"generation_kwargs: {name!r} is not taken: {advice}")
+        if self.generation_kwargs is not None:
+            self._check_generation(dict(self.generation_kwargs))  # type: ignore[arg-type]
         if self.auto_find_batch_size:
             raise ValueError(
                 "auto_find_batch_size: after running out of memory the trainer would go on in the "
@@ -296,6 +271,17 @@ class TrOPDConfig(DistillationConfig):
         check_effects(self)
         if self.router_aux_loss_coef is not None:
             _within("router_aux_loss_coef", self.router_aux_loss_coef, 0.0, 1e9)
+
+    def _check_generation(self, given: dict[str, Any]) -> None:
+        check_generation_keys(given, self.use_vllm)
+        hints = get_type_hints(TrOPDConfig)
+        if given.get("top_k", 0) is None or (self.use_vllm and given.get("top_k") == -1):
+            given["top_k"] = 0  # of None transformers makes its default, 50
+        for name in given.keys() & {"temperature", "repetition_penalty", "top_k", "top_p", "min_p"}:
+            key = f"generation_kwargs: {name}"
+            _check_type(key, given[name], [*(get_args(hints[name]) or [hints[name]]), type(None)])
+            given[name] = _sampling(name, key, given[name])
+        self.generation_kwargs = given
 
     def _check_objective(self) -> None:
         check_objective(self.objective)
@@ -427,6 +413,19 @@ def _within(key: str, value: float, low: float, high: float) -> None:
 def _at_least(key: str, value: int, low: int) -> None:
     if value < low:
         raise ValueError(f"{key}: must be a whole number of at least {low}, got {value!r}")
+
+
+def _sampling(name: str, key: str, value: Any) -> Any:
+    """The value of this setting of a sampler, as samplers take it. key: its name in errors."""
+    if value is None:
+        return None
+    if name == "top_k":
+        _at_least(key, value, 0)
+        return value
+    _within(key, value, 0.0, 1e9 if name in ("temperature", "repetition_penalty") else 1.0)
+    if name in ("temperature", "repetition_penalty") and value == 0:
+        raise ValueError(f"{key}: must be positive, got 0")
+    return float(value)  # they refuse an int
 
 
 def _check_type(key: str, value: Any, kinds: Sequence[type]) -> None:

@@ -36,9 +36,21 @@ def context_of(config: Any) -> int | None:
     return max((b for b in bounds if b is not None), default=None) if all(bounds) else None
 
 
+def padded_context_of(config: Any) -> int | None:
+    """How wide a batch may be with its padding, where a model counts that; else None."""
+    config = config.get_text_config()
+    return context_of(config) if config.model_type == "mpt" else None
+
+
 def _is_position_free(config: Any) -> bool:
     if config.model_type in _POSITION_FREE or getattr(config, "alibi", False):
         return True
+    # Rotary positions that are switched off, in the whole model or layer by layer.
+    if config.model_type == "olmo_hybrid":
+        return (config.rope_parameters or {}).get("rope_theta") is None
+    for layers in ("layer_rope_theta", "no_rope_layers"):  # the latter has 1 where a layer has them
+        if (flags := getattr(config, layers, None)) and not any(flags):
+            return True
     kind = getattr(config, "position_embedding_type", "rope")
     if config.model_type == "granitemoehybrid":
         return kind != "rope"

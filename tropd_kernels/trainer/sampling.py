@@ -45,8 +45,8 @@ _WHOLE: dict[str, tuple[Any, ...]] = {
 #: Keys of generation_kwargs, transformers' and vLLM's, that change no distribution.
 _HARMLESS = {
     *_NEEDED, "pad_token_id", "cache_implementation", "cache_config", "max_cache_len",
-    "prefill_chunk_size", "compile_config", "disable_compile", "remove_invalid_values",
-    "renormalize_logits", "seed", "detokenize", "skip_special_tokens",
+    "prefill_chunk_size", "remove_invalid_values", "renormalize_logits", "seed",
+    "detokenize", "skip_special_tokens",
     "spaces_between_special_tokens", "include_stop_str_in_output", "truncate_prompt_tokens",
 }  # fmt: skip
 #: Tokens of a micro-batch whose kept mass is looked at, and how many at once.
@@ -129,19 +129,32 @@ def kept_mass(
 def plain_defaults(model: Any) -> Iterator[None]:
     """Replaces the model's own `generation_config` inside, and puts it back afterwards.
 
-    model: without the wrappers of accelerate. PEFT's has a base model with the config, but may have
-    been given one of its own, which its `generate` hands down.
+    model: without the wrappers of accelerate. Those of its parts are replaced as well: PEFT's
+    `generate` and that of a model around a language model call the one inside.
     """
-    owners = [model.get_base_model()] if hasattr(model, "get_base_model") else []
-    if not owners or "generation_config" in vars(model):
-        owners.append(model)
-    before = [getattr(owner, "generation_config", None) for owner in owners]
-    needed = {name: getattr(before[-1], name, None) for name in _NEEDED}
-    plain = GenerationConfig(**{name: value for name, value in needed.items() if value is not None})
+    owners = [part for part in model.modules() if "generation_config" in vars(part)]
+    before = [part.generation_config for part in owners]
     try:
-        for owner in owners:
-            owner.generation_config = plain
+        for part, own in zip(owners, before):
+            needed = {name: getattr(own, name, None) for name in _NEEDED}
+            part.generation_config = GenerationConfig(
+                **{name: value for name, value in needed.items() if value is not None}
+            )
         yield
     finally:
-        for owner, config in zip(owners, before):
-            owner.generation_config = config
+        for part, own in zip(owners, before):
+            part.generation_config = own
+
+
+@contextlib.contextmanager
+def evaluating(model: Any) -> Iterator[None]:
+    """Puts all modules in evaluation mode inside: neither dropout nor noise of training
+    (NEFTune's, a router's) has a part in what is written."""
+    training = [part for part in model.modules() if part.training]
+    try:
+        for part in training:
+            part.training = False
+        yield
+    finally:
+        for part in training:
+            part.training = True

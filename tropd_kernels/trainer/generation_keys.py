@@ -1,0 +1,47 @@
+"""Which keys `generation_kwargs` takes: those of transformers' GenerationConfig, or of vLLM's
+SamplingParams with use_vllm, but for the ones under which the trainer would go wrong."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from transformers import GenerationConfig
+
+from ..registry import nearest
+
+_LENGTH = "set max_completion_length"
+_ONE_EACH = "each prompt gets one completion: for several repeat its row in the data set"
+_IDS_ALONE = "the trainer reads the completions' ids alone: leave it out"
+_NOT_COMPILED = "generation is never compiled: leave it out"
+_ENDS = "completions end with a token: add it to the student's generation_config.eos_token_id"
+#: What to do instead.
+_NOT_TAKEN = {
+    "max_length": _LENGTH, "max_new_tokens": _LENGTH, "max_tokens": _LENGTH,
+    "num_return_sequences": _ONE_EACH, "n": _ONE_EACH,
+    # A row that ends before the others is filled up with padding, known by that end alone.
+    "eos_token_id": "set the student's generation_config.eos_token_id, which is read",
+    "stop_strings": _ENDS, "stop": _ENDS, "stop_token_ids": _ENDS,
+    "ignore_eos": "what follows an end is cut off: leave it out",
+    "forced_eos_token_id": "an end that the model did not write would be learned",
+    "max_time": "how much is written would depend on the machine: lower max_completion_length",
+    "return_dict_in_generate": _IDS_ALONE, "output_scores": _IDS_ALONE,
+    "output_logits": _IDS_ALONE, "output_attentions": _IDS_ALONE,
+    "output_hidden_states": _IDS_ALONE,
+    "disable_compile": _NOT_COMPILED, "compile_config": _NOT_COMPILED,
+}  # fmt: skip
+_OF_NO_SAMPLER = {"_from_model_config", "transformers_version"}
+
+
+def check_generation_keys(given: Mapping[str, Any], use_vllm: bool) -> None:
+    """Raises ValueError for a key that has no effect, or a wrong one.
+
+    vLLM itself refuses those that it does not know; a GenerationConfig keeps them, unread.
+    """
+    known = vars(GenerationConfig()).keys() - _OF_NO_SAMPLER
+    for name in given:
+        if name in _NOT_TAKEN:
+            raise ValueError(f"generation_kwargs: {name!r} is not taken: {_NOT_TAKEN[name]}")
+        if not use_vllm and name not in known:
+            raise ValueError(
+                f"generation_kwargs: {name!r} is no key of transformers' GenerationConfig"
+                f"{nearest(name, known)}"
+            )
