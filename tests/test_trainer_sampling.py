@@ -63,8 +63,15 @@ class Recorder(LlamaForCausalLM):
 
 
 @pytest.mark.parametrize("peft", [False, True])
-def test_no_key_of_a_model_s_own_config_comes_through(tmp_path, peft):
-    """Each that this transformers has, and one that it has not yet."""
+def test_no_key_of_a_model_s_own_config_comes_through(tmp_path, peft, monkeypatch):
+    """Each that this transformers has, and one that the next may have."""
+    made = GenerationConfig.__init__
+
+    def make_tomorrow(self, **keys):
+        self.of_tomorrow = keys.pop("of_tomorrow", None)
+        made(self, **keys)
+
+    monkeypatch.setattr(GenerationConfig, "__init__", make_tomorrow)
     lora = None
     if peft:
         lora = pytest.importorskip("peft").LoraConfig(target_modules=["q_proj"], r=2)
@@ -72,7 +79,7 @@ def test_no_key_of_a_model_s_own_config_comes_through(tmp_path, peft):
     for odd in (False, True):
         models = tiny.model(0, kind=Recorder), tiny.model(1, kind=Recorder)
         for model in models if odd else ():
-            for name in {*vars(GenerationConfig()), "of_tomorrow"} - KEPT:
+            for name in vars(GenerationConfig()).keys() - KEPT:
                 setattr(model.generation_config, name, "odd")
         own = [model.generation_config for model in models]
         trainer = make(tmp_path, *models, peft=lora, evaluate=tiny.prompts(4), **GUIDED)
@@ -93,6 +100,21 @@ def test_what_a_model_needs_is_left_to_it(tmp_path):
     trainer.train()
     assert student.configs[0]["use_cache"] is False
     assert student.configs[0]["bos_token_id"] == 1  # the tokenizer has none
+
+
+class Reader(LlamaForCausalLM):
+    """Has a key of its own in its generation_config."""
+
+    def generate(self, *arguments, **keywords):
+        self.window = self.generation_config.window_of_its_own
+        return super().generate(*arguments, **keywords)
+
+
+def test_a_key_of_the_model_s_own_code_is_left_to_it(tmp_path):
+    student = tiny.model(0, kind=Reader)
+    student.generation_config.window_of_its_own = 8
+    make(tmp_path, student).train()
+    assert student.window == 8
 
 
 def test_what_the_user_asks_for_is_done(tmp_path):

@@ -3,7 +3,7 @@
 transformers merges three configs: what `generate` is given, then, for every key that is unset
 there, the model's own, then global defaults. No list of keys to neutralise is complete: the next
 release adds one. Inside `plain_defaults` the model's own config is a fresh one, so that there is
-nothing to merge but the ids and switches of `_NEEDED`.
+nothing to merge but the ids and switches of `_NEEDED`, and keys that transformers does not have.
 
 The K1 estimate takes completions for samples of the student's p. With top_k, top_p or min_p they
 are samples of mu = p / m on the ids S that are kept, m = p(S), and its expected gradient is
@@ -136,14 +136,22 @@ def plain_defaults(model: Any) -> Iterator[None]:
     before = [part.generation_config for part in owners]
     try:
         for part, own in zip(owners, before):
-            needed = {name: getattr(own, name, None) for name in _NEEDED}
-            part.generation_config = GenerationConfig(
-                **{name: value for name, value in needed.items() if value is not None}
-            )
+            part.generation_config = _plain(own)
         yield
     finally:
         for part, own in zip(owners, before):
             part.generation_config = own
+
+
+def _plain(own: GenerationConfig | None) -> GenerationConfig:
+    """What a model needs of its own config: of transformers' keys `_NEEDED`, and all that are none
+    of transformers', since only code of the model reads those."""
+    plain = GenerationConfig()
+    known = vars(plain).keys() - set(_NEEDED)
+    for name, value in vars(own).items() if own is not None else ():
+        if name not in known and not name.startswith("_") and value is not None:
+            setattr(plain, name, value)
+    return plain
 
 
 @contextlib.contextmanager
