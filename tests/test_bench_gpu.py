@@ -35,10 +35,12 @@ TINY = Shape(vocab_size=96, hidden_size=16, teacher_hidden_size=24)
 
 def test_chunk_sizes_are_swept_and_put_back(tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(SHAPES, "tiny", TINY)
-    before = tuning.defaults("cpu"), tuning.defaults("cuda")
-    with tuning.chunks_of((128, 256)):
-        plan = plan_chunks(4096, 96, 16, 24, device="cuda")
-        assert (plan.rows, plan.super_rows) == (128, 256)
+    for device in ("cpu", "cuda"):
+        before = plan_chunks(4096, 96, 16, 24, device=device)
+        with tuning.chunks_of((128, 256)):
+            plan = plan_chunks(4096, 96, 16, 24, device=device)
+            assert plan.rows == 128 and plan.super_rows == (128 if plan.in_place else 256)
+        assert plan_chunks(4096, 96, 16, 24, device=device) == before != plan
     seen = []
     whole = chunking.plan_chunks
     monkeypatch.setattr(
@@ -52,7 +54,7 @@ def test_chunk_sizes_are_swept_and_put_back(tmp_path, monkeypatch, capsys):
          "--super-rows", "384", "--device", "cpu", "--out", str(out)]
     )  # fmt: skip
     assert status == 0 and {128, 256, 384} <= set(seen)
-    assert (tuning.defaults("cpu"), tuning.defaults("cuda")) == before
+    assert chunking.FIXED_SIZES is None
     swept = json.loads(out.read_text("utf-8"))["sweep"]
     assert [row["default"] for row in swept].count(True) == 1 and len(swept) == 3
     medians = [row["seconds"]["median"] for row in swept]

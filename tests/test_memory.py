@@ -51,8 +51,7 @@ class LargestTensor(TorchDispatchMode):
 def test_no_tensor_of_tokens_times_vocabulary(backend, device, monkeypatch):
     rows = 4 if backend == "triton" and device == "cpu" else 16  # the interpreter is slow
     monkeypatch.setattr(chunking, "MULTIPLE", rows)
-    monkeypatch.setattr(chunking, "ROWS", rows)
-    monkeypatch.setattr(chunking, "SUPER_ROWS", 2 * rows)
+    monkeypatch.setattr(chunking, "FIXED_SIZES", (rows, 2 * rows))
     monkeypatch.setattr("tropd_kernels.rows.torch_rows.BLOCK_ELEMENTS", {"cpu": 4 * 3001})
     tokens, v = 8 * 2 * rows, 3001
     problem = make_problem(tokens, v, width=4, teacher_width=4, device=device)
@@ -183,8 +182,7 @@ def test_result_does_not_depend_on_the_chunks(name, form, device, monkeypatch):
     whole = problem.call(OBJECTIVES[name], form, backend)
     for rows, super_rows in ((1, 1), (4, 8), (7, 21)):
         monkeypatch.setattr(chunking, "MULTIPLE", rows)
-        monkeypatch.setattr(chunking, "ROWS", rows)
-        monkeypatch.setattr(chunking, "SUPER_ROWS", super_rows)
+        monkeypatch.setattr(chunking, "FIXED_SIZES", (rows, super_rows))
         pieces = problem.call(OBJECTIVES[name], form, backend)
         torch.testing.assert_close(pieces[0], whole[0], rtol=1e-6, atol=0)
         for key in whole[1]:
@@ -208,7 +206,7 @@ def test_plan_counts_the_gemms():
     assert plan.gemm_flop == 2 * 8192 * 151_936 * (3 * 2048 + 4096)
     logits = 8 * plan.rows * 151_936
     d_logits = 2 * plan.super_rows * 151_936
-    head = 4 * 151_936 * 2048
+    head = 0 if plan.super_rows == 8192 else 4 * 151_936 * 2048
     assert logits + d_logits + head <= plan.workspace_bytes <= 1.05 * (logits + d_logits + head)
     assert "3 S + 1 T" in str(plan)
     assert "8192 tokens" in str(plan)
@@ -227,13 +225,21 @@ def test_plan_of_the_backend_that_a_call_takes(monkeypatch):
 
 
 def test_plan_keeps_to_its_budget():
-    shape = dict(tokens=8192, vocab_size=151_936, hidden_size=64, teacher_hidden_size=64)
+    shape = dict(
+        tokens=8192, vocab_size=151_936, hidden_size=64, teacher_hidden_size=64,
+        dtype=torch.float32, device="cpu",
+    )  # fmt: skip
     free = plan_chunks(**shape)
-    assert (free.rows, free.super_rows) == (512, 2048)
-    tight = plan_chunks(**shape, max_workspace_bytes=free.workspace_bytes - 1)
-    assert tight.rows == 512 and tight.super_rows < 2048  # super-chunks give way first
-    tighter = plan_chunks(**shape, max_workspace_bytes=400_000_000)
-    assert tighter.rows < 512 and tighter.workspace_bytes <= 400_000_000
+    assert (free.rows, free.super_rows) == (512, 512)
+    shape["dtype"], shape["backend"] = torch.bfloat16, "native"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(native, "BF16_PRODUCTS", ["AVX512-BF16"])
+        free = plan_chunks(**shape)
+        assert (free.rows, free.super_rows) == (256, 1024)
+        tight = plan_chunks(**shape, max_workspace_bytes=free.workspace_bytes - 1)
+        assert tight.rows == 256 and tight.super_rows < 1024  # super-chunks give way first
+        tighter = plan_chunks(**shape, max_workspace_bytes=300_000_000)
+    assert tighter.rows < 256 and tighter.workspace_bytes <= 300_000_000
     assert tighter.rows % 128 == 0 and tighter.super_rows % 128 == 0
     with pytest.raises(ValueError, match="max_workspace_bytes=1000 is too small"):
         plan_chunks(**shape, max_workspace_bytes=1000)

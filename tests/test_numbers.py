@@ -74,8 +74,7 @@ def test_head_gradient_accumulates_in_float32(device, monkeypatch):
 
     def error(rows):
         monkeypatch.setattr(chunking, "MULTIPLE", rows)
-        monkeypatch.setattr(chunking, "ROWS", rows)
-        monkeypatch.setattr(chunking, "SUPER_ROWS", rows)
+        monkeypatch.setattr(chunking, "FIXED_SIZES", (rows, rows))
         _, found, _ = problem.call(GKD(), "hidden", backend, torch.bfloat16)
         return relative_error(found["weight"], exact["weight"])
 

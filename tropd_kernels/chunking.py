@@ -8,10 +8,16 @@ super-chunks of `super_rows` tokens, each of which costs one d_hidden and one d_
     workspace = (4 + 4) rows V + 2 super_rows V + 4 V H      bf16 inputs, trainable head
 
 Where d_logits has the logits' own dtype (float32 inputs; any input on a CPU that multiplies no
-bf16) the gradient overwrites the student's logits, and the two sizes are one. Where the products
-can round d_weight themselves, the last one does, straight into the gradient. If d_logits is in
-bf16, a batch of up to 2 H tokens is one super-chunk then: d_logits of all of them are smaller than
-the accumulator 4 V H, which is not needed.
+bf16) the gradient overwrites the student's logits, and the two sizes are one.
+
+Where one product can round d_weight itself, a batch in one super-chunk needs no accumulator, only
+d_logits of all its tokens. On a CPU that is chosen for up to 2 H tokens, whose d_logits are smaller
+than the accumulator 4 V H; on a GPU, where an accumulator is read and written once more for every
+super-chunk, also where the workspace grows by up to a third.
+
+On a GPU both sizes follow the bytes of their rows (`CHUNK_BYTES`): a wide vocabulary fills it with
+few of them, and a narrow one would leave it waiting for the host. There rows are padded to 16
+numbers, so that those of an odd vocabulary begin at multiples of 32 bytes, too.
 
 GEMM work, in units of S = 2 N V H (student head) and T = 2 N V G (teacher head): 3 S + T with
 gradients formed in the forward; 3 S without a dense teacher; one S less for each frozen side; 4 S +
@@ -31,19 +37,24 @@ from .arguments import is_int
 from .backends import BACKENDS, choose_backend
 from .objectives import TokenRule
 from .products import HALF, products_for
-from .rows.layout import Coef, Stat
-from .rows.torch_rows import scratch_bytes as torch_scratch
-from .selection import workspace_bytes as selection_workspace
+from .work import Call, Work
 
 #: Sizes are multiples of this many tokens.
 MULTIPLE = 128
-#: Tokens of float32 logits alive at once.
-ROWS = 512
-#: Tokens whose gradients enter one pair of products.
-SUPER_ROWS = 2048
-#: The same for half-precision inputs on a CPU: its products need fewer rows to run at full speed,
+#: On a CPU, tokens of float32 logits alive at once, and tokens whose gradients enter one pair of
+#: products; for half-precision inputs fewer: their products need fewer rows to run at full speed,
 #: and float32 logits weigh more beside such inputs.
+ROWS, SUPER_ROWS = 512, 2048
 CPU_ROWS, CPU_SUPER_ROWS = 256, 1024
+#: On a GPU, bytes of one side's logits alive at once, and of d_logits of one pair of products: at a
+#: vocabulary of 151,936 rows of 1024 and 2048 tokens. More than MOST_ROWS tokens of logits, or
+#: twice as many of d_logits, would speed nothing up.
+CHUNK_BYTES = 5 * 2**27
+MOST_ROWS = 4096
+#: On a GPU, by how much the workspace may grow for a d_weight without an accumulator.
+WITHOUT_ACCUMULATOR = 4 / 3
+#: (rows, super_rows) in place of the plan's own, for benchmarks and tests.
+FIXED_SIZES: tuple[int, int] | None = None
 
 
 @dataclass(frozen=True, repr=False)
@@ -55,6 +66,7 @@ class ChunkPlan:
     d_weight in the weight's dtype, the only one where super_rows holds all tokens.
     workspace: bytes by name, over the inputs and the returned gradients.
     student_gemms, teacher_gemms: GEMM work in units of S and T; gemm_flop: in FLOP.
+    work: launches, bytes and FLOP of each operation, at the least (see `work.py`).
     """
 
     tokens: int
@@ -67,10 +79,53 @@ class ChunkPlan:
     student_gemms: int
     teacher_gemms: int
     gemm_flop: int
+    work: tuple[Work, ...]
 
     @property
     def workspace_bytes(self) -> int:
         return sum(self.workspace.values())
+
+    @property
+    def bytes_moved(self) -> int:
+        """Read and written by matrix products and passes over rows, at the least."""
+        return sum(each.bytes for each in self.work)
+
+    @property
+    def launches(self) -> int:
+        """Matrix products and passes over the rows of a chunk, each one kernel on a GPU. Operations
+        on a few numbers a token come on top."""
+        return sum(each.launches for each in self.work)
+
+    def lower_bound(self, tb_per_s: float, tflop_per_s: float) -> float:
+        """Seconds that forward and backward take at least on a device that moves `tb_per_s` TB/s
+        and multiplies `tflop_per_s` TFLOP/s in the inputs' dtype: one operation after the other,
+        each by the slower of its bytes and its FLOP. No prediction: what `work` leaves out, partly
+        filled devices and waits for the host come on top.
+
+        Raises ValueError for rates that are not positive and finite.
+        """
+        for name, rate in (("tb_per_s", tb_per_s), ("tflop_per_s", tflop_per_s)):
+            if not (isinstance(rate, (int, float)) and 0 < rate < float("inf")):
+                raise ValueError(f"{name} must be a positive, finite number, got {short(rate)}")
+        return sum(each.seconds(tb_per_s, tflop_per_s) for each in self.work)
+
+    def describe(self, tb_per_s: float, tflop_per_s: float) -> str:
+        """The plan, its operations, and the lower bound of time at these rates, as a text."""
+        bound = self.lower_bound(tb_per_s, tflop_per_s)
+        lines = [
+            repr(self),
+            f"  lower bound of time at {tb_per_s:g} TB/s and {tflop_per_s:g} TFLOP/s: "
+            f"{1e3 * bound:,.2f} ms",
+        ]
+        for each in self.work:
+            if each.bytes or each.flop:
+                at_least = 1e3 * each.seconds(tb_per_s, tflop_per_s)
+                lines.append(
+                    f"    {at_least:>10,.2f} ms  {each.name}: {each.bytes / 1e9:,.2f} GB"
+                    + (f", {each.flop / 1e12:,.2f} TFLOP" if each.flop else "")
+                    + f", launches: {each.launches}"
+                )
+        return "\n".join(lines)
 
     def __repr__(self):
         work = f"{self.student_gemms} S" + (
@@ -81,6 +136,7 @@ class ChunkPlan:
             f"  chunks     {self.rows} tokens of logits, {self.super_rows} of gradients"
             + (" (in place)" if self.in_place else ""),
             f"  GEMM work  {work} = {self.gemm_flop / 1e12:.2f} TFLOP",
+            f"  moves      {self.bytes_moved / 1e9:,.2f} GB in {self.launches} launches, at least",
             f"  workspace  {self.workspace_bytes / 1e6:,.1f} MB",
         ]
         lines += [f"    {v / 1e6:>10,.1f} MB  {k}" for k, v in self.workspace.items() if v]
@@ -112,8 +168,9 @@ def plan_chunks(
     tokens: tokens that count. teacher_hidden_size: width of a `HiddenTeacher`; None for the others.
     device, backend: those of the call, neither of which has to be here; backend None takes the one
         that a call on such a device takes by itself.
-    max_workspace_bytes: shrinks super_rows first, then rows, in steps of 128 tokens; rows first
-        where one product makes d_weight, which then needs no accumulator.
+    max_workspace_bytes: on a CPU, shrinks super_rows first, then rows, in steps of 128 tokens; rows
+        first where one product makes d_weight, which then needs no accumulator. On a GPU, takes of
+        the sizes that fit those that move the fewest bytes.
     samples_gradient: with `gradient_tolerance` or `gradient_sampling`.
     wide_weight_grad: d_weight stays in float32, for a weight with `main_grad`; the accumulator then
         is the gradient.
@@ -139,77 +196,115 @@ def plan_chunks(
             f"backend must be one of {', '.join(map(repr, chunked))}; got {short(backend)}"
         )
     device_type = torch.device(device).type
-    products = products_for(backend, dtype, device_type)
-    logit_size = products.result_dtype.itemsize
-    in_place = products.gradient_dtype == products.result_dtype
     gradients = needs_hidden_grad or needs_weight_grad
-    samples_gradient = samples_gradient and gradients
-    casts = weight_dtype not in (None, dtype)
-    teacher_casts = teacher_hidden_size and teacher_weight_dtype not in (None, dtype)
-    copied = (hidden_size if casts else 0) + (teacher_hidden_size if teacher_casts else 0)
-    rounds = products.rounds_d_weight and needs_weight_grad
-    rounds = rounds and not (wide_weight_grad or casts)
-    repeats = 2 if reduction == "none" and gradients else 1
-    widths = [hidden_size] + ([teacher_hidden_size] if teacher_hidden_size else [])
-    longest = max(MULTIPLE, -(-tokens // MULTIPLE) * MULTIPLE)
+    call = Call(
+        tokens=tokens,
+        vocab_size=vocab_size,
+        hidden_size=hidden_size,
+        teacher_hidden_size=teacher_hidden_size,
+        dtype=dtype,
+        weight_dtype=weight_dtype or dtype,
+        teacher_weight_dtype=teacher_weight_dtype or dtype,
+        products=products_for(backend, dtype, device_type),
+        device_type=device_type,
+        backend=backend,
+        rule=objective,
+        repeats=2 if reduction == "none" and gradients else 1,
+        needs_hidden_grad=needs_hidden_grad,
+        needs_weight_grad=needs_weight_grad,
+        samples_gradient=samples_gradient and gradients,
+        wide_weight_grad=wide_weight_grad,
+        vocab_parallel=vocab_parallel,
+    )
+    rows, super_rows = _sizes(call, max_workspace_bytes)
+    return ChunkPlan(
+        tokens=tokens,
+        vocab_size=vocab_size,
+        rows=rows,
+        super_rows=super_rows,
+        in_place=call.in_place,
+        rounds_d_weight=call.rounds_d_weight(super_rows),
+        workspace=call.workspace(rows, super_rows),
+        student_gemms=call.student_gemms,
+        teacher_gemms=call.teacher_gemms,
+        gemm_flop=call.gemm_flop,
+        work=tuple(call.work(rows, super_rows)),
+    )
 
-    def plan(rows: int, super_rows: int) -> ChunkPlan:
-        scratch = products.scratch_bytes(rows, super_rows, widths)
-        if backend == "torch":
-            scratch += torch_scratch(rows, vocab_size, logit_size, device_type)
-        d_logits = products.gradient_dtype.itemsize * super_rows * vocab_size
-        workspace = {
-            "student logits": logit_size * rows * vocab_size,
-            "teacher logits": logit_size * rows * vocab_size if teacher_hidden_size else 0,
-            "d_logits": d_logits if gradients and not in_place else 0,
-            "d_weight accumulator": logit_size * vocab_size * hidden_size
-            if needs_weight_grad and not (rounds and super_rows >= tokens)
-            else 0,
-            "d_hidden of one chunk": 2 * logit_size * super_rows * hidden_size
-            if needs_hidden_grad
-            else 0,
-            "statistics and coefficients": logit_size * tokens * (len(Stat) + len(Coef)),
-            "heads in the hidden states' dtype": dtype.itemsize * vocab_size * copied,
-            "temporaries": scratch,
-            "sample of ids": selection_workspace(
-                super_rows, vocab_size, hidden_size, products.gradient_dtype, products.result_dtype
-            )
-            if samples_gradient
-            else 0,
-            "the search for the head": 2 * logit_size * rows * (vocab_size + 1)
-            if vocab_parallel and objective is not None and objective.divergence == "akl"
-            else 0,
-        }
-        prepass = objective is not None and objective.entropy_top_fraction is not None
-        student = repeats + needs_hidden_grad + needs_weight_grad + prepass
-        teacher = repeats if teacher_hidden_size else 0
-        flop = 2 * tokens * vocab_size
-        flop *= student * hidden_size + teacher * (teacher_hidden_size or 0)
-        return ChunkPlan(
-            tokens, vocab_size, rows, super_rows, in_place, rounds, workspace, student, teacher,
-            flop,
-        )  # fmt: skip
 
-    small = device_type == "cpu" and dtype in HALF
+# --- sizes ---------------------------------------------------------------------------------------
+
+Sizes = tuple[int, int]  # rows, super_rows
+
+
+def _sizes(call: Call, budget: int | None) -> Sizes:
+    """Those that the plan prefers, or, where they do not fit the budget, the best of those that do.
+
+    Raises ValueError where none does."""
+    if FIXED_SIZES is not None:
+        rows, super_rows = (min(size, _up(call.tokens)) for size in FIXED_SIZES)
+        candidates = [(rows, rows if call.in_place else super_rows)]
+    elif call.device_type == "cpu":
+        candidates = _on_cpu(call)
+    else:
+        candidates = _on_gpu(call)
+    if budget is None:
+        return candidates[0]
+    needed = {sizes: sum(call.workspace(*sizes).values()) for sizes in candidates}
+    fitting = [sizes for sizes in candidates if needed[sizes] <= budget]
+    if not fitting:
+        smallest = min(candidates, key=needed.__getitem__)
+        raise ValueError(
+            f"max_workspace_bytes={budget} is too small for vocabulary {call.vocab_size}: chunks "
+            f"of {smallest[0]} tokens take {needed[smallest]} bytes, the least"
+        )
+    if call.device_type == "cpu" or fitting[0] == candidates[0]:
+        return fitting[0]
+    # Of equals the one with fewer launches, which comes first.
+    return min(fitting, key=lambda sizes: sum(each.bytes for each in call.work(*sizes)))
+
+
+def _on_cpu(call: Call) -> list[Sizes]:
+    """In the order of preference."""
+    small, longest = call.dtype in HALF, _up(call.tokens)
     rows = min(CPU_ROWS if small else ROWS, ROWS, longest)
     super_rows = min(CPU_SUPER_ROWS if small else SUPER_ROWS, SUPER_ROWS, longest)
-    whole = rounds and not in_place and tokens <= 2 * hidden_size
-    # In the order of preference; the budget takes the first that fits.
     fewer_rows = range(rows, 0, -MULTIPLE)
-    sizes = [(r, longest) for r in fewer_rows] if whole else []
-    if not in_place:
-        sizes += [(rows, many) for many in range(super_rows, rows, -MULTIPLE)]
-    sizes += [(r, r) for r in fewer_rows]
-    plans = (plan(*size) for size in sizes)
-    if max_workspace_bytes is None:
-        return next(plans)
-    smallest = None
-    for chosen in plans:
-        if chosen.workspace_bytes <= max_workspace_bytes:
-            return chosen
-        if smallest is None or chosen.workspace_bytes < smallest.workspace_bytes:
-            smallest = chosen
-    raise ValueError(
-        f"max_workspace_bytes={max_workspace_bytes} is too small for vocabulary {vocab_size}: "
-        f"chunks of {smallest.rows} tokens take {smallest.workspace_bytes} bytes, the least"
-    )
+    candidates = []
+    if call.can_round and not call.in_place and call.tokens <= 2 * call.hidden_size:
+        candidates += [(r, longest) for r in fewer_rows]
+    if not call.in_place:
+        candidates += [(rows, many) for many in range(super_rows, rows, -MULTIPLE)]
+    return candidates + [(r, r) for r in fewer_rows]
+
+
+def _on_gpu(call: Call) -> list[Sizes]:
+    """The preferred sizes, and then smaller ones: rows by halves, super-chunks by whole chunks."""
+    longest = _up(call.tokens)
+    rows = min(CHUNK_BYTES // (call.logit_size * call.columns), MOST_ROWS)
+    # As even as multiples allow: no chunk of a few tokens comes last.
+    chunks = -(-call.tokens // max(rows // MULTIPLE * MULTIPLE, MULTIPLE)) or 1
+    rows = _up(-(-call.tokens // chunks))
+    most = min(CHUNK_BYTES // (call.gradient_size * call.columns), 2 * MOST_ROWS)
+    super_rows = rows if call.in_place else max(most // rows, 1) * rows
+    preferred = (rows, min(super_rows, longest))
+    if call.can_round and not call.in_place:
+        whole, chunked = (
+            sum(call.workspace(*sizes).values()) for sizes in ((rows, longest), preferred)
+        )
+        if whole <= WITHOUT_ACCUMULATOR * chunked:
+            preferred = (rows, longest)
+    candidates = [preferred]
+    while True:
+        if not call.in_place:
+            candidates += [(rows, longest)] if call.can_round else []
+            candidates += [(rows, k * rows) for k in range(super_rows // rows, 1, -1)]
+        candidates.append((rows, rows))
+        if rows <= MULTIPLE:
+            return candidates
+        rows = _up(rows // 2)
+
+
+def _up(tokens: int) -> int:
+    """To a multiple of MULTIPLE, at least one."""
+    return max(-(-tokens // MULTIPLE), 1) * MULTIPLE

@@ -249,6 +249,7 @@ class _Loop:
         self.row_scale: Tensor | None = None if late else loss_scale
         self.late_scale: Tensor | None = loss_scale if late else None
         self.products = products_for(problem.backend, source.dtype, source.device.type)
+        self.stride = self.products.row_stride(self.columns)
         self.plan = self._plan()
         self.first = True
         self.total: Tensor | None = None  # d_weight of the super-chunks so far
@@ -295,16 +296,16 @@ class _Loop:
         )
 
     def logits_size(self, side: Side | None) -> tuple[tuple[int, int], torch.dtype] | None:
-        """Of one sub-chunk of this side's logits, where a GEMM makes them."""
+        """Of one sub-chunk of this side's logits, with its padding, where a GEMM makes them."""
         if side is None or side.weight is None:
             return None
-        return (min(self.plan.rows, self.n), self.columns), result_dtype(side.source.dtype)
+        return (min(self.plan.rows, self.n), self.stride), result_dtype(side.source.dtype)
 
     def d_logits_size(self) -> tuple[tuple[int, int], torch.dtype] | None:
-        """Of a super-chunk, where it does not overwrite the logits."""
+        """Of a super-chunk, with its padding, where it does not overwrite the logits."""
         if not self.needs or not self.has_head or self.plan.in_place:
             return None
-        return (min(self.plan.super_rows, self.n), self.columns), self.products.gradient_dtype
+        return (min(self.plan.super_rows, self.n), self.stride), self.products.gradient_dtype
 
     def total_size(self) -> tuple[tuple[int, int], torch.dtype] | None:
         """Of d_weight's accumulator, where the result cannot be it."""
@@ -324,7 +325,7 @@ class _Loop:
             return side.source[tokens][:, : self.columns]
         rows = side.source[tokens]
         products = products_for(self.problem.backend, rows.dtype, rows.device.type)
-        out = buffer[: rows.shape[0]]
+        out = buffer[: rows.shape[0], : self.columns]
         if not side.pieces:
             return products.logits_into(out, rows, side.weight[: self.columns])
         low = 0
@@ -374,7 +375,7 @@ class _Loop:
                 coefs = self._weighed(rows(batch, tokens))
                 if self.needs and self.has_head:
                     first = 0 if plan.in_place else low - start
-                    out = d_logits[first : first + high - low]
+                    out = d_logits[first : first + high - low, : self.columns]
                     self.engine.gradient(batch, coefs, options, out)
                 elif self.needs:
                     self._store_d_logits(batch, coefs, options, tokens)
@@ -383,7 +384,8 @@ class _Loop:
                 # What is rounded takes their room.
                 arena.drop(t_buffer, None if plan.in_place else z_buffer)
             if self.needs and self.has_head:
-                self._products(d_logits[: stop - start], self.tokens(start, stop), start, last)
+                chunk = d_logits[: stop - start, : self.columns]
+                self._products(chunk, self.tokens(start, stop), start, last)
 
     def _weighed(self, coefs: Tensor) -> Tensor:
         if self.row_scale is None or not self.needs:

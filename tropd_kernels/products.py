@@ -4,13 +4,16 @@ All of them multiply in the inputs' dtype and give float32 (float64 for float64 
 never rounded to bf16 on the way to the softmax, which alone would cost 4 to 65 % of the gradient
 where student and teacher agree, and d_weight accumulates over chunks in float32.
 
-On a GPU, cuBLAS does that for half-precision inputs (`out_dtype`). On a CPU no such kernel exists
-in torch. Where `csrc/` is built and the CPU has AMX or AVX512-BF16, `NativeProducts` multiplies
-there; where it has AVX2 and nothing above, `NativeFloatProducts` does, in float32, to which bf16 is
-upcast on its way into the cache. Elsewhere half-precision weights are upcast in tiles of
-`TILE_ROWS` rows that stay in the cache, and the product is a float32 one; CPUs that multiply bf16
-in hardware do that for those float32 operands too (oneDNN's bf16 mode), which is exact for weights
-and hidden states that were bf16 to begin with.
+On a GPU, cuBLAS does that for half-precision inputs (`out_dtype`). Where one product makes d_weight
+of bfloat16, it rounds as it stores, and sums in float32 until then: torch by default lets cuBLAS
+round partial sums, too.
+
+On a CPU no such kernel exists in torch. Where `csrc/` is built and the CPU has AMX or AVX512-BF16,
+`NativeProducts` multiplies there; where it has AVX2 and nothing above, `NativeFloatProducts` does,
+in float32, to which bf16 is upcast on its way into the cache. Elsewhere half-precision weights are
+upcast in tiles of `TILE_ROWS` rows that stay in the cache, and the product is a float32 one; CPUs
+that multiply bf16 in hardware do that for those float32 operands too (oneDNN's bf16 mode), which is
+exact for weights and hidden states that were bf16 to begin with.
 """
 
 from __future__ import annotations
@@ -26,6 +29,8 @@ from . import native
 
 #: Rows of the weight upcast at once on a CPU: 8 MiB at a width of 1024.
 TILE_ROWS = 2048
+#: Elements of which a padded row has a multiple.
+ROW_MULTIPLE = 16
 HALF = (torch.bfloat16, torch.float16)
 FLOATS = (*HALF, torch.float32, torch.float64)
 
@@ -53,7 +58,7 @@ def products_for(backend: str, dtype: torch.dtype, device_type: str) -> TorchPro
     """The products that serve this backend and inputs of this dtype."""
     here = backend == "native" and device_type == "cpu" and dtype == torch.bfloat16
     if not here or not native.BF16_PRODUCTS:
-        return TorchProducts(dtype, device_type)
+        return TorchProducts(dtype, device_type, pads_rows=backend == "triton")
     in_float32 = native.BF16_PRODUCTS[0] == "AVX2"
     return (NativeFloatProducts if in_float32 else NativeProducts)(dtype, device_type)
 
@@ -62,17 +67,26 @@ class TorchProducts:
     """Products by torch.
 
     gradient_dtype: in which d_logits enters its two products. rounds_d_weight: `d_weight` can round
-    sums to the weight's dtype as it stores them, so that d_weight takes no pass of its own, and in
-    one product no accumulator.
+    to the weight's dtype as it stores, so that one product of all tokens needs no accumulator.
+    rounds_sums: it can so also where it adds to an accumulator, so that the last of several
+    products leaves no pass over it.
     """
 
-    rounds_d_weight = False
+    rounds_sums = False
 
-    def __init__(self, dtype: torch.dtype, device_type: str):
+    def __init__(self, dtype: torch.dtype, device_type: str, pads_rows: bool = False):
         self.dtype, self.on_cpu = dtype, device_type == "cpu"
+        self.pads_rows = pads_rows or not self.on_cpu
         self.result_dtype = result_dtype(dtype)
         self.gradient_dtype = self.result_dtype if self.on_cpu else dtype
         self.upcasts = self.on_cpu and dtype in HALF
+        # Not float16, whose gradient waits in float32 for a loss scale.
+        self.rounds_d_weight = not self.on_cpu and dtype == torch.bfloat16
+
+    def row_stride(self, columns: int) -> int:
+        """Of logits and d_logits with so many columns, in elements. On a GPU products and kernels
+        read by 16 bytes where rows begin at multiples of that, and number by number else."""
+        return -(-columns // ROW_MULTIPLE) * ROW_MULTIPLE if self.pads_rows else columns
 
     def logits_into(self, out: Tensor, hidden: Tensor, weight: Tensor) -> Tensor:
         """out (n, V) = hidden (n, H) @ weight (V, H).T"""
@@ -98,11 +112,15 @@ class TorchProducts:
         return total
 
     def d_weight(self, out: Tensor, d_logits: Tensor, hidden: Tensor, sums: Tensor | None) -> None:
-        """out (V, H) = [sums +] d_logits (n, V).T @ hidden (n, H). `sums` is `out` itself or None;
-        with `rounds_d_weight` `out` may have the weight's dtype, beside `sums` in float32."""
+        """out (V, H) = [sums +] d_logits (n, V).T @ hidden (n, H). `sums` is `out` itself or None.
+        `out` may have the weight's dtype where `rounds_d_weight` and `sums` is None, or where
+        `rounds_sums`."""
         if self.on_cpu:
             with _bf16_products(self.dtype):
                 out.addmm_(d_logits.t(), hidden.to(out.dtype), beta=0 if sums is None else 1)
+        elif out.dtype == hidden.dtype == torch.bfloat16:
+            with _UNROUNDED_PARTS.held():
+                torch.mm(d_logits.t(), hidden, out=out)
         elif sums is None:
             self._mm(d_logits.t(), hidden, out)
         elif hidden.dtype in HALF:
@@ -128,11 +146,11 @@ class TorchProducts:
 class NativeProducts(TorchProducts):
     """Products of bfloat16 by `csrc/gemm_*.cpp`, on units that multiply it."""
 
-    rounds_d_weight = True
+    rounds_sums = True
 
     def __init__(self, dtype: torch.dtype, device_type: str):
         super().__init__(dtype, device_type)
-        self.gradient_dtype = dtype
+        self.gradient_dtype, self.rounds_d_weight = dtype, True
 
     def logits_into(self, out, hidden, weight):
         hidden, weight = native.plain_rows(hidden), native.plain_rows(weight)
@@ -203,7 +221,7 @@ class _Setting:
         with self.lock:
             if self.products == 0:
                 self.before = getattr(self.owner, self.name)
-                setattr(self.owner, self.name, self.value)
+                self._set(self.value)
             self.products += 1
         try:
             yield
@@ -211,13 +229,23 @@ class _Setting:
             with self.lock:
                 self.products -= 1
                 if self.products == 0:
-                    setattr(self.owner, self.name, self.before)
+                    self._set(self.before)
+
+    def _set(self, value: Any) -> None:
+        # One that holds already is left alone: writing may reset what comes with it, as
+        # `allow_bf16_reduced_precision_reduction` does with its split-K switch.
+        if getattr(self.owner, self.name) != value:
+            setattr(self.owner, self.name, value)
 
 
 #: oneDNN's compute mode for float32 products.
 _BF16_MODE = _Setting(torch.backends.mkldnn.matmul, "fp32_precision", "bf16")  # type: ignore[attr-defined]
 #: A caller may let a GPU sum float16 products in float16; torch then refuses float32 results.
 _WIDE_SUMS = _Setting(torch.backends.cuda.matmul, "allow_fp16_accumulation", False)
+#: By default torch lets a GPU round the partial sums of a bfloat16 product that it has split.
+_UNROUNDED_PARTS = _Setting(
+    torch.backends.cuda.matmul, "allow_bf16_reduced_precision_reduction", False
+)
 
 
 def _wide_sums(dtype: torch.dtype):

@@ -31,13 +31,13 @@ from benchmarks.bench.command import (
 from benchmarks.bench.losses import LOSSES
 from benchmarks.bench.problem import Gradients, Problem, make_problem
 from benchmarks.bench.providers import Runner, runner
-from benchmarks.bench.shapes import DEFAULTS, SHAPES
+from benchmarks.bench.shapes import DEFAULTS, SHAPES, Shape
 from benchmarks.bench.table import megabytes, seconds
 from benchmarks.bench.timing import free, reason_of, take_turns
 from benchmarks.dtypes import dtype_name
 from benchmarks.measure import machine
 from benchmarks.records import emit, wait_for_turn
-from tropd_kernels import chunking
+from tropd_kernels import chunking, plan_chunks
 from tropd_kernels.backends import choose_backend
 
 ROWS = (256, 512, 1024, 2048)
@@ -48,22 +48,21 @@ Sizes = tuple[int, int]
 
 @contextmanager
 def chunks_of(sizes: Sizes) -> Iterator[None]:
-    """The plan's sizes, for the time being, on either kind of device."""
-    names = ("ROWS", "SUPER_ROWS", "CPU_ROWS", "CPU_SUPER_ROWS")
-    before = {name: getattr(chunking, name) for name in names}
-    for name, size in zip(names, sizes * 2):
-        setattr(chunking, name, size)
+    """These sizes in place of the plan's, for the time being, on either kind of device."""
+    before, chunking.FIXED_SIZES = chunking.FIXED_SIZES, sizes
     try:
         yield
     finally:
-        for name, size in before.items():
-            setattr(chunking, name, size)
+        chunking.FIXED_SIZES = before
 
 
-def defaults(device: str) -> Sizes:
-    if torch.device(device).type == "cpu":
-        return chunking.CPU_ROWS, chunking.CPU_SUPER_ROWS
-    return chunking.ROWS, chunking.SUPER_ROWS
+def defaults(tokens: int, shape: Shape, dtype: torch.dtype, device: str) -> Sizes:
+    """The plan's own for a loss with the teacher's hidden states."""
+    plan = plan_chunks(
+        tokens, shape.vocab_size, shape.hidden_size, shape.teacher_hidden_size, dtype=dtype,
+        device=device,
+    )  # fmt: skip
+    return plan.rows, plan.super_rows
 
 
 def with_chunks(run: Runner, sizes: Sizes) -> Runner:
@@ -79,10 +78,10 @@ def with_chunks(run: Runner, sizes: Sizes) -> Runner:
 
 
 def sweep(
-    problem: Problem, loss: str, sizes: Sequence[Sizes], repeats: int, device: str
+    problem: Problem, loss: str, sizes: Sequence[Sizes], standard: Sizes, repeats: int, device: str
 ) -> Iterator[dict]:
     """A row for each as soon as it is there; sizes that cannot run give the reason."""
-    run, standard = runner(choose_backend(None, torch.device(device)), loss), defaults(device)
+    run = runner(choose_backend(None, torch.device(device)), loss)
     for pair in sizes:
         calls = {"default": (with_chunks(run, standard), problem)}
         if pair != standard:
@@ -149,7 +148,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         say(f"tuning: {error}")
         return 2
     tokens = options.tokens or tokens[0]
-    sizes = {defaults(device)} | {
+    standard = defaults(tokens, SHAPES[shape_name], dtype, device)
+    sizes = {standard} | {
         (rows, many) for rows in options.rows for many in options.super_rows if many >= rows
     }
     if device == "cuda":
@@ -162,8 +162,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "tokens": tokens, "loss": loss,
     }  # fmt: skip
     rows = []
-    in_order = sorted(sizes, key=lambda pair: (pair != defaults(device), pair))
-    for row in sweep(problem, loss, in_order, options.repeats, device):
+    in_order = sorted(sizes, key=lambda pair: (pair != standard, pair))
+    for row in sweep(problem, loss, in_order, standard, options.repeats, device):
         emit(shape=shape_name, loss=loss, tokens=tokens, **row)
         rows.append(row)
     rows = fastest_first(rows)

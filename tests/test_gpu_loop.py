@@ -1,0 +1,211 @@
+"""The chunk loop as it runs on a GPU, over products of a GPU that a CPU stands in for
+(`gpu_products`): d_weight that one product rounds, and rows that are padded."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.distributed as dist
+from fuzz_native import same_bits
+from gpu_products import on_gpu
+from problems import OBJECTIVES, make_problem, relative_error
+
+from tropd_kernels import chunking, plan_chunks, products
+from tropd_kernels.linear_loss import Needs, Problem, Side, backward, forward
+from tropd_kernels.parallel import Shard
+from tropd_kernels.reference_backend import reference_loss
+from tropd_kernels.rows.layout import LogitTransform, RowOptions
+from tropd_kernels.selection import Selection
+
+TOKENS, IDS, WIDTH = 64, 301, 16
+ONE = torch.ones(())
+MATMUL = torch.backends.cuda.matmul
+
+
+@pytest.fixture(autouse=True)
+def _gpu(monkeypatch):
+    """What nothing has written is NaN."""
+    on_gpu(monkeypatch)
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def flat(tokens=TOKENS, ids=IDS, dtype=torch.bfloat16, **more) -> Problem:
+    made = make_problem(tokens, ids, ids, WIDTH)
+    student, weight, teacher, teacher_weight = (
+        getattr(made, name).to(dtype)
+        for name in ("hidden", "weight", "teacher_hidden", "teacher_weight")
+    )
+    options = RowOptions(OBJECTIVES["reverse_kl"], LogitTransform(), LogitTransform())
+    problem = Problem(
+        Side(student, weight), Side(teacher, teacher_weight), made.labels, {}, options, "torch",
+        -100, None,
+    )  # fmt: skip
+    return replace(problem, **more)
+
+
+def gradients(problem: Problem, wide: bool = False):
+    return forward(problem, Needs(student=True, weight=True, wide_weight=wide), ONE)
+
+
+def exact_d_weight(problem: Problem) -> torch.Tensor:
+    weight = problem.student.weight.double().requires_grad_()
+    exact = replace(
+        problem, student=Side(problem.student.source.double(), weight),
+        teacher=Side(problem.teacher.source.double(), problem.teacher.weight.double()),
+    )  # fmt: skip
+    reference_loss(exact, ONE.double())[0].backward()
+    return weight.grad
+
+
+def calls_of(monkeypatch, name: str) -> list:
+    """Arguments of the products of this name."""
+    seen, whole = [], getattr(products.TorchProducts, name)
+    monkeypatch.setattr(
+        products.TorchProducts, name, lambda self, *a: (seen.append(a), whole(self, *a))[1]
+    )
+    return seen
+
+
+# --- d_weight that one product rounds ------------------------------------------------------------
+
+
+@pytest.mark.parametrize("tokens", [TOKENS, 13, 1])
+def test_one_product_of_all_tokens_rounds_d_weight(tokens, monkeypatch):
+    """To the bits of a float32 product rounded, into the gradient itself, with no accumulator."""
+    problem, made = flat(tokens), calls_of(monkeypatch, "d_weight")
+    found = gradients(problem).d_weight
+    ((out, d_logits, _, sums),) = made
+    assert sums is None and out.data_ptr() == found.data_ptr()
+    assert d_logits.shape == (tokens, IDS) and found.dtype == torch.bfloat16
+    monkeypatch.setattr(chunking, "FIXED_SIZES", (8, 64))
+    wide = gradients(problem, wide=True).d_weight
+    assert wide.dtype == torch.float32 and same_bits(found, wide.bfloat16())
+
+
+def test_its_error_is_that_of_an_accumulator(monkeypatch):
+    problem = flat()
+    exact = exact_d_weight(problem)
+    error = relative_error(gradients(problem).d_weight, exact)
+    monkeypatch.setattr(chunking, "WITHOUT_ACCUMULATOR", 0)
+    made = calls_of(monkeypatch, "d_weight")
+    chunked = gradients(problem).d_weight
+    assert len(made) == TOKENS // 16
+    assert error <= 1.01 * relative_error(chunked, exact)
+    assert same_bits(chunked, gradients(problem, wide=True).d_weight.bfloat16())
+
+
+def test_partial_sums_of_that_product_are_not_rounded(monkeypatch):
+    """By default torch lets cuBLAS round them. What the caller has set comes back, the split-K
+    switch beside it too."""
+    seen, whole = [], torch.mm
+
+    def mm(a, b, **how):
+        if how["out"].dtype == torch.bfloat16:
+            seen.append(MATMUL.allow_bf16_reduced_precision_reduction)
+        return whole(a, b, **how)
+
+    monkeypatch.setattr(torch, "mm", mm)
+    before = torch._C._get_cublas_allow_bf16_reduced_precision_reduction()
+    try:
+        for setting in ((True, True), (False, True), (False, False)):
+            MATMUL.allow_bf16_reduced_precision_reduction = setting
+            gradients(flat())
+            assert torch._C._get_cublas_allow_bf16_reduced_precision_reduction() == setting
+        assert seen == [False] * 3
+    finally:
+        MATMUL.allow_bf16_reduced_precision_reduction = before
+
+
+def test_no_product_rounds_what_is_returned_wide():
+    """A float16 gradient waits in float32 for a loss scale, `main_grad` is float32, and a float32
+    head's gradient is, too."""
+    assert gradients(flat(dtype=torch.float16)).d_weight.dtype == torch.float32
+    assert gradients(flat(), wide=True).d_weight.dtype == torch.float32
+    problem = flat()
+    student = replace(problem.student, weight=problem.student.weight.float())
+    found = gradients(replace(problem, student=student)).d_weight
+    assert found.dtype == torch.float32
+    assert not same_bits(found, found.bfloat16().float())
+
+
+@pytest.mark.parametrize("factor", [0, 3])  # never, and in spite of the sample's workspace
+@pytest.mark.parametrize("selects", [{"tolerance": 0.5}, {"sampling": 0.2}])
+def test_a_sample_of_ids(selects, factor, monkeypatch):
+    monkeypatch.setattr(chunking, "WITHOUT_ACCUMULATOR", factor)
+    problem = flat(selection=Selection(**selects, seed=torch.tensor(4)))
+    result = gradients(problem)
+    assert 0 < result.sampled[0] < 1 and result.d_weight.dtype == torch.bfloat16
+    monkeypatch.setattr(chunking, "FIXED_SIZES", (8, 16 if factor == 0 else 64))
+    assert same_bits(result.d_weight, gradients(problem, wide=True).d_weight.bfloat16())
+
+
+def test_a_backward_that_recomputes():
+    problem = flat()
+    coefs = forward(problem, Needs(), ONE).coefs
+    found = backward(problem, coefs, Needs(student=True, weight=True)).d_weight
+    assert same_bits(found, gradients(problem).d_weight)
+
+
+def test_no_token_gives_zeros():
+    found = gradients(replace(flat(), labels=torch.full((TOKENS,), -100))).d_weight
+    assert found.dtype == torch.bfloat16 and (found == 0).all()
+
+
+def test_a_shard_of_the_vocabulary(tmp_path):
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/it", rank=0, world_size=1)
+    try:
+        shard = Shard(dist.group.WORLD, (0, IDS), (0, IDS), IDS)
+        problem = flat()
+        options = replace(problem.options, sharded=True)
+        whole, sharded = (
+            gradients(each) for each in (problem, replace(problem, shard=shard, options=options))
+        )
+        assert sharded.d_weight.dtype == torch.bfloat16
+        assert relative_error(sharded.d_weight, whole.d_weight) < 2**-8
+        assert relative_error(sharded.d_student, whole.d_student) < 2**-8
+    finally:
+        dist.destroy_process_group()
+
+
+# --- rows that are padded ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("objective", ["tropd", "gkd", "sampled"])
+def test_padding_changes_no_bit(backend, dtype, objective, monkeypatch):
+    """Of an odd vocabulary: padded columns hold NaN, and reach neither products nor rows."""
+    rule = OBJECTIVES["opd" if objective == "sampled" else objective]
+    options = RowOptions(rule, LogitTransform(), LogitTransform())
+    made = make_problem(12, 131, 131, WIDTH)
+    problem = replace(flat(12, 131, dtype), options=options, backend=backend)
+    problem = replace(problem, inputs={"uniforms": made.options["uniforms"]})
+    strides = [call[0].stride() for call in calls_and(problem, monkeypatch, "logits_into")]
+    assert set(strides) == {(144, 1)}
+    padded = gradients(problem)
+    d_logits = [call[0] for call in calls_and(problem, monkeypatch, "d_hidden")]
+    assert {(g.stride(), g.shape[1]) for g in d_logits} == {((144, 1), 131)}
+    monkeypatch.setattr(products, "ROW_MULTIPLE", 1)
+    plain = gradients(problem)
+    for name in ("stats", "coefs", "d_student", "d_weight"):
+        assert same_bits(getattr(padded, name), getattr(plain, name))
+        assert getattr(padded, name).is_contiguous()
+    assert padded.d_weight.isfinite().all() and padded.d_weight.norm() > 0
+
+
+def calls_and(problem, monkeypatch, name):
+    with monkeypatch.context() as patch:
+        seen = calls_of(patch, name)
+        gradients(problem)
+    return seen
+
+
+def test_the_plan_counts_the_padding():
+    shape = dict(tokens=64, hidden_size=16, teacher_hidden_size=16)
+    odd, even = (plan_chunks(vocab_size=v, **shape) for v in (301, 304))
+    assert (odd.rows, odd.super_rows) == (even.rows, even.super_rows)
+    for name in ("student logits", "teacher logits", "d_logits"):
+        assert odd.workspace[name] == even.workspace[name] > 0
+    assert odd.workspace["student logits"] == 4 * 304 * odd.rows

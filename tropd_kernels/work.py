@@ -1,0 +1,230 @@
+"""What a call has to hold and to do: bytes of its workspace; and, at the least, its products, its
+passes over rows, and the bytes that they move.
+
+The work is counted from sizes alone, by operation, each as one launch: a matrix product, or a pass
+of the `triton` backend over the rows of a chunk. Every operand comes from memory once and every
+result goes there once, as if no cache kept anything between two operations, which holds for chunks
+far larger than the cache. What is left out, so that nothing but less is counted:
+
+    a few numbers a token (statistics, coefficients, the batch's inputs) and operations on them
+    rows that only a gate or an entropy filter asks about, which depend on the batch, and so do the
+    products of a sample of ids
+    logits that a teacher brings along, and what the backward does with the gradients
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+
+from .objectives import TokenRule
+from .products import TorchProducts, stored_dtype
+from .rows.layout import Coef, Stat
+from .rows.torch_rows import scratch_bytes as torch_scratch
+from .selection import workspace_bytes as selection_workspace
+
+
+@dataclass(frozen=True)
+class Work:
+    """All launches of one operation in a call: bytes read and written, and FLOP of products."""
+
+    name: str
+    launches: int
+    bytes: int
+    flop: int = 0
+
+    def seconds(self, tb_per_s: float, tflop_per_s: float) -> float:
+        """At these rates, with arithmetic and memory traffic fully overlapped."""
+        return max(self.bytes / (tb_per_s * 1e12), self.flop / (tflop_per_s * 1e12))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Call:
+    """What workspace and work of a call depend on, besides its chunk sizes."""
+
+    tokens: int
+    vocab_size: int
+    hidden_size: int
+    teacher_hidden_size: int | None  # of a teacher's hidden states
+    dtype: torch.dtype  # of the hidden states
+    weight_dtype: torch.dtype
+    teacher_weight_dtype: torch.dtype
+    products: TorchProducts
+    device_type: str
+    backend: str
+    rule: TokenRule | None
+    repeats: int  # of the logits: twice where a backward makes them again
+    needs_hidden_grad: bool
+    needs_weight_grad: bool
+    samples_gradient: bool
+    wide_weight_grad: bool
+    vocab_parallel: bool
+
+    @property
+    def logit_size(self) -> int:
+        return self.products.result_dtype.itemsize
+
+    @property
+    def gradient_size(self) -> int:
+        """Of a number of d_logits."""
+        return self.products.gradient_dtype.itemsize
+
+    @property
+    def columns(self) -> int:
+        """From one row of logits to the next."""
+        return self.products.row_stride(self.vocab_size)
+
+    @property
+    def forms_gradients(self) -> bool:
+        return self.needs_hidden_grad or self.needs_weight_grad
+
+    @property
+    def in_place(self) -> bool:
+        """d_logits overwrites the student's logits."""
+        return self.products.gradient_dtype == self.products.result_dtype
+
+    @property
+    def can_round(self) -> bool:
+        """One product of all tokens can give d_weight as it is returned."""
+        wanted = self.needs_weight_grad and not self.wide_weight_grad
+        return wanted and self.products.rounds_d_weight and self.weight_dtype == self.dtype
+
+    def rounds_d_weight(self, super_rows: int) -> bool:
+        """The last product does."""
+        return self.can_round and (self.products.rounds_sums or super_rows >= self.tokens)
+
+    @property
+    def ranks_entropies(self) -> bool:
+        """Another pass over the student's logits goes before."""
+        return self.rule is not None and self.rule.entropy_top_fraction is not None
+
+    # --- bytes held ------------------------------------------------------------------------------
+
+    def workspace(self, rows: int, super_rows: int) -> dict[str, int]:
+        """Bytes by name, over the inputs and the returned gradients."""
+        logits = self.logit_size * rows * self.columns
+        head = self.logit_size * self.vocab_size * self.hidden_size
+        accumulates = not (self.rounds_d_weight(super_rows) and super_rows >= self.tokens)
+        searches = self.vocab_parallel and self.rule is not None and self.rule.divergence == "akl"
+        return {
+            "student logits": logits,
+            "teacher logits": logits if self.teacher_hidden_size else 0,
+            "d_logits": self.gradient_size * super_rows * self.columns
+            if self.forms_gradients and not self.in_place
+            else 0,
+            "d_weight accumulator": head if self.needs_weight_grad and accumulates else 0,
+            "d_hidden of one chunk": 2 * self.logit_size * super_rows * self.hidden_size
+            if self.needs_hidden_grad
+            else 0,
+            "statistics and coefficients": self.logit_size * self.tokens * (len(Stat) + len(Coef)),
+            "heads in the hidden states' dtype": self.dtype.itemsize
+            * self.vocab_size
+            * sum(width for width, dtype in self._heads if dtype != self.dtype),
+            "temporaries": self._temporaries(rows, super_rows),
+            "sample of ids": selection_workspace(
+                super_rows, self.vocab_size, self.hidden_size, self.products.gradient_dtype,
+                self.products.result_dtype,
+            )
+            if self.samples_gradient
+            else 0,
+            "the search for the head": 2 * self.logit_size * rows * (self.vocab_size + 1)
+            if searches
+            else 0,
+        }  # fmt: skip
+
+    @property
+    def _heads(self) -> list[tuple[int, torch.dtype]]:
+        heads = [(self.hidden_size, self.weight_dtype)]
+        if self.teacher_hidden_size:
+            heads.append((self.teacher_hidden_size, self.teacher_weight_dtype))
+        return heads
+
+    def _temporaries(self, rows: int, super_rows: int) -> int:
+        scratch = self.products.scratch_bytes(rows, super_rows, [width for width, _ in self._heads])
+        if self.backend == "torch":
+            scratch += torch_scratch(rows, self.vocab_size, self.logit_size, self.device_type)
+        return scratch
+
+    # --- work done -------------------------------------------------------------------------------
+
+    @property
+    def student_gemms(self) -> int:
+        """In units of S."""
+        gradients = self.needs_hidden_grad + self.needs_weight_grad
+        return self.repeats + gradients + self.ranks_entropies
+
+    @property
+    def teacher_gemms(self) -> int:
+        """In units of T."""
+        return self.repeats if self.teacher_hidden_size else 0
+
+    @property
+    def gemm_flop(self) -> int:
+        widths = self.student_gemms * self.hidden_size
+        widths += self.teacher_gemms * (self.teacher_hidden_size or 0)
+        return 2 * self.tokens * self.vocab_size * widths
+
+    def work(self, rows: int, super_rows: int) -> Iterator[Work]:
+        """Of the call's operations, in chunks of these sizes."""
+        if self.tokens == 0:
+            return
+        whole, rest = divmod(self.tokens, super_rows)
+        chunks = whole * -(-super_rows // rows) + -(-rest // rows)
+        for (width, dtype), whose in zip(self._heads, ("", "teacher's "), strict=False):
+            if dtype != self.dtype:
+                moved = self.vocab_size * width * (dtype.itemsize + self.dtype.itemsize)
+                yield Work(f"copy of the {whose}head", 1, moved)
+        yield self._logits("student logits", self.hidden_size, chunks, self.student_repeats)
+        if self.teacher_hidden_size:
+            yield self._logits("teacher logits", self.teacher_hidden_size, chunks, self.repeats)
+        for name, id_bytes in self._passes():
+            yield Work(name, chunks, self.tokens * self.vocab_size * id_bytes)
+        if not self.samples_gradient:
+            yield from self._gradient_products(super_rows, whole + (rest > 0))
+
+    @property
+    def student_repeats(self) -> int:
+        return self.repeats + self.ranks_entropies
+
+    def _logits(self, name: str, width: int, chunks: int, times: int) -> Work:
+        n, v, size = self.tokens, self.vocab_size, self.dtype.itemsize
+        moved = chunks * v * width * size + n * width * size + n * v * self.logit_size
+        return Work(name, times * chunks, times * moved, times * 2 * n * v * width)
+
+    def _passes(self) -> Iterator[tuple[str, int]]:
+        """Names of the passes over rows, and the bytes of an id that each of them moves."""
+        rule, one = self.rule, self.logit_size
+        dense = bool(self.teacher_hidden_size)
+        if self.ranks_entropies:
+            yield "entropies", one
+        yield "statistics", one * (1 + dense)
+        if rule is not None and dense and rule.uses_sums and not rule.sums_are_statistics:
+            yield "sums", 2 * one if rule.sums_of_every_row else 0
+        yield "rule", 0
+        if self.forms_gradients:
+            # A row without a weight is not read, nor a teacher's row that no coefficient asks for.
+            drops = rule is not None and rule.gate != "always" and rule.outlier == "mask"
+            read = 0 if drops or self.ranks_entropies else 1
+            if read and dense and rule is not None and rule.divergence is not None:
+                read = 2
+            yield "gradient", one * read + self.gradient_size
+
+    def _gradient_products(self, super_rows: int, super_chunks: int) -> Iterator[Work]:
+        n, v, h = self.tokens, self.vocab_size, self.hidden_size
+        d_logits, flop = n * v * self.gradient_size, 2 * n * v * h
+        if self.needs_hidden_grad:
+            moved = d_logits + super_chunks * v * h * self.dtype.itemsize + n * h * self.logit_size
+            yield Work("d_hidden", super_chunks, moved, flop)
+        if not self.needs_weight_grad:
+            return
+        # Every product but the first reads the accumulator, every one but a last that rounds
+        # writes it.
+        rounds, returned = self.rounds_d_weight(super_rows), stored_dtype(self.weight_dtype)
+        sums = (2 * super_chunks - 1 - rounds) * self.logit_size + rounds * returned.itemsize
+        moved = d_logits + n * h * self.dtype.itemsize + sums * v * h
+        yield Work("d_weight", super_chunks, moved, flop)
+        if not (rounds or self.wide_weight_grad or returned == self.products.result_dtype):
+            moved = v * h * (self.logit_size + returned.itemsize)
+            yield Work("rounding of d_weight", 1, moved)
