@@ -66,6 +66,8 @@ def test_dtype_of_a_student_by_name(tmp_path, key):
 def test_no_dtype(key):
     for given, words in (
         ({"torch_dtype": "bf16"}, "torch_dtype: expected 'auto' or one of bfloat16, .* 'bf16'"),
+        ({"dtype": torch.float8_e4m3fn}, "dtype: expected 'auto' or one of bfloat16"),
+        ({"torch_dtype": torch.int8}, "torch_dtype: expected 'auto' or one of bfloat16"),
         ({"dtype": 16}, "dtype: expected 'auto' or one of"),
         ({"dtype": "float16", "torch_dtype": "bfloat16"}, "dtype 'float16' and torch_dtype 'bf"),
     ):

@@ -191,6 +191,14 @@ def test_knobs_are_the_constructor_s(name):
         ({"drift_tau": 1.0}, "drift_tau: with num_iterations 1"),
         ({"drift_tau": 0.0, "num_iterations": 2}, "drift_tau: must be in"),
         ({"drift_block_size": 0}, "drift_block_size: must be"),
+        ({"pad_to_multiple_of": 0}, "pad_to_multiple_of: must be a whole number of at least 1"),
+        ({"pad_to_multiple_of": -4}, "pad_to_multiple_of: must be a whole number of at least 1"),
+        ({"pad_to_multiple_of": "many"}, "pad_to_multiple_of: must be a whole number of at least"),
+        ({"pad_to_multiple_of": 4.5}, "pad_to_multiple_of: must be a whole number of at least 1"),
+        ({"model_init_kwargs": {"quantization_config": "int8"}},
+         "model_init_kwargs: quantization_config: expected a mapping with a 'quant_method'"),
+        ({"teacher_model_init_kwargs": {"quantization_config": "int8"}},
+         "teacher_model_init_kwargs: quantization_config: expected a mapping with a 'quant"),
     ],
 )  # fmt: skip
 def test_error_names_the_key(settings, message):
@@ -314,6 +322,7 @@ def test_a_missing_model_is_named_before_anything_is_loaded(missing, name, tmp_p
     monkeypatch.setattr(trainer.loaded_teacher, "create_model_from_path", None)
     monkeypatch.setattr("trl.trainer.distillation_trainer.create_model_from_path", None)
     args = TrOPDConfig(str(tmp_path / "out"), use_cpu=True, bf16=False)
+    (tmp_path / "config.json").write_text("{}")
     models = {"model": str(tmp_path), "teacher_model": str(tmp_path)} | {missing: name}
     with pytest.raises(OSError, match=f"^{missing}: there is no folder {name}"):
         trainer.TrOPDTrainer(**models, args=args)
@@ -401,7 +410,7 @@ def test_flags_win_and_numbers_are_numbers(run_file):
         ("model: null", "missing: model"),
         ("model: [a]", "model: expected a name or a path, got ['a']"),
         ("model: /nowhere", "model: there is no folder /nowhere"),
-        ("model: .", "Unrecognized model in ."),
+        ("model: .", "model: there is no model in the folder .: it has no config.json"),
         ("per_device_train_batch_size: 80", "dataset: 8 rows are fewer than one"),
         ("learning_rate: nan", "learning_rate: must be in"),
         ("objective_kwargs: '{top_k: 8}'", "objective_kwargs: '{top_k: 8}' is no JSON"),
@@ -411,6 +420,7 @@ def test_flags_win_and_numbers_are_numbers(run_file):
         ("peft: {lora_alpha: null}", "peft: lora_alpha must be a number, got None"),
         ("peft: {peft_type: IA3}", "peft: peft_type: expected LORA, got 'IA3'"),
         ("max_steps: [3]", "max_steps: expected a whole number, got [3]"),
+        ("teacher_model_name_or_path: a/b", "teacher_model_name_or_path: 'a/b', and teacher_model"),
         ("eval_split: test", "eval_split: there is no eval_dataset: give one"),
         ("resume_from_checkpoint: nowhere", "there is no checkpoint nowhere"),
         ("resume_from_checkpoint: true", "resume_from_checkpoint: there is no checkpoint in "),

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 
 import pytest
+import torch
 
 pytest.importorskip("trl", reason="the trainer needs trl")
 
@@ -136,3 +138,100 @@ def test_two_revisions_of_the_teacher():
     with pytest.raises(ValueError, match=words):
         TrOPDConfig("unused", teacher_model_init_kwargs={"revision": "v2"}, **here)
     TrOPDConfig("unused", teacher_model_init_kwargs={"revision": "v1"}, **here)
+
+
+def test_one_teacher(tmp_path):
+    """Of two the second was dropped."""
+    name, other = save(tmp_path / "a"), save(tmp_path / "b", seed=2)
+    words = f"^teacher_model_name_or_path: '{other}', and teacher_model is "
+    with pytest.raises(ValueError, match=f"{words}'{name}': give one of the two"):
+        make(tmp_path, teacher=name, teacher_model_name_or_path=other)
+    with pytest.raises(ValueError, match=f"{words}a LlamaForCausalLM: give one of the two"):
+        make(tmp_path, teacher=tiny.model(1), teacher_model_name_or_path=other)
+    make(tmp_path, teacher=name, teacher_model_name_or_path=name)
+    loaded = make(tmp_path, teacher=name).teacher_model
+    make(tmp_path, teacher=loaded, teacher_model_name_or_path=name)
+
+
+def test_the_revision_of_a_teacher_that_is_a_model(tmp_path, hub):
+    """Its tokenizer is another revision's than the default."""
+    teacher = make(tmp_path, teacher="me/model").teacher_model
+    make(tmp_path, teacher=teacher)
+    with pytest.raises(ValueError, match=REFUSED):
+        make(tmp_path, teacher=teacher, teacher_model_revision="other")
+
+
+def test_models_by_path(tmp_path):
+    """As by their folders' names."""
+    for name in ("student", "teacher"):
+        save(tmp_path / name)
+    args = TrOPDConfig(
+        str(tmp_path), bf16=False, use_cpu=True, report_to="none",
+        teacher_model_name_or_path=tmp_path / "teacher",
+    )  # fmt: skip
+    trainer = TrOPDTrainer(tmp_path / "student", None, args, tiny.prompts())
+    assert trainer.processing_class.get_vocab() == tiny.tokenizer().get_vocab()
+    make(tmp_path, teacher=tmp_path / "teacher")
+
+
+@pytest.fixture
+def adapter(tmp_path):
+    """A saved adapter of a saved base, as a folder."""
+    peft = pytest.importorskip("peft")
+    base = save(tmp_path / "base")
+    settings = peft.LoraConfig(
+        task_type="CAUSAL_LM", target_modules=["q_proj"], init_lora_weights=False
+    )
+    adapted = peft.get_peft_model(tiny.model(1), settings)
+    adapted.peft_config["default"].base_model_name_or_path = base
+    adapted.save_pretrained(tmp_path / "adapter")
+    return tmp_path / "adapter"
+
+
+def test_an_adapter_as_the_teacher(tmp_path, adapter):
+    """By its folder: what PEFT itself makes of it."""
+    import peft
+
+    whole = peft.PeftModel.from_pretrained(tiny.model(1), str(adapter))
+    trainer = make(tmp_path, teacher=adapter)
+    ids = torch.arange(5, 15)[None]
+    with torch.no_grad():
+        found, expected, base = (
+            model(ids).logits for model in (trainer.teacher_model, whole, tiny.model(1))
+        )
+    assert torch.equal(found, expected) and not torch.allclose(found, base, atol=0.1)
+    trainer.train()
+    assert all(map(math.isfinite, trainer.losses))
+    # It has no tokenizer of its own.
+    other_tokenizer().save_pretrained(tmp_path / "base")
+    with pytest.raises(ValueError, match=REFUSED):
+        make(tmp_path, teacher=str(adapter))
+
+
+def test_folders_without_a_model(tmp_path, adapter):
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(OSError, match="^model: .*adapter is an adapter: load it by PeftModel.fro"):
+        make(tmp_path, str(adapter))
+    for key in ("model", "teacher_model"):
+        models = {"model": tiny.model(0), "teacher_model": tiny.model(1)} | {
+            key: tmp_path / "empty"
+        }
+        with pytest.raises(OSError, match=f"^{key}: there is no model in the folder .*/empty: it"):
+            make(tmp_path, *models.values())
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [({"quantization_config": {"quant_method": "nonsense"}}, "Unknown quantization type"),
+     ({"dtypee": "bfloat16"}, "unexpected keyword argument 'dtypee'")],
+)  # fmt: skip
+def test_errors_of_loading_name_the_teacher(tmp_path, options, words):
+    name = save(tmp_path / "teacher")
+    with pytest.raises((TypeError, ValueError), match=f"^teacher_model: {name} cannot .*{words}"):
+        make(tmp_path, teacher=name, teacher_model_init_kwargs=options)
+
+
+def test_a_quantization_that_is_text(tmp_path):
+    args = TrOPDConfig(str(tmp_path), bf16=False, use_cpu=True, report_to="none")
+    with pytest.raises(ValueError, match="^quantization_config: expected a mapping with a 'quant_"):
+        TrOPDTrainer(save(tmp_path / "a"), tiny.model(1), args, quantization_config="int8")

@@ -148,6 +148,7 @@ def parse_run(arguments: Sequence[str]) -> tuple[Run, Any]:
     try:
         from .registry import nearest
         from .trainer import TrOPDConfig
+        from .trainer.sources import check_one_teacher
     except ImportError as error:
         raise UsageError(str(error)) from error
     from trl import DistillationConfig, TrlParser  # type: ignore[attr-defined]
@@ -178,6 +179,10 @@ def parse_run(arguments: Sequence[str]) -> tuple[Run, Any]:
     try:
         run, config, _ = parser.parse_args_into_dataclasses(flags, look_for_args_file=False)
     except (ImportError, TypeError, ValueError) as error:
+        raise UsageError(str(error)) from error
+    try:
+        check_one_teacher(run.teacher_model, config)
+    except ValueError as error:
         raise UsageError(str(error)) from error
     teacher = run.teacher_model or config.teacher_model_name_or_path
     if teacher is None and config.loads_teacher and config.rule().uses_teacher:

@@ -253,27 +253,46 @@ def check_trainable(model: torch.nn.Module) -> None:
 
 def check_sources(model: Any, teacher_model: Any, args: Any) -> None:
     """Raises OSError that begins with the key, "model" or "teacher_model", whose folder is missing
-    or whose name the hub does not have. Of the hub no more is fetched than the two configs."""
+    or holds no model, or whose name the hub does not have. Of the hub no more is fetched than the
+    two configs."""
     _check_source("model", model, student_options(args))
     _check_source("teacher_model", teacher_model, teacher_options(args))
 
 
 def _check_source(key: str, name: Any, options: Mapping[str, Any]) -> None:
-    if not isinstance(name, str) or Path(name).is_dir():
+    if not isinstance(name, str):
+        return
+    if Path(name).is_dir():
+        _check_folder(key, Path(name, options.get("subfolder") or ""), options)
         return
     if name.startswith(("/", ".", "~")) or name.count("/") > 1:
         raise OSError(f"{key}: there is no folder {name}")
     try:
         hf_hub_download(name, "config.json", **pick(options, PLACE))
     except (OSError, HFValidationError, HfHubHTTPError) as error:
-        # The hub's model may have an adapter's config alone.
-        if isinstance(error, EntryNotFoundError) and not isinstance(error, FileNotFoundError):
+        # The hub's teacher may have an adapter's config alone.
+        absent = isinstance(error, EntryNotFoundError) and not isinstance(error, FileNotFoundError)
+        if absent and (key == "teacher_model" or options.get("gguf_file")):
             return
         reason = str(error).strip().splitlines()[0]
         raise OSError(
             f"{key}: there is no folder {name}, and the hub's model of that name cannot be read: "
             f"{reason}"
         ) from error
+
+
+def _check_folder(key: str, folder: Path, options: Mapping[str, Any]) -> None:
+    if (folder / "config.json").is_file() or options.get("gguf_file"):
+        return
+    if not (folder / "adapter_config.json").is_file():
+        raise OSError(f"{key}: there is no model in the folder {folder}: it has no config.json")
+    if key == "model":
+        raise OSError(
+            f"model: {folder} is an adapter: load it by PeftModel.from_pretrained(base, folder, "
+            "is_trainable=True) and give that model, or give the base and train a new adapter"
+        )
+    if options.get("subfolder"):
+        raise OSError(f"{key}: {folder} is an adapter: give that folder, without a subfolder")
 
 
 def check_tokenizers(student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase) -> None:

@@ -6,6 +6,7 @@ What is wrong raises here, with the key's name, before any model is loaded.
 """
 
 import json
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from enum import EnumMeta
@@ -27,7 +28,7 @@ from ..registry import (
 )
 from .effects import check_effects
 from .generation_keys import check_generation_keys
-from .loaded_teacher import dtype_option
+from .loaded_teacher import check_quantization, dtype_option
 from .prefix import SCHEDULES
 from .signals import check_served
 from .sources import check_revisions
@@ -60,6 +61,8 @@ class TrOPDConfig(DistillationConfig):
         clip_ratio 0.2. entropy_opd: top_fraction 0.2. reopold: mixing 0.2, entropy_quantile 0.8.
         clip_outlier, mask_outlier: threshold -1.386. aopd, mopd, topk_jsd: top_k 64. skew_*:
         alpha 0.1. akl: head_mass 0.5. A `top_k` here is the teacher's; the field `top_k` samples.
+    teacher_model_revision: of a teacher by name. Of a teacher given as a model, the revision at
+        which its tokenizer is looked up on this machine, to be compared with the student's.
     beta: of gkd, jsd and topk_jsd: 0 is the forward KL, 1 the reverse KL. None takes 0.5, GKD's.
     stage_fraction: of reopold: share of training after which its second stage begins. None takes
         0.5, this library's choice; the paper does not fix it.
@@ -162,6 +165,8 @@ class TrOPDConfig(DistillationConfig):
     log_regions: bool = False
 
     def __post_init__(self):
+        if isinstance(self.teacher_model_name_or_path, os.PathLike):
+            self.teacher_model_name_or_path = os.fspath(self.teacher_model_name_or_path)
         self._check_types()
         self._check_numbers()
         self._check_json()
@@ -227,6 +232,13 @@ class TrOPDConfig(DistillationConfig):
         _within("learning_rate", self.learning_rate, 0.0, 1e9)
         for key in ("temperature", "repetition_penalty", "top_k", "top_p", "min_p"):
             setattr(self, key, _sampling(key, key, getattr(self, key)))
+        multiple: Any = self.pad_to_multiple_of  # text, from the command line
+        if not (multiple in (None, "auto") or str(multiple).lower() in ("none", "null")):
+            if not str(multiple).isdecimal() or int(multiple) < 1:
+                raise ValueError(
+                    "pad_to_multiple_of: must be a whole number of at least 1, 'auto' or None, got "
+                    f"{multiple!r}"
+                )
         limit = self.max_completion_length
         if limit is None or limit < 1:
             raise ValueError(f"max_completion_length: must be at least 1 token, got {limit!r}")
@@ -248,8 +260,11 @@ class TrOPDConfig(DistillationConfig):
             if key.endswith("_kwargs") and not isinstance(value, (dict, type(None))):
                 raise ValueError(f"{key}: expected a mapping, got {value!r:.80}")
         for key in ("model_init_kwargs", "teacher_model_init_kwargs"):
-            if getattr(self, key) is not None:
-                setattr(self, key, dtype_option(key, getattr(self, key)))
+            if (options := getattr(self, key)) is not None:
+                check_quantization(
+                    f"{key}: quantization_config", options.get("quantization_config")
+                )
+                setattr(self, key, dtype_option(key, options))
         check_revisions(self)
 
     def _check_trainer(self) -> None:

@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from transformers import PreTrainedModel
+from transformers.utils.quantization_config import QuantizationConfigMixin
 from trl.trainer.utils import create_model_from_path
 
 from .sources import model_class, teacher_options
@@ -34,11 +35,22 @@ def dtype_option(key: str, options: Mapping[str, Any]) -> dict[str, Any]:
     return options | {"dtype": next(iter(found.values()))}
 
 
+def check_quantization(key: str, value: Any) -> None:
+    """Raises ValueError, which begins with `key`, for a `quantization_config` that is none."""
+    if value is not None and not isinstance(value, (Mapping, QuantizationConfigMixin)):
+        raise ValueError(
+            f"{key}: expected a mapping with a 'quant_method', or a config of transformers' such "
+            f"as BitsAndBytesConfig, got {value!r:.80}"
+        )
+
+
 def _read_dtype(what: str, value: Any) -> torch.dtype | str | None:
-    if value is None or value == "auto" or isinstance(value, torch.dtype):
+    if value is None or value == "auto":
         return value
-    if isinstance(value, str) and (name := value.removeprefix("torch.")) in _DTYPES:
-        return getattr(torch, name)
+    if isinstance(value, (str, torch.dtype)):
+        name = str(value).removeprefix("torch.")
+        if name in _DTYPES:
+            return getattr(torch, name)
     raise ValueError(f"{what}: expected 'auto' or one of {', '.join(_DTYPES)}, got {value!r}")
 
 

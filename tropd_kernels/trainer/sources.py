@@ -52,6 +52,22 @@ def pick(options: Mapping[str, Any], names: tuple[str, ...]) -> dict[str, Any]:
     return {name: options[name] for name in names if options.get(name) is not None}
 
 
+def check_one_teacher(teacher: Any, args: Any) -> None:
+    """Raises ValueError for a teacher beside `args.teacher_model_name_or_path`, of which one would
+    be dropped. teacher: a model, its name, or None."""
+    named = args.teacher_model_name_or_path
+    if teacher is None or named is None:
+        return
+    config = getattr(teacher, "config", None)
+    name = teacher if isinstance(teacher, str) else getattr(config, "_name_or_path", "")
+    if name != named:
+        given = repr(name) if isinstance(teacher, str) else f"a {type(teacher).__name__}"
+        raise ValueError(
+            f"teacher_model_name_or_path: {named!r}, and teacher_model is {given}: give one of "
+            "the two"
+        )
+
+
 def check_revisions(args: Any) -> None:
     """Raises ValueError where two keys ask for two revisions of the teacher."""
     inner = (args.teacher_model_init_kwargs or {}).get("revision")

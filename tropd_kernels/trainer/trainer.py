@@ -9,6 +9,7 @@ What surrounds that (generation, checkpoints, PEFT, logging, evaluation) is TRL'
 
 import contextlib
 import math
+import os
 import random
 import sys
 import warnings
@@ -45,6 +46,7 @@ from .checks import (
     way_on,
 )
 from .config import TrOPDConfig
+from .loaded_teacher import check_quantization
 from .prefix import (
     column_ids,
     cut,
@@ -57,7 +59,7 @@ from .prefix import (
 from .regions import Sample, samples, show, write_page
 from .served_teacher import ServedTeacher
 from .server import TeacherServerError
-from .sources import find_processor, find_tokenizer
+from .sources import check_one_teacher, find_processor, find_tokenizer
 
 _IGNORED = -100
 
@@ -68,11 +70,12 @@ class TrOPDTrainer(DistillationAdapter):
     The constructor, the data sets (`prompt`, as text or as messages) and the metrics are those of
     TRL's `DistillationTrainer`.
 
-    model: student, a model or its name. teacher_model: likewise; None takes
-        `args.teacher_model_name_or_path`. Objective "sft" does without, and so do a served and a
-        precomputed teacher. By name it is loaded in its checkpoint's dtype, a student in float32,
-        unless `teacher_model_init_kwargs` and `model_init_kwargs` give a `dtype`. The vocabularies
-        may be padded to different heights; the ids that both have are compared.
+    model: student, a model, its name or its folder. teacher_model: likewise, also an adapter's
+        folder; None takes `args.teacher_model_name_or_path`. Objective "sft" does without, and so
+        do a served and a precomputed teacher. By name it is loaded in its checkpoint's dtype, a
+        student in float32, unless `teacher_model_init_kwargs` and `model_init_kwargs` give a
+        `dtype`. The vocabularies may be padded to different heights; the ids that both have are
+        compared.
     args: a `TrOPDConfig`; None takes its defaults, that is TrOPD as in the paper without guidance.
     train_dataset, eval_dataset, processing_class, callbacks, optimizers, quantization_config,
     peft_config, tools: as in TRL.
@@ -98,8 +101,8 @@ class TrOPDTrainer(DistillationAdapter):
 
     def __init__(
         self,
-        model: str | PreTrainedModel,
-        teacher_model: str | PreTrainedModel | None = None,
+        model: str | os.PathLike[str] | PreTrainedModel,
+        teacher_model: str | os.PathLike[str] | PreTrainedModel | None = None,
         args: TrOPDConfig | None = None,
         train_dataset: Any = None,
         eval_dataset: Any = None,
@@ -110,6 +113,10 @@ class TrOPDTrainer(DistillationAdapter):
         peft_config: Any = None,
         tools: list[Callable] | None = None,
     ):
+        model, teacher_model = (
+            os.fspath(given) if isinstance(given, os.PathLike) else given
+            for given in (model, teacher_model)
+        )
         if args is None:
             name = model if isinstance(model, str) else get_config_model_id(model.config)
             args = TrOPDConfig(f"{name.rstrip('/').split('/')[-1] or 'model'}-TrOPD")
@@ -129,6 +136,7 @@ class TrOPDTrainer(DistillationAdapter):
                     f"{key}: the {whose} is already a model; leave {key} out, or give the {whose} "
                     "by its name"
                 )
+        check_quantization("quantization_config", quantization_config)
         self.dataset_name: str | None = None
         self._samples: list[Sample] = []
         self._server: ServedTeacher | None = None
@@ -188,6 +196,7 @@ class TrOPDTrainer(DistillationAdapter):
                 "teacher_model: teacher_model_server_url and precomputed_teacher stand for the "
                 "teacher: give one of the three"
             )
+        check_one_teacher(teacher_model, args)
         loaded = args.teacher_model_name_or_path if teacher_model is None else teacher_model
         if loaded is None and args.rule().uses_teacher:
             raise ValueError(
