@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import records
-from benchmarks.gpu import first, rivals
+from benchmarks.gpu import first, rivals, second
 from benchmarks.gpu.jobs import Facts, Job
 from benchmarks.gpu.runner import ROOT, Runner
 
@@ -31,6 +31,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parse(arguments)
     start = time.monotonic()
     try:
+        before = second.load(options.after) if options.after else None
+        if options.after and options.after.resolve() == options.out.resolve():
+            raise ValueError("it is also --out, which begins empty: name another folder there")
+    except ValueError as error:
+        print(f"--after: {error}", file=sys.stderr)
+        return 2
+    try:
         folder = prepared(options.out)
     except OSError as error:
         print(f"--out: {error}; name a folder that can be written", file=sys.stderr)
@@ -41,18 +48,35 @@ def main(arguments: Sequence[str] | None = None) -> int:
             folder, Path(logs), environment, max(2, (os.cpu_count() or 2) - 1),
             clock=lambda: time.monotonic() - start,
         )  # fmt: skip
-        before = stop_by_signal(runner)
+        handlers = stop_by_signal(runner)
         try:
             facts = look(runner)
-            jobs = first.jobs(options.carried, options.tiny, options.minutes or first.MINUTES)
-            runner.run(jobs, facts)
+            runner.run(jobs_of(options, before, facts, Path(logs)), facts)
         finally:
-            for number, handler in before.items():
+            for number, handler in handlers.items():
                 signal.signal(number, handler)
         pack(folder, Path(logs))
         print_tables(folder, environment)
     found, _ = records.read(folder / "results.jsonl")
     return 0 if all(record.get("state") in (None, "done", "skipped") for record in found) else 1
+
+
+def jobs_of(
+    options: argparse.Namespace, before: list[records.Record] | None, facts: Facts | None,
+    folder: Path,
+) -> list[Job]:  # fmt: skip
+    """Of the first call, or of the second; folder: for a copy of what is known."""
+    if before is None:
+        return first.jobs(options.carried, options.tiny, options.minutes or first.MINUTES)
+    sizes = first.TINY if options.tiny else first.FULL
+    lines = [second.chosen_chunks(before, sizes.tokens)[1], second.other_card(before, facts)]
+    for line in filter(None, lines):
+        print(f"!  {line}", flush=True)
+    known = folder / "known.jsonl"
+    for record in before:
+        records.append(known, record)
+    minutes = options.minutes or second.MINUTES
+    return second.jobs(before, known, options.carried, options.tiny, minutes)
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -63,7 +87,10 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--out", type=Path, default=ROOT / "build" / "gpu", help="a folder; what lies there goes")
     add("--carried", type=Path, default=ROOT / "build" / "carry",
         help="what `python -m benchmarks.gpu.prepare` made; default: build/carry")  # fmt: skip
-    add("--minutes", type=minutes, help=f"default: {first.MINUTES}")
+    add("--after", type=Path, metavar="FOLDER",
+        help="of an earlier call: what that leaves to ask; without it, the first call")  # fmt: skip
+    add("--minutes", type=minutes,
+        help=f"default: {first.MINUTES:g}, and {second.MINUTES:g} with --after")  # fmt: skip
     add("--tiny", action="store_true", help="every step, small, on a CPU too")
     return parser.parse_args(arguments)
 

@@ -151,7 +151,7 @@ def jobs(carried: Path, tiny: bool, minutes: float) -> list[Job]:
     """All of the call but its facts."""
     sizes = TINY if tiny else FULL
     found = [
-        *step(60, warm(sizes)), *step(45, smoke(sizes)), *step(65, [gemms(sizes)]),
+        *step(50, warm(sizes)), *step(45, smoke(sizes)), *step(65, [gemms(sizes)]),
         *step(80, [rows(sizes)]), *step(150, headlines(sizes)), *step(175, [chunks(sizes)]),
         *step(190, [clusters(carried)]), *step(240, rivals(sizes)), *step(310, [tests(sizes)]),
     ]  # fmt: skip

@@ -21,6 +21,7 @@ from benchmarks.bench.timing import reason_of
 from benchmarks.device_times import device_times
 from benchmarks.dtypes import default_dtype
 from benchmarks.measure import machine
+from tropd_kernels import plan_chunks
 from tropd_kernels.products import products_for
 
 #: (vocabulary, width, tokens of each product), in the order of what is worth knowing.
@@ -29,6 +30,8 @@ SHAPES = (
     (LLAMA3, 4096, (512, 1024, 2048, 8192)), (QWEN3, 1024, (512, 1024, 2048, 8192)),
 )  # fmt: skip
 TINY = ((512, 32, (8, 16)),)
+#: Of the headline.
+TOKENS = 8192
 #: float32 logits of more tokens are never made at once.
 MOST_LOGITS = 4096
 
@@ -103,8 +106,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if device == "cuda":
         torch.cuda.init()
     records.wait_for_turn()
+    shapes = TINY if options.tiny else SHAPES
+    vocab, width, _ = shapes[0]
+    plan = plan_chunks(TOKENS, vocab, width, 2 * width, dtype=dtype, device=device)
+    records.emit(what="plan", rows=plan.rows, super_rows=plan.super_rows)
     records.emit(what="copy", gbs=bytes_per_second(device) / 1e9, machine=machine(device))
-    measure(TINY if options.tiny else SHAPES, dtype, device, 1 if options.tiny else 5)
+    measure(shapes, dtype, device, 1 if options.tiny else 5)
     return 0
 
 

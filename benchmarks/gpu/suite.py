@@ -1,7 +1,8 @@
 """Tests on the GPU, a record each as it ends: those that compile kernels, or need a GPU.
 
     python -m benchmarks.gpu.suite
-    python -m benchmarks.gpu.suite "tests/test_numbers.py::test_x[triton]"    these alone
+    python -m benchmarks.gpu.suite --passed OUT/results.jsonl     without what passed there
+    python -m benchmarks.gpu.suite "tests/test_x.py::test_y[triton]"    these alone
 
 Kernels compile on the processor, so that several workers keep one GPU busy, where pytest-xdist is
 there to run them.
@@ -17,7 +18,7 @@ from collections.abc import Sequence
 
 import pytest
 
-from benchmarks import records
+from benchmarks.gpu import plugin
 
 #: By what is most worth knowing first.
 SUITES = (
@@ -26,25 +27,9 @@ SUITES = (
     "tests/test_agreement.py", "tests/test_autograd.py", "tests/test_draws.py",
     "tests/test_autocast.py", "tests/test_tolerance.py", "tests/test_selection.py",
 )  # fmt: skip
-QUIET = ("-q", "--no-header", "-p", "no:cacheprovider", "-p", "no:benchmark")
+QUIET = ("-q", "--no-header", "-p", "no:cacheprovider", "-p", "no:benchmark", "-p",
+         "benchmarks.gpu.plugin")  # fmt: skip
 WORKERS = 8
-
-
-class Lines:
-    """Of pytest's plugins: a record for each test that fails, passes or is skipped."""
-
-    def pytest_runtest_logreport(self, report) -> None:
-        if report.when == "call" or report.outcome != "passed":
-            reason = ""
-            if report.outcome == "failed":
-                crash = getattr(report.longrepr, "reprcrash", None)
-                reason = getattr(crash, "message", None) or str(report.longrepr)
-            elif report.outcome == "skipped":
-                reason = str(report.longrepr[-1] if report.longrepr else "")
-            records.emit(
-                test=report.nodeid, outcome=report.outcome, seconds=round(report.duration, 2),
-                **({"reason": reason[:300]} if reason else {}),
-            )  # fmt: skip
 
 
 def options_of(where: Sequence[str], workers: int) -> list[str]:
@@ -57,10 +42,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """0 also where tests fail: that is what the records say."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu.suite", description=__doc__)
     parser.add_argument("where", nargs="*", help="tests or files, in place of the suites")
+    parser.add_argument("--passed", help="an earlier call's records: what passed is left out")
     options = parser.parse_args(arguments)
+    if options.passed:
+        os.environ[plugin.PASSED] = options.passed
     workers = 1 if options.where else min(WORKERS, (os.cpu_count() or 2) // 2)
-    status = pytest.main(options_of(options.where, workers), plugins=[Lines()])
-    return 0 if status == pytest.ExitCode.TESTS_FAILED else int(status)
+    status = pytest.main(options_of(options.where, workers))
+    ran = (pytest.ExitCode.TESTS_FAILED, pytest.ExitCode.NO_TESTS_COLLECTED)
+    return 0 if status in ran else int(status)
 
 
 if __name__ == "__main__":

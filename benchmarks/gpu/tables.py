@@ -72,6 +72,21 @@ def rows(found: Sequence[Record]) -> str:
     return "\n".join(lines)
 
 
+def sweep(found: Sequence[Record]) -> str:
+    """Of other launches, times over those of the launch in use."""
+    made = [r for r in of(found, "rows") if r.get("launch")]
+    names = list(dict.fromkeys(name for r in made for name in r.get("over_default", {})))
+    if not made:
+        return ""
+    head = [f"{i}: {name}" for i, name in enumerate(names, 1)]
+    lines = [f"{'launched with':<22}" + "".join(f"{i:>7}" for i in range(1, len(names) + 1))]
+    for r in made:
+        ratios = r.get("over_default", {})
+        cells = [f"{ratios[name]:>7.2f}" if name in ratios else f"{'-':>7}" for name in names]
+        lines.append(f"{r['launch']:<22}" + ("".join(cells) if ratios else f"  {r.get('reason')}"))
+    return "\n".join([", ".join(head), *lines])
+
+
 def headline(found: Sequence[Record]) -> str:
     parts = []
     mine = [r for r in of(found, "headline", "rivals") if "who" in r and "tokens" in r]
@@ -139,7 +154,7 @@ def ends(found: Sequence[Record]) -> str:
 
 
 PARTS: tuple[Callable[[Sequence[Record]], str], ...] = (
-    machine, products, rows, clusters, tests, chunks, ends, smoke, headline,
+    machine, products, rows, sweep, clusters, tests, chunks, ends, smoke, headline,
 )  # fmt: skip
 
 
