@@ -22,6 +22,7 @@ import contextlib
 import json
 import math
 import threading
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
@@ -51,6 +52,7 @@ class Faults:
     excluded: float | None = None  # sent for the log-prob of a sequence's last token
     max_new_tokens: int | None = None  # as in vLLM's --override-generation-config
     finish: tuple[str, object] | None = None  # finish_reason and stop_reason, whatever was written
+    answer: Callable[[dict], dict] | None = None  # another answer in the place of a completion's
 
 
 @dataclass
@@ -121,7 +123,8 @@ def serve(model, tokenizer, *, max_model_len=None, max_logprobs=20, name="teache
                 return {"count": len(ids), "max_model_len": context, "tokens": ids}
             if self.path == "/v1/completions" and body is not None:
                 with lock:
-                    return complete(body)
+                    answer = complete(body)
+                return faults.answer(answer) if faults.answer else answer
             raise Refused("Not Found", status=404, kind="Not Found")
 
         def answer(self, status, content):

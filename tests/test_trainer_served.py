@@ -176,7 +176,7 @@ def test_what_the_server_refuses_is_seen_at_once(tmp_path, served_with, server, 
 
 @pytest.mark.parametrize(
     ("fault", "words"),
-    [(dict(no_log_probs=True), "prompt_logprobs for 2 tokens were asked, none came"),
+    [(dict(no_log_probs=True), "prompt_logprobs for 9 tokens were asked, none came"),
      (dict(most=2), "start the server with --max-logprobs 4")],
 )  # fmt: skip
 def test_server_without_the_log_probs(tmp_path, served_with, fault, words):

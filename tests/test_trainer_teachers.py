@@ -291,7 +291,7 @@ def test_columns_above_zero(tmp_path, column, values, words):
     """They would be rewards of the wrong sign."""
     row = dict(
         prompt="w1 w2", completion_ids=[7, 8, 9], teacher_label_log_probs=[-1.0, 0.0, 1e-6],
-        teacher_ids=[[7]] * 3, teacher_log_probs=[[-1.0]] * 3,
+        teacher_ids=[[7], [8], [9]], teacher_log_probs=[[-1.0], [0.0], [0.0]],
     )  # fmt: skip
     settings = dict(precomputed_teacher=True, objective_kwargs={"top_k": 1})
     make(tmp_path, data=tiny.Dataset.from_list([row] * 4), **settings).train()
@@ -316,7 +316,7 @@ def test_columns_of_several_distributions(tmp_path, change, words):
     row = dict(
         prompt="w1 w2", completion_ids=[7, 8, 9], teacher_label_log_probs=[-0.5, -1.01, -9.0],
         teacher_ids=[[7, 5], [8, -1], [9, 9]],
-        teacher_log_probs=[[-0.5, -1.5], [-1.0, 0.0], [-math.inf, -math.inf]],
+        teacher_log_probs=[[-0.5, -1.5], [-1.0, 0.0], [-9.0, -math.inf]],
     )  # fmt: skip
     settings = dict(precomputed_teacher=True, objective_kwargs={"top_k": 2})
     make(tmp_path, data=tiny.Dataset.from_list([row] * 4), **settings).train()

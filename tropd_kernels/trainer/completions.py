@@ -19,8 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-#: Above 0 by more than rounding, in nats, no number is a log-prob.
-MARGIN = 1e-3
+from .log_probs import MARGIN, check_labels, impossible_masses
+
 #: What vLLM sends for a log-prob of -inf, which JSON does not have.
 EXCLUDED = -9999.0
 _QUOTED = 300  # characters of a server's own words in an error
@@ -41,8 +41,8 @@ class TokenScores:
 def read_scores(
     choice: Mapping[str, Any], prompt: Sequence[int], completion: Sequence[int], top_k: int
 ) -> TokenScores:
-    """The completion's part of one choice's `prompt_logprobs`. Raises ValueError where log-probs
-    are missing, no numbers or above 0."""
+    """The completion's part of one choice's `prompt_logprobs`. Raises ValueError, with the token's
+    place, where log-probs are missing or are those of no distribution."""
     positions = choice.get("prompt_logprobs")
     expected = len(prompt) + len(completion)
     if not isinstance(positions, list) or len(positions) != expected:
@@ -74,8 +74,19 @@ def read_scores(
         log_probs.append([value for _, value in best])
     known = torch.tensor(labels, dtype=torch.float32)
     if not top_k:
+        check_labels(known)
         return TokenScores(known)
-    return TokenScores(known, torch.tensor(ids), torch.tensor(log_probs, dtype=torch.float32))
+    likeliest = torch.tensor(ids), torch.tensor(log_probs, dtype=torch.float32)
+    masses, impossible = impossible_masses(torch.tensor(completion), known, *likeliest)
+    if impossible.any():
+        place = int(impossible.int().argmax())
+        raise ValueError(
+            f"the probabilities of token {place} and the {top_k} likeliest ids there sum to "
+            f"{masses[place]:.4g}, which no distribution's do: the server must give the natural "
+            "logarithms of probabilities, whose sum is more than 0 and 1 at most"
+        )
+    check_labels(known)
+    return TokenScores(known, *likeliest)
 
 
 def _log_prob(sent: Any) -> float:

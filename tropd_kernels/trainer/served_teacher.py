@@ -13,6 +13,9 @@ from . import signals
 from .config import TrOPDConfig
 from .server import WRITTEN, TeacherServer
 
+#: Tokens that the first request scores: what is no log-prob may pass for one at a single token.
+_PROBED = 8
+
 
 class ServedTeacher(TeacherServer):
     """The server of a config.
@@ -37,7 +40,7 @@ class ServedTeacher(TeacherServer):
         if self.is_asked:
             self._check_room(1, args.max_completion_length or 0, "the shortest prompt, of 1 token,")
         if self.scores:
-            self.check_scores(signals.wanted(rule))
+            self.check_scores(signals.wanted(rule), min(args.max_completion_length or 1, _PROBED))
         if writes:
             self.check_text(**self._sampling())
 

@@ -86,10 +86,10 @@ class TeacherServer:
         self.model = next(iter(self._contexts)) if model is None else model
         self.context = self._contexts.get(self.model)
 
-    def check_scores(self, top_k: int) -> None:
+    def check_scores(self, top_k: int, tokens: int = 1) -> None:
         """Raises TeacherServerError where the server does not give log-probs of given tokens, or
-        not of the `top_k` likeliest."""
-        self._score("a first request for log-probs", [0], [0], top_k)
+        not of the `top_k` likeliest. Asks for the ids 0 ... tokens - 1 after id 0."""
+        self._score("a first request for log-probs", [0], list(range(tokens)), top_k)
 
     def check_text(self, **sampling: Any) -> None:
         """Raises TeacherServerError where the server does not write, or not with this sampling."""

@@ -19,7 +19,8 @@ from torch import Tensor
 
 from ..objectives import TokenRule
 from ..teachers import SampledTeacher, TopKTeacher, check_serves
-from .completions import MARGIN, TokenScores
+from .completions import TokenScores
+from .log_probs import MARGIN, check_labels, impossible_masses
 
 COMPLETION = "completion_ids"
 LABEL, IDS, LOG_PROBS = "teacher_label_log_probs", "teacher_ids", "teacher_log_probs"
@@ -80,6 +81,10 @@ def column_scores(rows: Sequence[Mapping[str, Any]], limit: int, top_k: int) -> 
 def _row_scores(row: Mapping[str, Any], limit: int, top_k: int) -> TokenScores:
     tokens = len(_completion(row))
     label = _log_probs(row, LABEL, tokens, 1)
+    try:
+        check_labels(label)
+    except ValueError as error:
+        raise ValueError(f"{LABEL}: {error}") from error
     if not top_k:
         return TokenScores(label[:limit].float())
     ids, log_probs = _column(row, IDS, tokens, 2), _log_probs(row, LOG_PROBS, tokens, 2)
@@ -107,15 +112,16 @@ def _check_agreement(
     completion = torch.tensor(_completion(row))
     padding = (ids < 0) | (log_probs == -torch.inf)
     ids, log_probs = ids.masked_fill(padding, -1), log_probs.masked_fill(padding, -torch.inf)
-    mass = log_probs.exp().sum(1)
+    mass, impossible = impossible_masses(completion, label, ids, log_probs)
     ordered = ids.sort(1).values
     twice = (ordered[:, 1:] == ordered[:, :-1]) & (ordered[:, 1:] >= 0)
-    beyond = (mass > 1 + _ABSOLUTE) | twice.any(1)
-    if beyond.any():
-        at = int(beyond.int().argmax())
+    odd = impossible | twice.any(1)
+    if odd.any():
+        at = int(odd.int().argmax())
         raise ValueError(
-            f"{IDS}: expected distinct ids whose probabilities sum to 1 at most, got "
-            f"{ids[at].tolist()!r:.80} with a sum of {mass[at]:.4g} at token {at}: id -1 is padding"
+            f"{IDS}: expected distinct ids whose probabilities sum to more than 0, and with that "
+            f"of id {completion[at]} itself to 1 at most, got {ids[at].tolist()!r:.80} with a sum "
+            f"of {mass[at]:.4g} at token {at}: id -1 is padding"
         )
     same = ids == completion[:, None]
     far = same & ~torch.isclose(log_probs, label[:, None], _RELATIVE, _ABSOLUTE)
