@@ -61,6 +61,7 @@ def bits(x, dtype):
         ("mul.hi.s32 %r3, -845247145, 65536;", -12898, "i4"),
         ("cvt.rn.bf16.f32 %rs1, 0f3F808000;\ncvt.f32.bf16 %r3, %rs1;", 1.0, "f4"),  # ties to even
         ("cvt.rn.bf16x2.f32 %r3, 0f3F800000, 0f40000000;", 0x3F804000, "i4"),
+        ("cvt.rn.f16x2.f32 %r3, 0f3F800000, 0f40000000;", 0x3C004000, "i4"),
         ("setp.lt.f32 %p1, 0f7FC00000, 0f3F800000;\nselp.b32 %r3, 1, 2, %p1;", 2, "i4"),
         ("setp.geu.f32 %p1, 0f7FC00000, 0f3F800000;\nselp.b32 %r3, 1, 2, %p1;", 1, "i4"),
         ("setp.ne.f32 %p1, 0f7FC00000, 0f3F800000;\nselp.b32 %r3, 1, 2, %p1;", 2, "i4"),

@@ -31,8 +31,9 @@ from . import transforms
 from .linear_loss import INPUTS, Needs, Problem, Result, Side, backward, forward
 from .main_grad import add_to_main_grad, offers_main_grad
 from .objectives import decode_rule
-from .products import TILE_ROWS, result_dtype, stored_dtype
+from .products import result_dtype, stored_dtype
 from .rows.layout import FIRST_WEIGHT, Coef, LogitTransform, RowOptions, Stat
+from .scaling import scaled
 from .selection import EVERY_ID, Sampled, Selection
 from .symbolic import values_of
 
@@ -332,25 +333,6 @@ def carry(coefs, loss_scale, d_loss, d_token_loss, d_stats) -> Tensor:
         nothing = torch.zeros_like(d_log_prob)  # stacked, as a batch of gradients allows no writing
         carried = carried + torch.stack([extra.get(row, nothing) for row in Coef])
     return carried
-
-
-def scaled(gradient: Tensor, factor: Tensor, dtype: torch.dtype, last_use: bool = False) -> Tensor:
-    """gradient * factor, rounded once to dtype, without a float32 copy of the whole; with
-    `last_use` in the gradient's own memory where that can be."""
-    if transforms.batched(factor):
-        return (gradient * factor).to(dtype)
-    # A traced gradient belongs to the graph.
-    if last_use and gradient.dtype == dtype and type(gradient) is Tensor:
-        on_cpu = factor.device.type == "cpu"  # where a look at it waits for nothing
-        return gradient if on_cpu and factor == 1 else gradient.mul_(factor)
-    result = torch.empty_like(gradient, dtype=dtype)
-    if gradient.dtype == dtype or gradient.device.type != "cpu":
-        return torch.mul(gradient, factor, out=result)
-    # In pieces: a CPU would hold the whole product in float32 before it rounds.
-    for low in range(0, gradient.shape[0], TILE_ROWS):
-        rows = slice(low, low + TILE_ROWS)
-        result[rows] = gradient[rows] * factor
-    return result
 
 
 def _graph_is_kept() -> bool:

@@ -309,8 +309,9 @@ class Kernel:
         to, of = types
         # A register may be wider than what is read of it.
         numbers = [of.of_bits(f"{self._bits(s, of.width)}.astype(u{of.width})") for s in sources]
-        if to.letter == "bfx2":
-            high, low = (f"to_bf16({number}).astype(u32)" for number in numbers)
+        if to.letter in ("bfx2", "fx2"):
+            half = "to_bf16({})" if to.letter == "bfx2" else "({}).astype(f16).view(u16)"
+            high, low = (half.format(number) + ".astype(u32)" for number in numbers)
             return [target], f"{low} | ({high} << {self._bits('16', 32)})"
         (number,) = numbers
         if to.letter in ("u", "s") and of.letter not in ("u", "s"):

@@ -1,0 +1,52 @@
+"""A gradient that the forward has formed, times the incoming gradient, which almost always is 1.
+
+The host must not wait for a GPU to learn that: there a kernel reads the factor and leaves the
+gradient alone where it is 1 (`triton_scaling.py`), which spares reading and writing the largest
+tensor of a step.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from . import transforms
+from .backends import choose_backend
+from .products import TILE_ROWS
+
+
+def scaled(gradient: Tensor, factor: Tensor, dtype: torch.dtype, last_use: bool = False) -> Tensor:
+    """gradient * factor, in the factor's precision, rounded once to dtype, without a float32 copy
+    of the whole; with `last_use` in the gradient's own memory where that can be, else in new
+    memory."""
+    if transforms.batched(factor):
+        return (gradient * factor).to(dtype)
+    # A traced gradient belongs to the graph.
+    in_place = last_use and gradient.dtype == dtype and type(gradient) is Tensor
+    on_cpu = factor.device.type == "cpu"
+    if in_place and on_cpu:  # where a look at the factor waits for nothing
+        return gradient if factor == 1 else gradient.mul_(factor)
+    result = gradient if in_place else torch.empty_like(gradient, dtype=dtype)
+    if by_kernel(gradient):
+        from .triton_scaling import scale
+
+        scale(gradient, factor, result)
+    elif not on_cpu:
+        # With one dimension the factor takes part in the result's precision: a bfloat16 gradient
+        # would round one without any to bfloat16.
+        torch.mul(gradient, factor.view(1), out=result)
+    elif gradient.dtype == dtype:
+        torch.mul(gradient, factor, out=result)
+    else:
+        # In pieces: a CPU would hold the whole product in float32 before it rounds.
+        for low in range(0, gradient.shape[0], TILE_ROWS):
+            rows = slice(low, low + TILE_ROWS)
+            result[rows] = gradient[rows] * factor
+    return result
+
+
+def by_kernel(gradient: Tensor) -> bool:
+    """Where Triton runs natively, whatever backend has formed the gradient. Fake tensors have no
+    memory."""
+    here = type(gradient) is Tensor and gradient.is_contiguous()
+    return here and choose_backend(None, gradient.device) == "triton"
