@@ -87,7 +87,7 @@ HOOKS = (
 ATTRIBUTES = (
     "_buffered_inputs", "_forward_redirection", "_metrics", "_signature_columns", "_step",
     "_tokenizer", "_train_batch_size", "chat_template", "chat_template_kwargs", "eos_token_ids",
-    "generation_config", "model_wrapped", "teacher_model", "use_vllm",
+    "generation_config", "model_wrapped", "shuffle_dataset", "teacher_model", "use_vllm",
 )  # fmt: skip
 #: Further fields of a micro-batch that go to the backbone, where a processor made them.
 _MULTIMODAL = tuple(dict(HOOKS)["_get_last_hidden_state"].split()[5:])
@@ -106,7 +106,8 @@ class Side:
 
 
 class EpochSampler(RepeatSampler):
-    """TRL's sampler with a permutation that is a function of (seed, epoch).
+    """TRL's sampler with a permutation that is a function of (seed, epoch), where the seed is the
+    config's `data_seed` if that is given.
 
     TRL's own takes the next permutation from a generator at each epoch, so a run resumed in its
     second epoch would see the first one's order again. The epoch follows from the optimiser step:
@@ -514,7 +515,15 @@ class DistillationAdapter(DistillationTrainer):
     def get_train_dataloader(self):
         # TRL counts micro-batches over all calls of train(), and one may have ended amid a step.
         self._step, self._buffered_inputs = 0, None
-        return super().get_train_dataloader()
+        data, shuffles, seed = self.train_dataset, self.shuffle_dataset, self.args.data_seed
+        if not (isinstance(data, IterableDataset) and shuffles) or seed is None:
+            return super().get_train_dataloader()
+        # TRL would shuffle the stream by `seed`.
+        self.train_dataset, self.shuffle_dataset = data.shuffle(seed=seed), False
+        try:
+            return super().get_train_dataloader()
+        finally:
+            self.train_dataset, self.shuffle_dataset = data, shuffles
 
     def _iteration(self) -> int:
         """Which step on the present generation batch comes next, from 0."""
@@ -586,6 +595,8 @@ class DistillationAdapter(DistillationTrainer):
         )
         sampler = EpochSampler(**{name: getattr(theirs, name) for name in names})
         sampler.repeat_count *= self.args.num_iterations
+        if self.args.data_seed is not None:
+            sampler.seed = self.args.data_seed
         batches = sampler.num_samples // sampler.batch_size
         sampler.trainer, sampler.steps_per_epoch = self, batches * self.args.num_iterations
         return sampler
