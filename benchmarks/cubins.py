@@ -6,7 +6,8 @@ memory and load widths.
     python -m benchmarks.cubins --json ...                      one JSON list of `Figures`
 
 "Loops": those that read rows by 16 bytes, as instructions / such loads in one pass, with a "!"
-where they make threads wait for each other.
+where they make threads wait for each other. Below each kernel, for each of these loops: its
+instructions an id that a thread reads, in all and by the pipe that they issue to.
 
 Nothing is described twice: the package's own functions run on meta tensors, which have shapes,
 strides and dtypes but no memory, and take every branch that they would take on a GPU. Each launch
@@ -76,11 +77,27 @@ ODD_VOCAB = 50_257  # GPT-2's: its rows start anywhere
 TOKENS = 512
 
 
+#: Pipes of an SM, by the opcodes that issue to them. LDG and STG read and write global memory; MUFU
+#: is the unit of exponentials, logarithms and reciprocals; UNIFORM computes once for a warp, as all
+#: opcodes that begin with U do. The rest issue to the ALU.
+PIPES = {
+    "FMA": ("FADD", "FMUL", "FFMA", "FADD2", "FMUL2", "FFMA2", "IMAD", "HFMA2"),
+    "FP64": ("DADD", "DMUL", "DFMA", "DSETP"),
+    "MUFU": ("MUFU", "F2F", "F2I", "I2F", "POPC"),
+    "LDG": ("LDG",),
+    "STG": ("STG",),
+    "LSU": ("LDS", "STS", "LDL", "STL", "LDC", "SHFL", "REDUX", "LDSM", "STSM"),
+    "BRANCH": ("BRA", "BSSY", "BSYNC", "BREAK", "BAR", "EXIT", "CALL", "RET", "WARPSYNC", "NOP"),
+    "UNIFORM": ("R2UR", "S2UR", "S2R", "LDCU"),
+}
+
+
 @dataclass(frozen=True)
 class Loop:
     """Of one pass of a loop: its instructions, and among them those that read global memory, and by
     16 bytes; that make threads wait for each other, that pass numbers between them, and that read
-    or write local memory."""
+    or write local memory. row_bits: what a thread reads of global memory, by 8 bytes or more at a
+    time, as it reads rows. pipes: instructions by `PIPES`. ids: of rows that a thread reads."""
 
     instructions: int
     loads: int
@@ -88,6 +105,9 @@ class Loop:
     barriers: int
     exchanges: int
     local: int
+    row_bits: int
+    pipes: dict[str, int]
+    ids: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -287,10 +307,12 @@ def _figures(function, arguments, compiled, target_name, seconds) -> Figures:
     }
     warps = arguments.get("num_warps", 4)
     tile_bits = 0
+    id_bits = {}
     if "vocab_size" in function.arg_names:
         elements = _tile(arguments) // (warps * TARGETS[target_name].warp_size)
-        operands = (arguments.get(name) for name in WALKED)
-        tile_bits = sum(elements * 8 * t.element_size() for t in operands if t is not None)
+        operands = {name: arguments.get(name) for name in WALKED}
+        id_bits = {n: 8 * t.element_size() for n, t in operands.items() if t is not None}
+        tile_bits = elements * sum(id_bits.values())
     figures = Figures(
         kernel=function.__name__, target=target_name, cases=[], constants=constants,
         tile_bits=tile_bits, warps=warps, fp_fusion=arguments.get("enable_fp_fusion"),
@@ -299,9 +321,25 @@ def _figures(function, arguments, compiled, target_name, seconds) -> Figures:
     if isinstance(compiled, Exception):
         return replace(figures, error=f"{type(compiled).__name__}: {compiled}")
     read = _read_amdgcn if "amdgcn" in compiled.asm else _read_cubin
-    return replace(
-        figures, shared=compiled.metadata.shared, **read(compiled, with_loads=tile_bits > 0)
-    )
+    found = read(compiled, with_loads=tile_bits > 0)
+    if "loops" in found:
+        found["loops"] = _with_ids(found["loops"], function.__name__, id_bits)
+    return replace(figures, shared=compiled.metadata.shared, **found)
+
+
+def _with_ids(loops: list[Loop], kernel: str, id_bits: dict[str, int]) -> list[Loop]:
+    """Each loop with the ids that it reads. The sums are their kernel's last loop; the others look
+    for the top k, in the teacher's rows alone."""
+    walking = [i for i, loop in enumerate(loops) if loop.loads]
+    every = sum(id_bits.values())
+    teacher = sum(bits for name, bits in id_bits.items() if name.startswith("teacher"))
+    searches = walking[:-1] if kernel == "dense_sums_kernel" else []
+    return [
+        replace(loop, ids=loop.row_bits / (teacher if i in searches else every))
+        if i in walking
+        else loop
+        for i, loop in enumerate(loops)
+    ]
 
 
 def _tile(arguments: dict) -> int:
@@ -360,6 +398,10 @@ def _loops(sass: str) -> list[Loop]:
 
 def _loop(code: list[str]) -> Loop:
     count = Counter(instruction.split()[0].split(".")[0] for instruction in code)
+    pipes: Counter[str] = Counter()
+    for opcode, n in count.items():
+        pipes[_pipe(opcode)] += n
+    loads = (re.match(r"LDG\.E((?:\.\w+)*)", instruction) for instruction in code)
     return Loop(
         instructions=len(code),
         loads=count["LDG"],
@@ -367,7 +409,14 @@ def _loop(code: list[str]) -> Loop:
         barriers=count["BAR"],
         exchanges=count["SHFL"] + count["REDUX"],
         local=count["LDL"] + count["STL"],
+        row_bits=sum(n for n in (_ldg_bits(m[1].split(".")) for m in loads if m) if n >= 64),
+        pipes=dict(pipes),
     )
+
+
+def _pipe(opcode: str) -> str:
+    named = (pipe for pipe, opcodes in PIPES.items() if opcode in opcodes)
+    return next(named, "UNIFORM" if opcode.startswith("U") else "ALU")
 
 
 def _tool(name: str, *arguments: str) -> str:
@@ -416,7 +465,15 @@ def _line(f: Figures) -> str:
     return (
         f"{f.target:<11} {f.kernel:<18} {f.warps:>5} {f.registers:>9} {f.spills:>6} {f.shared:>6}  "
         f"{loads:<24} {loops:<20} {f.seconds:>7.1f} s  {' '.join(f.cases)}"
+        + "".join(f"\n{'':<12}{_mix(loop)}" for loop in walks(f))
     )
+
+
+def _mix(loop: Loop) -> str:
+    """Instructions an id, by pipe."""
+    order = ["FMA", "ALU", *(pipe for pipe in PIPES if pipe != "FMA")]
+    shares = "  ".join(f"{p} {loop.pipes[p] / loop.ids:.1f}" for p in order if p in loop.pipes)
+    return f"{loop.instructions / loop.ids:.1f} instructions an id: {shares}"
 
 
 def main() -> None:

@@ -78,6 +78,7 @@ def test_loops_are_read_from_the_machine_code():
 .L_x_1:
         /*0010*/                   BAR.SYNC.DEFER_BLOCKING 0x0 ;
 .L_x_2:
+        /*0018*/                   FFMA R4, R5, R6, R7 ;
         /*0020*/                   LDG.E.128 R4, desc[UR4][R2.64] ;
         /*0030*/              @!P0 SHFL.BFLY PT, R5, R4, 0x1, 0x1f ;
         /*0040*/                   STL [R1], R5 ;
@@ -89,8 +90,20 @@ def test_loops_are_read_from_the_machine_code():
         /*0080*/                   BRA `(.L_x_3) ;
     """.replace("\n    ", "\n")
     assert _loops(sass) == [
-        Loop(instructions=4, loads=1, wide_loads=1, barriers=0, exchanges=1, local=1)
-    ]
+        Loop(
+            instructions=5, loads=1, wide_loads=1, barriers=0, exchanges=1, local=1, row_bits=128,
+            pipes={"FMA": 1, "LDG": 1, "LSU": 2, "BRANCH": 1},
+        )
+    ]  # fmt: skip
+
+
+def test_every_opcode_has_one_pipe():
+    from benchmarks.cubins import PIPES, _pipe
+
+    opcodes = [opcode for pipe in PIPES.values() for opcode in pipe]
+    assert len(opcodes) == len(set(opcodes))
+    named = {"FFMA": "FMA", "FMNMX": "ALU", "MUFU": "MUFU", "LDG": "LDG", "UIADD3": "UNIFORM"}
+    assert {opcode: _pipe(opcode) for opcode in named} == named
 
 
 def faults(figures):
@@ -139,6 +152,28 @@ def test_kernels_compile_and_fit(targets, cases):
         )
     if set(FULLEST) <= set(cases):
         assert {(f["target"], f["kernel"]) for f in figures} == set(product(targets, KERNELS))
+
+
+#: Instructions an id in the loop that reads a row, at most: of a case's kernel, by target.
+BOUNDS = {
+    ("tropd", "statistics_kernel"): 28,
+    ("sft", "statistics_kernel"): 12,
+}
+LEAN = sorted({case for case, _ in BOUNDS})
+
+
+@pytest.mark.parametrize("target", ["cuda:80", "cuda:90", "cuda:100"])
+def test_rows_cost_few_instructions(target):
+    """tl.exp at six instructions, or a guard around each product of a sum."""
+    found = {
+        (case, f["kernel"]): loop["instructions"] / loop["ids"]
+        for f in compile_for([target], LEAN)
+        for case in f["cases"]
+        for loop in f["loops"]
+        if loop["wide_loads"]
+    }
+    over = {key: found[key] for key, most in BOUNDS.items() if found[key] > most}
+    assert not over
 
 
 def test_no_kernel_is_left_out():

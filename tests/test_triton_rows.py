@@ -66,18 +66,28 @@ def test_few_rows_are_shared_and_many_are_not():
     assert triton_launch.parts_of_row(1, 3000, tile) == 1
 
 
-@pytest.mark.parametrize("name", [*rows_of_several_blocks(), "nan"])
-@pytest.mark.parametrize("shared", [False, True], ids=["whole", "in parts"])
-def test_statistics_do_not_depend_on_where_the_maximum_stands(name, shared, device, monkeypatch):
-    if shared:
-        monkeypatch.setattr(triton_launch, "TILES", 0.1)
+def rows_of_several_tiles():
     cases = rows_of_several_blocks()
-    if name == "nan":
-        z, t = cases["only one rises"]
-        t = z.clone()
-        z[3] = math.nan
-    else:
-        z, t = cases[name]
+    z, t = cases["only one rises"]
+    with_nan = z.clone()
+    with_nan[3] = math.nan
+    cases["nan"] = with_nan, z.clone()
+    low = torch.zeros_like(z)
+    low[5] = -88.0  # exp() of it is subnormal, and not 0
+    cases["infinite by a subnormal weight"] = low, t.clone()
+    cases["infinite by a subnormal weight"][1][5] = -math.inf
+    return cases
+
+
+@pytest.mark.parametrize("name", rows_of_several_tiles())
+@pytest.mark.parametrize("launch", ["whole", "in parts", "in tiles"])
+def test_statistics_do_not_depend_on_where_the_maximum_stands(name, launch, device, monkeypatch):
+    """ "in tiles": all but the last one are whole, and have no guards against 0 * inf."""
+    if launch == "in parts":
+        monkeypatch.setattr(triton_launch, "TILES", 0.1)
+    if launch == "in tiles":
+        monkeypatch.setattr(triton_launch, "STATISTICS_UNROLL", 1)
+    z, t = rows_of_several_tiles()[name]
     # Lanes of their own for each of the blocks, one behind the other.
     z, t = (torch.stack([row, row.flip(0)]).to(device) for row in (z, t))
     labels = torch.tensor([2500, z.shape[1] - 2501], device=device)
@@ -87,11 +97,11 @@ def test_statistics_do_not_depend_on_where_the_maximum_stands(name, shared, devi
             z, labels, LogitsTeacher(t), Divergence("reverse_kl"), backend=backend, reduction="none"
         )
         s = out.stats
-        return torch.stack([s.log_probs, s.entropy, s.forward_kl, s.reverse_kl])
+        return torch.stack([s.log_probs, s.entropy, s.teacher_entropy, s.forward_kl, s.reverse_kl])
 
     ours = stats("triton")
     if name == "nan":
-        assert ours.isnan().all()
+        assert ours[[0, 1, 3, 4]].isnan().all()
         return
     torch.testing.assert_close(ours, stats("torch"), rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(ours[:, 0], ours[:, 1], rtol=1e-5, atol=1e-5)
@@ -187,12 +197,17 @@ def test_a_row_whose_ids_are_all_excluded(device):
     assert ours[Coef.STUDENT_MAX, 0] == ours[Coef.TEACHER_MAX, 1] == -math.inf
 
 
-def test_entropies_are_the_same_bits_with_and_without_a_teacher(device):
+@pytest.mark.parametrize("excluded", ["none", "by the student", "by the teacher"])
+def test_entropies_are_the_same_bits_with_and_without_a_teacher(excluded, device):
     """The rules that rank the batch by them compare those of one pass with a quantile of the
-    other's."""
-    z, t = torch.randn(2, 12, 9000, device=device)
+    other's. A row whose teacher excludes an id is read a second time, for its KLs alone. (Beside a
+    teacher of another dtype the compiler may spread the lanes over other threads, and a last bit
+    may differ.)"""
+    z, t = 6 * torch.randn(2, 48, 20_000, device=device)  # of few ids, entropies show every bit
+    if excluded != "none":
+        (z if excluded == "by the student" else t)[::2, 77] = -math.inf
     options = RowOptions(Divergence("reverse_kl"), LogitTransform(), LogitTransform())
-    labels = torch.zeros(12, dtype=torch.int64, device=device)
+    labels = torch.zeros(48, dtype=torch.int64, device=device)
     alone = triton_rows.entropy(RowBatch(z, None, labels), options)
-    beside = triton_rows.statistics(RowBatch(z, t.bfloat16(), labels), options)[0][Stat.ENTROPY]
+    beside = triton_rows.statistics(RowBatch(z, t, labels), options)[0][Stat.ENTROPY]
     assert torch.equal(alone, beside)

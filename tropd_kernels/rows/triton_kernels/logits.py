@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 
 from .constants import INF
+from .exponential import _exp
 
 
 @triton.jit
@@ -28,11 +29,14 @@ def _load_logits(
 ):  # fmt: skip
     """Transformed logits of one row at `cols`, -inf where masked: a padded column must not look
     like a logit of 0; a soft cap would lift it to -cap, and a negative scale to inf."""
-    z = tl.load(row_ptr + cols, mask=mask, other=-INF).to(ACC)
+    if mask is None:
+        z = tl.load(row_ptr + cols).to(ACC)
+    else:
+        z = tl.load(row_ptr + cols, mask=mask, other=-INF).to(ACC)
     if bias is not None:
-        z += tl.load(bias + cols, mask=mask, other=0.0).to(ACC)
+        z += tl.load(bias + cols, mask=mask, other=None if mask is None else 0.0).to(ACC)
     z = _cap(z, SCALE, CAP, TEMPERATURE)
-    if (CAP is not None) or (SCALE < 0):
+    if (mask is not None) and ((CAP is not None) or (SCALE < 0)):
         z = tl.where(mask, z, -INF)
     return z
 
@@ -52,23 +56,30 @@ def _lowest(ACC: tl.constexpr):
 
 
 @triton.jit
-def _raise_to(top, new):
+def _raise_to(top, new, GUARDED: tl.constexpr):
     """What old sums shift and shrink by when their maxima rise from `top` to `new`."""
     shift = top - new
-    return shift, tl.exp(shift)
+    return shift, tl.exp(shift) if GUARDED else _exp(shift)
 
 
 @triton.jit
-def _moved(total, mass, shift, shrink):
+def _moved(total, mass, shift, shrink, GUARDED: tl.constexpr):
     """Sums of weight * value, whose values all move by `shift`, and weights shrink, when the maxima
-    do."""
-    return tl.where(shrink > 0, shrink * (total + shift * mass), 0.0)
+    do. GUARDED: as of `_weighed`."""
+    moved = shrink * (total + shift * mass)
+    if GUARDED:
+        moved = tl.where(shrink > 0, moved, 0.0)
+    return moved
 
 
 @triton.jit
-def _weighed(weight, value):
-    """Sums over a tile's first axis; 0 * inf is 0."""
-    return tl.sum(tl.where(weight > 0, weight * value, 0.0), 0)
+def _weighed(weight, value, GUARDED: tl.constexpr):
+    """Sums over a tile's first axis. Where they are GUARDED, 0 * inf is 0; else NaN, by which the
+    end of the row learns that it was needed."""
+    weighed = weight * value
+    if GUARDED:
+        weighed = tl.where(weight > 0, weighed, 0.0)
+    return tl.sum(weighed, 0)
 
 
 @triton.jit

@@ -5,8 +5,11 @@ z - max and of the difference of the two, from which come the entropies and both
 cancellation of E[z] - E[t]. Lanes meet at the end; of a row that several programs share, their sums
 meet in `join_kernel`.
 
-Where an infinite gap met a maximum that still rose, what is left of it depends on the order of ids:
-such a row is read once more, from its maxima.
+Sums of weight * value spend nothing on ids that one side excludes, where they are 0 * inf: a row
+whose sums come out infinite or NaN is read once more, from its maxima, with a guard around each
+product. That also settles an infinite gap that met a maximum that still rose, of which what is left
+would depend on the order of ids. The last tile of a row that does not fill it has padding, and such
+guards.
 """
 
 import triton
@@ -27,6 +30,7 @@ from .constants import (
     TEACHER_LOG_SUM,
     TEACHER_MAX,
 )
+from .exponential import _exp
 from .logits import _at, _load_logits, _lowest, _moved, _raise_to, _tile, _weighed
 
 
@@ -54,31 +58,23 @@ def statistics_kernel(
     t_moment = tl.zeros((LANES,), ACC)
     reverse = tl.zeros((LANES,), ACC)
     forward = tl.zeros((LANES,), ACC)
-    width = tl.cdiv(tl.cdiv(vocab_size, UNROLL * LANES), PARTS) * (UNROLL * LANES)
-    for start in range(part * width, tl.minimum((part + 1) * width, vocab_size), UNROLL * LANES):
-        cols = _tile(start, UNROLL, LANES)
-        mask = cols < vocab_size
-        z = _load_logits(student, student_bias, cols, mask, ACC, SCALE, CAP, TEMPERATURE)
-        new = tl.maximum(top, tl.max(z, 0))
-        shift, shrink = _raise_to(top, new)
-        top = new
-        z = z - top[None, :]
-        e = tl.exp(z)
-        moment = _moved(moment, mass, shift, shrink) + _weighed(e, z)
-        if teacher is not None:
-            t = _load_logits(
-                teacher, teacher_bias, cols, mask, ACC, TEACHER_SCALE, TEACHER_CAP, TEMPERATURE
-            )
-            new = tl.maximum(t_top, tl.max(t, 0))
-            t_shift, t_shrink = _raise_to(t_top, new)
-            t_top = new
-            t = t - t_top[None, :]
-            t_e = tl.exp(t)
-            reverse = _moved(reverse, mass, shift - t_shift, shrink) + _weighed(e, z - t)
-            forward = _moved(forward, t_mass, t_shift - shift, t_shrink) + _weighed(t_e, t - z)
-            t_moment = _moved(t_moment, t_mass, t_shift, t_shrink) + _weighed(t_e, t)
-            t_mass = t_mass * t_shrink + tl.sum(t_e, 0)
-        mass = mass * shrink + tl.sum(e, 0)
+    TILE: tl.constexpr = UNROLL * LANES
+    width = tl.cdiv(tl.cdiv(vocab_size, TILE), PARTS) * TILE
+    begin = part * width
+    end = tl.minimum(begin + width, vocab_size)
+    whole = tl.minimum(end, vocab_size // TILE * TILE)
+    for start in range(begin, whole, TILE):
+        top, mass, moment, t_top, t_mass, t_moment, reverse, forward = _add_tile(
+            top, mass, moment, t_top, t_mass, t_moment, reverse, forward, start,
+            student, teacher, student_bias, teacher_bias, vocab_size, False, ACC, SCALE, CAP,
+            TEACHER_SCALE, TEACHER_CAP, TEMPERATURE, UNROLL, LANES,
+        )  # fmt: skip
+    if (begin <= whole) & (whole < end):
+        top, mass, moment, t_top, t_mass, t_moment, reverse, forward = _add_tile(
+            top, mass, moment, t_top, t_mass, t_moment, reverse, forward, whole,
+            student, teacher, student_bias, teacher_bias, vocab_size, True, ACC, SCALE, CAP,
+            TEACHER_SCALE, TEACHER_CAP, TEMPERATURE, UNROLL, LANES,
+        )  # fmt: skip
 
     top, mass, moment, t_top, t_mass, t_moment, reverse, forward = _join(
         top, mass, moment, t_top, t_mass, t_moment, reverse, forward
@@ -101,6 +97,44 @@ def statistics_kernel(
         tl.store(parts + 5 * step, t_moment)
         tl.store(parts + 6 * step, reverse)
         tl.store(parts + 7 * step, forward)
+
+
+@triton.jit
+def _add_tile(
+    top, mass, moment, t_top, t_mass, t_moment, reverse, forward, start,
+    student, teacher, student_bias, teacher_bias, vocab_size, PADDED: tl.constexpr,
+    ACC: tl.constexpr, SCALE: tl.constexpr, CAP: tl.constexpr, TEACHER_SCALE: tl.constexpr,
+    TEACHER_CAP: tl.constexpr, TEMPERATURE: tl.constexpr, UNROLL: tl.constexpr,
+    LANES: tl.constexpr,
+):  # fmt: skip
+    """The lanes' maxima and sums with one more tile. PADDED: it may reach beyond the row."""
+    cols = _tile(start, UNROLL, LANES)
+    mask = cols < vocab_size if PADDED else None
+    z = _load_logits(student, student_bias, cols, mask, ACC, SCALE, CAP, TEMPERATURE)
+    new = tl.maximum(top, tl.max(z, 0))
+    shift, shrink = _raise_to(top, new, PADDED)
+    top = new
+    z = z - top[None, :]
+    e = tl.exp(z) if PADDED else _exp(z)
+    moment = _moved(moment, mass, shift, shrink, PADDED) + _weighed(e, z, PADDED)
+    if teacher is not None:
+        t = _load_logits(
+            teacher, teacher_bias, cols, mask, ACC, TEACHER_SCALE, TEACHER_CAP, TEMPERATURE
+        )
+        new = tl.maximum(t_top, tl.max(t, 0))
+        t_shift, t_shrink = _raise_to(t_top, new, PADDED)
+        t_top = new
+        t = t - t_top[None, :]
+        t_e = tl.exp(t) if PADDED else _exp(t)
+        gap = z - t
+        reverse = _moved(reverse, mass, shift - t_shift, shrink, PADDED) + _weighed(e, gap, PADDED)
+        forward = _moved(forward, t_mass, t_shift - shift, t_shrink, PADDED) + _weighed(
+            t_e, -gap, PADDED
+        )
+        t_moment = _moved(t_moment, t_mass, t_shift, t_shrink, PADDED) + _weighed(t_e, t, PADDED)
+        t_mass = t_mass * t_shrink + tl.sum(t_e, 0)
+    mass = mass * shrink + tl.sum(e, 0)
+    return top, mass, moment, t_top, t_mass, t_moment, reverse, forward
 
 
 @triton.jit
@@ -134,17 +168,17 @@ def join_kernel(
 @triton.jit
 def _join(top, mass, moment, t_top, t_mass, t_moment, reverse, forward):
     """Of lanes, or parts, one."""
-    shift, shrink = _raise_to(top, tl.max(top, 0))
-    t_shift, t_shrink = _raise_to(t_top, tl.max(t_top, 0))
+    shift, shrink = _raise_to(top, tl.max(top, 0), True)
+    t_shift, t_shrink = _raise_to(t_top, tl.max(t_top, 0), True)
     return (
         tl.max(top, 0),
         tl.sum(mass * shrink, 0),
-        tl.sum(_moved(moment, mass, shift, shrink), 0),
+        tl.sum(_moved(moment, mass, shift, shrink, True), 0),
         tl.max(t_top, 0),
         tl.sum(t_mass * t_shrink, 0),
-        tl.sum(_moved(t_moment, t_mass, t_shift, t_shrink), 0),
-        tl.sum(_moved(reverse, mass, shift - t_shift, shrink), 0),
-        tl.sum(_moved(forward, t_mass, t_shift - shift, t_shrink), 0),
+        tl.sum(_moved(t_moment, t_mass, t_shift, t_shrink, True), 0),
+        tl.sum(_moved(reverse, mass, shift - t_shift, shrink, True), 0),
+        tl.sum(_moved(forward, t_mass, t_shift - shift, t_shrink, True), 0),
     )
 
 
@@ -158,14 +192,20 @@ def _finish(
     LANES: tl.constexpr,
 ):  # fmt: skip
     """A row's numbers from its maxima and sums."""
+    finite = tl.abs(moment) < INF
     if teacher is not None:
-        if (tl.abs(reverse) < INF) & (tl.abs(forward) < INF):
-            pass
-        else:  # an infinite KL, or infinities that cancelled
-            reverse, forward = _gaps(
-                top, t_top, student, teacher, student_bias, teacher_bias, vocab_size, ACC,
-                SCALE, CAP, TEACHER_SCALE, TEACHER_CAP, TEMPERATURE, UNROLL, LANES,
-            )  # fmt: skip
+        finite = finite & (tl.abs(t_moment) < INF)
+        finite = finite & (tl.abs(reverse) < INF) & (tl.abs(forward) < INF)
+    if finite:
+        pass
+    else:  # excluded ids, an infinite KL, or infinities that cancelled
+        guarded, t_guarded, reverse, forward = _guarded_sums(
+            top, t_top, student, teacher, student_bias, teacher_bias, vocab_size, ACC,
+            SCALE, CAP, TEACHER_SCALE, TEACHER_CAP, TEMPERATURE, UNROLL, LANES,
+        )  # fmt: skip
+        # Where only the teacher asks for it, the student's entropy keeps its bits.
+        moment = tl.where(tl.abs(moment) < INF, moment, guarded)
+        t_moment = tl.where(tl.abs(t_moment) < INF, t_moment, t_guarded)
     top = tl.where(total == 0, -INF, top)
     log_sum = tl.log(total)
     entropy = log_sum - moment / total
@@ -199,22 +239,30 @@ def _finish(
 
 
 @triton.jit
-def _gaps(
+def _guarded_sums(
     top, t_top, student, teacher, student_bias, teacher_bias, vocab_size, ACC: tl.constexpr,
     SCALE: tl.constexpr, CAP: tl.constexpr, TEACHER_SCALE: tl.constexpr,
     TEACHER_CAP: tl.constexpr, TEMPERATURE: tl.constexpr, UNROLL: tl.constexpr,
     LANES: tl.constexpr,
 ):  # fmt: skip
-    """The sums of gaps, with weights relative to maxima that are known."""
+    """The moments of both sides and the sums of gaps, with weights relative to maxima that are
+    known."""
+    moment = tl.zeros((LANES,), ACC)
+    t_moment = tl.zeros((LANES,), ACC)
     reverse = tl.zeros((LANES,), ACC)
     forward = tl.zeros((LANES,), ACC)
     for start in range(0, vocab_size, UNROLL * LANES):
         cols = _tile(start, UNROLL, LANES)
         mask = cols < vocab_size
         z = _load_logits(student, student_bias, cols, mask, ACC, SCALE, CAP, TEMPERATURE) - top
-        t = _load_logits(
-            teacher, teacher_bias, cols, mask, ACC, TEACHER_SCALE, TEACHER_CAP, TEMPERATURE
-        ) - t_top  # fmt: skip
-        reverse += _weighed(tl.exp(z), z - t)
-        forward += _weighed(tl.exp(t), t - z)
-    return tl.sum(reverse, 0), tl.sum(forward, 0)
+        e = tl.exp(z)
+        moment += _weighed(e, z, True)
+        if teacher is not None:
+            t = _load_logits(
+                teacher, teacher_bias, cols, mask, ACC, TEACHER_SCALE, TEACHER_CAP, TEMPERATURE
+            ) - t_top  # fmt: skip
+            t_e = tl.exp(t)
+            t_moment += _weighed(t_e, t, True)
+            reverse += _weighed(e, z - t, True)
+            forward += _weighed(t_e, t - z, True)
+    return tl.sum(moment, 0), tl.sum(t_moment, 0), tl.sum(reverse, 0), tl.sum(forward, 0)
