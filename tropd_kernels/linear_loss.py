@@ -4,7 +4,7 @@
         for each sub-chunk of it:
             student logits = hidden @ weight.T           float32, (rows, V)
             teacher logits likewise, or a slice of those given
-            stats, coefs   = engine.forward(...)         a few numbers a token
+            engine.forward(...)                          stats and coefs: a few numbers a token
             engine.gradient(...)                         d_logits, (super_rows, V), inputs' dtype
         d_hidden   = d_logits @ weight                   one product a super-chunk
         d_weight  += d_logits.T @ hidden                 float32 accumulator, rounded at last
@@ -41,7 +41,7 @@ from .arguments import LOG_PROB_MARGIN, given_log_probs, raise_bad_value
 from .backends import engine_for
 from .chunking import ChunkPlan, plan_chunks
 from .products import products_for, result_dtype, stored_dtype, without_autocast
-from .rows.layout import FIRST_WEIGHT, Coef, LogitTransform, RowBatch, RowOptions, Stat
+from .rows.layout import LogitTransform, Matrices, RowBatch, RowOptions, new_matrices
 from .rows.sharded import ShardRows
 from .selection import EVERY_ID, Sample, Selection
 from .values import may_look, repeated, with_repeats_marked
@@ -139,7 +139,8 @@ class Needs:
 @dataclass
 class Result:
     """stats (Stat, N) and coefs (Coef, N), 0 for tokens that do not count; the gradients asked for,
-    times the loop's `loss_scale`, in the dtype in which they wait for the backward. sampled
+    times the loop's `loss_scale`, in the dtype in which they wait for the backward. coefs carry
+    that scale, too, where gradients were asked for, but not those of float16 inputs. sampled
     (Sampled,) where the problem's selection is on."""
 
     stats: Tensor
@@ -159,27 +160,34 @@ def forward(problem: Problem, needs: Needs, loss_scale: Tensor) -> Result:
 
 
 def _forward(problem: Problem, needs: Needs, loss_scale: Tensor) -> Result:
-    n = problem.labels.shape[0]
     index = tokens_that_count(problem)
     problem = with_repeats_marked(problem)
-    result = Result(
-        stats=problem.student.source.new_zeros((len(Stat), n), dtype=problem.dtype),
-        coefs=problem.student.source.new_zeros((len(Coef), n), dtype=problem.dtype),
-    )
+    n = problem.labels.shape[0] if index is None else index.shape[0]
+    stats, coefs = new_matrices(problem.student.source, n)
+    result = Result(stats, coefs)
     loop = _Loop(problem, index, needs, loss_scale, result)
-    options = problem.options
+    options = replace(problem.options, loss_scale=loop.row_scale if needs else None)
     if options.rule.entropy_top_fraction is not None:
         threshold = loop.entropy_threshold(options.rule.entropy_top_fraction)
         options = replace(options, entropy_threshold=threshold)
 
-    def rows(batch, tokens):
-        s, c = loop.engine.forward(batch, options)
-        result.stats[:, tokens], result.coefs[:, tokens] = s, c
-        return c
+    def rows(batch, part):
+        return loop.engine.forward(batch, options, (stats[:, part], coefs[:, part]))[1]
 
     loop.run(rows, options)
     loop.finish()
+    if index is not None:
+        result.stats, result.coefs = _of_all(problem, index, (stats, coefs))
     return result
+
+
+def _of_all(problem: Problem, index: Tensor, counting: Matrices) -> Matrices:
+    """From the columns of the tokens that count those of all, 0 for the others."""
+    stats, coefs = (
+        found.new_zeros((found.shape[0], problem.labels.shape[0])).index_copy_(1, index, found)
+        for found in counting
+    )
+    return stats, coefs
 
 
 def backward(problem: Problem, coefs: Tensor, needs: Needs) -> Result:
@@ -189,8 +197,10 @@ def backward(problem: Problem, coefs: Tensor, needs: Needs) -> Result:
     index = tokens_that_count(problem) if made else None
     result = Result(stats=coefs, coefs=coefs)
     loop = _Loop(problem, index, needs, None, result)
+    if index is not None:
+        coefs = coefs[:, index]
     with without_autocast(coefs.device.type):
-        loop.run(lambda batch, tokens: coefs[:, tokens], problem.options)
+        loop.run(lambda batch, part: coefs[:, part], problem.options)
         loop.finish()
     return result
 
@@ -239,7 +249,12 @@ class _Loop:
         self.engine: ModuleType | ShardRows = engine_for(problem.backend)
         if problem.shard is not None:
             self.engine = ShardRows(self.engine, problem.shard)
-        self.n = problem.labels.shape[0] if index is None else index.shape[0]
+        self.labels, self.inputs = problem.labels, problem.inputs
+        if index is not None:
+            # Numbers of a token once a call; what is longer, by chunks.
+            self.labels = problem.labels[index]
+            self.inputs = {k: t[index] if t.dim() == 1 else t for k, t in self.inputs.items()}
+        self.n = self.labels.shape[0]
         self.columns = problem.columns
         self.has_head = problem.student.weight is not None
         source = problem.student.source
@@ -317,13 +332,19 @@ class _Loop:
         stop = min(stop, self.n)
         return slice(start, stop) if self.index is None else self.index[start:stop]
 
-    def logits(self, side: Side, tokens: slice | Tensor, buffer: Tensor | None) -> Tensor:
+    def logits(
+        self,
+        side: Side,
+        tokens: slice | Tensor,
+        buffer: Tensor | None,
+        hidden: Tensor | None = None,  # of these tokens, where they are at hand
+    ) -> Tensor:
         """Raw logits of these tokens, over the shared ids, without the bias."""
         if side.weight is None:
             if side.pieces:
                 return torch.cat([piece[tokens] for piece in side.pieces], dim=-1)
             return side.source[tokens][:, : self.columns]
-        rows = side.source[tokens]
+        rows = side.source[tokens] if hidden is None else hidden
         products = products_for(self.problem.backend, rows.dtype, rows.device.type)
         out = buffer[: rows.shape[0], : self.columns]
         if not side.pieces:
@@ -335,18 +356,24 @@ class _Loop:
             low = high
         return out
 
-    def batch(self, tokens, student_buffer, teacher_buffer) -> RowBatch:
+    def batch(self, part: slice, student_buffer, teacher_buffer, hidden: Tensor | None) -> RowBatch:
+        """Of a sub-chunk of the tokens that count."""
+        tokens = self.tokens(part.start, part.stop)
         problem, teacher = self.problem, self.problem.teacher
         t = None if teacher is None else self.logits(teacher, tokens, teacher_buffer)
         return RowBatch(
-            student=self.logits(problem.student, tokens, student_buffer),
+            student=self.logits(problem.student, tokens, student_buffer, hidden),
             teacher=t,
-            labels=problem.labels[tokens],
-            **{name: value[tokens] for name, value in problem.inputs.items()},
+            labels=self.labels[part],
+            **{
+                name: value[part if value.dim() == 1 else tokens]
+                for name, value in self.inputs.items()
+            },
         )
 
     def run(self, rows, options: RowOptions) -> None:
-        """`rows(batch, tokens)` gives the coefficients of a sub-chunk."""
+        """`rows(batch, part)` gives the coefficients of a sub-chunk, which is this part of the
+        tokens that count."""
         problem = self.problem
         sizes = [self.logits_size(side) for side in problem.sides]
         sizes += [self.d_logits_size(), self.total_size()]
@@ -369,28 +396,27 @@ class _Loop:
         plan = self.plan
         d_logits = z_buffer if d_logits is None else d_logits
         for start, stop, parts in self._super_chunks():
+            hidden = None
+            if self.needs and self.has_head:  # for all of the super-chunk's products
+                hidden = self.problem.student.source[self.tokens(start, stop)]
             for low, high in parts:
-                tokens = self.tokens(low, high)
-                batch = self.batch(tokens, z_buffer, t_buffer)
-                coefs = self._weighed(rows(batch, tokens))
+                part = slice(low, high)
+                rows_of_hidden = None if hidden is None else hidden[low - start : high - start]
+                batch = self.batch(part, z_buffer, t_buffer, rows_of_hidden)
+                coefs = rows(batch, part)
                 if self.needs and self.has_head:
                     first = 0 if plan.in_place else low - start
                     out = d_logits[first : first + high - low, : self.columns]
                     self.engine.gradient(batch, coefs, options, out)
                 elif self.needs:
-                    self._store_d_logits(batch, coefs, options, tokens)
+                    self._store_d_logits(batch, coefs, options, self.tokens(low, high))
             last = stop == self.n
             if last and self.total_size() is not None:
                 # What is rounded takes their room.
                 arena.drop(t_buffer, None if plan.in_place else z_buffer)
             if self.needs and self.has_head:
                 chunk = d_logits[: stop - start, : self.columns]
-                self._products(chunk, self.tokens(start, stop), start, last)
-
-    def _weighed(self, coefs: Tensor) -> Tensor:
-        if self.row_scale is None or not self.needs:
-            return coefs
-        return torch.cat([coefs[:FIRST_WEIGHT], coefs[FIRST_WEIGHT:] * self.row_scale])
+                self._products(chunk, hidden, start, last)
 
     def finish(self) -> None:
         """Sums over tokens, scaled and rounded once, where no product has done that. What rounds an
@@ -412,11 +438,11 @@ class _Loop:
                 if name != "d_weight" or not self.needs.wide_weight:
                     setattr(result, name, total.to(stored_dtype(dtype)))
 
-    def _products(self, d_logits: Tensor, tokens: slice | Tensor, start: int, last: bool) -> None:
+    def _products(self, d_logits: Tensor, hidden: Tensor, start: int, last: bool) -> None:
         """Adds these rows' gradients. With the last super-chunk's d_weight is rounded, if the
         products can."""
         needs, result, v = self.needs, self.result, self.columns
-        hidden = self.problem.student.source[tokens]
+        tokens = self.tokens(start, start + hidden.shape[0])
         blocks = None
         if self.sample is not None:
             blocks = self.sample.choose(d_logits, hidden, start)
@@ -431,7 +457,9 @@ class _Loop:
                 self.sample.saw_hidden(d_hidden)
             if self.late_scale is not None:
                 d_hidden *= self.late_scale
-            result.d_student[tokens] = d_hidden.to(result.d_student.dtype)
+            if isinstance(tokens, Tensor):  # which would not round
+                d_hidden = d_hidden.to(result.d_student.dtype)
+            result.d_student[tokens] = d_hidden
         if needs.bias:
             result.d_bias[:v] += d_logits.sum(0, dtype=result.d_bias.dtype)
         self.first = False
@@ -492,13 +520,13 @@ class _Loop:
         for low, high in (part for _, _, parts in self._super_chunks() for part in parts):
             tokens = self.tokens(low, high)
             logits = self.logits(problem.student, tokens, buffer)
-            batch = RowBatch(logits, None, problem.labels[tokens])
+            batch = RowBatch(logits, None, self.labels[low:high])
             entropy[low:high] = self.engine.entropy(batch, options)
         if self.n == 0:
             return entropy.new_zeros(())
-        prefix = problem.inputs.get("prefix")
+        prefix = self.inputs.get("prefix")
         if prefix is not None and options.rule.prefix_weight is not None:
-            entropy = entropy.masked_fill(prefix[self.tokens(0, self.n)], torch.nan)
+            entropy = entropy.masked_fill(prefix, torch.nan)
         return torch.nanquantile(entropy, 1 - fraction)
 
 

@@ -3,8 +3,11 @@
 One interface, one file per backend. A row is one token's logits. The engine makes two calls on a
 chunk of rows:
 
-    forward(batch, options)            -> stats (Stat, n) and coefs (Coef, n)
+    forward(batch, options, into)      -> stats (Stat, n) and coefs (Coef, n)
     gradient(batch, coefs, options, out)   writes d_logits (n, V)
+
+`into` are the two matrices that it fills: columns of those of a whole call, NaN and 0 so far. None
+makes new ones.
 
 `coefs` are the per-row numbers of `losses`' one gradient formula: with p = softmax(z), q =
 softmax(t), lp = log p, lq = log q and K the row's top-k set (here the ids with lq >= THRESHOLD, or
@@ -21,7 +24,7 @@ them alone.
 Where the vocabulary is sharded over ranks, `sharded` stands between the loop and the backend with
 the same two calls, and makes them of the backend's passes over a part of each row:
 
-    statistics(batch, options)                  stats and coefs by the part's own normalisers
+    statistics(batch, options, into)            stats and coefs by the part's own normalisers
     sums(batch, options, gated, stats, coefs)   by the normalisers and THRESHOLD of the whole rows
     gradient(...)                               as above, likewise
 

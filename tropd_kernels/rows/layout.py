@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from enum import IntEnum
 
+import torch
 from torch import Tensor
 
 from ..objectives import TokenRule
@@ -77,6 +79,7 @@ class RowOptions:
     student: LogitTransform
     teacher: LogitTransform
     entropy_threshold: Tensor | None = None  # 0-dim: rows with a lower H(p) do not count
+    loss_scale: Tensor | None = None  # 0-dim: a factor on the coefficients from FIRST_WEIGHT on
     sharded: bool = False  # these columns are a part of the rows, whose normalisers coefs hold
 
 
@@ -101,3 +104,19 @@ class RowBatch:
     topk_log_probs: Tensor | None = None
     label_log_probs: Tensor | None = None
     teacher_entropy: Tensor | None = None
+
+
+#: stats (Stat, n) and coefs (Coef, n).
+Matrices = tuple[Tensor, Tensor]
+
+
+def matrices(batch: RowBatch, into: Matrices | None = None) -> Matrices:
+    """Those to fill: `into`, or new ones of the batch's rows."""
+    return new_matrices(batch.student, batch.student.shape[0]) if into is None else into
+
+
+def new_matrices(like: Tensor, n: int) -> Matrices:
+    """As an engine finds them: statistics that are not known, coefficients of 0."""
+    dtype = torch.promote_types(like.dtype, torch.float32)
+    stats = like.new_full((len(Stat), n), math.nan, dtype=dtype)
+    return stats, like.new_zeros((len(Coef), n), dtype=dtype)

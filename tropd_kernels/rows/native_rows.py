@@ -15,7 +15,7 @@ from ..native import plain_rows
 from ..objectives import TokenRule
 from . import torch_rows
 from .given import given_statistics, given_top_k
-from .layout import Coef, LogitTransform, RowBatch, RowOptions, Stat
+from .layout import Coef, LogitTransform, Matrices, RowBatch, RowOptions, Stat, matrices
 from .rule import SUMS, Gate, Sums, apply_rule, as_matrix, forward_kl, gate, rows_with_sums
 from .torch_rows import on_top_k, sum_terms, transform
 
@@ -28,10 +28,10 @@ GENERATORS = (
 )  # fmt: skip
 
 
-def forward(batch: RowBatch, options: RowOptions) -> tuple[Tensor, Tensor]:
+def forward(batch: RowBatch, options: RowOptions, into: Matrices | None = None) -> Matrices:
     """stats (Stat, n) and coefs (Coef, n) of the chunk."""
     rule, sides = options.rule, _sides(batch, options)
-    stats, coefs = _statistics(batch, sides)
+    stats, coefs = _statistics(batch, sides, into)
     if batch.teacher is None:
         given_statistics(batch, stats)
     gated = gate(stats, batch, options)
@@ -83,9 +83,9 @@ def row_squares(matrix: Tensor, dtype: torch.dtype) -> Tensor:
     return squares
 
 
-def statistics(batch: RowBatch, options: RowOptions) -> tuple[Tensor, Tensor]:
+def statistics(batch: RowBatch, options: RowOptions, into: Matrices | None = None) -> Matrices:
     """Of a part of each row; see `torch_rows.statistics`."""
-    stats, coefs = _statistics(batch, _sides(batch, options))
+    stats, coefs = _statistics(batch, _sides(batch, options), into)
     sides = ((batch.student, options.student), (batch.teacher, options.teacher))
     for (logits, how), at in zip(sides, (Coef.STUDENT_MAX, Coef.TEACHER_MAX), strict=True):
         rows = (coefs[at] == -math.inf).nonzero().squeeze(-1)
@@ -106,11 +106,8 @@ def sums(batch: RowBatch, options: RowOptions, gated: Gate, stats: Tensor, coefs
     return _dense_sums(batch, _sides(batch, options), needed, coefs, rule, given=True)
 
 
-def _statistics(batch: RowBatch, sides) -> tuple[Tensor, Tensor]:
-    student, n = sides[0], batch.student.shape[0]
-    dtype = torch.promote_types(student.dtype, torch.float32)
-    stats = student.new_full((len(Stat), n), math.nan, dtype=dtype)
-    coefs = student.new_zeros((len(Coef), n), dtype=dtype)
+def _statistics(batch: RowBatch, sides, into: Matrices | None = None) -> Matrices:
+    stats, coefs = matrices(batch, into)
     ops.statistics(*sides, batch.labels, stats, coefs)
     return stats, coefs
 

@@ -193,11 +193,12 @@ def apply_rule(
     stats[Stat.TOKEN_LOSS] = loss
     stats[Stat.KEPT] = gated.kept.to(lp.dtype)
     weight = 1.0 if batch.weight is None else batch.weight.to(lp.dtype)
+    scale = 1.0 if options.loss_scale is None else options.loss_scale
     for row, value in (
         (Coef.P, p), (Coef.P_TOP_K, p_top_k), (Coef.REVERSE, reverse), (Coef.Q, q),
         (Coef.ENTROPY_WEIGHT, entropy_weight), (Coef.LABEL, label), (Coef.GENERATOR, generator),
     ):  # fmt: skip
-        coefs[row] = value * weight
+        coefs[row] = value * weight * scale
 
 
 def _policy_gradient(stats, gated, kl, batch, rule):

@@ -31,7 +31,7 @@ import torch
 from torch import Tensor
 
 from .given import given_statistics, given_top_k
-from .layout import Coef, RowBatch, RowOptions, Stat
+from .layout import Coef, Matrices, RowBatch, RowOptions, Stat
 from .rule import (
     SUMS,
     Gate,
@@ -66,10 +66,12 @@ class ShardRows:
     def __init__(self, engine: ModuleType, shard: Shard):
         self.engine, self.shard = engine, shard
 
-    def forward(self, batch: RowBatch, options: RowOptions) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, batch: RowBatch, options: RowOptions, into: Matrices | None = None
+    ) -> Matrices:
         """stats (Stat, n), the same on every rank, and coefs (Coef, n)."""
         part = self._part(batch, options)
-        stats, coefs = self._statistics(part, options)
+        stats, coefs = self._statistics(part, options, into)
         if batch.teacher is None:
             given_statistics(part, stats)
         gated = gate(stats, part, options)
@@ -116,9 +118,11 @@ class ShardRows:
             teacher_entropy=entropy,
         )
 
-    def _statistics(self, part: RowBatch, options: RowOptions) -> tuple[Tensor, Tensor]:
+    def _statistics(
+        self, part: RowBatch, options: RowOptions, into: Matrices | None = None
+    ) -> Matrices:
         """Those of the whole rows, up to REVERSE_KL."""
-        stats, coefs = self.engine.statistics(part, options)
+        stats, coefs = self.engine.statistics(part, options, into)
         dense = part.teacher is not None
         sides = [(Stat.LOG_PROB, Coef.STUDENT_MAX, Coef.STUDENT_LOG_SUM)]
         if dense:

@@ -23,7 +23,16 @@ from torch import Tensor
 from ..objectives import TokenRule
 from .generators import generator_terms
 from .given import given_statistics, given_top_k
-from .layout import FIRST_WEIGHT, Coef, LogitTransform, RowBatch, RowOptions, Stat
+from .layout import (
+    FIRST_WEIGHT,
+    Coef,
+    LogitTransform,
+    Matrices,
+    RowBatch,
+    RowOptions,
+    Stat,
+    matrices,
+)
 from .rule import (
     SUMS,
     Gate,
@@ -54,12 +63,9 @@ def scratch_bytes(rows: int, vocab_size: int, itemsize: int, device_type: str) -
     return TEMPORARIES * min(rows, block_rows(vocab_size, device_type)) * vocab_size * itemsize
 
 
-def forward(batch: RowBatch, options: RowOptions) -> tuple[Tensor, Tensor]:
+def forward(batch: RowBatch, options: RowOptions, into: Matrices | None = None) -> Matrices:
     """stats (Stat, n) and coefs (Coef, n) of the chunk."""
-    dtype = torch.promote_types(batch.student.dtype, torch.float32)
-    n = batch.student.shape[0]
-    stats = batch.student.new_full((len(Stat), n), math.nan, dtype=dtype)
-    coefs = batch.student.new_zeros((len(Coef), n), dtype=dtype)
+    stats, coefs = matrices(batch, into)
     for rows, part in _blocks(batch):
         s, c = stats[:, rows], coefs[:, rows]
         lp, lq = _statistics(part, options, s, c)
@@ -111,13 +117,11 @@ def row_squares(matrix: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.cat([torch.linalg.vector_norm(part.to(dtype), dim=1) for part in parts]).square()
 
 
-def statistics(batch: RowBatch, options: RowOptions) -> tuple[Tensor, Tensor]:
+def statistics(batch: RowBatch, options: RowOptions, into: Matrices | None = None) -> Matrices:
     """stats and coefs up to REVERSE_KL of a part of each row, by its own normalisers, which coefs
     hold: both -inf where the part's ids are all excluded (see `sharded`)."""
-    dtype = torch.promote_types(batch.student.dtype, torch.float32)
-    n = batch.student.shape[0]
-    stats = batch.student.new_full((len(Stat), n), math.nan, dtype=dtype)
-    coefs = batch.student.new_zeros((len(Coef), n), dtype=dtype)
+    stats, coefs = matrices(batch, into)
+    dtype = stats.dtype
     for rows, part in _blocks(batch):
         s, c = stats[:, rows], coefs[:, rows]
         lp, lq = _statistics(part, options, s, c)

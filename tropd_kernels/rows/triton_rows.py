@@ -13,7 +13,7 @@ from ..objectives import TokenRule
 from . import torch_rows, triton_launch
 from . import triton_kernels as kernels
 from .given import given_top_k
-from .layout import Coef, LogitTransform, RowBatch, RowOptions, Stat
+from .layout import Coef, LogitTransform, Matrices, RowBatch, RowOptions, Stat, matrices
 from .rule import Gate, topk_entropy
 from .triton_launch import (
     COLUMNS,
@@ -29,41 +29,38 @@ from .triton_launch import (
 RULE_BLOCK = 128
 
 
-def forward(batch: RowBatch, options: RowOptions) -> tuple[Tensor, Tensor]:
+def forward(batch: RowBatch, options: RowOptions, into: Matrices | None = None) -> Matrices:
     """stats (Stat, n) and coefs (Coef, n) of the chunk."""
     rule, n = options.rule, batch.student.shape[0]
-    stats, coefs = statistics(batch, options)
+    stats, coefs = statistics(batch, options, into)
     if n == 0:
         return stats, coefs
     sums = None
     dense = batch.teacher is not None
     if dense and rule.uses_sums and not rule.sums_are_statistics:
         sums = _dense_sums(batch, options, stats, coefs)
-    elif dense:
-        coefs[Coef.THRESHOLD] = -math.inf
     elif batch.ids is not None and rule.uses_sums:
         sums = _given_sums(batch, options, stats, coefs)
     kernels.rule_kernel[(-(-n // RULE_BLOCK),)](
-        *_gate_inputs(batch, rule), batch.weight, options.entropy_threshold, stats, coefs, sums, n,
-        n, ACC=_acc(stats.dtype), **_gate_constants(rule), **_rule_constants(rule),
+        *_gate_inputs(batch, rule), batch.weight, options.loss_scale, options.entropy_threshold,
+        stats, coefs, sums, n, _columns(stats, coefs),
+        ACC=_acc(stats.dtype), **_gate_constants(rule), **_rule_constants(rule),
         DENSE=dense, BLOCK=RULE_BLOCK, **FUSION_OFF,
     )  # fmt: skip
     return stats, coefs
 
 
-def statistics(batch: RowBatch, options: RowOptions) -> tuple[Tensor, Tensor]:
+def statistics(batch: RowBatch, options: RowOptions, into: Matrices | None = None) -> Matrices:
     """stats and coefs up to REVERSE_KL, also of a part of each row; see `torch_rows.statistics`."""
     z, t = _rows(batch.student), None if batch.teacher is None else _rows(batch.teacher)
     n, vocab_size = z.shape
-    dtype = torch.promote_types(z.dtype, torch.float32)
-    stats = z.new_full((len(Stat), n), math.nan, dtype=dtype)
-    coefs = z.new_zeros((len(Coef), n), dtype=dtype)
+    stats, coefs = matrices(batch, into)
     if n == 0:
         return stats, coefs
     entropy = batch.teacher_entropy
     if batch.ids is not None and entropy is None:
         whole = given_top_k(batch.ids, batch.topk_log_probs, None, vocab_size)
-        entropy = topk_entropy(whole[1]).to(dtype)
+        entropy = topk_entropy(whole[1]).to(stats.dtype)
     _statistics(z, t, batch, options, entropy, stats, coefs)
     return stats, coefs
 
@@ -87,7 +84,7 @@ def _statistics(
     arguments = (
         z, t, _bias(options.student), _bias(options.teacher), batch.labels, batch.label_log_probs,
         teacher_entropy, stats, coefs, room, vocab_size, z.stride(0),
-        0 if t is None else t.stride(0), n,
+        0 if t is None else t.stride(0), _columns(stats, coefs),
     )  # fmt: skip
     constants = dict(ACC=_acc(stats.dtype), **_transforms(options), PARTS=parts, **launch)
     kernels.statistics_kernel[(n, parts)](*arguments, **constants)
@@ -123,7 +120,8 @@ def _dense_sums(
     )  # fmt: skip
     kernels.dense_sums_kernel[(n,)](
         z, t, _bias(options.student), _bias(options.teacher), *_gate_inputs(batch, rule),
-        options.entropy_threshold, stats, coefs, sums, vocab_size, z.stride(0), t.stride(0), n,
+        options.entropy_threshold, stats, coefs, sums, vocab_size, z.stride(0), t.stride(0),
+        _columns(stats, coefs),
         ACC=_acc(coefs.dtype), **_transforms(options), **_gate_constants(rule),
         GENERATOR=rule.generator, TOP_K=rule.top_k if rule.uses_top_k else None,
         TAIL=rule.top_k_tail, THRESHOLD_GIVEN=threshold_given,
@@ -141,7 +139,8 @@ def _given_sums(batch: RowBatch, options: RowOptions, stats: Tensor, coefs: Tens
     ids, log_probs = given_top_k(batch.ids, batch.topk_log_probs, rule.top_k, vocab_size)
     kernels.given_sums_kernel[(n,)](
         z, _bias(options.student), ids, log_probs, stats, coefs, sums, z.stride(0),
-        ids.shape[1], n, ACC=_acc(coefs.dtype), **_transform("", options.student),
+        ids.shape[1], _columns(stats, coefs), ACC=_acc(coefs.dtype),
+        **_transform("", options.student),
         **_generator_constants(rule), BLOCK=power_of_two(ids.shape[1]), **FUSION_OFF,
     )  # fmt: skip
     return sums
@@ -220,6 +219,12 @@ row_squares = torch_rows.row_squares
 
 def _acc(dtype: torch.dtype) -> tl.dtype:
     return tl.float64 if dtype == torch.float64 else tl.float32
+
+
+def _columns(stats: Tensor, coefs: Tensor) -> int:
+    """From one row of these matrices to the next: of whole ones, of which they may be columns."""
+    assert stats.stride() == coefs.stride() and stats.stride(1) == 1
+    return stats.stride(0)
 
 
 def _rows(matrix: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ from .constants import (
     C_P_TOP_K,
     C_Q,
     C_REVERSE,
+    C_THRESHOLD,
     ENTROPY,
     FORWARD_KL,
     INF,
@@ -62,7 +63,7 @@ def _weigh(weight, value):
 
 @triton.jit
 def rule_kernel(
-    old_log_probs, advantages, uniforms, prefix, token_weight, entropy_threshold,
+    old_log_probs, advantages, uniforms, prefix, token_weight, loss_scale, entropy_threshold,
     stats, coefs, sums, n, columns,
     ACC: tl.constexpr, GATE: tl.constexpr, OUTLIER_IS: tl.constexpr, TAU: tl.constexpr,
     KL_ENTROPY: tl.constexpr, DIVERGENCE: tl.constexpr, C: tl.constexpr, LOG_C: tl.constexpr,
@@ -73,7 +74,8 @@ def rule_kernel(
     DENSE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Twin of `rule.apply_rule`: a row's statistics and sums to its loss and coefficients."""
+    """Twin of `rule.apply_rule`: a row's statistics and sums (SUMS, n) to its loss and
+    coefficients. columns: from one row of stats, or of coefs, to the next."""
     row = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = row < n
     row = tl.where(inside, row, 0)
@@ -102,15 +104,15 @@ def rule_kernel(
         kl_p = zero + 1
         kl_p_top_k = zero + 1
     elif USES_FORWARD_KL:
-        kl = tl.load(sums + SUM_FORWARD_KL * columns + row)
-        teacher_mass = tl.load(sums + TEACHER_MASS * columns + row)
+        kl = tl.load(sums + SUM_FORWARD_KL * n + row)
+        teacher_mass = tl.load(sums + TEACHER_MASS * n + row)
         if TAIL == "raw":
             kl_p = teacher_mass
             kl_p_top_k = teacher_mass
         elif TAIL == "bucket":
             LEAST: tl.constexpr = LEAST_TAIL_64 if ACC == tl.float64 else LEAST_TAIL_32
-            q_tail = tl.load(sums + TEACHER_TAIL * columns + row)
-            p_tail = tl.maximum(tl.load(sums + STUDENT_TAIL * columns + row), LEAST)
+            q_tail = tl.load(sums + TEACHER_TAIL * n + row)
+            p_tail = tl.maximum(tl.load(sums + STUDENT_TAIL * n + row), LEAST)
             kl += tl.where(q_tail > 0, q_tail * (tl.log(q_tail) - tl.log(p_tail)), 0.0)
             kl_p = 1 - q_tail / p_tail
             kl_p_top_k = zero + 1
@@ -127,7 +129,7 @@ def rule_kernel(
             else:
                 # p / p(K) with p(K) underflowing would be 0/0; e^-80 of mass on K is as good as
                 # none.
-                log_mass = tl.load(sums + STUDENT_LOG_MASS * columns + row)
+                log_mass = tl.load(sums + STUDENT_LOG_MASS * n + row)
                 # Without any mass of the student's on K: not inf - inf.
                 kl = tl.where(infinite, INF, tl.where(known, kl + log_mass, 0.0))
                 kl_p_top_k = tl.exp(tl.minimum(-log_mass, 80.0))
@@ -157,8 +159,8 @@ def rule_kernel(
     if (DIVERGENCE == "reverse_kl") | (DIVERGENCE == "jeffreys"):
         reverse += 1
     if DIVERGENCE == "akl":
-        head = tl.load(sums + SUM_VALUE * columns + row)
-        gap = head + tl.load(sums + SUM_SLOPE * columns + row)
+        head = tl.load(sums + SUM_VALUE * n + row)
+        gap = head + tl.load(sums + SUM_SLOPE * n + row)
         share = tl.where(gap > 0, head / tl.where(gap > 0, gap, 1.0), 0.5)
         kl_weight = share
         reverse = 1 - share
@@ -177,12 +179,12 @@ def rule_kernel(
         loss += _weigh(reverse, exact)
         reverse = tl.where(exact == INF, 0.0, reverse)
     if GENERATOR is not None:
-        value = tl.load(sums + SUM_VALUE * columns + row)
+        value = tl.load(sums + SUM_VALUE * n + row)
         loss += value
         generator = tl.where(tl.abs(value) < INF, 1.0, 0.0).to(ACC)
-        mean = tl.load(sums + SUM_SLOPE * columns + row)
+        mean = tl.load(sums + SUM_SLOPE * n + row)
         if not USES_TOP_K:
-            mean = mean / tl.load(sums + STUDENT_MASS * columns + row)
+            mean = mean / tl.load(sums + STUDENT_MASS * n + row)
         p_coef -= _weigh(generator, mean)
         p_top_k -= _weigh(generator, mean)
     if ENTROPY_COEF != 0:
@@ -215,15 +217,20 @@ def rule_kernel(
     weight = zero + 1
     if token_weight is not None:
         weight = tl.load(token_weight + row).to(ACC)
+    scale = tl.full((), 1.0, ACC)
+    if loss_scale is not None:
+        scale = tl.load(loss_scale).to(ACC)
+    if DENSE and sums is None:
+        tl.store(coefs + C_THRESHOLD * columns + row, zero - INF, mask=inside)
     tl.store(stats + REWARD * columns + row, reward, mask=inside)
     tl.store(stats + TRUST * columns + row, tl.where(on_policy, trust, 0.0), mask=inside)
     tl.store(stats + OUTLIER * columns + row, tl.where(on_policy, 1 - trust, 0.0), mask=inside)
     tl.store(stats + TOKEN_LOSS * columns + row, loss, mask=inside)
     tl.store(stats + KEPT * columns + row, tl.where(kept, 1.0, 0.0), mask=inside)
-    tl.store(coefs + C_P * columns + row, p_coef * weight, mask=inside)
-    tl.store(coefs + C_P_TOP_K * columns + row, p_top_k * weight, mask=inside)
-    tl.store(coefs + C_REVERSE * columns + row, reverse * weight, mask=inside)
-    tl.store(coefs + C_ENTROPY_WEIGHT * columns + row, entropy_weight * weight, mask=inside)
-    tl.store(coefs + C_Q * columns + row, q_coef * weight, mask=inside)
-    tl.store(coefs + C_LABEL * columns + row, label * weight, mask=inside)
-    tl.store(coefs + C_GENERATOR * columns + row, generator * weight, mask=inside)
+    tl.store(coefs + C_P * columns + row, p_coef * weight * scale, mask=inside)
+    tl.store(coefs + C_P_TOP_K * columns + row, p_top_k * weight * scale, mask=inside)
+    tl.store(coefs + C_REVERSE * columns + row, reverse * weight * scale, mask=inside)
+    tl.store(coefs + C_ENTROPY_WEIGHT * columns + row, entropy_weight * weight * scale, mask=inside)
+    tl.store(coefs + C_Q * columns + row, q_coef * weight * scale, mask=inside)
+    tl.store(coefs + C_LABEL * columns + row, label * weight * scale, mask=inside)
+    tl.store(coefs + C_GENERATOR * columns + row, generator * weight * scale, mask=inside)

@@ -42,8 +42,8 @@ def statistics_kernel(
     TEACHER_CAP: tl.constexpr, TEMPERATURE: tl.constexpr, PARTS: tl.constexpr,
     UNROLL: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
-    """One part of a row of student logits, and of teacher logits beside it. parts (8, PARTS,
-    columns): where there are several, their maxima and sums."""
+    """One part of a row of student logits, and of teacher logits beside it. parts (8, PARTS, rows):
+    where there are several, their maxima and sums."""
     row = tl.program_id(0).to(tl.int64)
     part = tl.program_id(1)
     student += row * student_stride
@@ -87,8 +87,9 @@ def statistics_kernel(
             ACC, SCALE, CAP, TEACHER_SCALE, TEACHER_CAP, TEMPERATURE, UNROLL, LANES,
         )  # fmt: skip
     else:
-        parts += part * columns + row
-        step = PARTS * columns
+        rows = tl.num_programs(0)
+        parts += part * rows + row
+        step = PARTS * rows
         tl.store(parts, top)
         tl.store(parts + step, mass)
         tl.store(parts + 2 * step, moment)
@@ -150,8 +151,9 @@ def join_kernel(
     student += row * student_stride
     if teacher is not None:
         teacher += row * teacher_stride
-    parts += tl.arange(0, PARTS) * columns + row
-    step = PARTS * columns
+    rows = tl.num_programs(0)
+    parts += tl.arange(0, PARTS) * rows + row
+    step = PARTS * rows
     top, mass, moment, t_top, t_mass, t_moment, reverse, forward = _join(
         tl.load(parts), tl.load(parts + step), tl.load(parts + 2 * step),
         tl.load(parts + 3 * step), tl.load(parts + 4 * step), tl.load(parts + 5 * step),

@@ -50,6 +50,7 @@ def dense_sums_kernel(
     )  # fmt: skip
     needed = gate[5]
     coefs += row
+    rows = tl.num_programs(0)
     sums += row
     teacher_mass = tl.full((), 1.0, ACC)
     student_mass = tl.full((), 1.0, ACC)
@@ -115,14 +116,14 @@ def dense_sums_kernel(
         tl.store(stats + row + STUDENT_TOPK_MASS * columns, student_mass + unasked)
     else:
         tl.store(coefs + C_THRESHOLD * columns, tl.full((), -INF, ACC))
-    tl.store(sums + TEACHER_MASS * columns, teacher_mass)
-    tl.store(sums + STUDENT_MASS * columns, student_mass)
-    tl.store(sums + TEACHER_TAIL * columns, teacher_tail)
-    tl.store(sums + STUDENT_TAIL * columns, student_tail)
-    tl.store(sums + STUDENT_LOG_MASS * columns, log_mass)
-    tl.store(sums + SUM_FORWARD_KL * columns, forward_kl)
-    tl.store(sums + SUM_VALUE * columns, value_sum)
-    tl.store(sums + SUM_SLOPE * columns, slope_sum)
+    tl.store(sums + TEACHER_MASS * rows, teacher_mass)
+    tl.store(sums + STUDENT_MASS * rows, student_mass)
+    tl.store(sums + TEACHER_TAIL * rows, teacher_tail)
+    tl.store(sums + STUDENT_TAIL * rows, student_tail)
+    tl.store(sums + STUDENT_LOG_MASS * rows, log_mass)
+    tl.store(sums + SUM_FORWARD_KL * rows, forward_kl)
+    tl.store(sums + SUM_VALUE * rows, value_sum)
+    tl.store(sums + SUM_SLOPE * rows, slope_sum)
 
 
 @triton.jit
@@ -223,18 +224,19 @@ def given_sums_kernel(
     teacher_mass = tl.sum(q, 0)
     top = tl.max(lp, 0)
     base = tl.where(top == -INF, 0.0, top)
+    rows = tl.num_programs(0)
     sums += row
-    tl.store(sums + TEACHER_MASS * columns, teacher_mass)
-    tl.store(sums + STUDENT_MASS * columns, student_mass)
-    tl.store(sums + TEACHER_TAIL * columns, tl.maximum(1 - teacher_mass, 0.0))
+    tl.store(sums + TEACHER_MASS * rows, teacher_mass)
+    tl.store(sums + STUDENT_MASS * rows, student_mass)
+    tl.store(sums + TEACHER_TAIL * rows, tl.maximum(1 - teacher_mass, 0.0))
     EPS: tl.constexpr = 2.220446049250313e-16 if ACC == tl.float64 else 1.1920928955078125e-07
-    tl.store(sums + STUDENT_TAIL * columns, tl.maximum(1 - student_mass, EPS))
-    tl.store(sums + STUDENT_LOG_MASS * columns, base + tl.log(tl.sum(tl.exp(lp - base), 0)))
+    tl.store(sums + STUDENT_TAIL * rows, tl.maximum(1 - student_mass, EPS))
+    tl.store(sums + STUDENT_LOG_MASS * rows, base + tl.log(tl.sum(tl.exp(lp - base), 0)))
     kl = tl.where(on_k & (q > 0), q * (lq - lp), 0.0)
-    tl.store(sums + SUM_FORWARD_KL * columns, tl.sum(kl, 0))
+    tl.store(sums + SUM_FORWARD_KL * rows, tl.sum(kl, 0))
     if GENERATOR is not None:
         value, slope = _generator(lp, lq, p, q, GENERATOR, C)
-        tl.store(sums + SUM_VALUE * columns, tl.sum(tl.where(on_k, value, 0.0), 0))
-        tl.store(sums + SUM_SLOPE * columns, tl.sum(tl.where(on_k, slope, 0.0), 0))
+        tl.store(sums + SUM_VALUE * rows, tl.sum(tl.where(on_k, value, 0.0), 0))
+        tl.store(sums + SUM_SLOPE * rows, tl.sum(tl.where(on_k, slope, 0.0), 0))
     tl.store(stats + row + TEACHER_TOPK_MASS * columns, teacher_mass)
     tl.store(stats + row + STUDENT_TOPK_MASS * columns, student_mass)
