@@ -173,8 +173,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     on_gpu = torch.device(device).type == "cuda"
     n, v = options.tokens or (4096 if on_gpu else 512), options.vocab_size
-    if on_gpu:
-        torch.cuda.init()
+    torch.empty(1, device=device)  # before its turn: a GPU's context takes a second
     wait_for_turn()
     most = bytes_per_second(device)
     found = {}

@@ -191,10 +191,12 @@ def test_jobs_that_are_alone_have_nothing_beside_them(tmp_path):
 
 
 def test_a_step_ends_at_its_deadline_and_the_next_one_begins(tmp_path):
-    late = step(3, [python("hangs", "import time; time.sleep(600)"), python("late", EMIT)])
-    runner_in(tmp_path).run([*late, *step(300, [python("next", EMIT)])], None)
+    sleep = "import time; time.sleep(600)"
+    late = step(3, [python("hangs", sleep), python("late", EMIT)])
+    more = [python("endless", sleep, seconds=1, open_end=True), python("next", EMIT)]
+    runner_in(tmp_path).run([*late, *step(300, more)], None)
     found = {name: end["state"] for name, end in ends(tmp_path).items()}
-    assert found == {"hangs": "stopped", "late": "late", "next": "done"}
+    assert found == {"hangs": "stopped", "late": "late", "endless": "done", "next": "done"}
     assert ends(tmp_path)["late"]["reason"] == "its step's time was up"
     assert [j.until for j in scaled(late, 2.0)] == [6.0, 6.0]
 

@@ -152,8 +152,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     sizes = {standard} | {
         (rows, many) for rows in options.rows for many in options.super_rows if many >= rows
     }
-    if device == "cuda":
-        torch.cuda.init()
+    torch.empty(1, device=device)  # before its turn: a GPU's context takes a second
     wait_for_turn()
     problem = make_problem(tokens, SHAPES[shape_name], dtype, device)
     problem.ready_for(LOSSES[loss].teacher)
@@ -162,7 +161,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "tokens": tokens, "loss": loss,
     }  # fmt: skip
     rows = []
-    in_order = sorted(sizes, key=lambda pair: (pair != standard, pair))
+    # Largest first, of which most is hoped: a sweep may be cut short.
+    in_order = sorted(sizes, key=lambda pair: (pair != standard, -pair[1], -pair[0]))
     for row in sweep(problem, loss, in_order, standard, options.repeats, device):
         emit(shape=shape_name, loss=loss, tokens=tokens, **row)
         rows.append(row)

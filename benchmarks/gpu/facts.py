@@ -26,6 +26,7 @@ FREE = 0.95
 
 
 def facts() -> Facts:
+    others = _others()  # before this process is one of them
     found: Facts = {
         "python": sys.version.split()[0],
         "cores": os.cpu_count(),
@@ -40,7 +41,7 @@ def facts() -> Facts:
 
         found["machine"] = machine("cuda" if torch.cuda.is_available() else "cpu")
         if torch.cuda.is_available():
-            found["gpu"] = _gpu(torch)
+            found["gpu"] = _gpu(torch) | {"others": others}
         elif torch.version.cuda is None and torch.version.hip is None:
             found["why_no_gpu"] = f"torch {torch.__version__} is built for CPUs"
         else:
@@ -74,16 +75,14 @@ def _gpu(torch: Any) -> dict[str, Any]:
     return {
         "name": properties.name, "vendor": "amd" if torch.version.hip else "nvidia",
         "capability": [properties.major, properties.minor], "total": total, "free": free,
-        "processors": properties.multi_processor_count, "others": _others(),
+        "processors": properties.multi_processor_count,
         "state": _smi("clocks.sm,clocks.mem,temperature.gpu,power.draw,utilization.gpu", "gpu"),
     }  # fmt: skip
 
 
 def _others() -> list[str]:
     """Processes that compute on the GPU; empty where none can be asked for."""
-    text = _smi("pid,used_memory", "compute-apps")
-    mine = str(os.getpid())
-    return [line for line in text.splitlines() if line.strip() and line.split(",")[0] != mine]
+    return _smi("pid,used_memory", "compute-apps").splitlines()
 
 
 def _smi(fields: str, of: str) -> str:

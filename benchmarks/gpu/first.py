@@ -144,7 +144,8 @@ def rivals(sizes: Sizes) -> list[Job]:
 
 def tests(sizes: Sizes, *options: object) -> Job:
     command = module("benchmarks.gpu.suite", *(sizes.tests or ()), *options)
-    return Job(step="tests", name="tests", command=command, seconds=600, needs=("pytest",))
+    return Job(step="tests", name="tests", command=command, seconds=600, needs=("pytest",),
+               open_end=True)  # fmt: skip
 
 
 def jobs(carried: Path, tiny: bool, minutes: float) -> list[Job]:

@@ -79,6 +79,7 @@ def measure(shapes: Sequence[tuple], dtype: torch.dtype, device: str, repeats: i
     for vocab, width, sizes in shapes:
         for m in sizes:
             found = products(vocab, width, m, dtype, device)
+            product = None
             while True:
                 shape = {"vocab": vocab, "width": width, "tokens": m}
                 try:
@@ -103,8 +104,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype, _ = default_dtype(device)
-    if device == "cuda":
-        torch.cuda.init()
+    torch.empty(1, device=device)
     records.wait_for_turn()
     shapes = TINY if options.tiny else SHAPES
     vocab, width, _ = shapes[0]

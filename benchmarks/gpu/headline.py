@@ -56,8 +56,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         names.append(with_sizes(backend, tuple(options.chunks)))
     if names[0] not in PROVIDERS:
         parser.error(f"who: unknown {options.who!r}")
-    if device == "cuda":
-        torch.cuda.init()
+    torch.empty(1, device=device)  # a GPU's context takes a second, too
     records.wait_for_turn()
     common = {"shape": options.shape, "dtype": dtype_name(dtype)}
     try:

@@ -14,7 +14,8 @@ class Job:
     """step, name: what its records are filed under. command: a program and its arguments.
     seconds: its box, from its turn on. until: seconds after the call's start, its step's deadline.
     needs: of `missing`. alone: nothing else runs in its turn, for the sake of its figures. waits:
-    the command calls `records.wait_for_turn`, so that it can be started before its turn."""
+    the command calls `records.wait_for_turn`, so that it can be started before its turn. open_end:
+    its time being up is no fault, for it has no end that would have to come."""
 
     step: str
     name: str
@@ -24,6 +25,7 @@ class Job:
     needs: tuple[str, ...] = ()
     alone: bool = True
     waits: bool = False
+    open_end: bool = False
 
     @property
     def title(self) -> str:

@@ -159,7 +159,10 @@ class Runner:
             elif self.stopping:
                 self.finish(live, "stopped", self.stopping)
             elif live.since is not None and now > min(live.since + job.seconds, job.until):
-                self.finish(live, "stopped", f"stopped after {now - live.since:.0f} s")
+                if job.open_end:
+                    self.finish(live, "done", "until its time was up")
+                else:
+                    self.finish(live, "stopped", f"stopped after {now - live.since:.0f} s")
             elif live.since is None and now > job.until - LEAST:
                 self.finish(live, "late", "its step's time was up")
 

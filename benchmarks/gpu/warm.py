@@ -1,8 +1,9 @@
-"""Compiles the kernels of one loss into Triton's cache, by a call of the headline's shape.
+"""Compiles the kernels of one loss into Triton's cache, by a call with the headline's vocabulary.
 
     python -m benchmarks.gpu.warm tropd --shape qwen3-1.7b
 
-Of its tokens only as many as decide what is compiled: one chunk of gradients.
+Tokens and widths are those that suffice: one chunk of gradients, and heads that leave the memory to
+the checks that run beside it; no kernel is compiled for a width.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import argparse
 import sys
 import time
+from dataclasses import replace
 
 import torch
 
@@ -20,7 +22,7 @@ from benchmarks.bench.providers import runner
 from benchmarks.bench.shapes import SHAPES
 from tropd_kernels.backends import choose_backend
 
-TOKENS = 2048
+TOKENS, WIDTH = 2048, 256
 
 
 def main() -> int:
@@ -28,7 +30,8 @@ def main() -> int:
     parser.add_argument("loss", choices=LOSSES)
     parser.add_argument("--shape", choices=SHAPES, required=True)
     options = parser.parse_args()
-    problem = make_problem(TOKENS, SHAPES[options.shape], device="cuda")
+    widths = {"hidden_size": WIDTH, "teacher_hidden_size": WIDTH}
+    problem = make_problem(TOKENS, replace(SHAPES[options.shape], **widths), device="cuda")
     problem.ready_for(LOSSES[options.loss].teacher)
     torch.cuda.synchronize()
     start = time.perf_counter()

@@ -138,7 +138,7 @@ def main() -> int:
         records.emit(reason=f"no {listed.name} in {folder.name}: `python -m benchmarks.gpu.prepare`"
                      " makes cubins, where there is Triton >= 3.8")  # fmt: skip
         return records.SAID
-    torch.cuda.init()
+    torch.empty(1, device="cuda")
     records.wait_for_turn()
     inputs, whole = Inputs("cuda"), True
     for one in json.loads(listed.read_text("utf-8")):
