@@ -22,6 +22,7 @@ import contextlib
 import json
 import math
 import threading
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -39,7 +40,9 @@ OWN = object()
 @dataclass
 class Faults:
     status: list[int] = field(default_factory=list)  # answers of the next requests
+    headers: dict[str, str] = field(default_factory=dict)  # sent with such an answer
     dead: bool = False  # closes every connection
+    drips: str | None = None  # "headers" or "body": 100 bytes of it come one at a time
     no_log_probs: bool = False
     most: int | None = None  # log-probs a position, of a server that caps them and does not say so
     drop_last: bool = False  # one position too few
@@ -101,7 +104,8 @@ def serve(model, tokenizer, *, max_model_len=None, max_logprobs=20, name="teache
             if faults.dead:
                 self.close_connection = True
             elif status != 200:
-                self.answer(status, {"error": {"message": f"made to fail with {status}"}})
+                words = {"error": {"message": f"made to fail with {status}"}}
+                self.answer(status, words, faults.headers)
             elif api_key and self.headers["Authorization"] != f"Bearer {api_key}":
                 self.answer(401, {"error": "Unauthorized"})
             else:
@@ -127,13 +131,30 @@ def serve(model, tokenizer, *, max_model_len=None, max_logprobs=20, name="teache
                 return faults.answer(answer) if faults.answer else answer
             raise Refused("Not Found", status=404, kind="Not Found")
 
-        def answer(self, status, content):
+        def answer(self, status, content, headers=None):
             data = json.dumps(content).encode()
+            if faults.drips is not None:
+                data = b" " * 100 + data
             self.send_response(status)
+            for name, value in (headers or {}).items():
+                self.send_header(name, value)
             self.send_header("Content-Type", "application/json")
+            if faults.drips == "headers":
+                self.drip(b"".join(b"X-%d: .\r\n" % i for i in range(12)))
             self.send_header("Content-Length", str(len(data)))
             self.end_headers()
-            self.wfile.write(data)
+            if faults.drips == "body":
+                self.drip(data[:100])
+                data = data[100:]
+            with contextlib.suppress(ConnectionError):  # by a client that has waited long enough
+                self.wfile.write(data)
+
+        def drip(self, data):
+            self.flush_headers()
+            for i in range(len(data)):
+                with contextlib.suppress(ConnectionError):
+                    self.wfile.write(data[i : i + 1])
+                time.sleep(0.02)
 
     def models():
         if faults.models is not OWN:

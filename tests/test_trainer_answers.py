@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import copy
 import math
+import time
+import types
 
 import pytest
 
@@ -18,7 +20,7 @@ from training import make
 
 from tropd_kernels.trainer import server as server_module
 from tropd_kernels.trainer.completions import read_scores
-from tropd_kernels.trainer.server import TeacherServerError
+from tropd_kernels.trainer.server import TeacherServer, TeacherServerError
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
 TOP_4 = dict(objective_kwargs={"top_k": 4})
@@ -117,3 +119,37 @@ def test_columns_of_no_distribution(tmp_path, change, words):
     make(tmp_path, data=tiny.Dataset.from_list([row] * 4), **settings).train()
     with pytest.raises(ValueError, match=words):
         make(tmp_path, data=tiny.Dataset.from_list([row | change] * 4), **settings).train()
+
+
+# --- requests that take too long ---------------------------------------------------------------
+
+
+@pytest.mark.parametrize("part", ["headers", "body"])
+def test_an_answer_that_drips_is_too_late(served, part):
+    """Every byte in time, the whole of them not: it once was waited for, however long."""
+    client = TeacherServer(served.url, timeout=0.2, retries=1)
+    served.requests.clear()
+    served.faults.drips = part
+    words = r"no answer after 2 attempts: .*timed out.*more than 0.2 s .teacher_server_timeout."
+    with pytest.raises(TeacherServerError, match=words):
+        client.score([[5]], [[6]])
+    assert len(served.requests) == 2
+    served.faults.drips = None
+    assert len(client.score([[5]], [[6]])) == 1
+
+
+def test_a_servers_retry_after_is_not_waited_for(served, monkeypatch):
+    """It once could stop a run for 6 hours; only the pauses that are documented are made."""
+    client = TeacherServer(served.url, retries=3)
+    slept = []
+    fake = types.SimpleNamespace(sleep=slept.append, time=time.time)
+    monkeypatch.setattr("urllib3.util.retry.time", fake)
+    served.faults.headers = {"Retry-After": "7200"}
+    served.faults.status += [503, 429, 503]
+    client.score([[5]], [[6]])
+    assert slept == [0.02, 0.04]  # BACKOFF_SECONDS is 0.01 here
+    served.requests.clear()
+    served.faults.status += [413]
+    with pytest.raises(TeacherServerError, match="HTTP 413: .*made to fail"):
+        client.score([[5]], [[6]])
+    assert len(served.requests) == 1

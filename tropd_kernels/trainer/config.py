@@ -89,8 +89,11 @@ class TrOPDConfig(DistillationConfig):
         first request before a model is loaded, and each prompt against the context that it states:
         it needs room for prompt, max_completion_length and one token. eopd's threshold is compared
         with a lower bound of the teacher's entropy, which is what a top-k gives.
-    teacher_server_timeout: seconds a request.
-    teacher_server_retries: attempts after the first.
+    teacher_server_timeout: seconds that one attempt of a request may take, from connecting to the
+        last byte of the answer.
+    teacher_server_retries: attempts after the first, of a request that fails in transport, in time,
+        or by HTTP 408, 429, 500 or 502 to 504: at once, then after 1 s, 2 s, 4 s, ... 120 s. A
+        Retry-After is not heeded.
     teacher_server_concurrency: requests at once.
     precomputed_teacher: the data set's columns hold fixed completions, `completion_ids` (C), and
         the teacher's log-probs of them, `teacher_label_log_probs` (C), and for objectives that use

@@ -8,8 +8,8 @@
 
 Only ids, log-probs and, once, a probe text travel: for a token with k log-probs some 75 k bytes of
 JSON. Sequences go one a request, several at a time; a request that fails is sent again after a
-growing pause. vLLM gives a prompt's log-probs before temperature. `completions.py` reads answers
-and refusals.
+growing pause, whatever its Retry-After says. vLLM gives a prompt's log-probs before temperature.
+`completions.py` reads answers and refusals.
 
 Protocol: the documentation and the source of vLLM's OpenAI-compatible server, 0.32. A vLLM that is
 to give more than 20 log-probs is started with `--max-logprobs`; `return_token_ids` came with vLLM
@@ -33,6 +33,7 @@ from .completions import (
     read_text,
     refusal,
 )
+from .deadline import TimedPoolManager
 
 #: urllib3 repeats at once, then after twice this many seconds, doubled each time, 120 at most.
 BACKOFF_SECONDS = 0.5
@@ -49,9 +50,11 @@ class TeacherServer:
     """A client of one served teacher; safe to share between threads.
 
     url: of the server, with or without "/v1". model: the name that it serves; None asks.
-    timeout: seconds that one request may take. retries: further attempts of a request that fails in
-    transport or by 408, 429 or 5xx. concurrency: requests under way at once. api_key: sent as a
-    bearer token; None takes VLLM_API_KEY from the environment, where it is set.
+    timeout: seconds that one attempt of a request may take, from connecting to the last byte of the
+    answer. retries: further attempts of a request that fails in transport, in time, or by 408, 429,
+    500 or 502 to 504, at once, then after 1 s, 2 s, 4 s, ... 120 s. concurrency: requests under way
+    at once. api_key: sent as a bearer token; None takes VLLM_API_KEY from the environment, where it
+    is set.
 
     context: tokens of a prompt with what is written after it, as the server says (`max_model_len`);
     None where it does not.
@@ -70,7 +73,7 @@ class TeacherServer:
         self.url = url.rstrip("/").removesuffix("/v1")
         self._timeout, self._retries, self._concurrency = timeout, retries, concurrency
         api_key = api_key or os.environ.get("VLLM_API_KEY")
-        self._http = urllib3.PoolManager(
+        self._http = TimedPoolManager(
             headers={"Authorization": f"Bearer {api_key}"} if api_key else None,
             maxsize=concurrency,
             timeout=urllib3.Timeout(total=timeout),
@@ -80,6 +83,7 @@ class TeacherServer:
                 status_forcelist=_REPEATED,
                 allowed_methods=None,  # scoring changes nothing on the server, so POST as well
                 raise_on_status=False,
+                respect_retry_after_header=False,  # it may ask for hours, and for other statuses
             ),
         )
         self._contexts = self._served_models(required=model is None)
@@ -233,8 +237,12 @@ class TeacherServer:
             return self._http.request(method, self.url + path, json=body)
         except urllib3.exceptions.HTTPError as error:
             reason = getattr(error, "reason", None) or error
+            late = isinstance(reason, urllib3.exceptions.TimeoutError)
+            more = f", or allow an attempt more than {self._timeout:g} s (teacher_server_timeout)"
             raise self._error(
-                what, f"no answer after {self._retries + 1} attempts: {reason}"
+                what,
+                f"no answer after {self._retries + 1} attempts: {reason}",
+                f"Look at the server{more * late}",
             ) from error
 
     def _refused(
