@@ -405,7 +405,23 @@ def test_flags_win_and_numbers_are_numbers(run_file):
         ("teacher: x", "unknown key 'teacher'"),
         ("objective: opdd", "objective: unknown 'opdd' (did you mean 'opd'?)"),
         ("dataset: nowhere.jsonl", "dataset: there is no file nowhere.jsonl"),
-        ("eval_dataset: nowhere.jsonl", "eval_dataset: there is no file nowhere.jsonl"),
+        (
+            "eval_dataset: nowhere.jsonl\neval_strategy: epoch",
+            "eval_dataset: there is no file nowhere.jsonl",
+        ),
+        ("eval_dataset: prompts.jsonl", "eval_dataset: nothing would evaluate on it: set eval_str"),
+        (
+            "eval_dataset: a.json\neval_strategy: epoch\neval_split: b",
+            "eval_split: a.json is a file, which has no splits",
+        ),
+        ("dataset_split: test", "prompts.jsonl: a file has no splits"),
+        (
+            "eval_dataset: b\neval_strategy: epoch\neval_split: c\ndataset_split: test",
+            "dataset_split: ",
+        ),
+        ("do_train: false", "do_train: it has no effect here: the command trains"),
+        ("do_eval: true", "do_eval: it has no effect here: eval_strategy says when"),
+        ("do_predict: true", "do_predict: it has no effect here"),
         ("peft: {rank: 4}", "peft: "),
         ("model: null", "missing: model"),
         ("model: [a]", "model: expected a name or a path, got ['a']"),
@@ -475,10 +491,10 @@ def test_no_checkpoints_by_a_bare_no(run_file):
 def test_splits(run_file, monkeypatch, line, splits):
     read = []
     monkeypatch.setattr(cli, "load_data", lambda *given: read.append(given) or tiny.prompts())
-    run_file.write_text(f"{run_file.read_text()}eval_dataset: b\ndataset_split: part\n{line}\n")
-    cli.make_trainer(*cli.parse_run(["--config", str(run_file)]))
-    data = str(run_file.parent / "prompts.jsonl")
-    assert read == [("dataset", data, splits[0]), ("eval_dataset", "b", splits[1])]
+    lines = run_file.read_text() + "eval_dataset: b\neval_strategy: epoch\ndataset_split: part\n"
+    run_file.write_text(f"{lines}{line}\n")
+    cli.make_trainer(*cli.parse_run(["--config", str(run_file), "--dataset", "a"]))
+    assert read == [("dataset", "a", splits[0]), ("eval_dataset", "b", splits[1])]
 
 
 def test_errors_of_training_keep_their_traceback(run_file):
@@ -486,6 +502,29 @@ def test_errors_of_training_keep_their_traceback(run_file):
     (run_file.parent / "prompts.jsonl").write_text('{"prompt": ""}\n' * 8)
     with pytest.raises(ValueError, match="prompt: no token in ''"):
         cli.main(["train", "--config", str(run_file)])
+
+
+@pytest.mark.parametrize("flag", ["--do_eval", "--do-eval=true"])
+def test_flags_of_scripts(run_file, capsys, flag):
+    assert cli.main(["train", "--config", str(run_file), flag]) == 2
+    assert "tropd train: do_eval: it has no effect here" in capsys.readouterr().err
+
+
+def test_an_evaluation_at_the_start_alone(run_file):
+    keys = ["--eval_dataset", str(run_file.parent / "prompts.jsonl"), "--eval_on_start"]
+    assert cli.parse_run(["--config", str(run_file), *keys])[1].eval_on_start
+
+
+@pytest.mark.parametrize("word", ["none", "NULL"])
+def test_none_in_keys_of_text(run_file, word):
+    """As in those of numbers; a column of that name would be looked for in vain."""
+    keys = ("prefix_column", "backend", "prefix_weight", "eval_split", "peft", "run_name")
+    flags = [part for key in keys for part in (f"--{key}", word)] + ["--hub_model_id", "do_eval"]
+    run, settings = cli.parse_run(["--config", str(run_file), *flags, "--report_to", "none"])
+    assert [getattr(settings, key, None) for key in keys] == [None] * len(keys)
+    assert (run.eval_split, run.peft, settings.report_to) == (None, None, [])
+    run_file.write_text(f"{run_file.read_text()}prefix_column: {word}\n")
+    assert cli.parse_run(["--config", str(run_file)])[1].prefix_column is None
 
 
 @pytest.mark.parametrize("value", ["false", "None", ""])

@@ -22,7 +22,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 from . import __version__
 
@@ -36,6 +36,7 @@ class Run:
 
     model, teacher_model: name or folder; the teacher may come from `teacher_model_name_or_path`.
     dataset, eval_dataset: a .json, .jsonl or .parquet file, or a name on the hub; with a "prompt".
+        eval_dataset needs an eval_strategy.
     dataset_split: of data sets from the hub.
     eval_split: of eval_dataset, where it is another one.
     peft: true for a LoRA on all linear layers but the head, or the arguments of peft's LoraConfig;
@@ -161,19 +162,25 @@ def parse_run(arguments: Sequence[str]) -> tuple[Run, Any]:
     parser = TrlParser(
         classes, prog="tropd train", usage=usage, parents=[outer], allow_abbrev=False
     )
+    take_none(parser, [Run, TrOPDConfig])
     known = documented(Run) | documented(TrOPDConfig)
     for action in parser._actions:  # those of TRL and transformers bring their own help
         action.help = action.help or known.get(action.dest, "").replace("%", "%%")
     group_keys(parser, {"of the run": Run, "of TrOPD": TrOPDConfig, "of TRL": DistillationConfig})
-    unknown = parser.set_defaults_with_config(**read_config(options.config))
+    keys = read_config(options.config)
+    named = [flag[2:].split("=")[0] for flag in flags if flag.startswith("--")]
+    refuse_of_scripts([*keys, *named])
+    unknown = parser.set_defaults_with_config(**keys)
     parsed, rest = parser.parse_known_args(flags)
     unknown += rest
     if unknown and unknown[0].endswith((".yaml", ".yml")):
         raise UsageError(f"a file of keys is given by --config {unknown[0]}")
     if unknown:
-        keys = [*Run.__dataclass_fields__, *TrOPDConfig.__dataclass_fields__]
+        known_keys = [*Run.__dataclass_fields__, *TrOPDConfig.__dataclass_fields__]
         named = [flag[2:].split("=")[0] for flag in unknown if flag.startswith("--")] or unknown
-        raise UsageError("; ".join(f"unknown key {key!r}{nearest(key, keys)}" for key in named))
+        raise UsageError(
+            "; ".join(f"unknown key {key!r}{nearest(key, known_keys)}" for key in named)
+        )
     # Before the config looks at the machine.
     check_names(parsed, [key for key in ("model", "dataset") if getattr(parsed, key) is None])
     try:
@@ -187,8 +194,56 @@ def parse_run(arguments: Sequence[str]) -> tuple[Run, Any]:
     teacher = run.teacher_model or config.teacher_model_name_or_path
     if teacher is None and config.loads_teacher and config.rule().uses_teacher:
         check_names(run, ["teacher_model"])
+    check_data_keys(run, config)
     lora(run.peft)
     return run, config
+
+
+def take_none(parser: argparse.ArgumentParser, classes: Sequence[type]) -> None:
+    """Lets "none" and "null" stand for None in the keys that take text or None, as TrlParser does
+    in those of numbers. To report_to "none" is a value."""
+    hints = {key: hint for cls in classes for key, hint in get_type_hints(cls).items()}
+
+    def text(given: str) -> str | None:
+        return None if given.lower() in ("none", "null") else given
+
+    for action in parser._actions:
+        takes = get_args(hints.get(action.dest))
+        if action.type is str and {str, type(None)} <= {*takes} and action.dest != "report_to":
+            action.type = text
+
+
+def refuse_of_scripts(given: Sequence[str]) -> None:
+    """Raises UsageError for a key that transformers leave to scripts of one's own."""
+    for key, instead in (
+        ("do_train", "the command trains: leave it out"),
+        ("do_eval", "eval_strategy says when to evaluate on eval_dataset: set that"),
+        ("do_predict", "the command predicts nothing: leave it out"),
+    ):
+        if any(name.replace("-", "_").removeprefix("no_") == key for name in given):
+            raise UsageError(f"{key}: it has no effect here: {instead}")
+
+
+def check_data_keys(run: Run, config: Any) -> None:
+    """Raises UsageError for an eval_dataset that no evaluation would read, and for a split of data
+    that has none."""
+    evaluates = config.eval_strategy != "no" or config.eval_on_start
+    if run.eval_dataset is not None and not evaluates:
+        raise UsageError(
+            "eval_dataset: nothing would evaluate on it: set eval_strategy to epoch or steps, or "
+            "leave eval_dataset out"
+        )
+    if run.eval_split is not None and is_file(run.eval_dataset):
+        raise UsageError(f"eval_split: {run.eval_dataset} is a file, which has no splits")
+    of_eval = run.eval_split is None and run.eval_dataset is not None
+    sources = [run.dataset, *([run.eval_dataset] if of_eval else [])]
+    if run.dataset_split != Run.dataset_split and all(map(is_file, sources)):
+        raise UsageError(f"dataset_split: {' and '.join(sources)}: a file has no splits")
+
+
+def is_file(source: str) -> bool:
+    """Whether this is a data file, which a loader of `datasets` reads as a whole."""
+    return Path(source).suffix in LOADERS
 
 
 def group_keys(parser: argparse.ArgumentParser, owners: dict[str, type]) -> None:
