@@ -7,16 +7,18 @@ from __future__ import annotations
 
 import copy
 import math
+import re
 import time
 import types
 
 import pytest
+import torch
 
 pytest.importorskip("trl", reason="the trainer needs trl")
 
 import tiny
 from served import serve
-from training import make
+from training import make, unloadable
 
 from tropd_kernels.trainer import server as server_module
 from tropd_kernels.trainer.completions import read_scores
@@ -74,11 +76,11 @@ def test_log_probs_of_no_distribution(tmp_path, served, kind):
 
 @pytest.mark.parametrize("kind", NO_LOG_PROBS)
 def test_log_probs_of_no_distribution_are_seen_at_once(tmp_path, served, kind):
-    """Before a model is loaded: the folder, as a student, fails when it is."""
+    """Before a model is loaded."""
     change, words = NO_LOG_PROBS[kind]
     served.faults.answer = log_probs_by(change)
     with pytest.raises(TeacherServerError, match=f"a first request for log-probs .*{words}"):
-        remote(tmp_path, served, student=str(tmp_path), **TOP_4)
+        remote(tmp_path, served, student=unloadable(tmp_path), **TOP_4)
 
 
 def test_a_teacher_that_excludes_every_token(tmp_path, served):
@@ -119,6 +121,105 @@ def test_columns_of_no_distribution(tmp_path, change, words):
     make(tmp_path, data=tiny.Dataset.from_list([row] * 4), **settings).train()
     with pytest.raises(ValueError, match=words):
         make(tmp_path, data=tiny.Dataset.from_list([row | change] * 4), **settings).train()
+
+
+# --- ids and choices that cannot be ------------------------------------------------------------
+
+
+def top_k_with(sent):
+    """A fault: the last of the likeliest ids, which is not the label, is another one."""
+
+    def fault(answer):
+        answer = copy.deepcopy(answer)
+        for position in answer["choices"][0]["prompt_logprobs"] or []:
+            if position:
+                position[sent] = position.pop(list(position)[-1])
+        return answer
+
+    return fault
+
+
+@pytest.mark.parametrize("sent", ["-3", "5.7", "+5", " 5", "05", "x", "9" * 30])
+def test_keys_that_are_no_ids(tmp_path, served, sent):
+    trainer = remote(tmp_path, served, **TOP_4)
+    served.faults.answer = top_k_with(sent)
+    words = f"request . of 4 .*'{re.escape(sent)}' is an id of the log-probs of token 0: expected"
+    with pytest.raises(TeacherServerError, match=words):
+        trainer.train()
+
+
+def test_an_id_that_the_teacher_does_not_have(tmp_path, served):
+    """It took a place among the likeliest, and was dropped later as padding."""
+    trainer = remote(tmp_path, served, **TOP_4)
+    served.faults.answer = top_k_with("9999999")
+    words = "request . of 4 .*id 9999999 came among the likeliest of token 0, and .* refuses it"
+    with pytest.raises(TeacherServerError, match=words):
+        trainer.train()
+    with pytest.raises(TeacherServerError, match="a first request for log-probs .*id 9999999 came"):
+        remote(tmp_path, served, student=unloadable(tmp_path), **TOP_4)
+
+
+def test_ids_that_only_the_teacher_has(tmp_path):
+    """Of a vocabulary that is padded further than the student's: they stay what they were."""
+    tall = tiny.model(1, hidden_size=48, vocab_size=123)
+    with serve(tall, tiny.tokenizer()) as served:
+        trainer = remote(tmp_path, served, **TOP_4)
+        trainer.train()
+        asked = [r["prompt"] for r in served.requests if len(r.get("prompt", "")) == 1]
+    ids = torch.cat(
+        [batch["teacher_ids"][batch["completion_mask"].bool()] for batch in trainer.batches]
+    )
+    assert ids.shape[1] == 4 and 96 <= ids.max() < 123
+    assert len(asked) < 10  # once for each new highest id, not for each request
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda c: [c | {"index": 1}], r"the indices \[1\] came: expected the one of index 0"),
+        (lambda c: [c | {"index": 1}, c], r"the indices \[1, 0\] came"),
+        (lambda c: [c, c], r"the indices \[0, 0\] came"),
+        (lambda c: [], "no choices in its answer"),
+        (lambda c: ["text"], "its answer is malformed"),
+    ],
+)
+def test_other_choices_than_the_one(served, change, words):
+    """The first was taken, whatever its index."""
+    client = TeacherServer(served.url)
+    served.faults.answer = lambda answer: answer | {"choices": change(answer["choices"][0])}
+    with pytest.raises(TeacherServerError, match=f"request 1 of 1 .*{words}"):
+        client.score([[5]], [[6]])
+
+
+@pytest.mark.parametrize("sent", [True, "-0.5", None, [-0.5]])
+def test_log_probs_that_are_no_numbers(served, sent):
+    client = TeacherServer(served.url)
+    served.faults.answer = log_probs_by(lambda value: sent)
+    with pytest.raises(TeacherServerError, match="is a log-prob of token 0: expected a number"):
+        client.score([[5]], [[6]])
+
+
+@pytest.mark.parametrize(
+    ("ids", "cause", "words"),
+    [
+        ([5, -1, 2], None, "-1 came as id 1 of the text: expected a whole number of at least 0"),
+        ([5, 5.7, 2], None, "5.7 came as id 1"),
+        ([5, "6", 2], None, "'6' came as id 1"),
+        ([True, 2], None, "True came as id 0"),
+        ([], None, "with 0 ids, .* expected an end that the teacher wrote as the last id"),
+        ([5, 6], 3, r"the last of them \[6\]: expected the end 3 that the teacher wrote"),
+        ([5, 2, 7, 2], None, "goes on after its end, id 2, which is token 1 of 4"),
+        ([*range(5, 25)], None, "20 ids came for a text of at most 10"),
+    ],
+)
+def test_texts_that_cannot_be(tmp_path, served, ids, cause, words):
+    """A negative id looked up the embedding's end, and an end was added to a text of no tokens."""
+    trainer = remote(tmp_path, served, objective="sft", lmbda=0.0)
+    text = {"token_ids": ids, "finish_reason": "stop", "stop_reason": cause}
+    served.faults.answer = lambda answer: answer | {"choices": [answer["choices"][0] | text]}
+    with pytest.raises(TeacherServerError, match=f"request 1 of 4 .*{words}"):
+        trainer.train()
+    assert trainer.state.global_step == 0
 
 
 # --- requests that take too long ---------------------------------------------------------------

@@ -66,6 +66,12 @@ def make(
     )
 
 
+def unloadable(folder) -> str:
+    """The name of a model that fails when it is loaded: what raises otherwise came before that."""
+    (folder / "config.json").write_text("{}")
+    return str(folder)
+
+
 def by_hand(trainer, student, teacher, step=0, sampler=None) -> torch.Tensor:
     """Loss of a step, with gradients in the float64 model `student`. sampler: the model that wrote
     the completions, where it is another one."""

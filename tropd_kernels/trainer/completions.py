@@ -3,10 +3,14 @@
 A server may shorten a text without an error: vLLM lowers max_tokens to what its context leaves.
 `finish_reason` says how a text ended:
 
-    stop      the teacher wrote an end, which is the last id; `stop_reason` is that id where it is
-              not the tokenizer's eos_token, None where it is, and text for a stop string
+    stop      the teacher wrote an end, which is the last id and no other; `stop_reason` is that
+              id where it is not the tokenizer's eos_token, None where it is, and text for a stop
+              string
     length    the text has max_tokens tokens, or the server allowed fewer
     others    the server broke it off: abort, error, repetition
+
+What cannot be such an answer is a ValueError that says which token it is about. An id that only a
+teacher of a larger vocabulary has is none of these: the caller knows which ids there are.
 """
 
 import json
@@ -38,6 +42,17 @@ class TokenScores:
     log_probs: Tensor | None = None
 
 
+def read_choice(answer: bytes) -> Mapping[str, Any]:
+    """The one choice of an answer to one prompt. Raises ValueError for none, and for more."""
+    choices = read_json(answer).get("choices")
+    if not choices:
+        raise ValueError(f"no choices in its answer {quote(answer)}")
+    indices = [choice.get("index", 0) for choice in choices]
+    if indices != [0]:
+        raise ValueError(f"choices with the indices {indices} came: expected the one of index 0")
+    return choices[0]
+
+
 def read_scores(
     choice: Mapping[str, Any], prompt: Sequence[int], completion: Sequence[int], top_k: int
 ) -> TokenScores:
@@ -51,7 +66,7 @@ def read_scores(
     labels, ids, log_probs = [], [], []
     for place, token in enumerate(completion):
         at = {
-            int(i): _log_prob(e["logprob"])
+            _read_key(i, place): _log_prob(e["logprob"], place)
             for i, e in (positions[len(prompt) + place] or {}).items()
         }
         if any(math.isnan(value) for value in at.values()):
@@ -89,9 +104,19 @@ def read_scores(
     return TokenScores(known, *likeliest)
 
 
-def _log_prob(sent: Any) -> float:
-    value = float(sent)
-    return -math.inf if value == EXCLUDED else value
+def _read_key(sent: str, place: int) -> int:
+    if not re.fullmatch("0|[1-9][0-9]{0,17}", sent):  # of an int64
+        raise ValueError(
+            f"{sent!r:.40} is an id of the log-probs of token {place}: expected a whole number of "
+            "at least 0"
+        )
+    return int(sent)
+
+
+def _log_prob(sent: Any, place: int) -> float:
+    if isinstance(sent, bool) or not isinstance(sent, (int, float)):
+        raise ValueError(f"{sent!r:.40} is a log-prob of token {place}: expected a number")
+    return -math.inf if sent == EXCLUDED else float(sent)
 
 
 def no_scores(top_k: int) -> TokenScores:
@@ -103,18 +128,28 @@ def no_scores(top_k: int) -> TokenScores:
 
 
 def read_text(choice: Mapping[str, Any], max_tokens: int) -> list[int]:
-    """Ids of one choice's text. Raises ValueError where there are none, and for a text of fewer
-    than `max_tokens` that the teacher has not ended: it must not pass for a whole one."""
+    """Ids of one choice's text. Raises ValueError where there are none, for more than `max_tokens`,
+    and for a text of fewer that the teacher has not ended: it must not pass for a whole one."""
     ids = choice.get("token_ids")
     if not isinstance(ids, list):
         raise ValueError(
             "no token_ids in its answer: a server that knows return_token_ids is needed to write "
             "prefixes (vLLM 0.10.2 or later), or a data set with a column of prefixes"
         )
+    for place, token in enumerate(ids):
+        if type(token) is not int or token < 0:
+            raise ValueError(
+                f"{token!r:.40} came as id {place} of the text: expected a whole number of at "
+                "least 0"
+            )
+    if len(ids) > max_tokens:
+        raise ValueError(f"{len(ids)} ids came for a text of at most {max_tokens}")
     reason, cause = choice.get("finish_reason"), choice.get("stop_reason")
-    ended = reason == "stop" and not isinstance(cause, str)
-    if ended or (reason == "length" and len(ids) >= max_tokens):
-        return [int(i) for i in ids]
+    if reason == "stop" and not isinstance(cause, str):
+        _check_end(ids, cause)
+        return ids
+    if reason == "length" and len(ids) == max_tokens:
+        return ids
     if reason == "length":
         raise ValueError(
             f"the server cut the text after {len(ids)} of {max_tokens} tokens, before the teacher "
@@ -126,6 +161,21 @@ def read_text(choice: Mapping[str, Any], max_tokens: int) -> list[int]:
         f"{reason!r} and stop_reason {cause!r}: expected 'stop' at an end that the teacher wrote, "
         "or 'length' at the last token"
     )
+
+
+def _check_end(ids: Sequence[int], cause: int | None) -> None:
+    """Raises ValueError for a text that does not end with the end which the server says it has.
+    Without it the student would write on where the teacher had ended."""
+    if not ids or ids[-1] != (ids[-1] if cause is None else cause):
+        end = "an end" if cause is None else f"the end {cause}"
+        raise ValueError(
+            f"finish_reason 'stop' and stop_reason {cause!r} came with {len(ids)} ids, the last of "
+            f"them {ids[-1:]}: expected {end} that the teacher wrote as the last id"
+        )
+    if (first := ids.index(ids[-1])) < len(ids) - 1:
+        raise ValueError(
+            f"the text goes on after its end, id {ids[-1]}, which is token {first} of {len(ids)}"
+        )
 
 
 #: What a refusal says, as far as vLLM's words go, and what to do about it.

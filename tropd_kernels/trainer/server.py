@@ -22,12 +22,14 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import urllib3
+from torch import Tensor
 
 from .completions import (
     TokenScores,
     is_unknown_id,
     no_scores,
     quote,
+    read_choice,
     read_json,
     read_scores,
     read_text,
@@ -86,6 +88,7 @@ class TeacherServer:
                 respect_retry_after_header=False,  # it may ask for hours, and for other statuses
             ),
         )
+        self._known_ids = 0  # the teacher has the ids below
         self._contexts = self._served_models(required=model is None)
         self.model = next(iter(self._contexts)) if model is None else model
         self.context = self._contexts.get(self.model)
@@ -101,6 +104,10 @@ class TeacherServer:
 
     def count_ids(self, most: int) -> int:
         """How many of the ids 0 ... most - 1 the teacher has: it refuses the others."""
+        self._known_ids = self._count_ids(most)
+        return self._known_ids
+
+    def _count_ids(self, most: int) -> int:
         if self._has(most - 1):
             return most
         low, high = 1, most - 1
@@ -169,12 +176,30 @@ class TeacherServer:
     def _score(
         self, what: str, prompt: list[int], completion: list[int], top_k: int
     ) -> TokenScores:
-        return self._complete(
+        scores: TokenScores = self._complete(
             what,
             {"prompt": prompt + completion, "prompt_logprobs": top_k, "max_tokens": WRITTEN,
              "temperature": 1.0},
             lambda choice: read_scores(choice, prompt, completion, top_k),
         )  # fmt: skip
+        if scores.ids is not None:
+            self._check_ids(what, scores.ids)
+        return scores
+
+    def _check_ids(self, what: str, ids: Tensor) -> None:
+        """Raises TeacherServerError for ids (C, K) of which the teacher does not have one. Those
+        that only the student does not have are a larger vocabulary's, and stay."""
+        highest = int(ids.max())
+        if highest < self._known_ids:
+            return
+        if not self._has(highest):
+            place = int((ids == highest).any(1).int().argmax())
+            raise self._error(
+                what,
+                f"id {highest} came among the likeliest of token {place}, and in a prompt the "
+                "server refuses it as one that the teacher does not have",
+            )
+        self._known_ids = highest + 1
 
     def _write(
         self, what: str, prompt: list[int], max_tokens: int, sampling: Mapping[str, Any]
@@ -222,11 +247,8 @@ class TeacherServer:
         response = self._request("POST", "/v1/completions", {"model": self.model} | body, what)
         if response.status != 200:
             raise self._refused(what, response, body)
-        choices = read_json(response.data).get("choices")
-        if not choices:
-            raise self._error(what, f"no choices in its answer {quote(response.data)}")
         try:
-            return read(choices[0])
+            return read(read_choice(response.data))
         except ValueError as error:
             raise self._error(what, str(error)) from error
         except (AttributeError, KeyError, TypeError) as error:
