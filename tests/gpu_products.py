@@ -5,7 +5,7 @@ import torch
 
 from tropd_kernels import chunking
 from tropd_kernels.chunking import plan_chunks
-from tropd_kernels.products import HALF, TorchProducts
+from tropd_kernels.products import HALF, TorchProducts, adds_to_wide_sums
 
 whole_mm, whole_addmm = torch.mm, torch.addmm
 
@@ -29,6 +29,7 @@ def addmm(sums, a, b, *, out_dtype=None, out=None, **more):
 def on_gpu(monkeypatch, multiple: int = 8, rows: int = 8, columns: int = 304) -> None:
     """CPU tensors go the way of a GPU's. Chunks of `rows` tokens of float32 logits of so many
     columns, and super-chunks of twice as many."""
+    adds_to_wide_sums.cache_clear()
     monkeypatch.setattr(torch, "mm", mm)
     monkeypatch.setattr(torch, "addmm", addmm)
 

@@ -2,6 +2,7 @@
 (`gpu_products`): d_weight that one product rounds, and rows that are padded."""
 
 from dataclasses import replace
+from importlib.util import find_spec
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from fuzz_native import same_bits
 from gpu_products import on_gpu
 from problems import OBJECTIVES, make_problem, relative_error
 
-from tropd_kernels import chunking, plan_chunks, products
+from tropd_kernels import available_backends, backends, chunking, plan_chunks, products
 from tropd_kernels.linear_loss import Needs, Problem, Side, backward, forward
 from tropd_kernels.parallel import Shard
 from tropd_kernels.reference_backend import reference_loss
@@ -29,6 +30,7 @@ def _gpu(monkeypatch):
     torch.use_deterministic_algorithms(True)
     yield
     torch.use_deterministic_algorithms(False)
+    products.adds_to_wide_sums.cache_clear()
 
 
 def flat(tokens=TOKENS, ids=IDS, dtype=torch.bfloat16, **more) -> Problem:
@@ -167,6 +169,84 @@ def test_a_shard_of_the_vocabulary(tmp_path):
         assert relative_error(sharded.d_student, whole.d_student) < 2**-8
     finally:
         dist.destroy_process_group()
+
+
+# --- sums that torch refuses to add to -----------------------------------------------------------
+
+REFUSALS = {
+    "of the device": NotImplementedError("Could not run 'aten::addmm.dtype_out'"),
+    "of the version": TypeError("addmm() got an unexpected keyword argument 'out_dtype'"),
+    "of the library": RuntimeError("out_dtype is only supported for mm"),
+}
+
+
+def refuse(monkeypatch, error) -> list:
+    """`torch.addmm` with `out_dtype`; gives the shapes that it was asked for."""
+    asked = []
+
+    def addmm(sums, *_, out_dtype=None, out=None, **more):
+        assert out_dtype is not None
+        asked.append(tuple(sums.shape))
+        raise error
+
+    monkeypatch.setattr(torch, "addmm", addmm)
+    return asked
+
+
+@pytest.mark.parametrize("ids", [1, 40, 41, 301])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("why", REFUSALS)
+def test_tiles_where_torch_refuses_to_add(why, dtype, ids, monkeypatch):
+    """Each of some rows, and a last one of fewer."""
+    monkeypatch.setattr(chunking, "WITHOUT_ACCUMULATOR", 0)
+    monkeypatch.setattr(products, "TILE_ROWS", 40)
+    monkeypatch.setattr(chunking, "FIXED_SIZES", (8, 16))
+    problem = flat(ids=ids, dtype=dtype)
+    expected = gradients(problem, wide=True).d_weight
+    products.adds_to_wide_sums.cache_clear()
+    asked = refuse(monkeypatch, REFUSALS[why])
+    found = gradients(problem, wide=True).d_weight
+    assert expected.norm() > 0 or ids == 1
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+    gradients(problem)
+    assert asked == [(16, 16)]  # of the probe, once
+
+
+def test_room_that_is_missing_is_no_refusal(monkeypatch):
+    asked = refuse(monkeypatch, torch.OutOfMemoryError("CUDA out of memory"))
+    for _ in range(2):
+        with pytest.raises(torch.OutOfMemoryError):
+            products.adds_to_wide_sums(torch.device("cpu"), torch.bfloat16)
+    assert len(asked) == 2
+
+
+def test_backends_say_that_torch_refuses(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
+    asked, refused = [], [torch.float16]
+    monkeypatch.setattr(
+        backends, "adds_to_wide_sums",
+        lambda device, dtype: asked.append(device) or dtype not in refused,
+    )  # fmt: skip
+    words = "available (d_weight of float16 is added up in tiles: torch"
+    for name in ("triton", "torch") if find_spec("triton") else ("torch",):
+        assert available_backends("cuda")[name].startswith(words)
+    assert set(asked) == {torch.device("cuda", 3)}
+    refused.append(torch.bfloat16)
+    assert "d_weight of bfloat16 and float16 is" in available_backends()["torch"]
+    refused.clear()
+    assert available_backends("cuda")["torch"] == "available"
+    asked.clear()
+    assert available_backends("cpu")["torch"] == "available" and not asked
+
+
+def test_the_plan_counts_a_tile_beside_an_accumulator():
+    shape = dict(vocab_size=50_000, hidden_size=64, teacher_hidden_size=64)
+    few, many = (plan_chunks(tokens, **shape) for tokens in (8, 10_000))
+    assert few.workspace["temporaries"] == 0
+    assert many.workspace["temporaries"] == 4 * products.TILE_ROWS * 64
+    wide = plan_chunks(10_000, **shape, dtype=torch.float32)
+    assert wide.workspace["temporaries"] == 0
 
 
 # --- rows that are padded ------------------------------------------------------------------------

@@ -10,6 +10,7 @@ from types import ModuleType
 import torch
 
 from . import native
+from .products import HALF, adds_to_wide_sums
 
 BACKENDS = ("reference", "torch", "native", "triton")
 
@@ -23,10 +24,11 @@ def available_backends(device: str | torch.device | None = None) -> dict[str, st
         device = "cuda" if torch.cuda.is_available() else "cpu"
     device_type = torch.device(device).type
     on_cpu = _why_not_native(device_type)
+    available = "available" + _refusals(torch.device(device))
     return {
-        "triton": _why_not_triton(device_type) or "available",
+        "triton": _why_not_triton(device_type) or available,
         "native": on_cpu or f"available ({native.description()})",
-        "torch": "available",
+        "torch": available,
         "reference": "available",
     }
 
@@ -52,6 +54,22 @@ def choose_backend(requested: str | None, device: torch.device) -> str:
 def engine_for(backend: str) -> ModuleType:
     """The module that implements the row engine's interface (see `rows`)."""
     return importlib.import_module(f"tropd_kernels.rows.{backend}_rows")
+
+
+def _refusals(device: torch.device) -> str:
+    """What torch's products do not do on this GPU, and what is done instead."""
+    if device.type != "cuda" or not torch.cuda.is_available():
+        return ""
+    if device.index is None:
+        device = torch.device("cuda", torch.cuda.current_device())
+    refused = [dtype for dtype in HALF if not adds_to_wide_sums(device, dtype)]
+    if not refused:
+        return ""
+    names = " and ".join(str(dtype).removeprefix("torch.") for dtype in refused)
+    return (
+        f" (d_weight of {names} is added up in tiles: torch {torch.__version__} refuses "
+        "torch.addmm with out_dtype on this device)"
+    )
 
 
 def _why_not_triton(device_type: str) -> str | None:

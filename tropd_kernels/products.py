@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import threading
 from contextlib import contextmanager, nullcontext
+from functools import cache
 from typing import Any
 
 import torch
@@ -124,8 +125,7 @@ class TorchProducts:
         elif sums is None:
             self._mm(d_logits.t(), hidden, out)
         elif hidden.dtype in HALF:
-            with _wide_sums(hidden.dtype):
-                torch.addmm(out, d_logits.t(), hidden, out_dtype=out.dtype, out=out)
+            self._add(d_logits, hidden, out)
         else:
             out.addmm_(d_logits.t(), hidden)
 
@@ -135,6 +135,23 @@ class TorchProducts:
         if not self.on_cpu:
             return 0
         return size * ((TILE_ROWS if self.upcasts else 0) + rows) * max(widths, default=0)
+
+    def sums_bytes(self, width: int) -> int:
+        """What `d_weight` allocates where it adds to sums of this width and torch refuses to."""
+        if self.on_cpu or self.dtype not in HALF:
+            return 0
+        return self.result_dtype.itemsize * TILE_ROWS * width
+
+    def _add(self, d_logits: Tensor, hidden: Tensor, sums: Tensor) -> None:
+        """sums (V, H) += d_logits (n, V).T @ hidden (n, H), which are in half precision."""
+        if adds_to_wide_sums(sums.device, hidden.dtype):
+            with _wide_sums(hidden.dtype):
+                torch.addmm(sums, d_logits.t(), hidden, out_dtype=sums.dtype, out=sums)
+            return
+        tile = sums.new_empty((min(TILE_ROWS, len(sums)), hidden.shape[1]))
+        for low in range(0, len(sums), TILE_ROWS):
+            rows = slice(low, min(low + TILE_ROWS, len(sums)))
+            sums[rows] += self._mm(d_logits[:, rows].t(), hidden, tile[: rows.stop - low])
 
     def _mm(self, a: Tensor, b: Tensor, out: Tensor) -> Tensor:
         if a.dtype in HALF:
@@ -187,6 +204,22 @@ class NativeFloatProducts(NativeProducts):
         shared = 4 * super_rows * widest + 4 * 256 * (super_rows + widest)
         each = max(4 * 128 * (256 + min(rows, 510)), 4 * 96 * (256 + widest))
         return shared + torch.get_num_threads() * each
+
+
+@cache
+def adds_to_wide_sums(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether torch adds a product of half precision to float32 sums on this GPU: older versions
+    refuse `out_dtype` there, and so may other vendors' libraries. Asked once of each device."""
+    factor = torch.zeros((ROW_MULTIPLE, ROW_MULTIPLE), dtype=dtype, device=device)
+    sums = torch.zeros_like(factor, dtype=result_dtype(dtype))
+    try:
+        with _wide_sums(dtype):
+            torch.addmm(sums, factor, factor, out_dtype=sums.dtype, out=sums)
+    except torch.OutOfMemoryError:
+        raise  # says nothing about it
+    except (RuntimeError, TypeError):
+        return False
+    return True
 
 
 def _tiles(weight: Tensor, dtype: torch.dtype):

@@ -107,6 +107,7 @@ class Call:
         logits = self.logit_size * rows * self.columns
         head = self.logit_size * self.vocab_size * self.hidden_size
         accumulates = not (self.rounds_d_weight(super_rows) and super_rows >= self.tokens)
+        adds = self.needs_weight_grad and super_rows < self.tokens
         searches = self.vocab_parallel and self.rule is not None and self.rule.divergence == "akl"
         return {
             "student logits": logits,
@@ -122,7 +123,8 @@ class Call:
             "heads in the hidden states' dtype": self.dtype.itemsize
             * self.vocab_size
             * sum(width for width, dtype in self._heads if dtype != self.dtype),
-            "temporaries": self._temporaries(rows, super_rows),
+            "temporaries": self._temporaries(rows, super_rows)
+            + (self.products.sums_bytes(self.hidden_size) if adds else 0),
             "sample of ids": selection_workspace(
                 super_rows, self.vocab_size, self.hidden_size, self.products.gradient_dtype,
                 self.products.result_dtype,
