@@ -2,8 +2,15 @@
 
 from __future__ import annotations
 
+import inspect
+from types import SimpleNamespace
+
 import pytest
 import torch
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+)
 
 pytest.importorskip("trl", reason="the trainer needs trl")
 pytest.importorskip("PIL", reason="images need pillow")
@@ -15,7 +22,7 @@ from training import SGD, Spy
 from trl.data_utils import prepare_multimodal_messages
 
 from tropd_kernels.trainer import TrOPDConfig
-from tropd_kernels.trainer.prefix import extend_token_fields
+from tropd_kernels.trainer.fields import extend_token_fields, written_type
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
 LIMIT, PREFIX = 8, 4
@@ -48,15 +55,16 @@ def by_hand(processor, row) -> dict[str, torch.Tensor]:
         [messages], add_generation_prompt=True, tokenize=True, return_dict=True,
         return_tensors="pt",
     )  # fmt: skip
-    return {name: value for name, value in made.items() if name != "attention_mask"}
+    return {name: value for name, value in made.items() if name not in ("attention_mask", "labels")}
 
 
-def followed(fields, ids):
-    """... and once these ids, of text, follow it."""
+def followed(kind, fields, ids):
+    """... and once these ids, which a model wrote, follow it."""
     more = torch.tensor([ids], dtype=torch.long)
     grown = {"input_ids": torch.cat([fields["input_ids"], more], 1)}
+    written = vision.WRITTEN.get(kind, {})
     grown |= {
-        name: torch.cat([fields[name], torch.zeros_like(more)], 1)
+        name: torch.cat([fields[name], torch.full_like(more, written.get(name, 0))], 1)
         for name in TYPE_IDS
         if name in fields
     }
@@ -69,11 +77,11 @@ def hidden_states(model, fields):
 
 
 @torch.no_grad()
-def greedily(model, fields, ids):
+def greedily(model, kind, fields, ids):
     """Continues these ids to an end or the limit, without a cache."""
     ids = list(ids)
     while len(ids) < LIMIT and ids[-1:] not in ([2], [3]):
-        logits = model(**followed(fields, ids), use_cache=False).logits[0, -1]
+        logits = model(**followed(kind, fields, ids), use_cache=False).logits[0, -1]
         logits[vision.IDS[vision.IMAGE]] = -torch.inf  # as TRL has it suppressed
         ids.append(int(logits.argmax()))
     return ids
@@ -99,7 +107,7 @@ def test_a_prefix_of_rows_with_images(tmp_path, kind, writer):
     """
     answers = [" ".join(tiny.WORDS[50 + i :][: (5, 4, 2, 1)[i % 4]]) for i in range(8)]
     columns = {"teacher_completion": answers} if writer == "column" else {}
-    data = vision.prompts(8, **columns)
+    data = vision.prompts(8, kind, **columns)
     trainer = make(tmp_path, kind, data, prefix_schedule="constant", prefix_length=PREFIX)
     trainer.train()
     models = trainer.model, trainer.teacher_model
@@ -111,13 +119,13 @@ def test_a_prefix_of_rows_with_images(tmp_path, kind, writer):
             answer = [*trainer._tokenizer(row["teacher_completion"])["input_ids"], 3]
             assert completion[:length] == answer[:PREFIX]
         else:
-            assert completion[:length] == greedily(models[1], fields, [])[:PREFIX]
-        assert completion == greedily(models[0], fields, completion[:length])
+            assert completion[:length] == greedily(models[1], kind, fields, [])[:PREFIX]
+        assert completion == greedily(models[0], kind, fields, completion[:length])
         lengths.add(length)
         gone_on += len(completion) > length
         for model, found in zip(models, trainer.hidden[0]):
             start = fields["input_ids"].shape[1] - 1
-            alone = hidden_states(model, followed(fields, completion))[start:-1]
+            alone = hidden_states(model, followed(kind, fields, completion))[start:-1]
             # float32; a token out of place differs by a percent and more.
             error = (found[i, : len(completion)] - alone).norm()
             assert error <= 1e-4 * alone.norm()
@@ -172,9 +180,35 @@ def test_fields_that_grow():
         "image_sizes": [[16, 8], [16, 8]],
         "pixel_values": torch.ones(2, 3),
     }
-    found = extend_token_fields(fields, prompts, [2, 0])
+    of_zeros, of_ones = (SimpleNamespace(model_type=kind) for kind in ("gemma3", "paligemma"))
+    found = extend_token_fields(fields, prompts, [2, 0], of_zeros)
     assert found["token_type_ids"] == [[0, 1, 0, 0, 0], [0, 1]]
     assert found["of_tomorrow"] == [[7, 8, 9, 0, 0], [6, 5]]
     assert found["image_sizes"] == fields["image_sizes"]
     assert found["pixel_values"] is fields["pixel_values"]
     assert fields["of_tomorrow"] == [[7, 8, 9], [6, 5]]
+    found = extend_token_fields(fields, prompts, [2, 0], of_ones)
+    assert found["token_type_ids"] == [[0, 1, 0, 1, 1], [0, 1]]
+    assert found["of_tomorrow"] == [[7, 8, 9, 0, 0], [6, 5]]
+
+
+def test_written_tokens_have_the_type_that_generation_gives_them():
+    """Of each model that transformers can have write: a type that lets a written token see the ones
+    after it would leak the labels into the loss."""
+    classes = {
+        cls
+        for mapping in (MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING)
+        for classes in mapping.values()
+        for cls in (classes if isinstance(classes, tuple) else (classes,))
+    }
+    asked = set()
+    for cls in classes:
+        for name in TYPE_IDS:
+            if name not in inspect.signature(cls.forward).parameters:
+                continue
+            before = {name: torch.zeros(1, 1, dtype=torch.long)}
+            blank = cls.__new__(cls)  # the rule needs no weights
+            after = cls._update_model_kwargs_for_generation(blank, {}, before)
+            assert written_type(name, cls.config_class) == after[name][0, -1], cls
+            asked.add(cls.config_class.model_type)
+    assert {"gemma3", "paligemma", "qwen2_vl"} <= asked

@@ -1,8 +1,8 @@
 """Tiny models that see images, their processors, and prompts with an image each: offline.
 
 One each of the ways in which a model is told which tokens are images': `token_type_ids` (Gemma 3,
-whose image tokens attend to one another), `mm_token_type_ids` (Qwen2-VL and Qwen3.5, which count
-positions by them). torchvision is not needed.
+whose image tokens attend to one another; PaliGemma, whose whole prompt does), `mm_token_type_ids`
+(Qwen2-VL and Qwen3.5, which count positions by them). torchvision is not needed.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from PIL import Image
 from transformers import GenerationConfig, ProcessorMixin
 
 #: Behind the text model's own ids: what a prompt holds of an image.
-IMAGE, BEGIN, END, VIDEO = "<|image_pad|>", "<|begin|>", "<|close|>", "<|video_pad|>"
+IMAGE, BEGIN, END, VIDEO = "<image>", "<|begin|>", "<|close|>", "<|video_pad|>"
 IDS = {name: tiny.VOCAB + i for i, name in enumerate((IMAGE, BEGIN, END, VIDEO))}
 VOCAB = tiny.VOCAB + len(IDS)
 _TEMPLATE = (
@@ -51,6 +51,17 @@ def _gemma3():
     return made
 
 
+def _paligemma():
+    config = transformers.PaliGemmaConfig(
+        text_config=_TEXT | {"model_type": "gemma"},
+        vision_config=dict(model_type="siglip_vision_model", hidden_size=32, intermediate_size=48,
+                           num_hidden_layers=1, num_attention_heads=2, image_size=16, patch_size=8,
+                           vision_use_head=False),
+        image_token_index=IDS[IMAGE], projection_dim=32, hidden_size=32, tie_word_embeddings=False,
+    )  # fmt: skip
+    return transformers.PaliGemmaForConditionalGeneration(config)
+
+
 def _qwen2_vl():
     rope = dict(rope_type="default", rope_theta=1e4, mrope_section=[1, 1, 2])
     config = transformers.Qwen2VLConfig(
@@ -77,7 +88,11 @@ def _qwen3_5():
     return transformers.Qwen3_5ForConditionalGeneration(config)
 
 
-KINDS = {"gemma3": _gemma3, "qwen2_vl": _qwen2_vl, "qwen3_5": _qwen3_5}
+KINDS = {
+    "gemma3": _gemma3, "paligemma": _paligemma, "qwen2_vl": _qwen2_vl, "qwen3_5": _qwen3_5,
+}  # fmt: skip
+#: What the types of tokens, by the field's name, give to a token that a model writes, if not 0.
+WRITTEN = {"paligemma": {"token_type_ids": 1}}
 
 
 def model(kind: str, seed: int, spread: float = 4.0):
@@ -105,6 +120,12 @@ def processor(kind: str) -> ProcessorMixin:
         return transformers.Gemma3Processor(
             images, tokens, chat_template=template, image_seq_length=4
         )
+    if kind == "paligemma":
+        module = pytest.importorskip("transformers.models.siglip.image_processing_pil_siglip")
+        images = module.SiglipImageProcessorPil(size={"height": 16, "width": 16})
+        images.image_seq_length, tokens.bos_token = 4, "<s>"
+        template = _TEMPLATE.replace("PLACE", f"'{IMAGE}'")
+        return transformers.PaliGemmaProcessor(images, tokens, chat_template=template)
     module = pytest.importorskip("transformers.models.qwen2_vl.image_processing_pil_qwen2_vl")
     images = module.Qwen2VLImageProcessorPil(
         patch_size=4, merge_size=2, min_pixels=64, max_pixels=256
@@ -128,10 +149,12 @@ def image(number: int) -> Image.Image:
     return Image.fromarray(pixels.astype(np.uint8))
 
 
-def prompts(rows: int = 8, **columns) -> Dataset:
-    """A question of 1 to 4 words about an image each."""
+def prompts(rows: int = 8, kind: str = "", **columns) -> Dataset:
+    """A question of 1 to 4 words about an image each; for PaliGemma, whose processor takes only
+    prompts of one length, of 1 word."""
+    lengths = 1 if kind == "paligemma" else 4
     talk = [
-        [{"role": "user", "content": " ".join(tiny.WORDS[7 * i : 7 * i + 1 + i % 4])}]
+        [{"role": "user", "content": " ".join(tiny.WORDS[7 * i : 7 * i + 1 + i % lengths])}]
         for i in range(rows)
     ]
     return Dataset.from_dict({"prompt": talk, "image": [image(i) for i in range(rows)]} | columns)

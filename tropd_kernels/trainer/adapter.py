@@ -46,8 +46,9 @@ from .checks import (
     stop_on_weights,
 )
 from .dropout import disable_dropout
+from .fields import extend_token_fields, mark_written
 from .loaded_teacher import load_teacher
-from .prefix import extend_token_fields, is_complete
+from .prefix import is_complete
 from .router import router_loss
 from .sampling import evaluating, plain_defaults
 from .sharding import (
@@ -407,6 +408,7 @@ class DistillationAdapter(DistillationTrainer):
         check_prompts(inputs)
         self._rows, self._prefix_lengths = inputs, [0] * len(inputs)
         output = super()._generate_and_score_completions(inputs)
+        output |= mark_written(output, self.model.config)
         for part in ("prompt", "completion"):  # the teacher may not have the id of the padding
             ids, padding = output[f"{part}_ids"], output[f"{part}_mask"] == 0
             output[f"{part}_ids"] = ids.masked_fill(padding & (ids >= self._shared), 0)
@@ -464,7 +466,9 @@ class DistillationAdapter(DistillationTrainer):
         # What is written after a prefix that is complete is thrown away.
         heads = [[] if is_complete(prefix, limit, ends) else prefix for prefix in prefixes]
         begun = [prompt + head for prompt, head in zip(prompt_ids, heads)]
-        fields = extend_token_fields(multimodal_fields, prompt_ids, [len(head) for head in heads])
+        fields = extend_token_fields(
+            multimodal_fields, prompt_ids, [len(head) for head in heads], self.model.config
+        )
         tokens = max([limit - len(prefix) for prefix in open_], default=1)
         # All rows are given as many tokens as the one with the shortest prefix needs.
         check_context(begun, tokens, self._contexts, self._tokenizer)

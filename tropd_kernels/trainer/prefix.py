@@ -106,44 +106,6 @@ def cut(ids: Sequence[int], length: int, eos_token_ids: Collection[int]) -> list
     return kept if end is None else kept[: end + 1]
 
 
-def extend_token_fields(
-    fields: Mapping[str, Any], prompt_ids: Sequence[Sequence[int]], added: Sequence[int]
-) -> dict[str, Any]:
-    """The fields that a processor made of these prompts, once `added` tokens follow each of them.
-
-    A per-token field (`token_type_ids`, `mm_token_type_ids`, ...) has as many numbers in a row as
-    the prompt has ids; each new position gets 0, which stands for text. Pixels and grids stay.
-    """
-    return {
-        name: _extended(value, prompt_ids, added)
-        if _is_per_token(name, value, prompt_ids)
-        else value
-        for name, value in fields.items()
-    }
-
-
-def _is_per_token(name: str, value: Any, prompt_ids: Sequence[Sequence[int]]) -> bool:
-    if name.endswith("token_type_ids"):  # where a processor padded them the lengths differ
-        return True
-    return (
-        isinstance(value, list)
-        and len(value) == len(prompt_ids)
-        and all(isinstance(row, list) for row in value)
-        and [len(row) for row in value] == [len(ids) for ids in prompt_ids]
-    )
-
-
-def _extended(
-    value: Any, prompt_ids: Sequence[Sequence[int]], added: Sequence[int]
-) -> list[list[int]]:
-    rows = value if isinstance(value, list) else value.tolist()
-    # From the right, as any padding is on the left.
-    return [
-        [*row, *[0] * more][-(len(ids) + more) :]
-        for row, ids, more in zip(rows, prompt_ids, added, strict=True)
-    ]
-
-
 def prefix_mask(inputs: Mapping[str, Any]) -> Tensor:
     """(B, C) bool: the tokens of a micro-batch's completions that the teacher wrote."""
     ids = inputs["completion_ids"]
