@@ -40,6 +40,7 @@ OWN = object()
 @dataclass
 class Faults:
     status: list[int] = field(default_factory=list)  # answers of the next requests
+    reason: str | None = None  # the words of such an answer
     headers: dict[str, str] = field(default_factory=dict)  # sent with such an answer
     dead: bool = False  # closes every connection
     drips: str | None = None  # "headers" or "body": 100 bytes of it come one at a time
@@ -104,7 +105,7 @@ def serve(model, tokenizer, *, max_model_len=None, max_logprobs=20, name="teache
             if faults.dead:
                 self.close_connection = True
             elif status != 200:
-                words = {"error": {"message": f"made to fail with {status}"}}
+                words = {"error": {"message": faults.reason or f"made to fail with {status}"}}
                 self.answer(status, words, faults.headers)
             elif api_key and self.headers["Authorization"] != f"Bearer {api_key}":
                 self.answer(401, {"error": "Unauthorized"})

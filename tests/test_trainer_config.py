@@ -139,6 +139,8 @@ def test_knobs_are_the_constructor_s(name):
         ({"objective_kwargs": {"beta": 0.1}}, "objective_kwargs: 'beta' is a key of its own"),
         ({"objective_kwargs": {"gate": "never"}}, "objective_kwargs: tropd: gate must be one of"),
         ({"objective_kwargs": [1]}, "objective_kwargs: expected a mapping"),
+        ({"objective_kwargs": "top_k=4"},
+         "got 'top_k=4': as a flag it is JSON, such as --objective_kwargs '{\"top_k\": 4}'"),
         ({"beta": 0.5}, "objective 'tropd' takes no 'beta'; it belongs"),
         ({"lmbda": None}, "lmbda: expected a number, got None"),
         ({"prefix_schedule": "linear", "prefix_length": 4.5}, "prefix_length: expected a whole"),

@@ -26,6 +26,7 @@ from ..registry import (
     knobs,
     names_unknown_keys,
 )
+from .credentials import check_address, hidden, shown
 from .effects import check_effects
 from .generation_keys import check_generation_keys
 from .loaded_teacher import check_quantization, dtype_option
@@ -35,6 +36,14 @@ from .sources import check_revisions
 
 PREFIX_WEIGHT = 0.001
 STAGE_FRACTION = 0.5
+#: How a mapping is given on the command line.
+_AS_JSON = {
+    "objective_kwargs": '{"top_k": 4}',
+    "generation_kwargs": '{"top_p": 0.9}',
+    "model_init_kwargs": '{"dtype": "bfloat16"}',
+    "teacher_model_init_kwargs": '{"dtype": "bfloat16"}',
+}
+_JSON = '{"name": value}'
 #: What a field of these types takes, and its name in errors.
 _TYPES: dict[type, tuple[type, str]] = {
     bool: (bool, "true or false"),
@@ -190,6 +199,16 @@ class TrOPDConfig(DistillationConfig):
             raise ValueError(f"backend: {error}") from error
         self._check_sample()
 
+    def to_dict(self) -> dict[str, Any]:
+        """As transformers', which hides the hub's tokens, but not those of a model's arguments."""
+        return hidden(super().to_dict())
+
+    def __repr__(self) -> str:
+        given = hidden({field.name: getattr(self, field.name) for field in fields(self)})
+        return f"{type(self).__name__}({', '.join(f'{k}={v!r}' for k, v in given.items())})"
+
+    __str__ = __repr__
+
     def rule(self, progress: float = 0.0) -> TokenRule:
         """The objective at this share of training, 0 to 1; only reopold's depends on it."""
         arguments: dict[str, Any] = dict(self.objective_kwargs or {})  # type: ignore[arg-type]
@@ -254,14 +273,17 @@ class TrOPDConfig(DistillationConfig):
                 try:
                     json.loads(value)
                 except json.JSONDecodeError as error:
-                    raise ValueError(f"{key}: {value!r:.80} is no JSON: {error}") from error
+                    raise ValueError(f"{key}: {shown(value)} is no JSON: {error}") from error
 
     def _check_mappings(self) -> None:
         """Once transformers has parsed them: text that is left is no mapping."""
         for key in [field.name for field in fields(TrOPDConfig)]:
             value = getattr(self, key)
             if key.endswith("_kwargs") and not isinstance(value, (dict, type(None))):
-                raise ValueError(f"{key}: expected a mapping, got {value!r:.80}")
+                raise ValueError(
+                    f"{key}: expected a mapping, got {shown(value)}: as a flag it is JSON, such as "
+                    f"--{key} '{_AS_JSON.get(key, _JSON)}'"
+                )
         for key in ("model_init_kwargs", "teacher_model_init_kwargs"):
             if (options := getattr(self, key)) is not None:
                 check_quantization(
@@ -382,10 +404,8 @@ class TrOPDConfig(DistillationConfig):
                     "teacher_model that is loaded in this process"
                 ) from error
         url = self.teacher_model_server_url
-        if url is not None and not url.startswith(("http://", "https://")):
-            raise ValueError(
-                f"teacher_model_server_url: must begin with http:// or https://: {url!r}"
-            )
+        if url is not None:
+            check_address("teacher_model_server_url", url)
         if url and self.temperature != 1:
             raise ValueError(
                 f"temperature: a server gives log-probs at temperature 1, not {self.temperature}: "

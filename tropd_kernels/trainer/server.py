@@ -16,7 +16,6 @@ to give more than 20 log-probs is started with `--max-logprobs`; `return_token_i
 0.10.2.
 """
 
-import os
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -35,6 +34,7 @@ from .completions import (
     read_text,
     refusal,
 )
+from .credentials import check_address, read_api_key
 from .deadline import TimedPoolManager
 
 #: urllib3 repeats at once, then after twice this many seconds, doubled each time, 120 at most.
@@ -56,7 +56,8 @@ class TeacherServer:
     answer. retries: further attempts of a request that fails in transport, in time, or by 408, 429,
     500 or 502 to 504, at once, then after 1 s, 2 s, 4 s, ... 120 s. concurrency: requests under way
     at once. api_key: sent as a bearer token; None takes VLLM_API_KEY from the environment, where it
-    is set.
+    is set. Raises ValueError for a key that no header can hold, and for a url with more than an
+    address.
 
     context: tokens of a prompt with what is written after it, as the server says (`max_model_len`);
     None where it does not.
@@ -72,9 +73,10 @@ class TeacherServer:
         concurrency: int = 8,
         api_key: str | None = None,
     ):
+        check_address("url", url)
         self.url = url.rstrip("/").removesuffix("/v1")
         self._timeout, self._retries, self._concurrency = timeout, retries, concurrency
-        api_key = api_key or os.environ.get("VLLM_API_KEY")
+        self._api_key = api_key = read_api_key(api_key)
         self._http = TimedPoolManager(
             headers={"Authorization": f"Bearer {api_key}"} if api_key else None,
             maxsize=concurrency,
@@ -276,6 +278,8 @@ class TeacherServer:
         return self._error(what, f"HTTP {response.status}{tries}: {words}", remedy)
 
     def _error(self, what: str, reason: str, remedy: str = "") -> TeacherServerError:
+        if self._api_key is not None:  # some servers quote what they refuse
+            reason = reason.replace(self._api_key, "***")
         return TeacherServerError(
             f"teacher server {self.url}: {what} failed: {reason}. {remedy or 'Look at the server'}"
         )
