@@ -51,16 +51,17 @@ def test_chunk_sizes_are_swept_and_put_back(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv(records.FILE, str(tmp_path / "records.jsonl"))
     status = tuning.main(
         ["--shape", "tiny", "--tokens", "600", "--repeats", "1", "--rows", "128", "384",
-         "--super-rows", "384", "--device", "cpu", "--out", str(out)]
+         "--super-rows", "384", "1024", "--device", "cpu", "--out", str(out)]
     )  # fmt: skip
     assert status == 0 and {128, 256, 384} <= set(seen)
     assert chunking.FIXED_SIZES is None
     swept = json.loads(out.read_text("utf-8"))["sweep"]
-    assert [row["default"] for row in swept].count(True) == 1 and len(swept) == 3
+    assert [row["default"] for row in swept].count(True) == 1 and len(swept) == 5
     medians = [row["seconds"]["median"] for row in swept]
     assert medians == sorted(medians)
     kept, _ = records.read(tmp_path / "records.jsonl")  # each as it came, the default first
-    assert [r["default"] for r in kept] == [True, False, False]
+    assert [r["default"] for r in kept] == [True, False, False, False, False]
+    assert [r["super_rows"] for r in kept[1:]] == [1024, 1024, 384, 384]
     assert kept[0]["over_default"] == 1 and kept[1]["over_default"] > 0
     assert capsys.readouterr().out.count("  default\n") == 1
     assert not results.is_results(out)
@@ -192,7 +193,7 @@ def test_jobs_that_are_alone_have_nothing_beside_them(tmp_path):
 
 def test_a_step_ends_at_its_deadline_and_the_next_one_begins(tmp_path):
     sleep = "import time; time.sleep(600)"
-    late = step(3, [python("hangs", sleep), python("late", EMIT)])
+    late = step(3, [python("hangs", sleep, seconds=600), python("late", EMIT)])
     more = [python("endless", sleep, seconds=1, open_end=True), python("next", EMIT)]
     runner_in(tmp_path).run([*late, *step(300, more)], None)
     found = {name: end["state"] for name, end in ends(tmp_path).items()}

@@ -69,7 +69,7 @@ def test_where_no_chunk_sizes_were_timed_products_decide():
     assert second.chosen_chunks([plan, *whole], 8192)[0] == (512, 8192)
     assert second.chosen_chunks([plan, *whole], 2048)[0] is None  # the plan's hold them all
     # Another shape's products are not mixed in; without the plan's there is nothing to compare.
-    other = [product("logits", 512, 0.001, vocab=128_256)]
+    other = [product("logits", 2048, 0.001, vocab=128_256)]
     assert second.chosen_chunks([plan, *flat, *other], 8192)[0] is None
     assert second.chosen_chunks(slow, 8192)[0] is None
 
@@ -147,7 +147,7 @@ def test_a_first_call_is_read_from_its_file_or_its_tar(tmp_path, capsys):
         assert said.startswith("--after: ") and said.count("\n") == 1
         assert not out.exists()
     same = str(tmp_path / "plain")
-    assert command.main(["--after", same, "--out", same]) == 2
+    assert command.main(["--tiny", "--minutes", "0.01", "--after", same, "--out", same]) == 2
     assert "name another folder" in capsys.readouterr().err
     assert second.load(tmp_path / "plain") == [{"a": 1}]  # still there
 

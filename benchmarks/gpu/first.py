@@ -31,7 +31,8 @@ SHAPES = ("qwen3-1.7b", "qwen3-8b-self", "liger")
 RIVALS = (
     ("liger-fused", "gkd", "qwen3-1.7b"), ("trl", "gkd", "qwen3-1.7b"),
     ("liger-fused", "gkd", "liger"), ("cce", "sft", "qwen3-1.7b"), ("ours", "sft", "qwen3-1.7b"),
-    ("trl", "gkd", "liger"),
+    ("trl", "gkd", "liger"), ("liger-fused", "gkd", "qwen3-8b-self"),
+    ("trl", "gkd", "qwen3-8b-self"),
 )  # fmt: skip
 MODULES = {"liger": "liger_kernel", "liger-fused": "liger_kernel", "trl": "trl",
            "cce": "cut_cross_entropy"}  # fmt: skip
