@@ -24,6 +24,12 @@ CASES = {
     "gkd": (GKD(), "hidden", ("statistics", "dense_sums", "rule", "gradient")),
     "opd": (OPD(), "hidden", ("statistics", "rule", "gradient")),
     "opd_sampled": (OPD(), "sampled", ("statistics", "rule", "gradient")),
+    "opd_given": (OPD(), "top_k", ("statistics", "given_sums", "rule", "gradient")),
+    "tropd_given": (
+        TrOPD(),
+        "top_k",
+        ("statistics", "given_sums", "rule", "gradient", "given_grad"),
+    ),
 }
 
 
@@ -84,7 +90,8 @@ def test_products_and_kernels_and_next_to_nothing_else(case, rows, dropped):
     assert found.pop("mm") + found.pop("addmm") == heads * chunks + 2
     rest = Counter(copy_=1)  # d_hidden, rounded
     if dropped:  # their hidden states are picked from among the others, and d_hidden put back
-        rest = Counter(index=1 + (heads - 1) * chunks, _to_copy=1, index_put_=1)
+        rows_of_a_teacher = {"hidden": 1, "top_k": 2}.get(form, 0)
+        rest = Counter(index=1 + rows_of_a_teacher * chunks, _to_copy=1, index_put_=1)
     assert found == rest
 
 

@@ -10,7 +10,7 @@ from problems import OBJECTIVES, relative_error, rows_of_several_blocks
 
 pytest.importorskip("triton")
 
-from tropd_kernels import Divergence, LogitsTeacher, distillation_loss
+from tropd_kernels import GKD, OPD, Divergence, LogitsTeacher, TrOPD, distillation_loss
 from tropd_kernels.rows import torch_rows, triton_launch, triton_rows
 from tropd_kernels.rows.layout import Coef, LogitTransform, RowBatch, RowOptions, Stat
 from tropd_kernels.rows.triton_kernels import sums
@@ -195,6 +195,46 @@ def test_a_row_whose_ids_are_all_excluded(device):
     for coef in (Coef.STUDENT_MAX, Coef.STUDENT_LOG_SUM, Coef.TEACHER_MAX, Coef.TEACHER_LOG_SUM):
         torch.testing.assert_close(ours[coef], theirs[coef])
     assert ours[Coef.STUDENT_MAX, 0] == ours[Coef.TEACHER_MAX, 1] == -math.inf
+
+
+@pytest.mark.parametrize("rule", [OPD(), TrOPD(top_k=2)], ids=["without sums", "of two ids"])
+def test_entropy_of_a_top_k_teacher(rule, device):
+    """Of all its ids in range, also where the rule takes fewer into K, or has no sums."""
+    ids = torch.tensor([[3, 4, 5], [3, 4, 50], [-1, 4, 2**40], [1, 2, 3], [6, 7, 8], [1, 2, 3]])
+    q = torch.tensor(
+        [[0.5, 0.25, 0.125], [0.5, 0.3, 0.2], [0.4, 0.2, 0.4], [0.75, 0.25, 0.0],
+         [0.6, 0.40005, 0.0], [0.5, math.nan, 0.1]]
+    )  # fmt: skip
+    n = len(ids)
+    batch = RowBatch(
+        torch.randn(n, 50), None, torch.full((n,), 3), uniforms=torch.full((n,), 0.5), ids=ids,
+        topk_log_probs=q.log(), label_log_probs=torch.full((n,), -1.0),
+    )  # fmt: skip
+    tensors = {k: t.to(device) for k, t in vars(batch).items() if t is not None}
+    options = RowOptions(rule, LogitTransform(), LogitTransform())
+    ours, theirs = (
+        engine.forward(RowBatch(**({"teacher": None} | tensors)), options)[0]
+        for engine in (triton_rows, torch_rows)
+    )
+    torch.testing.assert_close(
+        ours[Stat.TEACHER_ENTROPY], theirs[Stat.TEACHER_ENTROPY], rtol=1e-6, atol=1e-6,
+        equal_nan=True,
+    )  # fmt: skip
+    assert ours[Stat.TEACHER_ENTROPY].isnan().tolist() == [False] * 5 + [True]
+
+
+def test_a_call_is_given_columns_of_its_matrices(device):
+    """A chunk's numbers go into its columns, and nothing beside them."""
+    z, t = torch.randn(2, 5, 50, device=device)
+    labels = torch.arange(5, device=device)
+    options = RowOptions(GKD(), LogitTransform(), LogitTransform())
+    stats, coefs = triton_rows.forward(RowBatch(z, t, labels), options)
+    wide = [m.new_full((m.shape[0], 9), 7.0) for m in (stats, coefs)]
+    wide[0][:, 3:8], wide[1][:, 3:8] = math.nan, 0.0
+    triton_rows.forward(RowBatch(z, t, labels), options, tuple(m[:, 3:8] for m in wide))
+    for whole, part in zip(wide, (stats, coefs), strict=True):
+        torch.testing.assert_close(whole[:, 3:8], part, rtol=0, atol=0, equal_nan=True)
+        assert (whole[:, [0, 1, 2, 8]] == 7).all()
 
 
 @pytest.mark.parametrize("excluded", ["none", "by the student", "by the teacher"])

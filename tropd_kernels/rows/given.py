@@ -23,6 +23,16 @@ def given_top_k(
     return ids.masked_fill(~usable, 0), log_probs
 
 
+def least_of_top_k(ids: Tensor, log_probs: Tensor, k: int | None, vocab_size: int) -> Tensor | None:
+    """The k-th largest log-prob (n,) among the ids (n, K) in range; None where all of them are in
+    the top k."""
+    if k is None or k >= ids.shape[-1]:
+        return None
+    outside = (ids < 0) | (ids >= vocab_size)
+    known = log_probs.masked_fill(outside, -math.inf)
+    return known.topk(k, dim=-1).values[:, -1].contiguous()
+
+
 def given_statistics(batch: RowBatch, stats: Tensor) -> None:
     """Fills TEACHER_LOG_PROB and TEACHER_ENTROPY of stats (Stat, n), as far as the teacher said."""
     if batch.label_log_probs is not None:

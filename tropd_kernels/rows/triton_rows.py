@@ -12,9 +12,9 @@ from torch import Tensor
 from ..objectives import TokenRule
 from . import torch_rows, triton_launch
 from . import triton_kernels as kernels
-from .given import given_top_k
+from .given import least_of_top_k
 from .layout import Coef, LogitTransform, Matrices, RowBatch, RowOptions, Stat, matrices
-from .rule import Gate, topk_entropy
+from .rule import Gate
 from .triton_launch import (
     COLUMNS,
     FUSION_OFF,
@@ -32,14 +32,15 @@ RULE_BLOCK = 128
 def forward(batch: RowBatch, options: RowOptions, into: Matrices | None = None) -> Matrices:
     """stats (Stat, n) and coefs (Coef, n) of the chunk."""
     rule, n = options.rule, batch.student.shape[0]
-    stats, coefs = statistics(batch, options, into)
+    stats, coefs = matrices(batch, into)
     if n == 0:
         return stats, coefs
+    _statistics(batch, options, stats, coefs)
     sums = None
     dense = batch.teacher is not None
     if dense and rule.uses_sums and not rule.sums_are_statistics:
         sums = _dense_sums(batch, options, stats, coefs)
-    elif batch.ids is not None and rule.uses_sums:
+    elif batch.ids is not None:
         sums = _given_sums(batch, options, stats, coefs)
     kernels.rule_kernel[(-(-n // RULE_BLOCK),)](
         *_gate_inputs(batch, rule), batch.weight, options.loss_scale, options.entropy_threshold,
@@ -51,29 +52,16 @@ def forward(batch: RowBatch, options: RowOptions, into: Matrices | None = None) 
 
 
 def statistics(batch: RowBatch, options: RowOptions, into: Matrices | None = None) -> Matrices:
-    """stats and coefs up to REVERSE_KL, also of a part of each row; see `torch_rows.statistics`."""
-    z, t = _rows(batch.student), None if batch.teacher is None else _rows(batch.teacher)
-    n, vocab_size = z.shape
+    """stats and coefs up to REVERSE_KL of a part of each row; see `torch_rows.statistics`. A top-k
+    teacher's entropy is that of the whole row, in the batch."""
     stats, coefs = matrices(batch, into)
-    if n == 0:
-        return stats, coefs
-    entropy = batch.teacher_entropy
-    if batch.ids is not None and entropy is None:
-        whole = given_top_k(batch.ids, batch.topk_log_probs, None, vocab_size)
-        entropy = topk_entropy(whole[1]).to(stats.dtype)
-    _statistics(z, t, batch, options, entropy, stats, coefs)
+    if batch.student.shape[0]:
+        _statistics(batch, options, stats, coefs)
     return stats, coefs
 
 
-def _statistics(
-    z: Tensor,
-    t: Tensor | None,
-    batch: RowBatch,
-    options: RowOptions,
-    teacher_entropy: Tensor | None,
-    stats: Tensor,
-    coefs: Tensor,
-) -> None:
+def _statistics(batch: RowBatch, options: RowOptions, stats: Tensor, coefs: Tensor) -> None:
+    z, t = _rows(batch.student), None if batch.teacher is None else _rows(batch.teacher)
     n, vocab_size = z.shape
     # By the student's logits alone: `entropy` gets the same bits without a teacher.
     launch = tile_options(
@@ -83,7 +71,7 @@ def _statistics(
     room = None if parts == 1 else stats.new_empty((8, parts, n))
     arguments = (
         z, t, _bias(options.student), _bias(options.teacher), batch.labels, batch.label_log_probs,
-        teacher_entropy, stats, coefs, room, vocab_size, z.stride(0),
+        batch.teacher_entropy, stats, coefs, room, vocab_size, z.stride(0),
         0 if t is None else t.stride(0), _columns(stats, coefs),
     )  # fmt: skip
     constants = dict(ACC=_acc(stats.dtype), **_transforms(options), PARTS=parts, **launch)
@@ -131,19 +119,32 @@ def _dense_sums(
     return sums
 
 
-def _given_sums(batch: RowBatch, options: RowOptions, stats: Tensor, coefs: Tensor) -> Tensor:
-    """(SUMS, n) over a top-k teacher's K."""
+def _given_sums(
+    batch: RowBatch, options: RowOptions, stats: Tensor, coefs: Tensor
+) -> Tensor | None:
+    """(SUMS, n) over a top-k teacher's K, where the rule has sums. And in stats its entropy, where
+    it gave none."""
     rule, z = options.rule, _rows(batch.student)
     n, vocab_size = z.shape
-    sums = coefs.new_empty((kernels.SUMS, n))
-    ids, log_probs = given_top_k(batch.ids, batch.topk_log_probs, rule.top_k, vocab_size)
+    unknown = batch.teacher_entropy is None
+    if not (rule.uses_sums or unknown):
+        return None
+    sums = coefs.new_empty((kernels.SUMS, n)) if rule.uses_sums else None
+    k = batch.ids.shape[1]
     kernels.given_sums_kernel[(n,)](
-        z, _bias(options.student), ids, log_probs, stats, coefs, sums, z.stride(0),
-        ids.shape[1], _columns(stats, coefs), ACC=_acc(coefs.dtype),
-        **_transform("", options.student),
-        **_generator_constants(rule), BLOCK=power_of_two(ids.shape[1]), **FUSION_OFF,
+        z, _bias(options.student), *_given(batch, rule, vocab_size), stats, coefs, sums,
+        vocab_size, z.stride(0), k, _columns(stats, coefs), ACC=_acc(coefs.dtype),
+        **_transform("", options.student), **_generator_constants(rule), ENTROPY_UNKNOWN=unknown,
+        BLOCK=power_of_two(k), **FUSION_OFF,
     )  # fmt: skip
     return sums
+
+
+def _given(batch: RowBatch, rule: TokenRule, vocab_size: int) -> tuple:
+    """A top-k teacher's ids and log-probs (n, K), and the least (n,) of those in the rule's K."""
+    ids, log_probs = batch.ids.contiguous(), batch.topk_log_probs.contiguous()
+    least = least_of_top_k(ids, log_probs, rule.top_k, vocab_size) if rule.uses_sums else None
+    return ids, log_probs, least
 
 
 def _gate_inputs(batch: RowBatch, rule: TokenRule) -> tuple:
@@ -158,8 +159,8 @@ def entropy(batch: RowBatch, options: RowOptions) -> Tensor:
     stats = z.new_empty((len(Stat), n), dtype=dtype)
     coefs = z.new_empty((len(Coef), n), dtype=dtype)
     if n:
-        alone = replace(batch, label_log_probs=None)
-        _statistics(z, None, alone, options, None, stats, coefs)
+        alone = replace(batch, teacher=None, label_log_probs=None, teacher_entropy=None)
+        _statistics(alone, options, stats, coefs)
     return stats[Stat.ENTROPY]
 
 
@@ -178,10 +179,11 @@ def gradient(batch: RowBatch, coefs: Tensor, options: RowOptions, out: Tensor) -
         HAS_P_TOP_K=rule.uses_top_k and rule.p_weighs_otherwise_on_k,
         **_generator_constants(rule),
     )
-    given = None
+    given = id_logits = None
     if batch.ids is not None and rule.uses_sums:
-        given = given_top_k(batch.ids, batch.topk_log_probs, rule.top_k, vocab_size)
-        id_logits = z.gather(1, given[0])  # before `out` may overwrite them
+        given = _given(batch, rule, vocab_size)
+        if _share_memory(z, out):
+            id_logits = z.gather(1, given[0].clamp(0, vocab_size - 1))
     launch = block_options(vocab_size, dtype)
     parts = parts_of_row(n, vocab_size, launch["BLOCK"])
     kernels.gradient_kernel[(n, parts)](
@@ -191,11 +193,11 @@ def gradient(batch: RowBatch, coefs: Tensor, options: RowOptions, out: Tensor) -
         **common, PARTS=parts, **launch,
     )  # fmt: skip
     if given is not None:
-        ids, log_probs = given
+        k = batch.ids.shape[1]
         kernels.given_grad_kernel[(n,)](
-            ids, log_probs, id_logits, _bias(options.student), batch.labels, coefs, out,
-            ids.shape[1], coefs.stride(0), out.stride(0), **_transform("", options.student),
-            **common, BLOCK=power_of_two(ids.shape[1]), **FUSION_OFF,
+            *given, z if id_logits is None else None, id_logits, _bias(options.student),
+            batch.labels, coefs, out, vocab_size, k, z.stride(0), coefs.stride(0), out.stride(0),
+            **_transform("", options.student), **common, BLOCK=power_of_two(k), **FUSION_OFF,
         )  # fmt: skip
 
 
@@ -230,6 +232,11 @@ def _columns(stats: Tensor, coefs: Tensor) -> int:
 def _rows(matrix: Tensor) -> Tensor:
     """With unit stride along a row, as the kernels read it."""
     return matrix if matrix.stride(-1) == 1 else matrix.contiguous()
+
+
+def _share_memory(a: Tensor, b: Tensor) -> bool:
+    storages = (t.untyped_storage().data_ptr() for t in (a, b))
+    return a.dtype == b.dtype and len(set(storages)) == 1
 
 
 def _bias(how: LogitTransform) -> Tensor | None:

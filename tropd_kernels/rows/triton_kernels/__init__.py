@@ -6,7 +6,7 @@
 | join_kernel       | one row       | what the parts wrote              | the same                 |
 | dense_sums_kernel | one row       | t once or a few times, z and t    | sums over K, or over the |
 |                   |               | once more; only where a gate asks | vocabulary               |
-| given_sums_kernel | one row       | z at a top-k teacher's ids        | the same sums            |
+| given_sums_kernel | one row       | z at a top-k teacher's ids        | the same sums, entropy   |
 | rule_kernel       | 128 rows      | a few numbers a row               | loss, coefficients       |
 | gradient_kernel   | part of a row | z; t where a coefficient needs it | d_logits                 |
 | given_grad_kernel | one row       | z at a top-k teacher's ids        | d_logits at those ids    |
@@ -29,10 +29,11 @@ itself, eight times over. Weighted by q instead of counted, the same search find
 
 from .columns import column_sums_kernel
 from .constants import SUMS
+from .given import given_sums_kernel
 from .gradient import given_grad_kernel, gradient_kernel
 from .rule import rule_kernel
 from .statistics import join_kernel, statistics_kernel
-from .sums import dense_sums_kernel, given_sums_kernel
+from .sums import dense_sums_kernel
 
 __all__ = [
     "SUMS",

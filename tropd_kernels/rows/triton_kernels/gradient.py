@@ -25,6 +25,7 @@ from .constants import (
     TEACHER_MAX,
 )
 from .generators import _generator
+from .given import _given, _on_k
 from .logits import _cap, _load_logits
 
 
@@ -153,24 +154,29 @@ def gradient_kernel(
 
 @triton.jit
 def given_grad_kernel(
-    ids, topk_log_probs, id_logits, student_bias, labels, coefs, out, k, coef_stride, out_stride,
+    ids, topk_log_probs, least, student, id_logits, student_bias, labels, coefs, out, vocab_size,
+    k, student_stride, coef_stride, out_stride,
     ACC: tl.constexpr, SCALE: tl.constexpr, CAP: tl.constexpr, TEMPERATURE: tl.constexpr,
     HAS_ENTROPY: tl.constexpr, HAS_P_TOP_K: tl.constexpr, C: tl.constexpr,
     GENERATOR: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """d_logits at a top-k teacher's ids, whole, over what `gradient_kernel` wrote there: adding to
-    it would round twice. `id_logits` (n, k) are the raw student logits at the ids."""
+    it would round twice. `id_logits` (n, k) are the raw student logits at the ids, where those have
+    been overwritten; None reads them."""
     row = tl.program_id(0).to(tl.int64)
-    at = tl.arange(0, BLOCK)
     coefs += row
     (
         p_weight, p_top_k_weight, _, entropy_weight, q_weight, label_weight, generator_weight, _,
         needs_teacher,
     ) = _coefs(coefs, coef_stride, HAS_P_TOP_K)  # fmt: skip
-    lq = tl.load(topk_log_probs + row * k + at, mask=at < k, other=-INF).to(ACC)
+    id_, lq = _given(row, ids, topk_log_probs, vocab_size, k, ACC, BLOCK)
+    lq = _on_k(row, lq, least)
     on_k = lq > tl.where(needs_teacher, -INF, INF)
-    id_ = tl.load(ids + row * k + at, mask=at < k, other=0)
-    z = tl.load(id_logits + row * k + at, mask=at < k, other=0.0).to(ACC)
+    if id_logits is None:
+        z = tl.load(student + row * student_stride + id_, mask=on_k, other=0.0).to(ACC)
+    else:
+        at = tl.arange(0, BLOCK)
+        z = tl.load(id_logits + row * k + at, mask=at < k, other=0.0).to(ACC)
     if student_bias is not None:
         z += tl.load(student_bias + id_, mask=on_k, other=0.0).to(ACC)
     z = _cap(z, SCALE, CAP, TEMPERATURE)

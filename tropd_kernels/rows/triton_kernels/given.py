@@ -1,0 +1,97 @@
+"""What a teacher sends who sends no dense row: the sums over its ids, and its entropy."""
+
+import triton
+import triton.language as tl
+
+from .constants import (
+    INF,
+    STUDENT_LOG_MASS,
+    STUDENT_LOG_SUM,
+    STUDENT_MASS,
+    STUDENT_MAX,
+    STUDENT_TAIL,
+    STUDENT_TOPK_MASS,
+    SUM_FORWARD_KL,
+    SUM_SLOPE,
+    SUM_VALUE,
+    TEACHER_ENTROPY,
+    TEACHER_MASS,
+    TEACHER_TAIL,
+    TEACHER_TOPK_MASS,
+)
+from .generators import _generator
+from .logits import _load_logits
+
+
+@triton.jit
+def _given(row, ids, log_probs, vocab_size, k, ACC: tl.constexpr, BLOCK: tl.constexpr):
+    """A row's ids (n, k), 0 in place of padding, and its log-probs, -inf there."""
+    at = tl.arange(0, BLOCK)
+    id_ = tl.load(ids + row * k + at, mask=at < k, other=-1)
+    usable = (id_ >= 0) & (id_ < vocab_size)
+    lq = tl.load(log_probs + row * k + at, mask=at < k, other=-INF).to(ACC)
+    return tl.where(usable, id_, 0), tl.where(usable, lq, -INF)
+
+
+@triton.jit
+def _on_k(row, lq, least):
+    """-inf also off K, the ids whose log-probs reach least (n,): None takes them all."""
+    if least is not None:
+        lq = tl.where(lq < tl.load(least + row).to(lq.dtype), -INF, lq)
+    return lq
+
+
+@triton.jit
+def _entropy(lq):
+    """Twin of `rule.topk_entropy`."""
+    q = tl.exp(lq)
+    tail = 1 - tl.sum(q, 0)
+    tail = tl.where(tail < 0, 0.0, tail)  # by where(), which keeps NaN
+    inside = tl.sum(tl.where(q > 0, -q * lq, 0.0), 0)
+    return inside - tl.where(tail == 0, 0.0, tail * tl.log(tail))
+
+
+@triton.jit
+def given_sums_kernel(
+    student, student_bias, ids, topk_log_probs, least, stats, coefs, sums, vocab_size,
+    student_stride, k, columns,
+    ACC: tl.constexpr, SCALE: tl.constexpr, CAP: tl.constexpr, TEMPERATURE: tl.constexpr,
+    C: tl.constexpr, GENERATOR: tl.constexpr, ENTROPY_UNKNOWN: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """The sums of `dense_sums_kernel` over K, where the rule has any, and the teacher's entropy
+    where it did not say."""
+    row = tl.program_id(0).to(tl.int64)
+    stats += row
+    id_, lq = _given(row, ids, topk_log_probs, vocab_size, k, ACC, BLOCK)
+    if ENTROPY_UNKNOWN:
+        tl.store(stats + TEACHER_ENTROPY * columns, _entropy(lq))
+    if sums is not None:
+        lq = _on_k(row, lq, least)
+        on_k = lq > -INF
+        student += row * student_stride
+        z = _load_logits(student, student_bias, id_, on_k, ACC, SCALE, CAP, TEMPERATURE)
+        coefs += row
+        top = tl.load(coefs + STUDENT_MAX * columns)
+        lp = (z - top) - tl.load(coefs + STUDENT_LOG_SUM * columns)
+        p = tl.exp(lp)
+        q = tl.exp(lq)
+        student_mass = tl.sum(p, 0)
+        teacher_mass = tl.sum(q, 0)
+        high = tl.max(lp, 0)
+        base = tl.where(high == -INF, 0.0, high)
+        rows = tl.num_programs(0)
+        sums += row
+        tl.store(sums + TEACHER_MASS * rows, teacher_mass)
+        tl.store(sums + STUDENT_MASS * rows, student_mass)
+        tl.store(sums + TEACHER_TAIL * rows, tl.maximum(1 - teacher_mass, 0.0))
+        EPS: tl.constexpr = 2.220446049250313e-16 if ACC == tl.float64 else 1.1920928955078125e-07
+        tl.store(sums + STUDENT_TAIL * rows, tl.maximum(1 - student_mass, EPS))
+        tl.store(sums + STUDENT_LOG_MASS * rows, base + tl.log(tl.sum(tl.exp(lp - base), 0)))
+        kl = tl.where(on_k & (q > 0), q * (lq - lp), 0.0)
+        tl.store(sums + SUM_FORWARD_KL * rows, tl.sum(kl, 0))
+        if GENERATOR is not None:
+            value, slope = _generator(lp, lq, p, q, GENERATOR, C)
+            tl.store(sums + SUM_VALUE * rows, tl.sum(tl.where(on_k, value, 0.0), 0))
+            tl.store(sums + SUM_SLOPE * rows, tl.sum(tl.where(on_k, slope, 0.0), 0))
+        tl.store(stats + TEACHER_TOPK_MASS * columns, teacher_mass)
+        tl.store(stats + STUDENT_TOPK_MASS * columns, student_mass)
