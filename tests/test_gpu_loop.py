@@ -115,7 +115,7 @@ def test_partial_sums_of_that_product_are_not_rounded(monkeypatch):
             MATMUL.allow_bf16_reduced_precision_reduction = setting
             gradients(flat())
             assert torch._C._get_cublas_allow_bf16_reduced_precision_reduction() == setting
-        assert seen == [False] * 3
+        assert seen == [False] * 2 * 3  # d_hidden and d_weight, each time
     finally:
         MATMUL.allow_bf16_reduced_precision_reduction = before
 
@@ -249,6 +249,38 @@ def test_the_plan_counts_a_tile_beside_an_accumulator():
     assert wide.workspace["temporaries"] == 0
 
 
+# --- d_hidden that its product rounds ------------------------------------------------------------
+
+
+@pytest.mark.parametrize("factor", [0, 3], ids=["four super-chunks", "one"])
+def test_d_hidden_is_rounded_by_its_product(factor, monkeypatch):
+    """To the bits of a float32 product rounded, into the gradient itself."""
+    monkeypatch.setattr(chunking, "WITHOUT_ACCUMULATOR", factor)
+    problem, made = flat(), calls_of(monkeypatch, "d_hidden_into")
+    expected = []
+
+    def d_hidden_into(self, out, d_logits, weight, rounded=products.TorchProducts.d_hidden_into):
+        expected.append(self.d_hidden(d_logits, weight).bfloat16())
+        rounded(self, out, d_logits, weight)
+
+    monkeypatch.setattr(products.TorchProducts, "d_hidden_into", d_hidden_into)
+    found = gradients(problem).d_student
+    assert [call[0].data_ptr() for call in made] == [
+        part.data_ptr() for part in found.split(TOKENS // len(made))
+    ]
+    assert len(made) == (1 if factor else 4) and same_bits(found, torch.cat(expected))
+
+
+def test_d_hidden_that_is_not_whole_or_not_in_place_is_rounded_later(monkeypatch):
+    made = calls_of(monkeypatch, "d_hidden_into")
+    labels = flat().labels.clone()
+    labels[::3] = -100
+    sampled = Selection(sampling=0.2, seed=torch.tensor(4))
+    for problem in (flat(labels=labels), flat(selection=sampled), flat(dtype=torch.float16)):
+        assert gradients(problem).d_student.norm() > 0
+    assert not made
+
+
 # --- rows that are padded ------------------------------------------------------------------------
 
 
@@ -265,7 +297,11 @@ def test_padding_changes_no_bit(backend, dtype, objective, monkeypatch):
     strides = [call[0].stride() for call in calls_and(problem, monkeypatch, "logits_into")]
     assert set(strides) == {(144, 1)}
     padded = gradients(problem)
-    d_logits = [call[0] for call in calls_and(problem, monkeypatch, "d_hidden")]
+    if dtype == torch.bfloat16:
+        d_logits = [call[1] for call in calls_and(problem, monkeypatch, "d_hidden_into")]
+    else:
+        d_logits = [call[0] for call in calls_and(problem, monkeypatch, "d_hidden")]
+    assert d_logits
     assert {(g.stride(), g.shape[1]) for g in d_logits} == {((144, 1), 131)}
     monkeypatch.setattr(products, "ROW_MULTIPLE", 1)
     plain = gradients(problem)

@@ -134,7 +134,7 @@ def test_bytes_of_a_call_by_hand():
         "sums": 2 * logits,
         "rule": 0,
         "gradient": 2 * logits + 2 * n * v,
-        "d_hidden": 2 * n * v + 2 * v * h + 4 * n * h,
+        "d_hidden": 2 * n * v + 2 * v * h + 2 * n * h,
         "d_weight": 2 * n * v + 2 * n * h + 2 * v * h,
     }
     assert {each.name: each.bytes for each in plan.work} == expected

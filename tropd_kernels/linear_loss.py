@@ -447,7 +447,7 @@ class _Loop:
         if self.sample is not None:
             blocks = self.sample.choose(d_logits, hidden, start)
         if blocks is None:
-            d_hidden = self._products_of_all(d_logits, hidden, last)
+            d_hidden = self._products_of_all(d_logits, hidden, tokens, last)
         else:
             d_hidden = self._products_of_some(d_logits, hidden, blocks, last)
         if d_hidden is not None:
@@ -464,11 +464,19 @@ class _Loop:
             result.d_bias[:v] += d_logits.sum(0, dtype=result.d_bias.dtype)
         self.first = False
 
-    def _products_of_all(self, d_logits: Tensor, hidden: Tensor, last: bool) -> Tensor | None:
-        """d_hidden; adds to d_weight."""
+    def _products_of_all(
+        self, d_logits: Tensor, hidden: Tensor, tokens: slice | Tensor, last: bool
+    ) -> Tensor | None:
+        """d_hidden, None where the product has put it into the result; adds to d_weight."""
         v, d_hidden = self.columns, None
+        # What ranks have to add up, and what a sample's error is measured on, is not rounded yet.
+        whole = self.problem.shard is None and self.sample is None
         if self.needs.student:
-            d_hidden = self.products.d_hidden(d_logits, self.problem.student.weight[:v])
+            head = self.problem.student.weight[:v]
+            if self.products.rounds_d_hidden and whole and isinstance(tokens, slice):
+                self.products.d_hidden_into(self.result.d_student[tokens], d_logits, head)
+            else:
+                d_hidden = self.products.d_hidden(d_logits, head)
         if self.needs.weight:
             out = self.result.d_weight[:v] if last and self.plan.rounds_d_weight else self.total
             self.products.d_weight(out, d_logits, hidden, None if self.first else self.total)

@@ -70,10 +70,11 @@ class TorchProducts:
     gradient_dtype: in which d_logits enters its two products. rounds_d_weight: `d_weight` can round
     to the weight's dtype as it stores, so that one product of all tokens needs no accumulator.
     rounds_sums: it can so also where it adds to an accumulator, so that the last of several
-    products leaves no pass over it.
+    products leaves no pass over it. rounds_d_hidden: `d_hidden` can round to the inputs' dtype as
+    it stores.
     """
 
-    rounds_sums = False
+    rounds_sums = rounds_d_hidden = False
 
     def __init__(self, dtype: torch.dtype, device_type: str, pads_rows: bool = False):
         self.dtype, self.on_cpu = dtype, device_type == "cpu"
@@ -82,7 +83,7 @@ class TorchProducts:
         self.gradient_dtype = self.result_dtype if self.on_cpu else dtype
         self.upcasts = self.on_cpu and dtype in HALF
         # Not float16, whose gradient waits in float32 for a loss scale.
-        self.rounds_d_weight = not self.on_cpu and dtype == torch.bfloat16
+        self.rounds_d_weight = self.rounds_d_hidden = not self.on_cpu and dtype == torch.bfloat16
 
     def row_stride(self, columns: int) -> int:
         """Of logits and d_logits with so many columns, in elements. On a GPU products and kernels
@@ -99,8 +100,13 @@ class TorchProducts:
                 torch.mm(hidden, tile.t(), out=out[:, rows])
         return out
 
+    def d_hidden_into(self, out: Tensor, d_logits: Tensor, weight: Tensor) -> None:
+        """out (n, H) = d_logits (n, V) @ weight (V, H), where `rounds_d_hidden`."""
+        with _UNROUNDED_PARTS.held():
+            torch.mm(d_logits, weight, out=out)
+
     def d_hidden(self, d_logits: Tensor, weight: Tensor) -> Tensor:
-        """d_logits (n, V) @ weight (V, H), in the accumulator's dtype."""
+        """The same, in the accumulator's dtype."""
         shape = (d_logits.shape[0], weight.shape[1])
         if not self.on_cpu:
             return self._mm(d_logits, weight, weight.new_empty(shape, dtype=self.result_dtype))

@@ -217,7 +217,8 @@ class Call:
         n, v, h = self.tokens, self.vocab_size, self.hidden_size
         d_logits, flop = n * v * self.gradient_size, 2 * n * v * h
         if self.needs_hidden_grad:
-            moved = d_logits + super_chunks * v * h * self.dtype.itemsize + n * h * self.logit_size
+            out = self.dtype if self.products.rounds_d_hidden else self.products.result_dtype
+            moved = d_logits + super_chunks * v * h * self.dtype.itemsize + n * h * out.itemsize
             yield Work("d_hidden", super_chunks, moved, flop)
         if not self.needs_weight_grad:
             return
