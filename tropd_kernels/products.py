@@ -86,8 +86,9 @@ class TorchProducts:
         self.rounds_d_weight = self.rounds_d_hidden = not self.on_cpu and dtype == torch.bfloat16
 
     def row_stride(self, columns: int) -> int:
-        """Of logits and d_logits with so many columns, in elements. On a GPU products and kernels
-        read by 16 bytes where rows begin at multiples of that, and number by number else."""
+        """Of logits and d_logits with so many columns, in elements. On a GPU products read by 16
+        bytes where rows begin at multiples of that, as kernels do in tiles that end within a row;
+        where they begin anywhere, number by number."""
         return -(-columns // ROW_MULTIPLE) * ROW_MULTIPLE if self.pads_rows else columns
 
     def logits_into(self, out: Tensor, hidden: Tensor, weight: Tensor) -> Tensor:
