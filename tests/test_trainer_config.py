@@ -18,7 +18,7 @@ pytest.importorskip("trl", reason="the trainer needs trl")
 import tiny
 from served import serve
 
-from tropd_kernels import AOPD, EOPD, GKD, OPD, SFT, Divergence, TrOPD, check, cli, trainer
+from tropd_kernels import AOPD, EOPD, GKD, OPD, SFT, Divergence, TrOPD, check, cli, once, trainer
 from tropd_kernels.registry import OBJECTIVES, build_rule, knobs
 from tropd_kernels.trainer import TrOPDConfig
 from tropd_kernels.trainer.prefix import column_ids, cut, is_complete, scheduled_length
@@ -411,6 +411,21 @@ def test_flags_win_and_numbers_are_numbers(run_file):
             "eval_dataset: nowhere.jsonl\neval_strategy: epoch",
             "eval_dataset: there is no file nowhere.jsonl",
         ),
+        ("dataset: ./nowhere", "dataset: there is no file ./nowhere"),
+        ("dataset: a/b/c.csv", "dataset: there is no file a/b/c.csv"),
+        (
+            "max_steps: 3\nseed: 1\nmax_steps: 4",
+            "run.yaml: 'max_steps' is given twice, in lines 14 and 16: leave one",
+        ),
+        (
+            "objective_kwargs:\n  top_k: 4\n  gate: expected\n  top_k: 8",
+            "run.yaml: 'top_k' is given twice, in lines 15 and 17: leave one",
+        ),
+        (
+            'objective_kwargs: \'{"top_k": 4, "top_k": 8}\'',
+            "objective_kwargs: 'top_k' is given twice: leave one of them out",
+        ),
+        ('peft: \'{"r": 4, "r": 8}\'', "peft: 'r' is given twice: leave one of them out"),
         ("eval_dataset: prompts.jsonl", "eval_dataset: nothing would evaluate on it: set eval_str"),
         (
             "eval_dataset: a.json\neval_strategy: epoch\neval_split: b",
@@ -452,6 +467,49 @@ def test_bad_file(run_file, capsys, line, message):
     run_file.write_text(line if line[0] in "-a" else "\n".join([*rest, line]))
     assert cli.main(["train", "--config", str(run_file)]) == 2
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["prompts.txt", "prompts", "prompts.jsonl.gz"])
+def test_a_file_of_another_kind(run_file, capsys, monkeypatch, name):
+    """It was looked for on the hub, for half a minute where that cannot be reached."""
+    monkeypatch.setattr("datasets.load_dataset", None)
+    monkeypatch.setattr(trainer, "TrOPDTrainer", None)  # nothing is loaded
+    path = run_file.parent / name
+    path.write_text("w1 w2")
+    run_file.write_text(
+        run_file.read_text().replace(str(run_file.parent / "prompts.jsonl"), str(path))
+    )
+    assert cli.main(["train", "--config", str(run_file)]) == 2
+    error = capsys.readouterr().err
+    assert f"dataset: {path} is a file of another kind: expected the suffix .json, .jsonl" in error
+
+
+def test_suffixes_in_capitals(tmp_path):
+    tiny.prompts().to_json(tmp_path / "prompts.JSONL")
+    assert len(cli.load_data("dataset", str(tmp_path / "prompts.JSONL"), "train")) == 8
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--seed", "1", "--seed=2"], "seed: --seed and --seed: a key is given once"),
+        (["--max-steps", "1", "--max_steps", "2"], "max_steps: --max-steps and --max_steps: a"),
+        (["--config", "a.yaml"], "config: --config and --config: a key is given once"),
+    ],
+)
+def test_a_flag_given_twice(run_file, capsys, flags, words):
+    """The first was ignored; of two files every key of the first."""
+    assert cli.main(["train", "--config", str(run_file), *flags]) == 2
+    assert words in capsys.readouterr().err
+
+
+def test_yaml_s_own_repetitions():
+    """Merged mappings may be overridden, aliases repeated, one key stand in two mappings."""
+    text = "a: &a {x: 1}\nb: {<<: *a, x: 2}\nc: [*a, *a]\nd: {<<: *a, <<: *a}\n1: 2\n'1': 3\n"
+    read = once.parse_yaml(text)
+    assert read["b"] == {"x": 2} and read["c"] == [{"x": 1}] * 2 and read[1] == 2 and read["1"] == 3
+    with pytest.raises(ValueError, match="'x' is given twice, in lines 2 and 3"):
+        once.parse_yaml("a:\n- x: 1\n  x: 2\n")
 
 
 def test_what_the_trainer_refuses(run_file, capsys):

@@ -12,6 +12,7 @@ import tiny
 from served import serve
 from training import make, unloadable
 
+from tropd_kernels import cli
 from tropd_kernels.trainer import TrOPDConfig
 from tropd_kernels.trainer.server import TeacherServer, TeacherServerError
 
@@ -103,3 +104,12 @@ def test_tokens_in_what_is_printed_and_logged():
                  str(config.to_sanitized_dict())):  # fmt: skip
         assert SECRET not in text and "<TOKEN>" in text and "temperature" in text
     assert config.model_init_kwargs == token and config.hub_token == SECRET
+
+
+@pytest.mark.parametrize("text", [f"hub_token: {SECRET}: x", f"- hub_token={SECRET}"])
+def test_tokens_in_a_file_that_cannot_be_read(tmp_path, capsys, text):
+    path = tmp_path / "run.yaml"
+    path.write_text(f"{text}\n")
+    assert cli.main(["train", "--config", str(path)]) == 2
+    error = capsys.readouterr().err
+    assert SECRET not in error and ("line 1: mapping values are" in error or "not shown" in error)

@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
 from . import __version__
+from .once import parse_json, parse_yaml, repeated_flag
 
 #: Data files by suffix, with the loader that `datasets` has for them.
 LOADERS = {".json": "json", ".jsonl": "json", ".parquet": "parquet"}
@@ -167,6 +168,9 @@ def parse_run(arguments: Sequence[str]) -> tuple[Run, Any]:
     for action in parser._actions:  # those of TRL and transformers bring their own help
         action.help = action.help or known.get(action.dest, "").replace("%", "%%")
     group_keys(parser, {"of the run": Run, "of TrOPD": TrOPDConfig, "of TRL": DistillationConfig})
+    twice = repeated_flag(arguments, parser._option_string_actions)
+    if twice is not None:
+        raise UsageError(f"{twice[1][2:]}: {' and '.join(twice)}: a key is given once")
     keys = read_config(options.config)
     named = [flag[2:].split("=")[0] for flag in flags if flag.startswith("--")]
     refuse_of_scripts([*keys, *named])
@@ -239,11 +243,29 @@ def check_data_keys(run: Run, config: Any) -> None:
     sources = [run.dataset, *([run.eval_dataset] if of_eval else [])]
     if run.dataset_split != Run.dataset_split and all(map(is_file, sources)):
         raise UsageError(f"dataset_split: {' and '.join(sources)}: a file has no splits")
+    check_file("dataset", run.dataset)
+    if run.eval_dataset is not None:
+        check_file("eval_dataset", run.eval_dataset)
+
+
+def check_file(key: str, source: Any) -> None:
+    """Raises UsageError for what is no data file, before `datasets` looks for it on the hub."""
+    path = Path(source)
+    name_of_a_path = source.startswith(("/", ".", "~")) or source.count("/") > 1
+    if not path.exists() and (is_file(source) or name_of_a_path):
+        raise UsageError(f"{key}: there is no file {source}")
+    if path.is_file() and not is_file(source):
+        raise UsageError(
+            f"{key}: {source} is a file of another kind: expected the suffix "
+            f"{', '.join(LOADERS)}, or a name on the hub"
+        )
+    if path.is_file() and path.stat().st_size == 0:
+        raise UsageError(f"{key}: the file {source} is empty")
 
 
 def is_file(source: str) -> bool:
     """Whether this is a data file, which a loader of `datasets` reads as a whole."""
-    return Path(source).suffix in LOADERS
+    return Path(source).suffix.lower() in LOADERS
 
 
 def group_keys(parser: argparse.ArgumentParser, owners: dict[str, type]) -> None:
@@ -291,14 +313,19 @@ def read_config(path: str | None) -> dict[str, Any]:
     """The keys of a YAML file; none without a file."""
     import yaml  # comes with transformers
 
+    from .trainer.credentials import seems_secret, shown
+
     if path is None:
         return {}
     try:
-        keys = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise UsageError(f"--config {path}: {error}") from error
+        keys = parse_yaml(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        reason, mark = str(error), getattr(error, "problem_mark", None)
+        if mark is not None and seems_secret(reason):  # it quotes the line
+            reason = f"line {mark.line + 1}: {error.problem}"  # type: ignore[union-attr]
+        raise UsageError(f"--config {path}: {reason}") from error
     if not isinstance(keys, dict) or not all(isinstance(key, str) for key in keys):
-        raise UsageError(f"--config {path}: expected lines of 'key: value', got {keys!r:.80}")
+        raise UsageError(f"--config {path}: expected lines of 'key: value', got {shown(keys)}")
     # As flags arrive, so that argparse checks a number's type and names its key.
     numbers = {key: str(value) for key, value in keys.items() if type(value) in (int, float)}
     return keys | numbers
@@ -308,12 +335,8 @@ def load_data(key: str, source: str, split: str) -> Any:
     """A file, or a name on the hub, as a `datasets.Dataset`. `key` names it in errors."""
     from datasets import load_dataset
 
-    path = Path(source)
-    loader = LOADERS.get(path.suffix)
-    if loader and not path.exists():
-        raise UsageError(f"{key}: there is no file {source}")
-    if loader and path.stat().st_size == 0:
-        raise UsageError(f"{key}: the file {source} is empty")
+    check_file(key, source)
+    loader = LOADERS.get(Path(source).suffix.lower())
     try:
         if loader:
             return load_dataset(loader, data_files=source, split="train")
@@ -330,9 +353,11 @@ def lora(peft: Any) -> Any:
     """peft's LoraConfig for this key; None for no adapter."""
     if isinstance(peft, str):
         try:
-            peft = json.loads(peft.lower() if peft.lower() in ("true", "false") else peft)
+            peft = parse_json(peft.lower() if peft.lower() in ("true", "false") else peft)
         except json.JSONDecodeError as error:
             raise UsageError(f"peft: expected true, false or JSON, got {peft!r}") from error
+        except ValueError as error:
+            raise UsageError(f"peft: {error}") from error
     if not peft:
         return None
     if not isinstance(peft, (bool, dict)):

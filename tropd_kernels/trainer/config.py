@@ -18,6 +18,7 @@ from trl import DistillationConfig  # type: ignore[attr-defined]
 from ..arguments import check_selection
 from ..backends import choose_backend
 from ..objectives import TokenRule
+from ..once import parse_json
 from ..registry import (
     OBJECTIVES,
     build_rule,
@@ -271,9 +272,11 @@ class TrOPDConfig(DistillationConfig):
             value = getattr(self, key)
             if isinstance(value, str) and value.startswith("{"):
                 try:
-                    json.loads(value)
+                    parse_json(value)
                 except json.JSONDecodeError as error:
                     raise ValueError(f"{key}: {shown(value)} is no JSON: {error}") from error
+                except ValueError as error:
+                    raise ValueError(f"{key}: {error}") from error
 
     def _check_mappings(self) -> None:
         """Once transformers has parsed them: text that is left is no mapping."""

@@ -50,10 +50,15 @@ def check_address(name: str, url: str) -> None:
         )
 
 
+def seems_secret(text: str) -> bool:
+    """Whether a text names a secret, and so may hold one."""
+    return _NAMES.search(text) is not None
+
+
 def shown(value: Any) -> str:
     """The beginning of a value for an error, but for one that may hold a secret."""
     text = repr(value)
-    if _NAMES.search(text):
+    if seems_secret(text):
         return f"a {type(value).__name__} (not shown, as it seems to hold a secret)"
     return text[:80]
 
