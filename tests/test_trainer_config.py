@@ -43,7 +43,7 @@ def config(**settings) -> TrOPDConfig:
         ({}, TrOPD()),
         ({"objective_kwargs": {"top_k": 8, "gate": "expected"}}, TrOPD(top_k=8, gate="expected")),
         ({"objective_kwargs": '{"top_k": null}'}, TrOPD(top_k=None)),
-        ({"prefix_weight": 0.5}, TrOPD(prefix_weight=0.5)),
+        ({"prefix_weight": 0.5, "lmbda": 0.5}, TrOPD(prefix_weight=0.5)),
         ({"prefix_weight": None}, TrOPD(prefix_weight=None)),
         ({"objective": "opd", "objective_kwargs": {"kl_penalty_coef": 0.5}},
          OPD(kl_penalty_coef=0.5)),

@@ -14,15 +14,14 @@ import tiny
 from training import make
 
 from tropd_kernels.trainer import TrOPDConfig, TrOPDTrainer
-from tropd_kernels.trainer.effects import BELONGS_TO, WITHOUT_EFFECT
+from tropd_kernels.trainer.effects import BELONGS_TO, CONDITIONS, WITHOUT_EFFECT
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
 #: What transformers' loop, accelerate, or TRL's trainer around our loss looks at. Before a name is
 #: added here, see in their source that it reaches a run of TrOPDTrainer.
 _EFFECTIVE = """
 output_dir per_device_train_batch_size num_train_epochs max_steps learning_rate
-lr_scheduler_type lr_scheduler_kwargs warmup_steps warmup_ratio optim optim_args weight_decay
-adam_beta1 adam_beta2 adam_epsilon optim_target_modules gradient_accumulation_steps
+lr_scheduler_type warmup_ratio optim weight_decay gradient_accumulation_steps
 max_grad_norm bf16 fp16 bf16_full_eval fp16_full_eval tf32 activation_checkpointing
 activation_checkpointing_kwargs gradient_checkpointing use_liger_kernel neftune_noise_alpha
 torch_empty_cache_steps logging_strategy logging_steps logging_first_step log_on_each_node
@@ -41,10 +40,38 @@ ddp_find_unused_parameters ddp_bucket_cap_mb ddp_broadcast_buffers ddp_static_gr
 ddp_timeout fsdp fsdp_config deepspeed debug skip_memory_metrics model_init_kwargs
 trust_remote_code teacher_model_name_or_path teacher_model_revision teacher_model_init_kwargs
 disable_dropout max_completion_length ds3_gather_for_generation shuffle_dataset
-pad_to_multiple_of temperature top_p top_k min_p generation_kwargs chat_template_kwargs
-repetition_penalty cache_implementation use_vllm max_tool_calling_iterations log_completions
+pad_to_multiple_of temperature chat_template_kwargs max_tool_calling_iterations log_completions
 """
 EFFECTIVE = set(_EFFECTIVE.split())
+#: What acts under some settings only: a value, settings under which it does nothing, and others.
+GUIDED = dict(prefix_schedule="linear", prefix_length=4)
+_PRECOMPUTED = dict(precomputed_teacher=True)
+_URL = dict(teacher_model_server_url="http://127.0.0.1:1")
+_SGD = dict(optim="sgd")
+SOMETIMES = {
+    "top_p": (0.5, _PRECOMPUTED, {}), "top_k": (5, _PRECOMPUTED, {}),
+    "min_p": (0.1, _PRECOMPUTED, {}), "repetition_penalty": (1.3, _PRECOMPUTED, {}),
+    "generation_kwargs": ({"num_beams": 2}, _PRECOMPUTED, {}),
+    "cache_implementation": ("static", _PRECOMPUTED, {}), "use_vllm": (True, _PRECOMPUTED, {}),
+    "teacher_server_timeout": (3.0, {}, _URL), "teacher_server_retries": (1, {}, _URL),
+    "teacher_server_concurrency": (1, {}, _URL), "prefix_weight": (0.5, {}, GUIDED),
+    "prefix_column": ("answer", {}, dict(lmbda=0.5)),
+    "prefix_steps": (3, GUIDED | dict(prefix_schedule="constant"), GUIDED),
+    "prefix_fraction": (0.5, GUIDED | dict(prefix_steps=3), GUIDED),
+    "kl_discount_factor": (0.5, dict(lmbda=0.0), dict(lmbda=0.5)),
+    "importance_gamma": (0.5, dict(lmbda=0.0), dict(lmbda=0.5)),
+    "drift_tau": (1.0, dict(lmbda=0.0, num_iterations=2), dict(num_iterations=2)),
+    "drift_block_size": (8, dict(num_iterations=2), dict(num_iterations=2, drift_tau=1.0)),
+    "max_workspace_bytes": (1000, dict(backend="reference"), dict(backend="torch")),
+    "adam_beta1": (0.5, _SGD, dict(optim="lion_32bit")), "adam_beta2": (0.5, _SGD, {}),
+    "adam_epsilon": (1e-6, dict(optim="lion_32bit"), {}),
+    "optim_args": ("momentum=0.9", dict(optim="adamw_torch"), _SGD),
+    "optim_target_modules": (["attn"], {}, dict(optim="galore_adamw")),
+    "warmup_steps": (3, dict(lr_scheduler_type="constant"),
+                     dict(lr_scheduler_type="constant", optim="schedule_free_adamw")),
+    "lr_scheduler_kwargs": ({"num_cycles": 2}, dict(lr_scheduler_type="constant_with_warmup"),
+                            dict(lr_scheduler_type="cosine_with_restarts")),
+}  # fmt: skip
 #: For the script that makes the trainer, or what happens in any case.
 OF_THE_SCRIPT = {
     "do_train", "do_eval", "do_predict", "resume_from_checkpoint", "local_rank",
@@ -74,10 +101,13 @@ def config(**settings):
 
 def test_no_setting_is_overlooked():
     """One that a later transformers or TRL brings stands in no list: look what it does here."""
-    ours = set(TrOPDConfig.__annotations__)
-    known = ours | EFFECTIVE | OF_THE_SCRIPT | REFUSED | WITHOUT_EFFECT.keys() | BELONGS_TO.keys()
+    sometimes = {key for condition in CONDITIONS for key in condition.keys}
+    assert sometimes == SOMETIMES.keys()
+    ours = set(TrOPDConfig.__annotations__) - sometimes
+    lists = (ours, sometimes, EFFECTIVE, OF_THE_SCRIPT, REFUSED, WITHOUT_EFFECT.keys(),
+             BELONGS_TO.keys())  # fmt: skip
+    known = set().union(*lists)
     assert {field.name for field in fields(TrOPDConfig)} - known == set()
-    lists = (ours, EFFECTIVE, OF_THE_SCRIPT, REFUSED, WITHOUT_EFFECT.keys(), BELONGS_TO.keys())
     assert sum(map(len, lists)) == len(known)
 
 
@@ -85,6 +115,66 @@ def test_no_setting_is_overlooked():
 def test_settings_without_effect(key):
     with pytest.raises(ValueError, match=f"^{key}: it .* effect"):
         config(**{key: VALUES[key]})
+
+
+@pytest.mark.parametrize("key", SOMETIMES)
+def test_settings_without_effect_beside_others(key):
+    """... are refused there, accepted elsewhere, and so is their default anywhere."""
+    value, idle, active = SOMETIMES[key]
+    with pytest.raises(ValueError, match=f"^{key}: it would have no effect: .*leave {key} out$"):
+        config(**idle, **{key: value})
+    for args in (config(**active, **{key: value}), config(**idle), config(**active)):
+        assert replace(args) == args
+    (default,) = (field.default for field in fields(TrOPDConfig) if field.name == key)
+    config(**idle, **{key: default})
+
+
+@pytest.mark.parametrize("settings", [{}, GUIDED])
+def test_no_condition_refuses_a_default(settings):
+    """Whatever the optimizer and the schedule."""
+    for name in transformers.training_args.OptimizerNames:
+        config(optim=name.value, **settings)
+    for name in transformers.SchedulerType:
+        config(lr_scheduler_type=name.value, eval_strategy="epoch", **settings)
+
+
+@pytest.mark.parametrize("steps", [{"prefix_fraction": 0.5}, {"prefix_steps": 3}])
+@pytest.mark.parametrize("schedule", [{}, GUIDED | dict(prefix_schedule="constant")])
+def test_a_prefix_that_does_not_shrink(steps, schedule):
+    with pytest.raises(ValueError, match="it would have no effect: with prefix_schedule '[a-z]*' "):
+        config(**steps, **schedule)
+
+
+def test_optimizers_that_take_no_settings_of_adam():
+    """By what transformers gives them: `SOMETIMES` under every optimizer that can be made here."""
+    from transformers import Trainer
+
+    def theirs(**settings):
+        return transformers.TrainingArguments("unused", use_cpu=True, **settings)
+
+    model = torch.nn.Linear(2, 2)
+    keys = {"adam_beta1": 0.5, "adam_beta2": 0.5, "adam_epsilon": 1e-3, "optim_args": "eps=0.125"}
+    seen = set()
+    for name in ("adamw_torch", "adamw_torch_fused", "adafactor", "sgd", "adagrad", "rmsprop"):
+        plain = Trainer.get_optimizer_cls_and_kwargs(theirs(optim=name), model)
+        for key, value in keys.items():
+            args = theirs(optim=name, **{key: value})
+            changes = Trainer.get_optimizer_cls_and_kwargs(args, model) != plain
+            if (key, name) == ("optim_args", "sgd"):  # which takes others than eps
+                changes = True
+            seen.add(changes)
+            try:
+                config(optim=name, **{key: value})
+                refused = False
+            except ValueError as error:
+                refused = str(error).startswith(f"{key}: it would have no effect")
+            assert refused != changes, (name, key)
+    assert seen == {True, False}
+
+
+def test_vllm_mode():
+    with pytest.raises(ValueError, match="^vllm_mode: must be server or colocate, got 'sever'"):
+        config(use_vllm=True, vllm_mode="sever")
 
 
 def test_settings_with_what_they_belong_to():

@@ -28,7 +28,7 @@ from ..registry import (
     names_unknown_keys,
 )
 from .credentials import check_address, hidden, shown
-from .effects import check_effects
+from .effects import check_conditions, check_effects
 from .generation_keys import check_generation_keys
 from .loaded_teacher import check_quantization, dtype_option
 from .prefix import SCHEDULES
@@ -80,7 +80,7 @@ class TrOPDConfig(DistillationConfig):
         (the paper's), "linear", or "constant" (never).
     prefix_length: l at the first step, in tokens.
     prefix_fraction: share of training over which l falls to 0; the paper's 1.
-    prefix_steps: the same in optimiser steps; wins over prefix_fraction.
+    prefix_steps: the same in optimiser steps, in the place of prefix_fraction.
     prefix_weight: weight of the K1 forward KL on the prefix, the paper's 0.001. Objectives without
         that term treat a prefix like any other token, and refuse another value.
     prefix_column: column with the teacher's answer: text, or messages for a conversational prompt.
@@ -199,6 +199,7 @@ class TrOPDConfig(DistillationConfig):
         except (RuntimeError, ValueError) as error:
             raise ValueError(f"backend: {error}") from error
         self._check_sample()
+        check_conditions(self)
 
     def to_dict(self) -> dict[str, Any]:
         """As transformers', which hides the hub's tokens, but not those of a model's arguments."""
@@ -311,6 +312,8 @@ class TrOPDConfig(DistillationConfig):
                 "wrapper that compiles: leave out the keys that begin with torch_compile"
             )
 
+        if self.vllm_mode not in ("server", "colocate"):
+            raise ValueError(f"vllm_mode: must be server or colocate, got {self.vllm_mode!r}")
         check_effects(self)
         if self.router_aux_loss_coef is not None:
             _within("router_aux_loss_coef", self.router_aux_loss_coef, 0.0, 1e9)

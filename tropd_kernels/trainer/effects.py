@@ -1,6 +1,12 @@
-"""Settings of transformers and TRL that would change nothing here, each with what to do instead."""
+"""Settings that would change nothing, each with what to do instead.
 
-from dataclasses import MISSING, fields
+What is refused here never reaches a computation: those of transformers and TRL that nothing looks
+at (`WITHOUT_EFFECT`), those that belong to another setting (`BELONGS_TO`), and those that act under
+some settings only (`CONDITIONS`). A setting at its default is never refused.
+"""
+
+from collections.abc import Callable, Collection, Iterator
+from dataclasses import MISSING, dataclass, fields
 from typing import Any
 
 _NO_METRICS = "the trainer takes no compute_metrics and keeps no predictions: leave it out"
@@ -38,6 +44,98 @@ BELONGS_TO = {
     "vllm_max_model_length": ("vllm_mode", "colocate"),
     "vllm_tensor_parallel_size": ("vllm_mode", "colocate"),
 }
+_SAMPLING = ("top_p", "top_k", "min_p", "repetition_penalty", "generation_kwargs",
+             "cache_implementation", "use_vllm")  # fmt: skip
+_CREDIT = ("kl_discount_factor", "importance_gamma", "drift_tau")
+_SERVED = ("teacher_server_timeout", "teacher_server_retries", "teacher_server_concurrency")
+# By transformers' makers of optimizers and schedules. Those of DeepSpeed have rules of their own.
+_NOT_ADAM = {
+    "adafactor", "sgd", "adagrad", "rmsprop", "rmsprop_bnb", "rmsprop_bnb_8bit",
+    "rmsprop_bnb_32bit", "lomo", "adalomo", "grokadamw", "schedule_free_sgd",
+}  # fmt: skip
+_LION = {"lion_8bit", "lion_32bit", "paged_lion_8bit", "paged_lion_32bit"}
+_NO_OPTIM_ARGS = _LION | {
+    "adamw_torch", "adamw_torch_fused", "adamw_torch_xla", "adamw_torch_npu_fused", "adafactor",
+    "adamw_bnb_8bit", "adamw_8bit", "paged_adamw_32bit", "paged_adamw_8bit", "lomo", "adalomo",
+}  # fmt: skip
+_NO_WARMUP = {"constant", "reduce_lr_on_plateau", "greedy"}
+_WARM_BY_THEMSELVES = {"schedule_free_adamw", "schedule_free_sgd"}
+
+
+@dataclass(frozen=True)
+class Condition:
+    """Settings that act only where `acts` is true of the config.
+
+    reason: what keeps them from it; "{}" stands for the value of the setting `of`.
+    remedy: what to do if they are wanted.
+    """
+
+    keys: tuple[str, ...]
+    acts: Callable[[Any], bool]
+    reason: str
+    remedy: str = ""
+    of: str = ""
+
+    def error(self, key: str, args: Any) -> ValueError:
+        other = getattr(args, self.of) if self.of else None
+        reason = self.reason.format(getattr(other, "value", other))
+        remedy = f"{self.remedy}, or " if self.remedy else ""
+        return ValueError(f"{key}: it would have no effect: {reason}: {remedy}leave {key} out")
+
+
+def _guided(args: Any) -> bool:
+    return args.prefix_schedule != "none" or args.lmbda < 1
+
+
+def _optim(args: Any) -> str:
+    return str(getattr(args.optim, "value", args.optim))
+
+
+def _schedule(args: Any) -> str:
+    return str(getattr(args.lr_scheduler_type, "value", args.lr_scheduler_type))
+
+
+#: In the order in which they are looked at.
+CONDITIONS = (
+    Condition(_SAMPLING, lambda a: not a.precomputed_teacher,
+              "with precomputed_teacher nothing is generated"),
+    Condition(_SERVED, lambda a: a.teacher_model_server_url is not None,
+              "there is no teacher_model_server_url"),
+    Condition(("prefix_weight", "prefix_column"), _guided,
+              "no completion begins with the teacher's text",
+              "set prefix_schedule and prefix_length, or lmbda below 1"),
+    Condition(("prefix_steps", "prefix_fraction"),
+              lambda a: a.prefix_schedule not in ("none", "constant"),
+              "with prefix_schedule {!r} no prefix shrinks", "choose another schedule",
+              of="prefix_schedule"),
+    Condition(("prefix_fraction",), lambda a: a.prefix_steps is None,
+              "the prefix is gone after prefix_steps, {}", "leave those out", of="prefix_steps"),
+    Condition(_CREDIT, lambda a: a.lmbda > 0,
+              "with lmbda 0 every completion is the teacher's, and credit is for the student's",
+              "raise lmbda"),
+    Condition(("drift_block_size",), lambda a: a.drift_tau is not None,
+              "there is no drift_tau", "set that"),
+    Condition(("max_workspace_bytes",), lambda a: a.backend != "reference",
+              "the backend 'reference' makes all logits at once", "choose another backend"),
+    Condition(("adam_beta1", "adam_beta2"), lambda a: a.deepspeed or _optim(a) not in _NOT_ADAM,
+              "the optimizer {!r} does not take it", "choose one of Adam's kind", of="optim"),
+    Condition(("adam_epsilon",), lambda a: a.deepspeed or _optim(a) not in _NOT_ADAM | _LION,
+              "the optimizer {!r} does not take it", "choose one of Adam's kind", of="optim"),
+    Condition(("optim_args",), lambda a: a.deepspeed or _optim(a) not in _NO_OPTIM_ARGS,
+              "the optimizer {!r} takes none", of="optim"),
+    Condition(("optim_target_modules",),
+              lambda a: a.deepspeed or _optim(a).startswith(("galore", "apollo")),
+              "the optimizer {!r} works on all parameters", "choose one of GaLore or APOLLO",
+              of="optim"),
+    Condition(("warmup_steps",),
+              lambda a: a.deepspeed or _schedule(a) not in _NO_WARMUP
+              or _optim(a) in _WARM_BY_THEMSELVES,
+              "lr_scheduler_type {!r} has no warm-up", "choose constant_with_warmup or another one",
+              of="lr_scheduler_type"),
+    Condition(("lr_scheduler_kwargs",),
+              lambda a: _schedule(a) not in ("constant", "constant_with_warmup"),
+              "lr_scheduler_type {!r} takes none", of="lr_scheduler_type"),
+)  # fmt: skip
 #: Settings of a teacher that is loaded into this process.
 _OF_LOADED_TEACHER = ("teacher_model_init_kwargs", "teacher_model_revision")
 
@@ -47,14 +145,7 @@ def check_effects(args: Any) -> None:
 
     args: a `TrOPDConfig`, after transformers has settled its fields.
     """
-    for field in fields(args):
-        if field.name not in WITHOUT_EFFECT.keys() | BELONGS_TO.keys():
-            continue
-        key, value = field.name, getattr(args, field.name)
-        default = field.default if field.default is not MISSING else None
-        # Some forms of the default: a factory's, and what transformers settles on.
-        if value == default or value in (None, [], "no"):
-            continue
+    for key in _given(args, WITHOUT_EFFECT.keys() | BELONGS_TO.keys()):
         if key in WITHOUT_EFFECT:
             raise ValueError(f"{key}: it would have no effect: {WITHOUT_EFFECT[key]}")
         owner, wanted = BELONGS_TO[key]
@@ -74,3 +165,23 @@ def check_effects(args: Any) -> None:
                     f"{key}: with {source} no teacher is loaded, and it would have no effect: "
                     f"leave {key} out"
                 )
+
+
+def check_conditions(args: Any) -> None:
+    """Raises ValueError for a setting that is not at its default and does not act beside the
+    others. args: a `TrOPDConfig` whose values are right each by itself."""
+    for condition in CONDITIONS:
+        if condition.acts(args):
+            continue
+        for key in _given(args, condition.keys):
+            raise condition.error(key, args)
+
+
+def _given(args: Any, keys: Collection[str]) -> Iterator[str]:
+    """Those of the keys that are not at their default."""
+    for field in fields(args):
+        value = getattr(args, field.name)
+        default = field.default if field.default is not MISSING else None
+        # Some forms of the default: a factory's, and what transformers settles on.
+        if field.name in keys and value != default and value not in (None, [], {}, "no"):
+            yield field.name
