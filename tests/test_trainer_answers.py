@@ -78,6 +78,7 @@ def test_log_probs_of_no_distribution(tmp_path, served, kind):
 def test_log_probs_of_no_distribution_are_seen_at_once(tmp_path, served, kind):
     """Before a model is loaded."""
     change, words = NO_LOG_PROBS[kind]
+    (tmp_path / "config.json").write_text("{}")
     served.faults.answer = log_probs_by(change)
     with pytest.raises(TeacherServerError, match=f"a first request for log-probs .*{words}"):
         remote(tmp_path, served, student=unloadable(tmp_path), **TOP_4)

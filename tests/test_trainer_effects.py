@@ -172,6 +172,21 @@ def test_optimizers_that_take_no_settings_of_adam():
     assert seen == {True, False}
 
 
+def test_settings_of_what_is_not_there(tmp_path):
+    with pytest.raises(ValueError, match="^max_tool_calling_iterations: it would have no effect"):
+        make(tmp_path, max_tool_calling_iterations=2)
+    options = dict(chat_template_kwargs={"enable_thinking": False})
+    words = "^chat_template_kwargs: it would have no effect: the prompts are text"
+    with pytest.raises(ValueError, match=words):
+        make(tmp_path, **options)
+    with pytest.raises(ValueError, match=words):
+        make(tmp_path, evaluate={"a": tiny.prompts(2)}, **options)
+    talk = tiny.Dataset.from_dict({"prompt": [[{"role": "user", "content": "w1"}]] * 8})
+    make(tmp_path, data=talk, **options)
+    make(tmp_path, evaluate={"a": talk}, **options)
+    make(tmp_path, data=tiny.prompts().to_list(), **options)
+
+
 def test_vllm_mode():
     with pytest.raises(ValueError, match="^vllm_mode: must be server or colocate, got 'sever'"):
         config(use_vllm=True, vllm_mode="sever")

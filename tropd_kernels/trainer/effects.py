@@ -5,7 +5,7 @@ at (`WITHOUT_EFFECT`), those that belong to another setting (`BELONGS_TO`), and 
 some settings only (`CONDITIONS`). A setting at its default is never refused.
 """
 
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import MISSING, dataclass, fields
 from typing import Any
 
@@ -175,6 +175,30 @@ def check_conditions(args: Any) -> None:
             continue
         for key in _given(args, condition.keys):
             raise condition.error(key, args)
+
+
+def check_inputs(args: Any, tools: Any, datasets: Sequence[Any]) -> None:
+    """Raises ValueError for a setting of what the trainer was not given: of tools, and of a chat
+    template that no prompt goes through. datasets: with None for one that is missing."""
+    if args.max_tool_calling_iterations is not None and not tools:
+        raise ValueError(
+            "max_tool_calling_iterations: it would have no effect: there are no tools: give tools "
+            "to TrOPDTrainer, or leave max_tool_calling_iterations out"
+        )
+    present = [data for data in datasets if data is not None]
+    if args.chat_template_kwargs and present and all(map(_prompts_are_text, present)):
+        raise ValueError(
+            "chat_template_kwargs: it would have no effect: the prompts are text, and no template "
+            "is applied: write them as messages, or leave chat_template_kwargs out"
+        )
+
+
+def _prompts_are_text(data: Any) -> bool:
+    """Whether a data set, or all of several, say so of their column; a stream may not know."""
+    if isinstance(data, Mapping):
+        return all(map(_prompts_are_text, data.values()))
+    column = (getattr(data, "features", None) or {}).get("prompt")
+    return getattr(column, "dtype", None) in ("string", "large_string")
 
 
 def _given(args: Any, keys: Collection[str]) -> Iterator[str]:

@@ -46,6 +46,7 @@ from .checks import (
     way_on,
 )
 from .config import TrOPDConfig
+from .effects import check_inputs
 from .loaded_teacher import check_quantization
 from .prefix import (
     column_ids,
@@ -145,6 +146,7 @@ class TrOPDTrainer(DistillationAdapter):
         columns = signals.columns_of(args.rule()) if args.precomputed_teacher else ()
         if args.precomputed_teacher and tools:
             raise ValueError("tools: precomputed_teacher fixes the completions: leave tools out")
+        check_inputs(args, tools, (train_dataset, eval_dataset))
         guided = args.prefix_schedule != "none" or args.lmbda < 1
         named = guided and args.prefix_column not in (None, "teacher_completion")
         check_no_splits(train_dataset)
