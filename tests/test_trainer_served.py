@@ -155,6 +155,18 @@ def test_an_adapters_context_is_its_models(served_with):
     ]  # fmt: skip
 
 
+@pytest.mark.parametrize("sent", ["4096", True, False, 0, -1, 31.5, float("inf"), [32]])
+def test_a_context_that_is_no_number_of_tokens(served_with, sent):
+    """Some once passed for unknown, others for contexts."""
+    served = served_with()
+    served.faults.models = [{"id": "other", "max_model_len": sent}, {"id": "teacher"}]
+    assert TeacherServer(served.url, "teacher").context is None
+    with pytest.raises(TeacherServerError, match="max_model_len of 'other' is .*: expected the c"):
+        TeacherServer(served.url)
+    served.faults.models[0]["max_model_len"] = 32.0
+    assert TeacherServer(served.url).context == 32
+
+
 # --- the first look ----------------------------------------------------------------------------
 
 

@@ -97,8 +97,10 @@ class TrOPDConfig(DistillationConfig):
         at temperature 1. `teacher_model_name_or_path` is then the served name, if the server has
         several. Its tokenizer is checked where the server offers /tokenize, its log-probs by a
         first request before a model is loaded, and each prompt against the context that it states:
-        it needs room for prompt, max_completion_length and one token. eopd's threshold is compared
-        with a lower bound of the teacher's entropy, which is what a top-k gives.
+        it needs room for prompt, max_completion_length and one token. Text that it writes
+        (prefixes, lmbda below 1) is sampled by temperature, top_p, top_k, min_p and
+        repetition_penalty; generation_kwargs are not sent. eopd's threshold is compared with a
+        lower bound of the teacher's entropy, which is what a top-k gives.
     teacher_server_timeout: seconds that one attempt of a request may take, from connecting to the
         last byte of the answer.
     teacher_server_retries: attempts after the first, of a request that fails in transport, in time,

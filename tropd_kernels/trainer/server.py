@@ -93,7 +93,7 @@ class TeacherServer:
         self._known_ids = 0  # the teacher has the ids below
         self._contexts = self._served_models(required=model is None)
         self.model = next(iter(self._contexts)) if model is None else model
-        self.context = self._contexts.get(self.model)
+        self.context = self._read_context(self._contexts.get(self.model))
 
     def check_scores(self, top_k: int, tokens: int = 1) -> None:
         """Raises TeacherServerError where the server does not give log-probs of given tokens, or
@@ -229,18 +229,31 @@ class TeacherServer:
                 pool.shutdown(cancel_futures=True)
                 raise
 
-    def _served_models(self, required: bool) -> dict[str, int | None]:
-        """The names that the server lists, each with its context where it says one."""
+    def _read_context(self, sent: Any) -> int | None:
+        """Raises TeacherServerError for what is no number of tokens."""
+        if sent is None:
+            return None
+        if isinstance(sent, (int, float)) and not isinstance(sent, bool):
+            if sent >= 1 and sent == sent // 1:
+                return int(sent)
+        raise self._error(
+            "the list of models",
+            f"max_model_len of {self.model!r} is {sent!r:.40}: expected the context, a whole "
+            "number of at least 1 token, or null",
+        )
+
+    def _served_models(self, required: bool) -> dict[str, Any]:
+        """The names that the server lists, each with what it says of its context, or None."""
         what = "the list of models"
         response = self._request("GET", "/v1/models", None, what)
         entries = read_json(response.data).get("data") if response.status == 200 else None
-        contexts: dict[str, int | None] = {}
+        contexts: dict[str, Any] = {}
         for entry in entries if isinstance(entries, list) else []:
             if isinstance(entry, Mapping) and isinstance(entry.get("id"), str):
                 tokens = entry.get("max_model_len")
                 # An adapter's context is that of the model which it belongs to.
                 above = contexts.get(entry.get("parent") or "")
-                contexts[entry["id"]] = tokens if isinstance(tokens, int) else above
+                contexts[entry["id"]] = above if tokens is None else tokens
         if required and not contexts:
             raise self._refused(what, response, {})
         return contexts
