@@ -328,12 +328,12 @@ def _figures(function, arguments, compiled, target_name, seconds) -> Figures:
 
 
 def _with_ids(loops: list[Loop], kernel: str, id_bits: dict[str, int]) -> list[Loop]:
-    """Each loop with the ids that it reads. The sums are their kernel's last loop; the others look
-    for the top k, in the teacher's rows alone."""
+    """Each loop with the ids that it reads. The sums are the last two, of whole tiles and with
+    guards; before them the top k are looked for, in the teacher's rows alone."""
     walking = [i for i, loop in enumerate(loops) if loop.loads]
     every = sum(id_bits.values())
     teacher = sum(bits for name, bits in id_bits.items() if name.startswith("teacher"))
-    searches = walking[:-1] if kernel == "dense_sums_kernel" else []
+    searches = walking[:-2] if kernel == "dense_sums_kernel" else []
     return [
         replace(loop, ids=loop.row_bits / (teacher if i in searches else every))
         if i in walking

@@ -251,3 +251,41 @@ def test_entropies_are_the_same_bits_with_and_without_a_teacher(excluded, device
     alone = triton_rows.entropy(RowBatch(z, None, labels), options)
     beside = triton_rows.statistics(RowBatch(z, t, labels), options)[0][Stat.ENTROPY]
     assert torch.equal(alone, beside)
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["tropd", "tropd_bucket", "tropd_renormalize_both", "gkd", "skew_reverse", "akl", "todi"],
+)
+def test_excluded_ids_in_whole_tiles(name, device):
+    """Sums of whole tiles have no guards against 0 * inf, and a row that needs them is read again:
+    so is one whose KL is infinite by a probability that the quick exponential takes for 0."""
+    z, t = 3 * torch.randn(2, 5, 3000, dtype=torch.float64, device=device)
+    both, teachers, students = 20, 21, 22
+    z[0, both] = t[0, both] = -math.inf
+    t[1, teachers] = -math.inf
+    z[2, students], t[2, students] = -math.inf, -3.0
+    z[3, students], t[3, students] = -math.inf, 20.0  # on K
+    t[4], t[4, 5], t[4, 9] = -200.0, 0.0, -95.0  # q of id 9 is subnormal in float32
+    z[4, 9] = -math.inf
+    labels = torch.full((5,), 40, device=device)
+    uniforms = torch.full((5,), 0.9999, device=device)
+    exact = found(z, t, labels, OBJECTIVES[name], "reference", uniforms=uniforms.double())
+    ours = found(z.float(), t.float(), labels, OBJECTIVES[name], uniforms=uniforms)
+    torch.testing.assert_close(ours[0], exact[0].float(), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(ours[1], exact[1].float(), rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["tropd", "gkd"])
+def test_a_row_without_weight_has_no_gradient(name, device):
+    """... beside infinite terms, and in the buffer that held its logits."""
+    z, t = torch.randn(2, 2, 3000, device=device)
+    z[0, 7] = t[0, 8] = -math.inf
+    weight, uniforms = torch.tensor([[0.0, 1.0], [0.01, 0.01]], device=device)
+    labels = torch.tensor([1, 2], device=device)
+    batch = RowBatch(z, t, labels, weight=weight, uniforms=uniforms)
+    options = RowOptions(OBJECTIVES[name], LogitTransform(), LogitTransform())
+    _, coefs = triton_rows.forward(batch, options)
+    triton_rows.gradient(batch, coefs, options, out=z)
+    assert not z[0].any()
+    assert z[1].isfinite().all() and z[1].any()

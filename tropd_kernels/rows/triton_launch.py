@@ -22,6 +22,9 @@ WARPS, STATISTICS_UNROLL, SUMS_UNROLL = 8, 4, 2
 #: Warps of the sums that a gate asks of a tenth of the rows: each of those few has a processor to
 #: itself, so that what its threads have under way is all that is.
 ASKED_WARPS = 16
+#: Registers of a processor, and those that a thread can have. Left to choose, NVIDIA's compiler may
+#: make room for a second program beside one of 16 warps, and spill.
+REGISTERS, REGISTERS_A_THREAD = 65_536, 255
 #: Ids of a tile of the gradient kernel, 8 of them a thread.
 GRADIENT_BLOCK = 2048
 #: Of the kernel that sums columns, where a thread reads 16 bytes of two rows of half precision, and
@@ -44,12 +47,16 @@ def tile_options(
     if dtype == torch.float64:
         threads, unroll = threads // 2, unroll // 2
     lanes = min(threads * each, power_of_two(vocab_size))
-    return {
+    threads = max(WARP, min(threads, lanes // each))
+    options = {
         "LANES": lanes,
         "UNROLL": max(1, min(unroll, power_of_two(-(-vocab_size // lanes), least=1))),
-        "num_warps": max(1, min(threads, lanes // each) // WARP),
+        "num_warps": threads // WARP,
         **FUSION_OFF,
     }
+    if warps == ASKED_WARPS and WARP == 32:
+        options["maxnreg"] = min(REGISTERS // threads, REGISTERS_A_THREAD)
+    return options
 
 
 def block_options(vocab_size: int, dtype: torch.dtype) -> dict:

@@ -112,7 +112,8 @@ def _dense_sums(
         _columns(stats, coefs),
         ACC=_acc(coefs.dtype), **_transforms(options), **_gate_constants(rule),
         GENERATOR=rule.generator, TOP_K=rule.top_k if rule.uses_top_k else None,
-        TAIL=rule.top_k_tail, THRESHOLD_GIVEN=threshold_given,
+        TAIL=rule.top_k_tail, HAS_KL=rule.uses_forward_kl and rule.divergence != "akl",
+        THRESHOLD_GIVEN=threshold_given,
         BY_LANES=rule.uses_top_k and lanes_hold(rule.top_k, launch["LANES"]),
         SEARCH_BLOCK=min(1024, launch["LANES"]), **launch,
     )  # fmt: skip

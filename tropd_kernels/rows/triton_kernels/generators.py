@@ -4,11 +4,13 @@ import triton
 import triton.language as tl
 
 from .constants import INF
+from .exponential import _exp
 
 
 @triton.jit
-def _generator(lp, lq, p, q, KIND: tl.constexpr, C: tl.constexpr):
-    """q f(u) and p g of `generators.generator_terms`."""
+def _generator(lp, lq, p, q, KIND: tl.constexpr, C: tl.constexpr, GUARDED: tl.constexpr):
+    """q f(u) and p g of `generators.generator_terms`. Unless GUARDED, they may be 0 * inf = NaN
+    where a side excludes the id."""
     if (KIND == "jsd") | (KIND == "skew_forward") | (KIND == "skew_reverse") | (KIND == "topk_jsd"):
         # From the probabilities at hand; where both underflow, so do their products.
         smallest: tl.constexpr = (
@@ -16,8 +18,11 @@ def _generator(lp, lq, p, q, KIND: tl.constexpr, C: tl.constexpr):
         )
         m = tl.maximum(C * q + (1 - C) * p, smallest)
         lm = tl.log(m)
-        from_student = tl.where(p > 0, p * (lp - lm), 0.0)
-        from_teacher = tl.where(q > 0, q * (lq - lm), 0.0)
+        from_student = p * (lp - lm)
+        from_teacher = q * (lq - lm)
+        if GUARDED:
+            from_student = tl.where(p > 0, from_student, 0.0)
+            from_teacher = tl.where(q > 0, from_teacher, 0.0)
         both = q * (p / m)
         if KIND == "jsd":
             value = C * from_teacher + (1 - C) * from_student
@@ -33,7 +38,7 @@ def _generator(lp, lq, p, q, KIND: tl.constexpr, C: tl.constexpr):
             slope = C * (C - 1) * both
     elif (KIND == "alpha") | (KIND == "chi2"):
         neither = (lp == -INF) & (lq == -INF)
-        power = tl.where(neither, 0.0, tl.exp(C * lp + (1 - C) * lq))
+        power = tl.where(neither, 0.0, _exp(C * lp + (1 - C) * lq))
         factor: tl.constexpr = 2.0 if KIND == "chi2" else 1.0
         value = (power - C * p - (1 - C) * q) * (factor / (C * (C - 1)))
         slope = (power - p) * (factor / (C - 1))
@@ -41,13 +46,18 @@ def _generator(lp, lq, p, q, KIND: tl.constexpr, C: tl.constexpr):
         value = tl.abs(p - q) * 0.5
         slope = p * tl.where(p > q, 0.5, tl.where(p < q, -0.5, 0.0))
     else:
-        reverse = tl.where(p > 0, p * (lp - lq), 0.0)
+        reverse = p * (lp - lq)
+        if GUARDED:
+            reverse = tl.where(p > 0, reverse, 0.0)
         if KIND == "mopd":
             value = reverse - p + q
             slope = reverse
         else:  # todi
-            to_teacher = tl.where((p == 0) & (q == 0), 0.5, 1 / (1 + tl.exp(lp - lq)))
+            to_teacher = tl.where((p == 0) & (q == 0), 0.5, 1 / (1 + _exp(lp - lq)))
             away = tl.where(reverse == 0, 0.0, (1 - to_teacher) * reverse)
-            value = tl.where(q > 0, to_teacher * q * (lq - lp), 0.0) + away
+            forward = to_teacher * q * (lq - lp)
+            if GUARDED:
+                forward = tl.where(q > 0, forward, 0.0)
+            value = forward + away
             slope = away + (1 - to_teacher) * p - to_teacher * q
     return value, slope

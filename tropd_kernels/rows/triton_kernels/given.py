@@ -90,7 +90,7 @@ def given_sums_kernel(
         kl = tl.where(on_k & (q > 0), q * (lq - lp), 0.0)
         tl.store(sums + SUM_FORWARD_KL * rows, tl.sum(kl, 0))
         if GENERATOR is not None:
-            value, slope = _generator(lp, lq, p, q, GENERATOR, C)
+            value, slope = _generator(lp, lq, p, q, GENERATOR, C, True)
             tl.store(sums + SUM_VALUE * rows, tl.sum(tl.where(on_k, value, 0.0), 0))
             tl.store(sums + SUM_SLOPE * rows, tl.sum(tl.where(on_k, slope, 0.0), 0))
         tl.store(stats + TEACHER_TOPK_MASS * columns, teacher_mass)

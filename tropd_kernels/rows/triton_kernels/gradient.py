@@ -24,6 +24,7 @@ from .constants import (
     TEACHER_LOG_SUM,
     TEACHER_MAX,
 )
+from .exponential import _exp
 from .generators import _generator
 from .given import _given, _on_k
 from .logits import _cap, _load_logits
@@ -53,11 +54,12 @@ def _coefs(coefs, columns, HAS_P_TOP_K: tl.constexpr):
 @triton.jit
 def _student_terms(
     z, top, log_sum, p_weight, entropy, entropy_weight, SCALE: tl.constexpr, CAP: tl.constexpr,
-    TEMPERATURE: tl.constexpr, HAS_ENTROPY: tl.constexpr,
+    TEMPERATURE: tl.constexpr, HAS_ENTROPY: tl.constexpr, HAS_P_TOP_K: tl.constexpr,
 ):  # fmt: skip
     """lp, p, the part of the gradient that needs no teacher, and the chain factor to raw logits."""
     lp = (z - top) - log_sum
-    p = tl.exp(lp)
+    # Weights on K reach e^80, beside which a subnormal p is something.
+    p = tl.exp(lp) if HAS_P_TOP_K else _exp(lp)
     d = p * p_weight
     if HAS_ENTROPY:
         inner = tl.where(p > 0, lp + entropy, 0.0)
@@ -75,10 +77,10 @@ def _top_k_terms(
 ):  # fmt: skip
     """What the ids of K add to the gradient, beside another weight of p; `weight` is the
     generator's."""
-    q = tl.exp(lq)
+    q = _exp(lq)
     d = -q * q_weight
     if GENERATOR is not None:
-        _, slope = _generator(lp, lq, p, q, GENERATOR, C)
+        _, slope = _generator(lp, lq, p, q, GENERATOR, C, True)
         d += tl.where(weight != 0, slope * weight, 0.0)
     return d
 
@@ -93,8 +95,8 @@ def gradient_kernel(
     C: tl.constexpr, GENERATOR: tl.constexpr, PARTS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """d_logits of one part of a row, each element written once. `out` may be `student`: an element
-    is read before it is written, by the same program. The loads of a row that has no weight, or of
-    a teacher row that no coefficient asks for, are masked off and move no bytes."""
+    is read before it is written, by the same program. A row that has no weight, or a teacher row
+    that no coefficient asks for, is not read."""
     row = tl.num_programs(0) - 1 - tl.program_id(0).to(tl.int64)
     part = PARTS - 1 - tl.program_id(1)
     student += row * student_stride
@@ -108,21 +110,26 @@ def gradient_kernel(
         p_weight, p_top_k_weight, reverse_weight, entropy_weight, q_weight, label_weight,
         generator_weight, active, needs_teacher,
     ) = _coefs(coefs, coef_stride, HAS_P_TOP_K)  # fmt: skip
-    limit = tl.where(active, vocab_size, 0)
     if teacher is not None:
         teacher += row * teacher_stride
+        # Of a row that is not asked for, ids are as if the teacher excluded them, and none is on K.
         t_limit = tl.where(needs_teacher, vocab_size, 0)
-        t_top = tl.load(coefs + TEACHER_MAX * coef_stride)
-        t_log_sum = tl.load(coefs + TEACHER_LOG_SUM * coef_stride)
-        threshold = tl.load(coefs + C_THRESHOLD * coef_stride)
+        t_top = tl.where(needs_teacher, tl.load(coefs + TEACHER_MAX * coef_stride), 0.0)
+        t_log_sum = tl.where(needs_teacher, tl.load(coefs + TEACHER_LOG_SUM * coef_stride), 0.0)
+        threshold = tl.where(needs_teacher, tl.load(coefs + C_THRESHOLD * coef_stride), INF)
         reverse_kl = tl.load(coefs + C_REVERSE_KL * coef_stride)
     tiles = tl.cdiv(vocab_size, BLOCK)
     each = tl.cdiv(tiles, PARTS)
     last = tl.minimum((part + 1) * each, tiles) - 1
-    for back in range(last + 1 - part * each):
+    count = last + 1 - part * each
+    for back in range(tl.where(active, 0, count)):  # a row without weight
         cols = (last - back) * BLOCK + tl.arange(0, BLOCK)
+        tl.store(out + cols, tl.zeros((BLOCK,), out.dtype.element_ty), mask=cols < vocab_size)
+    for back in range(tl.where(active, count, 0)):
+        low = (last - back) * BLOCK
+        cols = low + tl.arange(0, BLOCK)
         mask = cols < vocab_size
-        z = _load_logits(student, student_bias, cols, cols < limit, ACC, SCALE, CAP, TEMPERATURE)
+        z = _load_logits(student, student_bias, cols, mask, ACC, SCALE, CAP, TEMPERATURE)
         weight = p_weight
         if teacher is not None:
             t = _load_logits(
@@ -134,6 +141,7 @@ def gradient_kernel(
                 weight = tl.where(lq >= threshold, p_top_k_weight, p_weight)
         lp, p, d, chain = _student_terms(
             z, top, log_sum, weight, entropy, entropy_weight, SCALE, CAP, TEMPERATURE, HAS_ENTROPY,
+            HAS_P_TOP_K,
         )  # fmt: skip
         if teacher is not None:
             more = _top_k_terms(lp, p, lq, q_weight, generator_weight, GENERATOR, C)
@@ -146,10 +154,10 @@ def gradient_kernel(
                 more += tl.where(
                     reverse_weight != 0, tl.where(p > 0, reverse_weight * p * inner, 0.0), 0.0
                 )
-            d += tl.where(needs_teacher, more, 0.0)
-        d -= tl.where(cols == label, label_weight, 0.0)
-        d = tl.where(active, d * chain, 0.0)
-        tl.store(out + cols, d.to(out.dtype.element_ty), mask=mask)
+            d += more
+        if (label >= low) & (label < low + BLOCK):
+            d -= tl.where(cols == label, label_weight, 0.0)
+        tl.store(out + cols, (d * chain).to(out.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -185,7 +193,7 @@ def given_grad_kernel(
         tl.load(coefs + STUDENT_LOG_SUM * coef_stride),
         p_top_k_weight if HAS_P_TOP_K else p_weight,
         tl.load(coefs + C_ENTROPY * coef_stride), entropy_weight,
-        SCALE, CAP, TEMPERATURE, HAS_ENTROPY,
+        SCALE, CAP, TEMPERATURE, HAS_ENTROPY, HAS_P_TOP_K,
     )  # fmt: skip
     d += _top_k_terms(lp, p, lq, q_weight, generator_weight, GENERATOR, C)
     d -= tl.where(id_ == tl.load(labels + row), label_weight, 0.0)

@@ -18,7 +18,7 @@ def _cap(z, SCALE: tl.constexpr, CAP: tl.constexpr, TEMPERATURE: tl.constexpr):
     """Scale, soft cap, temperature. tanh(x) = 2 sigmoid(2 x) - 1 saturates cleanly at both ends."""
     z = z * SCALE
     if CAP is not None:
-        z = (2 / (1 + tl.exp(z * (-2 / CAP))) - 1) * CAP
+        z = (2 / (1 + _exp(z * (-2 / CAP))) - 1) * CAP
     return z / TEMPERATURE
 
 

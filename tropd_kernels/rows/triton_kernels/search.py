@@ -4,6 +4,7 @@ import triton
 import triton.language as tl
 
 from .constants import INF
+from .exponential import _exp
 from .logits import _load_logits
 
 
@@ -49,7 +50,7 @@ def _search(
             lq = (t - base) - log_sum
             weight = tl.where(mask, 1.0, 0.0).to(ACC)
             if BY_MASS:
-                weight = tl.exp(lq)
+                weight = _exp(lq)
             reached += tl.sum(tl.where(_reach(lq, pivots, ACC), weight[None, :], 0.0), 1)
         found, _ = _choose(found, digit, reached, target, DIGITS)
     return _from_bits(found, ACC)

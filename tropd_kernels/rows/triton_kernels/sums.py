@@ -21,6 +21,7 @@ from .constants import (
     TEACHER_TAIL,
     TEACHER_TOPK_MASS,
 )
+from .exponential import _exp
 from .gate import _row_gate
 from .generators import _generator
 from .logits import _load_logits, _lowest, _tile
@@ -35,14 +36,15 @@ def dense_sums_kernel(
     TEACHER_CAP: tl.constexpr, TEMPERATURE: tl.constexpr,
     GATE: tl.constexpr, OUTLIER_IS: tl.constexpr, TAU: tl.constexpr, KL_ENTROPY: tl.constexpr,
     DIVERGENCE: tl.constexpr, C: tl.constexpr, LOG_C: tl.constexpr, LOG_1_C: tl.constexpr,
-    GENERATOR: tl.constexpr, TOP_K: tl.constexpr, TAIL: tl.constexpr,
+    GENERATOR: tl.constexpr, TOP_K: tl.constexpr, TAIL: tl.constexpr, HAS_KL: tl.constexpr,
     THRESHOLD_GIVEN: tl.constexpr, BY_LANES: tl.constexpr,
     UNROLL: tl.constexpr, LANES: tl.constexpr, SEARCH_BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Sums over K (or the vocabulary) for a row that needs them; a row that does not costs
     nothing. THRESHOLD_GIVEN: K, or the head of AKL, is that of the threshold in coefs, of rows of
-    which these are a part. BY_LANES: the k-th largest is first looked for among the largest of
-    each lane, and in the whole row only where the sums find too many above it."""
+    which these are a part. HAS_KL: the forward KL is one of the sums. BY_LANES: the k-th largest is
+    first looked for among the largest of each lane, and in the whole row only where the sums find
+    too many above it. Sums that come out infinite or NaN are made again, with guards."""
     row = tl.program_id(0).to(tl.int64)
     gate = _row_gate(
         row, old_log_probs, advantages, uniforms, prefix, entropy_threshold, stats, columns,
@@ -86,29 +88,35 @@ def dense_sums_kernel(
                 teacher, teacher_bias, t_top, t_log_sum, target, vocab_size, ACC,
                 TEACHER_SCALE, TEACHER_CAP, TEMPERATURE, LANES,
             )  # fmt: skip
+        TILE: tl.constexpr = UNROLL * LANES
+        whole = vocab_size // TILE * TILE
+        search = 0 if BY_LANES else 1  # whether K is to be found in the row itself
         unknown = 1  # whether the sums are
-        FIRST: tl.constexpr = 0 if BY_LANES or not SEARCHED else 1
-        for attempt in range(FIRST, 2):
-            if unknown == 1:
-                if SEARCHED:
-                    if attempt == 1:
-                        kth = _search(
-                            teacher, teacher_bias, t_top, t_log_sum, target, vocab_size, False,
-                            ACC, TEACHER_SCALE, TEACHER_CAP, TEMPERATURE, SEARCH_BLOCK,
-                        )  # fmt: skip
-                    threshold = _threshold(kth, ACC, TEACHER_CAP)
-                (
-                    student_mass, teacher_mass, student_tail, teacher_tail, log_mass, forward_kl,
-                    value_sum, slope_sum, above,
-                ) = _sums(
-                    student, teacher, student_bias, teacher_bias, top, log_sum, t_top, t_log_sum,
-                    threshold, kth, vocab_size, ACC, SCALE, CAP, TEACHER_SCALE, TEACHER_CAP,
-                    TEMPERATURE, C, GENERATOR, DIVERGENCE, TAIL, SEARCHED and BY_LANES,
-                    UNROLL, LANES,
-                )  # fmt: skip
-                unknown = 0
-                if SEARCHED and BY_LANES:
-                    unknown = tl.where(above < target, 0, 1)
+        while unknown == 1:
+            if SEARCHED:
+                if search == 1:
+                    kth = _search(
+                        teacher, teacher_bias, t_top, t_log_sum, target, vocab_size, False,
+                        ACC, TEACHER_SCALE, TEACHER_CAP, TEMPERATURE, SEARCH_BLOCK,
+                    )  # fmt: skip
+                threshold = _threshold(kth, ACC, TEACHER_CAP)
+            (
+                student_mass, teacher_mass, student_tail, teacher_tail, log_mass, forward_kl,
+                value_sum, slope_sum, above,
+            ) = _sums(
+                student, teacher, student_bias, teacher_bias, top, log_sum, t_top, t_log_sum,
+                threshold, kth, whole, vocab_size, ACC, SCALE, CAP, TEACHER_SCALE, TEACHER_CAP,
+                TEMPERATURE, C, GENERATOR, DIVERGENCE, TAIL, TOP_K is not None, HAS_KL,
+                SEARCHED and BY_LANES, UNROLL, LANES,
+            )  # fmt: skip
+            size = tl.abs(forward_kl) + tl.abs(value_sum) + tl.abs(slope_sum)
+            unknown = tl.where((size < INF) | (whole == 0), 0, 1)
+            whole = tl.where(size < INF, whole, 0)
+            if SEARCHED and BY_LANES:  # and found wanting, once
+                search = tl.where((above >= target) & (search == 0), 1, 2)
+                unknown = tl.where(search == 1, 1, unknown)
+            else:
+                search = 2
     if TOP_K is not None:  # AKL's gradient is not confined to its head
         tl.store(coefs + C_THRESHOLD * columns, threshold)
         unasked = tl.where(needed, 0.0, float("nan"))
@@ -139,13 +147,15 @@ def _threshold(kth, ACC: tl.constexpr, TEACHER_CAP: tl.constexpr):
 @triton.jit
 def _sums(
     student, teacher, student_bias, teacher_bias, top, log_sum, t_top, t_log_sum, threshold, kth,
-    vocab_size, ACC: tl.constexpr, SCALE: tl.constexpr, CAP: tl.constexpr,
+    whole, vocab_size, ACC: tl.constexpr, SCALE: tl.constexpr, CAP: tl.constexpr,
     TEACHER_SCALE: tl.constexpr, TEACHER_CAP: tl.constexpr, TEMPERATURE: tl.constexpr,
     C: tl.constexpr, GENERATOR: tl.constexpr, DIVERGENCE: tl.constexpr, TAIL: tl.constexpr,
-    COUNT: tl.constexpr, UNROLL: tl.constexpr, LANES: tl.constexpr,
+    ON_K: tl.constexpr, HAS_KL: tl.constexpr, COUNT: tl.constexpr, UNROLL: tl.constexpr,
+    LANES: tl.constexpr,
 ):  # fmt: skip
     """One pass over a row: its sums, tails only for a bucket of them, the log of the student's mass
-    only where both sides are renormalised, and how many ids exceed `kth`."""
+    only where both sides are renormalised, and how many ids exceed `kth`. ON_K: of a set K. From
+    the id `whole` on, tiles are GUARDED."""
     p_on = tl.zeros((LANES,), ACC)
     q_on = tl.zeros((LANES,), ACC)
     p_off = tl.zeros((LANES,), ACC)
@@ -156,39 +166,20 @@ def _sums(
     k_top = tl.full((LANES,), _lowest(ACC), ACC)
     k_mass = tl.zeros((LANES,), ACC)
     above = tl.zeros((LANES,), tl.int32)
-    for start in range(0, vocab_size, UNROLL * LANES):
-        cols = _tile(start, UNROLL, LANES)
-        mask = cols < vocab_size
-        z = _load_logits(student, student_bias, cols, mask, ACC, SCALE, CAP, TEMPERATURE)
-        t = _load_logits(
-            teacher, teacher_bias, cols, mask, ACC, TEACHER_SCALE, TEACHER_CAP, TEMPERATURE
-        )
-        lp = (z - top) - log_sum
-        lq = (t - t_top) - t_log_sum
-        p = tl.exp(lp)
-        q = tl.exp(lq)
-        on_k = mask & (lq >= threshold)
-        p_on += tl.sum(tl.where(on_k, p, 0.0), 0)
-        q_on += tl.sum(tl.where(on_k, q, 0.0), 0)
-        kl += tl.sum(tl.where(on_k & (q > 0), q * (lq - lp), 0.0), 0)
-        if COUNT:
-            above += tl.sum((lq > kth).to(tl.int32), 0)
-        if TAIL == "bucket":
-            p_off += tl.sum(tl.where(on_k, 0.0, p), 0)
-            q_off += tl.sum(tl.where(on_k, 0.0, q), 0)
-        if TAIL == "renormalize_both":
-            on_lp = tl.where(on_k, lp, -INF)
-            new = tl.maximum(k_top, tl.max(on_lp, 0))
-            k_mass = k_mass * tl.exp(k_top - new) + tl.sum(tl.exp(on_lp - new[None, :]), 0)
-            k_top = new
-        if GENERATOR is not None:
-            value, slope = _generator(lp, lq, p, q, GENERATOR, C)
-            values += tl.sum(tl.where(on_k, value, 0.0), 0)
-            slopes += tl.sum(tl.where(on_k, slope, 0.0), 0)
-        elif DIVERGENCE == "akl":
-            gap = tl.where(mask, tl.abs(p - q), 0.0)
-            values += tl.sum(tl.where(on_k, gap, 0.0), 0)
-            slopes += tl.sum(tl.where(on_k, 0.0, gap), 0)
+    for start in range(0, whole, UNROLL * LANES):
+        p_on, q_on, p_off, q_off, kl, values, slopes, k_top, k_mass, above = _add_tile(
+            p_on, q_on, p_off, q_off, kl, values, slopes, k_top, k_mass, above, start,
+            student, teacher, student_bias, teacher_bias, top, log_sum, t_top, t_log_sum,
+            threshold, kth, vocab_size, False, ACC, SCALE, CAP, TEACHER_SCALE, TEACHER_CAP,
+            TEMPERATURE, C, GENERATOR, DIVERGENCE, TAIL, ON_K, HAS_KL, COUNT, UNROLL, LANES,
+        )  # fmt: skip
+    for start in range(whole, vocab_size, LANES):
+        p_on, q_on, p_off, q_off, kl, values, slopes, k_top, k_mass, above = _add_tile(
+            p_on, q_on, p_off, q_off, kl, values, slopes, k_top, k_mass, above, start,
+            student, teacher, student_bias, teacher_bias, top, log_sum, t_top, t_log_sum,
+            threshold, kth, vocab_size, True, ACC, SCALE, CAP, TEACHER_SCALE, TEACHER_CAP,
+            TEMPERATURE, C, GENERATOR, DIVERGENCE, TAIL, ON_K, HAS_KL, COUNT, 1, LANES,
+        )  # fmt: skip
     log_mass = tl.full((), 0.0, ACC)
     if TAIL == "renormalize_both":
         highest = tl.max(k_top, 0)
@@ -198,3 +189,66 @@ def _sums(
         tl.sum(p_on, 0), tl.sum(q_on, 0), tl.sum(p_off, 0), tl.sum(q_off, 0), log_mass,
         tl.sum(kl, 0), tl.sum(values, 0), tl.sum(slopes, 0), tl.sum(above, 0),
     )  # fmt: skip
+
+
+@triton.jit
+def _add_tile(
+    p_on, q_on, p_off, q_off, kl, values, slopes, k_top, k_mass, above, start,
+    student, teacher, student_bias, teacher_bias, top, log_sum, t_top, t_log_sum, threshold, kth,
+    vocab_size, GUARDED: tl.constexpr, ACC: tl.constexpr, SCALE: tl.constexpr, CAP: tl.constexpr,
+    TEACHER_SCALE: tl.constexpr, TEACHER_CAP: tl.constexpr, TEMPERATURE: tl.constexpr,
+    C: tl.constexpr, GENERATOR: tl.constexpr, DIVERGENCE: tl.constexpr, TAIL: tl.constexpr,
+    ON_K: tl.constexpr, HAS_KL: tl.constexpr, COUNT: tl.constexpr, UNROLL: tl.constexpr,
+    LANES: tl.constexpr,
+):  # fmt: skip
+    """The lanes' sums with one more tile, which where it is GUARDED may reach beyond the row, and
+    where 0 * inf is 0; else NaN."""
+    cols = _tile(start, UNROLL, LANES)
+    mask = cols < vocab_size if GUARDED else None
+    z = _load_logits(student, student_bias, cols, mask, ACC, SCALE, CAP, TEMPERATURE)
+    t = _load_logits(
+        teacher, teacher_bias, cols, mask, ACC, TEACHER_SCALE, TEACHER_CAP, TEMPERATURE
+    )
+    lp = (z - top) - log_sum
+    lq = (t - t_top) - t_log_sum
+    p = tl.exp(lp) if GUARDED else _exp(lp)
+    q = tl.exp(lq) if GUARDED else _exp(lq)
+    on_k = lq >= threshold  # padding is not, as nothing that the teacher excludes
+    p_on += _sum_where(on_k, p, ON_K)
+    if HAS_KL or ON_K:
+        q_on += _sum_where(on_k, q, ON_K)
+    if HAS_KL:
+        term = q * (lq - lp)
+        if GUARDED:
+            term = tl.where(q > 0, term, 0.0)
+        kl += _sum_where(on_k, term, ON_K)
+    if COUNT:
+        above += tl.sum((lq > kth).to(tl.int32), 0)
+    if TAIL == "bucket":
+        p_off += tl.sum(tl.where(on_k, 0.0, p), 0)
+        q_off += tl.sum(tl.where(on_k, 0.0, q), 0)
+    if TAIL == "renormalize_both":
+        on_lp = tl.where(on_k, lp, -INF)
+        new = tl.maximum(k_top, tl.max(on_lp, 0))
+        k_mass = k_mass * _exp(k_top - new) + tl.sum(_exp(on_lp - new[None, :]), 0)
+        k_top = new
+    if GENERATOR is not None:
+        value, slope = _generator(lp, lq, p, q, GENERATOR, C, GUARDED)
+        if GUARDED:
+            value = tl.where(mask, value, 0.0)
+            slope = tl.where(mask, slope, 0.0)
+        values += _sum_where(on_k, value, ON_K)
+        slopes += _sum_where(on_k, slope, ON_K)
+    elif DIVERGENCE == "akl":
+        gap = tl.abs(p - q)
+        values += tl.sum(tl.where(on_k, gap, 0.0), 0)
+        slopes += tl.sum(tl.where(on_k, 0.0, gap), 0)
+    return p_on, q_on, p_off, q_off, kl, values, slopes, k_top, k_mass, above
+
+
+@triton.jit
+def _sum_where(on_k, value, ON_K: tl.constexpr):
+    """Over a tile's first axis: on K, or where there is no such set, of all."""
+    if ON_K:
+        value = tl.where(on_k, value, 0.0)
+    return tl.sum(value, 0)
