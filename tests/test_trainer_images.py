@@ -2,15 +2,8 @@
 
 from __future__ import annotations
 
-import inspect
-from types import SimpleNamespace
-
 import pytest
 import torch
-from transformers.models.auto.modeling_auto import (
-    MODEL_FOR_CAUSAL_LM_MAPPING,
-    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
-)
 
 pytest.importorskip("trl", reason="the trainer needs trl")
 pytest.importorskip("PIL", reason="images need pillow")
@@ -22,7 +15,6 @@ from training import SGD, Spy
 from trl.data_utils import prepare_multimodal_messages
 
 from tropd_kernels.trainer import TrOPDConfig
-from tropd_kernels.trainer.fields import extend_token_fields, written_type
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
 LIMIT, PREFIX = 8, 4
@@ -169,46 +161,3 @@ def test_a_served_teacher_is_not_sent_images(tmp_path, row, settings):
         with pytest.raises(NotImplementedError, match="images are not sent to a teacher's server"):
             trainer.train()
         assert len(served.requests) == at_construction
-
-
-def test_fields_that_grow():
-    """Those of a number a token, whatever they are called; a processor may have padded them."""
-    prompts = [[1, 2, 3], [4, 5]]
-    fields = {
-        "token_type_ids": torch.tensor([[0, 1, 0], [0, 0, 1]]),
-        "of_tomorrow": [[7, 8, 9], [6, 5]],
-        "image_sizes": [[16, 8], [16, 8]],
-        "pixel_values": torch.ones(2, 3),
-    }
-    of_zeros, of_ones = (SimpleNamespace(model_type=kind) for kind in ("gemma3", "paligemma"))
-    found = extend_token_fields(fields, prompts, [2, 0], of_zeros)
-    assert found["token_type_ids"] == [[0, 1, 0, 0, 0], [0, 1]]
-    assert found["of_tomorrow"] == [[7, 8, 9, 0, 0], [6, 5]]
-    assert found["image_sizes"] == fields["image_sizes"]
-    assert found["pixel_values"] is fields["pixel_values"]
-    assert fields["of_tomorrow"] == [[7, 8, 9], [6, 5]]
-    found = extend_token_fields(fields, prompts, [2, 0], of_ones)
-    assert found["token_type_ids"] == [[0, 1, 0, 1, 1], [0, 1]]
-    assert found["of_tomorrow"] == [[7, 8, 9, 0, 0], [6, 5]]
-
-
-def test_written_tokens_have_the_type_that_generation_gives_them():
-    """Of each model that transformers can have write: a type that lets a written token see the ones
-    after it would leak the labels into the loss."""
-    classes = {
-        cls
-        for mapping in (MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING)
-        for classes in mapping.values()
-        for cls in (classes if isinstance(classes, tuple) else (classes,))
-    }
-    asked = set()
-    for cls in classes:
-        for name in TYPE_IDS:
-            if name not in inspect.signature(cls.forward).parameters:
-                continue
-            before = {name: torch.zeros(1, 1, dtype=torch.long)}
-            blank = cls.__new__(cls)  # the rule needs no weights
-            after = cls._update_model_kwargs_for_generation(blank, {}, before)
-            assert written_type(name, cls.config_class) == after[name][0, -1], cls
-            asked.add(cls.config_class.model_type)
-    assert {"gemma3", "paligemma", "qwen2_vl"} <= asked

@@ -2,7 +2,8 @@
 
 One each of the ways in which a model is told which tokens are images': `token_type_ids` (Gemma 3,
 whose image tokens attend to one another; PaliGemma, whose whole prompt does), `mm_token_type_ids`
-(Qwen2-VL and Qwen3.5, which count positions by them). torchvision is not needed.
+(Qwen2-VL and Qwen3.5, which count positions by them), and their ids alone (Aria, with a mask of its
+pixels). torchvision is not needed.
 """
 
 from __future__ import annotations
@@ -88,8 +89,22 @@ def _qwen3_5():
     return transformers.Qwen3_5ForConditionalGeneration(config)
 
 
+def _aria():
+    config = transformers.AriaConfig(
+        text_config=_TEXT | dict(model_type="aria_text", moe_num_experts=2, moe_topk=1,
+                                 moe_num_shared_experts=1),
+        vision_config=dict(model_type="idefics3_vision", hidden_size=32, intermediate_size=48,
+                           num_hidden_layers=1, num_attention_heads=2, image_size=980,
+                           patch_size=140),
+        projector_patch_to_query_dict={49: 4}, image_token_index=IDS[IMAGE],
+        tie_word_embeddings=False,
+    )  # fmt: skip
+    return transformers.AriaForConditionalGeneration(config)
+
+
 KINDS = {
-    "gemma3": _gemma3, "paligemma": _paligemma, "qwen2_vl": _qwen2_vl, "qwen3_5": _qwen3_5,
+    "aria": _aria, "gemma3": _gemma3, "paligemma": _paligemma, "qwen2_vl": _qwen2_vl,
+    "qwen3_5": _qwen3_5,
 }  # fmt: skip
 #: What the types of tokens, by the field's name, give to a token that a model writes, if not 0.
 WRITTEN = {"paligemma": {"token_type_ids": 1}}
@@ -119,6 +134,14 @@ def processor(kind: str) -> ProcessorMixin:
         template = _TEMPLATE.replace("PLACE", f"'{BEGIN}'")
         return transformers.Gemma3Processor(
             images, tokens, chat_template=template, image_seq_length=4
+        )
+    if kind == "aria":
+        module = pytest.importorskip("transformers.models.aria.image_processing_pil_aria")
+        images = module.AriaImageProcessorPil()
+        tokens.image_token, tokens.image_token_id = IMAGE, IDS[IMAGE]
+        template = _TEMPLATE.replace("PLACE", f"'{IMAGE}'")
+        return transformers.AriaProcessor(
+            images, tokens, chat_template=template, size_conversion={980: 4}
         )
     if kind == "paligemma":
         module = pytest.importorskip("transformers.models.siglip.image_processing_pil_siglip")

@@ -15,7 +15,6 @@ we rely on; a test holds them against the TRL that is installed.
 """
 
 import contextlib
-import inspect
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -46,7 +45,7 @@ from .checks import (
     stop_on_weights,
 )
 from .dropout import disable_dropout
-from .fields import extend_token_fields, mark_written
+from .fields import KeptFields, extend_token_fields, kept_fields, mark_written, reading
 from .loaded_teacher import load_teacher
 from .prefix import is_complete
 from .router import router_loss
@@ -90,7 +89,7 @@ ATTRIBUTES = (
     "_tokenizer", "_train_batch_size", "chat_template", "chat_template_kwargs", "eos_token_ids",
     "generation_config", "model_wrapped", "shuffle_dataset", "teacher_model", "use_vllm",
 )  # fmt: skip
-#: Further fields of a micro-batch that go to the backbone, where a processor made them.
+#: Of a processor's fields those that TRL's loss takes, in a batch with images.
 _MULTIMODAL = tuple(dict(HOOKS)["_get_last_hidden_state"].split()[5:])
 
 
@@ -172,6 +171,7 @@ class DistillationAdapter(DistillationTrainer):
         self._exact_loss: Tensor | None = None
         self._rows: list[dict] | None = None
         self._prefix_lengths: list[int] = []
+        self._kept_fields = KeptFields({}, {})
         self._evaluated = 0  # rows so far, of an evaluation
         self._part = ""  # which of several data sets that evaluation is of
 
@@ -380,7 +380,7 @@ class DistillationAdapter(DistillationTrainer):
     def _side(self, model: PreTrainedModel, head: Head, inputs: dict[str, Any]) -> Side:
         mask = torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], dim=1)
         check_width(mask.shape[1], model.config)
-        with _positions_behind_padding(model, mask):
+        with reading(model, inputs, **_positions_behind_padding(model, mask)):
             hidden = self._get_last_hidden_state(
                 model,
                 torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], dim=1),
@@ -409,6 +409,7 @@ class DistillationAdapter(DistillationTrainer):
         self._rows, self._prefix_lengths = inputs, [0] * len(inputs)
         output = super()._generate_and_score_completions(inputs)
         output |= mark_written(output, self.model.config)
+        output |= self._kept_fields.tensors(output, self.model.config)
         for part in ("prompt", "completion"):  # the teacher may not have the id of the padding
             ids, padding = output[f"{part}_ids"], output[f"{part}_mask"] == 0
             output[f"{part}_ids"] = ids.masked_fill(padding & (ids >= self._shared), 0)
@@ -444,6 +445,8 @@ class DistillationAdapter(DistillationTrainer):
             check_tokens(rows, prompt_ids)
             all_ids = torch.tensor([token for ids in prompt_ids for token in ids])
             check_ids(all_ids, self._shared, "prompt", self._tokenizer)
+            taken = () if images is None else _MULTIMODAL
+            self._kept_fields = kept_fields(multimodal_fields, prompt_ids, self.model, taken)
             given = self.given_completions(rows)
             if given is not None:
                 whole = [prompt + ids for prompt, ids in zip(prompt_ids, given)]
@@ -606,31 +609,17 @@ class DistillationAdapter(DistillationTrainer):
         return sampler
 
 
-@contextlib.contextmanager
-def _positions_behind_padding(model: PreTrainedModel, mask: Tensor) -> Iterator[None]:
-    """Counts positions from the first token that is no padding, as generation does.
+def _positions_behind_padding(model: PreTrainedModel, mask: Tensor) -> dict[str, Tensor]:
+    """position_ids (B, L) that count from the first token that is no padding, as generation does.
 
     TRL passes none, and a model would count the padding on the left: wrong where positions are
     learned (GPT-2), where a state is begun anew at position 0 (RecurrentGemma), or where the
     longest position chooses the scale of the others. Models of images have positions of several
-    dimensions, which they make themselves.
+    dimensions, which they make themselves: none for them.
     """
-    inner: Any = getattr(model, "get_base_model", None)  # of PEFT
-    base: Any = model if inner is None else inner()
-    backbone = base.base_model
-    takes = "position_ids" in inspect.signature(backbone.forward).parameters
-    if not takes or base.config.get_text_config() is not base.config:
-        yield
-        return
-
-    def add_positions(module, arguments, keywords):
-        return arguments, keywords | {"position_ids": (mask.cumsum(1) - 1).clamp_min(0)}
-
-    hook = backbone.register_forward_pre_hook(add_positions, with_kwargs=True)
-    try:
-        yield
-    finally:
-        hook.remove()
+    if model.config.get_text_config() is not model.config:
+        return {}
+    return {"position_ids": (mask.cumsum(1) - 1).clamp_min(0)}
 
 
 def _batch_file(process: int) -> str:

@@ -1,0 +1,142 @@
+"""Fields that a processor makes of prompts: what generation reads of them, the loss reads."""
+
+from __future__ import annotations
+
+import inspect
+from types import SimpleNamespace
+
+import pytest
+import torch
+import transformers
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+)
+
+pytest.importorskip("trl", reason="the trainer needs trl")
+
+import tiny
+from datasets import Dataset
+from training import Spy, make
+
+from tropd_kernels.trainer.fields import extend_token_fields, kept_fields, written_type
+
+pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
+TYPE_IDS = ("token_type_ids", "mm_token_type_ids")
+GPT2 = dict(kind=transformers.GPT2LMHeadModel, config=transformers.GPT2Config, n_layer=2, n_head=4)
+
+
+class Hidden(Spy):
+    """Keeps the student's hidden states."""
+
+    def distill(self, student, teacher, inputs, normalizer):
+        self.__dict__.setdefault("hidden", []).append(student.hidden.detach())
+        return super().distill(student, teacher, inputs, normalizer)
+
+
+def test_types_of_text(tmp_path):
+    """GPT-2 adds an embedding for type 0 too, which the loss has to do where generation did."""
+    gpt2 = dict(kind=transformers.GPT2LMHeadModel, config=transformers.GPT2Config)
+    talk = [[{"role": "user", "content": " ".join(tiny.WORDS[i : i + 1 + i % 3])}]
+            for i in range(4)]  # fmt: skip
+    trainer = make(
+        tmp_path, tiny.model(0, **gpt2), tiny.model(1, **gpt2), Dataset.from_dict({"prompt": talk}),
+        kind=Hidden, learning_rate=0.0, disable_dropout=True, per_device_train_batch_size=2,
+        gradient_accumulation_steps=2, pad_to_multiple_of=4,
+    )  # fmt: skip
+    names = ["input_ids", "token_type_ids", "attention_mask"]
+    trainer.processing_class.model_input_names = names
+    trainer.train()
+    assert len(trainer.hidden) == 2
+    for batch, found in zip(trainer.batches, trainer.hidden):
+        for i, mask in enumerate(batch["prompt_mask"]):
+            prompt = batch["prompt_ids"][i][mask.bool()]
+            completion = batch["completion_ids"][i][batch["completion_mask"][i].bool()]
+            ids = torch.cat([prompt, completion])[None]
+            with torch.no_grad():
+                alone = trainer.model.base_model(ids, token_type_ids=torch.zeros_like(ids))
+            alone = alone.last_hidden_state[0, len(prompt) - 1 : -1]
+            assert (found[i, : len(completion)] - alone).norm() <= 1e-4 * alone.norm()
+
+
+def reads(*names):
+    """A model whose backbone reads these."""
+    forward = eval(f"lambda self, {', '.join(names)}: None")
+    backbone = type("Backbone", (), {"forward": forward})()
+    return type("Model", (), {"forward": forward, "base_model": backbone})()
+
+
+def test_fields_that_are_refused():
+    """Rather than left out of the loss: generation reads them (Mllama, Idefics, Molmo 2)."""
+    pixels = torch.ones(2, 1, 4, 4)
+    for name, value in (
+        ("cross_attention_mask", torch.ones(2, 3, 1, 1)),
+        ("image_attention_mask", [[[1], [1]], [[1], [1]]]),
+        ("position_ids", [[1, 2], [1, 2]]),
+        ("pixel_rows", torch.ones(3)),
+    ):
+        fields = {"pixel_values": pixels, name: value, "for_nobody": [1]}
+        with pytest.raises(NotImplementedError, match=f"{name!r}, which it makes of the prompts"):
+            kept_fields(fields, [[1, 2], [3, 4]], reads("pixel_values", name), ["pixel_values"])
+
+
+def test_fields_that_are_taken_along():
+    fields = {
+        "pixel_values": torch.ones(2, 1), "pixel_mask": torch.ones(2, 3),
+        "labels": [[1, 2], [3, 4]], "moe_mm_token_type_ids": [[0, 0, 1], [1, 0]], "other": 1,
+    }  # fmt: skip
+    model = reads("pixel_values", "pixel_mask", "labels", "moe_mm_token_type_ids")
+    kept = kept_fields(fields, [[5, 6], [7, 8]], model, ["pixel_values"])
+    assert kept.types == {"moe_mm_token_type_ids": [[0, 1], [1, 0]]}
+    assert kept.pixels.keys() == {"pixel_mask"}
+    batch = {
+        "prompt_ids": torch.zeros(2, 4, dtype=torch.long),
+        "completion_ids": torch.zeros(2, 1, dtype=torch.long),
+        "pixel_values": torch.ones(2, 1), "num_images": [2, 0],
+    }  # fmt: skip
+    found = kept.tensors(batch, SimpleNamespace(model_type="ernie4_5_vl_moe"))
+    assert found["field:moe_mm_token_type_ids"].tolist() == [[0, 0, 0, 1, 0], [0, 0, 1, 0, 0]]
+    assert [len(part) for part in found["field:pixel_mask"]] == [2, 0]
+
+
+def test_fields_that_grow():
+    """Those of a number a token, whatever they are called; a processor may have padded them."""
+    prompts = [[1, 2, 3], [4, 5]]
+    fields = {
+        "token_type_ids": torch.tensor([[0, 1, 0], [0, 0, 1]]),
+        "of_tomorrow": [[7, 8, 9], [6, 5]],
+        "image_sizes": [[16, 8], [16, 8]],
+        "pixel_values": torch.ones(2, 3),
+    }
+    of_zeros, of_ones = (SimpleNamespace(model_type=kind) for kind in ("gemma3", "paligemma"))
+    found = extend_token_fields(fields, prompts, [2, 0], of_zeros)
+    assert found["token_type_ids"] == [[0, 1, 0, 0, 0], [0, 1]]
+    assert found["of_tomorrow"] == [[7, 8, 9, 0, 0], [6, 5]]
+    assert found["image_sizes"] == fields["image_sizes"]
+    assert found["pixel_values"] is fields["pixel_values"]
+    assert fields["of_tomorrow"] == [[7, 8, 9], [6, 5]]
+    found = extend_token_fields(fields, prompts, [2, 0], of_ones)
+    assert found["token_type_ids"] == [[0, 1, 0, 1, 1], [0, 1]]
+    assert found["of_tomorrow"] == [[7, 8, 9, 0, 0], [6, 5]]
+
+
+def test_written_tokens_have_the_type_that_generation_gives_them():
+    """Of each model that transformers can have write: a type that lets a written token see the ones
+    after it would leak the labels into the loss."""
+    classes = {
+        cls
+        for mapping in (MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING)
+        for classes in mapping.values()
+        for cls in (classes if isinstance(classes, tuple) else (classes,))
+    }
+    asked = set()
+    for cls in classes:
+        for name in TYPE_IDS:
+            if name not in inspect.signature(cls.forward).parameters:
+                continue
+            before = {name: torch.zeros(1, 1, dtype=torch.long)}
+            blank = cls.__new__(cls)  # the rule needs no weights
+            after = cls._update_model_kwargs_for_generation(blank, {}, before)
+            assert written_type(name, cls.config_class) == after[name][0, -1], cls
+            asked.add(cls.config_class.model_type)
+    assert {"gemma3", "paligemma", "qwen2_vl"} <= asked
