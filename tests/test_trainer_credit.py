@@ -19,7 +19,7 @@ from tropd_kernels.draws import bernoulli_uniforms
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
 CREDIT = dict(kl_discount_factor=0.9, importance_gamma=0.5)
 PROMPT, COMPLETION = [6, 7], [8, 9, 10, 11]
-IDS, LOG_PROBS = [[20, 21]] * 4, [[-0.5, -1.5]] * 4
+IDS, LOG_PROBS = [[20, 21]] * 4, [[-3.5, -4.5]] * 4  # beside what COMPLETION has
 
 
 def run(folder, label_log_probs, **settings):
