@@ -297,7 +297,9 @@ def test_every_step_comes_where_some_break(tmp_path, carried, monkeypatch, capsy
         assert state.pop("smoke graph") == "skipped"
         assert "skipped, needs a GPU" in printed and "smoke graph" in printed
     steps = {name.split()[0] for name, how in state.items() if how == "done"}
-    assert steps >= {"facts", "smoke", "gemms", "rows", "headline", "chunks", "rivals", "tests"}
+    assert steps >= {"facts", "smoke", "gemms", "rows", "headline", "chunks", "rivals", "tests"}, (
+        printed
+    )
     assert set(state.values()) <= {"done", "skipped"}, printed
     assert "rivals' wheels: rival-1.0" in printed and "torn-2.0" in printed
     # The tables come last, with the headline at their end.

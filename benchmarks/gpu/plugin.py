@@ -13,9 +13,8 @@ from pathlib import Path
 import pytest
 
 from benchmarks import records
+from benchmarks.gpu.suite import PASSED
 
-#: Environment: an earlier call's records.
-PASSED = "TROPD_PASSED"
 #: What torch says where nothing works any more in a process.
 LOST = ("illegal memory access", "device-side assert", "unspecified launch failure",
         "misaligned address", "an illegal instruction")  # fmt: skip

@@ -18,8 +18,8 @@ from collections.abc import Sequence
 
 import pytest
 
-from benchmarks.gpu import plugin
-
+#: Environment of pytest's processes: an earlier call's records.
+PASSED = "TROPD_PASSED"
 #: By what is most worth knowing first.
 SUITES = (
     "tests/test_correctness.py", "tests/test_triton_rows.py", "tests/test_numbers.py",
@@ -45,7 +45,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--passed", help="an earlier call's records: what passed is left out")
     options = parser.parse_args(arguments)
     if options.passed:
-        os.environ[plugin.PASSED] = options.passed
+        os.environ[PASSED] = options.passed
     workers = 1 if options.where else min(WORKERS, (os.cpu_count() or 2) // 2)
     status = pytest.main(options_of(options.where, workers))
     ran = (pytest.ExitCode.TESTS_FAILED, pytest.ExitCode.NO_TESTS_COLLECTED)
