@@ -15,6 +15,7 @@ from training import SGD, Spy
 from trl.data_utils import prepare_multimodal_messages
 
 from tropd_kernels.trainer import TrOPDConfig
+from tropd_kernels.trainer.prefix import row_images
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
 LIMIT, PREFIX = 8, 4
@@ -30,19 +31,20 @@ class Hidden(Spy):
 
 
 def make(folder, kind, data, **settings):
-    args = TrOPDConfig(
-        str(folder), max_steps=1, per_device_train_batch_size=8, max_completion_length=LIMIT,
-        bf16=False, use_cpu=True, report_to="none", save_strategy="no", disable_tqdm=True,
+    defaults = dict(
+        max_steps=1, per_device_train_batch_size=8, max_completion_length=LIMIT, bf16=False,
+        use_cpu=True, report_to="none", save_strategy="no", disable_tqdm=True,
         gradient_checkpointing=False, seed=5, objective="gkd",
-        generation_kwargs={"do_sample": False}, **SGD | {"learning_rate": 0.0} | settings,
+        generation_kwargs={"do_sample": False}, **SGD | {"learning_rate": 0.0},
     )  # fmt: skip
+    args = TrOPDConfig(str(folder), **(defaults | settings))
     student, teacher = (vision.model(kind, seed) for seed in (0, 1))
     return Hidden(student, teacher, args, data, processing_class=vision.processor(kind))
 
 
 def by_hand(processor, row) -> dict[str, torch.Tensor]:
     """What a model gets of this row's prompt alone."""
-    messages = prepare_multimodal_messages(row["prompt"], images=[row["image"]])
+    messages = prepare_multimodal_messages(row["prompt"], images=row_images(row))
     made = processor.apply_chat_template(
         [messages], add_generation_prompt=True, tokenize=True, return_dict=True,
         return_tensors="pt",
@@ -79,14 +81,51 @@ def greedily(model, kind, fields, ids):
     return ids
 
 
-def rows_of(trainer, data):
+def rows_of(trainer, data, batch=None):
     """Each completion of the batch with its row of the data set, found by its prompt's words."""
-    (batch,) = trainer.batches
     rows = {tuple(by_hand(trainer.processing_class, row)["input_ids"][0].tolist()): row
             for row in data}  # fmt: skip
+    if batch is None:
+        (batch,) = trainer.batches
     for i, (ids, mask) in enumerate(zip(batch["prompt_ids"], batch["prompt_mask"])):
         completion = batch["completion_ids"][i][batch["completion_mask"][i].bool()].tolist()
         yield i, rows[tuple(ids[mask.bool()].tolist())], completion
+
+
+def compare_hidden(trainer, kind, fields, completion, found):
+    """Both sides' hidden states of a row (C, H) with those of the row alone."""
+    for model, hidden in zip((trainer.model, trainer.teacher_model), found, strict=True):
+        start = fields["input_ids"].shape[1] - 1
+        alone = hidden_states(model, followed(kind, fields, completion))[start:-1]
+        # float32; a token out of place differs by a percent and more.
+        error = (hidden[: len(completion)] - alone).norm()
+        assert error <= 1e-4 * alone.norm()
+
+
+def some_images(column):
+    """Rows with two images, with one and with none, or with one and with none."""
+    numbers = [[0, 5], [], [2], []] if column == "images" else [[0], [], [2], [3]]
+    for i, of_row in enumerate(numbers):
+        images = [vision.image(number) for number in of_row]
+        given = {"images": images} if column == "images" else {"image": (images or [None])[0]}
+        yield given | {"prompt": [{"role": "user", "content": " ".join(tiny.WORDS[i : 2 * i + 1])}]}
+
+
+# PaliGemma's processor takes only prompts of one length, and an image in each.
+@pytest.mark.parametrize(("column", "size"), [("images", 4), ("images", 1), ("image", 2)])
+@pytest.mark.parametrize("kind", sorted(vision.KINDS.keys() - {"paligemma"}))
+def test_rows_without_an_image_among_others(tmp_path, kind, column, size):
+    """... also where a micro-batch has none at all."""
+    data = list(some_images(column))
+    sizes = dict(per_device_train_batch_size=size, gradient_accumulation_steps=4 // size)
+    trainer = make(tmp_path, kind, data, **sizes)
+    trainer.train()
+    assert len(trainer.batches) == 4 // size
+    for batch, hidden in zip(trainer.batches, trainer.hidden, strict=True):
+        for i, row, completion in rows_of(trainer, data, batch):
+            fields = by_hand(trainer.processing_class, row)
+            assert completion == greedily(trainer.model, kind, fields, [])
+            compare_hidden(trainer, kind, fields, completion, [of[i] for of in hidden])
 
 
 @pytest.mark.parametrize("writer", ["column", "teacher"])
@@ -115,12 +154,7 @@ def test_a_prefix_of_rows_with_images(tmp_path, kind, writer):
         assert completion == greedily(models[0], kind, fields, completion[:length])
         lengths.add(length)
         gone_on += len(completion) > length
-        for model, found in zip(models, trainer.hidden[0]):
-            start = fields["input_ids"].shape[1] - 1
-            alone = hidden_states(model, followed(kind, fields, completion))[start:-1]
-            # float32; a token out of place differs by a percent and more.
-            error = (found[i, : len(completion)] - alone).norm()
-            assert error <= 1e-4 * alone.norm()
+        compare_hidden(trainer, kind, fields, completion, [of[i] for of in trainer.hidden[0]])
     assert gone_on >= 3
     assert writer == "teacher" or lengths == {2, 3, 4}
 

@@ -45,7 +45,14 @@ from .checks import (
     stop_on_weights,
 )
 from .dropout import disable_dropout
-from .fields import KeptFields, extend_token_fields, kept_fields, mark_written, reading
+from .fields import (
+    KeptFields,
+    extend_token_fields,
+    has_rows,
+    kept_fields,
+    mark_written,
+    reading,
+)
 from .loaded_teacher import load_teacher
 from .prefix import is_complete
 from .router import router_loss
@@ -66,6 +73,7 @@ from .sources import class_of_student
 #: Methods of DistillationTrainer that are overridden or called, with their leading parameters.
 HOOKS = (
     ("_compute_loss", "self unwrapped_student inputs num_items_in_batch"),
+    ("_generate", "self prompts"),
     ("_generate_and_score_completions", "self inputs"),
     ("_generate_single_turn", "self prompt_ids images multimodal_fields has_tool_images"),
     ("_get_output_dir", "self trial"),
@@ -386,7 +394,7 @@ class DistillationAdapter(DistillationTrainer):
                 torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], dim=1),
                 mask,
                 inputs["completion_ids"].shape[1],
-                **{name: inputs[name] for name in _MULTIMODAL if name in inputs},
+                **{name: inputs[name] for name in _MULTIMODAL if has_rows(inputs, name)},
             )
         head = current(head, model)  # an engine may have put shards in its place
         weight, bias, device = head.weight, head.bias, head.weight.device
@@ -437,6 +445,12 @@ class DistillationAdapter(DistillationTrainer):
             counted = metrics.first_time(self.accelerator, len(completions))
         lengths = own.sum(1)
         self.log_sums(metrics.completion_totals(self.accelerator, lengths, ended, counted))
+
+    def _generate(self, prompts):
+        ids, completions, tool_mask, images, tool_images = super()._generate(prompts)
+        if images is not None:  # a processor takes an empty list for a row's images, but no None
+            images = [of_row or [] for of_row in images]
+        return ids, completions, tool_mask, images, tool_images
 
     def _generate_single_turn(self, prompt_ids, images, multimodal_fields, has_tool_images=False):
         rows, self._rows = self._rows, None  # None again in the turns after a tool's answer

@@ -114,6 +114,7 @@ def reading(model: PreTrainedModel, inputs: Mapping[str, Any], **others: Any) ->
         for name, value in inputs.items()
         if name.startswith(_KEPT)
     }
+    kept = {name: value for name, value in kept.items() if has_rows(kept, name)}
     given = {name: value for name, value in (kept | others).items() if name in reads}
 
     def add(module, arguments, keywords):
@@ -124,6 +125,12 @@ def reading(model: PreTrainedModel, inputs: Mapping[str, Any], **others: Any) ->
         yield
     finally:
         hook.remove()
+
+
+def has_rows(inputs: Mapping[str, Any], name: str) -> bool:
+    """Whether a micro-batch has something in this field: no pixels where no row has an image,
+    though others of the generation batch have."""
+    return name in inputs and len(inputs[name]) > 0
 
 
 def extend_token_fields(
