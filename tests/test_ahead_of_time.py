@@ -154,16 +154,23 @@ def test_kernels_compile_and_fit(targets, cases):
         assert {(f["target"], f["kernel"]) for f in figures} == set(product(targets, KERNELS))
 
 
-#: Instructions an id in the loop that reads a row, at most: of a case's kernel.
+#: Instructions an id in the loop that reads a row, at most: of a case's kernel, or of all kernels
+#: of a case together. Triton 3.6 comes nearest. On sm_100 one instruction adds or multiplies two
+#: pairs of numbers.
 BOUNDS = {
     ("tropd", "statistics_kernel"): 28,
-    ("tropd", "dense_sums_kernel"): 28,
-    ("tropd", "gradient_kernel"): 30,
-    ("sft", "statistics_kernel"): 12,
+    ("tropd", "dense_sums_kernel"): 23,
+    ("tropd", "gradient_kernel"): 28,
+    ("sft", "statistics_kernel"): 11,
+    "gkd": 140,
 }
-#: ... of all of a case's kernels together.
-BOUNDS_TOGETHER = {"gkd": 150}
-LEAN = sorted({case for case, _ in BOUNDS} | set(BOUNDS_TOGETHER))
+PACKED_BOUNDS = {
+    ("tropd", "statistics_kernel"): 21,
+    ("tropd", "dense_sums_kernel"): 20,
+    ("tropd", "gradient_kernel"): 24,
+    ("sft", "statistics_kernel"): 8,
+    "gkd": 120,
+}
 
 
 def hot_loop(figures):
@@ -175,7 +182,7 @@ def hot_loop(figures):
 @pytest.mark.parametrize("target", ["cuda:80", "cuda:90", "cuda:100"])
 def test_rows_cost_few_instructions(target):
     """tl.exp at six instructions, or a guard around each product of a sum. Nor do loops spill."""
-    figures = compile_for([target], LEAN)
+    figures = compile_for([target], ("tropd", "gkd", "sft"))
     assert not [fault for f in figures for fault in faults(f)]
     found = {
         (case, f["kernel"]): hot["instructions"] / hot["ids"]
@@ -183,9 +190,8 @@ def test_rows_cost_few_instructions(target):
         for case in f["cases"]
         if f["kernel"] in WALKING and (hot := hot_loop(f))
     }
-    for together in BOUNDS_TOGETHER:
-        found[together] = sum(n for (case, _), n in found.items() if case == together)
-    bounds = BOUNDS | BOUNDS_TOGETHER
+    found["gkd"] = sum(n for (case, _), n in found.items() if case == "gkd")
+    bounds = PACKED_BOUNDS if target == "cuda:100" else BOUNDS
     over = {key: found[key] for key, most in bounds.items() if found[key] > most}
     assert not over
 

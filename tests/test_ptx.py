@@ -50,6 +50,8 @@ def bits(x, dtype):
         ("mov.b16 %rs1, 0x3F80;\nsub.rn.f32.bf16 %r3, %rs1, 0f40400000;", -2.0, "f4"),
         ("div.full.f32 %r3, 0f40C00000, 0f40C00000;", 1.0, "f4"),
         ("ex2.approx.f32 %r3, 0fFF800000;", 0.0, "f4"),
+        ("ex2.approx.f32 %r3, 0fC3000000;", 2.0**-128, "f4"),
+        ("ex2.approx.ftz.f32 %r3, 0fC3000000;", 0.0, "f4"),  # subnormal
         ("mov.b32 %r4, -5;\nshr.s32 %r3, %r4, 1;", -3, "i4"),
         ("mov.b32 %r4, -5;\nshr.u32 %r3, %r4, 31;", 1, "i4"),
         ("mov.b32 %r4, 1;\nshl.b32 %r3, %r4, 40;", 0, "i4"),
