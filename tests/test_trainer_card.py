@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import re
 from pathlib import Path
 
@@ -19,7 +20,7 @@ from training import make
 
 import tropd_kernels
 from tropd_kernels import registry
-from tropd_kernels.trainer import card
+from tropd_kernels.trainer import TrOPDConfig, TrOPDTrainer, card
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
 FORWARD_KL = {"objective_kwargs": {"top_k": 4}}
@@ -145,6 +146,69 @@ def test_the_prefix_schedule(tmp_path):
     _, text = made(make(tmp_path / "run", prefix_schedule="cosine", prefix_length=4))
     assert "Guidance prefix: `cosine` schedule, 4 tokens at first, of the teacher's text." in text
     assert "prefix" not in made(make(tmp_path / "run"))[1]
+
+
+def test_a_prefix_is_credited_to_its_paper(tmp_path):
+    """... by a card of another objective too; and of TrOPD's own no second time."""
+    guided = dict(prefix_schedule="linear", prefix_length=4)
+    _, text = made(make(tmp_path / "run", objective="gkd", **guided))
+    assert text.count("@misc{") == 2 and "It is TrOPD's ([Trust Region" in text
+    assert "Cite TrOPD as:" in text and text.count("2606.01249") == 2
+    _, text = made(make(tmp_path / "run", objective="clip_outlier", **guided))
+    assert text.count("@misc{") == 1 and "It is TrOPD's" not in text
+
+
+def test_settings_that_shape_the_run(tmp_path):
+    """All of those that are not at their defaults, and none that is."""
+    _, text = made(
+        make(
+            tmp_path / "run", temperature=0.7, top_p=0.9, num_iterations=2, prefix_weight=0.01,
+            prefix_schedule="linear", prefix_length=2,
+            generation_kwargs={"typical_p": 0.9}, disable_dropout=True, backend="torch",
+            gradient_checkpointing=True,
+        )
+    )  # fmt: skip
+    (line,) = [line for line in text.splitlines() if line.startswith("- Other settings: ")]
+    assert set(line.removeprefix("- Other settings: ").rstrip(".").split(", ")) == {
+        "`temperature=0.7`", "`top_p=0.9`", "`num_iterations=2`", "`prefix_weight=0.01`",
+        "`generation_kwargs={'typical_p': 0.9}`", "`disable_dropout=True`",
+        "`max_completion_length=10`",
+    }  # fmt: skip
+
+
+def test_every_setting_is_in_a_card_or_is_said_not_to_be():
+    """A new field that shapes a run and is in none of these would be left out of its card."""
+    kinds = card.IN_WORDS, card.SHAPING, card.SHAPING_NOTHING
+    known = [name for kind in kinds for name in kind]
+    assert len(known) == len({*known})
+    own = TrOPDConfig.__annotations__.keys()
+    assert own <= {*known}
+    assert {*known} <= own | trl.DistillationConfig.__annotations__.keys()
+
+
+def test_the_quick_start_of_a_model_that_sees_images(tmp_path, monkeypatch, capsys):
+    """... runs as it stands, and shows the model an image."""
+    pytest.importorskip("PIL", reason="images need pillow")
+    vision = importlib.import_module("vision")
+    monkeypatch.chdir(tmp_path)
+    args = TrOPDConfig(
+        str(tmp_path / "seen"),
+        per_device_train_batch_size=4,
+        bf16=False,
+        use_cpu=True,
+        report_to="none",
+    )
+    student, teacher = (vision.model("gemma3", seed) for seed in (0, 1))
+    trainer = TrOPDTrainer(
+        student, teacher, args, vision.prompts(4), processing_class=vision.processor("gemma3")
+    )
+    trainer.save_model()
+    _, text = made(trainer)
+    (code,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    assert "image-text-to-text" in code
+    code = code.replace("max_new_tokens=128", "max_new_tokens=2")
+    exec(code, {})
+    assert capsys.readouterr().out.strip()
 
 
 def test_checkpoints_have_the_same_card(tmp_path):

@@ -127,9 +127,9 @@ def processor(kind: str) -> ProcessorMixin:
     )
     if kind == "gemma3":
         module = pytest.importorskip("transformers.models.gemma3.image_processing_pil_gemma3")
-        for name, token in (("boi", BEGIN), ("image", IMAGE), ("eoi", END)):
-            setattr(tokens, f"{name}_token", token)
-            setattr(tokens, f"{name}_token_id", IDS[token])
+        tokens._set_model_specific_special_tokens(  # which are saved with it
+            {"boi_token": BEGIN, "image_token": IMAGE, "eoi_token": END}
+        )
         images = module.Gemma3ImageProcessorPil(size={"height": 16, "width": 16})
         template = _TEMPLATE.replace("PLACE", f"'{BEGIN}'")
         return transformers.Gemma3Processor(

@@ -93,9 +93,10 @@ HOOKS = (
 )
 #: Attributes of an instance.
 ATTRIBUTES = (
-    "_buffered_inputs", "_forward_redirection", "_metrics", "_signature_columns", "_step",
-    "_tokenizer", "_train_batch_size", "chat_template", "chat_template_kwargs", "eos_token_ids",
-    "generation_config", "model_wrapped", "shuffle_dataset", "teacher_model", "use_vllm",
+    "_buffered_inputs", "_forward_redirection", "_is_vlm", "_metrics", "_signature_columns",
+    "_step", "_tokenizer", "_train_batch_size", "chat_template", "chat_template_kwargs",
+    "eos_token_ids", "generation_config", "model_wrapped", "shuffle_dataset", "teacher_model",
+    "use_vllm",
 )  # fmt: skip
 #: Of a processor's fields those that TRL's loss takes, in a batch with images.
 _MULTIMODAL = tuple(dict(HOOKS)["_get_last_hidden_state"].split()[5:])

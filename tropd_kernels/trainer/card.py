@@ -8,7 +8,7 @@ paths are nobody's business. What is not known is left out.
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import MISSING, dataclass, fields
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -135,6 +135,34 @@ OBJECTIVES: Mapping[str, tuple[str, str, Source | None]] = {
     "akl": ("Adaptive KL (AKL)", "forward and reverse KL, blended per token", _AKL),
 }
 
+#: Fields of the config, our own and TRL's, that have a sentence or a place of their own in a card.
+IN_WORDS = {
+    "objective", "objective_kwargs", "beta", "prefix_schedule", "prefix_length", "lmbda",
+    "kl_discount_factor", "importance_gamma", "drift_tau",
+}  # fmt: skip
+#: Others that shape the loss or the completions: a card has those that are not at their defaults.
+SHAPING = {
+    "stage_fraction", "prefix_fraction", "prefix_steps", "prefix_weight", "num_iterations",
+    "drift_block_size", "router_aux_loss_coef", "gradient_tolerance", "gradient_sampling",
+    "disable_dropout", "max_completion_length", "temperature", "top_k", "top_p", "min_p",
+    "repetition_penalty", "generation_kwargs", "chat_template_kwargs", "use_vllm",
+    "vllm_structured_outputs_regex", "max_tool_calling_iterations",
+}  # fmt: skip
+#: And those that shape neither: where models and data are, how a step is computed, what is shown.
+#: The optimiser's and transformers' own are not a card's matter.
+SHAPING_NOTHING = {
+    "prefix_column", "teacher_model_server_url", "teacher_server_timeout",
+    "teacher_server_retries", "teacher_server_concurrency", "precomputed_teacher", "backend",
+    "max_workspace_bytes", "rich_progress", "log_regions", "learning_rate",
+    "remove_unused_columns", "model_init_kwargs", "trust_remote_code",
+    "teacher_model_name_or_path", "teacher_model_revision", "teacher_model_init_kwargs",
+    "ds3_gather_for_generation", "shuffle_dataset", "pad_to_multiple_of", "cache_implementation",
+    "vllm_mode", "vllm_model_impl", "vllm_enable_sleep_mode", "vllm_server_base_url",
+    "vllm_server_host", "vllm_server_port", "vllm_server_timeout", "vllm_group_port",
+    "vllm_gpu_memory_utilization", "vllm_max_model_length", "vllm_tensor_parallel_size",
+    "log_completions", "num_completions_to_print", "log_unique_prompts",
+}  # fmt: skip
+
 _TRL_BIBTEX = f"""@software{{vonwerra2020trl,
   title   = {{{{TRL: Transformers Reinforcement Learning}}}},
   author  = {{von Werra, Leandro and Belkada, Younes and Tunstall, Lewis and Beeching, Edward and \
@@ -231,11 +259,12 @@ def write(
     chat: bool = True,
     badges: list[str] | None = None,
     peft: bool = False,
+    images: bool = False,
 ) -> str:
     """The card's text, in Markdown, without its metadata.
 
     dataset: name on the hub, or a file. chat: the model takes messages. badges: links to the run's
-    trackers, in Markdown. peft: the model is an adapter.
+    trackers, in Markdown. peft: the model is an adapter. images: it sees images.
     """
     title, words, source = OBJECTIVES[args.objective]
     if source:
@@ -247,7 +276,7 @@ def write(
         f"This model is a fine-tuned version of {about.student.link()}, trained{taught}{data}.\n"
         f"It has been trained with tropd-kernels, on [TRL]({_REPOSITORY}).",
         "## Quick start",
-        _quick_start(hub_model_id or model_name, chat),
+        _quick_start(hub_model_id or model_name, chat, images),
         "## Training procedure",
         *(badges or []),
         f"Objective: {title}: {words}.",
@@ -258,6 +287,8 @@ def write(
     ]
     if source:
         sections.append(_cite(OBJECTIVES[args.objective][0], source.bibtex))
+    if args.prefix_schedule != "none" and not _is_tropd(args):
+        sections.append(_cite("TrOPD", _TROPD.bibtex))
     return "\n\n".join([*sections, _cite("TRL", _TRL_BIBTEX)]) + "\n"
 
 
@@ -276,6 +307,7 @@ def _settings(args: TrOPDConfig) -> list[str]:
         lines.append(
             f"Guidance prefix: `{args.prefix_schedule}` schedule, {args.prefix_length} tokens at "
             "first, of the teacher's text."
+            + ("" if _is_tropd(args) else f" It is TrOPD's ({_TROPD.link}).")
         )
     if args.lmbda < 1:
         lines.append(
@@ -287,10 +319,40 @@ def _settings(args: TrOPDConfig) -> list[str]:
         lines.append(f"Importance weights (arXiv 2606.22600), gamma {args.importance_gamma:g}.")
     if args.drift_tau is not None:
         lines.append(f"Policy-drift gates (arXiv 2606.24084), tau {args.drift_tau:g}.")
+    if others := _shaping(args):
+        lines.append(f"Other settings: {', '.join(f'`{k}={v!r}`' for k, v in others.items())}.")
     return ["\n".join(f"- {line}" for line in lines)] if lines else []
 
 
-def _quick_start(name: str, chat: bool) -> str:
+def _is_tropd(args: TrOPDConfig) -> bool:
+    """Whether the objective itself is credited to TrOPD's paper."""
+    return OBJECTIVES[args.objective][2] is _TROPD
+
+
+def _shaping(args: TrOPDConfig) -> dict[str, Any]:
+    """The `SHAPING` fields that are not at their defaults."""
+    found = {}
+    for field in fields(args):
+        factory = field.default_factory
+        default = field.default if factory is MISSING else factory()
+        if field.name in SHAPING and getattr(args, field.name) != default:
+            found[field.name] = getattr(args, field.name)
+    return found
+
+
+def _quick_start(name: str, chat: bool, images: bool) -> str:
+    if images and chat:
+        return f"""```python
+from PIL import Image
+from transformers import pipeline
+
+generator = pipeline("image-text-to-text", model="{name}", device_map="auto")
+image = Image.new("RGB", (256, 256), "red")  # or Image.open("a_file.png")
+question = {{"type": "text", "text": "Which colour is this?"}}
+messages = [{{"role": "user", "content": [{{"type": "image", "image": image}}, question]}}]
+output = generator(text=messages, max_new_tokens=128, return_full_text=False)[0]
+print(output["generated_text"])
+```"""
     question = "Which is the largest prime below 100?"
     given = f'[{{"role": "user", "content": "{question}"}}]' if chat else f'"{question}"'
     return (

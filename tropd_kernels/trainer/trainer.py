@@ -270,6 +270,7 @@ class TrOPDTrainer(DistillationAdapter):
         made.text = "\n" + card.write(
             self._card_subject, self.args, name, hub_model_id=self.hub_model_id, dataset=data,
             chat=bool(self.processing_class.chat_template), badges=badges, peft=peft,
+            images=self._is_vlm,
         )  # fmt: skip
         made.save(output / "README.md")
 
