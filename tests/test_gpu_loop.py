@@ -212,12 +212,31 @@ def test_tiles_where_torch_refuses_to_add(why, dtype, ids, monkeypatch):
     assert asked == [(16, 16)]  # of the probe, once
 
 
-def test_room_that_is_missing_is_no_refusal(monkeypatch):
-    asked = refuse(monkeypatch, torch.OutOfMemoryError("CUDA out of memory"))
+@pytest.mark.parametrize(
+    "error",
+    [torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 MiB"),
+     RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+     RuntimeError("CUDA error: all CUDA-capable devices are busy or unavailable\nmore")],
+    ids=["memory", "cublas", "busy"],
+)  # fmt: skip
+def test_a_device_that_fails_is_no_refusal(error, monkeypatch):
+    products.adds_to_wide_sums.cache_clear()
+    asked = refuse(monkeypatch, error)
     for _ in range(2):
-        with pytest.raises(torch.OutOfMemoryError):
+        with pytest.raises(type(error)):
             products.adds_to_wide_sums(torch.device("cpu"), torch.bfloat16)
     assert len(asked) == 2
+    # What a report of a fault begins with says it.
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    whole = products.adds_to_wide_sums
+    monkeypatch.setattr(
+        backends, "adds_to_wide_sums", lambda _, dtype: whole(torch.device("cpu"), dtype)
+    )
+    first = str(error).splitlines()[0]
+    assert available_backends("cuda")["torch"] == (
+        f"available (a small product on this device failed: {first})"
+    )
 
 
 def test_backends_say_that_torch_refuses(monkeypatch):

@@ -7,7 +7,7 @@ import pytest
 import torch
 from test_buffers import loss_and_leaves
 
-from tropd_kernels import ops, scaling
+from tropd_kernels import GKD, LogitsTeacher, linear_distillation_loss, ops, scaling
 
 kernel = pytest.importorskip("tropd_kernels.triton_scaling")
 interpreted = pytest.mark.skipif(
@@ -59,9 +59,10 @@ def test_the_kernel_gives_the_bits_of_a_cpu(n, factor, dtype, to, precision, dev
         assert ulps(found, expected) <= most
     assert torch.equal(found.isnan(), expected.isnan())
     assert torch.equal(gradient, before)
+    by_itself = scaling.scaled(gradient, by, to)
     assert torch.equal(
-        scaling.scaled(gradient, by, to).nan_to_num(5), expected.nan_to_num(5)
-    ) or device != "cpu"  # fmt: skip
+        by_itself.nan_to_num(5), (found if device != "cpu" else expected).nan_to_num(5)
+    )
     if dtype == to:
         kernel.scale(gradient, by, gradient)
         assert torch.equal(gradient.nan_to_num(5), found.nan_to_num(5))
@@ -89,13 +90,16 @@ def as_on_a_gpu(monkeypatch):
     class OnGPU:
         def __init__(self, factor):
             self.factor, self.device = factor, torch.device("cuda")
+            self.view = factor.view
 
     def scale(gradient, factor, out):
         launches.append(gradient is out)
         whole(gradient, factor.factor, out)
 
-    monkeypatch.setattr(scaling, "by_kernel", lambda gradient: type(gradient) is torch.Tensor)
-    monkeypatch.setattr(scaling.transforms, "batched", lambda factor: False)
+    monkeypatch.setattr(scaling, "choose_backend", lambda backend, device: "triton")
+    by_kernel, batched = scaling.by_kernel, scaling.transforms.batched
+    monkeypatch.setattr(scaling, "by_kernel", lambda g, f: by_kernel(g, f.factor))
+    monkeypatch.setattr(scaling.transforms, "batched", lambda f: batched(getattr(f, "factor", f)))
     monkeypatch.setattr(kernel, "scale", scale)
     monkeypatch.setattr(
         ops, "scaled", lambda gradient, factor, *a, **k: scaled(gradient, OnGPU(factor), *a, **k)
@@ -127,6 +131,24 @@ def test_backwards_on_a_gpu(factor, as_on_a_gpu, counts):
         torch.autograd.grad(loss, leaves, incoming)
 
 
+@interpreted
+def test_transforms_on_a_gpu(as_on_a_gpu):
+    """They wrap the gradient, or the factor: no kernel can be given those."""
+    hidden, weight, teacher = torch.randn(5, 8), torch.randn(40, 8), torch.randn(5, 40)
+
+    def loss(hidden):
+        labels, given = torch.arange(5), LogitsTeacher(teacher)
+        return linear_distillation_loss(hidden, weight, labels, given, GKD(), backend="torch").loss
+
+    leaf = hidden.clone().requires_grad_()
+    (expected,) = torch.autograd.grad(loss(leaf), leaf)
+    assert as_on_a_gpu == [True]
+    found = torch.func.grad(loss)(hidden), torch.func.vjp(loss, hidden)[1](torch.tensor(1.0))[0]
+    assert as_on_a_gpu == [True]
+    for each in found:
+        torch.testing.assert_close(each, expected)
+
+
 def test_a_factor_keeps_its_precision_beside_a_bfloat16_gradient(monkeypatch):
     """The road of a GPU without Triton: a factor without dimensions would be rounded to bfloat16
     first, of which a CPU's own arithmetic shows nothing."""
@@ -138,7 +160,7 @@ def test_a_factor_keeps_its_precision_beside_a_bfloat16_gradient(monkeypatch):
 
     monkeypatch.setattr(torch, "mul", mul)
     meta = torch.empty(8, dtype=torch.bfloat16, device="meta")
-    monkeypatch.setattr(scaling, "by_kernel", lambda gradient: False)
+    monkeypatch.setattr(scaling, "by_kernel", lambda gradient, factor: False)
     for last_use in (False, True):
         factor = torch.empty((), device="meta")
         made = scaling.scaled(meta, factor, torch.bfloat16, last_use)

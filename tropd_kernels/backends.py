@@ -62,7 +62,11 @@ def _refusals(device: torch.device) -> str:
         return ""
     if device.index is None:
         device = torch.device("cuda", torch.cuda.current_device())
-    refused = [dtype for dtype in HALF if not adds_to_wide_sums(device, dtype)]
+    try:
+        refused = [dtype for dtype in HALF if not adds_to_wide_sums(device, dtype)]
+    except RuntimeError as error:  # of a device that is full, busy or lost
+        reason = str(error).strip().splitlines()[0][:120]
+        return f" (a small product on this device failed: {reason})"
     if not refused:
         return ""
     names = " and ".join(str(dtype).removeprefix("torch.") for dtype in refused)

@@ -222,11 +222,19 @@ def adds_to_wide_sums(device: torch.device, dtype: torch.dtype) -> bool:
     try:
         with _wide_sums(dtype):
             torch.addmm(sums, factor, factor, out_dtype=sums.dtype, out=sums)
-    except torch.OutOfMemoryError:
-        raise  # says nothing about it
-    except (RuntimeError, TypeError):
+    except (RuntimeError, TypeError) as error:
+        if _says_nothing_of_products(error):
+            raise
         return False
     return True
+
+
+def _says_nothing_of_products(error: Exception) -> bool:
+    """Of a device that is full, busy or lost, whichever product was asked for."""
+    words = str(error)
+    lost = "CUDA error" in words or "HIP error" in words
+    full = isinstance(error, torch.OutOfMemoryError) or "out of memory" in words
+    return full or (lost and "NOT_SUPPORTED" not in words)
 
 
 def _tiles(weight: Tensor, dtype: torch.dtype):

@@ -27,7 +27,7 @@ def scaled(gradient: Tensor, factor: Tensor, dtype: torch.dtype, last_use: bool 
     if in_place and on_cpu:  # where a look at the factor waits for nothing
         return gradient if factor == 1 else gradient.mul_(factor)
     result = gradient if in_place else torch.empty_like(gradient, dtype=dtype)
-    if by_kernel(gradient):
+    if by_kernel(gradient, factor):
         from .triton_scaling import scale
 
         scale(gradient, factor, result)
@@ -45,8 +45,9 @@ def scaled(gradient: Tensor, factor: Tensor, dtype: torch.dtype, last_use: bool 
     return result
 
 
-def by_kernel(gradient: Tensor) -> bool:
+def by_kernel(gradient: Tensor, factor: Tensor) -> bool:
     """Where Triton runs natively, whatever backend has formed the gradient. Fake tensors have no
-    memory."""
-    here = type(gradient) is Tensor and gradient.is_contiguous()
+    memory, and those inside torch.func's transforms none that a kernel could be given."""
+    plain = all(type(t) is Tensor and not transforms.wrapped(t) for t in (gradient, factor))
+    here = plain and gradient.is_contiguous()
     return here and choose_backend(None, gradient.device) == "triton"

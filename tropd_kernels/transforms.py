@@ -31,6 +31,11 @@ def check_none(what: str) -> None:
         )
 
 
+def wrapped(tensor: Tensor) -> bool:
+    """Whether a transform stands around this tensor, whose own memory it then has not."""
+    return _functorch.is_functorch_wrapped_tensor(tensor)
+
+
 def batched(tensor: Any) -> bool:
     """Whether vmap runs over this tensor, on any level."""
     if isinstance(tensor, Tensor) and _functorch.is_legacy_batchedtensor(tensor):
