@@ -70,7 +70,9 @@ def test_rows_follow_their_bytes(tokens, v, dtype):
         # In multiples of 128 tokens, d_logits in whole chunks.
         assert rows <= most
         assert plan.workspace[name] == each * stride * rows
-        assert each * stride * rows <= chunking.CHUNK_BYTES or rows in (128, plan.rows)
+        assert each * stride * rows <= chunking.CHUNK_BYTES or rows == 128 or (
+            name == "d_logits" and rows == plan.rows
+        )  # fmt: skip
     if tokens == 100_000:
         assert plan.rows == 4096 or 2 * plan.workspace["student logits"] > chunking.CHUNK_BYTES or (
             v == 2_000_000

@@ -103,7 +103,7 @@ def rule_kernel(
         kl = tl.load(stats + FORWARD_KL * columns + row)
         kl_p = zero + 1
         kl_p_top_k = zero + 1
-    elif USES_FORWARD_KL:
+    elif USES_FORWARD_KL or (not DENSE and sums is not None):  # a statistic, if no term
         kl = tl.load(sums + SUM_FORWARD_KL * n + row)
         teacher_mass = tl.load(sums + TEACHER_MASS * n + row)
         if TAIL == "raw":
@@ -133,7 +133,7 @@ def rule_kernel(
                 # Without any mass of the student's on K: not inf - inf.
                 kl = tl.where(infinite, INF, tl.where(known, kl + log_mass, 0.0))
                 kl_p_top_k = tl.exp(tl.minimum(-log_mass, 80.0))
-    if USES_FORWARD_KL and not DENSE:
+    if not DENSE and sums is not None:
         tl.store(stats + FORWARD_KL * columns + row, kl, mask=inside)
 
     if POLICY != 0:
