@@ -128,6 +128,8 @@ def test_knobs_are_the_constructor_s(name):
         ({"generation_kwargs": {"repetition_penalty": 0}},
          "generation_kwargs: repetition_penalty: must be positive, got 0"),
         ({"generation_kwargs": {"top_k": -1}}, "generation_kwargs: top_k: must be a whole number"),
+        ({"generation_kwargs": {"length_penalty": 2.0}},
+         "generation_kwargs: 'length_penalty' would have no effect: it belongs to a beam search"),
         ({"generation_kwargs": {"top_p": 1.5}}, "generation_kwargs: top_p: must be in [0, 1]"),
         ({"auto_find_batch_size": True},
          "auto_find_batch_size: after running out of memory"),
@@ -405,6 +407,9 @@ def test_flags_win_and_numbers_are_numbers(run_file):
     [
         ("objektive: opd", "unknown key 'objektive' (did you mean 'objective'?)"),
         ("teacher: x", "unknown key 'teacher'"),
+        ("model_name_or_path: x", "unknown key 'model_name_or_path' (here it is 'model')"),
+        ("use_peft: true", "unknown key 'use_peft' (here it is 'peft', a mapping)"),
+        ("lora_r: 8", "unknown key 'lora_r' (here it is in the mapping 'peft')"),
         ("objective: opdd", "objective: unknown 'opdd' (did you mean 'opd'?)"),
         ("dataset: nowhere.jsonl", "dataset: there is no file nowhere.jsonl"),
         (
@@ -568,6 +573,12 @@ def test_errors_of_training_keep_their_traceback(run_file):
 def test_flags_of_scripts(run_file, capsys, flag):
     assert cli.main(["train", "--config", str(run_file), flag]) == 2
     assert "tropd train: do_eval: it has no effect here" in capsys.readouterr().err
+
+
+def test_keys_of_scripts_that_say_what_is_done(run_file):
+    run_file.write_text(f"{run_file.read_text()}do_predict: false\ndo_train: true\n")
+    flags = ["--config", str(run_file), "--do_eval", "false"]
+    assert not cli.parse_run(flags)[1].do_eval
 
 
 def test_an_evaluation_at_the_start_alone(run_file):

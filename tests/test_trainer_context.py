@@ -11,7 +11,7 @@ pytest.importorskip("trl", reason="the trainer needs trl")
 import tiny
 from training import make
 
-from tropd_kernels.trainer.context import context_of
+from tropd_kernels.trainer.context import context_of, padded_context_of
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
 YARN = dict(rope_type="yarn", rope_theta=10000.0, factor=4.0, original_max_position_embeddings=64)
@@ -171,6 +171,38 @@ def test_long_prompts_train_under_yarn(tmp_path):
     trainer = make(tmp_path, tiny.model(0, rope_parameters=YARN, **qwen), short, data=data)
     with pytest.raises(ValueError, match="exceed the teacher's context of 64"):
         trainer.train()
+
+
+def bart(seed):
+    return tiny_of(
+        transformers.BartForCausalLM, transformers.BartConfig, d_model=32, decoder_layers=1,
+        decoder_attention_heads=4, decoder_ffn_dim=32, max_position_embeddings=64,
+        is_decoder=True, is_encoder_decoder=False, pad_token_id=0, bos_token_id=1,
+        eos_token_id=2, forced_eos_token_id=None,
+    )  # fmt: skip
+
+
+def test_a_model_whose_positions_count_padding(tmp_path):
+    """Behind padding it is another model; on prompts of one length it is itself."""
+    same, other = (tiny.Dataset.from_dict({"prompt": texts}) for texts in (
+        ["w7 w8 w9", "w1 w2 w3"], ["w7 w8 w9", "w1"]))  # fmt: skip
+    model, ids = bart(0).eval(), torch.tensor([[9, 8, 7, 6]])
+    hidden = [model(ids).logits, model(torch.tensor([[0, 0, 9, 8, 7, 6]]), torch.tensor(
+        [[0, 0, 1, 1, 1, 1]])).logits[:, 2:]]  # fmt: skip
+    assert not torch.allclose(*hidden, atol=0.01)
+    two = dict(per_device_train_batch_size=2)
+    make(tmp_path, bart(0), tiny.model(1), data=same, **two).train()
+    for more, data in (({}, other), ({"pad_to_multiple_of": 8}, same)):
+        trainer = make(tmp_path, bart(0), tiny.model(1), data=data, **two, **more)
+        with pytest.raises(
+            ValueError, match="student is a bart model, whose positions count the pa"
+        ):
+            trainer.train()
+
+
+def test_the_context_of_whispers_decoder():
+    config = transformers.WhisperConfig(max_target_positions=16)
+    assert context_of(config) == padded_context_of(config) == 16
 
 
 def test_a_batch_that_its_padding_makes_too_wide(tmp_path):

@@ -172,6 +172,18 @@ def test_optimizers_that_take_no_settings_of_adam():
     assert seen == {True, False}
 
 
+@pytest.mark.parametrize(
+    "name", ["galore_adamw", "galore_adafactor", "galore_adamw_8bit_layerwise"]
+)
+def test_galore_takes_no_settings_of_adam(name):
+    """transformers' maker of these optimizers never looks at them."""
+    target = dict(optim=name, optim_target_modules=["q_proj"])
+    config(**target, optim_args="rank=4")
+    for key, value in {"adam_beta1": 0.5, "adam_beta2": 0.5, "adam_epsilon": 1e-3}.items():
+        with pytest.raises(ValueError, match=f"^{key}: it would have no effect: the optimizer"):
+            config(**target, **{key: value})
+
+
 def test_settings_of_what_is_not_there(tmp_path):
     with pytest.raises(ValueError, match="^max_tool_calling_iterations: it would have no effect"):
         make(tmp_path, max_tool_calling_iterations=2)

@@ -226,7 +226,10 @@ def test_the_mass_that_a_truncated_sampler_keeps(tmp_path, cut):
 
 @pytest.mark.parametrize(
     "plain", [{}, {"min_p": 0.0}, {"top_p": 0.8, "objective": "gkd"}, {"generation_kwargs":
-    {"use_cache": True, "do_sample": True, "temperature": 1.0}}], ids=str,
+    {"use_cache": True, "do_sample": True, "temperature": 1.0}},
+    {"generation_kwargs": dict(no_repeat_ngram_size=0, bad_words_ids=None, suppress_tokens=None,
+     min_new_tokens=0, epsilon_cutoff=0.0, guidance_scale=1.0, encoder_repetition_penalty=1.0,
+     token_healing=False, typical_p=1.0)}], ids=str,
 )  # fmt: skip
 def test_no_warning_where_nothing_is_off(tmp_path, plain):
     with warnings.catch_warnings():

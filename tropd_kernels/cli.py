@@ -53,6 +53,19 @@ class Run:
     peft: dict | str | None = None
 
 
+#: Keys of TRL's scripts and of its other trainers.
+THEIRS = {
+    "model_name_or_path": "'model'", "dataset_name": "'dataset'", "dataset_train_split":
+    "'dataset_split'", "dataset_test_split": "'eval_split'", "use_peft": "'peft', a mapping",
+    "lora_": "in the mapping 'peft'", "max_new_tokens": "'max_completion_length'",
+    "torch_dtype": "in the mapping 'model_init_kwargs', as 'dtype'",
+    "dtype": "in the mapping 'model_init_kwargs'",
+    "attn_implementation": "in the mapping 'model_init_kwargs'",
+    "max_length": "'max_completion_length', for what is written",
+    "max_prompt_length": "for you to cut: prompts are taken whole",
+}  # fmt: skip
+
+
 class UsageError(Exception):
     """What the user can mend; printed without a traceback."""
 
@@ -148,7 +161,6 @@ def find_checkpoint(config: Any) -> str | None:
 def parse_run(arguments: Sequence[str]) -> tuple[Run, Any]:
     """(Run, TrOPDConfig) of file and flags; raises UsageError before any model is loaded."""
     try:
-        from .registry import nearest
         from .trainer import TrOPDConfig
         from .trainer.sources import check_one_teacher
     except ImportError as error:
@@ -173,9 +185,9 @@ def parse_run(arguments: Sequence[str]) -> tuple[Run, Any]:
         raise UsageError(f"{twice[1][2:]}: {' and '.join(twice)}: a key is given once")
     keys = read_config(options.config)
     named = [flag[2:].split("=")[0] for flag in flags if flag.startswith("--")]
-    refuse_of_scripts([*keys, *named])
     unknown = parser.set_defaults_with_config(**keys)
     parsed, rest = parser.parse_known_args(flags)
+    refuse_of_scripts([*keys, *named], parsed)
     unknown += rest
     if unknown and unknown[0].endswith((".yaml", ".yml")):
         raise UsageError(f"a file of keys is given by --config {unknown[0]}")
@@ -183,7 +195,7 @@ def parse_run(arguments: Sequence[str]) -> tuple[Run, Any]:
         known_keys = [*Run.__dataclass_fields__, *TrOPDConfig.__dataclass_fields__]
         named = [flag[2:].split("=")[0] for flag in unknown if flag.startswith("--")] or unknown
         raise UsageError(
-            "; ".join(f"unknown key {key!r}{nearest(key, known_keys)}" for key in named)
+            "; ".join(f"unknown key {key!r}{advice(key, known_keys)}" for key in named)
         )
     # Before the config looks at the machine.
     check_names(parsed, [key for key in ("model", "dataset") if getattr(parsed, key) is None])
@@ -217,15 +229,27 @@ def take_none(parser: argparse.ArgumentParser, classes: Sequence[type]) -> None:
             action.type = text
 
 
-def refuse_of_scripts(given: Sequence[str]) -> None:
-    """Raises UsageError for a key that transformers leave to scripts of one's own."""
-    for key, instead in (
-        ("do_train", "the command trains: leave it out"),
-        ("do_eval", "eval_strategy says when to evaluate on eval_dataset: set that"),
-        ("do_predict", "the command predicts nothing: leave it out"),
+def refuse_of_scripts(given: Sequence[str], parsed: argparse.Namespace) -> None:
+    """Raises UsageError for a key that transformers leave to scripts of one's own, unless it says
+    what the command does."""
+    for key, does, instead in (
+        ("do_train", True, "the command trains: leave it out"),
+        ("do_eval", False, "eval_strategy says when to evaluate on eval_dataset: set that"),
+        ("do_predict", False, "the command predicts nothing: leave it out"),
     ):
-        if any(name.replace("-", "_").removeprefix("no_") == key for name in given):
+        named = any(name.replace("-", "_").removeprefix("no_") == key for name in given)
+        if named and getattr(parsed, key) != does:
             raise UsageError(f"{key}: it has no effect here: {instead}")
+
+
+def advice(key: str, known: Sequence[str]) -> str:
+    """What to give in the place of an unknown key: TRL's scripts and its other trainers have names
+    that no likeness of letters leads from."""
+    from .registry import nearest
+
+    name = key.replace("-", "_")
+    other = THEIRS.get("lora_" if name.startswith("lora_") else name)
+    return f" (here it is {other})" if other else nearest(key, known)
 
 
 def check_data_keys(run: Run, config: Any) -> None:

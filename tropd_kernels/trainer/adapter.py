@@ -36,6 +36,7 @@ from .checks import (
     check_dtypes,
     check_ends,
     check_ids,
+    check_lengths,
     check_own_weights,
     check_padding,
     check_prompts,
@@ -460,6 +461,7 @@ class DistillationAdapter(DistillationTrainer):
             check_tokens(rows, prompt_ids)
             all_ids = torch.tensor([token for ids in prompt_ids for token in ids])
             check_ids(all_ids, self._shared, "prompt", self._tokenizer)
+            check_lengths(prompt_ids, self._contexts, self.args.pad_to_multiple_of)
             taken = () if images is None else _MULTIMODAL
             self._kept_fields = kept_fields(multimodal_fields, prompt_ids, self.model, taken)
             given = self.given_completions(rows)

@@ -15,7 +15,7 @@ from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidat
 from transformers import PreTrainedTokenizerBase
 from transformers.trainer_utils import get_last_checkpoint
 
-from .context import context_of, padded_context_of
+from .context import context_of, counts_padding, padded_context_of
 from .sources import PLACE, pick, student_options, teacher_options
 
 #: Text on which two tokenizers of one vocabulary, but different merges or rules, part ways.
@@ -173,6 +173,23 @@ def check_context(
                     f"{what} exceed the {side}'s context of {context}: drop or cut the prompt that "
                     f"begins with {start!r}{remedy}"
                 )
+
+
+def check_lengths(
+    prompt_ids: list[list[int]], configs: Mapping[str, Any], multiple: int | None
+) -> None:
+    """Raises ValueError for prompts that padding makes of one length, beside a model whose
+    positions count it. multiple: `pad_to_multiple_of`."""
+    lengths = {len(ids) for ids in prompt_ids}
+    if len(lengths) == 1 and not any(n % (multiple or 1) for n in lengths):
+        return
+    for side, config in configs.items():
+        if counts_padding(config):
+            raise ValueError(
+                f"the {side} is a {config.model_type} model, whose positions count the padding in "
+                "front of a shorter prompt, so that it would be another model's hidden states: "
+                "choose another model, or give prompts of one length, without pad_to_multiple_of"
+            )
 
 
 def check_width(width: int, config: Any) -> None:

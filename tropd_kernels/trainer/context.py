@@ -13,6 +13,20 @@ _POSITION_FREE = {
     "bloom", "inkling_text", "inkling2_text", "inkling2_loop_text", "jamba", "kimi_linear",
     "nemotron_h", "rwkv", "zamba",
 }  # fmt: skip
+#: Decoders that count positions from the beginning of a padded row, whatever the attention mask
+#: says, and take none from outside.
+_COUNT_PADDING = {
+    "bart", "bigbird_pegasus", "blenderbot", "blenderbot-small", "marian", "mbart", "mvp",
+    "pegasus", "plbart", "prophetnet", "roformer", "trocr", "whisper",
+}  # fmt: skip
+#: Models whose tables of distances or of masks are as long as a padded row.
+_AS_WIDE_AS_THE_BATCH = {"mpt", "gpt_neo", "openai-gpt"} | _COUNT_PADDING
+
+
+def counts_padding(config: Any) -> bool:
+    """Whether padding on the left moves a model's positions, so that it gives other hidden states
+    than for the row alone."""
+    return config.get_text_config().model_type in _COUNT_PADDING
 
 
 def context_of(config: Any) -> int | None:
@@ -26,6 +40,7 @@ def context_of(config: Any) -> int | None:
     if config.model_type == "mpt":  # its table of distances ends there
         return config.max_seq_len
     limit = getattr(config, "max_position_embeddings", None) or 0
+    limit = limit or getattr(config, "max_target_positions", None) or 0  # Whisper's decoder
     if limit < 1 or _is_position_free(config):
         return None
     rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
@@ -39,7 +54,7 @@ def context_of(config: Any) -> int | None:
 def padded_context_of(config: Any) -> int | None:
     """How wide a batch may be with its padding, where a model counts that; else None."""
     config = config.get_text_config()
-    return context_of(config) if config.model_type == "mpt" else None
+    return context_of(config) if config.model_type in _AS_WIDE_AS_THE_BATCH else None
 
 
 def _is_position_free(config: Any) -> bool:

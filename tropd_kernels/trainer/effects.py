@@ -49,7 +49,12 @@ _SAMPLING = ("top_p", "top_k", "min_p", "repetition_penalty", "generation_kwargs
 _CREDIT = ("kl_discount_factor", "importance_gamma", "drift_tau")
 _SERVED = ("teacher_server_timeout", "teacher_server_retries", "teacher_server_concurrency")
 # By transformers' makers of optimizers and schedules. Those of DeepSpeed have rules of their own.
-_NOT_ADAM = {
+_GALORE = {
+    f"galore_{kind}{layerwise}"
+    for kind in ("adamw", "adamw_8bit", "adafactor")
+    for layerwise in ("", "_layerwise")
+}
+_NOT_ADAM = _GALORE | {
     "adafactor", "sgd", "adagrad", "rmsprop", "rmsprop_bnb", "rmsprop_bnb_8bit",
     "rmsprop_bnb_32bit", "lomo", "adalomo", "grokadamw", "schedule_free_sgd",
 }  # fmt: skip

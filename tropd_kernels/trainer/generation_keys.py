@@ -28,6 +28,13 @@ _NOT_TAKEN = {
     "output_hidden_states": _IDS_ALONE,
     "disable_compile": _NOT_COMPILED, "compile_config": _NOT_COMPILED,
 }  # fmt: skip
+_OF_BEAMS = (
+    "early_stopping",
+    "length_penalty",
+    "num_beam_groups",
+    "diversity_penalty",
+    "low_memory",
+)
 _OF_NO_SAMPLER = {"_from_model_config", "transformers_version"}
 
 
@@ -45,3 +52,9 @@ def check_generation_keys(given: Mapping[str, Any], use_vllm: bool) -> None:
                 f"generation_kwargs: {name!r} is no key of transformers' GenerationConfig"
                 f"{nearest(name, known)}"
             )
+    beams = [name for name in _OF_BEAMS if given.get(name) is not None]
+    if beams and not use_vllm and (given.get("num_beams") or 1) == 1:
+        raise ValueError(
+            f"generation_kwargs: {beams[0]!r} would have no effect: it belongs to a beam search: "
+            "set num_beams, or leave it out"
+        )

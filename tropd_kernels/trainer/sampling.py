@@ -40,8 +40,16 @@ _WHOLE: dict[str, tuple[Any, ...]] = {
     "repetition_penalty": (1.0, None),
     "do_sample": (True,),
     "num_beams": (1, None),
+    "num_beam_groups": (1, None),
     "typical_p": (1.0, None),
-}
+    "guidance_scale": (1.0, None),
+    "encoder_repetition_penalty": (1.0, None),
+    "token_healing": (False, None),
+} | dict.fromkeys(
+    ("no_repeat_ngram_size", "encoder_no_repeat_ngram_size", "min_length", "min_new_tokens",
+     "epsilon_cutoff", "eta_cutoff", "diversity_penalty", "penalty_alpha"),
+    (0, None),
+)  # fmt: skip
 #: Keys of generation_kwargs, transformers' and vLLM's, that change no distribution.
 _HARMLESS = {
     *_NEEDED, "pad_token_id", "cache_implementation", "cache_config", "max_cache_len",
@@ -65,7 +73,7 @@ def off_policy_settings(args: Any) -> dict[str, Any]:
     return {
         name: value
         for name, value in settings(args).items()
-        if name not in _HARMLESS and value not in whole.get(name, ())
+        if name not in _HARMLESS and value not in whole.get(name, (None,))
     }
 
 
