@@ -73,7 +73,7 @@ TARGETS = {
 WALKED = ("student", "teacher", "student_bias", "teacher_bias", "d_logits")
 
 VOCAB = 151_936  # Qwen's: a multiple of 16, so that rows of it are aligned
-ODD_VOCAB = 50_257  # GPT-2's: its rows start anywhere
+ODD_VOCAB = 50_257  # GPT-2's: its rows are padded
 TOKENS = 512
 
 

@@ -87,8 +87,8 @@ class TorchProducts:
 
     def row_stride(self, columns: int) -> int:
         """Of logits and d_logits with so many columns, in elements. On a GPU products read by 16
-        bytes where rows begin at multiples of that, as kernels do in tiles that end within a row;
-        where they begin anywhere, number by number."""
+        bytes where rows begin at multiples of that, as statistics and sums do in tiles that end
+        within a row; where they begin anywhere, number by number."""
         return -(-columns // ROW_MULTIPLE) * ROW_MULTIPLE if self.pads_rows else columns
 
     def logits_into(self, out: Tensor, hidden: Tensor, weight: Tensor) -> Tensor:
