@@ -128,6 +128,8 @@ def test_knobs_are_the_constructor_s(name):
         ({"generation_kwargs": {"repetition_penalty": 0}},
          "generation_kwargs: repetition_penalty: must be positive, got 0"),
         ({"generation_kwargs": {"top_k": -1}}, "generation_kwargs: top_k: must be a whole number"),
+        ({"generation_kwargs": {"num_assistant_tokens": 9}}, "is not taken: no assistant model"),
+        ({"generation_kwargs": {"forced_bos_token_id": 7}}, "is not taken: it is of models with"),
         ({"generation_kwargs": {"length_penalty": 2.0}},
          "generation_kwargs: 'length_penalty' would have no effect: it belongs to a beam search"),
         ({"generation_kwargs": {"top_p": 1.5}}, "generation_kwargs: top_p: must be in [0, 1]"),

@@ -153,7 +153,8 @@ def test_models_that_end(kind, config, changes):
 def test_kinds_of_layers():
     """Gemma 3's sliding layers have positions of their own."""
     sliding = dict(rope_type="default", rope_theta=10000.0)
-    for full, context in ((sliding, 64), (YARN, 256), (DYNAMIC, None)):
+    # Its maximum has the linear factor of its cards already.
+    for full, context in ((sliding, 64), (YARN, 256), (DYNAMIC, None), (LINEAR, 64)):
         config = transformers.Gemma3TextConfig(max_position_embeddings=64)
         config.rope_parameters = {"sliding_attention": sliding, "full_attention": full}
         assert context_of(config) == context

@@ -195,3 +195,30 @@ def test_a_served_teacher_is_not_sent_images(tmp_path, row, settings):
         with pytest.raises(NotImplementedError, match="images are not sent to a teacher's server"):
             trainer.train()
         assert len(served.requests) == at_construction
+
+
+def test_a_processor_that_pads_by_default(tmp_path, monkeypatch):
+    """As Gemma 4's: its padding is no part of a prompt."""
+    from transformers.models.gemma3.processing_gemma3 import Gemma3ProcessorKwargs
+
+    runs = []
+    for pads in (False, True):
+        defaults = {**Gemma3ProcessorKwargs._defaults, "text_kwargs": {"padding": pads}}
+        monkeypatch.setattr(Gemma3ProcessorKwargs, "_defaults", defaults)
+        trainer = make(tmp_path, "gemma3", vision.prompts())
+        trainer.train()
+        (batch,) = trainer.batches
+        assert len(set(batch["prompt_mask"].sum(1).tolist())) > 1
+        runs.append([batch[f"{part}_{what}"] for part in ("prompt", "completion")
+                     for what in ("ids", "mask")])  # fmt: skip
+    for plain, padded in zip(*runs, strict=True):
+        assert torch.equal(plain, padded)
+
+
+@pytest.mark.parametrize("own", [[7], None])
+def test_the_token_of_images_stays_suppressed(tmp_path, own):
+    """Beside a list of the user's: a written one would have no pixels."""
+    given = {"suppress_tokens": own, "do_sample": False}
+    trainer = make(tmp_path, "gemma3", vision.prompts(), generation_kwargs=given)
+    image = trainer.model.config.image_token_id
+    assert trainer.generation_config.suppress_tokens == [*(own or ()), image]

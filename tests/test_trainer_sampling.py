@@ -229,7 +229,7 @@ def test_the_mass_that_a_truncated_sampler_keeps(tmp_path, cut):
     {"use_cache": True, "do_sample": True, "temperature": 1.0}},
     {"generation_kwargs": dict(no_repeat_ngram_size=0, bad_words_ids=None, suppress_tokens=None,
      min_new_tokens=0, epsilon_cutoff=0.0, guidance_scale=1.0, encoder_repetition_penalty=1.0,
-     token_healing=False, typical_p=1.0)}], ids=str,
+     token_healing=False, typical_p=1.0, temperature=None, begin_suppress_tokens=[])}], ids=str,
 )  # fmt: skip
 def test_no_warning_where_nothing_is_off(tmp_path, plain):
     with warnings.catch_warnings():
@@ -239,10 +239,19 @@ def test_no_warning_where_nothing_is_off(tmp_path, plain):
     assert "tropd/sampling_mass" not in trainer.state.log_history[0]
 
 
+def test_a_greedy_sampler_cuts_nothing(tmp_path):
+    """do_sample alone makes it another one, and no mass is said of ids that are not drawn from."""
+    greedy = {"generation_kwargs": {"do_sample": False, "temperature": 0.3, "top_p": 0.5}}
+    with pytest.warns(UserWarning, match="^do_sample False: completions are not sampled"):
+        trainer = make(tmp_path, **greedy)
+    trainer.train()
+    assert "tropd/sampling_mass" not in trainer.state.log_history[0]
+
+
 def test_other_settings_that_change_the_sampler(tmp_path):
     """They are named, although no mass can be said of them."""
-    words = "^temperature 0.7, repetition_penalty 1.1, do_sample False, no_repeat_ngram_size 2: "
-    off = {"generation_kwargs": {"temperature": 0.7, "do_sample": False, "no_repeat_ngram_size": 2}}
+    words = "^temperature 0.7, repetition_penalty 1.1, num_beams 2, no_repeat_ngram_size 2: "
+    off = {"generation_kwargs": {"temperature": 0.7, "num_beams": 2, "no_repeat_ngram_size": 2}}
     with pytest.warns(UserWarning, match=words) as caught:
         make(tmp_path, repetition_penalty=1.1, **off)
     (message,) = [str(w.message) for w in caught if w.category is UserWarning]

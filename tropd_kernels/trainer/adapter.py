@@ -23,8 +23,9 @@ from typing import Any
 import torch
 from datasets import IterableDataset
 from torch import Tensor
-from transformers import PreTrainedModel
-from trl import DistillationTrainer  # type: ignore[attr-defined]
+from transformers import PreTrainedModel, ProcessorMixin
+from transformers import __version__ as transformers_version
+from trl import DistillationTrainer, is_conversational  # type: ignore[attr-defined]
 from trl.models.utils import prepare_deepspeed
 from trl.trainer.utils import RepeatSampler
 
@@ -89,6 +90,7 @@ HOOKS = (
     ("_prepare_inputs", "self generation_batch"),
     ("_save_checkpoint", "self model trial"),
     ("_set_signature_columns_if_needed", "self"),
+    ("_tokenize_prompts", "self prompts"),
     ("compute_loss", "self model inputs return_outputs num_items_in_batch"),
     ("training_step", "self model inputs num_items_in_batch"),
 )
@@ -152,6 +154,10 @@ class DistillationAdapter(DistillationTrainer):
     def __init__(self, model: Any, teacher_model: Any, args: Any, *rest: Any, **keywords: Any):
         with class_of_student(model, args):
             super().__init__(model, None, args, *rest, **keywords)
+        if (args.generation_kwargs or {}).get("suppress_tokens", ()) != () and self._is_vlm:
+            # They have replaced TRL's list: a written image token would have no pixels.
+            given = self.generation_config.suppress_tokens or ()
+            self.generation_config.suppress_tokens = [*given, self.model.config.image_token_id]
         refuse_fsdp_1(self.accelerator)
         refuse_dtensors("model", self.model)
         if args.num_iterations > 1 and isinstance(self.train_dataset, IterableDataset):
@@ -413,6 +419,22 @@ class DistillationAdapter(DistillationTrainer):
         )
 
     # Generation.
+
+    def _tokenize_prompts(self, prompts):
+        """Without the padding that some processors add by default (Gemma 4's): TRL drops the mask
+        that would tell it from a prompt."""
+        # With 5.3 TRL asks for padding itself, and takes it off again.
+        pads_itself = transformers_version.startswith("5.3.")
+        if not isinstance(self.processing_class, ProcessorMixin) or pads_itself:
+            return super()._tokenize_prompts(prompts)
+        if not is_conversational({"prompt": prompts[0]}):
+            return self.processing_class(text=prompts, padding=False)["input_ids"], None, {}
+        before = self.chat_template_kwargs
+        self.chat_template_kwargs = {"padding": False} | before
+        try:
+            return super()._tokenize_prompts(prompts)
+        finally:
+            self.chat_template_kwargs = before
 
     def _generate_and_score_completions(self, inputs):
         check_prompts(inputs)

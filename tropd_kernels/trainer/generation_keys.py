@@ -13,6 +13,8 @@ _ONE_EACH = "each prompt gets one completion: for several repeat its row in the 
 _IDS_ALONE = "the trainer reads the completions' ids alone: leave it out"
 _NOT_COMPILED = "generation is never compiled: leave it out"
 _ENDS = "completions end with a token: add it to the student's generation_config.eos_token_id"
+_ASSISTED = "no assistant model is taken: leave it out"
+_ENCODER = "it is of models with an encoder: leave it out"
 #: What to do instead.
 _NOT_TAKEN = {
     "max_length": _LENGTH, "max_new_tokens": _LENGTH, "max_tokens": _LENGTH,
@@ -26,6 +28,13 @@ _NOT_TAKEN = {
     "return_dict_in_generate": _IDS_ALONE, "output_scores": _IDS_ALONE,
     "output_logits": _IDS_ALONE, "output_attentions": _IDS_ALONE,
     "output_hidden_states": _IDS_ALONE,
+    **dict.fromkeys(
+        ("num_assistant_tokens", "num_assistant_tokens_schedule", "assistant_confidence_threshold",
+         "assistant_early_exit", "assistant_lookbehind", "assistant_ensemble_weight",
+         "target_lookbehind", "is_assistant"),
+        _ASSISTED,
+    ),
+    "forced_bos_token_id": _ENCODER, "decoder_start_token_id": _ENCODER,
     "disable_compile": _NOT_COMPILED, "compile_config": _NOT_COMPILED,
 }  # fmt: skip
 _OF_BEAMS = (

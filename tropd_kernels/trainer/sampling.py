@@ -57,6 +57,10 @@ _HARMLESS = {
     "detokenize", "skip_special_tokens",
     "spaces_between_special_tokens", "include_stop_str_in_output", "truncate_prompt_tokens",
 }  # fmt: skip
+#: Settings that act on what is drawn alone.
+_OF_DRAWS = {
+    "temperature", "top_k", "top_p", "min_p", "top_h", "typical_p", "epsilon_cutoff", "eta_cutoff",
+}  # fmt: skip
 #: Tokens of a micro-batch whose kept mass is looked at, and how many at once.
 _LOOKED_AT, _AT_ONCE = 256, 32
 
@@ -69,12 +73,20 @@ def settings(args: Any) -> dict[str, Any]:
 
 def off_policy_settings(args: Any) -> dict[str, Any]:
     """Those settings under which completions are no samples of the distribution in the loss."""
-    whole = _WHOLE | {"temperature": (args.temperature,)}
+    plain = (args.temperature, None) if args.temperature == 1 else (args.temperature,)
+    whole, given = _WHOLE | {"temperature": plain}, settings(args)
+    if is_greedy(given) and not args.use_vllm:  # nothing is drawn, of whichever ids
+        given = {name: value for name, value in given.items() if name not in _OF_DRAWS}
     return {
         name: value
-        for name, value in settings(args).items()
-        if name not in _HARMLESS and value not in whole.get(name, (None,))
+        for name, value in given.items()
+        if name not in _HARMLESS and value not in ([], *whole.get(name, (None,)))
     }
+
+
+def is_greedy(given: Mapping[str, Any]) -> bool:
+    """Whether transformers writes the likeliest token: of `settings`."""
+    return not given.get("do_sample", True)
 
 
 def sampling_warning(args: Any) -> str | None:
@@ -97,6 +109,8 @@ def cuts(args: Any) -> list[Any]:
     which the sampler applies them."""
     given = settings(args)
     found: dict[str, Any] = {}
+    if is_greedy(given) and not args.use_vllm:
+        return []
     if given["top_k"] not in _WHOLE["top_k"]:
         found["top_k"] = TopKLogitsWarper(given["top_k"])
     if given["top_p"] not in _WHOLE["top_p"]:
