@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 import pytest
 import torch
 import transformers
@@ -199,6 +201,32 @@ def test_a_model_whose_positions_count_padding(tmp_path):
             ValueError, match="student is a bart model, whose positions count the pa"
         ):
             trainer.train()
+
+
+def test_rows_that_are_scaled_by_the_longest(tmp_path):
+    """LongRoPE's factors are chosen by the batch: the trainer says so once."""
+    models = [tiny.model(s, rope_parameters=LONG, max_position_embeddings=64) for s in (0, 1)]
+    texts = ["w7 w8", " ".join(["w7"] * 30)]
+    words = "student scales the positions of a whole batch by its longest row, beyond 16 tokens"
+    for data, warns in ((texts, True), (texts[1:] * 2, False)):
+        trainer = make(tmp_path, *models, data=tiny.Dataset.from_dict({"prompt": data * 2}),
+                       max_completion_length=2, max_steps=2)  # fmt: skip
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            trainer.train()
+        assert sum(words in str(one.message) for one in caught) == warns
+
+
+def test_a_model_without_a_backbone(tmp_path):
+    config = transformers.Llama4TextConfig(
+        vocab_size=tiny.VOCAB, hidden_size=32, intermediate_size=32, intermediate_size_mlp=32,
+        num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=8,
+        num_local_experts=2, pad_token_id=0, bos_token_id=1, eos_token_id=2,
+    )  # fmt: skip
+    with pytest.raises(
+        NotImplementedError, match="a Llama4ForCausalLM has no backbone at its base"
+    ):
+        make(tmp_path, transformers.Llama4ForCausalLM(config), router_aux_loss_coef=0.0)
 
 
 def test_the_context_of_whispers_decoder():

@@ -15,6 +15,7 @@ we rely on; a test holds them against the TRL that is installed.
 """
 
 import contextlib
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -43,6 +44,7 @@ from .checks import (
     check_prompts,
     check_tokens,
     check_width,
+    scale_warning,
     split_error,
     stop_on_weights,
 )
@@ -189,6 +191,7 @@ class DistillationAdapter(DistillationTrainer):
         self._prefix_lengths: list[int] = []
         self._kept_fields = KeptFields({}, {})
         self._evaluated = 0  # rows so far, of an evaluation
+        self._warned_of_scale = False
         self._part = ""  # which of several data sets that evaluation is of
 
     # What a subclass gives.
@@ -457,6 +460,12 @@ class DistillationAdapter(DistillationTrainer):
         width = output["completion_ids"].shape[1]
         prompts, completions = (_ids(output, part) for part in ("prompt", "completion"))
         self._log_lengths(output, completions)
+        words = scale_warning(
+            [len(p) + len(c) for p, c in zip(prompts, completions)], self._contexts
+        )
+        if words is not None and not self._warned_of_scale:
+            self._warned_of_scale = True
+            warnings.warn(words, stacklevel=2)
         output |= self.teacher_tensors(inputs, prompts, completions, width)
         return output
 

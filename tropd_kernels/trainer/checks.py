@@ -15,7 +15,7 @@ from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidat
 from transformers import PreTrainedTokenizerBase
 from transformers.trainer_utils import get_last_checkpoint
 
-from .context import context_of, counts_padding, padded_context_of
+from .context import context_of, counts_padding, padded_context_of, scale_changes_at
 from .sources import PLACE, pick, student_options, teacher_options
 
 #: Text on which two tokenizers of one vocabulary, but different merges or rules, part ways.
@@ -173,6 +173,21 @@ def check_context(
                     f"{what} exceed the {side}'s context of {context}: drop or cut the prompt that "
                     f"begins with {start!r}{remedy}"
                 )
+
+
+def scale_warning(lengths: Sequence[int], configs: Mapping[str, Any]) -> str | None:
+    """What to warn of where rows of these lengths, in tokens, are scaled by the longest of them."""
+    for side, config in configs.items():
+        change = scale_changes_at(config)
+        if change is not None and lengths and min(lengths) <= change < max(lengths):
+            return (
+                f"the {side} scales the positions of a whole batch by its longest row, beyond "
+                f"{change} tokens otherwise than up to them, and this one has rows of "
+                f"{min(lengths)} to {max(lengths)}: the shorter ones' losses are not those of the "
+                "rows alone. Keep all rows on one side, or set per_device_train_batch_size 1 for "
+                "the loss"
+            )
+    return None
 
 
 def check_lengths(

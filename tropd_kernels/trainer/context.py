@@ -60,6 +60,17 @@ def padded_context_of(config: Any) -> int | None:
     return context_of(config) if config.model_type in _AS_WIDE_AS_THE_BATCH else None
 
 
+def scale_changes_at(config: Any) -> int | None:
+    """The length above which a row of a batch changes the rotary scale of all its rows, as in
+    LongRoPE; None where no length does."""
+    config = config.get_text_config()
+    rope = getattr(config, "rope_parameters", None) or {}
+    if rope.get("rope_type") not in ("longrope", "su", "dynamic"):
+        return None
+    limit = getattr(config, "max_position_embeddings", None)
+    return rope.get("original_max_position_embeddings") or limit
+
+
 def _is_position_free(config: Any) -> bool:
     if config.model_type in _POSITION_FREE or getattr(config, "alibi", False):
         return True

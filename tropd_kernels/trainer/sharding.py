@@ -71,6 +71,14 @@ def read_form(model: nn.Module, sharded: bool) -> Head:
     (flash-attention). It is checked only if its config leaves a doubt. Of a model that ZeRO-3 has
     partitioned while loading it the head alone is gathered, so that it cannot be checked.
     """
+    inner: Any = getattr(model, "get_base_model", None)  # of PEFT
+    base: Any = model if inner is None else inner()
+    if base.base_model is base:
+        raise NotImplementedError(
+            f"a {type(base).__name__} has no backbone at its base_model, where TRL's trainer looks "
+            "for hidden states: choose another model, or call linear_distillation_loss with what "
+            "heads.read_head finds"
+        )
     holder = model.get_output_embeddings()  # type: ignore[operator]
     parts = [] if holder is None else list(holder.parameters())
     if any(hasattr(part, "ds_id") for part in parts):
