@@ -443,7 +443,6 @@ def test_flags_win_and_numbers_are_numbers(run_file):
             "eval_dataset: b\neval_strategy: epoch\neval_split: c\ndataset_split: test",
             "dataset_split: ",
         ),
-        ("do_train: false", "do_train: it has no effect here: the command trains"),
         ("do_eval: true", "do_eval: it has no effect here: eval_strategy says when"),
         ("do_predict: true", "do_predict: it has no effect here"),
         ("peft: {rank: 4}", "peft: "),
@@ -571,16 +570,34 @@ def test_errors_of_training_keep_their_traceback(run_file):
         cli.main(["train", "--config", str(run_file)])
 
 
-@pytest.mark.parametrize("flag", ["--do_eval", "--do-eval=true"])
+@pytest.mark.parametrize("flag", ["--do_eval", "--do-eval=true", "--do_train=false"])
 def test_flags_of_scripts(run_file, capsys, flag):
     assert cli.main(["train", "--config", str(run_file), flag]) == 2
-    assert "tropd train: do_eval: it has no effect here" in capsys.readouterr().err
+    key = flag[2:].split("=")[0].replace("-", "_")
+    assert f"tropd train: {key}: it has no effect here" in capsys.readouterr().err
+
+
+def test_generation_kwargs_that_change_nothing_are_taken():
+    plain = dict(
+        num_return_sequences=1, return_dict_in_generate=False, output_scores=False, max_time=None,
+        early_stopping=False, length_penalty=1.0, low_memory=False, num_beam_groups=1,
+        diversity_penalty=0.0, stop_strings=None, forced_eos_token_id=None,
+    )  # fmt: skip
+    args = trainer.TrOPDConfig("unused", use_cpu=True, bf16=False, generation_kwargs=plain)
+    assert args.generation_kwargs == plain
 
 
 def test_keys_of_scripts_that_say_what_is_done(run_file):
     run_file.write_text(f"{run_file.read_text()}do_predict: false\ndo_train: true\n")
     flags = ["--config", str(run_file), "--do_eval", "false"]
     assert not cli.parse_run(flags)[1].do_eval
+    # As transformers saves them in a config that evaluates.
+    data = run_file.parent / "prompts.jsonl"
+    run_file.write_text(
+        run_file.read_text().replace("do_train: true", "do_train: false")
+        + f"do_eval: true\neval_strategy: epoch\neval_dataset: {data}\n"
+    )
+    assert cli.parse_run(["--config", str(run_file)])[1].do_eval
 
 
 def test_an_evaluation_at_the_start_alone(run_file):

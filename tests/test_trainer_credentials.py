@@ -61,6 +61,21 @@ def test_a_server_that_quotes_the_key(served):
     assert SECRET not in words(error)
 
 
+@pytest.mark.parametrize("before", [0, 265, 295])
+@pytest.mark.parametrize("key", [SECRET, "a\\b'c\"d-of-mine"])
+def test_no_part_of_a_quoted_key_is_shown(served, before, key):
+    """Wherever the server's words are cut, and however they are escaped."""
+    client = TeacherServer(served.url, api_key=SECRET)
+    client._api_key = key
+    served.faults.status += [401]
+    served.faults.reason = "x" * before + key
+    with pytest.raises(TeacherServerError, match=r"\*|x'") as error:
+        client.score([[5]], [[6]])
+    shown = words(error)
+    assert not any(key[i : i + 4] in shown or repr(key[i : i + 4])[1:-1] in shown
+                   for i in range(len(key) - 3))  # fmt: skip
+
+
 @pytest.mark.parametrize(
     ("url", "message"),
     [

@@ -187,7 +187,7 @@ def parse_run(arguments: Sequence[str]) -> tuple[Run, Any]:
     named = [flag[2:].split("=")[0] for flag in flags if flag.startswith("--")]
     unknown = parser.set_defaults_with_config(**keys)
     parsed, rest = parser.parse_known_args(flags)
-    refuse_of_scripts([*keys, *named], parsed)
+    refuse_of_scripts(named, parsed)
     unknown += rest
     if unknown and unknown[0].endswith((".yaml", ".yml")):
         raise UsageError(f"a file of keys is given by --config {unknown[0]}")
@@ -229,16 +229,19 @@ def take_none(parser: argparse.ArgumentParser, classes: Sequence[type]) -> None:
             action.type = text
 
 
-def refuse_of_scripts(given: Sequence[str], parsed: argparse.Namespace) -> None:
+def refuse_of_scripts(flags: Sequence[str], parsed: argparse.Namespace) -> None:
     """Raises UsageError for a key that transformers leave to scripts of one's own, unless it says
-    what the command does."""
-    for key, does, instead in (
-        ("do_train", True, "the command trains: leave it out"),
-        ("do_eval", False, "eval_strategy says when to evaluate on eval_dataset: set that"),
-        ("do_predict", False, "the command predicts nothing: leave it out"),
-    ):
-        named = any(name.replace("-", "_").removeprefix("no_") == key for name in given)
-        if named and getattr(parsed, key) != does:
+    what the command does, or stands in a saved config. flags: the names of those given."""
+    named = {name.replace("-", "_").removeprefix("no_") for name in flags}
+    evaluates = str(getattr(parsed.eval_strategy, "value", parsed.eval_strategy)) != "no"
+    for key, wrong, instead in (
+        ("do_train", "do_train" in named and not parsed.do_train,
+         "the command trains: leave it out"),
+        ("do_eval", parsed.do_eval and not (evaluates or parsed.eval_on_start),
+         "eval_strategy says when to evaluate on eval_dataset: set that"),
+        ("do_predict", parsed.do_predict, "the command predicts nothing: leave it out"),
+    ):  # fmt: skip
+        if wrong:
             raise UsageError(f"{key}: it has no effect here: {instead}")
 
 

@@ -32,8 +32,8 @@ BELONGS_TO = {
     "num_completions_to_print": ("log_completions", True),
     "log_unique_prompts": ("log_completions", True),
     "vllm_mode": ("use_vllm", True),
-    "vllm_model_impl": ("use_vllm", True),
-    "vllm_enable_sleep_mode": ("use_vllm", True),
+    "vllm_model_impl": ("vllm_mode", "colocate"),
+    "vllm_enable_sleep_mode": ("vllm_mode", "colocate"),
     "vllm_structured_outputs_regex": ("use_vllm", True),
     "vllm_server_base_url": ("vllm_mode", "server"),
     "vllm_server_host": ("vllm_mode", "server"),
@@ -92,6 +92,11 @@ def _guided(args: Any) -> bool:
     return args.prefix_schedule != "none" or args.lmbda < 1
 
 
+def _deepspeed(args: Any) -> bool:
+    """Whether by a config of its own or by accelerate's."""
+    return bool(args.deepspeed) or getattr(args, "deepspeed_plugin", None) is not None
+
+
 def _optim(args: Any) -> str:
     return str(getattr(args.optim, "value", args.optim))
 
@@ -122,18 +127,18 @@ CONDITIONS = (
               "there is no drift_tau", "set that"),
     Condition(("max_workspace_bytes",), lambda a: a.backend != "reference",
               "the backend 'reference' makes all logits at once", "choose another backend"),
-    Condition(("adam_beta1", "adam_beta2"), lambda a: a.deepspeed or _optim(a) not in _NOT_ADAM,
+    Condition(("adam_beta1", "adam_beta2"), lambda a: _deepspeed(a) or _optim(a) not in _NOT_ADAM,
               "the optimizer {!r} does not take it", "choose one of Adam's kind", of="optim"),
-    Condition(("adam_epsilon",), lambda a: a.deepspeed or _optim(a) not in _NOT_ADAM | _LION,
+    Condition(("adam_epsilon",), lambda a: _deepspeed(a) or _optim(a) not in _NOT_ADAM | _LION,
               "the optimizer {!r} does not take it", "choose one of Adam's kind", of="optim"),
-    Condition(("optim_args",), lambda a: a.deepspeed or _optim(a) not in _NO_OPTIM_ARGS,
+    Condition(("optim_args",), lambda a: _deepspeed(a) or _optim(a) not in _NO_OPTIM_ARGS,
               "the optimizer {!r} takes none", of="optim"),
     Condition(("optim_target_modules",),
-              lambda a: a.deepspeed or _optim(a).startswith(("galore", "apollo")),
+              lambda a: _deepspeed(a) or _optim(a).startswith(("galore", "apollo")),
               "the optimizer {!r} works on all parameters", "choose one of GaLore or APOLLO",
               of="optim"),
     Condition(("warmup_steps",),
-              lambda a: a.deepspeed or _schedule(a) not in _NO_WARMUP
+              lambda a: _deepspeed(a) or _schedule(a) not in _NO_WARMUP
               or _optim(a) in _WARM_BY_THEMSELVES,
               "lr_scheduler_type {!r} has no warm-up", "choose constant_with_warmup or another one",
               of="lr_scheduler_type"),

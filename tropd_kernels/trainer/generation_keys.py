@@ -44,6 +44,9 @@ _OF_BEAMS = (
     "diversity_penalty",
     "low_memory",
 )
+#: Values under which a sampler does what it does without the key, beside None and False.
+_NEUTRAL = {"num_return_sequences": 1, "n": 1, "length_penalty": 1, "num_beam_groups": 1,
+            "diversity_penalty": 0, "max_time": None}  # fmt: skip
 _OF_NO_SAMPLER = {"_from_model_config", "transformers_version"}
 
 
@@ -53,17 +56,23 @@ def check_generation_keys(given: Mapping[str, Any], use_vllm: bool) -> None:
     vLLM itself refuses those that it does not know; a GenerationConfig keeps them, unread.
     """
     known = vars(GenerationConfig()).keys() - _OF_NO_SAMPLER
-    for name in given:
-        if name in _NOT_TAKEN:
+    for name, value in given.items():
+        if name in _NOT_TAKEN and not _is_neutral(name, value):
             raise ValueError(f"generation_kwargs: {name!r} is not taken: {_NOT_TAKEN[name]}")
         if not use_vllm and name not in known:
             raise ValueError(
                 f"generation_kwargs: {name!r} is no key of transformers' GenerationConfig"
                 f"{nearest(name, known)}"
             )
-    beams = [name for name in _OF_BEAMS if given.get(name) is not None]
+    beams = [name for name in _OF_BEAMS if name in given and not _is_neutral(name, given[name])]
     if beams and not use_vllm and (given.get("num_beams") or 1) == 1:
         raise ValueError(
             f"generation_kwargs: {beams[0]!r} would have no effect: it belongs to a beam search: "
             "set num_beams, or leave it out"
         )
+
+
+def _is_neutral(name: str, value: Any) -> bool:
+    if name in _NEUTRAL:
+        return value is None or value == _NEUTRAL[name]
+    return value is None or value is False

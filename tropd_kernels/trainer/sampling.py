@@ -47,14 +47,15 @@ _WHOLE: dict[str, tuple[Any, ...]] = {
     "token_healing": (False, None),
 } | dict.fromkeys(
     ("no_repeat_ngram_size", "encoder_no_repeat_ngram_size", "min_length", "min_new_tokens",
-     "epsilon_cutoff", "eta_cutoff", "diversity_penalty", "penalty_alpha"),
+     "epsilon_cutoff", "eta_cutoff", "diversity_penalty", "penalty_alpha", "presence_penalty",
+     "frequency_penalty", "min_tokens"),  # the last three are vLLM's
     (0, None),
 )  # fmt: skip
 #: Keys of generation_kwargs, transformers' and vLLM's, that change no distribution.
 _HARMLESS = {
     *_NEEDED, "pad_token_id", "cache_implementation", "cache_config", "max_cache_len",
     "prefill_chunk_size", "remove_invalid_values", "renormalize_logits", "seed",
-    "detokenize", "skip_special_tokens",
+    "logprobs", "prompt_logprobs", "detokenize", "skip_special_tokens",
     "spaces_between_special_tokens", "include_stop_str_in_output", "truncate_prompt_tokens",
 }  # fmt: skip
 #: Settings that act on what is drawn alone.

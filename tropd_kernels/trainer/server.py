@@ -16,6 +16,7 @@ to give more than 20 log-probs is started with `--max-logprobs`; `return_token_i
 0.10.2.
 """
 
+import json
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -267,7 +268,9 @@ class TeacherServer:
         except ValueError as error:
             raise self._error(what, str(error)) from error
         except (AttributeError, KeyError, TypeError) as error:
-            raise self._error(what, f"its answer is malformed: {quote(response.data)}") from error
+            raise self._error(
+                what, f"its answer is malformed: {quote(self._shown(response.data))}"
+            ) from error
 
     def _request(self, method: str, path: str, body: Any, what: str) -> urllib3.BaseHTTPResponse:
         try:
@@ -287,11 +290,18 @@ class TeacherServer:
     ) -> TeacherServerError:
         tries = f" after {self._retries + 1} attempts" * (response.status in _REPEATED)
         names = list(self._contexts) if hasattr(self, "_contexts") else []
-        words, remedy = refusal(response.status, response.data, body, names)
+        words, remedy = refusal(response.status, self._shown(response.data), body, names)
         return self._error(what, f"HTTP {response.status}{tries}: {words}", remedy)
 
+    def _shown(self, answer: bytes) -> bytes:
+        """Without the key, which some servers quote: before anything is cut off or escaped."""
+        key = self._api_key
+        for form in () if key is None else (key, json.dumps(key)[1:-1]):
+            answer = answer.replace(form.encode(), b"***")
+        return answer
+
     def _error(self, what: str, reason: str, remedy: str = "") -> TeacherServerError:
-        if self._api_key is not None:  # some servers quote what they refuse
+        if self._api_key is not None:
             reason = reason.replace(self._api_key, "***")
         return TeacherServerError(
             f"teacher server {self.url}: {what} failed: {reason}. {remedy or 'Look at the server'}"
