@@ -180,7 +180,8 @@ def test_ids_that_only_the_teacher_has(tmp_path):
         (lambda c: [c | {"index": 1}], r"the indices \[1\] came: expected the one of index 0"),
         (lambda c: [c | {"index": 1}, c], r"the indices \[1, 0\] came"),
         (lambda c: [c, c], r"the indices \[0, 0\] came"),
-        (lambda c: [], "no choices in its answer"),
+        (lambda c: [], r"the indices \[\] came"),
+        (lambda c: None, "its answer is malformed: .*choices"),
         (lambda c: ["text"], "its answer is malformed"),
     ],
 )

@@ -118,6 +118,11 @@ def test_knobs_are_the_constructor_s(name):
         ({"generation_kwargs": {"output_scores": True}}, "'output_scores' is not taken"),
         ({"generation_kwargs": {"max_length": 4}}, "'max_length' is not taken: set max_completion"),
         ({"generation_kwargs": {"disable_compile": True}}, "is not taken: generation is never"),
+        # TRL has values of its own for these, which None would undo.
+        ({"generation_kwargs": {"disable_compile": False}}, "is not taken: generation is never"),
+        ({"generation_kwargs": {"max_new_tokens": None}}, "'max_new_tokens' is not taken: set max"),
+        ({"generation_kwargs": {"eos_token_id": None}}, "'eos_token_id' is not taken: set the stu"),
+        ({"generation_kwargs": {"max_tokens": None}, "use_vllm": True}, "'max_tokens' is not"),
         ({"generation_kwargs": {"stop": ["."]}, "use_vllm": True}, "'stop' is not taken: complet"),
         ({"generation_kwargs": {"repetition_penaltyy": 5.0}},
          "generation_kwargs: 'repetition_penaltyy' is no key of transformers' GenerationConfig "
@@ -409,9 +414,9 @@ def test_flags_win_and_numbers_are_numbers(run_file):
     [
         ("objektive: opd", "unknown key 'objektive' (did you mean 'objective'?)"),
         ("teacher: x", "unknown key 'teacher'"),
-        ("model_name_or_path: x", "unknown key 'model_name_or_path' (here it is 'model')"),
-        ("use_peft: true", "unknown key 'use_peft' (here it is 'peft', a mapping)"),
-        ("lora_r: 8", "unknown key 'lora_r' (here it is in the mapping 'peft')"),
+        ("model_name_or_path: x", "unknown key 'model_name_or_path' (give model)"),
+        ("use_peft: true", "unknown key 'use_peft' (give peft)"),
+        ("lora_r: 8", "unknown key 'lora_r' (give the mapping peft)"),
         ("objective: opdd", "objective: unknown 'opdd' (did you mean 'opd'?)"),
         ("dataset: nowhere.jsonl", "dataset: there is no file nowhere.jsonl"),
         (

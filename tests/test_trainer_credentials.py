@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import traceback
+from dataclasses import dataclass
 
 import pytest
 
@@ -76,6 +77,15 @@ def test_no_part_of_a_quoted_key_is_shown(served, before, key):
                    for i in range(len(key) - 3))  # fmt: skip
 
 
+@pytest.mark.parametrize("before", [0, 280])
+def test_no_part_of_a_key_in_a_malformed_answer_is_shown(served, before):
+    client = TeacherServer(served.url, api_key=SECRET)
+    served.faults.answer = lambda answer: {"choices": "x" * before + SECRET}
+    with pytest.raises(TeacherServerError, match="its answer is malformed") as error:
+        client.score([[5]], [[6]])
+    assert not any(SECRET[i : i + 4] in words(error) for i in range(len(SECRET) - 3))
+
+
 @pytest.mark.parametrize(
     ("url", "message"),
     [
@@ -111,14 +121,21 @@ def test_tokens_in_errors(key, value):
 
 def test_tokens_in_what_is_printed_and_logged():
     """transformers hides hub_token in its own print and in what it logs, nothing below it."""
-    token = {"token": SECRET}
-    config = TrOPDConfig(
-        "unused", hub_token=SECRET, model_init_kwargs=token, teacher_model_init_kwargs=token, **HERE
-    )
-    for text in (repr(config), str(config), str(config.to_dict()), config.to_json_string(),
-                 str(config.to_sanitized_dict())):  # fmt: skip
-        assert SECRET not in text and "<TOKEN>" in text and "temperature" in text
-    assert config.model_init_kwargs == token and config.hub_token == SECRET
+
+    @dataclass
+    class Own(TrOPDConfig):
+        extra: int = 1
+
+    token, end = {"token": SECRET}, {"eos_token": "</s>"}  # whose name ends in token, too
+    for kind in (TrOPDConfig, Own):
+        config = kind(
+            "unused", hub_token=SECRET, model_init_kwargs=token, teacher_model_init_kwargs=token,
+            chat_template_kwargs=end, **HERE,
+        )  # fmt: skip
+        for text in (repr(config), str(config), str(config.to_dict()), config.to_json_string(),
+                     str(config.to_sanitized_dict())):  # fmt: skip
+            assert SECRET not in text and "<TOKEN>" in text and "</s>" in text
+        assert config.model_init_kwargs == token and config.hub_token == SECRET
 
 
 @pytest.mark.parametrize("text", [f"hub_token: {SECRET}: x", f"- hub_token={SECRET}"])

@@ -32,7 +32,7 @@ eval_accumulation_steps save_only_model save_strategy save_steps save_on_each_no
 save_total_limit save_safetensors enable_jit_checkpoint push_to_hub hub_token hub_private_repo
 hub_model_id hub_strategy hub_always_push hub_revision load_best_model_at_end
 metric_for_best_model greater_is_better ignore_data_skip
-restore_callback_states_from_checkpoint full_determinism seed data_seed use_cpu
+restore_callback_states_from_checkpoint full_determinism seed use_cpu
 accelerator_config parallelism_config dataloader_drop_last dataloader_num_workers
 dataloader_pin_memory dataloader_persistent_workers dataloader_prefetch_factor
 dataloader_multiprocessing_context dataloader_in_order remove_unused_columns
@@ -60,6 +60,7 @@ SOMETIMES = {
     "prefix_fraction": (0.5, GUIDED | dict(prefix_steps=3), GUIDED),
     "kl_discount_factor": (0.5, dict(lmbda=0.0), dict(lmbda=0.5)),
     "importance_gamma": (0.5, dict(lmbda=0.0), dict(lmbda=0.5)),
+    "data_seed": (99, dict(shuffle_dataset=False), {}),
     "drift_tau": (1.0, dict(lmbda=0.0, num_iterations=2), dict(num_iterations=2)),
     "drift_block_size": (8, dict(num_iterations=2), dict(num_iterations=2, drift_tau=1.0)),
     "max_workspace_bytes": (1000, dict(backend="reference"), dict(backend="torch")),

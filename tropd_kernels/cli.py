@@ -53,16 +53,16 @@ class Run:
     peft: dict | str | None = None
 
 
-#: Keys of TRL's scripts and of its other trainers.
+#: Keys of TRL's scripts and of its other trainers, and what to give here.
 THEIRS = {
-    "model_name_or_path": "'model'", "dataset_name": "'dataset'", "dataset_train_split":
-    "'dataset_split'", "dataset_test_split": "'eval_split'", "use_peft": "'peft', a mapping",
-    "lora_": "in the mapping 'peft'", "max_new_tokens": "'max_completion_length'",
-    "torch_dtype": "in the mapping 'model_init_kwargs', as 'dtype'",
-    "dtype": "in the mapping 'model_init_kwargs'",
-    "attn_implementation": "in the mapping 'model_init_kwargs'",
-    "max_length": "'max_completion_length', for what is written",
-    "max_prompt_length": "for you to cut: prompts are taken whole",
+    "model_name_or_path": "model", "dataset_name": "dataset",
+    "dataset_train_split": "dataset_split", "dataset_test_split": "eval_split",
+    "use_peft": "peft", "lora_": "the mapping peft", "max_new_tokens": "max_completion_length",
+    "torch_dtype": "dtype in the mapping model_init_kwargs",
+    "dtype": "dtype in the mapping model_init_kwargs",
+    "attn_implementation": "attn_implementation in the mapping model_init_kwargs",
+    "max_length": "max_completion_length, which bounds what is written",
+    "max_prompt_length": "a data set whose prompts are short enough: they are taken whole",
 }  # fmt: skip
 
 
@@ -252,7 +252,7 @@ def advice(key: str, known: Sequence[str]) -> str:
 
     name = key.replace("-", "_")
     other = THEIRS.get("lora_" if name.startswith("lora_") else name)
-    return f" (here it is {other})" if other else nearest(key, known)
+    return f" (give {other})" if other else nearest(key, known)
 
 
 def check_data_keys(run: Run, config: Any) -> None:

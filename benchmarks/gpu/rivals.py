@@ -29,7 +29,7 @@ def environment(carried: Path, folder: Path) -> dict[str, str]:
     paths = [ROOT, site, *(() if importlib.util.find_spec("datasets") else (STUBS,))]
     print(f"rivals' wheels: {', '.join(names) or 'none'}", flush=True)
     given = os.environ.get("PYTHONPATH", "")
-    # Without it torch's interpreter of Triton's kernels would not be there for --tiny.
+    # The caller's own paths stay, behind these.
     return os.environ | {
         "PYTHONPATH": os.pathsep.join([*map(str, paths), *([given] if given else [])])
     }

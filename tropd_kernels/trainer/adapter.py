@@ -156,8 +156,8 @@ class DistillationAdapter(DistillationTrainer):
     def __init__(self, model: Any, teacher_model: Any, args: Any, *rest: Any, **keywords: Any):
         with class_of_student(model, args):
             super().__init__(model, None, args, *rest, **keywords)
-        if (args.generation_kwargs or {}).get("suppress_tokens", ()) != () and self._is_vlm:
-            # They have replaced TRL's list: a written image token would have no pixels.
+        if self._is_vlm and "suppress_tokens" in (args.generation_kwargs or {}):
+            # It replaces TRL's own list: a written image token would have no pixels.
             given = self.generation_config.suppress_tokens or ()
             self.generation_config.suppress_tokens = [*given, self.model.config.image_token_id]
         refuse_fsdp_1(self.accelerator)

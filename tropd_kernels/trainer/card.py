@@ -18,6 +18,7 @@ from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
 from .. import __version__
 from .config import TrOPDConfig
+from .router import base_of
 
 _REPOSITORY = "https://github.com/huggingface/trl"
 
@@ -218,7 +219,7 @@ def named_model(model: Any) -> Named:
     loaded = getattr(model.config, "_name_or_path", "") or ""
     if loaded:
         return named(loaded)
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    base = base_of(model)
     kind = type(base).__name__
     return Named(f"{'an' if kind[0] in 'AEIO' else 'a'} `{kind}` without a name")
 

@@ -193,8 +193,8 @@ def scale_warning(lengths: Sequence[int], configs: Mapping[str, Any]) -> str | N
 def check_lengths(
     prompt_ids: list[list[int]], configs: Mapping[str, Any], multiple: int | None
 ) -> None:
-    """Raises ValueError for prompts that padding makes of one length, beside a model whose
-    positions count it. multiple: `pad_to_multiple_of`."""
+    """Raises ValueError for prompts that need padding, beside a model whose positions count it.
+    multiple: `pad_to_multiple_of`."""
     lengths = {len(ids) for ids in prompt_ids}
     if len(lengths) == 1 and not any(n % (multiple or 1) for n in lengths):
         return
@@ -202,8 +202,9 @@ def check_lengths(
         if counts_padding(config):
             raise ValueError(
                 f"the {side} is a {config.model_type} model, whose positions count the padding in "
-                "front of a shorter prompt, so that it would be another model's hidden states: "
-                "choose another model, or give prompts of one length, without pad_to_multiple_of"
+                "front of a prompt, so that its hidden states would not be those of the prompt "
+                "alone: choose another model, or give prompts of one length, without "
+                "pad_to_multiple_of"
             )
 
 

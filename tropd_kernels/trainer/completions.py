@@ -43,10 +43,9 @@ class TokenScores:
 
 
 def read_choice(answer: bytes) -> Mapping[str, Any]:
-    """The one choice of an answer to one prompt. Raises ValueError for none, and for more."""
-    choices = read_json(answer).get("choices")
-    if not choices:
-        raise ValueError(f"no choices in its answer {quote(answer)}")
+    """The one choice of an answer to one prompt. Raises ValueError for none, and for more; KeyError
+    or TypeError for an answer without choices."""
+    choices = read_json(answer)["choices"]
     indices = [choice.get("index", 0) for choice in choices]
     if indices != [0]:
         raise ValueError(f"choices with the indices {indices} came: expected the one of index 0")

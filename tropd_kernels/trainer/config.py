@@ -213,6 +213,11 @@ class TrOPDConfig(DistillationConfig):
 
     __str__ = __repr__
 
+    def __init_subclass__(cls, **keywords: Any) -> None:
+        super().__init_subclass__(**keywords)
+        if "__repr__" not in vars(cls):  # a dataclass would be given one that shows secrets
+            cls.__repr__ = TrOPDConfig.__repr__  # type: ignore[method-assign]
+
     def rule(self, progress: float = 0.0) -> TokenRule:
         """The objective at this share of training, 0 to 1; only reopold's depends on it."""
         arguments: dict[str, Any] = dict(self.objective_kwargs or {})  # type: ignore[arg-type]

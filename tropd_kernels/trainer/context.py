@@ -47,10 +47,12 @@ def context_of(config: Any) -> int | None:
     if not any(isinstance(part, Mapping) for part in rope.values()):
         return _scaled(rope, limit)
     # One for each kind of layer: the widest, for the others are those of a sliding window.
-    parts = [part for part in rope.values() if isinstance(part, Mapping)]
-    if config.model_type == "gemma3_text":  # whose maximum has a linear factor already
-        parts = [part for part in parts if part.get("rope_type") != "linear"] or [{}]
-    bounds = [_scaled(part, limit) for part in parts]
+    bounds = []
+    for part in rope.values():
+        if isinstance(part, Mapping):
+            # Gemma 3's maximum has its linear factor already.
+            included = config.model_type == "gemma3_text" and part.get("rope_type") == "linear"
+            bounds.append(limit if included else _scaled(part, limit))
     return max((b for b in bounds if b is not None), default=None) if all(bounds) else None
 
 

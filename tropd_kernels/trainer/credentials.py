@@ -9,6 +9,8 @@ from urllib.parse import urlsplit
 
 API_KEY = "VLLM_API_KEY"
 _NAMES = re.compile("token|passw|secret|api.?key|hf_", re.IGNORECASE)
+#: Settings that are a secret. Others end in these words (eos_token) and are none.
+_SECRET = {"token", "use_auth_token", "hub_token", "push_to_hub_token"}
 
 
 def read_api_key(given: str | None) -> str | None:
@@ -64,12 +66,12 @@ def shown(value: Any) -> str:
 
 
 def hidden(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """These settings with <KEY> in the place of each token, also in mappings within them."""
+    """These settings with <KEY> in the place of each secret, also in mappings within them."""
     return {
         key: hidden(value)
         if isinstance(value, Mapping)
         else f"<{key.upper()}>"
-        if isinstance(value, str) and str(key).lower().endswith("token")
+        if isinstance(value, str) and key in _SECRET
         else value
         for key, value in settings.items()
     }

@@ -125,6 +125,8 @@ CONDITIONS = (
               "raise lmbda"),
     Condition(("drift_block_size",), lambda a: a.drift_tau is not None,
               "there is no drift_tau", "set that"),
+    Condition(("data_seed",), lambda a: a.shuffle_dataset,
+              "rows come in the data set's own order", "set shuffle_dataset"),
     Condition(("max_workspace_bytes",), lambda a: a.backend != "reference",
               "the backend 'reference' makes all logits at once", "choose another backend"),
     Condition(("adam_beta1", "adam_beta2"), lambda a: _deepspeed(a) or _optim(a) not in _NOT_ADAM,

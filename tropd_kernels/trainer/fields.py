@@ -17,6 +17,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from .router import base_of
+
 #: What `token_type_ids` gives a written token, where that is not 0. PaliGemma's 0 is the prefix,
 #: in which every token attends to every other: 1 is what comes after it.
 _WRITTEN = {"paligemma": 1}
@@ -85,8 +87,8 @@ def kept_fields(
 
     Raises NotImplementedError for a field that the model reads and that we cannot take along.
     """
-    base, backbone = _parts(model)
-    reads, whole = (inspect.signature(part.forward).parameters for part in (backbone, base))
+    base = base_of(model)
+    reads, whole = (inspect.signature(part.forward).parameters for part in (base.base_model, base))
     types, pixels = {}, {}
     for name in fields.keys() - {"labels", *taken_by_trl}:
         if name in reads and name.endswith(_TYPES):
@@ -107,7 +109,7 @@ def kept_fields(
 def reading(model: PreTrainedModel, inputs: Mapping[str, Any], **others: Any) -> Iterator[None]:
     """Gives a micro-batch's kept fields, and `others`, to the model's backbone in the forwards
     inside, as far as it reads them."""
-    _, backbone = _parts(model)
+    backbone = base_of(model).base_model
     reads = inspect.signature(backbone.forward).parameters
     kept = {
         name.removeprefix(_KEPT): torch.cat(value) if isinstance(value, list) else value
@@ -149,13 +151,6 @@ def extend_token_fields(
         else value
         for name, value in fields.items()
     }
-
-
-def _parts(model: Any) -> tuple[Any, Any]:
-    """The model below PEFT, and the backbone whose hidden states the loss takes."""
-    inner = getattr(model, "get_base_model", None)
-    base = model if inner is None else inner()
-    return base, base.base_model
 
 
 def _is_per_token(name: str, value: Any, prompt_ids: Sequence[Sequence[int]]) -> bool:

@@ -37,16 +37,21 @@ _NOT_TAKEN = {
     "forced_bos_token_id": _ENCODER, "decoder_start_token_id": _ENCODER,
     "disable_compile": _NOT_COMPILED, "compile_config": _NOT_COMPILED,
 }  # fmt: skip
-_OF_BEAMS = (
-    "early_stopping",
-    "length_penalty",
-    "num_beam_groups",
-    "diversity_penalty",
-    "low_memory",
-)
-#: Values under which a sampler does what it does without the key, beside None and False.
-_NEUTRAL = {"num_return_sequences": 1, "n": 1, "length_penalty": 1, "num_beam_groups": 1,
-            "diversity_penalty": 0, "max_time": None}  # fmt: skip
+_OF_BEAMS = ("early_stopping", "length_penalty", "num_beam_groups", "diversity_penalty",
+             "low_memory")  # fmt: skip
+#: Values of such keys under which a sampler does what it does without the key. There are none of a
+#: key that TRL sets itself (lengths, eos_token_id, disable_compile): None would undo TRL's value.
+_NEUTRAL: dict[str, tuple[Any, ...]] = {
+    "num_return_sequences": (1, None), "n": (1,), "ignore_eos": (False,),
+    "length_penalty": (1, None), "num_beam_groups": (1, None), "diversity_penalty": (0, None),
+    "stop": (None, []), "stop_token_ids": (None, []),
+    **dict.fromkeys(("stop_strings", "forced_eos_token_id", "max_time", "compile_config"), (None,)),
+    **dict.fromkeys(
+        ("return_dict_in_generate", "output_scores", "output_logits", "output_attentions",
+         "output_hidden_states", "early_stopping", "low_memory"),
+        (False, None),
+    ),
+}  # fmt: skip
 _OF_NO_SAMPLER = {"_from_model_config", "transformers_version"}
 
 
@@ -57,22 +62,16 @@ def check_generation_keys(given: Mapping[str, Any], use_vllm: bool) -> None:
     """
     known = vars(GenerationConfig()).keys() - _OF_NO_SAMPLER
     for name, value in given.items():
-        if name in _NOT_TAKEN and not _is_neutral(name, value):
+        if name in _NOT_TAKEN and value not in _NEUTRAL.get(name, ()):
             raise ValueError(f"generation_kwargs: {name!r} is not taken: {_NOT_TAKEN[name]}")
         if not use_vllm and name not in known:
             raise ValueError(
                 f"generation_kwargs: {name!r} is no key of transformers' GenerationConfig"
                 f"{nearest(name, known)}"
             )
-    beams = [name for name in _OF_BEAMS if name in given and not _is_neutral(name, given[name])]
+    beams = [name for name in _OF_BEAMS if given.get(name) not in _NEUTRAL[name]]
     if beams and not use_vllm and (given.get("num_beams") or 1) == 1:
         raise ValueError(
             f"generation_kwargs: {beams[0]!r} would have no effect: it belongs to a beam search: "
             "set num_beams, or leave it out"
         )
-
-
-def _is_neutral(name: str, value: Any) -> bool:
-    if name in _NEUTRAL:
-        return value is None or value == _NEUTRAL[name]
-    return value is None or value is False

@@ -268,9 +268,8 @@ class TeacherServer:
         except ValueError as error:
             raise self._error(what, str(error)) from error
         except (AttributeError, KeyError, TypeError) as error:
-            raise self._error(
-                what, f"its answer is malformed: {quote(self._shown(response.data))}"
-            ) from error
+            words = quote(self._shown(response.data))
+            raise self._error(what, f"its answer is malformed: {words}") from error
 
     def _request(self, method: str, path: str, body: Any, what: str) -> urllib3.BaseHTTPResponse:
         try:

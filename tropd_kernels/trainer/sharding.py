@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from ..heads import Head, read_head
+from .router import base_of
 
 
 def fsdp_version(accelerator: Any) -> int | None:
@@ -71,8 +72,7 @@ def read_form(model: nn.Module, sharded: bool) -> Head:
     (flash-attention). It is checked only if its config leaves a doubt. Of a model that ZeRO-3 has
     partitioned while loading it the head alone is gathered, so that it cannot be checked.
     """
-    inner: Any = getattr(model, "get_base_model", None)  # of PEFT
-    base: Any = model if inner is None else inner()
+    base = base_of(model)
     if base.base_model is base:
         raise NotImplementedError(
             f"a {type(base).__name__} has no backbone at its base_model, where TRL's trainer looks "
