@@ -71,7 +71,7 @@ def compile_for(targets, cases):
 def test_loops_are_read_from_the_machine_code():
     """A loop within a loop, a predicated branch, local memory; what comes back from behind the exit
     is none."""
-    from benchmarks.cubins import Loop, _loops
+    from benchmarks.sass import Loop, loops_of
 
     sass = """
         /*0000*/                   MOV R1, R2 ;
@@ -89,7 +89,7 @@ def test_loops_are_read_from_the_machine_code():
 .L_x_3:
         /*0080*/                   BRA `(.L_x_3) ;
     """.replace("\n    ", "\n")
-    assert _loops(sass) == [
+    assert loops_of(sass) == [
         Loop(
             instructions=5, loads=1, wide_loads=1, barriers=0, exchanges=1, local=1, row_bits=128,
             pipes={"FMA": 1, "LDG": 1, "LSU": 2, "BRANCH": 1},
@@ -98,12 +98,12 @@ def test_loops_are_read_from_the_machine_code():
 
 
 def test_every_opcode_has_one_pipe():
-    from benchmarks.cubins import PIPES, _pipe
+    from benchmarks.sass import PIPES, pipe_of
 
     opcodes = [opcode for pipe in PIPES.values() for opcode in pipe]
     assert len(opcodes) == len(set(opcodes))
     named = {"FFMA": "FMA", "FMNMX": "ALU", "MUFU": "MUFU", "LDG": "LDG", "UIADD3": "UNIFORM"}
-    assert {opcode: _pipe(opcode) for opcode in named} == named
+    assert {opcode: pipe_of(opcode) for opcode in named} == named
 
 
 def faults(figures):

@@ -101,7 +101,8 @@ def _dense_sums(
     logit_size = min(z.element_size(), t.element_size())
     # Registers do not suffice for it where rows are not aligned, and thus read number by number,
     # nor where a thread's 16 bytes are 8 logits.
-    few = not rule.sums_of_every_row and vocab_size % 16 == 0 and logit_size >= 4
+    aligned = z.stride(0) % 16 == t.stride(0) % 16 == 0
+    few = not rule.sums_of_every_row and aligned and logit_size >= 4
     launch = tile_options(
         vocab_size, coefs.dtype, logit_size, triton_launch.SUMS_UNROLL,
         triton_launch.ASKED_WARPS if few else None,
