@@ -5,6 +5,7 @@ import pytest
 import torch
 from problems import OBJECTIVES, make_problem, relative_error, with_everything
 
+from benchmarks.gpu.smoke.calls import capture
 from tropd_kernels import (
     GKD,
     HiddenTeacher,
@@ -194,15 +195,7 @@ def test_a_whole_call_is_captured_in_a_cuda_graph(form):
         ).loss  # fmt: skip
         return loss.detach(), *torch.autograd.grad(loss, (hidden, weight))
 
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(2):  # kernels are compiled, and cuBLAS has its workspace
-            run()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = run()
+    graph, captured = capture(run)
     with torch.no_grad():
         hidden.copy_(torch.randn_like(hidden))
     graph.replay()

@@ -80,21 +80,27 @@ def no_sync(sizes: Sizes, device: str) -> Figures:
     return {}
 
 
+def capture(run: Callable[[], tuple[Tensor, ...]]) -> tuple[torch.cuda.CUDAGraph, tuple]:
+    """A CUDA graph of one call, and the tensors that its replays fill."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(2):  # kernels are compiled, and cuBLAS has its workspace
+            run()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = run()
+    return graph, captured
+
+
 def graph(sizes: Sizes, device: str) -> Figures:
     """A replay, after other hidden states were copied in, gives the bits of a plain call."""
     problem = problem_of(sizes, device)
     found: Figures = {}
     for name in ("tropd", "gkd"):
         run = whole_call(name, problem)
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            for _ in range(2):  # kernels are compiled, and cuBLAS has its workspace
-                run()
-        torch.cuda.current_stream().wait_stream(stream)
-        captured_graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(captured_graph):
-            captured = run()
+        captured_graph, captured = capture(run)
         with torch.no_grad():
             problem.hidden.copy_(torch.randn_like(problem.hidden))
         captured_graph.replay()
