@@ -57,9 +57,9 @@ from tropd_kernels import (
     distillation_loss,
     functional,
     linear_distillation_loss,
-    linear_loss,
-    ops,
 )
+from tropd_kernels.loss import loop as chunk_loop
+from tropd_kernels.loss import ops
 from tropd_kernels.rows import triton_launch, triton_rows
 from tropd_kernels.rows.layout import Stat
 
@@ -227,10 +227,10 @@ def _compiling_for(target: GPUTarget, seen: Callable) -> Iterator[None]:
     def distill(*args):
         # The body of the custom op: on meta tensors the op itself would stop at its fake.
         problem = ops.flat_problem(*args[:8], *args[11:16], later=args[10])
-        needs = linear_loss.Needs(*args[9])
-        result = linear_loss.forward(problem, needs, args[8])
+        needs = chunk_loop.Needs(*args[9])
+        result = chunk_loop.forward(problem, needs, args[8])
         if not needs:
-            linear_loss.backward(problem, result.coefs, linear_loss.Needs(student=True))
+            chunk_loop.backward(problem, result.coefs, chunk_loop.Needs(student=True))
         loss = result.stats[Stat.TOKEN_LOSS]
         return loss.sum(), loss, result.stats, ops.nothing_sampled(problem)
 

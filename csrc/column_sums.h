@@ -1,5 +1,5 @@
 // Sums over the rows of d_logits, and over the columns of a head, by which a sampled gradient chooses
-// its ids (tropd_kernels/selection.py). Included by row_kernels.h.
+// its ids (tropd_kernels/loss/sampling.py). Included by row_kernels.h.
 
 namespace tropd {
 namespace TROPD_ISA {

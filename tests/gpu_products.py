@@ -3,9 +3,10 @@ them, and the loop as it runs there, over the CPU's row engines."""
 
 import torch
 
-from tropd_kernels import chunking
-from tropd_kernels.chunking import plan_chunks
-from tropd_kernels.products import HALF, TorchProducts, adds_to_wide_sums
+from tropd_kernels.dtypes import HALF
+from tropd_kernels.loss import plan as chunking
+from tropd_kernels.loss.plan import plan_chunks
+from tropd_kernels.products import TorchProducts, adds_to_wide_sums
 
 whole_mm, whole_addmm = torch.mm, torch.addmm
 
@@ -36,10 +37,10 @@ def on_gpu(monkeypatch, multiple: int = 8, rows: int = 8, columns: int = 304) ->
     def products_for(backend, dtype, device_type):
         return TorchProducts(dtype, "cuda")
 
-    for module in ("linear_loss", "chunking"):
-        monkeypatch.setattr(f"tropd_kernels.{module}.products_for", products_for)
+    for module in ("loop", "plan"):
+        monkeypatch.setattr(f"tropd_kernels.loss.{module}.products_for", products_for)
     monkeypatch.setattr(
-        "tropd_kernels.linear_loss.plan_chunks",
+        "tropd_kernels.loss.loop.plan_chunks",
         lambda *a, **k: plan_chunks(*a, **k | {"device": "cuda"}),
     )
     monkeypatch.setattr(chunking, "MULTIPLE", multiple)

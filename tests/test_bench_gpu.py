@@ -28,7 +28,8 @@ from benchmarks.gpu.runner import Runner
 from benchmarks.gpu.smoke import CHECKS, NEEDS_GPU
 from benchmarks.gpu.smoke import __main__ as smoke
 from benchmarks.gpu.smoke.sizes import TINY as TINY_CHECK
-from tropd_kernels import chunking, plan_chunks
+from tropd_kernels import plan_chunks
+from tropd_kernels.loss import plan as chunking
 
 TINY = Shape(vocab_size=96, hidden_size=16, teacher_hidden_size=24)
 
@@ -44,7 +45,7 @@ def test_chunk_sizes_are_swept_and_put_back(tmp_path, monkeypatch, capsys):
     seen = []
     whole = chunking.plan_chunks
     monkeypatch.setattr(
-        "tropd_kernels.linear_loss.plan_chunks",
+        "tropd_kernels.loss.loop.plan_chunks",
         lambda *a, **k: seen.append(whole(*a, **k).rows) or whole(*a, **k),
     )
     out = tmp_path / "tuning.json"

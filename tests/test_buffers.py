@@ -13,11 +13,11 @@ from tropd_kernels import (
     HiddenTeacher,
     TrOPD,
     buffers,
-    chunking,
     linear_distillation_loss,
     linear_log_probs,
     native,
 )
+from tropd_kernels.loss import plan as chunking
 
 needs_native = pytest.mark.skipif(native.WHY_NOT is not None, reason=f"{native.WHY_NOT}")
 

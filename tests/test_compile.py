@@ -15,9 +15,9 @@ from tropd_kernels import (
     distillation_loss,
     linear_distillation_loss,
     linear_log_probs,
-    ops,
 )
-from tropd_kernels.linear_loss import INPUTS, Needs, Problem, Side, backward, forward
+from tropd_kernels.loss import ops
+from tropd_kernels.loss.loop import INPUTS, Needs, Problem, Side, backward, forward
 from tropd_kernels.rows.layout import LogitTransform, RowOptions
 
 #: opcheck compares outputs, so it needs an objective that leaves no statistic unknown (NaN).

@@ -12,12 +12,13 @@ from fuzz_native import same_bits
 from gpu_products import on_gpu
 from problems import OBJECTIVES, make_problem, relative_error
 
-from tropd_kernels import available_backends, backends, chunking, plan_chunks, products
-from tropd_kernels.linear_loss import Needs, Problem, Side, backward, forward
+from tropd_kernels import available_backends, backends, plan_chunks, products
+from tropd_kernels.loss import plan as chunking
+from tropd_kernels.loss.eager import reference_loss
+from tropd_kernels.loss.loop import Needs, Problem, Side, backward, forward
+from tropd_kernels.loss.sampling import Selection
 from tropd_kernels.parallel import Shard
-from tropd_kernels.reference_backend import reference_loss
 from tropd_kernels.rows.layout import LogitTransform, RowOptions
-from tropd_kernels.selection import Selection
 
 TOKENS, IDS, WIDTH = 64, 301, 16
 ONE = torch.ones(())

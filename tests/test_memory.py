@@ -19,15 +19,15 @@ from tropd_kernels import (
     HiddenTeacher,
     TrOPD,
     buffers,
-    chunking,
     linear_distillation_loss,
     native,
-    parallel_checks,
     plan_chunks,
     products,
 )
 from tropd_kernels.backends import choose_backend
-from tropd_kernels.linear_loss import Needs, Problem, Side, backward, forward
+from tropd_kernels.loss import agreement
+from tropd_kernels.loss import plan as chunking
+from tropd_kernels.loss.loop import Needs, Problem, Side, backward, forward
 from tropd_kernels.rows.layout import Coef, LogitTransform, RowBatch, RowOptions
 from tropd_kernels.rows.sharded_search import head_threshold
 
@@ -355,9 +355,9 @@ class LargestInteger(TorchDispatchMode):
 def test_what_ranks_compare_is_read_in_pieces(monkeypatch):
     """Whole, a digest took thirteen times the memory of a teacher's top-k log-probs."""
     values = torch.randn(50, 8)
-    whole = parallel_checks.digest(values)
-    monkeypatch.setattr(parallel_checks, "PIECE", 64)
+    whole = agreement.digest(values)
+    monkeypatch.setattr(agreement, "PIECE", 64)
     with LargestInteger() as made:
-        assert torch.equal(parallel_checks.digest(values), whole)
+        assert torch.equal(agreement.digest(values), whole)
     assert made.elements <= 64
-    assert not torch.equal(parallel_checks.digest(values.roll(64)), whole)
+    assert not torch.equal(agreement.digest(values.roll(64)), whole)

@@ -12,12 +12,13 @@ from problems import OBJECTIVES, make_problem, relative_error
 from test_buffers import Made
 from test_native_products import multiplier  # noqa: F401
 
-from tropd_kernels import buffers, chunking, native, plan_chunks
-from tropd_kernels.linear_loss import Needs, Problem, Side, backward, forward
+from tropd_kernels import buffers, native, plan_chunks
+from tropd_kernels.loss import plan as chunking
+from tropd_kernels.loss.eager import reference_loss
+from tropd_kernels.loss.loop import Needs, Problem, Side, backward, forward
+from tropd_kernels.loss.sampling import Sample, Selection
 from tropd_kernels.parallel import Shard
-from tropd_kernels.reference_backend import reference_loss
 from tropd_kernels.rows.layout import LogitTransform, RowOptions
-from tropd_kernels.selection import Sample, Selection
 
 pytestmark = [
     pytest.mark.skipif(not native.BF16_PRODUCTS, reason="this CPU's products are torch's"),

@@ -28,12 +28,12 @@ from tropd_kernels import (
     SampledTeacher,
     TopKTeacher,
     TrOPD,
-    chunking,
     distillation_loss,
     functional,
     linear_distillation_loss,
     linear_log_probs,
 )
+from tropd_kernels.loss import plan as chunking
 from tropd_kernels.rows.layout import Stat
 
 BACKENDS = ("torch", "native", "triton")
@@ -521,7 +521,7 @@ def test_entropies_are_ranked_in_the_loop_s_own_chunks(monkeypatch):
         )  # fmt: skip
     plan = chunking.plan_chunks
     monkeypatch.setattr(
-        "tropd_kernels.linear_loss.plan_chunks",
+        "tropd_kernels.loss.loop.plan_chunks",
         lambda *a, **k: replace(plan(*a, **k), rows=4, super_rows=6),
     )
     problem = make_problem(tokens=13)

@@ -13,8 +13,9 @@ pytest.importorskip("triton")
 
 from operations import counted
 
-from tropd_kernels import GKD, OPD, TrOPD, linear_loss, products
-from tropd_kernels.linear_loss import Needs, Problem, Side
+from tropd_kernels import GKD, OPD, TrOPD, products
+from tropd_kernels.loss import loop
+from tropd_kernels.loss.loop import Needs, Problem, Side
 from tropd_kernels.rows.layout import LogitTransform, RowOptions
 
 SUPER_ROWS, VOCAB, K = 2048, 151_936, 64
@@ -61,18 +62,18 @@ def of_a_call(rule, form: str, rows: int, dropped: bool, tokens: int) -> Counter
         meta(n, dtype=torch.int64), inputs, RowOptions(rule, LogitTransform(), LogitTransform()),
         "triton", None, None,
     )  # fmt: skip
-    plan = linear_loss._Loop._plan
+    plan = loop._Loop._plan
 
-    def planned(loop):
-        return replace(plan(loop), rows=rows, super_rows=SUPER_ROWS)
+    def planned(walk):
+        return replace(plan(walk), rows=rows, super_rows=SUPER_ROWS)
 
     counting = meta(tokens, dtype=torch.int64) if dropped else None
     with (
-        mock.patch.object(linear_loss._Loop, "_plan", planned),
-        mock.patch.object(linear_loss, "tokens_that_count", return_value=counting),
+        mock.patch.object(loop._Loop, "_plan", planned),
+        mock.patch.object(loop, "tokens_that_count", return_value=counting),
         counted() as found,
     ):
-        linear_loss.forward(problem, Needs(student=True, weight=True), meta())
+        loop.forward(problem, Needs(student=True, weight=True), meta())
     return found
 
 

@@ -38,10 +38,10 @@ from tropd_kernels import (
     linear_log_probs,
     native,
     parallel,
-    parallel_checks,
 )
 from tropd_kernels.gathering import gathered_tokens
-from tropd_kernels.selection import EVERY_ID
+from tropd_kernels.loss import agreement as checks
+from tropd_kernels.loss.sampling import EVERY_ID
 
 pytestmark = pytest.mark.skipif(
     not (dist.is_available() and dist.is_gloo_available()), reason="this torch has no gloo"
@@ -451,7 +451,7 @@ def communication(ranks):
         """Where looking at values costs a host sync, and the caller wants none, the checks are made
         in the first call with the same shapes and options alone."""
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(parallel_checks, "_may_look", lambda call: False)
+            patch.setattr(checks, "_may_look", lambda call: False)
             calls = [sent_by(bare(), OPD(), "sampled")["all_gather"] for _ in range(3)]
             calls.append(sent_by(bare(), OPD(), "sampled", temperature=2.0)["all_gather"])
         first, second = 4 * 4 * n + 64 * 8, 4 * 4 * n
@@ -513,7 +513,7 @@ def test_agreement_with_the_whole_head_communication_and_bad_input(ranks, tmp_pa
 def test_the_checks_add_no_host_sync_where_the_caller_wants_none(device, ignore_index, looks):
     tensors = (None, None, None, torch.empty(1, device=device), None, None, None)
     call = (tensors, {}, None, [], None, [], "torch", ignore_index, None, EVERY_ID)
-    assert parallel_checks._may_look(call) == looks
+    assert checks._may_look(call) == looks
 
 
 # --- ranks that end, or hang ---------------------------------------------------------------------

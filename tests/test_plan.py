@@ -6,7 +6,8 @@ import pytest
 import torch
 from problems import OBJECTIVES, make_problem
 
-from tropd_kernels import GKD, OPD, EntropyOPD, TrOPD, chunking, plan_chunks, products
+from tropd_kernels import GKD, OPD, EntropyOPD, TrOPD, plan_chunks, products
+from tropd_kernels.loss import plan as chunking
 
 QWEN = dict(tokens=8192, vocab_size=151_936, hidden_size=2048, teacher_hidden_size=4096)
 WIDE = QWEN | {"hidden_size": 4096}

@@ -9,10 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from problems import relative_error
 
-from tropd_kernels import selection
 from tropd_kernels.backends import engine_for
 from tropd_kernels.draws import id_uniforms, uniforms_like
-from tropd_kernels.selection import Selection
+from tropd_kernels.loss import sampling
+from tropd_kernels.loss.sampling import Selection
 
 BACKENDS = ("torch", "native", "triton")
 
@@ -74,7 +74,7 @@ def test_a_tolerance_is_the_standard_deviation(tolerance, kind, n, seed):
 
     if not (pi == 1).all():
         assert variance(pi) == pytest.approx(tolerance**2, rel=1e-6)
-        assert pi.sum() <= selection.DENSE * n
+        assert pi.sum() <= sampling.DENSE * n
         proportional(pi, e)
         return
     # As many as it takes by bisection.
@@ -85,7 +85,7 @@ def test_a_tolerance_is_the_standard_deviation(tolerance, kind, n, seed):
         low, high = (low, middle) if enough else (middle, high)
         if high - low < 1e-14 * high:
             break
-    assert (high * e).clamp(max=1).sum() > selection.DENSE * n * (1 - 1e-9)
+    assert (high * e).clamp(max=1).sum() > sampling.DENSE * n * (1 - 1e-9)
 
 
 @pytest.mark.parametrize("share", SHARES)

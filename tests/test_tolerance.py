@@ -25,19 +25,18 @@ from tropd_kernels import (
     HiddenTeacher,
     LinearDistillationLoss,
     buffers,
-    chunking,
     distillation_loss,
     linear_distillation_loss,
     native,
-    ops,
     plan_chunks,
-    selection,
 )
 from tropd_kernels.backends import engine_for
 from tropd_kernels.draws import id_uniforms
-from tropd_kernels.linear_loss import Needs, Problem, Side, forward
+from tropd_kernels.loss import ops, sampling
+from tropd_kernels.loss import plan as chunking
+from tropd_kernels.loss.loop import Needs, Problem, Side, forward
+from tropd_kernels.loss.sampling import Sampled, Selection
 from tropd_kernels.rows.layout import LogitTransform, RowOptions
-from tropd_kernels.selection import Sampled, Selection
 
 BACKENDS = ("torch", "native", "triton")
 ALL = ("hidden", "weight", "bias")
@@ -427,7 +426,7 @@ def test_blocks_of_a_few_ids(dtype, options, small_chunks, monkeypatch):
     backend = "torch" if dtype == torch.float64 or native.WHY_NOT else "native"
     problem, rule = peaked_problem(), OBJECTIVES["gkd"]
     out, whole = call(problem, rule, backend, dtype, **options)
-    monkeypatch.setattr(selection, "IDS_AT_ONCE", 7)
+    monkeypatch.setattr(sampling, "IDS_AT_ONCE", 7)
     again, blocks = call(problem, rule, backend, dtype, **options)
     assert torch.equal(out.gradient_share, again.gradient_share)
     torch.testing.assert_close(out.gradient_error, again.gradient_error)
@@ -568,7 +567,7 @@ def test_float16_does_not_overflow_when_it_is_scaled():
     kept = 0
     for seed in range(600):
         drawn = Selection(0.0, 0.2, torch.tensor(seed))
-        blocks = selection.Sample(drawn, engine_for("torch"), head, False, torch.empty(())).choose(
+        blocks = sampling.Sample(drawn, engine_for("torch"), head, False, torch.empty(())).choose(
             g, g[:, :8], 0
         )
         for ids, weights in blocks:

@@ -7,9 +7,10 @@ import pytest
 import torch
 from test_buffers import loss_and_leaves
 
-from tropd_kernels import GKD, LogitsTeacher, linear_distillation_loss, ops, scaling
+from tropd_kernels import GKD, LogitsTeacher, linear_distillation_loss
+from tropd_kernels.loss import ops, scaling
 
-kernel = pytest.importorskip("tropd_kernels.triton_scaling")
+kernel = pytest.importorskip("tropd_kernels.loss.triton_scaling")
 interpreted = pytest.mark.skipif(
     os.environ.get("TRITON_INTERPRET") != "1", reason="counts what the interpreter does"
 )

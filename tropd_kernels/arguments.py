@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from .dtypes import FLOATS
+from .loss.values import raise_repeated
 from .objectives import TokenRule
-from .products import FLOATS
 from .symbolic import shown
-from .values import raise_repeated
 
 if TYPE_CHECKING:
-    from .linear_loss import Problem
+    from .loss.loop import Problem
 
 REDUCTIONS = ("mean", "sum", "none")
 #: How far above 0 a log-prob may lie: a logit of up to 64, rounded to bf16, less the log-sum-exp

@@ -10,7 +10,8 @@ from types import ModuleType
 import torch
 
 from . import native
-from .products import HALF, adds_to_wide_sums
+from .dtypes import HALF
+from .products import adds_to_wide_sums
 
 BACKENDS = ("reference", "torch", "native", "triton")
 

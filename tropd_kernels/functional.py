@@ -2,7 +2,7 @@
 
 `linear_distillation_loss` takes hidden states and a head, `distillation_loss` logits that already
 exist, `linear_log_probs` gives per-token log-probabilities of a head. The mathematics is in
-`reference.py`, the chunk loop in `linear_loss.py`.
+`reference.py`, the chunk loop in `loss/loop.py`.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from . import native, ops
+from . import native
 from .arguments import (
     check_call,
     check_devices,
@@ -27,16 +27,17 @@ from .arguments import (
 )
 from .backends import choose_backend
 from .draws import seed_tensor, uniforms_like
-from .linear_loss import INPUTS
-from .main_grad import offers_main_grad
+from .dtypes import result_dtype
+from .loss import ops
+from .loss.agreement import agree
+from .loss.eager import reference_loss
+from .loss.loop import INPUTS
+from .loss.main_grad import offers_main_grad
+from .loss.sampling import EVERY_ID, Sampled, Selection
+from .loss.sharded import sharded_loss
 from .objectives import TokenRule, TrOPD
 from .parallel import check_plain, group_of, local_part, whole_tensor
-from .parallel_checks import agree
-from .parallel_loss import sharded_loss
-from .products import result_dtype
-from .reference_backend import reference_loss
 from .rows.layout import Stat
-from .selection import EVERY_ID, Sampled, Selection
 from .summary import Summarized
 from .symbolic import as_tensor, shown, symbols_of
 from .teachers import (
@@ -171,7 +172,7 @@ def linear_distillation_loss(
     one of them, and `seed`. Loss, statistics and the bias's gradient stay exact. Adam moves the
     head's row of an id that is drawn seldom less than it would by many small gradients. Chosen once
     per super-chunk (see `plan_chunks`), at the cost of a host sync; not for reduction="none" or
-    backend="reference". See `selection`.
+    backend="reference". See `loss.sampling`.
 
     Raises ValueError, TypeError, NotImplementedError or RuntimeError that say what was given and
     what was expected; with a process_group on every rank, naming the one at fault.

@@ -25,8 +25,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .dtypes import FLOATS, without_autocast
 from .gathering import gathered
-from .products import FLOATS, without_autocast
 from .summary import Summarized
 
 __all__ = ["Head", "check_head", "read_head"]

@@ -4,8 +4,8 @@
 
 Ids run on from rank to rank in the order of the group, as Megatron-LM and a DTensor with Shard(0)
 lay them out; shards may differ in height. `Shard` holds that layout and makes the exchanges;
-`rows/sharded.py` turns shards' statistics into rows', `parallel_checks.py` sees that the ranks
-agree, `parallel_loss.py` is the op.
+`rows/sharded.py` turns shards' statistics into rows', `loss/agreement.py` sees that the ranks
+agree, `loss/sharded.py` is the op.
 
 Convention, that of Megatron's parallel cross-entropy behind a column-parallel linear layer: hidden
 is replicated over the group, and the gradient returned for it is the complete one, already summed

@@ -27,32 +27,10 @@ import torch
 from torch import Tensor
 
 from . import native
+from .dtypes import HALF, TILE_ROWS, result_dtype
 
-#: Rows of the weight upcast at once on a CPU: 8 MiB at a width of 1024.
-TILE_ROWS = 2048
 #: Elements of which a padded row has a multiple.
 ROW_MULTIPLE = 16
-HALF = (torch.bfloat16, torch.float16)
-FLOATS = (*HALF, torch.float32, torch.float64)
-
-
-def result_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype of logits and accumulators for inputs of this dtype."""
-    return torch.promote_types(dtype, torch.float32)
-
-
-def stored_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype in which a gradient waits for the backward: its own, but float32 for float16, which
-    would underflow before a loss scale in the backward could help."""
-    return torch.float32 if dtype == torch.float16 else dtype
-
-
-def without_autocast(device_type: str):
-    """A caller's autocast would round the operands and results of every product that does not write
-    into a tensor of ours."""
-    if device_type == "meta":  # has no autocast
-        return nullcontext()
-    return torch.autocast(device_type, enabled=False)
 
 
 def products_for(backend: str, dtype: torch.dtype, device_type: str) -> TorchProducts:

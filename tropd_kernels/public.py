@@ -1,7 +1,6 @@
 """The names that `tropd_kernels` has for its users."""
 
 from .backends import available_backends
-from .chunking import ChunkPlan, plan_chunks
 from .functional import (
     DistillationOutput,
     TokenStats,
@@ -9,6 +8,7 @@ from .functional import (
     linear_distillation_loss,
     linear_log_probs,
 )
+from .loss.plan import ChunkPlan, plan_chunks
 from .modules import DistillationLoss, LinearDistillationLoss, LinearLogProbs
 from .objectives import (
     AOPD,

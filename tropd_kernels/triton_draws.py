@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .ops import device_of
+from .dtypes import device_of
 from .rows.triton_launch import FUSION_OFF
 
 BLOCK = 512

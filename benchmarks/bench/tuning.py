@@ -3,7 +3,7 @@
     python -m benchmarks.bench.tuning --shape qwen3-1.7b --tokens 8192 --out build/bench/tuning.json
 
 `rows` tokens of float32 logits at a time, gradients of `super_rows` tokens in a pair of products
-(`tropd_kernels/chunking.py`). The best backend of the device, one loss; each pair of sizes takes
+(`tropd_kernels/loss/plan.py`). The best backend of the device, one loss; each pair of sizes takes
 turns with the defaults, which are first among them and marked. Prints milliseconds, ratios to the
 defaults in the same turns, and peak memory over inputs and gradients; a record for each as it comes
 (`benchmarks.records`).
@@ -37,8 +37,9 @@ from benchmarks.bench.timing import free, reason_of, take_turns
 from benchmarks.dtypes import dtype_name
 from benchmarks.measure import machine
 from benchmarks.records import emit, wait_for_turn
-from tropd_kernels import chunking, plan_chunks
+from tropd_kernels import plan_chunks
 from tropd_kernels.backends import choose_backend
+from tropd_kernels.loss import plan as chunking
 
 ROWS = (256, 512, 1024, 2048)
 SUPER_ROWS = (1024, 2048, 4096, 8192)

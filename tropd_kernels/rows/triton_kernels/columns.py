@@ -1,4 +1,4 @@
-"""Sums over the rows of d_logits, by which a sampled gradient chooses its ids (`selection.py`)."""
+"""Sums over the rows of d_logits, by which a sampled gradient chooses its ids: `loss/sampling`."""
 
 import triton
 import triton.language as tl

@@ -10,9 +10,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from . import transforms
-from .backends import choose_backend
-from .products import TILE_ROWS
+from .. import transforms
+from ..backends import choose_backend
+from ..dtypes import TILE_ROWS
 
 
 def scaled(gradient: Tensor, factor: Tensor, dtype: torch.dtype, last_use: bool = False) -> Tensor:

@@ -24,8 +24,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .linear_loss import INPUTS
-from .parallel import Shard, bounds, gather
+from ..parallel import Shard, bounds, gather
+from .loop import INPUTS
 
 #: Errors that a rank can pass on to the others, by their code.
 ERRORS: tuple[type[Exception], ...] = (

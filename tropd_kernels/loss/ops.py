@@ -14,28 +14,27 @@ so a second differentiation raises.
 
 Arguments are flat because an op's schema is: `rule` is `TokenRule.key`, `scales` is logit scale and
 soft cap (0: none) of student and teacher and the temperature, `inputs` the per-token tensors in the
-order of `linear_loss.INPUTS`; the next three are `selection.Selection`. `symbols` holds the scales,
+order of `loop.INPUTS`; the next three are `sampling.Selection`. `symbols` holds the scales,
 tolerance and sampling (0: none) where torch.compile does not know them (see `symbolic`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import nullcontext
 
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from . import transforms
-from .linear_loss import INPUTS, Needs, Problem, Result, Side, backward, forward
+from .. import transforms
+from ..dtypes import device_of, result_dtype, stored_dtype
+from ..objectives import decode_rule
+from ..rows.layout import FIRST_WEIGHT, Coef, LogitTransform, RowOptions, Stat
+from ..symbolic import values_of
+from .loop import INPUTS, Needs, Problem, Result, Side, backward, forward
 from .main_grad import add_to_main_grad, offers_main_grad
-from .objectives import decode_rule
-from .products import result_dtype, stored_dtype
-from .rows.layout import FIRST_WEIGHT, Coef, LogitTransform, RowOptions, Stat
+from .sampling import EVERY_ID, Sampled, Selection
 from .scaling import scaled
-from .selection import EVERY_ID, Sampled, Selection
-from .symbolic import values_of
 
 Gradients = tuple[Tensor, Tensor, Tensor]
 #: What `symbols` holds.
@@ -339,11 +338,6 @@ def _graph_is_kept() -> bool:
     """Whether another backward may come (`retain_graph=True`)."""
     asked = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", None)
     return asked is None or asked()
-
-
-def device_of(tensor: Tensor):
-    """Triton launches on the current GPU, which need not be the tensors'."""
-    return torch.cuda.device_of(tensor) if tensor.is_cuda else nullcontext()
 
 
 def flat_problem(

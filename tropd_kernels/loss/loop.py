@@ -22,7 +22,7 @@ way (3 S + T), without it returns the coefficients from which `backward` recompu
 incoming gradient. Logits that exist already go through the same loop, without the GEMMs: there
 `backward` reads them once more, which costs less than holding their gradient.
 
-With a selection (`selection.py`) the two products of a super-chunk see some of the ids alone.
+With a selection (`sampling.py`) the two products of a super-chunk see some of the ids alone.
 """
 
 from __future__ import annotations
@@ -36,18 +36,19 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from . import buffers
-from .arguments import LOG_PROB_MARGIN, given_log_probs, raise_bad_value
-from .backends import engine_for
-from .chunking import ChunkPlan, plan_chunks
-from .products import products_for, result_dtype, stored_dtype, without_autocast
-from .rows.layout import LogitTransform, Matrices, RowBatch, RowOptions, new_matrices
-from .rows.sharded import ShardRows
-from .selection import EVERY_ID, Sample, Selection
+from .. import buffers
+from ..arguments import LOG_PROB_MARGIN, given_log_probs, raise_bad_value
+from ..backends import engine_for
+from ..dtypes import result_dtype, stored_dtype, without_autocast
+from ..products import products_for
+from ..rows.layout import LogitTransform, Matrices, RowBatch, RowOptions, new_matrices
+from ..rows.sharded import ShardRows
+from .plan import ChunkPlan, plan_chunks
+from .sampling import EVERY_ID, Sample, Selection
 from .values import may_look, repeated, with_repeats_marked
 
 if TYPE_CHECKING:
-    from .parallel import Shard
+    from ..parallel import Shard
 
 
 @dataclass(frozen=True)

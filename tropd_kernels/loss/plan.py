@@ -33,10 +33,11 @@ from reprlib import repr as short
 
 import torch
 
-from .arguments import is_int
-from .backends import BACKENDS, choose_backend
-from .objectives import TokenRule
-from .products import HALF, products_for
+from ..arguments import is_int
+from ..backends import BACKENDS, choose_backend
+from ..dtypes import HALF
+from ..objectives import TokenRule
+from ..products import products_for
 from .work import Call, Work
 
 #: Sizes are multiples of this many tokens.

@@ -19,11 +19,12 @@ from dataclasses import dataclass
 
 import torch
 
-from .objectives import TokenRule
-from .products import TorchProducts, stored_dtype
-from .rows.layout import Coef, Stat
-from .rows.torch_rows import scratch_bytes as torch_scratch
-from .selection import workspace_bytes as selection_workspace
+from ..dtypes import stored_dtype
+from ..objectives import TokenRule
+from ..products import TorchProducts
+from ..rows.layout import Coef, Stat
+from ..rows.torch_rows import scratch_bytes as torch_scratch
+from .sampling import workspace_bytes as selection_workspace
 
 
 @dataclass(frozen=True)

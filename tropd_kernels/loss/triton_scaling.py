@@ -9,8 +9,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .ops import device_of
-from .rows.triton_launch import FUSION_OFF, PROGRAMS
+from ..dtypes import device_of
+from ..rows.triton_launch import FUSION_OFF, PROGRAMS
 
 BLOCK = 4096
 

@@ -9,10 +9,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from . import reference
-from .linear_loss import Problem, Side, tokens_that_count
-from .products import result_dtype, without_autocast
-from .rows.layout import LogitTransform, Stat
+from .. import reference
+from ..dtypes import result_dtype, without_autocast
+from ..rows.layout import LogitTransform, Stat
+from .loop import Problem, Side, tokens_that_count
 from .values import with_repeats_marked
 
 

@@ -40,7 +40,7 @@ from enum import IntEnum
 import torch
 from torch import Tensor
 
-from .draws import id_uniforms
+from ..draws import id_uniforms
 
 IDS_AT_ONCE = 8192
 DENSE = 0.5

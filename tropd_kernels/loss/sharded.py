@@ -14,9 +14,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..dtypes import device_of
+from ..parallel import Shard
 from . import ops
-from .linear_loss import INPUTS, Needs, Problem, backward, forward
-from .parallel import Shard
+from .loop import INPUTS, Needs, Problem, backward, forward
 
 
 def sharded_loss(
@@ -58,7 +59,7 @@ class _ShardedLoss(torch.autograd.Function):
     ):  # fmt: skip
         tensors = (student, weight, bias, labels, teacher, teacher_weight, teacher_bias)
         problem = _problem(tensors, settings, n_pieces, rest)
-        with ops.device_of(student):
+        with device_of(student):
             result = forward(problem, Needs(*needs), scale)
         token_loss = ops.weighed_losses(problem, result)
         loss = token_loss.sum() * scale
@@ -90,7 +91,7 @@ def _recomputed(ctx, saved, d_loss, d_token_loss, d_stats) -> list[Tensor | None
     *tensors, coefs, scale = saved[:9]
     problem = _problem(tensors, ctx.settings, ctx.n_pieces, saved[9:])
     carried = ops.carry(coefs, scale, d_loss, d_token_loss, d_stats)
-    with ops.device_of(tensors[0]):
+    with device_of(tensors[0]):
         result = backward(problem, carried, Needs(*ctx.needs_input_grad[:3]))
     made = (result.d_student, result.d_weight, result.d_bias)
     return [None if g is None else g.to(t.dtype) for g, t in zip(made, tensors, strict=False)]

@@ -26,7 +26,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .products import TILE_ROWS, result_dtype
+from ..dtypes import TILE_ROWS, result_dtype
 
 
 def offers_main_grad(weight: Any) -> bool:

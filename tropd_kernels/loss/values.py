@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from .linear_loss import Problem
+    from .loop import Problem
 
 
 def may_look(problem: Problem) -> bool:
