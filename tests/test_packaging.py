@@ -43,13 +43,13 @@ def checkout(tmp_path: Path) -> Path:
 
 
 def copy_of_the_build(tmp_path: Path) -> Path:
-    """A copy of what a build reads, with an empty csrc/ and two folders that must stay out."""
+    """A copy of what a build reads, with an empty csrc/ and three folders that must stay out."""
     for name in ("pyproject.toml", "setup.py", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, tmp_path)
     ignored = shutil.ignore_patterns("__pycache__", "*.so")
     shutil.copytree(ROOT / "tropd_kernels", tmp_path / "tropd_kernels", ignore=ignored)
     (tmp_path / "csrc").mkdir()
-    for name in ("benchmarks", "tests"):
+    for name in ("benchmarks", "examples", "tests"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "__init__.py").touch()
     return tmp_path

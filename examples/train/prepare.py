@@ -3,10 +3,10 @@
 import json
 import sys
 
-from benchmarks.demo import DemoError
-from benchmarks.demo.__main__ import CACHE, REPOSITORY
-from benchmarks.demo.model import load_teacher, make_student
-from benchmarks.demo.prompts import PROMPTS
+from examples.demo import DemoError
+from examples.demo.__main__ import CACHE, REPOSITORY
+from examples.demo.model import load_teacher, make_student
+from examples.demo.prompts import PROMPTS
 
 FOLDER = REPOSITORY / "build" / "train"
 STUDENT_LAYERS = 10

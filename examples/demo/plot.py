@@ -10,9 +10,9 @@ matplotlib.use("Agg")  # writes files; needs no display
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 
-from benchmarks.demo.compare import Measured
-from benchmarks.demo.report import seconds
-from benchmarks.demo.train import Step
+from examples.demo.compare import Measured
+from examples.demo.report import seconds
+from examples.demo.train import Step
 
 COLORS = {"eager": "#b0b7c3", "fused": "#1f6feb"}
 CURVE = "#1f6feb"

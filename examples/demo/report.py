@@ -8,15 +8,15 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from benchmarks.demo.compare import (
+from benchmarks.measure import Times
+from examples.demo.compare import (
     CHECKED_TOKENS,
     LARGE_VOCABULARY,
     TIMES_EAGER,
     TOLERANCE,
     Measured,
 )
-from benchmarks.demo.train import Step
-from benchmarks.measure import Times
+from examples.demo.train import Step
 
 
 def machine_table(facts: dict[str, str], backend: str, dtype: torch.dtype) -> Table:

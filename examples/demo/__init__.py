@@ -1,6 +1,6 @@
 """The demonstration: one real model, one command, a few minutes on two CPU cores.
 
-    python -m benchmarks.demo
+    python -m examples.demo
 
 Read in this order:
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from benchmarks.demo.rollout import completion_hidden, sample
+from examples.demo.rollout import completion_hidden, sample
 from tropd_kernels import HiddenTeacher, TrOPD, linear_distillation_loss
 from tropd_kernels.heads import read_head
 

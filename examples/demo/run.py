@@ -9,15 +9,15 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
-from benchmarks.demo import DemoError, report
-from benchmarks.demo.compare import TIMES_EAGER, TOLERANCE, compare, make_batch, with_large_head
-from benchmarks.demo.model import load_teacher, make_student
-from benchmarks.demo.plot import draw
-from benchmarks.demo.prompts import PROMPTS
-from benchmarks.demo.rollout import sample
-from benchmarks.demo.train import train
 from benchmarks.dtypes import bf16_units, default_dtype
 from benchmarks.measure import machine
+from examples.demo import DemoError, report
+from examples.demo.compare import TIMES_EAGER, TOLERANCE, compare, make_batch, with_large_head
+from examples.demo.model import load_teacher, make_student
+from examples.demo.plot import draw
+from examples.demo.prompts import PROMPTS
+from examples.demo.rollout import sample
+from examples.demo.train import train
 from tropd_kernels.backends import choose_backend
 
 STUDENT_LAYERS = 10
