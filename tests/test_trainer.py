@@ -16,7 +16,7 @@ import transformers
 from training import Spy, make, resume_and_compare, rewards_by_hand, step_and_compare
 from trl import DistillationConfig, DistillationTrainer
 
-from tropd_kernels.registry import OBJECTIVES
+from tropd_kernels.objectives.registry import OBJECTIVES
 from tropd_kernels.trainer import TrOPDConfig, TrOPDTrainer, adapter
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")

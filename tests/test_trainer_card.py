@@ -19,7 +19,7 @@ from served import serve
 from training import make
 
 import tropd_kernels
-from tropd_kernels import registry
+from tropd_kernels.objectives import registry
 from tropd_kernels.trainer import TrOPDConfig, TrOPDTrainer, card
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")

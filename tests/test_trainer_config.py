@@ -19,7 +19,7 @@ import tiny
 from served import serve
 
 from tropd_kernels import AOPD, EOPD, GKD, OPD, SFT, Divergence, TrOPD, check, cli, once, trainer
-from tropd_kernels.registry import OBJECTIVES, build_rule, knobs
+from tropd_kernels.objectives.registry import OBJECTIVES, build_rule, knobs
 from tropd_kernels.trainer import TrOPDConfig
 from tropd_kernels.trainer.prefix import column_ids, cut, is_complete, scheduled_length
 

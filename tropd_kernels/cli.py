@@ -248,7 +248,7 @@ def refuse_of_scripts(flags: Sequence[str], parsed: argparse.Namespace) -> None:
 def advice(key: str, known: Sequence[str]) -> str:
     """What to give in the place of an unknown key: TRL's scripts and its other trainers have names
     that no likeness of letters leads from."""
-    from .registry import nearest
+    from .objectives.registry import nearest
 
     name = key.replace("-", "_")
     other = THEIRS.get("lora_" if name.startswith("lora_") else name)

@@ -21,7 +21,7 @@ from .functional import (
     linear_log_probs,
 )
 from .objectives import TokenRule, TrOPD
-from .registry import nearest
+from .objectives.registry import nearest
 from .teachers import Teacher
 
 

@@ -2,7 +2,7 @@
 
 Nothing here is fast, and nothing is shared with the kernels: this file is what they are tested
 against, in float64. Read it beside the paper (TrOPD, arXiv 2606.01249; the other sources are in
-`objectives.py`).
+`objectives/`).
 
 Notation, at one position: z, t logits of student and teacher after scale, soft cap and temperature;
 p = softmax(z), q = softmax(t); y the token; lp = log p(y), lq = log q(y); lo = log-probability of y

@@ -26,7 +26,7 @@ from benchmarks.bench.shapes import DEFAULTS, SHAPES, Shape
 from benchmarks.bench.timing import check_room, reason_of
 from benchmarks.dtypes import default_dtype, dtype_name
 from benchmarks.measure import machine
-from tropd_kernels.registry import nearest
+from tropd_kernels.objectives.registry import nearest
 
 DTYPES = ("bfloat16", "float16", "float32")
 DEVICES = ("cpu", "cuda")

@@ -18,8 +18,7 @@ from trl import DistillationConfig  # type: ignore[attr-defined]
 from ..arguments import check_selection
 from ..backends import choose_backend
 from ..objectives import TokenRule
-from ..once import parse_json
-from ..registry import (
+from ..objectives.registry import (
     OBJECTIVES,
     build_rule,
     check_knobs,
@@ -27,6 +26,7 @@ from ..registry import (
     knobs,
     names_unknown_keys,
 )
+from ..once import parse_json
 from .credentials import check_address, hidden, shown
 from .effects import check_conditions, check_effects
 from .generation_keys import check_generation_keys

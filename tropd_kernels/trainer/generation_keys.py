@@ -6,7 +6,7 @@ from typing import Any
 
 from transformers import GenerationConfig
 
-from ..registry import nearest
+from ..objectives.registry import nearest
 
 _LENGTH = "set max_completion_length"
 _ONE_EACH = "each prompt gets one completion: for several repeat its row in the data set"

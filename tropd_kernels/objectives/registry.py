@@ -1,6 +1,6 @@
 """Objectives by name, as a config or a command line gives them.
 
-A name stands for a constructor in `objectives.py`, and the objective's knobs are that constructor's
+A name stands for a constructor of this package, and the objective's knobs are that constructor's
 arguments; their defaults are the papers'. Two of them have fields of their own in the config,
 because users know them by those names: `beta` and `prefix_weight`. This module only matches names
 and says what goes with what.
@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from typing import Any, TypeVar
 
-from .objectives import (
+from .rule import (
     AOPD,
     DIVERGENCES,
     EOPD,
