@@ -52,7 +52,7 @@ def of_a_call(rule, form: str, rows: int, dropped: bool, tokens: int) -> Counter
     teacher = None
     if form == "hidden":
         teacher = Side(meta(n, 4096, dtype=half), meta(VOCAB, 4096, dtype=half))
-    inputs = {"uniforms": meta(n), "weight": meta(n)}
+    inputs = {"uniforms": meta(n), "token_weight": meta(n)}
     if form != "hidden":
         inputs["label_log_probs"] = meta(n)
     if form == "top_k":

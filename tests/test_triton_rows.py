@@ -283,7 +283,7 @@ def test_a_row_without_weight_has_no_gradient(name, device):
     z[0, 7] = t[0, 8] = -math.inf
     weight, uniforms = torch.tensor([[0.0, 1.0], [0.01, 0.01]], device=device)
     labels = torch.tensor([1, 2], device=device)
-    batch = RowBatch(z, t, labels, weight=weight, uniforms=uniforms)
+    batch = RowBatch(z, t, labels, token_weight=weight, uniforms=uniforms)
     options = RowOptions(OBJECTIVES[name], LogitTransform(), LogitTransform())
     _, coefs = triton_rows.forward(batch, options)
     triton_rows.gradient(batch, coefs, options, out=z)

@@ -113,33 +113,22 @@ def flat_per_token(name: str, value: Tensor | None, labels: Tensor) -> Tensor | 
     """Flat and detached, after a look at shape and dtype."""
     if value is None:
         return None
-    public = {"weight": "token_weight", "prefix": "teacher_prefix"}.get(name, name)
     if not isinstance(value, Tensor) or value.shape != labels.shape:
         given = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
         raise ValueError(
-            f"{public} must be a tensor of the labels' shape {tuple(labels.shape)}, got {given}"
+            f"{name} must be a tensor of the labels' shape {tuple(labels.shape)}, got {given}"
         )
-    if name == "prefix":
+    if name == "teacher_prefix":
         if value.dtype != torch.bool:
-            raise TypeError(f"{public} must be bool, got {value.dtype}: pass {public}.bool()")
+            raise TypeError(f"{name} must be bool, got {value.dtype}: pass {name}.bool()")
     elif not value.is_floating_point():
-        raise TypeError(
-            f"{public} must be of a float dtype, got {value.dtype}: pass {public}.float()"
-        )
+        raise TypeError(f"{name} must be of a float dtype, got {value.dtype}: pass {name}.float()")
     elif value.requires_grad:
         raise ValueError(
-            f"{public} requires grad, but the loss treats it as a constant (K1 back-propagated "
+            f"{name} requires grad, but the loss treats it as a constant (K1 back-propagated "
             "directly would never see the teacher): pass it detached"
         )
     return value.reshape(-1)
-
-
-def public(per_token: dict) -> dict:
-    """Per-token tensors under the names that the caller used."""
-    return {
-        {"weight": "token_weight", "prefix": "teacher_prefix"}.get(k, k): v
-        for k, v in per_token.items()
-    }
 
 
 def check_devices(student: Tensor, tensors: dict) -> None:
@@ -211,7 +200,6 @@ def raise_bad_value(name: str, problem: Problem, outside: Tensor, counts: Tensor
         raise ValueError("uniforms must lie in [0, 1), as torch.rand draws them")
     if name in ("label_log_probs", "topk_log_probs"):
         _raise_not_log_probs(name, given_log_probs(problem, counts)[name])
-    name = {"weight": "token_weight"}.get(name, name)
     raise ValueError(f"{name} holds values that are not finite, at tokens that count")
 
 

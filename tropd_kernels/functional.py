@@ -22,7 +22,6 @@ from .arguments import (
     check_selection,
     flat_per_token,
     is_number,
-    public,
     savable,
 )
 from .backends import choose_backend
@@ -188,8 +187,8 @@ def linear_distillation_loss(
         return _flat_call(
             student, head, shift, labels, teacher, objective,
             (float(logit_scale), float(softcap or 0.0)), temperature,
-            dict(old_log_probs=old_log_probs, advantages=advantages, weight=token_weight,
-                 prefix=teacher_prefix, uniforms=uniforms),
+            dict(old_log_probs=old_log_probs, advantages=advantages, token_weight=token_weight,
+                 teacher_prefix=teacher_prefix, uniforms=uniforms),
             seed, ignore_index, normalizer, reduction, backend, max_workspace_bytes, group,
             gradient_tolerance, gradient_sampling,
         )  # fmt: skip
@@ -234,8 +233,8 @@ def distillation_loss(
         return _flat_call(
             local_part("logits", logits, group, -1), None, None, labels, teacher, objective,
             (1.0, 0.0), temperature,
-            dict(old_log_probs=old_log_probs, advantages=advantages, weight=token_weight,
-                 prefix=teacher_prefix, uniforms=uniforms),
+            dict(old_log_probs=old_log_probs, advantages=advantages, token_weight=token_weight,
+                 teacher_prefix=teacher_prefix, uniforms=uniforms),
             seed, ignore_index, normalizer, reduction, backend, None, group,
         )  # fmt: skip
 
@@ -303,12 +302,12 @@ def _flat_call(
     check_call(student, labels, rule, temperature, ignore_index, reduction, max_workspace_bytes)
     backend = _backend(backend, student, group)
     check_serves(teacher, rule)
-    check_plain({"labels": labels} | public(per_token))
-    check_devices(student, {"weight": weight, "bias": bias, "labels": labels} | public(per_token))
+    check_plain({"labels": labels} | per_token)
+    check_devices(student, {"weight": weight, "bias": bias, "labels": labels} | per_token)
     check_unbatched(
         {"logits" if weight is None else "hidden": student, "weight": weight, "bias": bias}
         | {"labels": labels, "seed": seed, "normalizer": normalizer}
-        | public(per_token)
+        | per_token
         | ({} if teacher is None else {f"teacher {k}": v for k, v in vars(teacher).items()})
     )
     if rule.gate == "bernoulli" and per_token["uniforms"] is None:
@@ -328,7 +327,7 @@ def _flat_call(
     flat_labels = labels.reshape(-1)
     dtype = result_dtype(student.dtype)
     after = None  # a divisor known only once the gate has run
-    weighs = inputs.get("weight")
+    weighs = inputs.get("token_weight")
     if reduction != "mean":
         if normalizer is not None:
             raise ValueError(

@@ -37,10 +37,8 @@ NUMBERS = 64
 PIECE = 2**20
 #: Bytes of a message between ranks.
 MESSAGE = 2000
-#: What the caller calls the per-token inputs.
+#: What the caller calls the per-token inputs that it does not pass by their own name.
 PUBLIC = {
-    "weight": "token_weight",
-    "prefix": "teacher_prefix",
     "uniforms": "uniforms or seed",
     "ids": "the teacher's ids",
     "topk_log_probs": "the teacher's log_probs",

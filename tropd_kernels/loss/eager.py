@@ -34,11 +34,11 @@ def reference_loss(problem: Problem, loss_scale: Tensor) -> tuple[Tensor, Tensor
         problem.options.rule,
         old_log_probs=inputs.get("old_log_probs"),
         advantages=inputs.get("advantages"),
-        teacher_prefix=inputs.get("prefix"),
+        teacher_prefix=inputs.get("teacher_prefix"),
         uniforms=inputs.get("uniforms"),
     )
-    if "weight" in inputs:
-        weight = inputs["weight"]
+    if "token_weight" in inputs:
+        weight = inputs["token_weight"]
         token_loss = torch.where(weight == 0, 0.0, token_loss * weight)  # not 0 * inf
     n = problem.labels.shape[0]
     where = torch.arange(n, device=z.device)[tokens]

@@ -210,7 +210,7 @@ def tokens_that_count(problem: Problem) -> Tensor | None:
     """Indices of the tokens that count, or None where all do. Raises ValueError on values that
     cannot be right: labels outside the vocabulary, weights or advantages that are not finite, a
     teacher's log-probs above 0 or NaN, ids that repeat."""
-    labels, weight = problem.labels, problem.inputs.get("weight")
+    labels, weight = problem.labels, problem.inputs.get("token_weight")
     all_count = problem.ignore_index is None
     if not may_look(problem):
         return None  # it would wait for the GPU
@@ -221,7 +221,7 @@ def tokens_that_count(problem: Problem) -> Tensor | None:
             counts &= weight != 0
     outside = ((labels < 0) | (labels >= problem.vocab_size)) & counts
     checks = {"label": outside.any()}
-    for name in ("weight", "advantages", "old_log_probs"):
+    for name in ("token_weight", "advantages", "old_log_probs"):
         if name in problem.inputs:
             checks[name] = (~problem.inputs[name].isfinite() & counts).any()
     if "uniforms" in problem.inputs:
@@ -533,7 +533,7 @@ class _Loop:
             entropy[low:high] = self.engine.entropy(batch, options)
         if self.n == 0:
             return entropy.new_zeros(())
-        prefix = self.inputs.get("prefix")
+        prefix = self.inputs.get("teacher_prefix")
         if prefix is not None and options.rule.prefix_weight is not None:
             entropy = entropy.masked_fill(prefix, torch.nan)
         return torch.nanquantile(entropy, 1 - fraction)

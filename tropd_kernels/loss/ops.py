@@ -300,9 +300,9 @@ def kept_gradients(ctx, saved, d_loss) -> list[Tensor | None]:
 def weighed_losses(problem: Problem, result: Result) -> Tensor:
     """(N,): each token's loss times its weight."""
     token_loss = result.stats[Stat.TOKEN_LOSS].clone()
-    if "weight" in problem.inputs:
+    if "token_weight" in problem.inputs:
         # Not a product alone: 0 * inf would be NaN.
-        row_weight = problem.inputs["weight"].to(token_loss.dtype)
+        row_weight = problem.inputs["token_weight"].to(token_loss.dtype)
         nothing = (token_loss == 0) | (row_weight == 0)
         token_loss = torch.where(nothing, 0.0, token_loss * row_weight)
     return token_loss

@@ -88,17 +88,17 @@ class RowBatch:
     """A chunk of n rows and what is known about each.
 
     student: (n, V) raw logits; teacher: (n, V) raw logits of a dense teacher, or None.
-    weight: (n,) token weight. prefix: (n,) bool. Of a top-k or sampled teacher: ids and
+    token_weight: (n,). teacher_prefix: (n,) bool. Of a top-k or sampled teacher: ids and
     topk_log_probs (n, K), label_log_probs (n,), teacher_entropy (n,).
     """
 
     student: Tensor
     teacher: Tensor | None
     labels: Tensor
-    weight: Tensor | None = None
+    token_weight: Tensor | None = None
     old_log_probs: Tensor | None = None
     advantages: Tensor | None = None
-    prefix: Tensor | None = None
+    teacher_prefix: Tensor | None = None
     uniforms: Tensor | None = None
     ids: Tensor | None = None
     topk_log_probs: Tensor | None = None

@@ -85,8 +85,8 @@ def gate(stats: Tensor, batch: RowBatch, options: RowOptions) -> Gate:
         trust = torch.ones_like(lp)
 
     on_policy = torch.ones_like(lp, dtype=torch.bool)
-    if batch.prefix is not None and rule.prefix_weight is not None:
-        on_policy = ~batch.prefix
+    if batch.teacher_prefix is not None and rule.prefix_weight is not None:
+        on_policy = ~batch.teacher_prefix
     kept = torch.ones_like(on_policy)
     if options.entropy_threshold is not None:
         kept = stats[Stat.ENTROPY] >= options.entropy_threshold
@@ -170,7 +170,7 @@ def apply_rule(
             torch.where(off, 0.0, each)
             for each in (loss, label, p, q, p_top_k, reverse, generator, entropy_weight)
         )
-    if batch.prefix is not None and rule.prefix_weight is not None:
+    if batch.teacher_prefix is not None and rule.prefix_weight is not None:
         ours = gated.on_policy
         loss = torch.where(ours, loss, rule.prefix_weight * (lq - lp))
         label = torch.where(ours, label, rule.prefix_weight)
@@ -192,7 +192,7 @@ def apply_rule(
     stats[Stat.OUTLIER] = torch.where(gated.on_policy, 1 - gated.trust, 0.0)
     stats[Stat.TOKEN_LOSS] = loss
     stats[Stat.KEPT] = gated.kept.to(lp.dtype)
-    weight = 1.0 if batch.weight is None else batch.weight.to(lp.dtype)
+    weight = 1.0 if batch.token_weight is None else batch.token_weight.to(lp.dtype)
     scale = 1.0 if options.loss_scale is None else options.loss_scale
     for row, value in (
         (Coef.P, p), (Coef.P_TOP_K, p_top_k), (Coef.REVERSE, reverse), (Coef.Q, q),

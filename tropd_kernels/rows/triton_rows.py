@@ -43,8 +43,8 @@ def forward(batch: RowBatch, options: RowOptions, into: Matrices | None = None) 
     elif batch.ids is not None:
         sums = _given_sums(batch, options, stats, coefs)
     kernels.rule_kernel[(-(-n // RULE_BLOCK),)](
-        *_gate_inputs(batch, rule), batch.weight, options.loss_scale, options.entropy_threshold,
-        stats, coefs, sums, n, _columns(stats, coefs),
+        *_gate_inputs(batch, rule), batch.token_weight, options.loss_scale,
+        options.entropy_threshold, stats, coefs, sums, n, _columns(stats, coefs),
         ACC=_acc(stats.dtype), **_gate_constants(rule), **_rule_constants(rule),
         DENSE=dense, BLOCK=RULE_BLOCK, **FUSION_OFF,
     )  # fmt: skip
@@ -150,7 +150,7 @@ def _given(batch: RowBatch, rule: TokenRule, vocab_size: int) -> tuple:
 
 
 def _gate_inputs(batch: RowBatch, rule: TokenRule) -> tuple:
-    prefix = batch.prefix if rule.prefix_weight is not None else None
+    prefix = batch.teacher_prefix if rule.prefix_weight is not None else None
     return batch.old_log_probs, batch.advantages, batch.uniforms, prefix
 
 
