@@ -95,7 +95,7 @@ sanitize: $(READY)
 	asan=$$(library libclang_rt.asan-$$(uname -m).so) && { test -f "$$asan" || asan=$$(library libasan.so); } && \
 	export LD_PRELOAD="$$asan $$(library libstdc++.so.6)" ASAN_OPTIONS=detect_leaks=0 && \
 	export TROPD_SANITIZE=1 PYTHONPATH=$(CURDIR)/$(SANITIZE) OMP_NUM_THREADS=1 && \
-	$(CURDIR)/$(PY) -m pytest tests/test_native.py tests/test_native_products.py tests/test_native_d_weight.py -q --capture=sys -p no:cacheprovider $(ARGS) && \
+	$(CURDIR)/$(PY) -m pytest tests/test_native.py tests/test_native_arguments.py tests/test_native_products.py tests/test_native_d_weight.py -q --capture=sys -p no:cacheprovider $(ARGS) && \
 	$(CURDIR)/$(PY) tests/fuzz_native.py --seconds 20
 
 clean:

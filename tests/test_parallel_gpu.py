@@ -8,8 +8,8 @@ from functools import partial
 import pytest
 import torch
 import torch.distributed as dist
+from parallel_agreement import compare, served
 from sharding import bare, everything, run
-from test_parallel import compare, served
 
 DEVICES = [
     pytest.param("cuda", marks=[

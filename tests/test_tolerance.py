@@ -13,11 +13,11 @@ from itertools import pairwise
 import pytest
 import torch
 import torch.distributed as dist
+from parallel_agreement import alike, compare
 from problems import OBJECTIVES, make_problem, relative_error, with_everything
 from sharding import arguments, ends, mine, run, shard_of
 from test_compile import op_arguments
 from test_memory import LargestTensor, ResidentPeak
-from test_parallel import alike, compare
 
 from tropd_kernels import (
     GKD,

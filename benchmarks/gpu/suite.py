@@ -23,6 +23,7 @@ PASSED = "TROPD_PASSED"
 #: By what is most worth knowing first.
 SUITES = (
     "tests/test_correctness.py", "tests/test_triton_rows.py", "tests/test_numbers.py",
+    "tests/test_rows_and_ids.py", "tests/test_gradients.py",
     "tests/test_triton_scaling.py",
     "tests/test_infinities.py", "tests/test_memory.py", "tests/test_compile.py",
     "tests/test_agreement.py", "tests/test_autograd.py", "tests/test_draws.py",

@@ -1,0 +1,262 @@
+"""What is an error: teachers and objectives, and the two beside each other."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+
+import pytest
+from calls import (
+    NAN,
+    SHAPE,
+    G,
+    K,
+    V,
+    head_loss,
+    hidden_teacher,
+    labels,
+    of,
+    refused,
+    sampled_teacher,
+    top_k_teacher,
+)
+from problems import OBJECTIVES
+
+from tropd_kernels import (
+    AOPD,
+    EOPD,
+    GKD,
+    MOPD,
+    OPD,
+    REOPOLD,
+    ClipOutlier,
+    Divergence,
+    EntropyOPD,
+    LogitsTeacher,
+    MaskOutlier,
+    SampledTeacher,
+    TokenRule,
+    TopKJSD,
+    TrOPD,
+)
+from tropd_kernels.objectives import decode_rule
+
+TEACHERS = {
+    "hidden is no tensor": (lambda: hidden_teacher(hidden=None), TypeError, "teacher hidden"),
+    "weight is no tensor": (lambda: hidden_teacher(weight=[1.0]), TypeError, "teacher weight"),
+    "hidden of another width": (
+        lambda: hidden_teacher(hidden=of(*SHAPE, G + 1)), ValueError, "teacher hidden", "(*, 5)",
+    ),
+    "an empty head": (
+        lambda: hidden_teacher(weight=of(0, G)), ValueError, "teacher weight", "0 rows", "gather",
+    ),
+    "weight of three dimensions": (
+        lambda: hidden_teacher(weight=of(1, V, G)), ValueError, "teacher weight", "(V, H)",
+    ),
+    "bias of another height": (
+        lambda: hidden_teacher(bias=of(V - 1)), ValueError, "teacher bias", "(7,)", "(6,)",
+    ),
+    "scale 0": (lambda: hidden_teacher(logit_scale=0), ValueError, "teacher logit_scale", "not 0"),
+    "cap 0": (lambda: hidden_teacher(softcap=0), ValueError, "teacher softcap", "positive"),
+    "hidden requires grad": (
+        lambda: hidden_teacher(hidden=of(*SHAPE, G, requires_grad=True)),
+        ValueError, "teacher hidden requires grad", "no_grad", "detach",
+    ),
+    "weight requires grad": (
+        lambda: hidden_teacher(weight=of(V, G, requires_grad=True)),
+        ValueError, "teacher weight requires grad", "no_grad", "detach",
+    ),
+    "bias requires grad": (
+        lambda: hidden_teacher(bias=of(V, requires_grad=True)),
+        ValueError, "teacher bias requires grad", "no_grad", "detach",
+    ),
+    "no logits": (lambda: LogitsTeacher(None), TypeError, "teacher logits"),
+    "logits of integers": (lambda: LogitsTeacher(labels()), TypeError, "teacher logits", "float"),
+    "logits of no ids": (lambda: LogitsTeacher(of(2, 0)), ValueError, "teacher logits", "(*, V)"),
+    "logits require grad": (
+        lambda: LogitsTeacher(of(2, V, requires_grad=True)),
+        ValueError, "teacher logits requires grad", "no_grad", "detach",
+    ),
+    "ids are no tensor": (lambda: top_k_teacher(ids=[[0]]), TypeError, "teacher ids"),
+    "ids of floats": (
+        lambda: top_k_teacher(ids=of(*SHAPE, K)), ValueError, "teacher ids", "int64", "float32",
+    ),
+    "ids without log-probs": (
+        lambda: top_k_teacher(log_probs=of(*SHAPE, K + 1)),
+        ValueError, "teacher ids and log_probs", "(2, 3, 3)", "(2, 3, 4)",
+    ),
+    "no ids": (
+        lambda: top_k_teacher(ids=labels(*SHAPE, 0), log_probs=of(*SHAPE, 0)),
+        ValueError, "teacher ids", "at least one",
+    ),
+    "no label log-probs": (
+        lambda: top_k_teacher(label_log_probs=None), TypeError, "teacher label_log_probs",
+    ),
+    "label log-probs of other tokens": (
+        lambda: top_k_teacher(label_log_probs=of(6)),
+        ValueError, "teacher label_log_probs", "(2, 3)", "(6,)",
+    ),
+    "entropy of other tokens": (
+        lambda: top_k_teacher(entropy=of(*SHAPE, 1)), ValueError, "teacher entropy", "(2, 3)",
+    ),
+    "log-probs require grad": (
+        lambda: top_k_teacher(log_probs=of(*SHAPE, K, requires_grad=True)),
+        ValueError, "teacher log_probs requires grad", "detach",
+    ),
+    "nothing sampled": (lambda: SampledTeacher(None), TypeError, "teacher label_log_probs"),
+    "sampled requires grad": (
+        lambda: SampledTeacher(of(*SHAPE, requires_grad=True)),
+        ValueError, "teacher label_log_probs requires grad", "detach",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", TEACHERS)
+def test_teachers(case):
+    make, error, *words = TEACHERS[case]
+    refused(make, error, *words)
+
+
+SAMPLED_NEEDS = [TrOPD(), TrOPD(outlier="forward_kl_reward"), AOPD(), EOPD(), MOPD(), TopKJSD(),
+                 Divergence("forward_kl", top_k=2)]  # fmt: skip
+DENSE_NEEDS = [
+    TrOPD(top_k=None),
+    *(Divergence(name) for name in ("forward_kl", "reverse_kl", "jeffreys", "jsd", "skew_forward",
+                                    "skew_reverse", "alpha", "chi2", "total_variation", "todi",
+                                    "akl")),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("rule", SAMPLED_NEEDS, ids=repr)
+def test_a_sampled_teacher_cannot_give_a_top_k(rule):
+    refused(
+        lambda: head_loss(teacher=sampled_teacher(), objective=rule, seed=0),
+        ValueError, "TokenRule(", "top-k", "SampledTeacher", "use a TopKTeacher", "HiddenTeacher",
+        "LogitsTeacher", "OPD",
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("rule", DENSE_NEEDS, ids=repr)
+@pytest.mark.parametrize("teacher", [sampled_teacher, top_k_teacher])
+def test_a_sparse_teacher_cannot_give_a_distribution(rule, teacher):
+    form = "SampledTeacher" if teacher is sampled_teacher else "TopKTeacher"
+    words = ["TokenRule(", "whole distribution", form, "use a HiddenTeacher or LogitsTeacher"]
+    if rule.uses_forward_kl and not rule.uses_reverse_kl:
+        words.append("set top_k")
+    refused(lambda: head_loss(teacher=teacher(), objective=rule, seed=0), ValueError, *words)
+
+
+def test_a_top_k_teacher_with_too_few_ids():
+    refused(
+        lambda: head_loss(teacher=top_k_teacher(), objective=TrOPD(top_k=K + 1), seed=0),
+        ValueError, "top_k=4", "holds 3 ids", "ask the teacher for more", "set top_k=3",
+    )  # fmt: skip
+    assert head_loss(teacher=top_k_teacher(), objective=TrOPD(top_k=K), seed=0).loss.isfinite()
+
+
+# --- objectives ---------------------------------------------------------------------------------
+
+RULES = {
+    "gate": (lambda: TrOPD(gate="coin"), ValueError, "gate", "'bernoulli'", "'coin'"),
+    "outlier": (lambda: TrOPD(outlier="drop"), ValueError, "outlier", "'mask'", "'drop'"),
+    "tail": (lambda: TrOPD(top_k_tail="lump"), ValueError, "top_k_tail", "'bucket'", "'lump'"),
+    "divergence": (lambda: TokenRule(divergence="kl"), ValueError, "divergence", "'akl'", "'kl'"),
+    "divergence by name": (lambda: Divergence("kl"), ValueError, "name", "'forward_kl'", "'kl'"),
+    "normalize": (lambda: TokenRule(normalize="all"), ValueError, "normalize", "'kept'"),
+    "no term": (
+        lambda: TokenRule(policy_gradient=0.0, top_k=8), ValueError, "no term", "policy_gradient",
+    ),
+    "no term outside the gate": (
+        lambda: TokenRule(policy_gradient=0.0, gate="bernoulli"), ValueError, "no term",
+        "forward_kl",
+    ),
+    "top_k 0": (lambda: TrOPD(top_k=0), ValueError, "top_k", "at least 1", "None"),
+    "top_k below 0": (lambda: MOPD(top_k=-64), ValueError, "top_k", "at least 1", "None"),
+    "top_k of a fraction": (lambda: TrOPD(top_k=64.0), TypeError, "top_k", "int or None", "64.0"),
+    "top_k of a bool": (lambda: TrOPD(top_k=True), TypeError, "top_k", "int or None", "True"),
+    "tail of nothing": (
+        lambda: TrOPD(top_k=None, top_k_tail="bucket"), ValueError, "top_k_tail", "needs a top_k",
+    ),
+    "akl with top_k": (
+        lambda: TokenRule(divergence="akl", top_k=8), ValueError, "akl", "leave top_k None",
+    ),
+    "akl with outliers' forward KL": (
+        lambda: TokenRule(divergence="akl", gate="bernoulli", outlier="forward_kl"), ValueError,
+        "akl", "outlier='forward_kl'",
+    ),
+    "akl with the forward KL of unsure teachers": (
+        lambda: TokenRule(divergence="akl", forward_kl_entropy=1.0), ValueError, "akl",
+        "forward_kl_entropy",
+    ),
+    "jsd with outliers' top_k": (
+        lambda: TokenRule(divergence="jsd", gate="threshold", outlier="forward_kl", top_k=8),
+        ValueError, "jsd", "top_k=8", "leave top_k None",
+    ),
+    "mopd without top_k": (lambda: MOPD(top_k=None), ValueError, "give a top_k"),
+    "jsd with top_k": (
+        lambda: Divergence("jsd", top_k=8), ValueError, "top_k", "'forward_kl'", "TopKJSD", "MOPD",
+    ),
+    "clip floor": (lambda: ClipOutlier(threshold=0.1), ValueError, "threshold", "0]", "0.1"),
+    "mask threshold": (lambda: MaskOutlier(threshold=1), ValueError, "threshold", "0]", "1"),
+    "threshold NaN": (lambda: TrOPD(threshold=NAN), ValueError, "threshold", "nan"),
+    "threshold None": (lambda: TrOPD(threshold=None), TypeError, "threshold", "number", "None"),
+    "beta above 1": (lambda: GKD(1.1), ValueError, "beta", "[0, 1]", "1.1"),
+    "beta below 0": (lambda: GKD(-0.1), ValueError, "beta", "[0, 1]", "-0.1"),
+    "beta NaN": (lambda: GKD(NAN), ValueError, "beta", "[0, 1]", "nan"),
+    "beta of text": (lambda: GKD("0.5"), TypeError, "beta", "number", "'0.5'"),
+    "top-k beta 0": (lambda: TopKJSD(beta=0), ValueError, "beta", "strictly between"),
+    "top-k beta above 1": (lambda: TopKJSD(beta=2.0), ValueError, "beta", "[0, 1]", "2.0"),
+    "top-k beta of text": (lambda: TopKJSD(beta="x"), TypeError, "beta", "number", "'x'"),
+    "alpha at a limit": (
+        lambda: Divergence("skew_forward", alpha=0), ValueError, "alpha", "strictly between",
+    ),
+    "alpha NaN": (lambda: Divergence("alpha", alpha=NAN), ValueError, "alpha", "finite", "nan"),
+    "alpha to a jsd": (lambda: Divergence("jsd", alpha=0.5), ValueError, "alpha", "takes no"),
+    "head mass": (lambda: Divergence("akl", head_mass=2), ValueError, "head_mass", "[0, 1]"),
+    "prefix weight": (lambda: TrOPD(prefix_weight=-1), ValueError, "prefix_weight", "-1"),
+    "clip low above 1": (
+        lambda: TrOPD(clip_ratio_low=1.5), ValueError, "clip_ratio_low", "[0, 1]", "1.5",
+    ),
+    "clip high below 0": (lambda: TrOPD(clip_ratio_high=-1), ValueError, "clip_ratio_high", "-1"),
+    "kl penalty": (lambda: OPD(kl_penalty_coef="1"), TypeError, "kl_penalty_coef", "number"),
+    "entropy coef": (lambda: TrOPD(entropy_coef=NAN), ValueError, "entropy_coef", "finite"),
+    "entropy threshold": (lambda: EOPD(entropy_threshold=-1), ValueError, "entropy_threshold"),
+    "clip ratio": (lambda: EOPD(clip_ratio=-1), ValueError, "clip_ratio ", "-1"),
+    "top fraction 0": (lambda: EntropyOPD(top_fraction=0), ValueError, "top_fraction", "above 0"),
+    "top fraction": (lambda: EntropyOPD(top_fraction=1.5), ValueError, "top_fraction", "[0, 1]"),
+    "stage": (lambda: REOPOLD(stage=3), ValueError, "stage", "1 or 2", "3"),
+    "mixing 0": (lambda: REOPOLD(mixing=0), ValueError, "mixing", "above 0"),
+    "mixing": (lambda: REOPOLD(mixing=0.6), ValueError, "mixing", "[0, 0.5]", "0.6"),
+    "entropy quantile": (
+        lambda: REOPOLD(stage=2, entropy_quantile=1), ValueError, "entropy_quantile", "below 1",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", RULES)
+def test_objectives(case):
+    make, error, *words = RULES[case]
+    refused(make, error, *words)
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_rules_are_frozen_and_can_be_pasted_back(name):
+    rule = OBJECTIVES[name]
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        rule.gate = "always"
+    assert eval(repr(rule)) == rule
+    assert TokenRule(**json.loads(json.dumps(dataclasses.asdict(rule)))) == rule
+    assert decode_rule(rule.key) == rule
+    assert hash(rule) == hash(decode_rule(rule.key))
+    # The key is the whole rule: it is all that the op is told of it.
+    other = dataclasses.replace(rule, entropy_coef=rule.entropy_coef + 0.25)
+    assert other != rule and other.key != rule.key and decode_rule(other.key) == other
+
+
+def test_numbers_of_numpy_are_numbers():
+    """np.float64 is a float, but is not written like one."""
+    np = pytest.importorskip("numpy")
+    rule = ClipOutlier(threshold=np.log(0.25))
+    assert rule == ClipOutlier(threshold=math.log(0.25))
+    assert decode_rule(rule.key) == rule == eval(repr(rule))
