@@ -4,8 +4,11 @@ row alone, and README shows what is stored."""
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
+import subprocess
+import sys
 import time
 from dataclasses import replace
 from importlib.metadata import version
@@ -39,8 +42,8 @@ RIVALS = [
 
 def bench(tmp_path: Path, *options: str) -> tuple[int, Path]:
     out = tmp_path / "out" / "cpu.json"
-    status = cli.main(
-        ["bench", *SIZES, "--device", "cpu", "--repeats", "2", "--out", str(out), *options]
+    status = command.main(
+        [*SIZES, "--device", "cpu", "--repeats", "2", "--out", str(out), *options]
     )
     return status, out
 
@@ -322,6 +325,22 @@ def test_a_run_that_is_cut_short_keeps_its_rows(tmp_path, monkeypatch, capsys):
     status, out = bench(tmp_path, "--losses", "opd", "sft", "--providers", "torch", "--tokens", "8")
     assert status == 130 and {row.loss for row in read(out).rows} == {"opd"}
     assert "ours, torch" in capsys.readouterr().out
+
+
+def test_from_another_folder(tmp_path):
+    """Files are named from there, and a package of the same name there is none of ours."""
+    if sys.version_info >= (3, 11):
+        (tmp_path / "benchmarks").mkdir()
+        (tmp_path / "benchmarks" / "__init__.py").write_text("raise RuntimeError('not this')")
+    options = ["--losses", "opd", "--providers", "torch", "--tokens", "8", "--out", "here.json"]
+    done = subprocess.run(
+        [sys.executable, "-m", "tropd_kernels.cli", "bench", *SIZES, "--repeats", "1", *options],
+        cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(readme.ROOT)}, capture_output=True,
+        text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert read(tmp_path / "here.json").shape == TINY
+    assert re.search(r"^ours, torch +\d", done.stdout, re.M)
 
 
 def test_outside_a_checkout_it_says_where_the_benchmarks_are(tmp_path, monkeypatch, capsys):

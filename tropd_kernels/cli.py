@@ -12,15 +12,14 @@ only torch, which is imported where a command runs: help comes at once. The keys
 """
 
 import argparse
-import importlib
 import importlib.metadata
 import importlib.util
 import json
+import os
 import platform
-import re
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
@@ -33,24 +32,38 @@ LOADERS = {".json": "json", ".jsonl": "json", ".parquet": "parquet"}
 
 @dataclass
 class Run:
-    """What a run needs besides its `TrOPDConfig`.
+    """What a run needs besides its `TrOPDConfig`."""
 
-    model, teacher_model: name or folder; the teacher may come from `teacher_model_name_or_path`.
-    dataset, eval_dataset: a .json, .jsonl or .parquet file, or a name on the hub; with a "prompt".
-        eval_dataset needs an eval_strategy.
-    dataset_split: of data sets from the hub.
-    eval_split: of eval_dataset, where it is another one.
-    peft: true for a LoRA on all linear layers but the head, or the arguments of peft's LoraConfig;
-        other kinds of adapter are for `TrOPDTrainer`, in Python.
-    """
-
-    model: str | None = None
-    teacher_model: str | None = None
-    dataset: str | None = None
-    eval_dataset: str | None = None
-    dataset_split: str = "train"
-    eval_split: str | None = None
-    peft: dict | str | None = None
+    model: str | None = field(
+        default=None,
+        metadata={"help": "name or folder of the student."},
+    )
+    teacher_model: str | None = field(
+        default=None,
+        metadata={
+            "help": "name or folder of the teacher; it may come from `teacher_model_name_or_path`."
+        },
+    )
+    dataset: str | None = field(
+        default=None,
+        metadata={
+            "help": 'a .json, .jsonl or .parquet file, or a name on the hub; with a "prompt".'
+        },
+    )
+    eval_dataset: str | None = field(
+        default=None, metadata={"help": "as dataset; it needs an eval_strategy."}
+    )
+    dataset_split: str = field(default="train", metadata={"help": "of data sets from the hub."})
+    eval_split: str | None = field(
+        default=None, metadata={"help": "of eval_dataset, where it is another one."}
+    )
+    peft: dict | str | None = field(
+        default=None,
+        metadata={
+            "help": "true for a LoRA on all linear layers but the head, or the arguments of peft's "
+            "LoraConfig; other kinds of adapter are for `TrOPDTrainer`, in Python."
+        },
+    )
 
 
 #: Keys of TRL's scripts and of its other trainers, and what to give here.
@@ -176,9 +189,6 @@ def parse_run(arguments: Sequence[str]) -> tuple[Run, Any]:
         classes, prog="tropd train", usage=usage, parents=[outer], allow_abbrev=False
     )
     take_none(parser, [Run, TrOPDConfig])
-    known = documented(Run) | documented(TrOPDConfig)
-    for action in parser._actions:  # those of TRL and transformers bring their own help
-        action.help = action.help or known.get(action.dest, "").replace("%", "%%")
     group_keys(parser, {"of the run": Run, "of TrOPD": TrOPDConfig, "of TRL": DistillationConfig})
     twice = repeated_flag(arguments, parser._option_string_actions)
     if twice is not None:
@@ -314,12 +324,6 @@ def group_keys(parser: argparse.ArgumentParser, owners: dict[str, type]) -> None
     parser._action_groups = [*others, *shown]
 
 
-def documented(owner: type) -> dict[str, str]:
-    """What the docstring of a class says of each of its fields, by name."""
-    entries = re.findall(r"^    ([a-z_, ]+): (.*(?:\n {8}.*)*)", owner.__doc__ or "", re.MULTILINE)
-    return {name: " ".join(text.split()) for names, text in entries for name in names.split(", ")}
-
-
 def check_names(run: Any, missing: Sequence[str]) -> None:
     """Raises UsageError for keys that are missing, and for a model or a data set of no name."""
     if missing:
@@ -429,17 +433,20 @@ def run_check(device: str | None) -> int:
 
 
 def bench(arguments: Sequence[str]) -> int:
-    """`tropd bench`: the table of benchmarks/bench, which lies beside the package in a checkout and
-    in no wheel."""
+    """`tropd bench`, from any folder: this process becomes `python -m benchmarks.bench` of the
+    checkout that the package is in. A wheel has no benchmarks."""
     root = Path(__file__).resolve().parents[1]
     if not (root / "benchmarks" / "bench" / "command.py").is_file():
         raise UsageError(
             "the benchmarks come with the source, not with the wheel: clone the repository and "
             "run `pip install -e '.[bench]'` there"
         )
-    if str(root) not in sys.path:  # an editable install finds the package alone
-        sys.path.insert(0, str(root))
-    return importlib.import_module("benchmarks.bench.command").main(arguments)
+    paths = [str(root), *filter(None, [os.environ.get("PYTHONPATH")])]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths)}
+    # Not from the working directory, which may have a `benchmarks` of its own.
+    safe = ["-P"] if sys.version_info >= (3, 11) else []
+    command = [sys.executable, *safe, "-m", "benchmarks.bench", *arguments]
+    os.execve(sys.executable, command, environment)
 
 
 # --- env ---------------------------------------------------------------------------------------

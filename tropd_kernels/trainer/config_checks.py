@@ -1,0 +1,245 @@
+"""Checks of `TrOPDConfig` that concern its values and how they go together.
+
+Each raises ValueError that begins with the key. Some store the value as its readers take it.
+"""
+
+from collections.abc import Sequence
+from numbers import Integral, Real
+from typing import TYPE_CHECKING, Any, get_args, get_type_hints
+
+from ..arguments import check_selection
+from ..objectives.registry import OBJECTIVES, build_rule, check_knobs, check_objective
+from .credentials import check_address
+from .effects import check_effects
+from .generation_keys import check_generation_keys
+from .prefix import SCHEDULES
+from .signals import check_served
+
+if TYPE_CHECKING:
+    from .config import TrOPDConfig
+
+#: The paper's, of `prefix_weight`.
+PREFIX_WEIGHT = 0.001
+#: What a field of these types takes, and its name in errors.
+TYPES: dict[type, tuple[type, str]] = {
+    bool: (bool, "true or false"),
+    int: (Integral, "a whole number"),
+    float: (Real, "a number"),
+    str: (str, "text"),
+    type(None): (type(None), ""),
+}
+
+
+def check_numbers(config: "TrOPDConfig") -> None:
+    """Those of TRL and transformers that would otherwise fail inside them, namelessly."""
+    for key in ("gradient_accumulation_steps", "per_device_train_batch_size",
+                "per_device_eval_batch_size"):  # fmt: skip
+        _at_least(key, getattr(config, key), 1)
+    _within("learning_rate", config.learning_rate, 0.0, 1e9)
+    for key in ("temperature", "repetition_penalty", "top_k", "top_p", "min_p"):
+        setattr(config, key, _sampling(key, key, getattr(config, key)))
+    multiple: Any = config.pad_to_multiple_of  # text, from the command line
+    if not (multiple in (None, "auto") or str(multiple).lower() in ("none", "null")):
+        if not str(multiple).isdecimal() or int(multiple) < 1:
+            raise ValueError(
+                "pad_to_multiple_of: must be a whole number of at least 1, 'auto' or None, got "
+                f"{multiple!r}"
+            )
+    limit = config.max_completion_length
+    if limit is None or limit < 1:
+        raise ValueError(f"max_completion_length: must be at least 1 token, got {limit!r}")
+
+
+def check_trainer(config: "TrOPDConfig") -> None:
+    """What TRL's trainer takes and then does without, or does wrong."""
+    if config.generation_kwargs is not None:
+        _check_generation(config, dict(config.generation_kwargs))  # type: ignore[arg-type]
+    if config.auto_find_batch_size:
+        raise ValueError(
+            "auto_find_batch_size: after running out of memory the trainer would go on in the "
+            "middle of a generation batch of the old size, and skip rows: set "
+            "per_device_train_batch_size, with gradient_accumulation_steps, instead"
+        )
+    if config.torch_compile:
+        raise ValueError(
+            "torch_compile: it would compile nothing: the loss reaches the models below the "
+            "wrapper that compiles: leave out the keys that begin with torch_compile"
+        )
+
+    if config.vllm_mode not in ("server", "colocate"):
+        raise ValueError(f"vllm_mode: must be server or colocate, got {config.vllm_mode!r}")
+    check_effects(config)
+    if config.router_aux_loss_coef is not None:
+        _within("router_aux_loss_coef", config.router_aux_loss_coef, 0.0, 1e9)
+
+
+def _check_generation(config: "TrOPDConfig", given: dict[str, Any]) -> None:
+    check_generation_keys(given, config.use_vllm)
+    hints = get_type_hints(type(config))
+    if given.get("top_k", 0) is None or (config.use_vllm and given.get("top_k") == -1):
+        given["top_k"] = 0  # of None transformers makes its default, 50
+    for name in given.keys() & {"temperature", "repetition_penalty", "top_k", "top_p", "min_p"}:
+        key = f"generation_kwargs: {name}"
+        check_type(key, given[name], [*(get_args(hints[name]) or [hints[name]]), type(None)])
+        given[name] = _sampling(name, key, given[name])
+    config.generation_kwargs = given
+
+
+def check_objective_keys(config: "TrOPDConfig") -> None:
+    check_objective(config.objective)
+    arguments: Any = config.objective_kwargs or {}
+    for own in ("beta", "prefix_weight"):
+        if own in arguments:
+            raise ValueError(f"objective_kwargs: {own!r} is a key of its own: set {own} itself")
+    check_knobs(config.objective, arguments, "objective_kwargs")
+    if config.beta is not None:
+        check_knobs(config.objective, ["beta"], "beta")
+    if config.prefix_weight != PREFIX_WEIGHT:
+        check_knobs(config.objective, ["prefix_weight"], "prefix_weight")
+    if config.stage_fraction is not None:
+        check_knobs(config.objective, ["stage"], "stage_fraction")
+        _within("stage_fraction", config.stage_fraction, 0.0, 1.0)
+        if "stage" in arguments:
+            raise ValueError(
+                f"stage_fraction: objective_kwargs holds the run at stage {arguments['stage']}"
+                ": give one of the two"
+            )
+    try:
+        config.rule(progress=0.0)
+        config.rule(progress=1.0)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"objective_kwargs: {config.objective}: {error}") from error
+
+
+def check_prefix(config: "TrOPDConfig") -> None:
+    if config.prefix_schedule not in SCHEDULES:
+        raise ValueError(
+            f"prefix_schedule: must be one of {', '.join(SCHEDULES)}; got "
+            f"{config.prefix_schedule!r}"
+        )
+    _at_least("prefix_length", config.prefix_length, 0)
+    if (config.prefix_schedule == "none") != (config.prefix_length == 0):
+        raise ValueError(
+            f"prefix_length: {config.prefix_length} with prefix_schedule "
+            f"{config.prefix_schedule!r}: give both, or neither"
+        )
+    if config.prefix_length > config.max_completion_length:
+        raise ValueError(
+            f"prefix_length: {config.prefix_length} is more than max_completion_length "
+            f"{config.max_completion_length}"
+        )
+    _within("prefix_fraction", config.prefix_fraction, 0.0, 1.0)
+    if config.prefix_steps is not None:
+        _at_least("prefix_steps", config.prefix_steps, 0)
+    if config.max_workspace_bytes is not None:
+        _at_least("max_workspace_bytes", config.max_workspace_bytes, 1)
+
+
+def check_sample(config: "TrOPDConfig") -> None:
+    try:
+        check_selection(
+            config.gradient_tolerance, config.gradient_sampling, "mean", config.backend, config.seed
+        )
+    except (NotImplementedError, ValueError) as error:
+        named = str(error).startswith("gradient_tolerance")
+        one = config.gradient_sampling is None
+        key = "gradient_tolerance" if named or one else "gradient_sampling"
+        raise ValueError(f"{key}: {str(error).removeprefix(f'{key} ')}") from error
+
+
+def check_teacher(config: "TrOPDConfig") -> None:
+    source = "teacher_model_server_url" if config.teacher_model_server_url else None
+    if config.precomputed_teacher:
+        if source:
+            raise ValueError(f"precomputed_teacher: goes without {source}: give one of them")
+        source = "precomputed_teacher"
+        if config.prefix_length or config.lmbda != 1:
+            key = "prefix_length" if config.prefix_length else "lmbda"
+            raise ValueError(
+                f"{key}: with precomputed_teacher the completions are those of the data set; "
+                f"leave {key} out"
+            )
+    if source:
+        try:
+            check_served(config.rule(0.0))
+            check_served(config.rule(1.0))
+        except ValueError as error:
+            raise ValueError(
+                f"{source}: objective {config.objective!r}: {error}. A HiddenTeacher is a "
+                "teacher_model that is loaded in this process"
+            ) from error
+    url = config.teacher_model_server_url
+    if url is not None:
+        check_address("teacher_model_server_url", url)
+    if url and config.temperature != 1:
+        raise ValueError(
+            f"temperature: a server gives log-probs at temperature 1, not {config.temperature}: "
+            "set temperature 1, or load the teacher in this process"
+        )
+    _at_least("teacher_server_retries", config.teacher_server_retries, 0)
+    _at_least("teacher_server_concurrency", config.teacher_server_concurrency, 1)
+    _within("teacher_server_timeout", config.teacher_server_timeout, 1e-3, 1e9)
+
+
+def check_credit(config: "TrOPDConfig") -> None:
+    _within("lmbda", config.lmbda, 0.0, 1.0)
+    _at_least("num_iterations", config.num_iterations, 1)
+    _at_least("drift_block_size", config.drift_block_size, 1)
+    if config.drift_tau is not None:
+        _within("drift_tau", config.drift_tau, 1e-6, 1e6)
+        if config.num_iterations == 1:
+            raise ValueError(
+                "drift_tau: with num_iterations 1 the policy that learns is the one that "
+                "sampled, so every gate is 1: set num_iterations to 2 or more"
+            )
+    _within("kl_discount_factor", config.kl_discount_factor, 0.0, 1.0)
+    rule = config.rule()
+    if config.kl_discount_factor and rule.policy_gradient == 0:
+        rewarded = [name for name in OBJECTIVES if build_rule(name, {}).policy_gradient]
+        raise ValueError(
+            f"kl_discount_factor: objective {config.objective!r} has no K1 reward to discount; "
+            f"{', '.join(rewarded)} have"
+        )
+    if config.importance_gamma is not None:
+        _within("importance_gamma", config.importance_gamma, 0.0, 1e6)
+        if not rule.uses_teacher:
+            raise ValueError(
+                f"importance_gamma: objective {config.objective!r} asks no teacher, so there is "
+                "no discrepancy to weigh tokens by"
+            )
+
+
+def _within(key: str, value: float, low: float, high: float) -> None:
+    if not low <= value <= high:  # written so that NaN fails
+        raise ValueError(f"{key}: must be in [{low:g}, {high:g}], got {value!r}")
+
+
+def _at_least(key: str, value: int, low: int) -> None:
+    if value < low:
+        raise ValueError(f"{key}: must be a whole number of at least {low}, got {value!r}")
+
+
+def _sampling(name: str, key: str, value: Any) -> Any:
+    """The value of this setting of a sampler, as samplers take it. key: its name in errors."""
+    if value is None:
+        return None
+    if name == "top_k":
+        _at_least(key, value, 0)
+        return value
+    _within(key, value, 0.0, 1e9 if name in ("temperature", "repetition_penalty") else 1.0)
+    if name in ("temperature", "repetition_penalty") and value == 0:
+        raise ValueError(f"{key}: must be positive, got 0")
+    return float(value)  # they refuse an int
+
+
+def check_type(key: str, value: Any, kinds: Sequence[type]) -> None:
+    """Raises ValueError for a value of none of these `TYPES`."""
+    if isinstance(value, bool):  # which Python counts among the numbers
+        fits = bool in kinds
+    else:
+        fits = isinstance(value, tuple(TYPES[kind][0] for kind in kinds))
+    if not fits:
+        words = " or ".join(TYPES[kind][1] for kind in kinds if kind is not type(None))
+        raise ValueError(
+            f"{key}: expected {words}, got {value!r:.80}: give that, or leave the key out"
+        )
