@@ -27,7 +27,8 @@ SUITES = (
     "tests/test_triton_scaling.py",
     "tests/test_infinities.py", "tests/test_memory.py", "tests/test_compile.py",
     "tests/test_agreement.py", "tests/test_autograd.py", "tests/test_draws.py",
-    "tests/test_autocast.py", "tests/test_tolerance.py", "tests/test_selection.py",
+    "tests/test_autocast.py", "tests/test_sampling_gradients.py", "tests/test_sampling_corners.py",
+    "tests/test_selection.py",
 )  # fmt: skip
 QUIET = ("-q", "--no-header", "-p", "no:cacheprovider", "-p", "no:benchmark", "-p",
          "benchmarks.gpu.plugin")  # fmt: skip
