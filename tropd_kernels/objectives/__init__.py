@@ -1,39 +1,34 @@
-"""Distillation objectives as data: see `rule`. By name, for a config: see `registry`."""
+"""Distillation objectives as data: nothing here computes a loss.
 
-from .rule import (
+rule         TokenRule: how one token's statistics become its loss
+divergences  the table of divergences that a rule may name
+named        TrOPD() ... SFT(): published objectives as rules
+registry     objectives and their knobs by name, for a config or a command line
+"""
+
+from .divergences import DIVERGENCES, DivergenceSpec
+from .named import (
     AOPD,
-    COEFFICIENT_DIVERGENCES,
-    DIVERGENCES,
     EOPD,
-    GATES,
-    GENERATORS,
     GKD,
     MOPD,
-    NORMALIZE,
     OPD,
-    OUTLIERS,
     REOPOLD,
     SFT,
-    STATIC_THRESHOLD,
-    TAILS,
-    TOP_K_GENERATORS,
     ClipOutlier,
     Divergence,
     EntropyOPD,
     MaskOutlier,
-    TokenRule,
     TopKJSD,
     TrOPD,
-    decode_rule,
 )
+from .rule import GATES, NORMALIZE, OUTLIERS, STATIC_THRESHOLD, TAILS, TokenRule, decode_rule
 
 __all__ = [
     "AOPD",
-    "COEFFICIENT_DIVERGENCES",
     "DIVERGENCES",
     "EOPD",
     "GATES",
-    "GENERATORS",
     "GKD",
     "MOPD",
     "NORMALIZE",
@@ -43,9 +38,9 @@ __all__ = [
     "SFT",
     "STATIC_THRESHOLD",
     "TAILS",
-    "TOP_K_GENERATORS",
     "ClipOutlier",
     "Divergence",
+    "DivergenceSpec",
     "EntropyOPD",
     "MaskOutlier",
     "TokenRule",

@@ -15,38 +15,28 @@ from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from typing import Any, TypeVar
 
-from .rule import (
+from .divergences import DIVERGENCES
+from .named import (
     AOPD,
-    DIVERGENCES,
     EOPD,
     GKD,
     MOPD,
     OPD,
     REOPOLD,
     SFT,
-    TOP_K_GENERATORS,
     ClipOutlier,
     Divergence,
     EntropyOPD,
     MaskOutlier,
-    TokenRule,
     TopKJSD,
     TrOPD,
 )
+from .rule import TokenRule
 
 T = TypeVar("T")
 
 #: Divergences over the vocabulary, each an objective by its own name, and the knobs of each.
-_DIVERGENCE_KNOBS: dict[str, tuple[str, ...]] = {
-    name: () for name in DIVERGENCES if name not in TOP_K_GENERATORS
-} | {
-    "forward_kl": ("top_k", "top_k_tail"),
-    "jsd": ("beta",),
-    "skew_forward": ("alpha",),
-    "skew_reverse": ("alpha",),
-    "alpha": ("alpha",),
-    "akl": ("head_mass",),
-}
+_DIVERGENCE_KNOBS = {name: spec.knobs for name, spec in DIVERGENCES.items() if spec.ids != "top_k"}
 
 _NAMED: dict[str, Callable[..., TokenRule]] = {
     "tropd": TrOPD,
@@ -73,7 +63,7 @@ def knobs(objective: str) -> tuple[str, ...]:
     return tuple(inspect.signature(OBJECTIVES[objective]).parameters)
 
 
-def takers(knob: str) -> list[str]:
+def objectives_taking(knob: str) -> list[str]:
     """The objectives that take this knob."""
     return [name for name in OBJECTIVES if knob in knobs(name)]
 
@@ -84,7 +74,7 @@ def check_knobs(objective: str, given: Iterable[str], where: str) -> None:
     for knob in given:
         if knob in knobs(objective):
             continue
-        others = takers(knob)
+        others = objectives_taking(knob)
         if others:
             raise ValueError(
                 f"{where}: objective {objective!r} takes no {knob!r}; it belongs to "

@@ -33,20 +33,13 @@ from ast import literal_eval
 from dataclasses import dataclass, fields
 from functools import lru_cache
 
+from .checks import number, one_of
+from .divergences import DIVERGENCES, NO_DIVERGENCE, DivergenceSpec, check_parameter
+
 GATES = ("always", "bernoulli", "expected", "threshold")
 OUTLIERS = ("mask", "clip", "forward_kl", "forward_kl_reward")
 TAILS = ("raw", "bucket", "renormalize_teacher", "renormalize_both")
 NORMALIZE = ("tokens", "kept")
-
-#: Divergences by how they are computed: from per-row coefficients alone, or from a generator (one
-#: more pass over the row). The last two live on the teacher's top-k ids.
-COEFFICIENT_DIVERGENCES = ("forward_kl", "reverse_kl", "jeffreys", "akl")
-GENERATORS = (
-    "jsd", "skew_forward", "skew_reverse", "alpha", "chi2", "total_variation", "todi",
-    "mopd", "topk_jsd",
-)  # fmt: skip
-TOP_K_GENERATORS = ("mopd", "topk_jsd")
-DIVERGENCES = COEFFICIENT_DIVERGENCES + GENERATORS
 
 #: log(0.2 / 0.8): the static threshold of REOPOLD and of TrOPD's clipping ablation.
 STATIC_THRESHOLD = math.log(0.25)
@@ -113,20 +106,20 @@ class TokenRule:
     normalize: str = "tokens"
 
     def __post_init__(self):
-        _one_of("gate", self.gate, GATES)
-        _one_of("outlier", self.outlier, OUTLIERS)
-        _one_of("top_k_tail", self.top_k_tail, TAILS)
-        _one_of("normalize", self.normalize, NORMALIZE)
+        one_of("gate", self.gate, GATES)
+        one_of("outlier", self.outlier, OUTLIERS)
+        one_of("top_k_tail", self.top_k_tail, TAILS)
+        one_of("normalize", self.normalize, NORMALIZE)
         if self.divergence is not None:
-            _one_of("divergence", self.divergence, DIVERGENCES)
-        _number("threshold", self.threshold, high=0.0)
+            one_of("divergence", self.divergence, DIVERGENCES)
+        number("threshold", self.threshold, high=0.0)
         for name in ("policy_gradient", "nll_weight", "entropy_coef", "divergence_parameter"):
-            _number(name, getattr(self, name))
+            number(name, getattr(self, name))
         for name in ("prefix_weight", "clip_ratio_low", "clip_ratio_high", "forward_kl_entropy"):
-            _number(name, getattr(self, name), low=0.0, optional=True)
+            number(name, getattr(self, name), low=0.0, optional=True)
         if self.clip_ratio_low is not None and self.clip_ratio_low > 1:
             raise ValueError(f"clip_ratio_low must lie in [0, 1], got {self.clip_ratio_low}")
-        _number("entropy_top_fraction", self.entropy_top_fraction, 0.0, 1.0, optional=True)
+        number("entropy_top_fraction", self.entropy_top_fraction, 0.0, 1.0, optional=True)
         if self.entropy_top_fraction == 0:
             raise ValueError("entropy_top_fraction must be above 0: no token would count")
         if self.top_k is not None:
@@ -140,7 +133,7 @@ class TokenRule:
             raise ValueError(
                 f"top_k_tail={self.top_k_tail!r} needs a top_k: without one there is no tail"
             )
-        if self.divergence in TOP_K_GENERATORS and self.top_k is None:
+        if self._divergence.ids == "top_k" and self.top_k is None:
             raise ValueError(f"divergence={self.divergence!r} lives on the top-k ids: give a top_k")
         self._check_sets()
         if not self._has_a_term:
@@ -148,7 +141,8 @@ class TokenRule:
                 "this rule has no term, so that every loss would be 0: give a policy_gradient, a "
                 "divergence, an nll_weight, or outlier='forward_kl' with a gate that rejects tokens"
             )
-        _check_divergence_parameter(self.divergence, self.divergence_parameter)
+        if self.divergence is not None:
+            check_parameter(self.divergence, self.divergence_parameter)
         for f in fields(self):  # a NumPy number is a float, but is not written like one
             value = getattr(self, f.name)
             if isinstance(value, float) and type(value) is not float:
@@ -159,18 +153,19 @@ class TokenRule:
 
     def _check_sets(self):
         """One pass sums one set of ids with one weight, which these would need two of."""
-        whole = self.divergence in GENERATORS and self.divergence not in TOP_K_GENERATORS
-        if self.divergence == "akl" and self.top_k is not None:
+        spec = self._divergence
+        whole = spec.generator and spec.ids == "vocabulary"
+        if spec.adaptive and self.top_k is not None:
             raise ValueError(
-                "divergence='akl' weighs the head of the teacher's distribution, whose mass is "
-                f"divergence_parameter: leave top_k None, got {self.top_k}"
+                f"divergence={self.divergence!r} weighs the head of the teacher's distribution, "
+                f"whose mass is divergence_parameter: leave top_k None, got {self.top_k}"
             )
-        if self.divergence == "akl" and self._chooses_forward_kl:
+        if spec.adaptive and self._chooses_forward_kl:
             raise ValueError(
-                "divergence='akl' weighs the forward KL of every token: leave forward_kl_entropy "
-                "None and the gate 'always', or choose an outlier other than 'forward_kl' and "
-                f"'forward_kl_reward'; got gate={self.gate!r}, outlier={self.outlier!r}, "
-                f"forward_kl_entropy={self.forward_kl_entropy}"
+                f"divergence={self.divergence!r} weighs the forward KL of every token: leave "
+                "forward_kl_entropy None and the gate 'always', or choose an outlier other than "
+                f"'forward_kl' and 'forward_kl_reward'; got gate={self.gate!r}, "
+                f"outlier={self.outlier!r}, forward_kl_entropy={self.forward_kl_entropy}"
             )
         if whole and self._chooses_forward_kl and self.top_k is not None:
             raise ValueError(
@@ -200,6 +195,10 @@ class TokenRule:
         chosen = self.divergence, self.forward_kl_entropy
         return rejected or any(weights) or any(choice is not None for choice in chosen)
 
+    @property
+    def _divergence(self) -> DivergenceSpec:
+        return NO_DIVERGENCE if self.divergence is None else DIVERGENCES[self.divergence]
+
     # What a rule needs, asked by the teachers' check, the chunk plan and the row engines.
 
     @property
@@ -209,7 +208,7 @@ class TokenRule:
     @property
     def uses_forward_kl(self) -> bool:
         """The forward KL (on K) may enter a token's loss."""
-        return self._chooses_forward_kl or self.divergence in ("forward_kl", "jeffreys", "akl")
+        return self._chooses_forward_kl or self._divergence.forward_kl
 
     @property
     def _chooses_forward_kl(self) -> bool:
@@ -220,17 +219,17 @@ class TokenRule:
     @property
     def uses_reverse_kl(self) -> bool:
         """The exact reverse KL may enter a token's loss."""
-        return self.divergence in ("reverse_kl", "jeffreys", "akl")
+        return self._divergence.reverse_kl
 
     @property
     def generator(self) -> str | None:
         """The divergence's generator, where it needs one."""
-        return self.divergence if self.divergence in GENERATORS else None
+        return self.divergence if self._divergence.generator else None
 
     @property
     def uses_top_k(self) -> bool:
         """A set K smaller than the vocabulary has to be found."""
-        on_k = self.uses_forward_kl or self.divergence in TOP_K_GENERATORS
+        on_k = self.uses_forward_kl or self._divergence.ids == "top_k"
         return self.top_k is not None and on_k
 
     @property
@@ -241,7 +240,7 @@ class TokenRule:
     @property
     def sums_of_every_row(self) -> bool:
         """... of every token; else of those alone that the gate or the teacher's entropy picks."""
-        return self.divergence not in (None, "reverse_kl")
+        return self._divergence.forward_kl or self.generator is not None
 
     @property
     def sums_are_statistics(self) -> bool:
@@ -267,7 +266,7 @@ class TokenRule:
     def uses_dense_teacher(self) -> bool:
         """The loss needs the teacher's whole distribution."""
         whole = self.uses_forward_kl and self.top_k is None
-        generator = self.generator is not None and self.generator not in TOP_K_GENERATORS
+        generator = self.generator is not None and self._divergence.ids != "top_k"
         return whole or generator or self.uses_reverse_kl
 
     @property
@@ -286,261 +285,7 @@ def decode_rule(key: str) -> TokenRule:
     return TokenRule(**dict(zip(_FIELDS, values, strict=True)))
 
 
-# --- on-policy distillation and its relatives --------------------------------------------------
-
-
-def TrOPD(
-    *,
-    gate: str = "bernoulli",
-    outlier: str = "forward_kl",
-    top_k: int | None = 64,
-    top_k_tail: str = "raw",
-    threshold: float = STATIC_THRESHOLD,
-    prefix_weight: float | None = 0.001,
-    clip_ratio_low: float | None = None,
-    clip_ratio_high: float | None = None,
-    entropy_coef: float = 0.0,
-) -> TokenRule:
-    """Trust Region On-Policy Distillation (arXiv 2606.01249): K1 where the teacher would accept the
-    token (the speculative-decoding test), forward KL on the teacher's top-k where it would not, and
-    a small K1 forward KL on a teacher-written prefix. Defaults are the paper's."""
-    return TokenRule(
-        gate=gate,
-        outlier=outlier,
-        top_k=top_k,
-        top_k_tail=top_k_tail,
-        threshold=threshold,
-        prefix_weight=prefix_weight,
-        clip_ratio_low=clip_ratio_low,
-        clip_ratio_high=clip_ratio_high,
-        entropy_coef=entropy_coef,
-    )
-
-
-def OPD(
-    *,
-    kl_penalty_coef: float = 1.0,
-    clip_ratio_low: float | None = None,
-    clip_ratio_high: float | None = None,
-    prefix_weight: float | None = 0.001,
-    entropy_coef: float = 0.0,
-) -> TokenRule:
-    """On-policy distillation: the K1 reverse KL as a policy gradient on every token (Thinking
-    Machines; GKD's on-policy limit). Unbounded where the teacher finds a token unlikely."""
-    _number("kl_penalty_coef", kl_penalty_coef)
-    return TokenRule(
-        policy_gradient=kl_penalty_coef,
-        clip_ratio_low=clip_ratio_low,
-        clip_ratio_high=clip_ratio_high,
-        prefix_weight=prefix_weight,
-        entropy_coef=entropy_coef,
-    )
-
-
-def ClipOutlier(*, threshold: float = STATIC_THRESHOLD, prefix_weight: float | None = 0.001):
-    """OPD with its reward floored at `threshold` (TrOPD's clipping ablation)."""
-    return TokenRule(
-        gate="threshold", outlier="clip", threshold=threshold, prefix_weight=prefix_weight
-    )
-
-
-def MaskOutlier(*, threshold: float = STATIC_THRESHOLD, prefix_weight: float | None = 0.001):
-    """OPD without the tokens whose reward is at or below `threshold` (TrOPD's masking ablation)."""
-    return TokenRule(
-        gate="threshold", outlier="mask", threshold=threshold, prefix_weight=prefix_weight
-    )
-
-
-def EOPD(
-    *,
-    entropy_threshold: float = 0.8,
-    top_k: int = 16,
-    top_k_tail: str = "renormalize_teacher",
-    clip_ratio: float | None = 0.2,
-    prefix_weight: float | None = 0.001,
-) -> TokenRule:
-    """Entropy-aware OPD (arXiv 2603.07079): PPO-clipped OPD, plus forward KL on the teacher's top-k
-    where the teacher's entropy exceeds `entropy_threshold` nats."""
-    _number("entropy_threshold", entropy_threshold, low=0.0)
-    _number("clip_ratio", clip_ratio, 0.0, 1.0, optional=True)
-    return TokenRule(
-        forward_kl_entropy=entropy_threshold,
-        top_k=top_k,
-        top_k_tail=top_k_tail,
-        clip_ratio_low=clip_ratio,
-        clip_ratio_high=clip_ratio,
-        prefix_weight=prefix_weight,
-    )
-
-
-def EntropyOPD(*, top_fraction: float = 0.2, prefix_weight: float | None = 0.001) -> TokenRule:
-    """OPD on the tokens whose student entropy is in the batch's top fraction."""
-    return TokenRule(entropy_top_fraction=top_fraction, prefix_weight=prefix_weight)
-
-
-def REOPOLD(
-    *,
-    stage: int = 1,
-    mixing: float = 0.2,
-    entropy_quantile: float = 0.8,
-    prefix_weight: float | None = 0.001,
-) -> TokenRule:
-    """REOPOLD (arXiv 2603.11137): rewards floored at log(mixing / (1 - mixing)). Stage 1 masks the
-    tokens at or below the floor; stage 2 keeps the tokens whose student entropy is above the
-    batch's `entropy_quantile`. The mean is over the tokens kept. The trainer switches the stage."""
-    _number("mixing", mixing, 0.0, 0.5)
-    if mixing == 0:
-        raise ValueError("mixing must be above 0: the floor would be minus infinity")
-    if stage not in (1, 2):
-        raise ValueError(f"stage must be 1 or 2, got {stage!r}")
-    _number("entropy_quantile", entropy_quantile, 0.0, 1.0)
-    if entropy_quantile == 1:
-        raise ValueError("entropy_quantile must be below 1: no token would count")
-    return TokenRule(
-        gate="threshold",
-        outlier="mask" if stage == 1 else "clip",
-        threshold=math.log(mixing / (1 - mixing)),
-        entropy_top_fraction=None if stage == 1 else 1 - entropy_quantile,
-        normalize="kept",
-        prefix_weight=prefix_weight,
-    )
-
-
-def AOPD(
-    *, top_k: int | None = 64, top_k_tail: str = "raw", prefix_weight: float | None = 0.001
-) -> TokenRule:
-    """AOPD (arXiv 2605.06387): K1 where the reward is positive, forward KL to the teacher's top-k
-    where it is not."""
-    return TokenRule(
-        gate="threshold",
-        outlier="forward_kl",
-        threshold=0.0,
-        top_k=top_k,
-        top_k_tail=top_k_tail,
-        prefix_weight=prefix_weight,
-    )
-
-
-def SFT() -> TokenRule:
-    """Cross-entropy on the labels, through the same kernels."""
-    return TokenRule(policy_gradient=0.0, nll_weight=1.0)
-
-
-# --- divergences over the vocabulary -----------------------------------------------------------
-
-
-def Divergence(
-    name: str,
-    *,
-    beta: float | None = None,
-    alpha: float | None = None,
-    head_mass: float | None = None,
-    top_k: int | None = None,
-    top_k_tail: str = "raw",
-) -> TokenRule:
-    """An exact divergence between student p and teacher q on every token, with u = p/q:
-
-    "forward_kl"       KL(q || p); with `top_k`, on the teacher's top-k ids
-    "reverse_kl"       KL(p || q)
-    "jeffreys"         KL(q || p) + KL(p || q)
-    "jsd"              beta KL(q || M) + (1 - beta) KL(p || M), M = beta q + (1 - beta) p, with
-                       `beta` 0.5; 0 means forward KL and 1 reverse KL, as in TRL and Liger
-    "skew_forward"     KL(q || alpha q + (1 - alpha) p), `alpha` 0.1 (DistiLLM)
-    "skew_reverse"     KL(p || (1 - alpha) p + alpha q), `alpha` 0.1 (DistiLLM)
-    "alpha"            sum q (u^alpha - alpha u - 1 + alpha) / (alpha (alpha - 1)); 0 means forward
-                       KL, 1 reverse KL, `alpha` 0.5 is four times the squared Hellinger distance
-    "chi2"             sum (p - q)^2 / q
-    "total_variation"  sum abs(p - q) / 2
-    "todi"             per id, forward and reverse KL blended by q/(p + q), detached (ToDi)
-    "akl"              per token, forward and reverse KL blended by the detached gaps abs(p - q) on
-                       the teacher's head and tail; the head holds `head_mass` 0.5 of q (AKL)
-    """
-    _one_of("name", name, tuple(d for d in DIVERGENCES if d not in TOP_K_GENERATORS))
-    takes = {
-        "jsd": "beta", "skew_forward": "alpha", "skew_reverse": "alpha", "alpha": "alpha",
-        "akl": "head_mass",
-    }.get(name)  # fmt: skip
-    given = {"beta": beta, "alpha": alpha, "head_mass": head_mass}
-    for argument, value in given.items():
-        if value is not None and argument != takes:
-            raise ValueError(f"Divergence({name!r}) takes no {argument}; got {argument}={value!r}")
-    if top_k is not None and name != "forward_kl":
-        raise ValueError(
-            f"Divergence({name!r}) covers the whole vocabulary; top_k goes with 'forward_kl' "
-            "(for a Jensen-Shannon divergence or a reverse KL on K see TopKJSD and MOPD)"
-        )
-    value = given[takes] if takes else None
-    if value is None:
-        value = 0.1 if name.startswith("skew") else 0.5
-    if takes:
-        _check_divergence_parameter(name, value, takes, allow_limits=True)
-    if name in ("jsd", "alpha") and value in (0, 1):
-        name, value = ("forward_kl", 0.5) if value == 0 else ("reverse_kl", 0.5)
-    return TokenRule(
-        policy_gradient=0.0,
-        divergence=name,
-        divergence_parameter=value,
-        top_k=top_k,
-        top_k_tail=top_k_tail,
-    )
-
-
-def GKD(beta: float = 0.5) -> TokenRule:
-    """Generalised knowledge distillation (arXiv 2306.13649): the Jensen-Shannon divergence with
-    weight beta; 0 is the forward KL(q || p), 1 the reverse KL(p || q)."""
-    return Divergence("jsd", beta=beta)
-
-
-def MOPD(*, top_k: int = 64) -> TokenRule:
-    """sum over K of p (log p - log q) - p + q: a reverse KL on the teacher's top-k that is never
-    negative and needs no renormalising (the survey's mass-corrected form, arXiv 2606.22793)."""
-    return TokenRule(policy_gradient=0.0, divergence="mopd", top_k=top_k)
-
-
-def TopKJSD(*, top_k: int = 64, beta: float = 0.5) -> TokenRule:
-    """Jensen-Shannon divergence with its teacher half on the top-k ids and its student half as a K1
-    policy gradient: beta sum_K q log(q/M) + (1 - beta) [K1 of log(p/M) on y] (TrOPD's baseline)."""
-    _check_divergence_parameter("topk_jsd", beta, "beta")
-    return TokenRule(
-        policy_gradient=1.0 - beta, divergence="topk_jsd", divergence_parameter=beta, top_k=top_k
-    )
-
-
-# --- checks ------------------------------------------------------------------------------------
-
-
-def _one_of(name, value, allowed):
-    if value not in allowed:
-        raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}; got {value!r}")
-
-
-def _number(name, value, low=-math.inf, high=math.inf, optional=False):
-    if optional and value is None:
-        return
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"{name} must be a number, got {value!r}")
-    if not -math.inf < value < math.inf or not low <= value <= high:
-        bounds = "finite" if (low, high) == (-math.inf, math.inf) else f"in [{low:g}, {high:g}]"
-        raise ValueError(f"{name} must be {bounds}, got {value!r}")
-
-
 def _known(value):
     """The value itself; where torch.compile traces a symbol for it, the number that the graph is
     made for."""
     return float.fromhex(value.hex()) if isinstance(value, float) else value
-
-
-def _check_divergence_parameter(divergence, value, name="divergence_parameter", allow_limits=False):
-    """Open intervals: at its limits a generator degenerates, and the constructors say what to
-    use."""
-    if divergence in ("jsd", "topk_jsd", "skew_forward", "skew_reverse", "akl"):
-        _number(name, value, 0.0, 1.0)
-    else:
-        _number(name, value)
-    limits_are_kl = divergence in ("jsd", "alpha")
-    degenerate = divergence in ("jsd", "alpha", "topk_jsd", "skew_forward", "skew_reverse", "akl")
-    if degenerate and value in (0, 1) and not (allow_limits and limits_are_kl):
-        raise ValueError(
-            f"{name}={value!r} is a degenerate limit of {divergence!r}: choose one strictly "
-            "between, or 'forward_kl' or 'reverse_kl'"
-        )

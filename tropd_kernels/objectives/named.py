@@ -1,0 +1,226 @@
+"""Published objectives: constructors that each fill in a `TokenRule` (sources: `rule`)."""
+
+from __future__ import annotations
+
+import math
+
+from .checks import number, one_of
+from .divergences import DIVERGENCES, check_parameter
+from .rule import STATIC_THRESHOLD, TokenRule
+
+# --- on-policy distillation and its relatives --------------------------------------------------
+
+
+def TrOPD(
+    *,
+    gate: str = "bernoulli",
+    outlier: str = "forward_kl",
+    top_k: int | None = 64,
+    top_k_tail: str = "raw",
+    threshold: float = STATIC_THRESHOLD,
+    prefix_weight: float | None = 0.001,
+    clip_ratio_low: float | None = None,
+    clip_ratio_high: float | None = None,
+    entropy_coef: float = 0.0,
+) -> TokenRule:
+    """Trust Region On-Policy Distillation (arXiv 2606.01249): K1 where the teacher would accept the
+    token (the speculative-decoding test), forward KL on the teacher's top-k where it would not, and
+    a small K1 forward KL on a teacher-written prefix. Defaults are the paper's."""
+    return TokenRule(
+        gate=gate,
+        outlier=outlier,
+        top_k=top_k,
+        top_k_tail=top_k_tail,
+        threshold=threshold,
+        prefix_weight=prefix_weight,
+        clip_ratio_low=clip_ratio_low,
+        clip_ratio_high=clip_ratio_high,
+        entropy_coef=entropy_coef,
+    )
+
+
+def OPD(
+    *,
+    kl_penalty_coef: float = 1.0,
+    clip_ratio_low: float | None = None,
+    clip_ratio_high: float | None = None,
+    prefix_weight: float | None = 0.001,
+    entropy_coef: float = 0.0,
+) -> TokenRule:
+    """On-policy distillation: the K1 reverse KL as a policy gradient on every token (Thinking
+    Machines; GKD's on-policy limit). Unbounded where the teacher finds a token unlikely."""
+    number("kl_penalty_coef", kl_penalty_coef)
+    return TokenRule(
+        policy_gradient=kl_penalty_coef,
+        clip_ratio_low=clip_ratio_low,
+        clip_ratio_high=clip_ratio_high,
+        prefix_weight=prefix_weight,
+        entropy_coef=entropy_coef,
+    )
+
+
+def ClipOutlier(*, threshold: float = STATIC_THRESHOLD, prefix_weight: float | None = 0.001):
+    """OPD with its reward floored at `threshold` (TrOPD's clipping ablation)."""
+    return TokenRule(
+        gate="threshold", outlier="clip", threshold=threshold, prefix_weight=prefix_weight
+    )
+
+
+def MaskOutlier(*, threshold: float = STATIC_THRESHOLD, prefix_weight: float | None = 0.001):
+    """OPD without the tokens whose reward is at or below `threshold` (TrOPD's masking ablation)."""
+    return TokenRule(
+        gate="threshold", outlier="mask", threshold=threshold, prefix_weight=prefix_weight
+    )
+
+
+def EOPD(
+    *,
+    entropy_threshold: float = 0.8,
+    top_k: int = 16,
+    top_k_tail: str = "renormalize_teacher",
+    clip_ratio: float | None = 0.2,
+    prefix_weight: float | None = 0.001,
+) -> TokenRule:
+    """Entropy-aware OPD (arXiv 2603.07079): PPO-clipped OPD, plus forward KL on the teacher's top-k
+    where the teacher's entropy exceeds `entropy_threshold` nats."""
+    number("entropy_threshold", entropy_threshold, low=0.0)
+    number("clip_ratio", clip_ratio, 0.0, 1.0, optional=True)
+    return TokenRule(
+        forward_kl_entropy=entropy_threshold,
+        top_k=top_k,
+        top_k_tail=top_k_tail,
+        clip_ratio_low=clip_ratio,
+        clip_ratio_high=clip_ratio,
+        prefix_weight=prefix_weight,
+    )
+
+
+def EntropyOPD(*, top_fraction: float = 0.2, prefix_weight: float | None = 0.001) -> TokenRule:
+    """OPD on the tokens whose student entropy is in the batch's top fraction."""
+    return TokenRule(entropy_top_fraction=top_fraction, prefix_weight=prefix_weight)
+
+
+def REOPOLD(
+    *,
+    stage: int = 1,
+    mixing: float = 0.2,
+    entropy_quantile: float = 0.8,
+    prefix_weight: float | None = 0.001,
+) -> TokenRule:
+    """REOPOLD (arXiv 2603.11137): rewards floored at log(mixing / (1 - mixing)). Stage 1 masks the
+    tokens at or below the floor; stage 2 keeps the tokens whose student entropy is above the
+    batch's `entropy_quantile`. The mean is over the tokens kept. The trainer switches the stage."""
+    number("mixing", mixing, 0.0, 0.5)
+    if mixing == 0:
+        raise ValueError("mixing must be above 0: the floor would be minus infinity")
+    if stage not in (1, 2):
+        raise ValueError(f"stage must be 1 or 2, got {stage!r}")
+    number("entropy_quantile", entropy_quantile, 0.0, 1.0)
+    if entropy_quantile == 1:
+        raise ValueError("entropy_quantile must be below 1: no token would count")
+    return TokenRule(
+        gate="threshold",
+        outlier="mask" if stage == 1 else "clip",
+        threshold=math.log(mixing / (1 - mixing)),
+        entropy_top_fraction=None if stage == 1 else 1 - entropy_quantile,
+        normalize="kept",
+        prefix_weight=prefix_weight,
+    )
+
+
+def AOPD(
+    *, top_k: int | None = 64, top_k_tail: str = "raw", prefix_weight: float | None = 0.001
+) -> TokenRule:
+    """AOPD (arXiv 2605.06387): K1 where the reward is positive, forward KL to the teacher's top-k
+    where it is not."""
+    return TokenRule(
+        gate="threshold",
+        outlier="forward_kl",
+        threshold=0.0,
+        top_k=top_k,
+        top_k_tail=top_k_tail,
+        prefix_weight=prefix_weight,
+    )
+
+
+def SFT() -> TokenRule:
+    """Cross-entropy on the labels, through the same kernels."""
+    return TokenRule(policy_gradient=0.0, nll_weight=1.0)
+
+
+# --- divergences -------------------------------------------------------------------------------
+
+
+def Divergence(
+    name: str,
+    *,
+    beta: float | None = None,
+    alpha: float | None = None,
+    head_mass: float | None = None,
+    top_k: int | None = None,
+    top_k_tail: str = "raw",
+) -> TokenRule:
+    """An exact divergence between student p and teacher q on every token, with u = p/q:
+
+    "forward_kl"       KL(q || p); with `top_k`, on the teacher's top-k ids
+    "reverse_kl"       KL(p || q)
+    "jeffreys"         KL(q || p) + KL(p || q)
+    "jsd"              beta KL(q || M) + (1 - beta) KL(p || M), M = beta q + (1 - beta) p, with
+                       `beta` 0.5; 0 means forward KL and 1 reverse KL, as in TRL and Liger
+    "skew_forward"     KL(q || alpha q + (1 - alpha) p), `alpha` 0.1 (DistiLLM)
+    "skew_reverse"     KL(p || (1 - alpha) p + alpha q), `alpha` 0.1 (DistiLLM)
+    "alpha"            sum q (u^alpha - alpha u - 1 + alpha) / (alpha (alpha - 1)); 0 means forward
+                       KL, 1 reverse KL, `alpha` 0.5 is four times the squared Hellinger distance
+    "chi2"             sum (p - q)^2 / q
+    "total_variation"  sum abs(p - q) / 2
+    "todi"             per id, forward and reverse KL blended by q/(p + q), detached (ToDi)
+    "akl"              per token, forward and reverse KL blended by the detached gaps abs(p - q) on
+                       the teacher's head and tail; the head holds `head_mass` 0.5 of q (AKL)
+    """
+    one_of("name", name, [d for d, spec in DIVERGENCES.items() if spec.ids != "top_k"])
+    spec = DIVERGENCES[name]
+    given = {"beta": beta, "alpha": alpha, "head_mass": head_mass}
+    for argument, value in given.items():
+        if value is not None and argument != spec.parameter:
+            raise ValueError(f"Divergence({name!r}) takes no {argument}; got {argument}={value!r}")
+    if top_k is not None and spec.ids != "either":
+        raise ValueError(
+            f"Divergence({name!r}) covers the whole vocabulary; top_k goes with 'forward_kl' "
+            "(for a Jensen-Shannon divergence or a reverse KL on K see TopKJSD and MOPD)"
+        )
+    value = spec.default
+    if spec.parameter is not None:
+        chosen = given[spec.parameter]
+        value = spec.default if chosen is None else chosen
+        check_parameter(name, value, spec.parameter, take_limits=True)
+        for limit, instead in spec.limits:
+            if value == limit and instead is not None:
+                name, value = instead, DIVERGENCES[instead].default
+    return TokenRule(
+        policy_gradient=0.0,
+        divergence=name,
+        divergence_parameter=value,
+        top_k=top_k,
+        top_k_tail=top_k_tail,
+    )
+
+
+def GKD(beta: float = 0.5) -> TokenRule:
+    """Generalised knowledge distillation (arXiv 2306.13649): the Jensen-Shannon divergence with
+    weight beta; 0 is the forward KL(q || p), 1 the reverse KL(p || q)."""
+    return Divergence("jsd", beta=beta)
+
+
+def MOPD(*, top_k: int = 64) -> TokenRule:
+    """sum over K of p (log p - log q) - p + q: a reverse KL on the teacher's top-k that is never
+    negative and needs no renormalising (the survey's mass-corrected form, arXiv 2606.22793)."""
+    return TokenRule(policy_gradient=0.0, divergence="mopd", top_k=top_k)
+
+
+def TopKJSD(*, top_k: int = 64, beta: float = 0.5) -> TokenRule:
+    """Jensen-Shannon divergence with its teacher half on the top-k ids and its student half as a K1
+    policy gradient: beta sum_K q log(q/M) + (1 - beta) [K1 of log(p/M) on y] (TrOPD's baseline)."""
+    check_parameter("topk_jsd", beta, "beta")
+    return TokenRule(
+        policy_gradient=1.0 - beta, divergence="topk_jsd", divergence_parameter=beta, top_k=top_k
+    )
