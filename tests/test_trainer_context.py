@@ -13,7 +13,7 @@ pytest.importorskip("trl", reason="the trainer needs trl")
 import tiny
 from training import make
 
-from tropd_kernels.trainer.context import context_of, padded_context_of
+from tropd_kernels.trainer.context import context_of, padded_context_of, scale_changes_at
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
 YARN = dict(rope_type="yarn", rope_theta=10000.0, factor=4.0, original_max_position_embeddings=64)
@@ -39,6 +39,17 @@ def tiny_of(kind, config, **changes):
 
 def llama(**changes):
     return tiny.model(0, kind=LLAMA[0], config=LLAMA[1], **changes)
+
+
+def gemma3(seed, rope):
+    """Of one sliding layer and a full one, which alone is scaled."""
+    sliding = dict(rope_type="default", rope_theta=10000.0)
+    return tiny.model(
+        seed, kind=transformers.Gemma3ForCausalLM, config=transformers.Gemma3TextConfig,
+        layer_types=["sliding_attention", "full_attention"], head_dim=8, query_pre_attn_scalar=8,
+        sliding_window=512, max_position_embeddings=64,
+        rope_parameters={"sliding_attention": sliding, "full_attention": rope},
+    ).eval()  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -160,6 +171,58 @@ def test_kinds_of_layers():
         config = transformers.Gemma3TextConfig(max_position_embeddings=64)
         config.rope_parameters = {"sliding_attention": sliding, "full_attention": full}
         assert context_of(config) == context
+
+
+@pytest.mark.parametrize(
+    ("rope", "length"),
+    [
+        (LONG, 16),
+        (DYNAMIC, 64),
+        (DYNAMIC | {"original_max_position_embeddings": 16}, 64),  # which transformers never reads
+        (YARN, None),
+        (LINEAR, None),
+    ],
+)
+def test_where_the_scale_changes(rope, length):
+    """One set of rotary parameters, or one for each kind of layers, as in Gemma 3."""
+    flat = llama(rope_parameters=rope).config
+    nested = gemma3(0, rope).config
+    assert (scale_changes_at(flat), scale_changes_at(nested)) == (length, length)
+    old = transformers.GPTNeoConfig(max_position_embeddings=64)
+    old.rope_scaling = {"type": rope["rope_type"]} | {k: rope[k] for k in rope if k != "rope_type"}
+    assert scale_changes_at(old) == length
+
+
+@pytest.mark.parametrize("rope", [LONG, DYNAMIC])
+def test_the_scale_of_one_kind_of_layers_changes(rope):
+    """What `scale_changes_at` says is where a long row changes the logits of a short one."""
+    model = gemma3(0, rope)
+    limit = scale_changes_at(model.config)
+    ids = torch.randint(5, tiny.VOCAB, (1, 8))
+    alone = model(ids).logits
+    for width, same in ((limit, True), (limit + 1, False)):
+        rows = torch.randint(5, tiny.VOCAB, (2, width))
+        rows[0, :8] = ids
+        beside = model(rows).logits[:1, :8]
+        assert torch.allclose(beside, alone, atol=1e-4) == same
+
+
+def hunyuan(rope):
+    return tiny.model(
+        0, kind=transformers.HunYuanDenseV1ForCausalLM, config=transformers.HunYuanDenseV1Config,
+        head_dim=8, rope_parameters=rope,
+    ).eval()  # fmt: skip
+
+
+def test_a_dynamic_scale_that_stays():
+    """HunYuan's checkpoints call one scale at all lengths dynamic."""
+    fixed = dict(rope_type="dynamic", rope_theta=10000.0, alpha=1000.0, factor=1.0)
+    ids = torch.randint(5, tiny.VOCAB, (1, 80))
+    for rope, length in ((fixed, None), (DYNAMIC, 64)):
+        model = hunyuan(rope)
+        short = model(ids[:, :8]).logits
+        assert torch.allclose(model(ids).logits[:, :8], short, atol=1e-4) == (length is None)
+        assert scale_changes_at(model.config) == length
 
 
 def test_long_prompts_train_under_yarn(tmp_path):

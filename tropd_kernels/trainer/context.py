@@ -43,16 +43,12 @@ def context_of(config: Any) -> int | None:
     limit = limit or getattr(config, "max_target_positions", None) or 0  # Whisper's decoder
     if limit < 1 or _is_position_free(config):
         return None
-    rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
-    if not any(isinstance(part, Mapping) for part in rope.values()):
-        return _scaled(rope, limit)
-    # One for each kind of layer: the widest, for the others are those of a sliding window.
     bounds = []
-    for part in rope.values():
-        if isinstance(part, Mapping):
-            # Gemma 3's maximum has its linear factor already.
-            included = config.model_type == "gemma3_text" and part.get("rope_type") == "linear"
-            bounds.append(limit if included else _scaled(part, limit))
+    for rope in _rope_parameters(config):
+        # Gemma 3's maximum has its linear factor already.
+        included = config.model_type == "gemma3_text" and rope.get("rope_type") == "linear"
+        bounds.append(limit if included else _scaled(rope, limit))
+    # The widest, for the other kinds of layers are those of a sliding window.
     return max((b for b in bounds if b is not None), default=None) if all(bounds) else None
 
 
@@ -64,13 +60,30 @@ def padded_context_of(config: Any) -> int | None:
 
 def scale_changes_at(config: Any) -> int | None:
     """The length above which a row of a batch changes the rotary scale of all its rows, as in
-    LongRoPE; None where no length does."""
+    LongRoPE; None where no length does. Of several kinds of layers the first to change counts."""
     config = config.get_text_config()
-    rope = getattr(config, "rope_parameters", None) or {}
-    if rope.get("rope_type") not in ("longrope", "su", "dynamic"):
-        return None
     limit = getattr(config, "max_position_embeddings", None)
-    return rope.get("original_max_position_embeddings") or limit
+    changes = []
+    for rope in _rope_parameters(config):
+        kind = _rope_type(rope)
+        if kind in ("longrope", "su"):
+            changes.append(rope.get("original_max_position_embeddings") or limit)
+        # HunYuan's alpha stands for one scale at all lengths.
+        elif kind == "dynamic" and not (
+            config.model_type.startswith("hunyuan") and rope.get("alpha")
+        ):
+            changes.append(limit)
+    return min((length for length in changes if length is not None), default=None)
+
+
+def _rope_parameters(config: Any) -> list[Mapping[str, Any]]:
+    """The rotary parameters of a text config: one for each kind of layer, or one for all."""
+    rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
+    return [part for part in rope.values() if isinstance(part, Mapping)] or [rope]
+
+
+def _rope_type(rope: Mapping[str, Any]) -> str:
+    return rope.get("rope_type") or rope.get("type") or "default"
 
 
 def _is_position_free(config: Any) -> bool:
@@ -90,7 +103,7 @@ def _is_position_free(config: Any) -> bool:
 
 def _scaled(rope: Mapping[str, Any], limit: int) -> int | None:
     """The bound under these rotary parameters, of which `limit` is the config's maximum."""
-    kind = rope.get("rope_type") or rope.get("type") or "default"
+    kind = _rope_type(rope)
     factor = max(float(rope.get("factor") or 1.0), 1.0)
     original = rope.get("original_max_position_embeddings") or limit
     if kind in ("default", "proportional", "mrope"):
