@@ -112,7 +112,7 @@ def _dense_sums(
         options.entropy_threshold, stats, coefs, sums, vocab_size, z.stride(0), t.stride(0),
         _columns(stats, coefs),
         ACC=_acc(coefs.dtype), **_transforms(options), **_gate_constants(rule),
-        GENERATOR=rule.generator, TOP_K=rule.top_k if rule.uses_top_k else None,
+        **_generator_constants(rule), TOP_K=rule.top_k if rule.uses_top_k else None,
         TAIL=rule.top_k_tail, HAS_KL=rule.uses_forward_kl and rule.divergence != "akl",
         THRESHOLD_GIVEN=threshold_given,
         BY_LANES=rule.uses_top_k and lanes_hold(rule.top_k, launch["LANES"]),
@@ -260,21 +260,20 @@ def _transforms(options: RowOptions) -> dict:
 
 def _generator_constants(rule: TokenRule) -> dict:
     c = 2.0 if rule.divergence == "chi2" else rule.divergence_parameter
-    return {"GENERATOR": rule.generator, "C": c}
+    return {"GENERATOR": rule.generator, "PARAMETER": c}
 
 
 def _gate_constants(rule: TokenRule) -> dict:
-    c = _generator_constants(rule)["C"]
+    c = _generator_constants(rule)["PARAMETER"]
     mixes = 0 < c < 1
     return {
         "GATE": rule.gate,
-        "OUTLIER_IS": rule.outlier,
-        "TAU": rule.threshold,
+        "OUTLIER": rule.outlier,
+        "THRESHOLD": rule.threshold,
         "KL_ENTROPY": rule.forward_kl_entropy,
         "DIVERGENCE": rule.divergence,
-        "C": c,
-        "LOG_C": math.log(c) if mixes else 0.0,
-        "LOG_1_C": math.log1p(-c) if mixes else 0.0,
+        "LOG_PARAMETER": math.log(c) if mixes else 0.0,
+        "LOG_ONE_MINUS_PARAMETER": math.log1p(-c) if mixes else 0.0,
     }
 
 

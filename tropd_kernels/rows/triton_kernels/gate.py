@@ -13,10 +13,10 @@ from .constants import (
 
 
 @triton.jit
-def _log_mix(lq, lp, C: tl.constexpr, LOG_C: tl.constexpr, LOG_1_C: tl.constexpr):
-    """log(c q + (1 - c) p), -inf where both are."""
-    a = lq + LOG_C
-    b = lp + LOG_1_C
+def _log_mix(lq, lp, LOG_PARAMETER: tl.constexpr, LOG_ONE_MINUS_PARAMETER: tl.constexpr):
+    """log(c q + (1 - c) p) with the parameter c, -inf where both are."""
+    a = lq + LOG_PARAMETER
+    b = lp + LOG_ONE_MINUS_PARAMETER
     top = tl.maximum(a, b)
     base = tl.where(top == -INF, 0.0, top)
     return base + tl.log(tl.exp(a - base) + tl.exp(b - base))
@@ -26,13 +26,13 @@ def _log_mix(lq, lp, C: tl.constexpr, LOG_C: tl.constexpr, LOG_1_C: tl.constexpr
 def _gate(
     lp, lq, lo, advantage, uniform, prefix, entropy, teacher_entropy, entropy_threshold,
     HAS_ADVANTAGES: tl.constexpr, HAS_PREFIX: tl.constexpr, HAS_ENTROPY_THRESHOLD: tl.constexpr,
-    GATE: tl.constexpr, OUTLIER_IS: tl.constexpr, TAU: tl.constexpr, KL_ENTROPY: tl.constexpr,
-    DIVERGENCE: tl.constexpr, C: tl.constexpr, LOG_C: tl.constexpr, LOG_1_C: tl.constexpr,
+    GATE: tl.constexpr, OUTLIER: tl.constexpr, THRESHOLD: tl.constexpr, KL_ENTROPY: tl.constexpr,
+    DIVERGENCE: tl.constexpr, LOG_PARAMETER: tl.constexpr, LOG_ONE_MINUS_PARAMETER: tl.constexpr,
 ):  # fmt: skip
     """Twin of `rule.gate` and `rule.rows_with_sums`, for one row or many."""
     reward = lq - lo
     if DIVERGENCE == "topk_jsd":
-        reward = _log_mix(lq, lo, C, LOG_C, LOG_1_C) - lo
+        reward = _log_mix(lq, lo, LOG_PARAMETER, LOG_ONE_MINUS_PARAMETER) - lo
     if HAS_ADVANTAGES:
         reward = advantage
     ratio = lq - lo
@@ -44,7 +44,7 @@ def _gate(
     elif GATE == "expected":
         trust = acceptance
     elif GATE == "threshold":
-        trust = tl.where(reward > TAU, 1.0, 0.0).to(lp.dtype)
+        trust = tl.where(reward > THRESHOLD, 1.0, 0.0).to(lp.dtype)
 
     on_policy = lp == lp
     if HAS_PREFIX:
@@ -55,7 +55,7 @@ def _gate(
     if HAS_ENTROPY_THRESHOLD:
         kept = entropy >= entropy_threshold
     weight = trust * 0
-    if OUTLIER_IS == "forward_kl":
+    if OUTLIER == "forward_kl":
         weight = weight + (1 - trust)
     if KL_ENTROPY is not None:
         weight = weight + tl.where(teacher_entropy > KL_ENTROPY, 1.0, 0.0)
@@ -63,11 +63,11 @@ def _gate(
         weight = weight + 1
     weight = tl.where(on_policy & kept, weight, 0.0)
     needs_sums = weight > 0
-    if OUTLIER_IS == "forward_kl_reward":
+    if OUTLIER == "forward_kl_reward":
         needs_sums = needs_sums | ((trust < 1) & on_policy)
     if (DIVERGENCE is not None) & (DIVERGENCE != "reverse_kl"):
         needs_sums = needs_sums | True
-    if OUTLIER_IS == "mask":
+    if OUTLIER == "mask":
         kept = kept & (trust > 0)
     kept = kept | (on_policy == 0)
     return trust, reward, weight, on_policy, kept, needs_sums
@@ -76,8 +76,8 @@ def _gate(
 @triton.jit
 def _row_gate(
     row, old_log_probs, advantages, uniforms, prefix, entropy_threshold, stats, columns,
-    GATE: tl.constexpr, OUTLIER_IS: tl.constexpr, TAU: tl.constexpr, KL_ENTROPY: tl.constexpr,
-    DIVERGENCE: tl.constexpr, C: tl.constexpr, LOG_C: tl.constexpr, LOG_1_C: tl.constexpr,
+    GATE: tl.constexpr, OUTLIER: tl.constexpr, THRESHOLD: tl.constexpr, KL_ENTROPY: tl.constexpr,
+    DIVERGENCE: tl.constexpr, LOG_PARAMETER: tl.constexpr, LOG_ONE_MINUS_PARAMETER: tl.constexpr,
 ):  # fmt: skip
     """`_gate` with its inputs loaded: `row` is one index or a block of them in range."""
     lp = tl.load(stats + LOG_PROB * columns + row)
@@ -101,5 +101,5 @@ def _row_gate(
         lp, lq, lo, advantage, uniform, is_prefix, tl.load(stats + ENTROPY * columns + row),
         tl.load(stats + TEACHER_ENTROPY * columns + row), limit,
         advantages is not None, prefix is not None, entropy_threshold is not None,
-        GATE, OUTLIER_IS, TAU, KL_ENTROPY, DIVERGENCE, C, LOG_C, LOG_1_C,
+        GATE, OUTLIER, THRESHOLD, KL_ENTROPY, DIVERGENCE, LOG_PARAMETER, LOG_ONE_MINUS_PARAMETER,
     )  # fmt: skip

@@ -56,7 +56,8 @@ def given_sums_kernel(
     student, student_bias, ids, topk_log_probs, least, stats, coefs, sums, vocab_size,
     student_stride, k, columns,
     ACC: tl.constexpr, SCALE: tl.constexpr, CAP: tl.constexpr, TEMPERATURE: tl.constexpr,
-    C: tl.constexpr, GENERATOR: tl.constexpr, ENTROPY_UNKNOWN: tl.constexpr, BLOCK: tl.constexpr,
+    PARAMETER: tl.constexpr, GENERATOR: tl.constexpr, ENTROPY_UNKNOWN: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):  # fmt: skip
     """The sums of `dense_sums_kernel` over K, where the rule has any, and the teacher's entropy
     where it did not say."""
@@ -90,7 +91,7 @@ def given_sums_kernel(
         kl = tl.where(on_k & (q > 0), q * (lq - lp), 0.0)
         tl.store(sums + SUM_FORWARD_KL * rows, tl.sum(kl, 0))
         if GENERATOR is not None:
-            value, slope = _generator(lp, lq, p, q, GENERATOR, C, True)
+            value, slope = _generator(lp, lq, p, q, GENERATOR, PARAMETER, True)
             tl.store(sums + SUM_VALUE * rows, tl.sum(tl.where(on_k, value, 0.0), 0))
             tl.store(sums + SUM_SLOPE * rows, tl.sum(tl.where(on_k, slope, 0.0), 0))
         tl.store(stats + TEACHER_TOPK_MASS * columns, teacher_mass)

@@ -72,15 +72,13 @@ def _student_terms(
 
 
 @triton.jit
-def _top_k_terms(
-    lp, p, lq, q_weight, weight, GENERATOR: tl.constexpr, C: tl.constexpr,
-):  # fmt: skip
+def _top_k_terms(lp, p, lq, q_weight, weight, GENERATOR: tl.constexpr, PARAMETER: tl.constexpr):
     """What the ids of K add to the gradient, beside another weight of p; `weight` is the
     generator's."""
     q = _exp(lq)
     d = -q * q_weight
     if GENERATOR is not None:
-        _, slope = _generator(lp, lq, p, q, GENERATOR, C, True)
+        _, slope = _generator(lp, lq, p, q, GENERATOR, PARAMETER, True)
         d += tl.where(weight != 0, slope * weight, 0.0)
     return d
 
@@ -92,7 +90,7 @@ def gradient_kernel(
     ACC: tl.constexpr, SCALE: tl.constexpr, CAP: tl.constexpr, TEACHER_SCALE: tl.constexpr,
     TEACHER_CAP: tl.constexpr, TEMPERATURE: tl.constexpr, HAS_ENTROPY: tl.constexpr,
     HAS_REVERSE: tl.constexpr, HAS_P_TOP_K: tl.constexpr, HAS_TOP_K: tl.constexpr,
-    C: tl.constexpr, GENERATOR: tl.constexpr, PARTS: tl.constexpr, BLOCK: tl.constexpr,
+    PARAMETER: tl.constexpr, GENERATOR: tl.constexpr, PARTS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """d_logits of one part of a row, each element written once. `out` may be `student`: an element
     is read before it is written, by the same program. A row that has no weight, or a teacher row
@@ -144,7 +142,7 @@ def gradient_kernel(
             HAS_P_TOP_K,
         )  # fmt: skip
         if teacher is not None:
-            more = _top_k_terms(lp, p, lq, q_weight, generator_weight, GENERATOR, C)
+            more = _top_k_terms(lp, p, lq, q_weight, generator_weight, GENERATOR, PARAMETER)
             if HAS_TOP_K:
                 more = tl.where(lq >= threshold, more, 0.0)
             if HAS_REVERSE:
@@ -165,7 +163,7 @@ def given_grad_kernel(
     ids, topk_log_probs, least, student, id_logits, student_bias, labels, coefs, out, vocab_size,
     k, student_stride, coef_stride, out_stride,
     ACC: tl.constexpr, SCALE: tl.constexpr, CAP: tl.constexpr, TEMPERATURE: tl.constexpr,
-    HAS_ENTROPY: tl.constexpr, HAS_P_TOP_K: tl.constexpr, C: tl.constexpr,
+    HAS_ENTROPY: tl.constexpr, HAS_P_TOP_K: tl.constexpr, PARAMETER: tl.constexpr,
     GENERATOR: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """d_logits at a top-k teacher's ids, whole, over what `gradient_kernel` wrote there: adding to
@@ -195,7 +193,7 @@ def given_grad_kernel(
         tl.load(coefs + C_ENTROPY * coef_stride), entropy_weight,
         SCALE, CAP, TEMPERATURE, HAS_ENTROPY, HAS_P_TOP_K,
     )  # fmt: skip
-    d += _top_k_terms(lp, p, lq, q_weight, generator_weight, GENERATOR, C)
+    d += _top_k_terms(lp, p, lq, q_weight, generator_weight, GENERATOR, PARAMETER)
     d -= tl.where(id_ == tl.load(labels + row), label_weight, 0.0)
     d = (d * chain).to(out.dtype.element_ty)
     tl.store(out + row * out_stride + id_, d, mask=on_k)

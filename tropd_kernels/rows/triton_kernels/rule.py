@@ -19,9 +19,9 @@ from .constants import (
     LEAST_TAIL_32,
     LEAST_TAIL_64,
     LOG_PROB,
-    OUTLIER,
     REVERSE_KL,
     REWARD,
+    STAT_OUTLIER,
     STUDENT_LOG_MASS,
     STUDENT_MASS,
     STUDENT_TAIL,
@@ -65,14 +65,13 @@ def _weigh(weight, value):
 def rule_kernel(
     old_log_probs, advantages, uniforms, prefix, token_weight, loss_scale, entropy_threshold,
     stats, coefs, sums, n, columns,
-    ACC: tl.constexpr, GATE: tl.constexpr, OUTLIER_IS: tl.constexpr, TAU: tl.constexpr,
-    KL_ENTROPY: tl.constexpr, DIVERGENCE: tl.constexpr, C: tl.constexpr, LOG_C: tl.constexpr,
-    LOG_1_C: tl.constexpr, GENERATOR: tl.constexpr, TAIL: tl.constexpr, POLICY: tl.constexpr,
-    CLIP_LOW: tl.constexpr, CLIP_HIGH: tl.constexpr, PREFIX_WEIGHT: tl.constexpr,
-    NLL: tl.constexpr, ENTROPY_COEF: tl.constexpr, USES_TEACHER: tl.constexpr,
-    USES_FORWARD_KL: tl.constexpr, USES_REVERSE_KL: tl.constexpr, USES_TOP_K: tl.constexpr,
-    DENSE: tl.constexpr,
-    BLOCK: tl.constexpr,
+    ACC: tl.constexpr, GATE: tl.constexpr, OUTLIER: tl.constexpr, THRESHOLD: tl.constexpr,
+    KL_ENTROPY: tl.constexpr, DIVERGENCE: tl.constexpr, LOG_PARAMETER: tl.constexpr,
+    LOG_ONE_MINUS_PARAMETER: tl.constexpr, GENERATOR: tl.constexpr, TAIL: tl.constexpr,
+    POLICY: tl.constexpr, CLIP_LOW: tl.constexpr, CLIP_HIGH: tl.constexpr,
+    PREFIX_WEIGHT: tl.constexpr, NLL: tl.constexpr, ENTROPY_COEF: tl.constexpr,
+    USES_TEACHER: tl.constexpr, USES_FORWARD_KL: tl.constexpr, USES_REVERSE_KL: tl.constexpr,
+    USES_TOP_K: tl.constexpr, DENSE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Twin of `rule.apply_rule`: a row's statistics and sums (SUMS, n) to its loss and
     coefficients. columns: from one row of stats, or of coefs, to the next."""
@@ -81,7 +80,7 @@ def rule_kernel(
     row = tl.where(inside, row, 0)
     trust, reward, kl_weight, on_policy, kept, _ = _row_gate(
         row, old_log_probs, advantages, uniforms, prefix, entropy_threshold, stats, columns,
-        GATE, OUTLIER_IS, TAU, KL_ENTROPY, DIVERGENCE, C, LOG_C, LOG_1_C,
+        GATE, OUTLIER, THRESHOLD, KL_ENTROPY, DIVERGENCE, LOG_PARAMETER, LOG_ONE_MINUS_PARAMETER,
     )  # fmt: skip
     lp = tl.load(stats + LOG_PROB * columns + row)
     lq = tl.load(stats + TEACHER_LOG_PROB * columns + row)
@@ -142,12 +141,12 @@ def rule_kernel(
             ratio = tl.exp(lp - tl.load(old_log_probs + row).to(ACC))
         value, slope = _surrogate(reward, ratio, trust, CLIP_LOW, CLIP_HIGH)
         if GATE != "always":
-            if OUTLIER_IS == "clip":
-                outside = tl.where(reward < TAU, TAU, reward)
+            if OUTLIER == "clip":
+                outside = tl.where(reward < THRESHOLD, THRESHOLD, reward)
                 value_out, slope_out = _surrogate(outside, ratio, 1 - trust, CLIP_LOW, CLIP_HIGH)
                 value += value_out
                 slope += slope_out
-            elif OUTLIER_IS == "forward_kl_reward":
+            elif OUTLIER == "forward_kl_reward":
                 value_out, slope_out = _surrogate(-kl, ratio, 1 - trust, CLIP_LOW, CLIP_HIGH)
                 value += value_out
                 slope += slope_out
@@ -224,7 +223,7 @@ def rule_kernel(
         tl.store(coefs + C_THRESHOLD * columns + row, zero - INF, mask=inside)
     tl.store(stats + REWARD * columns + row, reward, mask=inside)
     tl.store(stats + TRUST * columns + row, tl.where(on_policy, trust, 0.0), mask=inside)
-    tl.store(stats + OUTLIER * columns + row, tl.where(on_policy, 1 - trust, 0.0), mask=inside)
+    tl.store(stats + STAT_OUTLIER * columns + row, tl.where(on_policy, 1 - trust, 0.0), mask=inside)
     tl.store(stats + TOKEN_LOSS * columns + row, loss, mask=inside)
     tl.store(stats + KEPT * columns + row, tl.where(kept, 1.0, 0.0), mask=inside)
     tl.store(coefs + C_P * columns + row, p_coef * weight * scale, mask=inside)

@@ -34,9 +34,10 @@ def dense_sums_kernel(
     entropy_threshold, stats, coefs, sums, vocab_size, student_stride, teacher_stride, columns,
     ACC: tl.constexpr, SCALE: tl.constexpr, CAP: tl.constexpr, TEACHER_SCALE: tl.constexpr,
     TEACHER_CAP: tl.constexpr, TEMPERATURE: tl.constexpr,
-    GATE: tl.constexpr, OUTLIER_IS: tl.constexpr, TAU: tl.constexpr, KL_ENTROPY: tl.constexpr,
-    DIVERGENCE: tl.constexpr, C: tl.constexpr, LOG_C: tl.constexpr, LOG_1_C: tl.constexpr,
-    GENERATOR: tl.constexpr, TOP_K: tl.constexpr, TAIL: tl.constexpr, HAS_KL: tl.constexpr,
+    GATE: tl.constexpr, OUTLIER: tl.constexpr, THRESHOLD: tl.constexpr, KL_ENTROPY: tl.constexpr,
+    DIVERGENCE: tl.constexpr, LOG_PARAMETER: tl.constexpr, LOG_ONE_MINUS_PARAMETER: tl.constexpr,
+    PARAMETER: tl.constexpr, GENERATOR: tl.constexpr, TOP_K: tl.constexpr, TAIL: tl.constexpr,
+    HAS_KL: tl.constexpr,
     THRESHOLD_GIVEN: tl.constexpr, BY_LANES: tl.constexpr,
     UNROLL: tl.constexpr, LANES: tl.constexpr, SEARCH_BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -48,7 +49,7 @@ def dense_sums_kernel(
     row = tl.program_id(0).to(tl.int64)
     gate = _row_gate(
         row, old_log_probs, advantages, uniforms, prefix, entropy_threshold, stats, columns,
-        GATE, OUTLIER_IS, TAU, KL_ENTROPY, DIVERGENCE, C, LOG_C, LOG_1_C,
+        GATE, OUTLIER, THRESHOLD, KL_ENTROPY, DIVERGENCE, LOG_PARAMETER, LOG_ONE_MINUS_PARAMETER,
     )  # fmt: skip
     needed = gate[5]
     coefs += row
@@ -79,7 +80,7 @@ def dense_sums_kernel(
             threshold = tl.load(coefs + C_THRESHOLD * columns)
         elif DIVERGENCE == "akl":
             threshold = _search(
-                teacher, teacher_bias, t_top, t_log_sum, C, vocab_size, True, ACC,
+                teacher, teacher_bias, t_top, t_log_sum, PARAMETER, vocab_size, True, ACC,
                 TEACHER_SCALE, TEACHER_CAP, TEMPERATURE, SEARCH_BLOCK,
             )  # fmt: skip
             threshold = tl.maximum(threshold, _lowest(ACC))
@@ -106,7 +107,7 @@ def dense_sums_kernel(
             ) = _sums(
                 student, teacher, student_bias, teacher_bias, top, log_sum, t_top, t_log_sum,
                 threshold, kth, whole, vocab_size, ACC, SCALE, CAP, TEACHER_SCALE, TEACHER_CAP,
-                TEMPERATURE, C, GENERATOR, DIVERGENCE, TAIL, TOP_K is not None, HAS_KL,
+                TEMPERATURE, PARAMETER, GENERATOR, DIVERGENCE, TAIL, TOP_K is not None, HAS_KL,
                 SEARCHED and BY_LANES, UNROLL, LANES,
             )  # fmt: skip
             size = tl.abs(forward_kl) + tl.abs(value_sum) + tl.abs(slope_sum)
@@ -149,9 +150,9 @@ def _sums(
     student, teacher, student_bias, teacher_bias, top, log_sum, t_top, t_log_sum, threshold, kth,
     whole, vocab_size, ACC: tl.constexpr, SCALE: tl.constexpr, CAP: tl.constexpr,
     TEACHER_SCALE: tl.constexpr, TEACHER_CAP: tl.constexpr, TEMPERATURE: tl.constexpr,
-    C: tl.constexpr, GENERATOR: tl.constexpr, DIVERGENCE: tl.constexpr, TAIL: tl.constexpr,
-    ON_K: tl.constexpr, HAS_KL: tl.constexpr, COUNT: tl.constexpr, UNROLL: tl.constexpr,
-    LANES: tl.constexpr,
+    PARAMETER: tl.constexpr, GENERATOR: tl.constexpr, DIVERGENCE: tl.constexpr,
+    TAIL: tl.constexpr, ON_K: tl.constexpr, HAS_KL: tl.constexpr, COUNT: tl.constexpr,
+    UNROLL: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
     """One pass over a row: its sums, tails only for a bucket of them, the log of the student's mass
     only where both sides are renormalised, and how many ids exceed `kth`. ON_K: of a set K. From
@@ -171,14 +172,14 @@ def _sums(
             p_on, q_on, p_off, q_off, kl, values, slopes, k_top, k_mass, above, start,
             student, teacher, student_bias, teacher_bias, top, log_sum, t_top, t_log_sum,
             threshold, kth, vocab_size, False, ACC, SCALE, CAP, TEACHER_SCALE, TEACHER_CAP,
-            TEMPERATURE, C, GENERATOR, DIVERGENCE, TAIL, ON_K, HAS_KL, COUNT, UNROLL, LANES,
+            TEMPERATURE, PARAMETER, GENERATOR, DIVERGENCE, TAIL, ON_K, HAS_KL, COUNT, UNROLL, LANES,
         )  # fmt: skip
     for start in range(whole, vocab_size, LANES):
         p_on, q_on, p_off, q_off, kl, values, slopes, k_top, k_mass, above = _add_tile(
             p_on, q_on, p_off, q_off, kl, values, slopes, k_top, k_mass, above, start,
             student, teacher, student_bias, teacher_bias, top, log_sum, t_top, t_log_sum,
             threshold, kth, vocab_size, True, ACC, SCALE, CAP, TEACHER_SCALE, TEACHER_CAP,
-            TEMPERATURE, C, GENERATOR, DIVERGENCE, TAIL, ON_K, HAS_KL, COUNT, 1, LANES,
+            TEMPERATURE, PARAMETER, GENERATOR, DIVERGENCE, TAIL, ON_K, HAS_KL, COUNT, 1, LANES,
         )  # fmt: skip
     log_mass = tl.full((), 0.0, ACC)
     if TAIL == "renormalize_both":
@@ -197,9 +198,9 @@ def _add_tile(
     student, teacher, student_bias, teacher_bias, top, log_sum, t_top, t_log_sum, threshold, kth,
     vocab_size, GUARDED: tl.constexpr, ACC: tl.constexpr, SCALE: tl.constexpr, CAP: tl.constexpr,
     TEACHER_SCALE: tl.constexpr, TEACHER_CAP: tl.constexpr, TEMPERATURE: tl.constexpr,
-    C: tl.constexpr, GENERATOR: tl.constexpr, DIVERGENCE: tl.constexpr, TAIL: tl.constexpr,
-    ON_K: tl.constexpr, HAS_KL: tl.constexpr, COUNT: tl.constexpr, UNROLL: tl.constexpr,
-    LANES: tl.constexpr,
+    PARAMETER: tl.constexpr, GENERATOR: tl.constexpr, DIVERGENCE: tl.constexpr,
+    TAIL: tl.constexpr, ON_K: tl.constexpr, HAS_KL: tl.constexpr, COUNT: tl.constexpr,
+    UNROLL: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
     """The lanes' sums with one more tile, which where it is GUARDED may reach beyond the row, and
     where 0 * inf is 0; else NaN."""
@@ -233,7 +234,7 @@ def _add_tile(
         k_mass = k_mass * _exp(k_top - new) + tl.sum(_exp(on_lp - new[None, :]), 0)
         k_top = new
     if GENERATOR is not None:
-        value, slope = _generator(lp, lq, p, q, GENERATOR, C, GUARDED)
+        value, slope = _generator(lp, lq, p, q, GENERATOR, PARAMETER, GUARDED)
         if GUARDED:
             value = tl.where(mask, value, 0.0)
             slope = tl.where(mask, slope, 0.0)
