@@ -117,7 +117,7 @@ def amx_in_hardware() -> bool:
     return may_use("amx") and torch.cpu._is_amx_tile_supported()
 
 
-def plain_rows(matrix: torch.Tensor) -> torch.Tensor:
+def row_contiguous(matrix: torch.Tensor) -> torch.Tensor:
     """The matrix with unit stride along rows that do not overlap, as csrc/ reads it."""
     overlap = matrix.shape[0] > 1 and matrix.stride(0) < matrix.shape[1]
     return matrix.contiguous() if overlap or matrix.stride(-1) != 1 else matrix

@@ -155,18 +155,18 @@ class NativeProducts(TorchProducts):
         self.gradient_dtype, self.rounds_d_weight = dtype, True
 
     def logits_into(self, out, hidden, weight):
-        hidden, weight = native.plain_rows(hidden), native.plain_rows(weight)
+        hidden, weight = native.row_contiguous(hidden), native.row_contiguous(weight)
         torch.ops.tropd_native.gemm_nt(hidden, weight, out)
         return out
 
     def d_hidden(self, d_logits, weight):
         out = d_logits.new_empty((d_logits.shape[0], weight.shape[1]), dtype=self.result_dtype)
-        torch.ops.tropd_native.gemm_nn(d_logits, native.plain_rows(weight), out)
+        torch.ops.tropd_native.gemm_nn(d_logits, native.row_contiguous(weight), out)
         return out
 
     def d_weight(self, out, d_logits, hidden, sums):
         add = sums is out
-        hidden = native.plain_rows(hidden)
+        hidden = native.row_contiguous(hidden)
         torch.ops.tropd_native.gemm_tn(d_logits, hidden, out, add, None if add else sums)
 
     def scratch_bytes(self, rows, super_rows, widths):

@@ -203,7 +203,7 @@ class Call:
         if self.ranks_entropies:
             yield "entropies", one
         yield "statistics", one * (1 + dense)
-        if rule is not None and dense and rule.uses_sums and not rule.sums_are_statistics:
+        if rule is not None and dense and rule.uses_sums and not rule.sums_from_statistics:
             yield "sums", 2 * one if rule.sums_of_every_row else 0
         yield "rule", 0
         if self.forms_gradients:

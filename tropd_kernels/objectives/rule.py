@@ -243,17 +243,17 @@ class TokenRule:
         return self._divergence.forward_kl or self.generator is not None
 
     @property
-    def sums_are_statistics(self) -> bool:
+    def sums_from_statistics(self) -> bool:
         """... and the first pass over a dense teacher's row has them all."""
         return not (self.uses_top_k or self.generator or self.divergence == "akl")
 
     @property
-    def sums_on_k_alone(self) -> bool:
+    def sums_only_on_k(self) -> bool:
         """... or need nothing from outside K."""
         return self.uses_top_k and self.top_k_tail != "bucket"
 
     @property
-    def p_weighs_otherwise_on_k(self) -> bool:
+    def p_differs_on_k(self) -> bool:
         """The student's own term of the gradient has another coefficient on K than off it."""
         return self.top_k_tail in ("bucket", "renormalize_both")
 

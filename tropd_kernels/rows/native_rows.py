@@ -11,7 +11,7 @@ import math
 import torch
 from torch import Tensor
 
-from ..native import plain_rows
+from ..native import row_contiguous
 from ..objectives import TokenRule
 from . import torch_rows
 from .given import given_statistics, given_top_k
@@ -79,7 +79,7 @@ def row_squares(matrix: Tensor, dtype: torch.dtype) -> Tensor:
     if torch.promote_types(matrix.dtype, torch.float32) != dtype or matrix.dtype == torch.float16:
         return torch_rows.row_squares(matrix, dtype)
     squares = matrix.new_empty(matrix.shape[:1], dtype=dtype)
-    ops.row_squares(plain_rows(matrix), squares)
+    ops.row_squares(row_contiguous(matrix), squares)
     return squares
 
 
@@ -130,7 +130,7 @@ def _sides(batch: RowBatch, options: RowOptions, for_gradient: bool = False) -> 
 def _readable(logits: Tensor) -> Tensor:
     if logits.dtype == torch.float16:
         logits = logits.float()
-    return plain_rows(logits)
+    return row_contiguous(logits)
 
 
 def _bias(how: LogitTransform, dtype: torch.dtype) -> Tensor | None:
@@ -150,7 +150,7 @@ def _sums(
         _, lq, lp = _given(batch, options, coefs)
         sums = sum_terms(lp, lq, lq > -math.inf, rule, dense=False)
         unknown = torch.zeros_like(batch.labels, dtype=torch.bool)
-    elif rule.sums_are_statistics:
+    elif rule.sums_from_statistics:
         one, zero = torch.ones_like(stats[0]), torch.zeros_like(stats[0])
         return Sums(one, one, zero, zero, zero, stats[Stat.FORWARD_KL])
     else:
@@ -172,7 +172,7 @@ def _dense_sums(
     made = coefs.new_empty((len(SUMS), coefs.shape[1]))
     ops.sums(
         *sides, batch.labels, needed, coefs, made, rule.top_k if rule.uses_top_k else 0,
-        rule.sums_on_k_alone, GENERATORS.index(_divergence(rule)),
+        rule.sums_only_on_k, GENERATORS.index(_divergence(rule)),
         rule.divergence_parameter if _divergence(rule) else 0.5, given,
     )  # fmt: skip
     return made

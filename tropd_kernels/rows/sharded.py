@@ -150,7 +150,7 @@ class ShardRows:
             coefs[Coef.THRESHOLD] = -math.inf
         if not rule.uses_sums:
             return None
-        if dense and rule.sums_are_statistics:
+        if dense and rule.sums_from_statistics:
             one, zero = torch.ones_like(stats[0]), torch.zeros_like(stats[0])
             return Sums(one, one, zero, zero, zero, stats[Stat.FORWARD_KL])
         needed = rows_with_sums(gated, rule) if dense else torch.ones_like(gated.on_policy)
@@ -164,7 +164,7 @@ class ShardRows:
         log_mass = SUMS.index("student_log_mass")
         total[log_mass] = gathered[:, log_mass].logsumexp(0)
         sums = Sums(**dict(zip(SUMS, total.to(made.dtype).unbind(), strict=True)))
-        if not dense or rule.sums_on_k_alone:
+        if not dense or rule.sums_only_on_k:
             sums.student_tail, sums.teacher_tail = tails_by_mass(
                 sums.student_mass, sums.teacher_mass
             )

@@ -261,7 +261,7 @@ def _sums(
         s[Stat.TEACHER_TOPK_MASS], s[Stat.STUDENT_TOPK_MASS] = sums.teacher_mass, sums.student_mass
         return sums
     c[Coef.THRESHOLD] = -math.inf
-    if rule.sums_are_statistics:
+    if rule.sums_from_statistics:
         one, zero = torch.ones_like(s[Stat.FORWARD_KL]), torch.zeros_like(s[Stat.FORWARD_KL])
         return Sums(one, one, zero, zero, zero, s[Stat.FORWARD_KL])
 
@@ -289,7 +289,7 @@ def _dense_terms(lp: Tensor, lq: Tensor, threshold: Tensor | None, rule: TokenRu
     """Sums over the entries that reach the row's threshold; None stands for all of them."""
     if threshold is None:
         return sum_terms(lp, lq, None, rule, dense=True)
-    if rule.uses_top_k and rule.sums_on_k_alone and lp.device.type == "cpu":
+    if rule.uses_top_k and rule.sums_only_on_k and lp.device.type == "cpu":
         columns = columns_reaching(lq, threshold)
         lp, lq = lp.gather(-1, columns), lq.gather(-1, columns)
     return sum_terms(lp, lq, lq >= threshold.unsqueeze(-1), rule, dense=True)
@@ -300,7 +300,7 @@ def sum_terms(lp: Tensor, lq: Tensor, on_k: Tensor | None, rule: TokenRule, dens
     p, q = lp.exp(), lq.exp()
     p_k, q_k = (p, q) if on_k is None else (p.where(on_k, 0.0), q.where(on_k, 0.0))
     student_mass, teacher_mass = p_k.sum(-1), q_k.sum(-1)
-    if dense and not rule.sums_on_k_alone:
+    if dense and not rule.sums_only_on_k:
         # off K directly: near 1 the complement of the mass has no digits left
         student_tail, teacher_tail = (p - p_k).sum(-1), (q - q_k).sum(-1)
     else:
@@ -366,7 +366,7 @@ def _gradient(part: RowBatch, c: Tensor, options: RowOptions, out: Tensor) -> No
         picked = needs_teacher.nonzero().squeeze(-1) if on_cpu else slice(None)
         lq = _log_q(part.teacher[picked], c[:, picked], options)
     weight = c[Coef.P]
-    if rule.uses_top_k and rule.p_weighs_otherwise_on_k:
+    if rule.uses_top_k and rule.p_differs_on_k:
         weight = weight.expand(d.shape).clone()
         if reads_teacher:
             on_k = lq >= c[Coef.THRESHOLD, picked]

@@ -38,7 +38,7 @@ def forward(batch: RowBatch, options: RowOptions, into: Matrices | None = None) 
     _statistics(batch, options, stats, coefs)
     sums = None
     dense = batch.teacher is not None
-    if dense and rule.uses_sums and not rule.sums_are_statistics:
+    if dense and rule.uses_sums and not rule.sums_from_statistics:
         sums = _dense_sums(batch, options, stats, coefs)
     elif batch.ids is not None:
         sums = _given_sums(batch, options, stats, coefs)
@@ -178,7 +178,7 @@ def gradient(batch: RowBatch, coefs: Tensor, options: RowOptions, out: Tensor) -
     common = dict(
         ACC=_acc(dtype),
         HAS_ENTROPY=rule.entropy_coef != 0,
-        HAS_P_TOP_K=rule.uses_top_k and rule.p_weighs_otherwise_on_k,
+        HAS_P_TOP_K=rule.uses_top_k and rule.p_differs_on_k,
         **_generator_constants(rule),
     )
     given = id_logits = None
