@@ -13,6 +13,8 @@ pytest.importorskip("trl", reason="the trainer needs trl")
 import tiny
 from training import make
 
+from tropd_kernels.trainer.prefix import column_ids, cut, is_complete, scheduled_length
+
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
 
 
@@ -167,3 +169,35 @@ def test_rows_of_which_some_have_a_text(tmp_path, first):
     trainer = make(tmp_path, data=rows, prefix_schedule="constant", prefix_length=2)
     with pytest.raises(ValueError, match="teacher_completion: some rows of the data set have it"):
         trainer.train()
+
+
+def test_schedules():
+    lengths = {
+        name: [scheduled_length(name, 100, step, 10) for step in (0, 1, 5, 9, 10, 20)]
+        for name in ("none", "cosine", "linear", "constant")
+    }
+    assert lengths["none"] == [0] * 6
+    assert lengths["cosine"] == [100, 97, 50, 2, 0, 0]
+    assert lengths["linear"] == [100, 90, 50, 10, 0, 0]
+    assert lengths["constant"] == [100] * 6
+    assert scheduled_length("cosine", 100, 0, 0) == 0
+
+
+def test_cut_and_complete():
+    assert cut([5, 6, 7, 8], 3, {9}) == [5, 6, 7]
+    assert cut([5, 9, 7, 8], 3, {9}) == [5, 9]
+    assert cut([], 3, {9}) == []
+    assert [is_complete(p, 3, {9}) for p in ([], [5], [5, 9], [5, 6, 7])] == [0, 0, 1, 1]
+
+
+def test_column_follows_its_prompt():
+    tokens = tiny.tokenizer()
+
+    def text(words):
+        return tokens(words)["input_ids"]
+
+    assert column_ids(" w2 w3", "w0 w1", text("w0 w1"), text, "answer") == text("w2 w3")
+    with pytest.raises(ValueError, match="answer: 'w2' does not tokenise .* from token 1 on"):
+        column_ids("w2", "w0 w1", text("w0 w1"), text, "answer")
+    with pytest.raises(ValueError, match="answer: expected text to go with"):
+        column_ids([{"role": "assistant", "content": "w2"}], "w0", text("w0"), text, "answer")
