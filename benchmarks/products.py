@@ -1,4 +1,4 @@
-"""The roads to a product of bfloat16 with a float32 result on a CPU: the table in csrc/README.md.
+"""Ways to multiply bfloat16 on a CPU with a float32 result: the table in csrc/README.md.
 
     python -m benchmarks.products
 
@@ -57,11 +57,11 @@ def measure_products(args):
     logits, rounded = torch.empty(n, v), torch.empty(n, v, dtype=torch.bfloat16)
     d_weight = torch.zeros(v, h)
 
-    def three(road: products.TorchProducts, d: torch.Tensor):
+    def three(variant: products.TorchProducts, d: torch.Tensor):
         return {
-            "logits": lambda: road.logits_into(logits, hidden, weight),
-            "d_hidden": lambda: road.d_hidden(d, weight),
-            "d_weight": lambda: road.d_weight(d_weight, d, hidden, d_weight),
+            "logits": lambda: variant.logits_into(logits, hidden, weight),
+            "d_hidden": lambda: variant.d_hidden(d, weight),
+            "d_weight": lambda: variant.d_weight(d_weight, d, hidden, d_weight),
         }
 
     def without_bf16_mode(run):
@@ -86,11 +86,11 @@ def measure_products(args):
 
     wide_hidden, wide_weight, wide_d = hidden.float(), weight.float(), d_logits.float()
     square, square_out = torch.randn(2048, 2048), torch.empty(2048, 2048)
-    torch_road = products.TorchProducts(torch.bfloat16, "cpu")
-    upcast = three(torch_road, wide_d)
-    roads = {"upcast": {what: without_bf16_mode(run) for what, run in upcast.items()}}
+    torch_products = products.TorchProducts(torch.bfloat16, "cpu")
+    upcast = three(torch_products, wide_d)
+    variants = {"upcast": {what: without_bf16_mode(run) for what, run in upcast.items()}}
     if products.bf16_in_hardware():
-        roads["bf16 mode"] = upcast
+        variants["bf16 mode"] = upcast
     for name in native.BF16_PRODUCTS:
         kind, d = (
             (products.NativeFloatProducts, wide_d)
@@ -98,28 +98,29 @@ def measure_products(args):
             else (products.NativeProducts, d_logits)
         )
         ours = three(kind(torch.bfloat16, "cpu"), d)
-        roads[name] = {what: on_units(name, run) for what, run in ours.items()}
+        variants[name] = {what: on_units(name, run) for what, run in ours.items()}
     if args.mm:
-        roads["mm"] = {
+        variants["mm"] = {
             "logits": lambda: torch.mm(hidden, weight.t(), out=rounded),
             "d_hidden": lambda: torch.mm(d_logits, weight),
             "d_weight": lambda: torch.mm(d_logits.t(), hidden),
         }
-    roads["float32"] = {
+    variants["float32"] = {
         "logits": lambda: torch.mm(wide_hidden, wide_weight.t(), out=logits),
         "d_hidden": lambda: torch.mm(wide_d, wide_weight),
         "d_weight": lambda: d_weight.addmm_(wide_d.t(), wide_hidden),
     }
-    runs = {(road, what): run for road, three in roads.items() for what, run in three.items()}
-    named = {f"{road} {what}": run for (road, what), run in runs.items()}
+    named = {
+        f"{variant} {what}": run for variant, runs in variants.items() for what, run in runs.items()
+    }
     named["2048"] = lambda: torch.mm(square, square.t(), out=square_out)
     times = interleaved_times(named, args.repeats, device="cpu")
     work = 2 * n * v * h / 1e12
     print(f"\nTFLOP/s, {n} x {v} x {h}, median of {args.repeats}")
     print(f"{'':12}{'logits':>10}{'d_hidden':>10}{'d_weight':>10}")
-    for road, three_runs in roads.items():
-        rates = [work / times[f"{road} {what}"].median for what in three_runs]
-        print(f"{road:12}" + "".join(f"{rate:>10.3f}" for rate in rates))
+    for variant, runs in variants.items():
+        rates = [work / times[f"{variant} {what}"].median for what in runs]
+        print(f"{variant:12}" + "".join(f"{rate:>10.3f}" for rate in rates))
     print(f"{'2048':12}{2 * 2048**3 / 1e12 / times['2048'].median:>10.3f}")
 
 

@@ -1,5 +1,5 @@
-"""`tropd bench`: the rivals compute our losses, the table holds what it should, a failure costs its
-row alone, and README shows what is stored."""
+"""`tropd bench`: the baselines compute our losses, the table holds what it should, a failure costs
+no other row, and README shows what is stored."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ TINY = Shape(vocab_size=96, hidden_size=16, teacher_hidden_size=24)
 SIZES = ["--vocab-size", "96", "--hidden-size", "16", "--teacher-hidden-size", "24"]
 ALL = tuple(LOSSES)
 #: "compile" is eager's own function.
-RIVALS = [
+BASELINES = [
     pytest.param(who, loss, softcap, id=f"{who}-{loss}" + ("-softcap" if softcap else ""))
     for who, provider in PROVIDERS.items() if who not in (*providers.OURS, "compile")
     for loss in provider.losses
@@ -62,11 +62,11 @@ def provider(monkeypatch):
 # --- the providers -----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("who", "loss", "softcap"), RIVALS)
-def test_a_rival_computes_our_loss(who, loss, softcap, device, monkeypatch):
-    """Loss and gradients in float32, tokens ignored: a rival with another sign, normalizer, beta or
-    mask would be compared with something that it does not do. 64 roundings, as in
-    test_agreement; the loss's are of its terms, which for K1 have either sign and cancel."""
+@pytest.mark.parametrize(("who", "loss", "softcap"), BASELINES)
+def test_a_baseline_computes_our_loss(who, loss, softcap, device, monkeypatch):
+    """Loss and gradients in float32, tokens ignored: a baseline with another sign, normalizer,
+    beta or mask would be timed at another loss than ours. 64 roundings, as in test_agreement; the
+    loss's are of its terms, which for K1 have either sign and cancel."""
     shape = replace(TINY, softcap=softcap)
     problem = make_problem(24, shape, torch.float32, device, ignored=0.4)
     if device != "cpu" and who in ("cce", "quack"):

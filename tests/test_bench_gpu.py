@@ -22,7 +22,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from benchmarks import records, rows
 from benchmarks.bench import results, tuning
 from benchmarks.bench.shapes import SHAPES, Shape
-from benchmarks.gpu import command, facts, first, rivals, tables
+from benchmarks.gpu import baselines, command, facts, first, tables
 from benchmarks.gpu.jobs import Job, missing, scaled, step
 from benchmarks.gpu.runner import Runner
 from benchmarks.gpu.smoke import CHECKS, NEEDS_GPU
@@ -137,7 +137,7 @@ def python(name, code, **more):
 
 def runner_in(folder, workers=2):
     start = time.monotonic()
-    environment = rivals.environment(folder / "none", folder)
+    environment = baselines.environment(folder / "none", folder)
     return Runner(folder, folder, environment, workers, lambda: time.monotonic() - start)
 
 
@@ -265,8 +265,8 @@ runner_in(Path({str(tmp_path)!r})).run([python("first", {EMIT!r}), python("slow"
 def carried(tmp_path):
     folder = tmp_path / "carried" / "wheels"
     folder.mkdir(parents=True)
-    with zipfile.ZipFile(folder / "rival-1.0-py3-none-any.whl", "w") as archive:
-        archive.writestr("rival/__init__.py", "")
+    with zipfile.ZipFile(folder / "baseline-1.0-py3-none-any.whl", "w") as archive:
+        archive.writestr("baseline/__init__.py", "")
     (folder / "torn-2.0-py3-none-any.whl").write_bytes(b"PK")
     return folder.parent
 
@@ -299,11 +299,18 @@ def test_every_step_comes_where_some_break(tmp_path, carried, monkeypatch, capsy
         assert state.pop("smoke graph") == "skipped"
         assert "skipped, needs a GPU" in printed and "smoke graph" in printed
     steps = {name.split()[0] for name, how in state.items() if how == "done"}
-    assert steps >= {"facts", "smoke", "gemms", "rows", "headline", "chunks", "rivals", "tests"}, (
-        printed
-    )
+    assert steps >= {
+        "facts",
+        "smoke",
+        "gemms",
+        "rows",
+        "headline",
+        "chunks",
+        "baselines",
+        "tests",
+    }, printed
     assert set(state.values()) <= {"done", "skipped"}, printed
-    assert "rivals' wheels: rival-1.0" in printed and "torn-2.0" in printed
+    assert "baselines' wheels: baseline-1.0" in printed and "torn-2.0" in printed
     # The tables come last, with the headline at their end.
     end = printed[-command.CHARACTERS :]
     for text in ("smoke: 3 of 3 checks ok", "could not be read", "default", " passed",
@@ -383,11 +390,11 @@ def machine_with(modules=ALL, nvcc="release 13.0", cc="/usr/bin/cc", **gpu):
         (machine_with(nvcc=None), ["nvcc: not found; nothing here needs it"]),
         (machine_with(cc=None), ["no C compiler"]),
         (machine_with(ALL | {"cupy": False}), ["cupy: not installed; the cluster kernels"]),
-        (machine_with(ALL | {"trl": False}), ["rivals not installed: trl; `python -m"]),
+        (machine_with(ALL | {"trl": False}), ["baselines not installed: trl; `python -m"]),
         ({"gpu": None, "why_no_gpu": "torch 2 is built for CPUs", "modules": ALL, "nvcc": "x"},
          ["no GPU: torch 2 is built for CPUs; what needs one is skipped"]),
         ({"gpu": None, "modules": {}}, ["no GPU: torch sees none", "nvcc", "cupy", "pytest",
-                                        "triton", "rivals not installed"]),
+                                        "triton", "baselines not installed"]),
     ],
 )  # fmt: skip
 def test_what_is_said_of_a_machine_is_a_line_each(found, says):
@@ -427,7 +434,7 @@ def test_jobs_of_the_first_call_keep_to_its_table(tmp_path):
     assert all(shape in SHAPES for shape in first.SHAPES)
     by_step = [one.step for one in alone]
     assert list(dict.fromkeys(by_step)) == [
-        "gemms", "rows", "headline", "chunks", "clusters", "rivals", "tests",
+        "gemms", "rows", "headline", "chunks", "clusters", "baselines", "tests",
     ]  # fmt: skip
 
 

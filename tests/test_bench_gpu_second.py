@@ -1,4 +1,4 @@
-"""What the second call for a GPU does about the first one's records, and its rivals' wheels."""
+"""What the second call for a GPU does about the first one's records, and its baselines' wheels."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from benchmarks import records
-from benchmarks.gpu import command, first, plugin, prepare, rivals, second, suite
+from benchmarks.gpu import baselines, command, first, plugin, prepare, second, suite
 from benchmarks.gpu.smoke import CHECKS
 from tropd_kernels.products import products_for
 
@@ -99,7 +99,7 @@ def test_the_second_call_is_made_of_the_first_ones_records(tmp_path):
             ("headline", f"{shape} opd eager", "late"),
             ("headline", f"{shape} gkd eager", "crashed"),
             ("headline", f"{shape} tropd_given eager", "failed"),
-            ("rivals", f"{shape} sft cce", "skipped"), ("clusters", "clusters", "done"),
+            ("baselines", f"{shape} sft cce", "skipped"), ("clusters", "clusters", "done"),
         ),
     ]  # fmt: skip
     made = second.jobs(found, tmp_path / "known", tmp_path, False, second.MINUTES)
@@ -112,7 +112,7 @@ def test_the_second_call_is_made_of_the_first_ones_records(tmp_path):
     assert not {f"{shape} tropd eager", f"{shape} tropd_given eager", f"{shape} sft cce"} & again
     assert ("clusters", "clusters") not in names
     assert "tests/a.py::x" in names["tests", "failed"].command
-    assert names["rivals", f"{shape} gkd liger"].needs == ("gpu", "liger_kernel")
+    assert names["baselines", f"{shape} gkd liger"].needs == ("gpu", "liger_kernel")
     assert "--sweep" in names["rows", "sweep"].command
     assert str(tmp_path / "known") in names["tests", "tests"].command
     # Nothing failed, nothing to choose: the plan's own sizes, once.
@@ -231,18 +231,20 @@ def test_the_suites_are_there():
 # --- what travels ------------------------------------------------------------------------------
 
 
-def test_rivals_are_fetched_in_the_versions_of_the_table():
+def test_baselines_are_fetched_in_the_versions_of_the_table():
     wanted = prepare.requirements()
     assert "trl==1.16.0" in wanted and "liger-kernel==0.8.5" in wanted
     assert not any(word.startswith("-") for word in wanted)
 
 
 def test_a_stub_stands_in_for_datasets_where_it_is_not_installed(tmp_path, monkeypatch):
-    monkeypatch.setattr(rivals.importlib.util, "find_spec", lambda name: None)
-    path = rivals.environment(tmp_path / "none", tmp_path)["PYTHONPATH"].split(os.pathsep)
-    assert str(rivals.STUBS) in path and path.index(str(rivals.STUBS)) > 0
-    monkeypatch.setattr(rivals.importlib.util, "find_spec", lambda name: object())
-    assert str(rivals.STUBS) not in rivals.environment(tmp_path / "none", tmp_path)["PYTHONPATH"]
+    monkeypatch.setattr(baselines.importlib.util, "find_spec", lambda name: None)
+    path = baselines.environment(tmp_path / "none", tmp_path)["PYTHONPATH"].split(os.pathsep)
+    assert str(baselines.STUBS) in path and path.index(str(baselines.STUBS)) > 0
+    monkeypatch.setattr(baselines.importlib.util, "find_spec", lambda name: object())
+    assert (
+        str(baselines.STUBS) not in baselines.environment(tmp_path / "none", tmp_path)["PYTHONPATH"]
+    )
 
 
 def test_products_that_are_timed_are_those_of_a_call(monkeypatch, capsys):

@@ -10,7 +10,7 @@ takes. A run is a loss and its gradients of hidden states and head. Providers ta
 bare products of the same shapes take theirs among them.
 
     shapes, losses, problem      what is computed, and on what
-    eager, rivals, providers     by whom
+    eager, baselines, providers  by whom
     timing, accuracy, run        how it is measured
     budget                       what a row would take, before it is begun
     ceilings                     what the machine reaches at most, for the roofline

@@ -1,9 +1,9 @@
 """The losses as one writes them in PyTorch, twice.
 
-eager  logits of all tokens in the inputs' dtype, float32 softmax, autograd for the rest; tokens
-       that do not count are multiplied with like the others and left out of the mean
-lean   as a careful author writes it without a kernel: tokens that do not count go first, and the
-       rest is done a chunk at a time, each recomputed in the backward (4S + 2T)
+eager         logits of all tokens in the inputs' dtype, float32 softmax, autograd for the rest;
+              ignored tokens take part in the products and are left out of the mean
+checkpointed  without a kernel, as a careful author writes it: ignored tokens are dropped first, and
+              the rest is done in chunks, each recomputed in the backward (4S + 2T)
 
 `compile` is the first of them under torch.compile. In float64 `eager` is the truth that gradient
 errors are taken against.
@@ -24,7 +24,7 @@ from benchmarks.bench.problem import IGNORED, Problem, capped
 
 LossFunction = Callable[[Problem], Tensor]
 
-#: Tokens of `lean` at a time.
+#: Tokens of a chunk of `checkpointed`.
 CHUNK = 1024
 
 
@@ -37,7 +37,7 @@ def eager(name: str) -> LossFunction:
     return loss
 
 
-def lean(name: str) -> LossFunction:
+def checkpointed(name: str) -> LossFunction:
     per_token = EAGER[name]
 
     def chunk(part: Problem, hidden: Tensor, weight: Tensor) -> Tensor:

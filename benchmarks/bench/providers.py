@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from benchmarks.bench import eager, rivals
+from benchmarks.bench import baselines, eager
 from benchmarks.bench.eager import LossFunction
 from benchmarks.bench.losses import LOSSES
 from benchmarks.bench.problem import Gradients, Problem
@@ -75,31 +75,31 @@ OURS = ("triton", "native", "torch")
 PROVIDERS: dict[str, Provider] = {
     **{backend: ours(backend) for backend in OURS},
     "eager": Provider("eager PyTorch", ALL, eager.eager, holds_logits=True),
-    "lean": Provider("eager, chunked", ALL, eager.lean),
+    "checkpointed": Provider("eager, chunked", ALL, eager.checkpointed),
     "compile": Provider("eager, compiled", ALL, eager.compiled, holds_logits=True),
     "liger": Provider(
-        "Liger chunked", DIVERGENCES, rivals.liger, softcap=False,
+        "Liger chunked", DIVERGENCES, baselines.liger, softcap=False,
         module="liger_kernel", install="liger-kernel==0.8.5",
     ),
     "liger-fused": Provider(
-        "Liger fused", DIVERGENCES, rivals.liger_fused, softcap=False,
+        "Liger fused", DIVERGENCES, baselines.liger_fused, softcap=False,
         module="liger_kernel", install="liger-kernel==0.8.5", kernels="triton",
     ),
     "trl": Provider(
-        "TRL", (*BY_LOG_PROB, *DIVERGENCES), rivals.trl, module="trl", install="trl==1.16.0"
+        "TRL", (*BY_LOG_PROB, *DIVERGENCES), baselines.trl, module="trl", install="trl==1.16.0"
     ),
     "fla": Provider(
-        "FLA", ("forward_kl",), rivals.fla, softcap=False, module="fla",
+        "FLA", ("forward_kl",), baselines.fla, softcap=False, module="fla",
         install="--no-deps flash-linear-attention==0.6.0 fla-core==0.6.0 einops",
         kernels="triton",
     ),
-    "torch-lce": Provider("torch LCE", BY_LOG_PROB, rivals.torch_lce, softcap=False),
+    "torch-lce": Provider("torch LCE", BY_LOG_PROB, baselines.torch_lce, softcap=False),
     "cce": Provider(
-        "CCE", BY_LOG_PROB, rivals.cce, module="cut_cross_entropy",
+        "CCE", BY_LOG_PROB, baselines.cce, module="cut_cross_entropy",
         install="--no-deps cut-cross-entropy==25.1.1",
     ),
     "quack": Provider(
-        "QuACK", ("sft",), rivals.quack, softcap=False, module="quack",
+        "QuACK", ("sft",), baselines.quack, softcap=False, module="quack",
         install="quack-kernels==0.6.5", kernels="cuda",
     ),
 }  # fmt: skip

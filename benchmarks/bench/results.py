@@ -15,6 +15,9 @@ from typing import Any
 from benchmarks.bench.shapes import Shape
 from benchmarks.measure import Times
 
+#: Providers' names in stored results, and what they are called now.
+RENAMED = {"lean": "checkpointed"}
+
 
 @dataclass(frozen=True)
 class Row:
@@ -82,5 +85,6 @@ def is_results(path: Path) -> bool:
 def row_of(record: dict[str, Any]) -> Row:
     """Of what JSON made of it, whatever else the record says."""
     row = {key: value for key, value in record.items() if key in Row.__dataclass_fields__}
+    row["who"] = RENAMED.get(row["who"], row["who"])
     halves = ("forward", "backward", "both")
     return Row(**row | {key: Times(**row[key]) for key in halves if row.get(key)})

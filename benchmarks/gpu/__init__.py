@@ -16,6 +16,6 @@ Tables are printed last, since of a long output often the end alone is kept.
     facts               the machine, and what of it a job may miss
     warm, smoke         kernels compiled ahead; is anything wrong?
     gemms, headline, chunks, clusters, suite     what is measured, with `benchmarks.rows`
-    prepare             rivals' wheels and cluster kernels, fetched and made on another machine
+    prepare             baselines' wheels and cluster kernels, fetched and made on another machine
     tables, command     what is printed, and the options
 """

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import records
-from benchmarks.gpu import first, rivals, second
+from benchmarks.gpu import baselines, first, second
 from benchmarks.gpu.jobs import Facts, Job
 from benchmarks.gpu.runner import ROOT, Runner
 
@@ -43,7 +43,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"--out: {error}; name a folder that can be written", file=sys.stderr)
         return 2
     with tempfile.TemporaryDirectory(prefix="gpu-logs-") as logs:
-        environment = rivals.environment(options.carried, Path(logs))
+        environment = baselines.environment(options.carried, Path(logs))
         runner = Runner(
             folder, Path(logs), environment, max(2, (os.cpu_count() or 2) - 1),
             clock=lambda: time.monotonic() - start,

@@ -118,8 +118,8 @@ def warnings(found: Facts) -> list[str]:
     absent = [n for n in ("trl", "liger_kernel", "cut_cross_entropy") if not modules.get(n)]
     if absent:
         lines.append(
-            f"rivals not installed: {', '.join(absent)}; `python -m benchmarks.gpu.prepare`, where "
-            "there is a network, fetches them"
+            f"baselines not installed: {', '.join(absent)}; `python -m benchmarks.gpu.prepare`, "
+            "where there is a network, fetches them"
         )
     return lines
 
@@ -130,7 +130,7 @@ def _of_gpu(gpu: dict[str, Any]) -> list[str]:
     gib = 2**30
     if gpu["vendor"] != "nvidia":
         lines.append(
-            f"{gpu['name']} is AMD's: products with float32 results go by hipBLAS's slow road, and "
+            f"{gpu['name']} is AMD's: products with float32 results go by hipBLAS's slow path, and "
             "the cluster kernels are skipped"
         )
     elif (major, minor) < (8, 0):

@@ -8,7 +8,7 @@ until   step
 150 s   the headline: ours beside bare products and eager PyTorch
 175 s   chunk sizes
 190 s   cluster kernels
-240 s   rivals
+240 s   baselines
 310 s   tests, until time is up
 """
 
@@ -27,8 +27,8 @@ MINUTES = 5.5
 LOSSES = ("tropd", "opd", "gkd", "tropd_given")
 #: (shape, loss) of ours and eager, by what is most worth knowing.
 SHAPES = ("qwen3-1.7b", "qwen3-8b-self", "liger")
-#: (rival, loss, shape).
-RIVALS = (
+#: (baseline, loss, shape).
+BASELINES = (
     ("liger-fused", "gkd", "qwen3-1.7b"), ("trl", "gkd", "qwen3-1.7b"),
     ("liger-fused", "gkd", "liger"), ("cce", "sft", "qwen3-1.7b"), ("ours", "sft", "qwen3-1.7b"),
     ("trl", "gkd", "liger"), ("liger-fused", "gkd", "qwen3-8b-self"),
@@ -130,14 +130,14 @@ def clusters(carried: Path) -> Job:
                needs=("sm_90", "cupy"), waits=True)  # fmt: skip
 
 
-def rivals(sizes: Sizes) -> list[Job]:
+def baselines(sizes: Sizes) -> list[Job]:
     jobs = []
-    for who, loss, shape in RIVALS:
+    for who, loss, shape in BASELINES:
         shape = shape if shape in sizes.shapes else sizes.shapes[0]
         job = headline(sizes, who, loss, shape)
         needs = (MODULES[who],) if who in MODULES else ()
         needs += ("gpu",) if who in ("liger-fused", "cce") else ()
-        job = replace(job, step="rivals", needs=needs, seconds=20)
+        job = replace(job, step="baselines", needs=needs, seconds=20)
         if job.name not in [other.name for other in jobs]:
             jobs.append(job)
     return jobs
@@ -155,6 +155,6 @@ def jobs(carried: Path, tiny: bool, minutes: float) -> list[Job]:
     found = [
         *step(50, warm(sizes)), *step(45, smoke(sizes)), *step(65, [gemms(sizes)]),
         *step(80, [rows(sizes)]), *step(150, headlines(sizes)), *step(175, [chunks(sizes)]),
-        *step(190, [clusters(carried)]), *step(240, rivals(sizes)), *step(310, [tests(sizes)]),
+        *step(190, [clusters(carried)]), *step(240, baselines(sizes)), *step(310, [tests(sizes)]),
     ]  # fmt: skip
     return scaled(found, minutes / MINUTES)

@@ -2,10 +2,10 @@
 
     python -m benchmarks.gpu.prepare [build/carry]
 
-`wheels`: the rivals in pure Python, as `tropd bench` pins them, 4 MB; imported here once, with the
-stub for `datasets` that the GPU's machine will use. `cubins`: the cluster kernels, 0.6 MB. Neither
-stops the other, and `python -m benchmarks.gpu` runs without them. git ignores `build/`: where only
-what git knows travels, name the folder.
+`wheels`: the baselines in pure Python, as `tropd bench` pins them, 4 MB; imported here once, with
+the stub for `datasets` that the GPU's machine will use. `cubins`: the cluster kernels, 0.6 MB. If
+one of the two fails the other is made all the same, and `python -m benchmarks.gpu` runs without
+them. git ignores `build/`: where only tracked files travel, name another folder.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ import sys
 import tempfile
 from pathlib import Path
 
-from benchmarks.gpu import rivals
+from benchmarks.gpu import baselines
 from benchmarks.gpu.runner import ROOT
 
 #: Providers of `benchmarks.bench` that are pure Python, and what each imports.
-RIVALS = {
+BASELINES = {
     "trl": ("trl.kernels", "trl.kernels.chunked_divergence"),
     "liger": ("liger_kernel.chunked_loss", "liger_kernel.ops.fused_linear_jsd"),
     "fla": ("fla.modules.fused_kl_div",),
@@ -53,7 +53,7 @@ def requirements() -> list[str]:
     """With the versions that `tropd bench` names where one is not installed."""
     from benchmarks.bench.providers import PROVIDERS
 
-    words = " ".join(PROVIDERS[name].install for name in RIVALS).split()
+    words = " ".join(PROVIDERS[name].install for name in BASELINES).split()
     return list(dict.fromkeys(word for word in words if not word.startswith("-")))
 
 
@@ -82,12 +82,12 @@ def download(folder: Path) -> str | None:
 
 
 def imported(carried: Path) -> str:
-    """What importing each rival from its wheel says here, a line each."""
+    """What importing each baseline from its wheel says here, a line each."""
     with tempfile.TemporaryDirectory() as unpacked:
-        environment = rivals.environment(carried, Path(unpacked))
-        paths = [str(rivals.STUBS), environment["PYTHONPATH"]]
+        environment = baselines.environment(carried, Path(unpacked))
+        paths = [str(baselines.STUBS), environment["PYTHONPATH"]]
         environment["PYTHONPATH"] = os.pathsep.join(paths)
-        names = [name for modules in RIVALS.values() for name in modules]
+        names = [name for modules in BASELINES.values() for name in modules]
         done = subprocess.run(
             [sys.executable, "-c", CHECK, *names], cwd=ROOT, env=environment, capture_output=True,
             text=True,

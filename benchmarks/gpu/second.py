@@ -173,11 +173,11 @@ def jobs(
     headline = headlines(sizes, chunks)
     again = {job.name for job in headline}
     left = not_measured(found, [
-        *(job for job in first.headlines(sizes) if job.name not in again), *first.rivals(sizes),
+        *(job for job in first.headlines(sizes) if job.name not in again), *first.baselines(sizes),
         first.clusters(carried),
     ])  # fmt: skip
     liger = replace(
-        first.headline(sizes, "liger", "gkd", sizes.shapes[0]), step="rivals", seconds=50,
+        first.headline(sizes, "liger", "gkd", sizes.shapes[0]), step="baselines", seconds=50,
         needs=("gpu", "liger_kernel"),
     )  # fmt: skip
     sweep = replace(first.rows(sizes, "--sweep"), needs=("gpu", "triton"))

@@ -89,7 +89,7 @@ def sweep(found: Sequence[Record]) -> str:
 
 def headline(found: Sequence[Record]) -> str:
     parts = []
-    mine = [r for r in of(found, "headline", "rivals") if "who" in r and "tokens" in r]
+    mine = [r for r in of(found, "headline", "baselines") if "who" in r and "tokens" in r]
     for shape in dict.fromkeys(r["shape"] for r in mine):
         made = [row_of(r) for r in mine if r["shape"] == shape]
         # Each process has the bare products in its turns; one row of them stands for all.

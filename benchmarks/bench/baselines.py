@@ -1,6 +1,6 @@
 """The field's fused losses, each as one would call it, each imported only when it is asked for.
 
-| rival       | what it is                                            | GEMM work                |
+| baseline    | what it is                                            | GEMM work                |
 |-------------|-------------------------------------------------------|--------------------------|
 | liger       | `liger_kernel.chunked_loss`, under `torch.compile`    | 3S + T, bf16 logits      |
 | liger-fused | `liger_kernel.ops.fused_linear_jsd`, Triton           | 3S + T                   |
@@ -8,18 +8,18 @@
 |             | divergences, `ChunkedLogProbFunction` for the others; | 5S + 3T; log-probs 4S    |
 |             | on a CPU their products are float32                   |                          |
 | fla         | `FusedKLDivLoss` of flash-linear-attention, Triton    | 3S + T, bf16 logits      |
-| torch-lce   | `F.linear_cross_entropy`, its chunked road            | 3S for a mean, else 4S   |
+| torch-lce   | `F.linear_cross_entropy`, its chunked path            | 3S for a mean, else 4S   |
 | cce         | Apple's cut-cross-entropy: its Triton kernels on a    | 4S                       |
-|             | GPU, its `torch_compile` road elsewhere               |                          |
+|             | GPU, its `torch_compile` path elsewhere               |                          |
 | quack       | `chunked_linear_cross_entropy`, CuTe                  | 3S, bf16 logits          |
 
-Run by the tests on a CPU: liger, trl, torch-lce, cce's `torch_compile` road, and in Triton's
+Run by the tests on a CPU: liger, trl, torch-lce, cce's `torch_compile` path, and in Triton's
 interpreter liger-fused and fla. Not run by them: CCE's Triton kernels, and QuACK, which is written
 against the source of 0.6.5.
 
 Liger and TRL take one number, beta, with the same meaning as here (0 forward KL, 1 reverse KL,
 between them the Jensen-Shannon divergence). A cross-entropy per token is minus a log-prob, so it
-serves OPD with a sampled teacher too; QuACK gives only its mean or sum. Where a rival knows no
+serves OPD with a sampled teacher too; QuACK gives only its mean or sum. Where a baseline knows no
 tokens that are to be ignored they are taken out before it, within the time that is measured.
 
 `tests/test_bench.py` shows in float32 that losses and gradients agree with ours.

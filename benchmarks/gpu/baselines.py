@@ -1,4 +1,4 @@
-"""Rivals that are not installed, found in the folder that travelled; and a stub for `datasets`.
+"""Baselines that are not installed, found in the folder that travelled; and a stub for `datasets`.
 
 Wheels are unpacked, not imported from: Triton reads its kernels' sources from files.
 """
@@ -27,7 +27,7 @@ def environment(carried: Path, folder: Path) -> dict[str, str]:
         except (OSError, zipfile.BadZipFile) as error:
             print(f"!  {wheel.name}: {error}; it is left out", flush=True)
     paths = [ROOT, site, *(() if importlib.util.find_spec("datasets") else (STUBS,))]
-    print(f"rivals' wheels: {', '.join(names) or 'none'}", flush=True)
+    print(f"baselines' wheels: {', '.join(names) or 'none'}", flush=True)
     given = os.environ.get("PYTHONPATH", "")
     # The caller's own paths stay, behind these.
     return os.environ | {
