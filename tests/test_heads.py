@@ -255,10 +255,55 @@ def test_prompt_learning_is_refused(llama, kind):
         read_head(peft.get_peft_model(llama, config))
 
 
-def test_adapter_that_needs_the_peft_wrapper_is_refused(llama):
-    model = _lora(llama, task_type="CAUSAL_LM", alora_invocation_tokens=[5])
-    with pytest.raises(ValueError, match="a call of the backbone skips"):
+def _xlora(peft, tmp_path):
+    _lora(build("llama")).save_pretrained(tmp_path)
+    return peft.XLoraConfig(task_type="CAUSAL_LM", hidden_size=HIDDEN,
+                            adapters={"0": str(tmp_path)})  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("kind", "config"),
+    [
+        ("LORA", lambda peft, _: peft.LoraConfig(
+            task_type="CAUSAL_LM", target_modules=["q_proj"], alora_invocation_tokens=[5])),
+        ("ADALORA", lambda peft, _: peft.AdaLoraConfig(
+            task_type="CAUSAL_LM", target_modules=["q_proj"], total_step=9)),
+        ("POLY", lambda peft, _: peft.PolyConfig(
+            task_type="CAUSAL_LM", target_modules=["q_proj"], n_tasks=2, n_skills=2)),
+        ("XLORA", _xlora),
+        ("SHADOW", lambda peft, _: peft.ShadowConfig(task_type="CAUSAL_LM")),
+    ],
+    ids=["alora", "adalora", "poly", "xlora", "shadow"],
+)  # fmt: skip
+def test_adapter_that_needs_the_peft_wrapper_is_refused(llama, tmp_path, kind, config):
+    peft = pytest.importorskip("peft")
+    if kind == "SHADOW" and not hasattr(peft, "ShadowConfig"):
+        pytest.skip("this peft has no Shadow")
+    llama.config.use_cache = False  # as X-LoRA wants it
+    model = peft.get_peft_model(llama, config(peft, tmp_path))
+    with pytest.raises(ValueError, match=f"got a {kind} adapter.* a call of the backbone skips"):
         read_head(model)
+
+
+def test_adalora_that_learns_no_more(llama):
+    """Its forward adds a loss and nothing else: as a teacher it is read."""
+    peft = pytest.importorskip("peft")
+    config = peft.AdaLoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"], total_step=9)
+    config.inference_mode = True
+    read_head(peft.get_peft_model(llama, config), verify=True)
+
+
+def test_no_tuner_with_a_forward_of_its_own_is_overlooked():
+    """What a later PEFT brings has to be looked at: does it act outside of the layers?"""
+    mapping = pytest.importorskip("peft.mapping")
+    known = {"AdaLoraModel", "PolyModel", "XLoraModel", "ShadowModel"}
+    seen = set()
+    for kind, tuner in mapping.PEFT_TYPE_TO_TUNER_MAPPING.items():
+        configs = {one.__name__ for one in mapping.PEFT_TYPE_TO_CONFIG_MAPPING[kind].__mro__}
+        owner = next(one.__name__ for one in tuner.__mro__ if "forward" in vars(one))
+        if "PromptLearningConfig" not in configs and owner not in ("BaseTuner", "Module"):
+            seen.add(owner)
+    assert {"AdaLoraModel", "PolyModel", "XLoraModel"} <= seen <= known
 
 
 def test_compiled_model_is_read_through_its_wrapper():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,7 +18,7 @@ import transformers
 from training import make
 
 from tropd_kernels.trainer import TrOPDConfig, TrOPDTrainer
-from tropd_kernels.trainer.checks import check_context, check_prompts
+from tropd_kernels.trainer.checks import check_adapters, check_context, check_prompts
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
 
@@ -275,6 +276,49 @@ def test_adapter_on_the_head_is_refused(tmp_path):
     config = peft.LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj", "lm_head"])
     with pytest.raises(ValueError, match="lm_head"):
         make(tmp_path, peft=config)
+
+
+@pytest.mark.parametrize(
+    ("key", "config", "off"),
+    [
+        ("kasa_config", "KasaConfig", dict(beta=0.0, gamma=0.0)),
+        ("monteclora_config", "MontecloraConfig", dict(kl_loss_weight=0.0, use_entropy=False)),
+    ],
+)
+def test_adapter_with_a_loss_of_its_own_is_refused(tmp_path, key, config, off):
+    """... which PEFT leaves to the training loop; without one it trains."""
+    lora = pytest.importorskip("peft.tuners.lora.config")
+    if not hasattr(lora, config):
+        pytest.skip(f"this peft has no {config}")
+    made = getattr(lora, config)
+    for options in ({}, off):
+        adapter = lora.LoraConfig(
+            task_type="CAUSAL_LM", target_modules=["q_proj"], r=4, **{key: made(**options)}
+        )
+        trainer = make(tmp_path, peft=adapter)
+        if options:
+            trainer.train()
+            continue
+        with pytest.raises(ValueError, match=f"^peft_config: {key} has a loss of its own"):
+            trainer.train()
+
+
+def test_adapter_whose_budget_nobody_deals_out():
+    """AdaMSS, whose subspaces PEFT's callback deals out between steps (scikit-learn makes them)."""
+    callbacks = pytest.importorskip("peft.tuners.adamss.asa_callback")
+
+    class Own(callbacks.AdamssAsaCallback):
+        pass
+
+    def check(use_asa, *given):
+        adapter = SimpleNamespace(use_asa=use_asa)
+        check_adapters(SimpleNamespace(peft_config={"a": adapter}, active_adapters=["a"]), given)
+
+    check(False)
+    check(True, transformers.PrinterCallback(), Own())
+    for given in ((), (transformers.PrinterCallback(),)):
+        with pytest.raises(ValueError, match="^peft_config: use_asa has no effect without"):
+            check(True, *given)
 
 
 def test_saved_config_reads_back(tmp_path):

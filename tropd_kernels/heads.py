@@ -275,7 +275,7 @@ def _unwrap(model: Any) -> Any:
         why = None
         if getattr(adapter, "is_prompt_learning", False):
             why = "its virtual tokens shift hidden states against labels"
-        elif kind in ("XLORA", "POLY") or getattr(adapter, "alora_invocation_tokens", None):
+        elif _acts_around_the_model(model.base_model, adapter):
             why = "it works through the PEFT wrapper, which a call of the backbone skips"
         if why:
             raise ValueError(f"got a {kind} adapter, expected LoRA or another in the layers: {why}")
@@ -287,6 +287,17 @@ def _unwrap(model: Any) -> Any:
             f"LM: pass the model itself, not what holds it, or make a Head by hand"
         )
     return model
+
+
+def _acts_around_the_model(tuner: Any, adapter: Any) -> bool:
+    """Whether a PEFT adapter does something in the wrapper's forward: X-LoRA and Poly mix there,
+    Shadow has a second network, aLoRA looks for its tokens, AdaLoRA adds a loss where it learns."""
+    if getattr(adapter, "alora_invocation_tokens", None):
+        return True
+    owner = next(kind for kind in type(tuner).__mro__ if "forward" in vars(kind))
+    if owner.__name__ == "AdaLoraModel":
+        return not getattr(adapter, "inference_mode", False)
+    return owner.__name__ not in ("BaseTuner", "Module")  # of the last: AdaptionPromptModel
 
 
 def _plain_linear(base: Any, head: Any) -> nn.Linear:

@@ -20,6 +20,11 @@ from .sources import PLACE, pick, student_options, teacher_options
 
 #: Text on which two tokenizers of one vocabulary, but different merges or rules, part ways.
 _PROBE = "The 2nd test: naïve façade, x = -3.14;\n\n  if (a != b) { 数学 }\tEnd."
+#: Of PEFT's LoRA: options with a loss that a training loop has to add, and what weighs it.
+_OWN_LOSSES = {
+    "kasa_config": ("beta", "gamma"),
+    "monteclora_config": ("kl_loss_weight", "use_entropy"),
+}
 
 
 def check_dataset(name: str, dataset: Any, columns: Sequence[str] = ()) -> None:
@@ -282,6 +287,27 @@ def check_trainable(model: torch.nn.Module) -> None:
             "an adapter is loaded for training by PeftModel.from_pretrained(..., "
             "is_trainable=True), other weights by requires_grad_(True)"
         )
+
+
+def check_adapters(model: torch.nn.Module, callbacks: Sequence[Any]) -> None:
+    """Raises ValueError for an active PEFT adapter that wants more of a training step than the
+    task's loss: a loss beside it, or a budget that is dealt out anew between steps."""
+    known: Mapping[str, Any] = getattr(model, "peft_config", {})
+    for name in getattr(model, "active_adapters", ()) if known else ():
+        adapter = known[name]
+        for key, weights in _OWN_LOSSES.items():
+            given = getattr(adapter, key, None)
+            if given is not None and any(getattr(given, weight) for weight in weights):
+                raise ValueError(
+                    f"peft_config: {key} has a loss of its own, which is not added here: switch "
+                    f"{' and '.join(weights)} off in it, or leave {key} out"
+                )
+        dealt = {one.__name__ for callback in callbacks for one in type(callback).__mro__}
+        if getattr(adapter, "use_asa", False) and "AdamssAsaCallback" not in dealt:
+            raise ValueError(
+                "peft_config: use_asa has no effect without PEFT's AdamssAsaCallback, which deals "
+                "the subspaces out: add one to callbacks, or leave use_asa out"
+            )
 
 
 def check_sources(model: Any, teacher_model: Any, args: Any) -> None:

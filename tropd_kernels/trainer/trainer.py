@@ -33,6 +33,7 @@ from ..teachers import HiddenTeacher, Teacher
 from . import card, credit, metrics, progress, sampling, signals
 from .adapter import DistillationAdapter, Side
 from .checks import (
+    check_adapters,
     check_dataset,
     check_no_splits,
     check_rows,
@@ -224,6 +225,7 @@ class TrOPDTrainer(DistillationAdapter):
         if self.train_dataset is None:
             raise ValueError("train_dataset: none was given, so that this trainer only evaluates")
         check_trainable(self.model)
+        check_adapters(self.model, self.callback_handler.callbacks)
         return super().get_train_dataloader()
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *rest: Any, **keywords: Any):
