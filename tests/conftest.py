@@ -2,6 +2,7 @@
 runs what the kernels compile to (`ptx`); either has to be chosen before triton is imported."""
 
 import os
+from importlib.util import find_spec
 
 import torch
 
@@ -16,6 +17,11 @@ import pytest
 import torch.distributed as dist
 
 from tropd_kernels import native
+
+if os.environ.get("TRITON_INTERPRET") == "1" and find_spec("triton"):
+    import interpreter
+
+    interpreter.replace_once_a_launch()
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
