@@ -14,9 +14,9 @@ from torch import Tensor
 from ..native import row_contiguous
 from ..objectives import TokenRule
 from . import torch_rows
-from .given import given_statistics, given_top_k
 from .layout import Coef, LogitTransform, Matrices, RowBatch, RowOptions, Stat, matrices
 from .rule import SUMS, Gate, Sums, apply_rule, as_matrix, forward_kl, gate, rows_with_sums
+from .topk_teacher import given_statistics, given_top_k
 from .torch_rows import on_top_k, sum_terms, transform
 
 ops = torch.ops.tropd_native

@@ -30,7 +30,6 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from .given import given_statistics, given_top_k
 from .layout import Coef, Matrices, RowBatch, RowOptions, Stat
 from .rule import (
     SUMS,
@@ -44,6 +43,7 @@ from .rule import (
     topk_entropy,
 )
 from .sharded_search import head_threshold, top_k_threshold
+from .topk_teacher import given_statistics, given_top_k
 
 if TYPE_CHECKING:
     from ..parallel import Shard

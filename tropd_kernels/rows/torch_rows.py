@@ -22,7 +22,6 @@ from torch import Tensor
 
 from ..objectives import TokenRule
 from .generators import generator_terms
-from .given import given_statistics, given_top_k
 from .layout import (
     FIRST_WEIGHT,
     Coef,
@@ -45,6 +44,7 @@ from .rule import (
     tails_by_mass,
 )
 from .top_k import columns_reaching, kth_largest, with_margin
+from .topk_teacher import given_statistics, given_top_k
 
 #: Elements of one block's temporary: 4 MiB of float32 on a CPU, enough to fill a GPU on one.
 BLOCK_ELEMENTS = {"cpu": 1 << 20}

@@ -12,9 +12,9 @@ from torch import Tensor
 from ..objectives import TokenRule
 from . import torch_rows, triton_launch
 from . import triton_kernels as kernels
-from .given import least_of_top_k
 from .layout import Coef, LogitTransform, Matrices, RowBatch, RowOptions, Stat, matrices
 from .rule import Gate
+from .topk_teacher import least_of_top_k
 from .triton_launch import (
     COLUMNS,
     FUSION_OFF,

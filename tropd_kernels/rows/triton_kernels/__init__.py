@@ -29,11 +29,11 @@ itself, eight times over. Weighted by q instead of counted, the same search find
 
 from .columns import column_sums_kernel
 from .constants import SUMS
-from .given import given_sums_kernel
 from .gradient import given_grad_kernel, gradient_kernel
 from .rule import rule_kernel
 from .statistics import join_kernel, statistics_kernel
 from .sums import dense_sums_kernel
+from .topk_teacher import given_sums_kernel
 
 __all__ = [
     "SUMS",

@@ -26,8 +26,8 @@ from .constants import (
 )
 from .exponential import _exp
 from .generators import _generator
-from .given import _given, _on_k
 from .logits import _cap, _load_logits
+from .topk_teacher import _given, _on_k
 
 
 @triton.jit
