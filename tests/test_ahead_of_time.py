@@ -52,8 +52,8 @@ NARROW = {"tropd_odd_vocabulary"}
 #: Those that read every row, or every column, whole.
 WALKING = {"statistics_kernel", "dense_sums_kernel", "gradient_kernel", "column_sums_kernel"}
 KERNELS = {
-    "statistics_kernel", "join_kernel", "dense_sums_kernel", "given_sums_kernel", "rule_kernel",
-    "gradient_kernel", "given_grad_kernel", "column_sums_kernel",
+    "statistics_kernel", "join_kernel", "dense_sums_kernel", "topk_teacher_sums_kernel",
+    "rule_kernel", "gradient_kernel", "topk_teacher_grad_kernel", "column_sums_kernel",
 }  # fmt: skip
 
 

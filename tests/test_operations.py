@@ -25,11 +25,11 @@ CASES = {
     "gkd": (GKD(), "hidden", ("statistics", "dense_sums", "rule", "gradient")),
     "opd": (OPD(), "hidden", ("statistics", "rule", "gradient")),
     "opd_sampled": (OPD(), "sampled", ("statistics", "rule", "gradient")),
-    "opd_given": (OPD(), "top_k", ("statistics", "given_sums", "rule", "gradient")),
-    "tropd_given": (
+    "opd_top_k": (OPD(), "top_k", ("statistics", "topk_teacher_sums", "rule", "gradient")),
+    "tropd_top_k": (
         TrOPD(),
         "top_k",
-        ("statistics", "given_sums", "rule", "gradient", "given_grad"),
+        ("statistics", "topk_teacher_sums", "rule", "gradient", "topk_teacher_grad"),
     ),
 }
 

@@ -16,7 +16,7 @@ from ..objectives import TokenRule
 from . import torch_rows
 from .layout import Coef, LogitTransform, Matrices, RowBatch, RowOptions, Stat, matrices
 from .rule import SUMS, Gate, Sums, apply_rule, as_matrix, forward_kl, gate, rows_with_sums
-from .topk_teacher import given_statistics, given_top_k
+from .topk_teacher import topk_teacher_ids, topk_teacher_statistics
 from .torch_rows import on_top_k, sum_terms, transform
 
 ops = torch.ops.tropd_native
@@ -33,7 +33,7 @@ def forward(batch: RowBatch, options: RowOptions, into: Matrices | None = None) 
     rule, sides = options.rule, _sides(batch, options)
     stats, coefs = _statistics(batch, sides, into)
     if batch.teacher is None:
-        given_statistics(batch, stats)
+        topk_teacher_statistics(batch, stats)
     gated = gate(stats, batch, options)
     sums = _sums(batch, options, sides, stats, coefs, gated)
     apply_rule(stats, coefs, gated, sums, batch, options)
@@ -185,7 +185,7 @@ def _divergence(rule) -> str | None:
 def _given(batch: RowBatch, options: RowOptions, coefs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """ids (in range), lq (-inf off K) and lp (n, K) of a top-k teacher's K."""
     log_probs = batch.topk_log_probs.to(coefs.dtype)
-    ids, lq = given_top_k(batch.ids, log_probs, options.rule.top_k, batch.student.shape[1])
+    ids, lq = topk_teacher_ids(batch.ids, log_probs, options.rule.top_k, batch.student.shape[1])
     how = options.student
     at = None if how.bias is None else how.bias[ids]
     logits = transform(batch.student.gather(1, ids), how, coefs.dtype, bias=at)

@@ -43,7 +43,7 @@ from .rule import (
     topk_entropy,
 )
 from .sharded_search import head_threshold, top_k_threshold
-from .topk_teacher import given_statistics, given_top_k
+from .topk_teacher import topk_teacher_ids, topk_teacher_statistics
 
 if TYPE_CHECKING:
     from ..parallel import Shard
@@ -73,7 +73,7 @@ class ShardRows:
         part = self._part(batch, options)
         stats, coefs = self._statistics(part, options, into)
         if batch.teacher is None:
-            given_statistics(part, stats)
+            topk_teacher_statistics(part, stats)
         gated = gate(stats, part, options)
         sums = self._sums(part, options, gated, stats, coefs)
         apply_rule(stats, coefs, gated, sums, part, options)
@@ -106,8 +106,8 @@ class ShardRows:
         v, log_probs = self.shard.vocab_size, batch.topk_log_probs
         entropy = batch.teacher_entropy
         if entropy is None:
-            entropy = topk_entropy(given_top_k(batch.ids, log_probs, None, v)[1])
-        ids, log_probs = given_top_k(batch.ids, log_probs, options.rule.top_k, v)
+            entropy = topk_entropy(topk_teacher_ids(batch.ids, log_probs, None, v)[1])
+        ids, log_probs = topk_teacher_ids(batch.ids, log_probs, options.rule.top_k, v)
         columns = ids - self.shard.low
         here = (columns >= 0) & (columns < self.shard.width)
         return replace(

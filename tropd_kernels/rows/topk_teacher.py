@@ -10,7 +10,7 @@ from .layout import RowBatch, Stat
 from .rule import topk_entropy
 
 
-def given_top_k(
+def topk_teacher_ids(
     ids: Tensor, log_probs: Tensor, k: int | None, vocab_size: int
 ) -> tuple[Tensor, Tensor]:
     """ids (n, K), all in range, and log_probs (n, K), -inf at padding and beyond the k largest
@@ -23,7 +23,9 @@ def given_top_k(
     return ids.masked_fill(~usable, 0), log_probs
 
 
-def least_of_top_k(ids: Tensor, log_probs: Tensor, k: int | None, vocab_size: int) -> Tensor | None:
+def topk_teacher_least(
+    ids: Tensor, log_probs: Tensor, k: int | None, vocab_size: int
+) -> Tensor | None:
     """The k-th largest log-prob (n,) among the ids (n, K) in range; None where all of them are in
     the top k."""
     if k is None or k >= ids.shape[-1]:
@@ -33,7 +35,7 @@ def least_of_top_k(ids: Tensor, log_probs: Tensor, k: int | None, vocab_size: in
     return known.topk(k, dim=-1).values[:, -1].contiguous()
 
 
-def given_statistics(batch: RowBatch, stats: Tensor) -> None:
+def topk_teacher_statistics(batch: RowBatch, stats: Tensor) -> None:
     """Fills TEACHER_LOG_PROB and TEACHER_ENTROPY of stats (Stat, n), as far as the teacher said."""
     if batch.label_log_probs is not None:
         stats[Stat.TEACHER_LOG_PROB] = batch.label_log_probs
@@ -41,5 +43,5 @@ def given_statistics(batch: RowBatch, stats: Tensor) -> None:
         stats[Stat.TEACHER_ENTROPY] = batch.teacher_entropy
     elif batch.ids is not None:
         log_probs = batch.topk_log_probs.to(stats.dtype)
-        _, known = given_top_k(batch.ids, log_probs, None, batch.student.shape[-1])
+        _, known = topk_teacher_ids(batch.ids, log_probs, None, batch.student.shape[-1])
         stats[Stat.TEACHER_ENTROPY] = topk_entropy(known)

@@ -44,7 +44,7 @@ from .rule import (
     tails_by_mass,
 )
 from .top_k import columns_reaching, kth_largest, with_margin
-from .topk_teacher import given_statistics, given_top_k
+from .topk_teacher import topk_teacher_ids, topk_teacher_statistics
 
 #: Elements of one block's temporary: 4 MiB of float32 on a CPU, enough to fill a GPU on one.
 BLOCK_ELEMENTS = {"cpu": 1 << 20}
@@ -228,7 +228,7 @@ def _statistics(part: RowBatch, options: RowOptions, s: Tensor, c: Tensor):
     s[Stat.LOG_PROB] = _pick(lp, part.labels)
     s[Stat.ENTROPY] = c[Coef.ENTROPY] = -_dot(p, lp)
     if part.teacher is None:
-        given_statistics(part, s)
+        topk_teacher_statistics(part, s)
         return lp, None
     lq = _log_probs(part.teacher, options.teacher, s.dtype)
     q = lq.exp()
@@ -470,5 +470,5 @@ def _pick(log_probs: Tensor, labels: Tensor) -> Tensor:
 
 def _given(part: RowBatch, k: int | None, vocab_size: int, dtype: torch.dtype):
     """ids (in range), lq (-inf off K) and membership (rows, K) of a top-k teacher's K."""
-    ids, lq = given_top_k(part.ids, part.topk_log_probs.to(dtype), k, vocab_size)
+    ids, lq = topk_teacher_ids(part.ids, part.topk_log_probs.to(dtype), k, vocab_size)
     return ids, lq, lq > -math.inf

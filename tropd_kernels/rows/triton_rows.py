@@ -14,7 +14,7 @@ from . import torch_rows, triton_launch
 from . import triton_kernels as kernels
 from .layout import Coef, LogitTransform, Matrices, RowBatch, RowOptions, Stat, matrices
 from .rule import Gate
-from .topk_teacher import least_of_top_k
+from .topk_teacher import topk_teacher_least
 from .triton_launch import (
     COLUMNS,
     FUSION_OFF,
@@ -41,7 +41,7 @@ def forward(batch: RowBatch, options: RowOptions, into: Matrices | None = None) 
     if dense and rule.uses_sums and not rule.sums_from_statistics:
         sums = _dense_sums(batch, options, stats, coefs)
     elif batch.ids is not None:
-        sums = _given_sums(batch, options, stats, coefs)
+        sums = _topk_teacher_sums(batch, options, stats, coefs)
     kernels.rule_kernel[(-(-n // RULE_BLOCK),)](
         *_gate_inputs(batch, rule), batch.token_weight, options.loss_scale,
         options.entropy_threshold, stats, coefs, sums, n, _columns(stats, coefs),
@@ -83,7 +83,7 @@ def _statistics(batch: RowBatch, options: RowOptions, stats: Tensor, coefs: Tens
 def sums(batch: RowBatch, options: RowOptions, gated: Gate, stats: Tensor, coefs: Tensor) -> Tensor:
     """Of a part of each row; see `torch_rows.sums`."""
     if batch.teacher is None:
-        return _given_sums(batch, options, stats, coefs)
+        return _topk_teacher_sums(batch, options, stats, coefs)
     return _dense_sums(batch, options, stats, coefs, threshold_given=True)
 
 
@@ -121,7 +121,7 @@ def _dense_sums(
     return sums
 
 
-def _given_sums(
+def _topk_teacher_sums(
     batch: RowBatch, options: RowOptions, stats: Tensor, coefs: Tensor
 ) -> Tensor | None:
     """(SUMS, n) over a top-k teacher's K, where the rule has sums. And in stats its entropy, where
@@ -133,7 +133,7 @@ def _given_sums(
         return None
     sums = coefs.new_empty((kernels.SUMS, n)) if rule.uses_sums else None
     k = batch.ids.shape[1]
-    kernels.given_sums_kernel[(n,)](
+    kernels.topk_teacher_sums_kernel[(n,)](
         z, _bias(options.student), *_given(batch, rule, vocab_size), stats, coefs, sums,
         vocab_size, z.stride(0), k, _columns(stats, coefs), ACC=_acc(coefs.dtype),
         **_transform("", options.student), **_generator_constants(rule), ENTROPY_UNKNOWN=unknown,
@@ -145,7 +145,7 @@ def _given_sums(
 def _given(batch: RowBatch, rule: TokenRule, vocab_size: int) -> tuple:
     """A top-k teacher's ids and log-probs (n, K), and the least (n,) of those in the rule's K."""
     ids, log_probs = batch.ids.contiguous(), batch.topk_log_probs.contiguous()
-    least = least_of_top_k(ids, log_probs, rule.top_k, vocab_size) if rule.uses_sums else None
+    least = topk_teacher_least(ids, log_probs, rule.top_k, vocab_size) if rule.uses_sums else None
     return ids, log_probs, least
 
 
@@ -196,7 +196,7 @@ def gradient(batch: RowBatch, coefs: Tensor, options: RowOptions, out: Tensor) -
     )  # fmt: skip
     if given is not None:
         k = batch.ids.shape[1]
-        kernels.given_grad_kernel[(n,)](
+        kernels.topk_teacher_grad_kernel[(n,)](
             *given, z if id_logits is None else None, id_logits, _bias(options.student),
             batch.labels, coefs, out, vocab_size, k, z.stride(0), coefs.stride(0), out.stride(0),
             **_transform("", options.student), **common, BLOCK=power_of_two(k), **FUSION_OFF,

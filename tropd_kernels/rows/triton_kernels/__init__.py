@@ -1,16 +1,18 @@
 """The row passes as Triton kernels. `triton_rows` launches them; `torch_rows` is their twin.
 
-| kernel            | program       | reads                             | writes                   |
-|-------------------|---------------|-----------------------------------|--------------------------|
-| statistics_kernel | part of a row | z and t, once, together           | normalisers, KLs, lp, lq |
-| join_kernel       | one row       | what the parts wrote              | the same                 |
-| dense_sums_kernel | one row       | t once or a few times, z and t    | sums over K, or over the |
-|                   |               | once more; only where a gate asks | vocabulary               |
-| given_sums_kernel | one row       | z at a top-k teacher's ids        | the same sums, entropy   |
-| rule_kernel       | 128 rows      | a few numbers a row               | loss, coefficients       |
-| gradient_kernel   | part of a row | z; t where a coefficient needs it | d_logits                 |
-| given_grad_kernel | one row       | z at a top-k teacher's ids        | d_logits at those ids    |
-| column_sums_kernel | 128 columns  | d_logits, where ids are sampled   | three sums a column      |
+| kernel                   | program       | reads                      | writes                   |
+|--------------------------|---------------|----------------------------|--------------------------|
+| statistics_kernel        | part of a row | z and t, once, together    | normalisers, KLs, lp, lq |
+| join_kernel              | one row       | what the parts wrote       | the same                 |
+| dense_sums_kernel        | one row       | t once or a few times, z   | sums over K, or over the |
+|                          |               | and t once more, if a gate | vocabulary               |
+|                          |               | asks for the row           |                          |
+| topk_teacher_sums_kernel | one row       | z at a top-k teacher's ids | the same sums, entropy   |
+| rule_kernel              | 128 rows      | a few numbers a row        | loss, coefficients       |
+| gradient_kernel          | part of a row | z; t where a coefficient   | d_logits                 |
+|                          |               | needs it                   |                          |
+| topk_teacher_grad_kernel | one row       | z at a top-k teacher's ids | d_logits at those ids    |
+| column_sums_kernel       | 128 columns   | d_logits, for sampled ids  | three sums a column      |
 
 Rows are parted where they are too few to fill a GPU, but not in their sums. In the loops over a row
 no thread waits for another (`logits.py`), but in the search.
@@ -29,18 +31,18 @@ itself, eight times over. Weighted by q instead of counted, the same search find
 
 from .columns import column_sums_kernel
 from .constants import SUMS
-from .gradient import given_grad_kernel, gradient_kernel
+from .gradient import gradient_kernel, topk_teacher_grad_kernel
 from .rule import rule_kernel
 from .statistics import join_kernel, statistics_kernel
 from .sums import dense_sums_kernel
-from .topk_teacher import given_sums_kernel
+from .topk_teacher import topk_teacher_sums_kernel
 
 __all__ = [
     "SUMS",
     "column_sums_kernel",
     "dense_sums_kernel",
-    "given_grad_kernel",
-    "given_sums_kernel",
+    "topk_teacher_grad_kernel",
+    "topk_teacher_sums_kernel",
     "gradient_kernel",
     "join_kernel",
     "rule_kernel",

@@ -159,7 +159,7 @@ def gradient_kernel(
 
 
 @triton.jit
-def given_grad_kernel(
+def topk_teacher_grad_kernel(
     ids, topk_log_probs, least, student, id_logits, student_bias, labels, coefs, out, vocab_size,
     k, student_stride, coef_stride, out_stride,
     ACC: tl.constexpr, SCALE: tl.constexpr, CAP: tl.constexpr, TEMPERATURE: tl.constexpr,

@@ -52,7 +52,7 @@ def _entropy(lq):
 
 
 @triton.jit
-def given_sums_kernel(
+def topk_teacher_sums_kernel(
     student, student_bias, ids, topk_log_probs, least, stats, coefs, sums, vocab_size,
     student_stride, k, columns,
     ACC: tl.constexpr, SCALE: tl.constexpr, CAP: tl.constexpr, TEMPERATURE: tl.constexpr,
