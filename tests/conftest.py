@@ -1,6 +1,7 @@
 """Triton's interpreter stands in for a GPU where there is none, or, with TROPD_PTX, a machine that
 runs what the kernels compile to (`ptx`); either has to be chosen before triton is imported."""
 
+import gc
 import os
 from importlib.util import find_spec
 
@@ -60,3 +61,14 @@ def use_threads():
     before = torch.get_num_threads()
     yield torch.set_num_threads
     torch.set_num_threads(before)
+
+
+def pytest_collection_finish():
+    """What the imports made stays: no garbage collection of the tests has to look through it, which
+    takes longer than most of them. Every end of a training collects."""
+    gc.collect()
+    gc.freeze()
+
+
+def pytest_unconfigure():
+    gc.unfreeze()
