@@ -1,1 +1,6 @@
 """Measurements: memory, speed and learning against eager PyTorch and the field."""
+
+from pathlib import Path
+
+#: Of the checkout.
+ROOT = Path(__file__).resolve().parents[1]

@@ -22,24 +22,22 @@ import argparse
 import json
 import os
 import re
-import subprocess
 import sys
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
-from pathlib import Path
 from types import SimpleNamespace
 from unittest import mock
 
 import torch
-import triton.backends.nvidia
+import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
-from benchmarks.sass import Loop, load_bits, loops_of, mix_of
+from benchmarks.sass import Loop, load_bits, loops_of, mix_of, nvidia_tool, resource_usage
 from tropd_kernels import (
     EOPD,
     GKD,
@@ -328,18 +326,9 @@ def _read_cubin(compiled, with_loads: bool) -> dict:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
         file.flush()
-        usage = _tool("cuobjdump", "--dump-resource-usage", file.name)
-        sass = _tool("nvdisasm", "-ndf", "-c", file.name) if with_loads else ""
-    number = {k: int(v) for k, v in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", usage)}
-    return dict(
-        registers=number["REG"], spills=number["STACK"] + number["LOCAL"],
-        loads=dict(load_bits(sass)), loops=loops_of(sass),
-    )  # fmt: skip
-
-
-def _tool(name: str, *arguments: str) -> str:
-    path = Path(triton.backends.nvidia.__file__).parent / "bin" / name
-    return subprocess.run([path, *arguments], check=True, capture_output=True, text=True).stdout
+        usage = resource_usage(file.name)
+        sass = nvidia_tool("nvdisasm", "-ndf", "-c", file.name) if with_loads else ""
+    return dict(**usage, loads=dict(load_bits(sass)), loops=loops_of(sass))
 
 
 def _read_amdgcn(compiled, with_loads: bool) -> dict:

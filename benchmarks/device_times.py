@@ -13,10 +13,13 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from itertools import pairwise
+from typing import TypeVar
 
 import torch
 
 from benchmarks.measure import Times, summary
+
+T = TypeVar("T")
 
 #: Calls before the first that counts: kernels are compiled, cuBLAS gets its workspace.
 WARMUP = 2
@@ -29,15 +32,11 @@ def device_times(
     if torch.device(device).type != "cuda":
         call()
         return summary([_by_clock(call) for _ in range(repeats)]), "clock"
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for _ in range(WARMUP):
-            call()
-    torch.cuda.current_stream().wait_stream(side)
-    torch.cuda.synchronize()
-    graph = _captured(call)
-    run = call if graph is None else graph.replay
+    try:
+        run, how = capture(call)[0].replay, "graph"
+    except RuntimeError:
+        torch.cuda.synchronize()  # an error of the device itself comes up here
+        run, how = call, "events"
     run()
     marks = [torch.cuda.Event(enable_timing=True) for _ in range(repeats + 1)]
     marks[0].record()
@@ -46,18 +45,22 @@ def device_times(
         mark.record()
     torch.cuda.synchronize()
     seconds = [a.elapsed_time(b) / 1e3 for a, b in pairwise(marks)]
-    return summary(seconds), "events" if graph is None else "graph"
+    return summary(seconds), how
 
 
-def _captured(call: Callable[[], object]) -> torch.cuda.CUDAGraph | None:
-    graph = torch.cuda.CUDAGraph()
-    try:
-        with torch.cuda.graph(graph):
+def capture(call: Callable[[], T]) -> tuple[torch.cuda.CUDAGraph, T]:
+    """A CUDA graph of one call, and the tensors that its replays fill."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(WARMUP):
             call()
-    except RuntimeError:
-        torch.cuda.synchronize()  # an error of the device itself comes up here
-        return None
-    return graph
+    torch.cuda.current_stream().wait_stream(side)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        result = call()
+    return graph, result
 
 
 def _by_clock(call: Callable[[], object]) -> float:

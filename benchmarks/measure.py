@@ -35,6 +35,7 @@ from typing import TypeVar
 
 import torch
 
+from benchmarks import ROOT
 from tropd_kernels import buffers
 
 Name = TypeVar("Name", bound=Hashable)
@@ -144,7 +145,7 @@ def available_memory() -> int | None:
 def machine(device: torch.device | str = "cpu") -> dict[str, str]:
     """The hardware and the versions that a figure was measured with, as text to print beside it."""
     facts = {
-        "cpu": f"{_cpu_name()}, {_usable_cores()} cores, {torch.get_num_threads()} threads, "
+        "cpu": f"{cpu_name()}, {_usable_cores()} cores, {torch.get_num_threads()} threads, "
         f"{torch.backends.cpu.get_cpu_capability()}",
     }
     if memory := _total_memory():
@@ -199,7 +200,7 @@ def _process_memory(field: str) -> int:
     raise OSError(f"/proc/self/status has no {field}")
 
 
-def _cpu_name() -> str:
+def cpu_name() -> str:
     try:
         for line in Path("/proc/cpuinfo").read_text().splitlines():
             if line.startswith("model name"):
@@ -223,10 +224,9 @@ def _total_memory() -> int | None:
 
 def _commit() -> str | None:
     """The commit that was measured, marked when the tree had changes on top of it."""
-    root = Path(__file__).resolve().parents[1]
     try:
         described = subprocess.run(
-            ["git", "-C", str(root), "describe", "--always", "--dirty"],
+            ["git", "-C", str(ROOT), "describe", "--always", "--dirty"],
             capture_output=True,
             text=True,
             timeout=10,

@@ -1,9 +1,11 @@
-"""What stands in a kernel's machine code (SASS, by `nvdisasm`): its innermost loops, what they
-read, and the pipes that their instructions issue to."""
+"""A kernel's cubin, read by the tools that ship with Triton: registers and spills, and of its
+machine code (SASS) the innermost loops, what they read, and the pipes that they issue to."""
 
 import re
+import subprocess
 from collections import Counter
 from dataclasses import dataclass
+from pathlib import Path
 
 #: Pipes of an SM, by the opcodes that issue to them. LDG and STG read and write global memory; MUFU
 #: is the unit of exponentials, logarithms and reciprocals; UNIFORM computes once for a warp, as all
@@ -36,6 +38,21 @@ class Loop:
     row_bits: int
     pipes: dict[str, int]
     ids: float = 0.0
+
+
+def nvidia_tool(name: str, *arguments: str) -> str:
+    """What `cuobjdump` or `nvdisasm` prints."""
+    import triton.backends.nvidia
+
+    path = Path(triton.backends.nvidia.__file__).parent / "bin" / name
+    return subprocess.run([path, *arguments], check=True, capture_output=True, text=True).stdout
+
+
+def resource_usage(cubin: str) -> dict[str, int]:
+    """Registers a thread, and bytes of local memory a thread, which spills take."""
+    text = nvidia_tool("cuobjdump", "--dump-resource-usage", cubin)
+    number = {k: int(v) for k, v in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", text)}
+    return {"registers": number["REG"], "spills": number["STACK"] + number["LOCAL"]}
 
 
 def loops_of(sass: str) -> list[Loop]:

@@ -41,6 +41,7 @@ from examples.demo.model import load_teacher, make_student
 from examples.demo.prompts import PROMPTS
 from examples.demo.rollout import Rollout, completion_hidden, sample
 from examples.demo.run import STUDENT_LAYERS, prompt_batches
+from examples.demo.train import train
 from tropd_kernels import (
     GKD,
     OPD,
@@ -268,33 +269,13 @@ def learn(
     student: Model, teacher: Model, tokenizer, batches: Iterator[list[str]], steps: int,
     new_tokens: int, seed: int, options: dict,
 ) -> float:  # fmt: skip
-    """The loop of `examples/demo/train.py`; returns the share of columns that made gradients."""
-    dtype = pick_training_dtype()
-    autocast = torch.autocast("cpu", dtype, enabled=dtype != torch.float32)
-    student_head, teacher_head = read_head(student), read_head(teacher)
-    optimizer = torch.optim.AdamW(student.parameters(), 3e-4, weight_decay=0, fused=True)
-    shares = []
-    for number in range(steps):
-        rollout = sample(student, tokenizer, next(batches), new_tokens)
-        with autocast:
-            with torch.no_grad():
-                teacher_hidden = completion_hidden(teacher_head.backbone, rollout)
-            hidden = completion_hidden(student_head.backbone, rollout)
-        out = linear_distillation_loss(
-            hidden.to(dtype),
-            student_head.weight.to(dtype),
-            rollout.labels,
-            HiddenTeacher(teacher_hidden.to(dtype), teacher_head.weight.to(dtype)),
-            TrOPD(),
-            seed=1000 * seed + number,
-            **options,
-        )
-        out.loss.backward()
-        torch.nn.utils.clip_grad_norm_(student.parameters(), max_norm=1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-        shares.append(float(out.gradient_share) if options else 1.0)
-    return statistics.mean(shares)
+    """Trains by the demonstration's loop; returns the share of the head's columns that entered the
+    gradient products."""
+    run = train(
+        student, teacher, tokenizer, batches, steps=steps, new_tokens=new_tokens, seed=1000 * seed,
+        dtype=pick_training_dtype(), **options,
+    )  # fmt: skip
+    return statistics.mean(step.gradient_share for step in run)
 
 
 def training(

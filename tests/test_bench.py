@@ -18,6 +18,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from benchmarks import ROOT
 from benchmarks.bench import command, eager, providers, readme, run, table, timing
 from benchmarks.bench.losses import LOSSES
 from benchmarks.bench.problem import IGNORED, make_problem
@@ -335,7 +336,7 @@ def test_from_another_folder(tmp_path):
     options = ["--losses", "opd", "--providers", "torch", "--tokens", "8", "--out", "here.json"]
     done = subprocess.run(
         [sys.executable, "-m", "tropd_kernels.cli", "bench", *SIZES, "--repeats", "1", *options],
-        cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(readme.ROOT)}, capture_output=True,
+        cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True,
         text=True,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr

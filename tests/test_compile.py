@@ -5,7 +5,7 @@ import pytest
 import torch
 from problems import OBJECTIVES, make_problem, relative_error, with_everything
 
-from benchmarks.gpu.smoke.calls import capture
+from benchmarks.device_times import capture
 from tropd_kernels import (
     GKD,
     HiddenTeacher,

@@ -391,7 +391,7 @@ def test_the_picture_is_drawn(tmp_path):
         for vocabulary in (97, 200)
         for name, memory in (("eager", 2**30), ("fused", None))
     ]
-    steps = [Step(n, 100, 1 / n, 1 - 1 / n, 1 / n, 2.0) for n in range(1, 4)]
+    steps = [Step(n, 100, 1 / n, 1 - 1 / n, 1 / n, 2.0, 1.0) for n in range(1, 4)]
     file = tmp_path / "new" / "demo.png"
     draw(measured, steps, "caption", file)
     assert file.read_bytes().startswith(b"\x89PNG")

@@ -10,12 +10,12 @@ from __future__ import annotations
 import textwrap
 from pathlib import Path
 
+from benchmarks import ROOT, markdown
 from benchmarks.bench.losses import LOSSES
 from benchmarks.bench.providers import GEMMS, LABELS
 from benchmarks.bench.results import Results, Row, is_results, read
 from benchmarks.bench.table import count, figures, megabytes, seconds, times
 
-ROOT = Path(__file__).resolve().parents[2]
 README, RESULTS = ROOT / "README.md", ROOT / "benchmarks" / "results"
 BEGIN, END = "<!-- figures: begin (tropd bench --readme) -->", "<!-- figures: end -->"
 #: Columns of the text, as elsewhere in README.
@@ -33,11 +33,8 @@ def write(readme: Path = README, folder: Path = RESULTS) -> None:
 
 
 def block(page: str) -> str:
-    """What stands between the marks, marks included."""
-    begin, end = page.find(BEGIN), page.find(END)
-    if not 0 <= begin < end:
-        raise ValueError(f"README.md: expected the marks {BEGIN} and {END}, in this order")
-    return page[begin : end + len(END)]
+    """README's figures, with the marks around them."""
+    return markdown.block(page, BEGIN, END)
 
 
 def render(folder: Path = RESULTS) -> str:
@@ -74,7 +71,8 @@ def caption(results: Results, tokens: list[int], path: Path) -> str:
 def by_loss(rows: list[Row]) -> str:
     sizes = len({row.tokens for row in rows}) > 1
     head = ["loss", "who", "forward", "backward", "time (p20-p80)", "over GEMMs", "tokens/s"]
-    lines, last = [[*(["tokens"] if sizes else []), *head, "memory", "gradient error"]], (0, "")
+    titles = [*(["tokens"] if sizes else []), *head, "memory", "gradient error"]
+    lines, last = [], (0, "")
     for row in rows:
         first = (row.tokens, row.loss) != last
         last = (row.tokens, row.loss)
@@ -82,7 +80,7 @@ def by_loss(rows: list[Row]) -> str:
         known = LOSSES.get(row.loss)
         loss = (row.loss if known is None else known.title) if first else ""
         lines.append([*size, loss, LABELS.get(row.who, row.who), *cells(row)])
-    return markdown(lines)
+    return markdown.table(titles, lines)
 
 
 def cells(row: Row) -> list[str]:
@@ -97,20 +95,9 @@ def cells(row: Row) -> list[str]:
 
 def curve(rows: list[Row]) -> str:
     rows = [row for row in rows if row.who != GEMMS and row.both]
-    return markdown([
-        [f"{LABELS[rows[0].who]}, {LOSSES[rows[0].loss].title}", *(f"{r.tokens:,}" for r in rows)],
+    of = f"{LABELS[rows[0].who]}, {LOSSES[rows[0].loss].title}"
+    return markdown.table([of, *(f"{r.tokens:,}" for r in rows)], [
         ["ms a token", *(figures(1e3 * r.both.median / r.tokens) for r in rows)],
         ["over GEMMs", *("-" if r.to_gemms is None else f"{r.to_gemms:.2f}" for r in rows)],
         ["memory, MB", *(megabytes(r.workspace) for r in rows)],
     ])  # fmt: skip
-
-
-def markdown(lines: list[list[str]]) -> str:
-    """A table whose columns also line up in the source."""
-    widths = [max(len(cell) for cell in column) for column in zip(*lines)]
-    rule = ["-" * width for width in widths]
-    padded = [
-        [cell.ljust(width) for cell, width in zip(line, widths)]
-        for line in [lines[0], rule, *lines[1:]]
-    ]
-    return "\n".join(f"| {' | '.join(line)} |" for line in padded)

@@ -10,7 +10,7 @@ import os
 import zipfile
 from pathlib import Path
 
-from benchmarks.gpu.runner import ROOT
+from benchmarks import ROOT
 
 STUBS = Path(__file__).parent / "stubs"
 

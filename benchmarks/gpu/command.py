@@ -14,10 +14,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks import records
+from benchmarks import ROOT, records
 from benchmarks.gpu import baselines, first, second
 from benchmarks.gpu.jobs import Facts, Job
-from benchmarks.gpu.runner import ROOT, Runner
+from benchmarks.gpu.runner import Runner
 
 #: Of the call, what the machine may take to say what it is.
 FACTS_SECONDS = 40

@@ -20,11 +20,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from benchmarks.gpu.jobs import Job, scaled, step
-from benchmarks.gpu.smoke import CHECKS, NEEDS_GPU
+from benchmarks.gpu.smoke import CHECKS, LOSSES, NEEDS_GPU
 
 #: Of the deadlines above; the last seconds are for the tar and the tables.
 MINUTES = 5.5
-LOSSES = ("tropd", "opd", "gkd", "tropd_given")
 #: (shape, loss) of ours and eager, by what is most worth knowing.
 SHAPES = ("qwen3-1.7b", "qwen3-8b-self", "liger")
 #: (baseline, loss, shape).

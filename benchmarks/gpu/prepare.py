@@ -18,8 +18,8 @@ import sys
 import tempfile
 from pathlib import Path
 
+from benchmarks import ROOT
 from benchmarks.gpu import baselines
-from benchmarks.gpu.runner import ROOT
 
 #: Providers of `benchmarks.bench` that are pure Python, and what each imports.
 BASELINES = {

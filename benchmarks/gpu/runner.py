@@ -23,10 +23,9 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from benchmarks import records
+from benchmarks import ROOT, records
 from benchmarks.gpu.jobs import Facts, Job, missing
 
-ROOT = Path(__file__).resolve().parents[2]
 #: Jobs that are started before their turn.
 AHEAD = 2
 #: Seconds between two looks at what runs; least seconds with which a job is begun.

@@ -13,10 +13,12 @@ import time
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 
+from benchmarks import ROOT
+
 from . import arms, models
 from .run import Run, pretrain, train_to_file
 
-CACHE = Path(__file__).parents[2] / "build" / "learning"
+CACHE = ROOT / "build" / "learning"
 
 
 def main(given: list[str] | None = None) -> int:

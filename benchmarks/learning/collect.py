@@ -11,6 +11,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from benchmarks.measure import cpu_name
+
 from . import arms, models
 
 THIN = 5
@@ -47,14 +49,8 @@ def read(results: Path) -> dict[str, dict[str, Any]]:
 
 
 def hardware() -> str:
-    """The CPU's name, as Linux gives it, and how many cores there are."""
-    name = "unknown CPU"
-    path = Path("/proc/cpuinfo")
-    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
-        if line.startswith("model name"):
-            name = line.split(":", 1)[1].strip()
-            break
-    return f"{name}, {os.cpu_count()} cores"
+    """The CPU's name, and how many cores there are."""
+    return f"{cpu_name()}, {os.cpu_count()} cores"
 
 
 def _compact(run: dict[str, Any]) -> dict[str, Any]:

@@ -3,6 +3,8 @@
 from pathlib import Path
 from typing import Any
 
+from benchmarks import markdown
+
 from . import arms, collect, measures, plot
 from .intervals import interval
 
@@ -65,7 +67,7 @@ def table(mismatch: dict[str, Any]) -> str:
     for arm in present:
         cells = [measures.over_seeds(runs, arm, m).text(digits) for _, m, digits in _COLUMNS]
         rows.append([f"`{arm}`", *cells, _trust(runs, arm)])
-    return f"{head}\n\n{_markdown(titles, rows)}"
+    return f"{head}\n\n{markdown.table(titles, rows)}"
 
 
 def accuracies(data: dict[str, dict[str, Any]]) -> str:
@@ -84,7 +86,7 @@ def accuracies(data: dict[str, dict[str, Any]]) -> str:
         ]
         if set(cells) != {"not run"}:
             rows.append([f"`{arm}`", *cells])
-    return _markdown(["", *data], rows)
+    return markdown.table(["", *data], rows)
 
 
 def claims(data: dict[str, dict[str, Any]]) -> str:
@@ -100,7 +102,7 @@ def claims(data: dict[str, dict[str, Any]]) -> str:
             else:
                 cells.append("not run")
         rows.append([claim.text, *cells])
-    return _markdown(["claim", *data], rows)
+    return markdown.table(["claim", *data], rows)
 
 
 def sweep_table(sweep: dict[str, Any]) -> str:
@@ -118,7 +120,8 @@ def sweep_table(sweep: dict[str, Any]) -> str:
             every += ends
         rows.append([*row, f"{sum(every) / len(every):.2f}"])
     titles = ["learning rate", "`opd`", "`tropd`", "mean of both"]
-    return f'Mismatch "{sweep["mismatch"]}", accuracy at the end.\n\n' + _markdown(titles, rows)
+    head = f'Mismatch "{sweep["mismatch"]}", accuracy at the end.'
+    return f"{head}\n\n{markdown.table(titles, rows)}"
 
 
 def _is_whole(mismatch: dict[str, Any]) -> bool:
@@ -141,21 +144,9 @@ def _versions(mismatch: dict[str, Any]) -> str:
     return ", ".join(f"{name} {number}" for name, number in mismatch["versions"].items())
 
 
-def _markdown(titles: list[str], rows: list[list[str]]) -> str:
-    """Columns of equal width, so that the source reads as a table too."""
-    table = [titles, *rows]
-    widths = [max(len(row[i]) for row in table) for i in range(len(titles))]
-    lines = ["| " + " | ".join(map(str.ljust, row, widths)) + " |" for row in table]
-    lines.insert(1, "|" + "|".join("-" * (width + 2) for width in widths) + "|")
-    return "\n".join(lines)
-
-
 def _insert(readme: Path, text: str) -> None:
-    """Replaces what stands between the marks; a README without them is an error, but none at all
-    is made."""
+    """Replaces what is between the marks; a README without them is an error, but none at all is
+    made."""
     page = readme.read_text(encoding="utf-8") if readme.exists() else f"{BEGIN}\n{END}\n"
-    before, begin, rest = page.partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not (begin and end):
-        raise ValueError(f"{readme}: expected the marks {BEGIN} and {END}")
-    readme.write_text(f"{before}{BEGIN}\n\n{text}\n\n{END}{after}", encoding="utf-8")
+    old, new = markdown.block(page, BEGIN, END), f"{BEGIN}\n\n{text}\n\n{END}"
+    readme.write_text(page.replace(old, new), encoding="utf-8")

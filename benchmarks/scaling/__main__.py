@@ -4,9 +4,10 @@ import argparse
 import json
 from pathlib import Path
 
+from benchmarks import ROOT, markdown
+
 from . import check, plan
 
-ROOT = Path(__file__).resolve().parents[2]
 DOCUMENT = ROOT / "docs" / "scaling.md"
 RESULTS = ROOT / "benchmarks" / "results" / "scaling_cpu.json"
 BEGIN, END = "<!-- begin {} -->", "<!-- end {} -->"
@@ -34,10 +35,7 @@ def write(document: Path) -> None:
     text = document.read_text()
     for name, part in tables().items():
         begin, end = BEGIN.format(name), END.format(name)
-        if text.count(begin) != 1 or text.count(end) != 1:
-            raise ValueError(f"{document} must have {begin} and {end} once each")
-        before, rest = text.split(begin)
-        text = f"{before}{begin}\n{part}\n{end}{rest.split(end)[1]}"
+        text = text.replace(markdown.block(text, begin, end), f"{begin}\n{part}\n{end}")
     document.write_text(text)
 
 

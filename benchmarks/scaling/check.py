@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass
 
 import torch
 
+from benchmarks.markdown import table
 from benchmarks.measure import Times, interleaved_times, machine, peak_memory
 from tropd_kernels import (
     HiddenTeacher,
@@ -18,7 +19,7 @@ from tropd_kernels import (
 from tropd_kernels.backends import choose_backend
 
 from .plan import FORMS, TEACHER, TOP_K
-from .text import percent, size, spread, table
+from .text import percent, size, spread
 
 
 @dataclass(frozen=True)

@@ -4,9 +4,10 @@ import math
 from dataclasses import dataclass
 from functools import partial
 
+from benchmarks.markdown import table
 from tropd_kernels import plan_chunks
 
-from .text import duration, gflop, percent, size, table
+from .text import duration, gflop, percent, size
 
 #: Of a GPU, whatever is here.
 _plan = partial(plan_chunks, device="cuda", backend="triton")

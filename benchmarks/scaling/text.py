@@ -1,19 +1,8 @@
 """Tables and figures as docs/scaling.md shows them."""
 
 import math
-from collections.abc import Sequence
 
 from benchmarks.measure import Times
-
-
-def table(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A Markdown table with its columns aligned."""
-    widths = [max(map(len, column)) for column in zip(titles, *rows)]
-    lines = [titles, ["-" * width for width in widths], *rows]
-    return "\n".join(
-        "| " + " | ".join(cell.ljust(width) for cell, width in zip(line, widths)) + " |"
-        for line in lines
-    )
 
 
 def size(value: float) -> str:

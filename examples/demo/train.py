@@ -6,6 +6,7 @@ states and the two heads go in, the loss comes out, and no [tokens, vocabulary] 
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -25,6 +26,7 @@ class Step:
     trust: float  # share of tokens inside the gate
     reverse_kl: float  # one-sample estimate of KL(student || teacher), nats a token
     entropy: float  # the student's, nats
+    gradient_share: float  # of the head's columns in the gradient products
 
 
 def train(
@@ -38,8 +40,10 @@ def train(
     seed: int,
     dtype: torch.dtype,
     learning_rate: float = 3e-4,
+    **loss_options: Any,
 ) -> Iterator[Step]:
-    """Trains the student in place; yields after every step."""
+    """Trains the student in place; yields after every step. loss_options: more of the loss's
+    keywords, such as gradient_sampling=0.1."""
     student_head, teacher_head = read_head(student), read_head(teacher)
     optimizer = torch.optim.AdamW(student.parameters(), learning_rate, weight_decay=0, fused=True)
     # Mixed precision where `dtype` is bfloat16: the student's parameters stay float32.
@@ -56,9 +60,10 @@ def train(
             hidden.to(dtype),
             student_head.weight.to(dtype),
             rollout.labels,
-            HiddenTeacher(teacher_hidden.to(dtype), teacher_head.weight),
+            HiddenTeacher(teacher_hidden.to(dtype), teacher_head.weight.to(dtype)),
             objective=TrOPD(),
             seed=seed + number,  # fresh gate draws each step, the same ones in a resumed run
+            **loss_options,
         )
         out.loss.backward()
         torch.nn.utils.clip_grad_norm_(student.parameters(), max_norm=1.0)
@@ -66,6 +71,7 @@ def train(
         optimizer.zero_grad()
 
         tokens = int((rollout.labels >= 0).sum())
+        share = out.gradient_share  # None where nothing was sampled
         yield Step(
             number=number + 1,
             tokens=tokens,
@@ -73,4 +79,5 @@ def train(
             trust=out.stats.trust.sum().item() / tokens,
             reverse_kl=-out.stats.reward.sum().item() / tokens,
             entropy=out.stats.entropy.sum().item() / tokens,
+            gradient_share=1.0 if share is None else share.item(),
         )

@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import json
 import re
-import subprocess
 import sys
 from pathlib import Path
+
+from benchmarks.sass import resource_usage
 
 #: The rows that they are for, and the ids of the two parts of one.
 VOCAB, A, B = 151_936, 131_072, 32_768
@@ -65,7 +66,7 @@ def build(folder: Path, variants=VARIANTS) -> list[dict]:
             "programs": programs, "threads": 32 * warps, "shared": kernel.metadata.shared,
             "parameters": len(_parameters(kernel.asm["ptx"])),
             "fixes_cluster": ".reqnctapercluster" in kernel.asm["ptx"],
-            **usage(file),
+            **resource_usage(str(file)),
         })  # fmt: skip
     (folder / "cubins.json").write_text(json.dumps(made, indent=1) + "\n", "utf-8")
     return made
@@ -74,18 +75,6 @@ def build(folder: Path, variants=VARIANTS) -> list[dict]:
 def _parameters(ptx: str) -> list[str]:
     """Of the entry: those named above, and pointers of Triton's own, which stay null."""
     return re.findall(r"\.param \.(\S+)", ptx.split(".visible .entry")[1].split(")")[0])
-
-
-def usage(file: Path) -> dict[str, int]:
-    """Registers a thread, and bytes of local memory a thread, which a spill takes."""
-    import triton.backends.nvidia
-
-    tool = Path(triton.backends.nvidia.__file__).parent / "bin" / "cuobjdump"
-    text = subprocess.run(
-        [tool, "--dump-resource-usage", file], check=True, capture_output=True, text=True
-    ).stdout
-    number = {k: int(v) for k, v in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", text)}
-    return {"registers": number["REG"], "spills": number["STACK"] + number["LOCAL"]}
 
 
 def main() -> int:

@@ -11,6 +11,8 @@ from benchmarks.bench.losses import LOSSES
 from benchmarks.bench.problem import Problem, make_problem
 from benchmarks.bench.providers import ours
 from benchmarks.bench.shapes import Shape
+from benchmarks.device_times import capture
+from benchmarks.gpu.smoke import LOSSES as HEADLINE
 from benchmarks.gpu.smoke.sizes import Figures, Sizes, relative_error
 from tropd_kernels import linear_distillation_loss
 
@@ -68,7 +70,7 @@ def whole_call(name: str, problem: Problem) -> Callable[[], tuple[Tensor, ...]]:
 def no_sync(sizes: Sizes, device: str) -> Figures:
     """Raises where a call makes the host wait for the GPU."""
     problem = problem_of(sizes, device)
-    for name in ("tropd", "gkd", "opd", "tropd_given"):
+    for name in HEADLINE:
         run = whole_call(name, problem)
         run()
         torch.cuda.synchronize()
@@ -78,20 +80,6 @@ def no_sync(sizes: Sizes, device: str) -> Figures:
         finally:
             torch.cuda.set_sync_debug_mode("default")
     return {}
-
-
-def capture(run: Callable[[], tuple[Tensor, ...]]) -> tuple[torch.cuda.CUDAGraph, tuple]:
-    """A CUDA graph of one call, and the tensors that its replays fill."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(2):  # kernels are compiled, and cuBLAS has its workspace
-            run()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = run()
-    return graph, captured
 
 
 def graph(sizes: Sizes, device: str) -> Figures:
