@@ -197,7 +197,7 @@ CASES = {
 # --- recording ----------------------------------------------------------------------------------
 
 
-class Pretender:
+class FakeDriver:
     """As much of a Triton driver as compiling asks for."""
 
     def __init__(self, target: GPUTarget):
@@ -232,7 +232,7 @@ def _compiling_for(target: GPUTarget, seen: Callable) -> Iterator[None]:
         loss = result.stats[Stat.TOKEN_LOSS]
         return loss.sum(), loss, result.stats, ops.nothing_sampled(problem)
 
-    driver.set_active(Pretender(target))  # for good: asking for the one before would want a GPU
+    driver.set_active(FakeDriver(target))  # for good: asking for the one before would want a GPU
     with (
         mock.patch.object(JITFunction, "run", compile_only),
         mock.patch.object(triton_launch, "WARP", target.warp_size),
@@ -295,7 +295,7 @@ def _figures(function, arguments, compiled, target_name, seconds) -> Figures:
 
 def _with_ids(loops: list[Loop], kernel: str, id_bits: dict[str, int]) -> list[Loop]:
     """Each loop with the ids that it reads. The sums are the last two, of whole tiles and with
-    guards; before them the top k are looked for, in the teacher's rows alone."""
+    guards; the loops before them search the top k, and read the teacher's rows only."""
     walking = [i for i, loop in enumerate(loops) if loop.loads]
     every = sum(id_bits.values())
     teacher = sum(bits for name, bits in id_bits.items() if name.startswith("teacher"))

@@ -1,11 +1,11 @@
-"""How long a GPU takes for a call, whatever the host takes to launch it.
+"""How long a GPU takes for a call, without the host's time to launch it.
 
     times, how = device_times(call, repeats=7, device="cuda")
 
 A launch costs the host tens of microseconds, which is more than a pass over few rows takes. So the
-call is captured into a CUDA graph, whose replays are timed by events. What cannot be captured, for
-instance since it waits for the GPU, is timed by events around calls in a row. On a CPU the clock
-tells.
+call is captured into a CUDA graph, whose replays are timed by events. A call that cannot be
+captured, for instance since it waits for the GPU, is timed by events around consecutive calls. On a
+CPU the clock is used.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Time, peak memory and machine: what every figure that we publish stands on.
+"""Time, peak memory and machine: the basis of every figure that we publish.
 
     times = interleaved_times({"eager": eager, "fused": fused}, repeats=5)
     times["fused"].median, times["fused"].p20, times["fused"].p80    # seconds
@@ -143,7 +143,7 @@ def available_memory() -> int | None:
 
 
 def machine(device: torch.device | str = "cpu") -> dict[str, str]:
-    """The hardware and the versions that a figure was measured with, as text to print beside it."""
+    """The hardware and the versions that a figure was measured with, as text to print with it."""
     facts = {
         "cpu": f"{cpu_name()}, {_usable_cores()} cores, {torch.get_num_threads()} threads, "
         f"{torch.backends.cpu.get_cpu_capability()}",

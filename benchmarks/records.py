@@ -1,10 +1,10 @@
-"""Results as JSON lines, appended as they come: what is written stays, come what may.
+"""Results as JSON lines, appended as they come, so that a crash loses none of them.
 
     emit(what="copy", gbs=2900)       one line on stdout, and in the file that TROPD_RECORDS names
-    read(path)                        (records, lines that are none)
+    read(path)                        (records, number of other lines)
 
 Each line is one write to a file opened for appending, so that several processes may share it. Under
-`benchmarks.gpu` the lines also say which step and job they are of.
+`benchmarks.gpu` each line also names its step and job.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from typing import Any
 
 #: Environment of a process whose results are collected: the file, and the fields of each line.
 FILE, FIELDS = "TROPD_RECORDS", "TROPD_RECORD_FIELDS"
-#: Set where a process is started before its turn, so that imports take nobody's time.
+#: Set for a process that is started before its turn, so that its imports cost it no time.
 TURN = "TROPD_TURN"
 
-#: Exit status of a process that found something wrong, and said what in its records.
-SAID = 3
+#: Exit status of a process whose records say what failed.
+RECORDED_FAILURE = 3
 
 Record = dict[str, Any]
 
@@ -48,8 +48,8 @@ def append(path: Path, record: Record) -> None:
 
 
 def read(path: Path) -> tuple[list[Record], int]:
-    """The records of a file, and how many of its lines are none: a writer may have been killed, or
-    have lost its mind. A file that is not there has no lines."""
+    """The records of a file, and how many of its lines are not records: a writer may have been
+    killed, or have printed garbage. A missing file has no lines."""
     if not path.exists():
         return [], 0
     found: list[Record] = []

@@ -26,7 +26,7 @@ from pathlib import Path
 import torch
 
 from benchmarks.bench.ceilings import bytes_per_second
-from benchmarks.bench.command import UsageError, device_of, positive, prepare, say
+from benchmarks.bench.command import UsageError, check_writable, device_of, positive, say
 from benchmarks.bench.timing import reason_of
 from benchmarks.device_times import device_times
 from benchmarks.measure import machine
@@ -69,8 +69,8 @@ def passes(backend: str, n: int, vocab_size: int, device: str) -> dict[str, Pass
     labels = z.argmax(1)
     uniforms = torch.zeros(n, device=device)
     uniforms[: int(OUTLIERS * n)] = 1 - 2**-20
-    both = RowBatch(z, t, labels, uniforms=uniforms)
-    alone = RowBatch(z, None, labels, label_log_probs=torch.full((n,), -3.0, device=device))
+    two_sided = RowBatch(z, t, labels, uniforms=uniforms)
+    student_only = RowBatch(z, None, labels, label_log_probs=torch.full((n,), -3.0, device=device))
     out = torch.empty(n, vocab_size, dtype=torch.bfloat16, device=device)
 
     d_logits, hidden = logits().bfloat16(), torch.rand(2, n, device=device)
@@ -84,16 +84,16 @@ def passes(backend: str, n: int, vocab_size: int, device: str) -> dict[str, Pass
 
     tropd, opd, gkd, reverse = TrOPD(), OPD(), GKD(), Divergence("reverse_kl")
     return {
-        "statistics, student": Pass(partial(engine.forward, alone, options(opd)), 4),
-        "statistics, both": Pass(partial(engine.forward, both, options(reverse)), 8),
+        "statistics, student": Pass(partial(engine.forward, student_only, options(opd)), 4),
+        "statistics, both": Pass(partial(engine.forward, two_sided, options(reverse)), 8),
         f"... and top 64 of {OUTLIERS:.0%}": Pass(
-            partial(engine.forward, both, options(tropd)), 8 + OUTLIERS * 12
+            partial(engine.forward, two_sided, options(tropd)), 8 + OUTLIERS * 12
         ),
-        "... and JSD": Pass(partial(engine.forward, both, options(gkd)), 16),
-        "gradient, K1": Pass(gradient(alone, opd), 6),
-        f"gradient, TrOPD ({OUTLIERS:.0%})": Pass(gradient(both, tropd), 6 + OUTLIERS * 4),
-        "gradient, reverse KL": Pass(gradient(both, reverse), 10),
-        "gradient, JSD": Pass(gradient(both, gkd), 10),
+        "... and JSD": Pass(partial(engine.forward, two_sided, options(gkd)), 16),
+        "gradient, K1": Pass(gradient(student_only, opd), 6),
+        f"gradient, TrOPD ({OUTLIERS:.0%})": Pass(gradient(two_sided, tropd), 6 + OUTLIERS * 4),
+        "gradient, reverse KL": Pass(gradient(two_sided, reverse), 10),
+        "gradient, JSD": Pass(gradient(two_sided, gkd), 10),
         "column sums": Pass(partial(engine.column_sums, d_logits, hidden), 2),
     }
 
@@ -165,7 +165,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         device = device_of(options.device)
         backend = choose_backend(options.backend, torch.device(device))
-        prepare("--out", options.out)
+        check_writable("--out", options.out)
         if options.sweep and backend != "triton":
             raise UsageError(f"--sweep is of Triton's launches; the backend here is {backend}")
     except (UsageError, ValueError, RuntimeError) as error:

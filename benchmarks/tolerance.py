@@ -1,7 +1,7 @@
-"""What a gradient from a sample of the ids costs in accuracy and saves in time, on real text.
+"""Gradients from a sample of the ids: their error and the time that they save, on real text.
 
     python -m benchmarks.tolerance                 all; writes benchmarks/results/tolerance_cpu.json
-    python -m benchmarks.tolerance table           the table alone; "training" the learning alone
+    python -m benchmarks.tolerance table           only the table; "training": only the learning
 
 table     A student writes completions, and one call makes the loss's gradients with each option.
           Two students of SmolLM2-135M-Instruct: "near", a copy whose matrices were moved by noise
@@ -10,7 +10,7 @@ table     A student writes completions, and one call makes the loss's gradients 
           loss's, too. Errors are relative to the gradients of all ids, in float32, whose rounding
           is below them, and "stated" is what the call says of them without knowing. Times are
           seconds of the processor, which other processes on the machine disturb least, as ratios to
-          the exact call in interleaved runs; of TrOPD alone, with the teacher's hidden states and
+          the exact call in interleaved runs; of TrOPD only, with the teacher's hidden states and
           with its top 64, and in bfloat16 where the CPU has products of it.
 training  The demonstration's student learns for some steps with each option, over several seeds.
           KL to the teacher before and after: KL(teacher || student) on the teacher's own
@@ -63,7 +63,7 @@ EXACT = "exact"
 NOISE = 0.03
 OBJECTIVES = {"TrOPD": TrOPD(), "OPD": OPD(), "GKD": GKD()}
 TEMPERATURES = (1.0, 0.7)
-#: The objective whose calls are timed: the others differ in the rows' work alone.
+#: The objective whose calls are timed: the others differ only in the passes over rows.
 TIMED = "TrOPD"
 TOP_K = 64
 #: Options with which the student learns.

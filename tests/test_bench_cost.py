@@ -231,7 +231,7 @@ def test_a_row_that_does_not_fit_is_known_by_small_runs(fixed, per_token):
     assert left_out.value.needs >= needs
     if len(set(done)) > 1:
         assert left_out.value.needs == pytest.approx(needs + spent)
-    assert 1.15 * left_out.value.needs <= left_out.value.enough <= 1.5 * left_out.value.needs
+    assert 1.15 * left_out.value.needs <= left_out.value.sufficient <= 1.5 * left_out.value.needs
     with pytest.raises(budget.OutOfTime):  # the next number of tokens, by what is known
         cost.check(make, [2048] * 5, 120.0)
     assert clock.now == spent

@@ -166,7 +166,7 @@ def test_whatever_a_job_does_the_next_ones_come(tmp_path, capsys):
 
 
 def test_what_a_check_finds_is_no_crash(tmp_path):
-    code = f"{EMIT}; records.emit(reason='nan'); raise SystemExit({records.SAID})"
+    code = f"{EMIT}; records.emit(reason='nan'); raise SystemExit({records.RECORDED_FAILURE})"
     runner_in(tmp_path).run([python("check", code)], None)
     assert ends(tmp_path)["check"]["state"] == "failed"
     assert ends(tmp_path)["check"]["reason"] == "nan"
@@ -180,8 +180,8 @@ def test_jobs_that_are_alone_have_nothing_beside_them(tmp_path):
         "records.emit(begun=begun, since=since, until=time.time())"
     )
     plain, waiting = note.format("pass"), note.format("records.wait_for_turn()")
-    jobs = [python(f"together {i}", plain, alone=False) for i in range(3)]
-    jobs += [python(f"alone {i}", waiting, waits=True) for i in range(3)]
+    jobs = [python(f"together {i}", plain, exclusive=False) for i in range(3)]
+    jobs += [python(f"alone {i}", waiting, prestart=True) for i in range(3)]
     runner_in(tmp_path, workers=3).run(jobs, None)
     found, _ = records.read(tmp_path / "results.jsonl")
     spans = {r["job"]: r for r in found if "since" in r}
@@ -329,7 +329,7 @@ def test_every_step_comes_where_some_break(tmp_path, carried, monkeypatch, capsy
 def test_an_earlier_call_is_not_mixed_with_this_one(tmp_path):
     for name in ("results.jsonl", "gpu.tar.gz", "mine.txt"):
         (tmp_path / name).write_text("{}\n")
-    assert command.prepared(tmp_path) == tmp_path
+    assert command.emptied(tmp_path) == tmp_path
     assert (tmp_path / "results.jsonl").read_text() == "" and (tmp_path / "mine.txt").exists()
     assert not (tmp_path / "gpu.tar.gz").exists()
     file = tmp_path / "mine.txt"
@@ -425,7 +425,7 @@ def test_what_a_job_misses_is_said_in_a_line(needs, found, says):
 def test_jobs_of_the_first_call_keep_to_its_table(tmp_path):
     """Deadlines rise, boxes end with the call, and every job finds its module and its names."""
     made = first.jobs(tmp_path, False, first.MINUTES)
-    alone = [one for one in made if one.alone]
+    alone = [one for one in made if one.exclusive]
     assert [one.until for one in alone] == sorted(one.until for one in alone)
     assert max(one.until for one in made) == 310
     assert max(one.until for one in first.jobs(tmp_path, False, 11)) == 620

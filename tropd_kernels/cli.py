@@ -2,7 +2,7 @@
 
     tropd train --config run.yaml [--key value ...]   trains a student on a teacher and prompts
     tropd check                                       fused against reference on this machine
-    tropd bench [--shape NAME ...]                    time, memory and error beside the field's
+    tropd bench [--shape NAME ...]                    time, memory and error, ours and others'
     tropd env                                         versions, devices and backends
 
 `train` needs `pip install 'tropd-kernels[trainer]'`, `bench` the repository; the other two need
@@ -80,7 +80,7 @@ THEIRS = {
 
 
 class UsageError(Exception):
-    """What the user can mend; printed without a traceback."""
+    """An error of the user's, printed without a traceback."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -33,7 +33,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from benchmarks.bench.eager import LossFunction, counted_mean, kept, policy_gradient, rows_of
+from benchmarks.bench.eager import (
+    LossFunction,
+    counted_mean,
+    counted_rows,
+    policy_gradient,
+    select_rows,
+)
 from benchmarks.bench.losses import LOSSES
 from benchmarks.bench.problem import IGNORED, Problem
 
@@ -84,10 +90,10 @@ def trl_divergence(name: str) -> LossFunction:
     from trl.kernels.chunked_divergence import ChunkedDivergenceFunction
 
     def loss(problem: Problem) -> Tensor:
-        rows, cap = kept(problem), problem.softcap
+        rows, cap = counted_rows(problem), problem.softcap
         divergence, _ = ChunkedDivergenceFunction.apply(
-            rows_of(problem.hidden, rows), problem.weight, None,
-            rows_of(problem.teacher_hidden, rows), problem.teacher_weight, None,
+            select_rows(problem.hidden, rows), problem.weight, None,
+            select_rows(problem.teacher_hidden, rows), problem.teacher_weight, None,
             LOSSES[name].beta, 1.0, 1.0, cap, 1.0, cap,
         )  # fmt: skip
         return divergence.mean()
@@ -99,15 +105,15 @@ def trl_log_probs(name: str) -> LossFunction:
     from trl.kernels import ChunkedLogProbFunction
 
     def loss(problem: Problem) -> Tensor:
-        rows = kept(problem)
+        rows = counted_rows(problem)
         log_probs, *_ = ChunkedLogProbFunction.apply(
-            rows_of(problem.hidden, rows), problem.weight, None, rows_of(problem.labels, rows),
-            1.0, TRL_TILE, problem.softcap, 1.0, (),
+            select_rows(problem.hidden, rows), problem.weight, None,
+            select_rows(problem.labels, rows), 1.0, TRL_TILE, problem.softcap, 1.0, (),
         )  # fmt: skip
         if name == "sft":
             return -log_probs.mean()
         return policy_gradient(
-            log_probs, rows_of(problem.top_k_teacher.label_log_probs, rows)
+            log_probs, select_rows(problem.top_k_teacher.label_log_probs, rows)
         ).mean()
 
     return loss
@@ -119,9 +125,9 @@ def fla(name: str) -> LossFunction:
     module = FusedKLDivLoss()
 
     def loss(problem: Problem) -> Tensor:
-        rows = kept(problem)
+        rows = counted_rows(problem)
         return module(
-            rows_of(problem.hidden, rows), rows_of(problem.teacher_hidden, rows),
+            select_rows(problem.hidden, rows), select_rows(problem.teacher_hidden, rows),
             problem.weight, problem.teacher_weight,
         )  # fmt: skip
 

@@ -1,13 +1,12 @@
-"""What a row would take, estimated from small runs before it is begun.
+"""Estimates of what a row takes, from small runs before it is begun.
 
     cost = Cost()
     cost.check(small_run, [64, 1024, 1024, 1024], budget=120.0)    # raises OutOfTime
 
-A call's seconds are a part that every call takes (converting a head, writing its gradient) and a
-part for each token, so that they are extrapolated from runs on two numbers of tokens. The smallest
-run comes first, and a larger one only where the smaller ones leave the answer open and a share of
-the budget pays for it. What is measured later is added to what is known, and the next number of
-tokens needs no small runs.
+A call takes a constant time (converting a head, writing its gradient) and a time for each token, so
+its seconds are extrapolated from runs on two numbers of tokens. The smallest run comes first; a
+larger one follows only if the smaller ones leave the answer open and a share of the budget covers
+it. Later measurements are added, so that the next number of tokens needs no small runs.
 """
 
 from __future__ import annotations
@@ -35,7 +34,7 @@ class OutOfTime(Exception):
         self.needs, self.budget = needs, budget
 
     @property
-    def enough(self) -> int:
+    def sufficient(self) -> int:
         """A budget that takes it, in seconds: a fifth more, in two figures."""
         more, ten = 1.2 * self.needs, 1
         while more / ten >= 100:
@@ -45,16 +44,16 @@ class OutOfTime(Exception):
 
 @dataclass
 class Cost:
-    """What is known of a call's seconds. points: (tokens, seconds), the tokens ascending.
-    loading: what its first run took beyond the next; None while only the first is known."""
+    """Measured seconds of a call. points: (tokens, seconds), ascending in tokens. loading: how much
+    longer the first run took than the second; None before the second."""
 
     points: list[tuple[int, float]] = field(default_factory=list)
     loading: float | None = None
     clock: Callable[[], float] = time.perf_counter
 
     def of(self, tokens: int) -> float:
-        """Seconds of a call on this many tokens: on the line through the last two points; from one
-        alone, in proportion to the tokens, which is too much."""
+        """Seconds of a call on this many tokens: on the line through the last two points, or in
+        proportion to the tokens of a single one, which overestimates."""
         (many, seconds), *others = self.points[::-1]
         slope = seconds / many
         if others:
@@ -63,8 +62,8 @@ class Cost:
         return seconds + slope * (tokens - many)
 
     def add(self, tokens: int, seconds: float) -> None:
-        """What a call has been measured to take."""
-        if self.loading is None:  # nor is it known what the first run took without it
+        """Adds a measurement."""
+        if self.loading is None:  # then the first run's seconds include loading
             self.points, self.loading = [], 0.0
         self.points = [point for point in self.points if point[0] < tokens] + [(tokens, seconds)]
 
@@ -103,8 +102,8 @@ class Cost:
 
 @dataclass
 class Pace:
-    """Of work in many parts: `after(done)` raises OutOfTime as soon as the whole, at the pace until
-    then, would take more than the budget; None: no limit."""
+    """Of work in many parts: `after(done)` raises OutOfTime once the whole would take more than the
+    budget at the pace so far. budget: seconds, or None without a limit."""
 
     whole: int
     budget: float | None
@@ -121,7 +120,7 @@ class Pace:
 
 
 def duration(seconds: float) -> str:
-    """In the unit that suits it."""
+    """As text, in a suitable unit."""
     for unit, size in (("h", 3600), ("min", 60)):
         if seconds >= 3 * size:
             return f"{seconds / size:.0f} {unit}"

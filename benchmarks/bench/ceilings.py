@@ -1,4 +1,4 @@
-"""What the machine reaches at most, in products and in copies: the roof of the roofline.
+"""Peak rates of the machine, in products and in copies: the roof of the roofline.
 
     ceilings("cpu", torch.float32)     {"flop_per_second": ..., "bytes_per_second": ...}
 
@@ -48,7 +48,7 @@ def bytes_per_second(device: str) -> float:
         largest = min(2**30, torch.cuda.mem_get_info(device)[0] // 32)
 
     def copy(size: int) -> Callable[[], object]:
-        # Zeros that nobody has written may be one page of the system's, mapped many times.
+        # Not zeros: pages that were never written may all be the system's one page of zeros.
         source = torch.ones(size, device=device)
         target = torch.empty_like(source)
         return lambda: target.copy_(source)

@@ -30,13 +30,13 @@ from tropd_kernels.objectives.registry import nearest
 
 DTYPES = ("bfloat16", "float16", "float32")
 DEVICES = ("cpu", "cuda")
-#: Options that name files: they say nothing of the measurement, and paths stay out of the results.
+#: Options that name files: they do not affect the measurement, and paths stay out of the results.
 FILES = ("--out", "--memory-snapshot")
 REPEATS = {"cuda": 10, "cpu": 3}
 
 
 class UsageError(Exception):
-    """What the user can mend; printed without a traceback."""
+    """An error of the user's, printed without a traceback."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -134,16 +134,16 @@ def bench(options: argparse.Namespace, command: str) -> int:
     repeats = options.repeats or REPEATS[kind]
     seconds = budget.DEFAULTS[kind] if options.budget is None else options.budget or None
     out = options.out or Path("build/bench") / f"{kind}.json"
-    prepare("--out", out)
+    check_writable("--out", out)
     if options.plot is not None:
-        drawer()
+        import_plot()
     status = 2 if bad_losses or bad_names else 0
     snapshot = options.memory_snapshot
     if snapshot and kind != "cuda":
         say("--memory-snapshot needs a GPU: on a CPU no allocator sees all; the table comes anyway")
         status, snapshot = 2, None
     if snapshot:
-        prepare("--memory-snapshot", snapshot)
+        check_writable("--memory-snapshot", snapshot)
 
     on = machine(device)
     lines = heading(options, on, shape, device, tokens, dtype, why_dtype, seconds)
@@ -164,7 +164,7 @@ def bench(options: argparse.Namespace, command: str) -> int:
     except OutOfTime as error:
         raise UsageError(
             f"the inputs alone: {error}; take fewer tokens, a smaller shape, or --budget "
-            f"{error.enough}"
+            f"{error.sufficient}"
         ) from None
     except (RuntimeError, MemoryError) as error:
         reason = reason_of(error)
@@ -205,7 +205,7 @@ def heading(
     return [*lines, f"{size}, {dtype_name(dtype)}{ignored}"]
 
 
-def drawer() -> ModuleType:
+def import_plot() -> ModuleType:
     try:
         from benchmarks.bench import plot
     except ImportError:
@@ -214,7 +214,7 @@ def drawer() -> ModuleType:
 
 
 def draw(files: list[Path]) -> int:
-    plot = drawer()
+    plot = import_plot()
     for file in files:
         try:
             results = read(file)
@@ -229,7 +229,7 @@ def draw(files: list[Path]) -> int:
 
 
 def command_of(arguments: Sequence[str]) -> str:
-    """As a reader would repeat it: without the options that name files."""
+    """The command without the options that name files, as a reader would repeat it."""
     kept, skip = [], False
     for argument in arguments:
         if skip and not argument.startswith("--"):
@@ -244,7 +244,7 @@ def command_of(arguments: Sequence[str]) -> str:
 def device_of(name: str | None) -> str:
     if name is None:
         return "cuda" if torch.cuda.is_available() else "cpu"
-    one_of("--device", name.partition(":")[0], DEVICES)
+    check_choice("--device", name.partition(":")[0], DEVICES)
     try:
         device = torch.device(name)
     except RuntimeError:
@@ -259,12 +259,12 @@ def dtype_of(name: str | None, device: str) -> tuple[torch.dtype, str]:
     """(dtype, why it was chosen); no reason where it was asked for."""
     if name is None:
         return default_dtype(device)
-    return getattr(torch, one_of("--dtype", name, DTYPES)), ""
+    return getattr(torch, check_choice("--dtype", name, DTYPES)), ""
 
 
 def shape_of(options: argparse.Namespace, device: str) -> Shape:
     name = options.shape or DEFAULTS[torch.device(device).type][0]
-    shape = SHAPES[one_of("--shape", name, SHAPES)]
+    shape = SHAPES[check_choice("--shape", name, SHAPES)]
     given = {
         key: getattr(options, key)
         for key in ("vocab_size", "hidden_size", "teacher_hidden_size")
@@ -274,7 +274,7 @@ def shape_of(options: argparse.Namespace, device: str) -> Shape:
 
 
 def providers_of(names: list[str] | None, device: str) -> list[str]:
-    """ "ours" stands for the backends that run on the device."""
+    """ "ours" is every backend that runs on the device."""
     default = default_providers(device)
     if names is None:
         return default
@@ -282,14 +282,15 @@ def providers_of(names: list[str] | None, device: str) -> list[str]:
     return [one for name in names for one in (here if name == "ours" else [name])]
 
 
-def one_of(option: str, name: str, among: Iterable[str]) -> str:
+def check_choice(option: str, name: str, among: Iterable[str]) -> str:
     if name not in among:
         raise UsageError(unknown(option, name, among))
     return name
 
 
 def known(option: str, names: list[str], among: Iterable[str]) -> tuple[list[str], list[str]]:
-    """(the known, the unknown); a line for each unknown, and an end where none is known."""
+    """(the known, the unknown names). Prints a line for each unknown one; raises UsageError if all
+    are."""
     bad = [name for name in names if name not in among]
     for name in bad:
         say(unknown(option, name, among))
@@ -303,8 +304,8 @@ def unknown(option: str, name: str, among: Iterable[str]) -> str:
     return f"{option}: unknown {name!r}{nearest(name, among)}. Known: {', '.join(among)}"
 
 
-def prepare(option: str, file: Path) -> None:
-    """Before hours of measuring, not after."""
+def check_writable(option: str, file: Path) -> None:
+    """Raises UsageError for a file that cannot be written: before hours of measuring, not after."""
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         if file.is_dir():

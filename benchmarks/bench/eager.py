@@ -42,10 +42,10 @@ def checkpointed(name: str) -> LossFunction:
 
     def chunk(part: Problem, hidden: Tensor, weight: Tensor) -> Tensor:
         made = part.__dict__.get("top_k_teacher")
-        return per_token(replace(part, hidden=hidden, weight=weight).given(made)).sum()
+        return per_token(replace(part, hidden=hidden, weight=weight).with_top_k_teacher(made)).sum()
 
     def loss(problem: Problem) -> Tensor:
-        counted = problem.take(kept(problem))
+        counted = problem.take(counted_rows(problem))
         total = counted.hidden.new_zeros((), dtype=torch.float32)
         for start in range(0, len(counted.labels), CHUNK):
             part = counted.take(slice(start, start + CHUNK))
@@ -71,16 +71,16 @@ def counted_mean(per_token: Tensor, problem: Problem) -> Tensor:
     return torch.where(counts, per_token, 0.0).sum() / counts.sum()
 
 
-def kept(problem: Problem) -> Tensor | None:
+def counted_rows(problem: Problem) -> Tensor | None:
     """Indices of the tokens that count; None where all do."""
     return (problem.labels != IGNORED).nonzero()[:, 0] if problem.has_ignored else None
 
 
-def rows_of(tensor: Tensor, rows: Tensor | None) -> Tensor:
+def select_rows(tensor: Tensor, rows: Tensor | None) -> Tensor:
     return tensor if rows is None else tensor[rows]
 
 
-def widened(hidden: Tensor, weight: Tensor, softcap: float | None) -> Tensor:
+def wide_logits(hidden: Tensor, weight: Tensor, softcap: float | None) -> Tensor:
     """Logits, float32 at least."""
     logits = hidden @ weight.T
     return capped(logits.to(torch.promote_types(logits.dtype, torch.float32)), softcap)
@@ -105,22 +105,22 @@ def gated(lp: Tensor, lq: Tensor, forward_kl: Tensor, uniforms: Tensor) -> Tenso
 # --- eager -------------------------------------------------------------------------------------
 
 
-def student(problem: Problem) -> Tensor:
-    return widened(problem.hidden, problem.weight, problem.softcap).log_softmax(-1)
+def student_log_probs(problem: Problem) -> Tensor:
+    return wide_logits(problem.hidden, problem.weight, problem.softcap).log_softmax(-1)
 
 
-def both(problem: Problem) -> tuple[Tensor, Tensor]:
-    log_q = widened(problem.teacher_hidden, problem.teacher_weight, problem.softcap)
-    return student(problem), log_q.log_softmax(-1)
+def both_log_probs(problem: Problem) -> tuple[Tensor, Tensor]:
+    log_q = wide_logits(problem.teacher_hidden, problem.teacher_weight, problem.softcap)
+    return student_log_probs(problem), log_q.log_softmax(-1)
 
 
 def eager_opd(problem: Problem) -> Tensor:
-    log_p = gather(student(problem), problem.labels)
+    log_p = gather(student_log_probs(problem), problem.labels)
     return policy_gradient(log_p, problem.top_k_teacher.label_log_probs)
 
 
 def eager_tropd(problem: Problem, top_k: int | None = TOP_K) -> Tensor:
-    log_p, log_q = both(problem)
+    log_p, log_q = both_log_probs(problem)
     lp, lq = gather(log_p, problem.labels), gather(log_q, problem.labels)
     if top_k is not None:
         log_q, ids = log_q.topk(min(top_k, log_q.shape[-1]), dim=-1)
@@ -133,25 +133,25 @@ def eager_tropd_exact(problem: Problem) -> Tensor:
 
 
 def eager_tropd_given(problem: Problem) -> Tensor:
-    log_p, teacher = student(problem), problem.top_k_teacher
+    log_p, teacher = student_log_probs(problem), problem.top_k_teacher
     lp, log_q = gather(log_p, problem.labels), teacher.log_probs
     forward_kl = (log_q.exp() * (log_q - log_p.gather(-1, teacher.ids))).sum(-1)
     return gated(lp, teacher.label_log_probs, forward_kl, problem.uniforms)
 
 
 def eager_reverse_kl(problem: Problem) -> Tensor:
-    log_p, log_q = both(problem)
+    log_p, log_q = both_log_probs(problem)
     return (log_p.exp() * (log_p - log_q)).sum(-1)
 
 
 def eager_forward_kl(problem: Problem) -> Tensor:
-    log_p, log_q = both(problem)
+    log_p, log_q = both_log_probs(problem)
     return (log_q.exp() * (log_q - log_p)).sum(-1)
 
 
 def eager_gkd(problem: Problem) -> Tensor:
     beta = LOSSES["gkd"].beta
-    log_p, log_q = both(problem)
+    log_p, log_q = both_log_probs(problem)
     log_m = torch.logaddexp(log_q + torch.log(log_q.new_tensor(beta)),
                             log_p + torch.log1p(-log_p.new_tensor(beta)))  # fmt: skip
     of_teacher = (log_q.exp() * (log_q - log_m)).sum(-1)
@@ -160,7 +160,7 @@ def eager_gkd(problem: Problem) -> Tensor:
 
 
 def eager_sft(problem: Problem) -> Tensor:
-    logits = widened(problem.hidden, problem.weight, problem.softcap)
+    logits = wide_logits(problem.hidden, problem.weight, problem.softcap)
     return F.cross_entropy(logits, problem.labels, reduction="none", ignore_index=IGNORED)
 
 

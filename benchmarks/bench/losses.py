@@ -66,6 +66,6 @@ LOSSES = {
     ),
     "sft": Loss(
         SFT(), None, "cross-entropy",
-        "of the labels alone: what the linear cross-entropies of the field compute",
+        "of the labels, without a teacher: what linear cross-entropy kernels compute",
     ),
 }  # fmt: skip

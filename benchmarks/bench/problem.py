@@ -28,7 +28,7 @@ Gradients = tuple[Tensor, Tensor]
 @dataclass(frozen=True)
 class Problem:
     """hidden (N, H), weight (V, H), labels (N,), uniforms (N,); teacher's (N, G) and (V, G).
-    has_ignored: whether any label is -100, which nobody should have to ask the GPU."""
+    has_ignored: whether any label is -100, known without waiting for the GPU."""
 
     hidden: Tensor
     weight: Tensor
@@ -62,10 +62,12 @@ class Problem:
             self, hidden=self.hidden[rows], teacher_hidden=self.teacher_hidden[rows],
             labels=self.labels[rows], uniforms=self.uniforms[rows], has_ignored=False,
         )  # fmt: skip
-        return part.given(self.__dict__.get("top_k_teacher"), rows)
+        return part.with_top_k_teacher(self.__dict__.get("top_k_teacher"), rows)
 
-    def given(self, teacher: TopKTeacher | None, rows: Tensor | slice = slice(None)) -> Problem:
-        """Itself, with these rows of a teacher's log-probs that have been made already."""
+    def with_top_k_teacher(
+        self, teacher: TopKTeacher | None, rows: Tensor | slice = slice(None)
+    ) -> Problem:
+        """This problem, with these rows of a teacher whose log-probs were computed before."""
         if teacher is not None:
             self.__dict__["top_k_teacher"] = TopKTeacher(
                 teacher.ids[rows], teacher.log_probs[rows], teacher.label_log_probs[rows]

@@ -25,7 +25,7 @@ from tropd_kernels import available_backends, linear_distillation_loss
 ALL = tuple(LOSSES)
 DIVERGENCES = tuple(name for name, loss in LOSSES.items() if loss.beta is not None)
 #: What a log-prob of each label is enough for.
-BY_LOG_PROB = ("opd", "sft")
+LOG_PROB_LOSSES = ("opd", "sft")
 GEMMS = "gemms"
 
 
@@ -86,16 +86,16 @@ PROVIDERS: dict[str, Provider] = {
         module="liger_kernel", install="liger-kernel==0.8.5", kernels="triton",
     ),
     "trl": Provider(
-        "TRL", (*BY_LOG_PROB, *DIVERGENCES), baselines.trl, module="trl", install="trl==1.16.0"
+        "TRL", (*LOG_PROB_LOSSES, *DIVERGENCES), baselines.trl, module="trl", install="trl==1.16.0"
     ),
     "fla": Provider(
         "FLA", ("forward_kl",), baselines.fla, softcap=False, module="fla",
         install="--no-deps flash-linear-attention==0.6.0 fla-core==0.6.0 einops",
         kernels="triton",
     ),
-    "torch-lce": Provider("torch LCE", BY_LOG_PROB, baselines.torch_lce, softcap=False),
+    "torch-lce": Provider("torch LCE", LOG_PROB_LOSSES, baselines.torch_lce, softcap=False),
     "cce": Provider(
-        "CCE", BY_LOG_PROB, baselines.cce, module="cut_cross_entropy",
+        "CCE", LOG_PROB_LOSSES, baselines.cce, module="cut_cross_entropy",
         install="--no-deps cut-cross-entropy==25.1.1",
     ),
     "quack": Provider(
@@ -154,12 +154,12 @@ def bare_gemms(teacher: bool) -> Runner:
     whole, in the inputs' dtype, with nothing in between."""
 
     def forward(problem: Problem) -> tuple[Tensor, Tensor, Tensor | None]:
-        rows = eager.kept(problem)
-        hidden, kept_logits = eager.rows_of(problem.hidden.detach(), rows), None
+        rows = eager.counted_rows(problem)
+        hidden, kept_logits = eager.select_rows(problem.hidden.detach(), rows), None
         logits = hidden @ problem.weight.detach().T
         if teacher:
             # Both logits exist together, as any loss between them would have it.
-            kept_logits = eager.rows_of(problem.teacher_hidden, rows) @ problem.teacher_weight.T
+            kept_logits = eager.select_rows(problem.teacher_hidden, rows) @ problem.teacher_weight.T
         return hidden, logits, kept_logits
 
     def backward(problem: Problem, state: tuple[Tensor, Tensor, Tensor | None]) -> Gradients:

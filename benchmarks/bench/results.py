@@ -77,13 +77,13 @@ def read(path: Path) -> Results:
 
 
 def is_results(path: Path) -> bool:
-    """Whether a JSON file holds rows of this table; other measurements lie beside them."""
+    """Whether a JSON file holds rows of this table; the folder holds others."""
     found = json.loads(path.read_text("utf-8"))
     return "machine" in found and "rows" in found
 
 
 def row_of(record: dict[str, Any]) -> Row:
-    """Of what JSON made of it, whatever else the record says."""
+    """The row in a JSON record, whose other keys are left out."""
     row = {key: value for key, value in record.items() if key in Row.__dataclass_fields__}
     row["who"] = RENAMED.get(row["who"], row["who"])
     halves = ("forward", "backward", "both")

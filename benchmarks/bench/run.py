@@ -28,7 +28,7 @@ from benchmarks.bench.timing import (
     Call,
     Turns,
     check_fits,
-    free,
+    empty_cache,
     one_turn,
     reason_of,
     runs_to_fit,
@@ -40,7 +40,7 @@ Say = Callable[[str], None]
 
 @dataclass(frozen=True)
 class Settings:
-    """What is measured, beside the problem. budget: seconds of a row, None without a limit."""
+    """What is measured, besides the problem. budget: seconds of a row, None without a limit."""
 
     tokens: list[int]
     losses: list[str]
@@ -52,7 +52,7 @@ class Settings:
 
 @dataclass
 class Known:
-    """What fewer tokens have told, by loss and provider. errors: of the gradients, taken there."""
+    """What runs on fewer tokens have shown, by loss and provider. errors: of the gradients."""
 
     errors: dict[tuple[str, str], float] = field(default_factory=dict)
     costs: dict[tuple[str, str], Cost] = field(default_factory=dict)
@@ -114,7 +114,7 @@ def measure_loss(
             outcome = f"{reason}{hint(error)}"
         if reason is not None:
             reasons[name] = reason
-            free(device)
+            empty_cache(device)
         say(f"{tokens} tokens, {loss}, {name}: {outcome}")
     measured, failed = take_turns(calls, settings.repeats, device)
     reasons |= failed
@@ -186,4 +186,4 @@ def hint(error: Exception) -> str:
     """How to ask for what was left out."""
     if not isinstance(error, OutOfTime):
         return ""
-    return f"; --budget {error.enough} takes it, --budget 0 all"
+    return f"; --budget {error.sufficient} takes it, --budget 0 all"

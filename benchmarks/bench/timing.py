@@ -70,7 +70,7 @@ def take_turns(
                 except Exception as error:  # a row that fails is a result
                     failed[name] = reason_of(error)
                 if name in failed:  # only now is what it held without an owner
-                    free(device)
+                    empty_cache(device)
     finally:
         gc.unfreeze()
 
@@ -145,7 +145,7 @@ def reason_of(error: Exception) -> str:
     return f"{type(error).__name__}: {text}"
 
 
-def free(device: str) -> None:
+def empty_cache(device: str) -> None:
     """After a failure, so that the next provider has what the last one left."""
     if torch.device(device).type == "cuda":
         torch.cuda.empty_cache()

@@ -21,11 +21,11 @@ import torch
 
 from benchmarks.bench.command import (
     UsageError,
+    check_choice,
+    check_writable,
     device_of,
     dtype_of,
-    one_of,
     positive,
-    prepare,
     say,
 )
 from benchmarks.bench.losses import LOSSES
@@ -33,7 +33,7 @@ from benchmarks.bench.problem import Gradients, Problem, make_problem
 from benchmarks.bench.providers import Runner, runner
 from benchmarks.bench.shapes import DEFAULTS, SHAPES, Shape
 from benchmarks.bench.table import megabytes, seconds
-from benchmarks.bench.timing import free, reason_of, take_turns
+from benchmarks.bench.timing import empty_cache, reason_of, take_turns
 from benchmarks.dtypes import dtype_name
 from benchmarks.measure import machine
 from benchmarks.records import emit, wait_for_turn
@@ -95,7 +95,7 @@ def sweep(
             mine = measured.get("these" if "these" in calls else "default")
         except Exception as error:  # what does not fit is a result
             mine, failed = None, {"these": reason_of(error)}
-            free(device)
+            empty_cache(device)
         if mine is None:
             yield row | {"reason": next(iter(failed.values()))}
             continue
@@ -141,10 +141,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         device = device_of(options.device)
         shape_name, tokens = DEFAULTS[torch.device(device).type]
-        shape_name = one_of("--shape", options.shape or shape_name, SHAPES)
-        loss = one_of("--loss", options.loss, LOSSES)
+        shape_name = check_choice("--shape", options.shape or shape_name, SHAPES)
+        loss = check_choice("--loss", options.loss, LOSSES)
         dtype, _ = dtype_of(options.dtype, device)
-        prepare("--out", options.out)
+        check_writable("--out", options.out)
     except UsageError as error:
         say(f"tuning: {error}")
         return 2

@@ -1,4 +1,4 @@
-"""The options, and one call from the first look at the machine to the tables."""
+"""The options, and one call from the facts of the machine to the tables."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ from benchmarks.gpu import baselines, first, second
 from benchmarks.gpu.jobs import Facts, Job
 from benchmarks.gpu.runner import Runner
 
-#: Of the call, what the machine may take to say what it is.
+#: Time limit of the job that reads the facts of the machine.
 FACTS_SECONDS = 40
-#: Of all that is printed, the tables at the end: of a long output the last 12,000 are often kept.
+#: Length of the tables at the end: of a long output often only the last 12,000 characters are kept.
 CHARACTERS = 11_000
 TABLES_SECONDS = 40
 
@@ -38,7 +38,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"--after: {error}", file=sys.stderr)
         return 2
     try:
-        folder = prepared(options.out)
+        folder = emptied(options.out)
     except OSError as error:
         print(f"--out: {error}; name a folder that can be written", file=sys.stderr)
         return 2
@@ -50,7 +50,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         )  # fmt: skip
         handlers = stop_by_signal(runner)
         try:
-            facts = look(runner)
+            facts = read_facts(runner)
             runner.run(jobs_of(options, before, facts, Path(logs)), facts)
         finally:
             for number, handler in handlers.items():
@@ -102,8 +102,8 @@ def minutes(text: str) -> float:
     return value
 
 
-def prepared(out: Path) -> Path:
-    """The folder, without what an earlier call left there: two calls' records must not mix."""
+def emptied(out: Path) -> Path:
+    """The folder, without an earlier call's files: records of two calls must not mix."""
     folder = out.resolve()
     folder.mkdir(parents=True, exist_ok=True)
     for name in ("results.jsonl", "logs.txt", "gpu.tar.gz"):
@@ -122,8 +122,8 @@ def stop_by_signal(runner: Runner) -> dict[int, Any]:
     return {number: signal.signal(number, handle) for number in (signal.SIGTERM, signal.SIGINT)}
 
 
-def look(runner: Runner) -> Facts | None:
-    """The facts; None where the machine does not say: jobs then find out for themselves."""
+def read_facts(runner: Runner) -> Facts | None:
+    """The facts of the machine; None if they cannot be read: then every job is tried."""
     job = Job(step="facts", name="facts", seconds=FACTS_SECONDS,
               command=first.module("benchmarks.gpu.facts"))  # fmt: skip
     runner.run([job], None)
@@ -149,7 +149,7 @@ def pack(folder: Path, logs: Path) -> None:
 
 
 def print_tables(folder: Path, environment: dict[str, str]) -> None:
-    """By a process of its own, which has torch: whatever becomes of that, the records are there."""
+    """In a process of its own, which imports torch: if it fails, the records are safe."""
     command = first.module("benchmarks.gpu.tables", folder / "results.jsonl")
     try:
         done = subprocess.run(

@@ -1,11 +1,11 @@
 """The first call: what it does, and until when. Most important first, in steps with a deadline.
 
 until   step
-  5 s   facts; then kernels of the headline are compiled, beside the smoke checks
+  5 s   facts; then the headline's kernels are compiled, while the smoke checks run
  45 s   smoke: is anything wrong?
  65 s   rates of the products, by shape
  80 s   passes over rows, against the bandwidth of a copy
-150 s   the headline: ours beside bare products and eager PyTorch
+150 s   the headline: ours, bare products and eager PyTorch
 175 s   chunk sizes
 190 s   cluster kernels
 240 s   baselines
@@ -69,7 +69,7 @@ def module(name: str, *options: object) -> tuple[str, ...]:
 
 def warm(sizes: Sizes) -> list[Job]:
     return [
-        Job(step="warm", name=loss, seconds=55, alone=False, needs=("gpu",),
+        Job(step="warm", name=loss, seconds=55, exclusive=False, needs=("gpu",),
             command=module("benchmarks.gpu.warm", loss, "--shape", sizes.shapes[0]))
         for loss in LOSSES
     ]  # fmt: skip
@@ -78,7 +78,7 @@ def warm(sizes: Sizes) -> list[Job]:
 def smoke(sizes: Sizes, names: Sequence[str] | None = None) -> list[Job]:
     """All checks, or those."""
     return [
-        Job(step="smoke", name=name, seconds=38, alone=False,
+        Job(step="smoke", name=name, seconds=38, exclusive=False,
             needs=("gpu",) if name in NEEDS_GPU else (),
             command=module("benchmarks.gpu.smoke", name, *sizes.smoke))
         for name in (CHECKS if names is None else names)
@@ -87,23 +87,23 @@ def smoke(sizes: Sizes, names: Sequence[str] | None = None) -> list[Job]:
 
 def gemms(sizes: Sizes) -> Job:
     command = module("benchmarks.gpu.gemms", *sizes.gemms)
-    return Job(step="gemms", name="gemms", command=command, seconds=25, waits=True)
+    return Job(step="gemms", name="gemms", command=command, seconds=25, prestart=True)
 
 
 def rows(sizes: Sizes, *options: str) -> Job:
     command = module("benchmarks.rows", *sizes.rows, *options)
     return Job(step="rows", name="sweep" if options else "rows", command=command, seconds=40,
-               waits=True)  # fmt: skip
+               prestart=True)  # fmt: skip
 
 
 def headline(sizes: Sizes, who: str, loss: str, shape: str, *more: object) -> Job:
-    """One provider on one loss, beside the bare products."""
+    """One provider on one loss, and the bare products in the same turns."""
     command = module(
         "benchmarks.gpu.headline", who, loss, "--shape", shape, "--tokens", sizes.tokens,
         "--repeats", sizes.repeats, *more,
     )  # fmt: skip
     return Job(step="headline", name=f"{shape} {loss} {who}", command=command, seconds=25,
-               waits=True)  # fmt: skip
+               prestart=True)  # fmt: skip
 
 
 def headlines(sizes: Sizes) -> list[Job]:
@@ -120,13 +120,13 @@ def chunks(sizes: Sizes) -> Job:
         "benchmarks.bench.tuning", "--shape", sizes.shapes[0], "--tokens", sizes.tokens,
         *sizes.chunks,
     )  # fmt: skip
-    return Job(step="chunks", name="chunks", command=command, seconds=40, waits=True)
+    return Job(step="chunks", name="chunks", command=command, seconds=40, prestart=True)
 
 
 def clusters(carried: Path) -> Job:
     command = module("benchmarks.gpu.clusters.launch", carried / "cubins")
     return Job(step="clusters", name="clusters", command=command, seconds=20,
-               needs=("sm_90", "cupy"), waits=True)  # fmt: skip
+               needs=("sm_90", "cupy"), prestart=True)  # fmt: skip
 
 
 def baselines(sizes: Sizes) -> list[Job]:

@@ -1,4 +1,4 @@
-"""One provider on one loss, beside the bare products in the same turns: a record for each row.
+"""One provider on one loss, and the bare products in the same turns: a record for each row.
 
     python -m benchmarks.gpu.headline ours gkd --shape qwen3-1.7b
     python -m benchmarks.gpu.headline ours gkd --shape qwen3-1.7b --chunks 1024 8192
@@ -39,7 +39,7 @@ def with_sizes(backend: str, sizes: Sizes) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """0 where every row has figures, else `records.SAID`."""
+    """0 where every row has figures, else `records.RECORDED_FAILURE`."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu.headline", description=__doc__)
     parser.add_argument("who", help=f"ours or one of {', '.join(PROVIDERS)}")
     parser.add_argument("loss", choices=LOSSES)
@@ -65,14 +65,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         reason = f"the inputs do not fit: {reason_of(error)}"
         records.emit(**common, loss=options.loss, who=names[0], tokens=options.tokens,
                      reason=reason)  # fmt: skip
-        return records.SAID
+        return records.RECORDED_FAILURE
     settings = Settings([options.tokens], [options.loss], names, options.repeats, device)
     whole = True
     for rows in measure(problem, settings, say):
         for row in rows:
             records.emit(**common, **{k: v for k, v in asdict(row).items() if v is not None})
             whole = whole and row.reason is None
-    return 0 if whole else records.SAID
+    return 0 if whole else records.RECORDED_FAILURE
 
 
 if __name__ == "__main__":

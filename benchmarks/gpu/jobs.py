@@ -1,4 +1,4 @@
-"""A job: a process with a box of time. A step: jobs with one deadline."""
+"""A job: a process with a time limit. A step: jobs with a common deadline."""
 
 from __future__ import annotations
 
@@ -11,11 +11,14 @@ Facts = dict[str, Any]
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """step, name: what its records are filed under. command: a program and its arguments.
-    seconds: its box, from its turn on. until: seconds after the call's start, its step's deadline.
-    needs: of `missing`. alone: nothing else runs in its turn, for the sake of its figures. waits:
-    the command calls `records.wait_for_turn`, so that it can be started before its turn. open_end:
-    its time being up is no fault, for it has no end that would have to come."""
+    """A process with a time limit.
+
+    step, name: its records carry them. command: a program and its arguments. seconds: its limit,
+    from its turn on. until: its step's deadline, in seconds after the start of the call. needs: see
+    `missing`. exclusive: nothing else runs in its turn, which would spoil its figures. prestart: it
+    is started before its turn, since its command calls `records.wait_for_turn`. open_end: that its
+    time is up is no failure.
+    """
 
     step: str
     name: str
@@ -23,8 +26,8 @@ class Job:
     seconds: float
     until: float = float("inf")
     needs: tuple[str, ...] = ()
-    alone: bool = True
-    waits: bool = False
+    exclusive: bool = True
+    prestart: bool = False
     open_end: bool = False
 
     @property
@@ -38,7 +41,7 @@ def step(until: float, jobs: Iterable[Job]) -> list[Job]:
 
 
 def scaled(jobs: Iterable[Job], factor: float) -> list[Job]:
-    """Boxes and deadlines of a call that has more time, or less."""
+    """The same jobs for a call that has more time, or less."""
     return [replace(job, seconds=factor * job.seconds, until=factor * job.until) for job in jobs]
 
 

@@ -1,10 +1,9 @@
-"""Runs jobs in their order, each in its box of time, and records how each of them ended.
+"""Runs jobs in order, each within its time limit, and records how each of them ended.
 
-One job that is `alone` has the machine to itself in its turn; others share it, as many as there are
-workers. While a job has its turn, the next ones that can wait are started, so that their imports
-take no time of theirs. Whatever a job does, the next ones come: it may crash, hang, print garbage
-or leave children behind, which are stopped with it. All jobs end with the runner, also where that
-is killed.
+An `exclusive` job has the machine to itself in its turn; the others share it, as many at a time as
+there are workers. While a job runs, the next ones with `prestart` are started, so that their
+imports cost them no time. A job may crash, hang, print garbage or leave children behind, which are
+stopped with it: the next ones run all the same. All jobs end with the runner, even if it is killed.
 """
 
 from __future__ import annotations
@@ -26,10 +25,10 @@ from pathlib import Path
 from benchmarks import ROOT, records
 from benchmarks.gpu.jobs import Facts, Job, missing
 
-#: Jobs that are started before their turn.
-AHEAD = 2
-#: Seconds between two looks at what runs; least seconds with which a job is begun.
-LOOK, LEAST = 0.05, 1.0
+#: How many jobs are started before their turn.
+PRESTARTED = 2
+#: Seconds between two polls of the running jobs; a job with less time left than this is not begun.
+POLL_SECONDS, MIN_SECONDS = 0.05, 1.0
 #: Bytes of each log that `logs.txt` keeps, of its end.
 LOG_BYTES = 20_000
 
@@ -77,7 +76,7 @@ class Runner:
                 self.give_turns()
                 self.start_ahead()
                 if self.live:
-                    time.sleep(LOOK)
+                    time.sleep(POLL_SECONDS)
         finally:
             for live in self.live:
                 end(live.process)
@@ -108,7 +107,7 @@ class Runner:
 
     def may_go(self, job: Job) -> bool:
         going = [live.job for live in self.live if live.since is not None]
-        if job.alone or any(other.alone for other in going):
+        if job.exclusive or any(other.exclusive for other in going):
             return not going
         return len(going) < self.workers
 
@@ -117,7 +116,7 @@ class Runner:
         waiting = sum(live.since is None for live in self.live)
         if waiting == len(self.live):
             return
-        while waiting < AHEAD and self.queue and self.queue[0].waits:
+        while waiting < PRESTARTED and self.queue and self.queue[0].prestart:
             waiting += self.start(self.queue.popleft()) is not None
 
     # --- beginning and ending ------------------------------------------------------------------
@@ -129,14 +128,14 @@ class Runner:
             records.FIELDS: json.dumps({"step": job.step, "job": job.name}),
             "PYTHONUNBUFFERED": "1",
         }
-        if job.waits:
+        if job.prestart:
             environment[records.TURN] = "1"
         try:
             with log.open("wb") as output:
                 process = subprocess.Popen(
                     job.command, cwd=ROOT, env=environment, stdout=output, process_group=0,
                     stderr=subprocess.STDOUT, preexec_fn=_end_with_parent,
-                    stdin=subprocess.PIPE if job.waits else subprocess.DEVNULL,
+                    stdin=subprocess.PIPE if job.prestart else subprocess.DEVNULL,
                 )  # fmt: skip
         except OSError as error:
             self.record(job, "crashed", f"could not be started: {error}")
@@ -151,10 +150,10 @@ class Runner:
             status, job = live.process.poll(), live.job
             if status == 0:
                 self.finish(live, "done", "")
-            elif status == records.SAID:
-                self.finish(live, "failed", said(live.log))
+            elif status == records.RECORDED_FAILURE:
+                self.finish(live, "failed", last_reason(live.log))
             elif status is not None:
-                self.finish(live, "crashed", how(status))
+                self.finish(live, "crashed", exit_text(status))
             elif self.stopping:
                 self.finish(live, "stopped", self.stopping)
             elif live.since is not None and now > min(live.since + job.seconds, job.until):
@@ -162,13 +161,13 @@ class Runner:
                     self.finish(live, "done", "until its time was up")
                 else:
                     self.finish(live, "stopped", f"stopped after {now - live.since:.0f} s")
-            elif live.since is None and now > job.until - LEAST:
+            elif live.since is None and now > job.until - MIN_SECONDS:
                 self.finish(live, "late", "its step's time was up")
 
     def drop_late(self) -> None:
         now = self.clock()
         for job in list(self.queue):
-            if self.stopping or now > job.until - LEAST:
+            if self.stopping or now > job.until - MIN_SECONDS:
                 self.queue.remove(job)
                 self.record(job, "late", self.stopping or "its step's time was up")
 
@@ -209,7 +208,7 @@ def end(process: subprocess.Popen) -> None:
         process.wait(timeout=2)
 
 
-def how(status: int) -> str:
+def exit_text(status: int) -> str:
     if status > 0:
         return f"status {status}"
     try:
@@ -218,8 +217,8 @@ def how(status: int) -> str:
         return f"killed by signal {-status}"
 
 
-def said(log: Path) -> str:
-    """The reason that its last record with one gives."""
+def last_reason(log: Path) -> str:
+    """The reason in the last record that has one."""
     for line in reversed(tail(log).decode("utf-8", errors="replace").splitlines()):
         with contextlib.suppress(ValueError, AttributeError):
             if reason := json.loads(line).get("reason"):
@@ -233,7 +232,7 @@ def tail(log: Path) -> bytes:
 
 
 def last_line(log: Path) -> str:
-    """Of what can be read, whatever was printed."""
+    """The last line of the log that can be read, whatever was printed."""
     text = tail(log).decode("utf-8", errors="replace")
     text = "".join(c if c.isprintable() or c in "\n\r" else "?" for c in text)
     lines = [line.strip() for line in text.splitlines() if line.strip()]
@@ -251,6 +250,6 @@ _LIBC = _libc() if sys.platform == "linux" else None
 
 
 def _end_with_parent() -> None:
-    """In the child: the kernel ends it where the runner is killed, which can end nothing then."""
+    """Runs in the child: the kernel ends it if the runner is killed."""
     if _LIBC is not None:
         _LIBC.prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG

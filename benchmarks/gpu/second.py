@@ -1,11 +1,11 @@
-"""The second call: what the first one leaves to ask.
+"""The second call: what the first one left open.
 
     until   step
      45 s   smoke checks that did not pass, while kernels are compiled again
     130 s   the headline: the chosen chunk sizes, the plan's, and the bare products in one process's
             turns; then what the first call did not come to
     165 s   tests that failed
-    215 s   Liger as its defaults have it, compiled, which takes most of a minute; `gkd` alone
+    215 s   Liger as its defaults have it, compiled, which takes most of a minute; only `gkd`
     250 s   other launches of the row passes
     290 s   tests that have not run yet
 
@@ -29,16 +29,19 @@ from benchmarks.gpu.smoke import CHECKS
 from benchmarks.records import Record
 
 MINUTES = 5.0
-#: Chunk sizes are changed for a gain of one part in a hundred at least, of two where products alone
-#: promise it; and within half a part those of less memory are taken.
+#: Chunk sizes are changed for a gain of 1 % at least, or of 2 % if only the rates of the products
+#: promise it; within 0.5 % those that take less memory win.
 GAIN, PROMISED_GAIN, TIE = 0.01, 0.02, 0.005
 
 Chunks = tuple[int, int]
 
 
 def load(folder: Path) -> list[Record]:
-    """The first call's records; from its tar where they are not beside it. Raises ValueError with
-    what to do where there are none."""
+    """The first call's records, from `results.jsonl` or else from its tar.
+
+    Raises:
+        ValueError: There are none; the text says what to do.
+    """
     plain, packed = folder / "results.jsonl", folder / "gpu.tar.gz"
     found: list[Record] = []
     if plain.exists():
@@ -101,7 +104,7 @@ def chosen_chunks(found: Sequence[Record], tokens: int) -> tuple[Chunks | None, 
 
 
 def _promised(found: Sequence[Record], tokens: int) -> tuple[Chunks | None, str]:
-    """By the products alone, at the first shape that has them, where no chunk sizes were timed."""
+    """`chosen_chunks` from the rates of the products, if no chunk sizes were timed."""
     ms: dict[tuple[str, int], float] = {}
     shape, plan = None, None
     for r in found:

@@ -2,7 +2,7 @@
 
     python -m benchmarks.gpu.suite
     python -m benchmarks.gpu.suite --passed OUT/results.jsonl     without what passed there
-    python -m benchmarks.gpu.suite "tests/test_x.py::test_y[triton]"    these alone
+    python -m benchmarks.gpu.suite "tests/test_x.py::test_y[triton]"    only this one
 
 Kernels compile on the processor, so that several workers keep one GPU busy, where pytest-xdist is
 there to run them.
@@ -36,13 +36,13 @@ WORKERS = 8
 
 
 def options_of(where: Sequence[str], workers: int) -> list[str]:
-    """pytest's: `where` as it stands, else the suites' tests of kernels."""
+    """pytest's options: for the tests named in `where`, else for the suites' tests of kernels."""
     several = ["-n", str(workers)] if workers > 1 and importlib.util.find_spec("xdist") else []
     return [*QUIET, *several, *(where or ("-k", "triton or gpu", *SUITES))]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """0 also where tests fail: that is what the records say."""
+    """0 also if tests fail: the records say so."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu.suite", description=__doc__)
     parser.add_argument("where", nargs="*", help="tests or files, in place of the suites")
     parser.add_argument("--passed", help="an earlier call's records: what passed is left out")

@@ -1,4 +1,4 @@
-"""What the records say, short: tables for a log of which only the end is kept.
+"""Short tables of the records, for a log of which only the end is kept.
 
     python -m benchmarks.gpu.tables FOLDER/results.jsonl
 
@@ -92,7 +92,7 @@ def headline(found: Sequence[Record]) -> str:
     mine = [r for r in of(found, "headline", "baselines") if "who" in r and "tokens" in r]
     for shape in dict.fromkeys(r["shape"] for r in mine):
         made = [row_of(r) for r in mine if r["shape"] == shape]
-        # Each process has the bare products in its turns; one row of them stands for all.
+        # Each process has the bare products in its turns; one row is enough.
         seen: dict[tuple[str, str], object] = {}
         for row in made:
             seen.setdefault((row.loss, row.who), row)

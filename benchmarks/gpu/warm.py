@@ -2,8 +2,8 @@
 
     python -m benchmarks.gpu.warm tropd --shape qwen3-1.7b
 
-Tokens and widths are those that suffice: one chunk of gradients, and heads that leave the memory to
-the checks that run beside it; no kernel is compiled for a width.
+Few tokens and small widths suffice: one chunk of gradients, and heads that leave the memory to the
+checks that run at the same time; no kernel is compiled for a width.
 """
 
 from __future__ import annotations

@@ -10,7 +10,7 @@ from . import task
 
 TOP_K = 4
 STEPS = 100
-#: The same for all arms, chosen by a sweep over OPD and TrOPD alone (`--sweep`).
+#: The same for all arms, chosen by a sweep over OPD and TrOPD (`--sweep`).
 LEARNING_RATE = 1e-3
 SWEEP_RATES = (3e-4, 1e-3, 3e-3)
 SWEEP_SEEDS = (101, 102)  # none of the experiment's

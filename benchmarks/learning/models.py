@@ -2,7 +2,7 @@
 
     teacher   2 layers of width 96, in its own notation, until it hardly errs; it has also read
               mistakes, so that it knows how to go on after a student's
-    near      2 layers of width 64, in the teacher's notation alone, stopped early
+    near      2 layers of width 64, only in the teacher's notation, stopped early
     far       the same student, longer; a tenth of its steps are in the teacher's notation, the
               others in the bad one
 
@@ -100,7 +100,7 @@ def pretrain(model: LlamaForCausalLM, recipe: Recipe, seed: int) -> None:
 
 
 def _batch(rng: random.Random, recipe: Recipe) -> tuple[torch.Tensor, torch.Tensor]:
-    """Ids (B, T), padded on the right, and labels (B, T) that count completions alone."""
+    """Ids (B, T), padded on the right, and labels (B, T), ignored on the prompts."""
     rows, labels = [], []
     for _ in range(recipe.batch):
         problem = task.draw(rng)

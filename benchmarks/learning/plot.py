@@ -1,7 +1,7 @@
 """Curves of one mismatch: accuracy, gradient norm and entropy over steps, arms in four groups.
 
 A line is the mean over seeds and its band the 95 % interval; of the gradient norm both are taken
-on the logarithm. TrOPD stands dashed in every panel, to compare with.
+on the logarithm. TrOPD is dashed in every panel, for comparison.
 """
 
 import math

@@ -7,8 +7,8 @@ column, units first, and then the answer:
     other notation       5 7 ~ 2 .        digits swapped, ~, digit of the sum; carries forgotten
     answer               # 1 3 2 </s>     copied from the steps
 
-Whether an answer is right depends on the digits after `#` alone, not on the notation; but who
-forgets carries is right only where there are none. A step ends in one of four signs, chosen at
+Whether an answer is right depends only on the digits after `#`, not on the notation; but without
+carries it is right only where there are none. A step ends in one of four signs, chosen at
 random, so that a good model keeps an entropy of log 4 there. The two notations share digits, `#`
 and the end of the text, and no other sign.
 """

@@ -9,7 +9,7 @@ from tropd_kernels import plan_chunks
 
 from .text import duration, gflop, percent, size
 
-#: Of a GPU, whatever is here.
+#: Of a GPU, whether or not there is one.
 _plan = partial(plan_chunks, device="cuda", backend="triton")
 
 
@@ -193,7 +193,7 @@ def communication_table() -> str:
 
 
 def room_table() -> str:
-    """What stands in memory whatever the loss does. AdamW: bf16 weights and gradients, float32
+    """Memory that does not depend on the loss. AdamW: bf16 weights and gradients, float32
     master weights and two moments."""
     state = 16 * STUDENT.parameters
     teacher = 2 * TEACHER.parameters

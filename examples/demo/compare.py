@@ -25,7 +25,7 @@ CHECKED_TOKENS = 256
 
 #: The largest relative error against float64 that the fused loss and its gradients may have: this
 #: much, and at most twice what eager PyTorch has on the same batch. In float32 most of it is the
-#: rounding of large logits, which the two share; in bfloat16 rounding the result alone costs 2e-3.
+#: rounding of large logits, which the two share; in bfloat16 only rounding the result costs 2e-3.
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 1e-2}
 TIMES_EAGER = 2
 

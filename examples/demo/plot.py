@@ -1,4 +1,4 @@
-"""The picture: how the student learns, and what the fused loss costs beside eager PyTorch."""
+"""The picture: how the student learns, and what the fused and the eager loss cost."""
 
 from collections.abc import Callable
 from pathlib import Path

@@ -112,7 +112,7 @@ def pick_device(text: str) -> torch.device:
 
 def pick_dtype(device: torch.device) -> torch.dtype:
     """bfloat16 where the hardware multiplies it several times faster than float32, which on a CPU
-    is AMX alone; float32 elsewhere."""
+    is so only with AMX; float32 elsewhere."""
     if device.type == "cuda":
         return default_dtype(device)[0]
     return torch.bfloat16 if bf16_units(device) == "AMX" else torch.float32

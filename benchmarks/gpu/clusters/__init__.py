@@ -6,7 +6,7 @@
 Today a row is read twice by K1 (statistics, gradient) and by the Jensen-Shannon divergence's three
 passes three times. Eight programs of a Hopper cluster hold 151,936 logits of both sides in their
 registers. Triton compiles reductions across a cluster from 3.8 on, and a driver launches what it
-compiled whatever Triton is beside it: so cubins travel.
+compiled, whichever Triton is installed: so cubins are carried along.
 
 What they leave out: infinities, soft cap, temperature, top k, and any other shape of row.
 """

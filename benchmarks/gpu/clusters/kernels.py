@@ -14,7 +14,7 @@ LN_2 = tl.constexpr(0.6931471805599453)
 
 @triton.jit
 def _exp(x):
-    """One instruction beside the product: what underflows is 0, which `tl.exp` spends four on. The
+    """A product and one more instruction: underflow gives 0, for which `tl.exp` takes four. The
     package's own asks Triton's driver for the GPU, and where these are compiled there is none."""
     return tl.inline_asm_elementwise(
         "ex2.approx.ftz.f32 $0, $1;", "=f,f", [x * LOG2_E], dtype=tl.float32, is_pure=True, pack=1

@@ -137,14 +137,14 @@ def main() -> int:
     if not listed.exists():
         records.emit(reason=f"no {listed.name} in {folder.name}: `python -m benchmarks.gpu.prepare`"
                      " makes cubins, where there is Triton >= 3.8")  # fmt: skip
-        return records.SAID
+        return records.RECORDED_FAILURE
     torch.empty(1, device="cuda")
     records.wait_for_turn()
     inputs, whole = Inputs("cuda"), True
     for one in json.loads(listed.read_text("utf-8")):
         whole &= tried(one["file"].removesuffix(".cubin"), partial(measure, folder, one, inputs))
     whole &= tried("today", partial(today, inputs))
-    return 0 if whole else records.SAID
+    return 0 if whole else records.RECORDED_FAILURE
 
 
 def tried(name: str, call: Callable[[], None]) -> bool:

@@ -2,7 +2,7 @@
 
     python -m benchmarks.gpu.smoke addmm_into_itself
 
-Names alone: the runner reads them and imports no torch.
+Only the names: the runner reads them and imports no torch.
 """
 
 #: Objectives of which each kernel has one at least, and the losses of the headline.

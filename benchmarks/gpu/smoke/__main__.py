@@ -1,4 +1,4 @@
-"""Runs one check; its record says whether it is ok, and the figures beside their bounds."""
+"""Runs one check; its record says whether it passed, with the figures and their bounds."""
 
 from __future__ import annotations
 
@@ -30,14 +30,14 @@ def main() -> int:
         traceback.print_exc()
         text = (str(error).strip() or type(error).__name__).splitlines()[0]
         records.emit(check=options.name, ok=False, reason=f"{type(error).__name__}: {text[:300]}")
-        return records.SAID
+        return records.RECORDED_FAILURE
     bad = [f"{name} {value:.2g}, at most {most:.2g}" for name, (value, most) in figures.items()
            if not value <= most]  # fmt: skip
     records.emit(
         check=options.name, ok=not bad, figures={k: value for k, (value, _) in figures.items()},
         **({"reason": "; ".join(bad)} if bad else {}),
     )  # fmt: skip
-    return records.SAID if bad else 0
+    return records.RECORDED_FAILURE if bad else 0
 
 
 def check(name: str) -> Callable[[Sizes, str], Figures]:

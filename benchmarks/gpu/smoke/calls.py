@@ -33,7 +33,7 @@ def against_reference(name: str) -> Callable[[Sizes, str], Figures]:
         if LOSSES[name].teacher != "hidden":
             problem.ready_for(LOSSES[name].teacher)
         wide = problem.first(sizes.tokens, torch.float64)
-        wide.given(problem.__dict__.get("top_k_teacher"))
+        wide.with_top_k_teacher(problem.__dict__.get("top_k_teacher"))
         found, exact = (gradients(*of) for of in ((name, problem, "triton"),
                                                   (name, wide, "reference")))  # fmt: skip
         return {
@@ -53,7 +53,7 @@ def gradients(name: str, problem: Problem, backend: str) -> tuple[Tensor, Tensor
 
 
 def whole_call(name: str, problem: Problem) -> Callable[[], tuple[Tensor, ...]]:
-    """Loss and gradients where all tokens count, which nobody has to look at."""
+    """Loss and gradients where all tokens count, which takes no look at the labels."""
     kind = LOSSES[name]
     teacher = problem.ready_for(kind.teacher).teacher(kind.teacher)
 

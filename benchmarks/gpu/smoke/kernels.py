@@ -92,7 +92,7 @@ def call(name: str, z: Tensor, t: Tensor, labels: Tensor, uniforms: Tensor, back
 
 
 def furthest(found: Tensor, exact: Tensor) -> float:
-    """The largest difference, beside 1 or the value; NaN only where both have one."""
+    """The largest difference, relative to values above 1; NaN unless NaN are in the same places."""
     if not torch.equal(found.isnan(), exact.isnan()):
         return math.nan
     far = (found.double() - exact).abs() / exact.abs().clamp_min(1)
