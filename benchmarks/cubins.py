@@ -28,7 +28,6 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
-from types import SimpleNamespace
 from unittest import mock
 
 import torch
@@ -53,11 +52,11 @@ from tropd_kernels import (
     TopKTeacher,
     TrOPD,
     distillation_loss,
-    functional,
     linear_distillation_loss,
 )
+from tropd_kernels.loss import dispatch, prepare
 from tropd_kernels.loss import loop as chunk_loop
-from tropd_kernels.loss import ops
+from tropd_kernels.loss.problem import GradNeeds
 from tropd_kernels.rows import triton_launch, triton_rows
 from tropd_kernels.rows.layout import Stat
 
@@ -222,22 +221,20 @@ def _compiling_for(target: GPUTarget, seen: Callable) -> Iterator[None]:
         seen(self, arguments, compiled, sum(os.times()[:4]) - start)
 
     @torch.no_grad()
-    def distill(*args):
+    def distill(problem):
         # The body of the custom op: on meta tensors the op itself would stop at its fake.
-        problem = ops.flat_problem(*args[:8], *args[11:16], later=args[10])
-        needs = chunk_loop.Needs(*args[9])
-        result = chunk_loop.forward(problem, needs, args[8])
-        if not needs:
-            chunk_loop.backward(problem, result.coefs, chunk_loop.Needs(student=True))
+        result = chunk_loop.forward(problem)
+        if not problem.forward_grads.any:
+            chunk_loop.backward(problem, result.coefs, GradNeeds(hidden=True))
         loss = result.stats[Stat.TOKEN_LOSS]
-        return loss.sum(), loss, result.stats, ops.nothing_sampled(problem)
+        return loss.sum(), loss, result.stats, None
 
     driver.set_active(FakeDriver(target))  # for good: asking for the one before would want a GPU
     with (
         mock.patch.object(JITFunction, "run", compile_only),
         mock.patch.object(triton_launch, "WARP", target.warp_size),
-        mock.patch.object(functional, "choose_backend", lambda name, device: name),
-        mock.patch.object(functional, "ops", SimpleNamespace(differentiable_distill=distill)),
+        mock.patch.object(prepare, "choose_backend", lambda name, device: name),
+        mock.patch.object(dispatch, "differentiable_distill", distill),
     ):
         yield
 

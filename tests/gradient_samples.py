@@ -16,7 +16,7 @@ from sharding import arguments
 from tropd_kernels import distillation_loss, linear_distillation_loss, plan_chunks
 from tropd_kernels.draws import id_uniforms
 from tropd_kernels.loss import plan as chunking
-from tropd_kernels.loss.sampling import Selection
+from tropd_kernels.loss.sampling import GradientSampling
 
 BACKENDS = ("torch", "native", "triton")
 ALL = ("hidden", "weight", "bias")
@@ -54,13 +54,13 @@ def small_chunks_fixture():
 @pytest.fixture(name="asked")
 def asked_fixture(monkeypatch):
     """(sizes, probabilities) of every super-chunk."""
-    seen, ask = [], Selection.probabilities
+    seen, ask = [], GradientSampling.probabilities
 
     def watched(self, sizes):
         seen.append((sizes, ask(self, sizes)))
         return seen[-1][1]
 
-    monkeypatch.setattr(Selection, "probabilities", watched)
+    monkeypatch.setattr(GradientSampling, "probabilities", watched)
     return seen
 
 
@@ -156,7 +156,9 @@ def sample(problem, d_logits, options, chunk=CHUNK, trained=ALL, cuts=None, give
     """As documented, in float64, from every token's d_logits (N, V). cuts: first ids of shards,
     and V. given: every super-chunk's probabilities, for calls in which a last bit may decide."""
     seed = torch.tensor(options["seed"])
-    selects = Selection(options.get("gradient_tolerance", 0.0), options.get("gradient_sampling"))
+    selects = GradientSampling(
+        options.get("gradient_tolerance", 0.0), options.get("gradient_sampling")
+    )
     v = min(len(problem.weight), len(problem.teacher_weight))
     weight, shards = problem.weight[:v], list(pairwise(cuts or (0, v)))
     d_hidden, d_weight = torch.zeros_like(problem.hidden), torch.zeros_like(problem.weight)

@@ -1,8 +1,11 @@
 """The ops as torch sees them: `opcheck`, `torch.compile(fullgraph=True)`, no hidden
 synchronisation."""
 
+from dataclasses import replace
+
 import pytest
 import torch
+from flat import BOTH, flat_problem
 from problems import OBJECTIVES, make_problem, relative_error, with_everything
 
 from benchmarks.device_times import capture
@@ -17,44 +20,44 @@ from tropd_kernels import (
     linear_log_probs,
 )
 from tropd_kernels.loss import ops
-from tropd_kernels.loss.loop import INPUTS, Needs, Problem, Side, backward, forward
-from tropd_kernels.rows.layout import LogitTransform, RowOptions
+from tropd_kernels.loss.loop import backward, forward
+from tropd_kernels.loss.problem import NO_GRADIENTS, Side
 
 #: opcheck compares outputs, so it needs an objective that leaves no statistic unknown (NaN).
 RULE = OBJECTIVES["forward_kl_top_k"]
 
 
-def op_arguments(backend, device, needs, weight=True):
+def op_arguments(backend, device, needs, weight=True, **options):
     problem = make_problem(tokens=5, device=device)
     problem.labels[2] = -100
     hidden = problem.hidden.float().requires_grad_()
     head = problem.weight.float().requires_grad_()
     student = hidden if weight else (hidden @ head.T).detach().requires_grad_()
-    inputs = {"uniforms": problem.options["uniforms"]}
-    later = [False] * 3 if any(needs) else [True, True, False]
-    return (
-        student, head if weight else None, None, problem.labels,
-        problem.teacher_hidden.float(), problem.teacher_weight.float(), None,
-        [inputs.get(name) for name in INPUTS], torch.full((), 0.25, device=device), needs, later,
-        RULE.key, [1.0, 0.0, 1.0, 0.0, 1.0], backend, -100, None,
+    made = flat_problem(
+        Side(student, head if weight else None),
+        Side(problem.teacher_hidden.float(), problem.teacher_weight.float()),
+        problem.labels, RULE, backend, {"uniforms": problem.options["uniforms"]}, needs,
+        **options,
     )  # fmt: skip
+    later = NO_GRADIENTS if needs.any else BOTH
+    scale = torch.full((), 0.25, device=device)
+    return ops.flatten(replace(made, backward_grads=later, loss_scale=scale))
 
 
 @pytest.mark.parametrize("backend", ["torch", "native", "triton"])
 @pytest.mark.parametrize(
-    "needs", [[True, True, False, False], [True, True, False, True], [False] * 4]
+    "needs", [BOTH, BOTH._replace(fp32_weight=True), NO_GRADIENTS], ids=["both", "fp32", "none"]
 )
 def test_opcheck(backend, needs, device):
     torch.library.opcheck(ops.distill, op_arguments(backend, device, needs))
 
 
 def test_opcheck_on_logits_and_of_the_backward(device):
-    arguments = op_arguments("torch", device, [False] * 3, weight=False)
-    torch.library.opcheck(ops.distill, arguments)
-    coefs = ops.distill(*arguments)[3].detach()
-    student, *rest = arguments
-    rest[7:9] = [coefs, [True, False, False]]
-    torch.library.opcheck(ops.distill_backward, (student.detach(), *rest))
+    student, *rest = op_arguments("torch", device, NO_GRADIENTS, weight=False)
+    torch.library.opcheck(ops.distill, (student, *rest))
+    coefs = ops.distill(student, *rest)[ops.COEFS].detach()
+    arguments = (coefs, [True, False, False], student.detach(), *rest)
+    torch.library.opcheck(ops.distill_backward, arguments)
 
 
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
@@ -131,17 +134,14 @@ def test_loop_and_rows_look_at_no_value(name, ignore_index):
     the drop of tokens that do not count needs it."""
     meta = dict(device="meta")
     teacher = Side(torch.empty(700, 8, **meta), torch.empty(300, 8, **meta))
-    options = RowOptions(OBJECTIVES[name], LogitTransform(), LogitTransform())
-    problem = Problem(
+    problem = flat_problem(
         Side(torch.empty(700, 16, **meta), torch.empty(300, 16, **meta)), teacher,
-        torch.empty(700, dtype=torch.int64, **meta), {"uniforms": torch.empty(700, **meta)},
-        options, "torch", ignore_index, None,
+        torch.empty(700, dtype=torch.int64, **meta), OBJECTIVES[name], "torch",
+        {"uniforms": torch.empty(700, **meta)}, ignore_index=ignore_index,
     )  # fmt: skip
 
     def run():
-        needs = Needs(student=True, weight=True)
-        result = forward(problem, needs, torch.ones((), **meta))
-        backward(problem, result.coefs, needs)
+        backward(problem, forward(problem).coefs, BOTH)
 
     if ignore_index is None:
         run()

@@ -8,6 +8,7 @@ from importlib.util import find_spec
 import pytest
 import torch
 import torch.distributed as dist
+from flat import BOTH, flat_problem
 from fuzz_native import same_bits
 from gpu_products import on_gpu
 from problems import OBJECTIVES, make_problem, relative_error
@@ -15,10 +16,10 @@ from problems import OBJECTIVES, make_problem, relative_error
 from tropd_kernels import available_backends, backends, plan_chunks, products
 from tropd_kernels.loss import plan as chunking
 from tropd_kernels.loss.eager import reference_loss
-from tropd_kernels.loss.loop import Needs, Problem, Side, backward, forward
-from tropd_kernels.loss.sampling import Selection
+from tropd_kernels.loss.loop import backward, forward
+from tropd_kernels.loss.problem import NO_GRADIENTS, Problem, Side
+from tropd_kernels.loss.sampling import GradientSampling
 from tropd_kernels.parallel import Shard
-from tropd_kernels.rows.layout import LogitTransform, RowOptions
 
 TOKENS, IDS, WIDTH = 64, 301, 16
 ONE = torch.ones(())
@@ -41,16 +42,13 @@ def flat(tokens=TOKENS, ids=IDS, dtype=torch.bfloat16, **more) -> Problem:
         getattr(made, name).to(dtype)
         for name in ("hidden", "weight", "teacher_hidden", "teacher_weight")
     )
-    options = RowOptions(OBJECTIVES["reverse_kl"], LogitTransform(), LogitTransform())
-    problem = Problem(
-        Side(student, weight), Side(teacher, teacher_weight), made.labels, {}, options, "torch",
-        -100, None,
-    )  # fmt: skip
-    return replace(problem, **more)
+    rule, backend = more.pop("rule", OBJECTIVES["reverse_kl"]), more.pop("backend", "torch")
+    sides = Side(student, weight), Side(teacher, teacher_weight)
+    return flat_problem(*sides, made.labels, rule, backend, **more)
 
 
 def gradients(problem: Problem, wide: bool = False):
-    return forward(problem, Needs(student=True, weight=True, wide_weight=wide), ONE)
+    return forward(replace(problem, forward_grads=BOTH._replace(fp32_weight=wide)))
 
 
 def exact_d_weight(problem: Problem) -> torch.Tensor:
@@ -59,7 +57,7 @@ def exact_d_weight(problem: Problem) -> torch.Tensor:
         problem, student=Side(problem.student.source.double(), weight),
         teacher=Side(problem.teacher.source.double(), problem.teacher.weight.double()),
     )  # fmt: skip
-    reference_loss(exact, ONE.double())[0].backward()
+    reference_loss(replace(exact, loss_scale=ONE.double()))[0].backward()
     return weight.grad
 
 
@@ -135,20 +133,20 @@ def test_no_product_rounds_what_is_returned_wide():
 
 
 @pytest.mark.parametrize("factor", [0, 3])  # never, and in spite of the sample's workspace
-@pytest.mark.parametrize("selects", [{"tolerance": 0.5}, {"sampling": 0.2}])
+@pytest.mark.parametrize("selects", [{"tolerance": 0.5}, {"share": 0.2}])
 def test_a_sample_of_ids(selects, factor, monkeypatch):
     monkeypatch.setattr(chunking, "WITHOUT_ACCUMULATOR", factor)
-    problem = flat(selection=Selection(**selects, seed=torch.tensor(4)))
+    problem = flat(sampling=GradientSampling(**selects, seed=torch.tensor(4)))
     result = gradients(problem)
-    assert 0 < result.sampled[0] < 1 and result.d_weight.dtype == torch.bfloat16
+    assert 0 < result.report[0] < 1 and result.d_weight.dtype == torch.bfloat16
     monkeypatch.setattr(chunking, "FIXED_SIZES", (8, 16 if factor == 0 else 64))
     assert same_bits(result.d_weight, gradients(problem, wide=True).d_weight.bfloat16())
 
 
 def test_a_backward_that_recomputes():
     problem = flat()
-    coefs = forward(problem, Needs(), ONE).coefs
-    found = backward(problem, coefs, Needs(student=True, weight=True)).d_weight
+    coefs = forward(replace(problem, forward_grads=NO_GRADIENTS)).coefs
+    found = backward(problem, coefs, BOTH).d_weight
     assert same_bits(found, gradients(problem).d_weight)
 
 
@@ -162,13 +160,10 @@ def test_a_shard_of_the_vocabulary(tmp_path):
     try:
         shard = Shard(dist.group.WORLD, (0, IDS), (0, IDS), IDS)
         problem = flat()
-        options = replace(problem.options, sharded=True)
-        whole, sharded = (
-            gradients(each) for each in (problem, replace(problem, shard=shard, options=options))
-        )
+        whole, sharded = (gradients(each) for each in (problem, replace(problem, shard=shard)))
         assert sharded.d_weight.dtype == torch.bfloat16
         assert relative_error(sharded.d_weight, whole.d_weight) < 2**-8
-        assert relative_error(sharded.d_student, whole.d_student) < 2**-8
+        assert relative_error(sharded.d_hidden, whole.d_hidden) < 2**-8
     finally:
         dist.destroy_process_group()
 
@@ -285,7 +280,7 @@ def test_d_hidden_is_rounded_by_its_product(factor, monkeypatch):
         rounded(self, out, d_logits, weight)
 
     monkeypatch.setattr(products.TorchProducts, "d_hidden_into", d_hidden_into)
-    found = gradients(problem).d_student
+    found = gradients(problem).d_hidden
     assert [call[0].data_ptr() for call in made] == [
         part.data_ptr() for part in found.split(TOKENS // len(made))
     ]
@@ -296,9 +291,13 @@ def test_d_hidden_that_is_not_whole_or_not_in_place_is_rounded_later(monkeypatch
     made = calls_of(monkeypatch, "d_hidden_into")
     labels = flat().labels.clone()
     labels[::3] = -100
-    sampled = Selection(sampling=0.2, seed=torch.tensor(4))
-    for problem in (flat(labels=labels), flat(selection=sampled), flat(dtype=torch.float16)):
-        assert gradients(problem).d_student.norm() > 0
+    sampled = GradientSampling(share=0.2, seed=torch.tensor(4))
+    for problem in (
+        replace(flat(), labels=labels),
+        flat(sampling=sampled),
+        flat(dtype=torch.float16),
+    ):
+        assert gradients(problem).d_hidden.norm() > 0
     assert not made
 
 
@@ -311,10 +310,8 @@ def test_d_hidden_that_is_not_whole_or_not_in_place_is_rounded_later(monkeypatch
 def test_padding_changes_nothing(backend, dtype, objective, monkeypatch):
     """Of an odd vocabulary: padded columns hold NaN, and reach neither products nor rows."""
     rule = OBJECTIVES["opd" if objective == "sampled" else objective]
-    options = RowOptions(rule, LogitTransform(), LogitTransform())
-    made = make_problem(12, 131, 131, WIDTH)
-    problem = replace(flat(12, 131, dtype), options=options, backend=backend)
-    problem = replace(problem, inputs={"uniforms": made.options["uniforms"]})
+    inputs = {"uniforms": make_problem(12, 131, 131, WIDTH).options["uniforms"]}
+    problem = flat(12, 131, dtype, rule=rule, backend=backend, inputs=inputs)
     strides = [call[0].stride() for call in calls_and(problem, monkeypatch, "logits_into")]
     assert set(strides) == {(144, 1)}
     padded = gradients(problem)
@@ -326,7 +323,7 @@ def test_padding_changes_nothing(backend, dtype, objective, monkeypatch):
     assert {(g.stride(), g.shape[1]) for g in d_logits} == {((144, 1), 131)}
     monkeypatch.setattr(products, "ROW_MULTIPLE", 1)
     plain = gradients(problem)
-    for name in ("stats", "coefs", "d_student", "d_weight"):
+    for name in ("stats", "coefs", "d_hidden", "d_weight"):
         found, expected = getattr(padded, name), getattr(plain, name)
         if backend == "torch" or os.environ.get("TRITON_INTERPRET") == "1":
             assert same_bits(found, expected)

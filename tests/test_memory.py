@@ -8,6 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from flat import BOTH, flat_problem
 from problems import OBJECTIVES, make_problem, relative_error
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -27,7 +28,8 @@ from tropd_kernels import (
 from tropd_kernels.backends import choose_backend
 from tropd_kernels.loss import agreement
 from tropd_kernels.loss import plan as chunking
-from tropd_kernels.loss.loop import Needs, Problem, Side, backward, forward
+from tropd_kernels.loss.loop import backward, forward
+from tropd_kernels.loss.problem import Side
 from tropd_kernels.rows.layout import Coef, LogitTransform, RowBatch, RowOptions
 from tropd_kernels.rows.sharded_search import head_threshold
 
@@ -55,19 +57,17 @@ def test_no_tensor_of_tokens_times_vocabulary(backend, device, monkeypatch):
     monkeypatch.setattr("tropd_kernels.rows.torch_rows.BLOCK_ELEMENTS", {"cpu": 4 * 3001})
     tokens, v = 8 * 2 * rows, 3001
     problem = make_problem(tokens, v, width=4, teacher_width=4, device=device)
-    options = RowOptions(TrOPD(top_k=8), LogitTransform(), LogitTransform())
-    flat = Problem(
+    flat = flat_problem(
         Side(problem.hidden.float(), problem.weight.float()),
         Side(problem.teacher_hidden.float(), problem.teacher_weight.float()),
-        problem.labels, {"uniforms": problem.options["uniforms"]}, options, backend, -100, None,
+        problem.labels, TrOPD(top_k=8), backend, {"uniforms": problem.options["uniforms"]},
     )  # fmt: skip
-    needs = Needs(student=True, weight=True)
     with LargestTensor() as seen:
-        result = forward(flat, needs, torch.ones((), device=device))
+        result = forward(flat)
     assert result.d_weight.abs().sum() > 0
     assert seen.elements <= tokens * v / 8
     with LargestTensor() as seen:
-        backward(flat, result.coefs, needs)
+        backward(flat, result.coefs, BOTH)
     assert seen.elements <= tokens * v / 8
 
 

@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.distributed as dist
+from flat import BOTH, flat_problem
 from fuzz_native import same_bits
 from problems import OBJECTIVES, make_problem, relative_error
 from test_buffers import Made
@@ -15,10 +16,10 @@ from test_native_products import multiplier  # noqa: F401
 from tropd_kernels import buffers, native, plan_chunks
 from tropd_kernels.loss import plan as chunking
 from tropd_kernels.loss.eager import reference_loss
-from tropd_kernels.loss.loop import Needs, Problem, Side, backward, forward
-from tropd_kernels.loss.sampling import Sample, Selection
+from tropd_kernels.loss.loop import backward, forward
+from tropd_kernels.loss.problem import NO_GRADIENTS, GradNeeds, Problem, Side
+from tropd_kernels.loss.sampling import ColumnSampler, GradientSampling
 from tropd_kernels.parallel import Shard
-from tropd_kernels.rows.layout import LogitTransform, RowOptions
 
 pytestmark = [
     pytest.mark.skipif(not native.BF16_PRODUCTS, reason="this CPU's products are torch's"),
@@ -52,18 +53,14 @@ def flat(tokens=64, ids=320, teacher_ids=320, width=16, **more) -> Problem:
         for name in ("hidden", "weight", "teacher_hidden", "teacher_weight")
     )
     labels = made.labels % min(ids, teacher_ids)
-    options = RowOptions(OBJECTIVES["reverse_kl"], LogitTransform(), LogitTransform())
-    problem = Problem(
-        Side(student, weight), Side(teacher, teacher_weight), labels, {}, options, "native", -100,
-        None,
-    )  # fmt: skip
+    sides = Side(student, weight), Side(teacher, teacher_weight)
+    problem = flat_problem(*sides, labels, OBJECTIVES["reverse_kl"], "native")
     return replace(problem, **more)
 
 
 def d_weight(problem: Problem, wide: bool = False) -> torch.Tensor:
     """With `wide` the accumulator itself."""
-    needs = Needs(student=True, weight=True, wide_weight=wide)
-    return forward(problem, needs, ONE).d_weight
+    return forward(replace(problem, forward_grads=BOTH._replace(fp32_weight=wide))).d_weight
 
 
 def rounded_after(problem: Problem) -> torch.Tensor:
@@ -72,14 +69,14 @@ def rounded_after(problem: Problem) -> torch.Tensor:
 
 def sampled(problem: Problem, **more) -> Problem:
     """With a sample of the ids."""
-    more = more or {"sampling": 0.2}
-    return replace(problem, selection=Selection(**more, seed=torch.tensor(4)))
+    sampling = GradientSampling(**(more or {"share": 0.2}), seed=torch.tensor(4))
+    return replace(problem, options=replace(problem.options, sampling=sampling))
 
 
 @pytest.fixture
 def kept(monkeypatch):
     """A function that says what super-chunks of a sample keep: all ids, some or none."""
-    choose, words = Sample.choose, {}
+    choose, words = ColumnSampler.choose, {}
 
     def chosen(self, d_logits, hidden, start):
         word = words["kept"][start // CHUNK]
@@ -87,7 +84,7 @@ def kept(monkeypatch):
             return choose(self, d_logits, hidden, start)
         return None if word == "all" else []
 
-    monkeypatch.setattr(Sample, "choose", chosen)
+    monkeypatch.setattr(ColumnSampler, "choose", chosen)
     return lambda text: words.update(kept=text.split())
 
 
@@ -104,7 +101,7 @@ def test_the_last_product_rounds_to_the_accumulator_s_bits(shape):
         problem, student=Side(problem.student.source.double(), weight),
         teacher=Side(problem.teacher.source.double(), problem.teacher.weight.double()),
     )  # fmt: skip
-    reference_loss(exact, ONE.double())[0].backward()
+    reference_loss(replace(exact, loss_scale=ONE.double()))[0].backward()
     truth = weight.grad
     assert truth.norm() > 0 or shared == 1
     assert relative_error(found, truth) < 2**-7
@@ -142,7 +139,8 @@ def test_smaller_chunks_of_a_budget(monkeypatch):
     )  # fmt: skip
     budget = plan_chunks(**shape).workspace_bytes - 1
     assert plan_chunks(**shape, max_workspace_bytes=budget).super_rows == CHUNK // 2
-    problem = replace(problem, max_workspace_bytes=budget)
+    options = replace(problem.options, max_workspace_bytes=budget)
+    problem = replace(problem, options=options)
     assert same_bits(d_weight(problem), rounded_after(problem))
 
 
@@ -175,20 +173,20 @@ def test_no_id_at_all_gives_zeros(tokens, kept):
 
 
 @pytest.mark.parametrize("tokens", [14, 91])
-@pytest.mark.parametrize("selects", [{"tolerance": 0.5}, {"sampling": 0.2}])
+@pytest.mark.parametrize("selects", [{"tolerance": 0.5}, {"share": 0.2}])
 def test_a_sample(selects, tokens):
     """Of one super-chunk, whose rows go straight into the gradient, and of several."""
     problem = sampled(flat(tokens), **selects)
-    result = forward(problem, Needs(student=True, weight=True), ONE)
-    assert 0 < result.sampled[0] < 1
+    result = forward(problem)
+    assert 0 < result.report[0] < 1
     assert same_bits(result.d_weight, rounded_after(problem))
 
 
 def test_a_backward_that_recomputes():
     problem = flat(91)
-    coefs = forward(problem, Needs(), ONE).coefs
+    coefs = forward(replace(problem, forward_grads=NO_GRADIENTS)).coefs
     found, wide = (
-        backward(problem, coefs, Needs(weight=True, wide_weight=wide)).d_weight
+        backward(problem, coefs, GradNeeds(weight=True, fp32_weight=wide)).d_weight
         for wide in (False, True)
     )
     assert found.dtype == torch.bfloat16 and same_bits(found, wide.bfloat16())

@@ -11,11 +11,12 @@ import torch
 
 pytest.importorskip("triton")
 
+from flat import flat_problem
 from operations import counted
 
 from tropd_kernels import GKD, OPD, TrOPD, products
 from tropd_kernels.loss import loop
-from tropd_kernels.loss.loop import Needs, Problem, Side
+from tropd_kernels.loss.problem import Side
 from tropd_kernels.rows.layout import LogitTransform, RowOptions
 
 SUPER_ROWS, VOCAB, K = 2048, 151_936, 64
@@ -57,23 +58,22 @@ def of_a_call(rule, form: str, rows: int, dropped: bool, tokens: int) -> Counter
         inputs["label_log_probs"] = meta(n)
     if form == "top_k":
         inputs |= {"ids": meta(n, K, dtype=torch.int64), "topk_log_probs": meta(n, K)}
-    problem = Problem(
+    problem = flat_problem(
         Side(meta(n, 2048, dtype=half), meta(VOCAB, 2048, dtype=half)), teacher,
-        meta(n, dtype=torch.int64), inputs, RowOptions(rule, LogitTransform(), LogitTransform()),
-        "triton", None, None,
+        meta(n, dtype=torch.int64), rule, "triton", inputs, ignore_index=None,
     )  # fmt: skip
-    plan = loop._Loop._plan
+    plan = loop._Walk._plan
 
     def planned(walk):
         return replace(plan(walk), rows=rows, super_rows=SUPER_ROWS)
 
     counting = meta(tokens, dtype=torch.int64) if dropped else None
     with (
-        mock.patch.object(loop._Loop, "_plan", planned),
+        mock.patch.object(loop._Walk, "_plan", planned),
         mock.patch.object(loop, "tokens_that_count", return_value=counting),
         counted() as found,
     ):
-        loop.forward(problem, Needs(student=True, weight=True), meta())
+        loop.forward(problem)
     return found
 
 

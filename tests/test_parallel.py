@@ -16,6 +16,7 @@ from functools import partial
 import pytest
 import torch
 import torch.distributed as dist
+from flat import flat_problem
 from parallel_agreement import agreement
 from parallel_bad_input import bad_inputs
 from problems import OBJECTIVES, K
@@ -24,7 +25,7 @@ from sharding import PATIENCE, arguments, bare, ends, mine, run, shard_of
 from tropd_kernels import OPD, SFT, linear_distillation_loss, parallel
 from tropd_kernels.gathering import gathered_tokens
 from tropd_kernels.loss import agreement as checks
-from tropd_kernels.loss.sampling import EVERY_ID
+from tropd_kernels.loss.problem import Side
 
 pytestmark = pytest.mark.skipif(
     not (dist.is_available() and dist.is_gloo_available()), reason="this torch has no gloo"
@@ -102,7 +103,7 @@ def communication(ranks):
         """Where looking at values costs a host sync, and the caller wants none, the checks are made
         in the first call with the same shapes and options alone."""
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(checks, "_may_look", lambda call: False)
+            patch.setattr(checks, "may_look", lambda problem: False)
             calls = [sent_by(bare(), OPD(), "sampled")["all_gather"] for _ in range(3)]
             calls.append(sent_by(bare(), OPD(), "sampled", temperature=2.0)["all_gather"])
         first, second = 4 * 4 * n + 64 * 8, 4 * 4 * n
@@ -162,9 +163,9 @@ def test_agreement_with_the_whole_head_communication_and_bad_input(ranks, tmp_pa
     [("cpu", None, True), ("meta", -100, True), ("meta", None, False)],
 )
 def test_the_checks_add_no_host_sync_where_the_caller_wants_none(device, ignore_index, looks):
-    tensors = (None, None, None, torch.empty(1, device=device), None, None, None)
-    call = (tensors, {}, None, [], None, [], "torch", ignore_index, None, EVERY_ID)
-    assert checks._may_look(call) == looks
+    labels = torch.empty(1, device=device)
+    problem = flat_problem(Side(None), None, labels, OPD(), "torch", ignore_index=ignore_index)
+    assert checks.may_look(problem) == looks
 
 
 # --- ranks that end, or hang ---------------------------------------------------------------------

@@ -27,7 +27,7 @@ from problems import OBJECTIVES, make_problem, relative_error
 from tropd_kernels import SFT, native
 from tropd_kernels.backends import engine_for
 from tropd_kernels.loss import sampling
-from tropd_kernels.loss.sampling import Selection
+from tropd_kernels.loss.sampling import GradientSampling
 
 
 @pytest.mark.parametrize("backend", ["torch", "native"])
@@ -69,10 +69,10 @@ def test_float16_does_not_overflow_when_it_is_scaled():
     head[7] = 1e-8
     kept = 0
     for seed in range(600):
-        drawn = Selection(0.0, 0.2, torch.tensor(seed))
-        blocks = sampling.Sample(drawn, engine_for("torch"), head, False, torch.empty(())).choose(
-            g, g[:, :8], 0
-        )
+        drawn = GradientSampling(0.0, 0.2, torch.tensor(seed))
+        blocks = sampling.ColumnSampler(
+            drawn, engine_for("torch"), head, False, torch.empty(())
+        ).choose(g, g[:, :8], 0)
         for ids, weights in blocks:
             kept += int((ids == 7).sum())
             assert g.index_select(1, ids).mul_(weights).isfinite().all()

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from flat import flat_problem
 from gradient_samples import (
     SAMPLING,
     TOLERANCE,
@@ -12,9 +13,9 @@ from test_memory import LargestTensor, ResidentPeak
 
 from tropd_kernels import GKD, HiddenTeacher, buffers, linear_distillation_loss, native, plan_chunks
 from tropd_kernels.loss import plan as chunking
-from tropd_kernels.loss.loop import Needs, Problem, Side, forward
-from tropd_kernels.loss.sampling import Sampled, Selection
-from tropd_kernels.rows.layout import LogitTransform, RowOptions
+from tropd_kernels.loss.loop import forward
+from tropd_kernels.loss.problem import Side
+from tropd_kernels.loss.sampling import GradientSampling, SamplingReport
 
 
 @pytest.mark.parametrize("selects", [(0.3, None), (0.0, 0.2)])
@@ -24,15 +25,14 @@ def test_no_tensor_of_tokens_times_vocabulary(selects, monkeypatch):
     monkeypatch.setattr("tropd_kernels.rows.torch_rows.BLOCK_ELEMENTS", {"cpu": 4 * 3001})
     tokens, v = 256, 3001
     problem = make_problem(tokens, v, width=4, teacher_width=4, spread=4)
-    flat = Problem(
+    flat = flat_problem(
         Side(problem.hidden.float(), problem.weight.float()),
         Side(problem.teacher_hidden.float(), problem.teacher_weight.float()),
-        problem.labels, {}, RowOptions(GKD(), LogitTransform(), LogitTransform()), "torch", -100,
-        None, selection=Selection(*selects, torch.tensor(4)),
+        problem.labels, GKD(), "torch", sampling=GradientSampling(*selects, torch.tensor(4)),
     )  # fmt: skip
     with LargestTensor() as seen:
-        result = forward(flat, Needs(student=True, weight=True), torch.ones(()))
-    assert 0 < result.sampled[Sampled.SHARE] < 0.5 and result.sampled[Sampled.ERROR] > 0
+        report = forward(flat).report
+    assert 0 < report[SamplingReport.SHARE] < 0.5 and report[SamplingReport.ERROR] > 0
     assert seen.elements <= tokens * v / 16
 
 

@@ -18,7 +18,7 @@ from gradient_samples import (  # noqa: F401
 from problems import OBJECTIVES, make_problem, relative_error
 
 from tropd_kernels import SFT
-from tropd_kernels.loss.sampling import Selection
+from tropd_kernels.loss.sampling import GradientSampling
 
 
 @pytest.mark.parametrize(
@@ -96,6 +96,8 @@ def test_a_square_of_the_mean_counts_once():
     truth = exact(problem, d_logits)["weight"].square().sum(1)
     with pytest.MonkeyPatch.context() as patch:
         seen = []
-        patch.setattr(Selection, "probabilities", lambda _, e: seen.append(e) or torch.ones_like(e))
+        patch.setattr(
+            GradientSampling, "probabilities", lambda _, e: seen.append(e) or torch.ones_like(e)
+        )
         call(problem, SFT(), "torch", trained=("weight",), **TOLERANCE)
     torch.testing.assert_close(seen[0].square(), truth / truth.sum(), rtol=1e-10, atol=1e-20)

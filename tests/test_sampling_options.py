@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from flat import BOTH
 from gradient_samples import (
     SAMPLES,
     SAMPLING,
@@ -16,21 +17,22 @@ from test_compile import op_arguments
 
 from tropd_kernels import GKD, HiddenTeacher, LinearDistillationLoss, linear_distillation_loss
 from tropd_kernels.loss import ops
-from tropd_kernels.loss.sampling import Sampled
+from tropd_kernels.loss.problem import NO_GRADIENTS, GradNeeds
+from tropd_kernels.loss.sampling import GradientSampling, SamplingReport
 
 
 @pytest.mark.parametrize("more", [(0.5, None), (0.0, 0.2)])
 @pytest.mark.parametrize(
     "needs",
-    [[True, True, False, False], [True, False, False, False], [False, True, False, True],
-     [False] * 4],
-)  # fmt: skip
+    [BOTH, GradNeeds(hidden=True), GradNeeds(weight=True, fp32_weight=True), NO_GRADIENTS],
+)
 def test_opcheck(needs, more, device):
-    arguments = (*op_arguments("torch", device, needs), *more, torch.tensor(4, device=device))
+    sampling = GradientSampling(*more, torch.tensor(4, device=device))
+    arguments = op_arguments("torch", device, needs, sampling=sampling)
     torch.library.opcheck(ops.distill, arguments)
-    sampled = ops.distill(*arguments)[-1]
-    assert sampled.shape == ((2,) if any(needs) else (0,))
-    assert not any(needs) or sampled[Sampled.SHARE] < 1
+    report = ops.distill(*arguments)[-1]
+    assert report.shape == ((2,) if needs.any else (0,))
+    assert not needs.any or report[SamplingReport.SHARE] < 1
 
 
 @SAMPLES

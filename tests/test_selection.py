@@ -12,7 +12,7 @@ from problems import relative_error
 from tropd_kernels.backends import engine_for
 from tropd_kernels.draws import id_uniforms, uniforms_like
 from tropd_kernels.loss import sampling
-from tropd_kernels.loss.sampling import Selection
+from tropd_kernels.loss.sampling import GradientSampling
 
 BACKENDS = ("torch", "native", "triton")
 
@@ -66,7 +66,7 @@ def proportional(pi, e):
 def test_a_tolerance_is_the_standard_deviation(tolerance, kind, n, seed):
     """All are kept where that takes more than DENSE of them, and only there."""
     e = sizes_of(kind, n, seed)
-    pi = Selection(tolerance).probabilities(e)
+    pi = GradientSampling(tolerance).probabilities(e)
 
     def variance(pi):
         scaled = e / e.max()
@@ -93,7 +93,7 @@ def test_a_tolerance_is_the_standard_deviation(tolerance, kind, n, seed):
 @vectors
 def test_a_share_is_that_of_the_ids(share, kind, n, seed):
     e = sizes_of(kind, n, seed)
-    pi = Selection(sampling=share).probabilities(e)
+    pi = GradientSampling(share=share).probabilities(e)
     assert not (pi == 1).all() or n == 1 or (e > 0).sum() <= share * n
     assert float(pi.sum()) == pytest.approx(min(share * n, int((e > 0).sum())), rel=1e-9)
     proportional(pi, e)
@@ -101,13 +101,13 @@ def test_a_share_is_that_of_the_ids(share, kind, n, seed):
 
 def test_more_tolerance_keeps_fewer():
     e = sizes_of("peaked", 1000, 0)
-    found = [Selection(t).probabilities(e) for t in (0.01, 0.02, 0.1, 0.3, 0.9)]
-    found += [Selection(sampling=f).probabilities(e) for f in (0.4, 0.2, 0.1, 0.01)]
+    found = [GradientSampling(t).probabilities(e) for t in (0.01, 0.02, 0.1, 0.3, 0.9)]
+    found += [GradientSampling(share=f).probabilities(e) for f in (0.4, 0.2, 0.1, 0.01)]
     for i in (*range(4), *range(5, 8)):
         assert (found[i] >= found[i + 1]).all() and found[i].sum() > found[i + 1].sum()
 
 
-@pytest.mark.parametrize("selects", [Selection(0.3), Selection(sampling=0.1)])
+@pytest.mark.parametrize("selects", [GradientSampling(0.3), GradientSampling(share=0.1)])
 @pytest.mark.parametrize("factor", [1e-60, 1e60, 2.0**-500])
 def test_units_of_the_sizes_do_not_matter(selects, factor):
     e = sizes_of("peaked", 1000, 0)
@@ -118,7 +118,7 @@ def test_units_of_the_sizes_do_not_matter(selects, factor):
     torch.testing.assert_close(selects.probabilities(e[order]), pi[order], rtol=1e-12, atol=0)
 
 
-@pytest.mark.parametrize("selects", [Selection(0.3), Selection(sampling=0.1)])
+@pytest.mark.parametrize("selects", [GradientSampling(0.3), GradientSampling(share=0.1)])
 def test_sizes_that_tell_nothing_keep_all(selects):
     nan, inf = math.nan, math.inf
     for sizes in ([0.0] * 5, [nan] * 3, [inf], [0.0, inf, nan], [nan, 0.0, 0.0]):
@@ -130,17 +130,17 @@ def test_sizes_that_tell_nothing_keep_all(selects):
 def test_sizes_that_are_no_numbers_are_kept(odd):
     """And the others are chosen as without them."""
     e = sizes_of("peaked", 400, 1)
-    pi = Selection(0.2).probabilities(e)
+    pi = GradientSampling(0.2).probabilities(e)
     places = torch.arange(0, 400, 100)
     with_odd = e.clone()
     with_odd[places] = odd
     others = torch.ones(400, dtype=torch.bool)
     others[places] = False
-    found = Selection(0.2).probabilities(with_odd)
+    found = GradientSampling(0.2).probabilities(with_odd)
     assert (found[places] == 1).all()
-    torch.testing.assert_close(found[others], Selection(0.2).probabilities(e[others]))
+    torch.testing.assert_close(found[others], GradientSampling(0.2).probabilities(e[others]))
     assert 0 < pi.sum() < 200
-    found = Selection(sampling=0.1).probabilities(with_odd)
+    found = GradientSampling(share=0.1).probabilities(with_odd)
     assert (found[places] == 1).all()
     assert float(found[others].sum()) == pytest.approx(0.1 * 396)
 
@@ -150,9 +150,9 @@ def test_fewer_ids_than_the_share():
     e = torch.zeros(10, dtype=torch.float64)
     e[3] = 1.0
     for share in (0.1, 0.3, 0.45):
-        assert Selection(sampling=share).probabilities(e).tolist() == e.tolist()
+        assert GradientSampling(share=share).probabilities(e).tolist() == e.tolist()
     e[7] = math.nan
-    assert Selection(sampling=0.3).probabilities(e).tolist() == [0, 0, 0, 1, 0, 0, 0, 1, 0, 0]
+    assert GradientSampling(share=0.3).probabilities(e).tolist() == [0, 0, 0, 1, 0, 0, 0, 1, 0, 0]
 
 
 def test_few_sizes():
@@ -160,22 +160,22 @@ def test_few_sizes():
         return selects.probabilities(torch.tensor(sizes)).tolist()
 
     none = math.nan
-    assert found(Selection(sampling=0.25), 0.0, none, 2.0, 0.0, 1.0) == pytest.approx(
+    assert found(GradientSampling(share=0.25), 0.0, none, 2.0, 0.0, 1.0) == pytest.approx(
         [0.0, 1.0, 2 / 3, 0.0, 1 / 3]
     )
-    alike = found(Selection(sampling=1 / 3), *[7.0] * 9)
+    alike = found(GradientSampling(share=1 / 3), *[7.0] * 9)
     assert alike == pytest.approx([1 / 3] * 9)
     # n (1 / pi - 1) = t^2 n
-    alike = found(Selection(0.999), *[7.0] * 9)
+    alike = found(GradientSampling(0.999), *[7.0] * 9)
     assert alike == [1.0] * 9, "half of them is the most"
-    one = found(Selection(sampling=0.5), 5.0, 1e-30)
+    one = found(GradientSampling(share=0.5), 5.0, 1e-30)
     assert one[0] == 1 and one[1] <= 1e-15
 
 
 def test_probabilities_look_at_no_value():
     """A meta tensor has no values: whatever would wait for a GPU raises here."""
     sizes = torch.empty(50, device="meta")
-    for selects in (Selection(0.1), Selection(sampling=0.1)):
+    for selects in (GradientSampling(0.1), GradientSampling(share=0.1)):
         assert selects.probabilities(sizes).shape == (50,)
 
 

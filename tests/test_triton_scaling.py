@@ -8,7 +8,7 @@ import torch
 from test_buffers import loss_and_leaves
 
 from tropd_kernels import GKD, LogitsTeacher, linear_distillation_loss
-from tropd_kernels.loss import ops, scaling
+from tropd_kernels.loss import autograd, scaling
 
 kernel = pytest.importorskip("tropd_kernels.loss.triton_scaling")
 interpreted = pytest.mark.skipif(
@@ -60,7 +60,7 @@ def test_the_kernel_gives_the_bits_of_a_cpu(n, factor, dtype, to, precision, dev
         assert ulps(found, expected) <= most
     assert torch.equal(found.isnan(), expected.isnan())
     assert torch.equal(gradient, before)
-    by_itself = scaling.scaled(gradient, by, to)
+    by_itself = scaling.scale_and_cast(gradient, by, to)
     assert torch.equal(
         by_itself.nan_to_num(5), (found if device != "cpu" else expected).nan_to_num(5)
     )
@@ -86,7 +86,7 @@ def test_a_factor_of_one_reads_nothing_but_itself(dtype, counts, monkeypatch):
 @pytest.fixture
 def as_on_a_gpu(monkeypatch):
     """The way of a GPU's tensors, over the interpreter; the host may not look at a factor."""
-    launches, whole, scaled = [], kernel.scale, scaling.scaled
+    launches, whole, scaled = [], kernel.scale, scaling.scale_and_cast
 
     class OnGPU:
         def __init__(self, factor):
@@ -103,7 +103,7 @@ def as_on_a_gpu(monkeypatch):
     monkeypatch.setattr(scaling.transforms, "batched", lambda f: batched(getattr(f, "factor", f)))
     monkeypatch.setattr(kernel, "scale", scale)
     monkeypatch.setattr(
-        ops, "scaled", lambda gradient, factor, *a, **k: scaled(gradient, OnGPU(factor), *a, **k)
+        autograd, "scale_and_cast", lambda g, f, *a, **k: scaled(g, OnGPU(f), *a, **k)
     )
     return launches
 
@@ -164,6 +164,6 @@ def test_a_factor_keeps_its_precision_beside_a_bfloat16_gradient(monkeypatch):
     monkeypatch.setattr(scaling, "by_kernel", lambda gradient, factor: False)
     for last_use in (False, True):
         factor = torch.empty((), device="meta")
-        made = scaling.scaled(meta, factor, torch.bfloat16, last_use)
+        made = scaling.scale_and_cast(meta, factor, torch.bfloat16, last_use)
         assert (made is meta) == last_use and made.dtype == torch.bfloat16
     assert seen == [1, 1]

@@ -3,23 +3,16 @@
 from __future__ import annotations
 
 from reprlib import repr as short  # a list of all labels would fill a screen
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from .dtypes import FLOATS
-from .loss.values import raise_repeated
 from .objectives import TokenRule
 from .symbolic import shown
 
-if TYPE_CHECKING:
-    from .loss.loop import Problem
-
 REDUCTIONS = ("mean", "sum", "none")
-#: How far above 0 a log-prob may lie: a logit of up to 64, rounded to bf16, less the log-sum-exp
-#: of logits that were not.
-LOG_PROB_MARGIN = 0.125
 
 
 def is_int(value: Any) -> bool:
@@ -77,7 +70,7 @@ def check_call(
         )
 
 
-def check_selection(tolerance, sampling, reduction: str, backend: str | None, seed) -> None:
+def check_sampling(tolerance, sampling, reduction: str, backend: str | None, seed) -> None:
     if not is_number(tolerance) or not 0 <= tolerance < 1:
         raise ValueError(
             f"gradient_tolerance must be a number in [0, 1), got {shown(tolerance)}: the standard "
@@ -137,92 +130,3 @@ def check_devices(student: Tensor, tensors: dict) -> None:
             raise ValueError(
                 f"{name} is on {tensor.device}, the student on {student.device}: move it there"
             )
-
-
-def savable(tensors: tuple, inputs: dict, needs: list[bool], backend: str) -> tuple[tuple, dict]:
-    """The flat tensors and per-token inputs of a call as autograd can save them, which it refuses
-    for what torch.inference_mode() made. That is copied, but for hidden states, logits and heads:
-    there RuntimeError, where the backward reads them. (A traced call is left to torch.)"""
-    if not torch.is_grad_enabled() or torch.compiler.is_compiling():
-        return tensors, inputs
-    student, weight, bias, labels, teacher, teacher_weight, teacher_bias = tensors
-    trains = any(t is not None and t.requires_grad for t in (student, weight, bias))
-    if trains and (backend == "reference" or not any(needs)):
-        _check_savable("student", student, weight)
-        if backend != "reference":  # which saves its log-probs
-            _check_savable("teacher", teacher, teacher_weight)
-    bias, labels, teacher_bias = (_saved(t) for t in (bias, labels, teacher_bias))
-    tensors = (student, weight, bias, labels, teacher, teacher_weight, teacher_bias)
-    return tensors, {name: _saved(t) for name, t in inputs.items()}
-
-
-def _saved(tensor: Tensor | None) -> Tensor | None:
-    return tensor.clone() if tensor is not None and tensor.is_inference() else tensor
-
-
-def _check_savable(side: str, source: Tensor | None, weight: Tensor | None) -> None:
-    for name, tensor in (("logits" if weight is None else "hidden", source), ("weight", weight)):
-        if tensor is not None and tensor.is_inference():
-            raise RuntimeError(
-                f"{side} {name} was made under torch.inference_mode(), and autograd cannot keep it "
-                "for a backward that reads it again (reduction='none', distillation_loss, "
-                "linear_log_probs, backend='reference'): make it under torch.no_grad(), or pass a "
-                "clone()"
-            )
-
-
-def given_log_probs(problem: Problem, counts: Tensor) -> dict[str, Tensor]:
-    """A teacher's log-probs by name, with -inf in padding and at tokens that do not count."""
-    valid = {"label_log_probs": counts}
-    if "ids" in problem.inputs:
-        ids = problem.inputs["ids"]
-        valid["topk_log_probs"] = (ids >= 0) & (ids < problem.vocab_size) & counts[:, None]
-    return {
-        name: torch.where(where, problem.inputs[name], -torch.inf)
-        for name, where in valid.items()
-        if name in problem.inputs
-    }
-
-
-def raise_bad_value(name: str, problem: Problem, outside: Tensor, counts: Tensor) -> None:
-    """For the first of `tokens_that_count`'s checks that found something."""
-    if name == "label":
-        label = int(problem.labels[outside][0])
-        held = "" if problem.shard is None else problem.shard.whereabouts()
-        raise ValueError(
-            f"label {label} lies outside the vocabulary of {problem.vocab_size} ids that student "
-            f"and teacher share{held}, and is not ignore_index={problem.ignore_index}: mask such "
-            "tokens, or check that labels and model use the same tokenizer"
-        )
-    if name == "ids":
-        raise_repeated(problem, counts)
-    if name == "uniforms":
-        raise ValueError("uniforms must lie in [0, 1), as torch.rand draws them")
-    if name in ("label_log_probs", "topk_log_probs"):
-        _raise_not_log_probs(name, given_log_probs(problem, counts)[name])
-    raise ValueError(f"{name} holds values that are not finite, at tokens that count")
-
-
-def _raise_not_log_probs(name: str, values: Tensor) -> None:
-    public = {"topk_log_probs": "log_probs"}.get(name, name)
-    if values.isnan().any():
-        padding = "; padding is -inf" if name == "topk_log_probs" else ""
-        raise ValueError(
-            f"teacher {public} hold NaN at tokens that count{padding}: check what the teacher "
-            "returns"
-        )
-    values = values[values > -torch.inf]
-    cause = "check what the teacher returns"
-    if not (values < 0).any():
-        probabilities = values.max() <= 1 + LOG_PROB_MARGIN
-        cause = (
-            "they look like probabilities: pass their logarithm"
-            if probabilities
-            # The likeliest ids' logits are all above 0, too.
-            else "they look like negative log-likelihoods: pass them with the sign changed; or, if "
-            "they are logits, less the logsumexp over the vocabulary"
-        )
-    raise ValueError(
-        f"teacher {public} hold values above 0, up to {values.max():.3g}, at tokens that count, "
-        f"which no log-prob is: {cause}"
-    )

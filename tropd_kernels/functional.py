@@ -1,102 +1,40 @@
-"""The public functions: check arguments, choose the backend, normalise, call the op.
+"""The public functions.
 
 `linear_distillation_loss` takes hidden states and a head, `distillation_loss` logits that already
 exist, `linear_log_probs` gives per-token log-probabilities of a head. The mathematics is in
-`reference.py`, the chunk loop in `loss/loop.py`.
+`reference.py`; `loss/` checks the arguments and computes.
 """
 
 from __future__ import annotations
 
-import sys
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-import torch
 from torch import Tensor
 
-from . import native
-from .arguments import (
-    check_call,
-    check_devices,
-    check_float,
-    check_selection,
-    flat_per_token,
-    is_number,
-    savable,
+from .loss.dispatch import compute
+from .loss.prepare import (
+    distillation_problem,
+    log_probs_problem,
+    student_logits,
+    student_with_head,
 )
-from .backends import choose_backend
-from .draws import seed_tensor, uniforms_like
-from .dtypes import result_dtype
-from .loss import ops
-from .loss.agreement import agree
-from .loss.eager import reference_loss
-from .loss.loop import INPUTS
-from .loss.main_grad import offers_main_grad
-from .loss.sampling import EVERY_ID, Sampled, Selection
-from .loss.sharded import sharded_loss
-from .objectives import TokenRule, TrOPD
-from .parallel import check_plain, group_of, local_part, whole_tensor
+from .loss.problem import Problem
+from .objectives import TokenRule
+from .outputs import DistillationOutput, TokenStats, output_of
+from .parallel import group_of
 from .rows.layout import Stat
-from .summary import Summarized
-from .symbolic import as_tensor, shown, symbols_of
-from .teachers import (
-    HiddenTeacher,
-    LogitsTeacher,
-    Teacher,
-    TopKTeacher,
-    check_head,
-    check_scale,
-    check_serves,
-)
-from .transforms import check_none, check_tangents, check_unbatched
+from .teachers import Teacher
 
 if TYPE_CHECKING:  # a torch without distributed has no such name
     from torch.distributed import ProcessGroup
 
-
-@dataclass(frozen=True, eq=False, repr=False)
-class TokenStats(Summarized):
-    """Detached statistics, each shaped like `labels`; 0 at tokens that do not count. None where the
-    form of teacher cannot give it; NaN at tokens for which the objective had no need of it.
-
-    log_probs, teacher_log_probs: of the label, nats. entropy, teacher_entropy: nats; of a
-    TopKTeacher without `entropy` a lower bound, with the mass off its ids taken for one id's.
-    forward_kl, reverse_kl: exact, over the vocabulary, with a dense teacher. forward_kl of a
-    TopKTeacher is another quantity: on its ids, or where the rule uses K on the likeliest `top_k`
-    of them, with the rule's `top_k_tail`. reward: R, before any clip. trust: the gate's M;
-    outlier: 1 - M; both 0 on a prefix. teacher_topk_mass, student_topk_mass: of K; of a dense
-    teacher at the tokens alone at which the rule looks at K, of a TopKTeacher at all tokens.
-    token_loss: before `token_weight`. kept: passed gate and entropy filter.
-    """
-
-    log_probs: Tensor
-    teacher_log_probs: Tensor | None
-    entropy: Tensor
-    teacher_entropy: Tensor | None
-    forward_kl: Tensor | None
-    reverse_kl: Tensor | None
-    reward: Tensor | None
-    trust: Tensor
-    outlier: Tensor
-    teacher_topk_mass: Tensor | None
-    student_topk_mass: Tensor | None
-    token_loss: Tensor
-    kept: Tensor
-
-
-@dataclass(frozen=True, eq=False, repr=False)
-class DistillationOutput(Summarized):
-    """loss: scalar, or shaped like labels with reduction="none". stats: per token, detached.
-
-    With `gradient_tolerance` or `gradient_sampling`, and None without them or where no product made
-    a gradient: gradient_share: scalar, how much of the vocabulary's columns entered the gradient
-    products. gradient_error: scalar, the standard deviation of the gradient relative to its norm,
-    the larger of hidden's (exact) and weight's (estimated); inf where the sample kept nothing."""
-
-    loss: Tensor
-    stats: TokenStats
-    gradient_error: Tensor | None = None
-    gradient_share: Tensor | None = None
+__all__ = [
+    "DistillationOutput",
+    "TokenStats",
+    "distillation_loss",
+    "linear_distillation_loss",
+    "linear_log_probs",
+]
 
 
 def linear_distillation_loss(
@@ -178,23 +116,32 @@ def linear_distillation_loss(
     """
     group = group_of(process_group, weight)
 
-    def call():
-        student = whole_tensor("hidden", hidden, group)
-        head, shift = local_part("weight", weight, group), local_part("bias", bias, group)
-        check_head("student", student, head, shift)
-        check_scale("student", logit_scale, softcap)
-        check_selection(gradient_tolerance, gradient_sampling, reduction, backend, seed)
-        return _flat_call(
-            student, head, shift, labels, teacher, objective,
-            (float(logit_scale), float(softcap or 0.0)), temperature,
-            dict(old_log_probs=old_log_probs, advantages=advantages, token_weight=token_weight,
-                 teacher_prefix=teacher_prefix, uniforms=uniforms),
-            seed, ignore_index, normalizer, reduction, backend, max_workspace_bytes, group,
-            gradient_tolerance, gradient_sampling,
-        )  # fmt: skip
+    def prepared() -> Problem:
+        return distillation_problem(
+            student_with_head(hidden, weight, bias, logit_scale, softcap, group),
+            labels,
+            teacher,
+            objective,
+            per_token={
+                "old_log_probs": old_log_probs,
+                "advantages": advantages,
+                "token_weight": token_weight,
+                "teacher_prefix": teacher_prefix,
+                "uniforms": uniforms,
+            },
+            temperature=temperature,
+            seed=seed,
+            ignore_index=ignore_index,
+            normalizer=normalizer,
+            reduction=reduction,
+            backend=backend,
+            group=group,
+            max_workspace_bytes=max_workspace_bytes,
+            gradient_tolerance=gradient_tolerance,
+            gradient_sampling=gradient_sampling,
+        )
 
-    found, after = _found(call, group, reduction)
-    return _output(found, after, labels, teacher, reduction)
+    return output_of(compute(prepared, group, reduction), labels, teacher, reduction)
 
 
 def distillation_loss(
@@ -224,22 +171,29 @@ def distillation_loss(
     """
     group = group_of(process_group, logits, "logits", -1)
 
-    def call():
-        if not isinstance(logits, Tensor):
-            raise TypeError(f"logits must be a tensor, got {type(logits).__name__}")
-        check_float("logits", logits)
-        if logits.dim() < 1 or logits.shape[-1] == 0:
-            raise ValueError(f"logits must be (*, V), got {tuple(logits.shape)}")
-        return _flat_call(
-            local_part("logits", logits, group, -1), None, None, labels, teacher, objective,
-            (1.0, 0.0), temperature,
-            dict(old_log_probs=old_log_probs, advantages=advantages, token_weight=token_weight,
-                 teacher_prefix=teacher_prefix, uniforms=uniforms),
-            seed, ignore_index, normalizer, reduction, backend, None, group,
-        )  # fmt: skip
+    def prepared() -> Problem:
+        return distillation_problem(
+            student_logits(logits, group),
+            labels,
+            teacher,
+            objective,
+            per_token={
+                "old_log_probs": old_log_probs,
+                "advantages": advantages,
+                "token_weight": token_weight,
+                "teacher_prefix": teacher_prefix,
+                "uniforms": uniforms,
+            },
+            temperature=temperature,
+            seed=seed,
+            ignore_index=ignore_index,
+            normalizer=normalizer,
+            reduction=reduction,
+            backend=backend,
+            group=group,
+        )
 
-    found, after = _found(call, group, reduction)
-    return _output(found, after, labels, teacher, reduction)
+    return output_of(compute(prepared, group, reduction), labels, teacher, reduction)
 
 
 def linear_log_probs(
@@ -265,261 +219,20 @@ def linear_log_probs(
     """
     group = group_of(process_group, weight)
 
-    def call():
-        student = whole_tensor("hidden", hidden, group)
-        head, shift = local_part("weight", weight, group), local_part("bias", bias, group)
-        check_head("student", student, head, shift)
-        check_scale("student", logit_scale, softcap)
-        rule = TokenRule(policy_gradient=0.0, nll_weight=1.0, entropy_coef=float(return_entropy))
-        check_call(student, labels, rule, temperature, ignore_index, "none", max_workspace_bytes)
-        check_plain({"labels": labels})
-        check_devices(student, {"weight": head, "bias": shift, "labels": labels})
-        check_unbatched({"hidden": student, "weight": head, "bias": shift, "labels": labels})
-        scales = [float(logit_scale), float(softcap or 0.0), 1.0, 0.0, float(temperature)]
-        flat = (student.reshape(-1, student.shape[-1]), head, shift, labels.reshape(-1))
-        one = student.new_ones((), dtype=result_dtype(student.dtype))
-        needs, chosen = [False] * 4, _backend(backend, student, group)
-        later = _wanted(student, head, shift)
-        return (
-            *savable((*flat, None, None, None), {}, needs, chosen), one, needs, later, rule, scales,
-            chosen, ignore_index, max_workspace_bytes, EVERY_ID,
-        ), None  # fmt: skip
+    def prepared() -> Problem:
+        return log_probs_problem(
+            student_with_head(hidden, weight, bias, logit_scale, softcap, group),
+            labels,
+            temperature=temperature,
+            ignore_index=ignore_index,
+            entropy=return_entropy,
+            backend=backend,
+            max_workspace_bytes=max_workspace_bytes,
+            group=group,
+        )
 
-    (_, _, stats, _), _ = _found(call, group, "none")
+    stats = compute(prepared, group, "none").stats
     log_probs = stats[Stat.LOG_PROB].reshape(labels.shape)
     if return_entropy:
         return log_probs, stats[Stat.ENTROPY].reshape(labels.shape)
     return log_probs
-
-
-def _flat_call(
-    student, weight, bias, labels, teacher, objective, student_scales, temperature, per_token,
-    seed, ignore_index, normalizer, reduction, backend, max_workspace_bytes, group,
-    tolerance=0.0, sampling=None,
-):  # fmt: skip
-    """(what `_run` takes, the statistic whose sum divides the loss): the arguments, checked."""
-    rule = TrOPD() if objective is None else objective
-    check_call(student, labels, rule, temperature, ignore_index, reduction, max_workspace_bytes)
-    backend = _backend(backend, student, group)
-    check_serves(teacher, rule)
-    check_plain({"labels": labels} | per_token)
-    check_devices(student, {"weight": weight, "bias": bias, "labels": labels} | per_token)
-    check_unbatched(
-        {"logits" if weight is None else "hidden": student, "weight": weight, "bias": bias}
-        | {"labels": labels, "seed": seed, "normalizer": normalizer}
-        | per_token
-        | ({} if teacher is None else {f"teacher {k}": v for k, v in vars(teacher).items()})
-    )
-    if rule.gate == "bernoulli" and per_token["uniforms"] is None:
-        if seed is None:
-            raise ValueError(
-                "this objective draws its gate at random: pass seed=<an integer that changes every "
-                "step>, or uniforms=<numbers in [0, 1) shaped like labels>, or choose "
-                "gate='expected', which draws nothing"
-            )
-        per_token["uniforms"] = uniforms_like(labels, seed)
-    (teacher_source, teacher_weight, teacher_bias), teacher_scales, known = _flat_teacher(
-        teacher, labels, student, group
-    )
-    per_token = {name: flat_per_token(name, t, labels) for name, t in per_token.items()}
-    inputs = {k: v for k, v in (per_token | known).items() if v is not None}
-
-    flat_labels = labels.reshape(-1)
-    dtype = result_dtype(student.dtype)
-    after = None  # a divisor known only once the gate has run
-    weighs = inputs.get("token_weight")
-    if reduction != "mean":
-        if normalizer is not None:
-            raise ValueError(
-                f"normalizer divides the sum in reduction='mean', and reduction={reduction!r} "
-                "divides by nothing: use 'mean', or divide the loss yourself"
-            )
-        scale = torch.ones((), dtype=dtype, device=student.device)
-    elif normalizer is not None:
-        # Where no token counts, a caller's own count may be 0.
-        some = _counts(flat_labels, ignore_index, weighs).any()
-        scale = torch.where(some, 1 / _normalizer(normalizer, student.device, dtype), 0.0)
-    elif rule.normalize == "kept":
-        scale, after = torch.ones((), dtype=dtype, device=student.device), Stat.KEPT
-    else:
-        # `ignore_index=None` says that tokens of weight 0 count, too.
-        counts = _counts(flat_labels, ignore_index, None if ignore_index is None else weighs)
-        scale = 1 / counts.sum().clamp_min(1).to(dtype)
-
-    wanted = _wanted(student, weight, bias)
-    formed = reduction != "none" and weight is not None
-    needs, later = (wanted, [False] * 3) if formed else ([False] * 3, wanted)
-    needs = [*needs, needs[1] and offers_main_grad(weight)]
-    selection = EVERY_ID
-    if tolerance or sampling is not None:
-        share = None if sampling is None else float(sampling)
-        selection = Selection(float(tolerance), share, seed_tensor(seed, labels.device))
-    flat = (student.reshape(-1, student.shape[-1]), weight, bias, flat_labels)
-    tensors = (*flat, teacher_source, teacher_weight, teacher_bias)
-    call = (
-        *savable(tensors, inputs, needs, backend), scale, needs, later, rule,
-        [*student_scales, *teacher_scales, float(temperature)], backend, ignore_index,
-        max_workspace_bytes, selection,
-    )  # fmt: skip
-    return call, after
-
-
-def _wanted(*tensors: Tensor | None) -> list[bool]:
-    """Which of them a backward may be asked for."""
-    grad = torch.is_grad_enabled()
-    return [grad and t is not None and t.requires_grad for t in tensors]
-
-
-def _found(call, group, reduction: str):
-    """((loss, token_loss, stats, sampled), the statistic whose sum divides the loss) of the flat
-    call that `call` makes of this rank's arguments; with a group, what it raises is raised on every
-    rank."""
-    if group is None:
-        arguments, after = call()
-        return _run(*arguments), after
-    check_none("process_group")
-    sharded = _found_sharded
-    if torch.compiler.is_compiling():  # as a decorator it would import the compiler with us
-        sharded = torch.compiler.disable(_found_sharded)
-    return sharded(call, group, reduction)
-
-
-def _found_sharded(call, group, reduction: str):
-    (arguments, after), shard = agree(group, call, reduction)
-    return sharded_loss(shard, *arguments), after
-
-
-def _backend(requested: str | None, student: Tensor, group) -> str:
-    backend = choose_backend(requested, student.device)
-    if requested is None and student.device.type == "cpu":
-        native.advise_to_build()
-    if group is not None and backend == "reference":
-        raise NotImplementedError(
-            "backend='reference' takes no process_group: use 'torch', 'native' or 'triton'"
-        )
-    return backend
-
-
-def _output(found, after, labels, teacher, reduction) -> DistillationOutput:
-    loss, token_loss, stats, sampled = found
-    stats = stats.detach()
-    if after is not None:
-        loss = loss / stats[after].sum().clamp_min(1)
-    if reduction == "none":
-        loss = token_loss.reshape(labels.shape)
-    tokens = _token_stats(stats, labels, teacher)
-    if sampled is None or len(sampled) == 0:
-        return DistillationOutput(loss, tokens)
-    return DistillationOutput(loss, tokens, sampled[Sampled.ERROR], sampled[Sampled.SHARE])
-
-
-def _run(
-    tensors, inputs, scale, needs, later, rule, scales, backend, ignore_index,
-    max_workspace_bytes, selection,
-):  # fmt: skip
-    """(loss, token_loss, stats, sampled) of the flat problem."""
-    more = (backend, ignore_index, max_workspace_bytes)
-    row_inputs = [inputs.get(name) for name in INPUTS]
-    if backend == "reference":
-        arguments = (*tensors, row_inputs, rule.key, scales, *more)
-        return *reference_loss(ops.flat_problem(*arguments), scale), None
-    check_tangents(*tensors[:3])
-    tolerance, sampling = selection.tolerance, selection.sampling
-    symbols = symbols_of([*scales, tolerance, sampling or 0.0])
-    if symbols is not None:
-        scales, tolerance, sampling = [], 0.0, None
-    found = ops.differentiable_distill(
-        *tensors, row_inputs, scale, needs, later, rule.key, scales, *more, tolerance, sampling,
-        selection.seed, symbols,
-    )  # fmt: skip
-    return *found[:3], found[-1]
-
-
-# --- the teacher, flat -------------------------------------------------------------------------
-
-
-def _flat_teacher(teacher: Teacher | None, labels: Tensor, student: Tensor, group=None):
-    """(logits or hidden, weight, bias), (logit scale, soft cap), per-token tensors by name."""
-    nothing, plain = (None, None, None), (1.0, 0.0)
-    if teacher is None:
-        return nothing, plain, {}
-    if teacher.tokens_shape != labels.shape:
-        raise ValueError(
-            f"the {type(teacher).__name__} covers tokens of shape {tuple(teacher.tokens_shape)}, "
-            f"labels are {tuple(labels.shape)}: give one teacher entry per label"
-        )
-    check_devices(student, {f"teacher {k}": getattr(teacher, k) for k in teacher.__match_args__})
-    if isinstance(teacher, HiddenTeacher):
-        if result_dtype(teacher.hidden.dtype) != result_dtype(student.dtype):
-            raise TypeError(
-                f"teacher hidden is {teacher.hidden.dtype}, student {student.dtype}: float64 on "
-                "one side alone; cast one of them"
-            )
-        hidden = whole_tensor("the teacher's hidden", teacher.hidden, group)
-        flat = hidden.reshape(-1, hidden.shape[-1])
-        scales = (float(teacher.logit_scale), float(teacher.softcap or 0.0))
-        weight = local_part("the teacher's weight", teacher.weight, group)
-        return (flat, weight, local_part("the teacher's bias", teacher.bias, group)), scales, {}
-    if isinstance(teacher, LogitsTeacher):
-        logits = local_part("the teacher's logits", teacher.logits, group, -1)
-        return (logits.reshape(-1, logits.shape[-1]), None, None), plain, {}
-    check_plain({f"teacher {k}": getattr(teacher, k) for k in teacher.__match_args__})
-    dtype = result_dtype(student.dtype)
-    known = {"label_log_probs": teacher.label_log_probs.reshape(-1).to(dtype)}
-    if isinstance(teacher, TopKTeacher):
-        k = teacher.ids.shape[-1]
-        known["ids"] = teacher.ids.reshape(-1, k).long()
-        known["topk_log_probs"] = teacher.log_probs.reshape(-1, k).to(dtype)
-        if teacher.entropy is not None:
-            known["teacher_entropy"] = teacher.entropy.reshape(-1).to(dtype)
-    return nothing, plain, known
-
-
-def _token_stats(stats: Tensor, labels: Tensor, teacher: Teacher | None) -> TokenStats:
-    dense = isinstance(teacher, (HiddenTeacher, LogitsTeacher))
-    top_k = dense or isinstance(teacher, TopKTeacher)
-    given = {
-        Stat.TEACHER_LOG_PROB: teacher is not None,
-        Stat.REWARD: teacher is not None,
-        Stat.TEACHER_ENTROPY: top_k,
-        Stat.FORWARD_KL: top_k,
-        Stat.REVERSE_KL: dense,
-        Stat.TEACHER_TOPK_MASS: top_k,
-        Stat.STUDENT_TOPK_MASS: top_k,
-    }
-    names = {
-        "log_probs": Stat.LOG_PROB, "teacher_log_probs": Stat.TEACHER_LOG_PROB,
-        "entropy": Stat.ENTROPY, "teacher_entropy": Stat.TEACHER_ENTROPY,
-        "forward_kl": Stat.FORWARD_KL, "reverse_kl": Stat.REVERSE_KL, "reward": Stat.REWARD,
-        "trust": Stat.TRUST, "outlier": Stat.OUTLIER,
-        "teacher_topk_mass": Stat.TEACHER_TOPK_MASS, "student_topk_mass": Stat.STUDENT_TOPK_MASS,
-        "token_loss": Stat.TOKEN_LOSS, "kept": Stat.KEPT,
-    }  # fmt: skip
-    return TokenStats(
-        **{
-            name: stats[row].reshape(labels.shape) if given.get(row, True) else None
-            for name, row in names.items()
-        }
-    )
-
-
-# --- normalisation -----------------------------------------------------------------------------
-
-
-def _counts(labels: Tensor, ignore_index: int | None, weight: Tensor | None) -> Tensor:
-    """Which tokens count (N,), bool."""
-    counts = torch.ones_like(labels, dtype=torch.bool)
-    if ignore_index is not None:
-        counts = labels != ignore_index
-    return counts if weight is None else counts & (weight != 0)
-
-
-def _normalizer(value, device, dtype) -> Tensor:
-    if isinstance(value, Tensor):
-        if value.numel() != 1:
-            raise ValueError(f"normalizer must be one number, got shape {tuple(value.shape)}")
-        return value.detach().reshape(()).to(device=device, dtype=dtype)
-    # Written with a number, since a compiler takes a symbol to be below infinity.
-    if not is_number(value) or not 0 < value <= sys.float_info.max:
-        raise ValueError(f"normalizer must be a positive number, got {shown(value)}")
-    return as_tensor(float(value), dtype, device)

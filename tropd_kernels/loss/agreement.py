@@ -25,7 +25,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ..parallel import Shard, bounds, gather
-from .loop import INPUTS
+from ..rows.layout import TOKEN_INPUTS
+from .problem import Problem, Side
+from .values import may_look
 
 #: Errors that a rank can pass on to the others, by their code.
 ERRORS: tuple[type[Exception], ...] = (
@@ -53,62 +55,56 @@ _seen: WeakKeyDictionary[dist.ProcessGroup, dict[Any, tuple[list[int], list[int]
 _seen = WeakKeyDictionary()
 
 
-def agree(group: dist.ProcessGroup, prepare: Callable[[], Any], reduction: str) -> tuple:
-    """What `prepare` makes of this rank's arguments, the arguments of `sharded_loss` first, and the
-    rank's Shard.
+def agree(
+    group: dist.ProcessGroup, prepare: Callable[[], Problem], reduction: str
+) -> tuple[Problem, Shard]:
+    """What `prepare` makes of this rank's arguments, and the rank's Shard.
 
     Raises on every rank what `prepare` raises on any, and ValueError where the ranks disagree.
     """
     error: Exception | None = None
-    call = None
+    problem = None
     try:
-        prepared = prepare()
-        call = prepared[0]
-        heights, facts = _heights(call), _facts(call, reduction)
+        problem = prepare()
+        heights, facts = _heights(problem), _facts(problem, reduction)
     except Exception as raised:
         error, heights, facts = raised, (0, 0), None
     key = None
-    if facts is not None and not _may_look(call):
+    if facts is not None and not may_look(problem):
         key = (heights, tuple(words for _, words, _ in facts))
         known = _seen.setdefault(group, {}).get(key)
         if known is not None:
-            return prepared, _layout(group, *known)
-    table = gather(group, _numbers(group, error, call, heights, facts)).tolist()
+            return problem, _layout(group, *known)
+    table = gather(group, _numbers(group, error, problem, heights, facts)).tolist()
     _raise_errors(group, error, [row[0] for row in table])
     _raise_copies([row[1:5] for row in table])
     _raise_differences(group, facts, [row[5:] for row in table])
     every = [row[1] for row in table], [row[2] for row in table]
     if key is not None:
         _seen[group][key] = every
-    return prepared, _layout(group, *every)
-
-
-def _may_look(call) -> bool:
-    """Values can be looked at: on a CPU, or where the call waits for the GPU in any case."""
-    (_, _, _, labels, *_), *_, ignore_index, _, _ = call
-    return labels.device.type == "cpu" or ignore_index is not None
+    return problem, _layout(group, *every)
 
 
 # --- what is compared ----------------------------------------------------------------------------
 
 
-def _heights(call) -> tuple[int, int]:
+def _sides(problem: Problem) -> tuple[Side, Side]:
+    """Student and teacher, one without tensors where there is no dense teacher."""
+    return problem.student, problem.teacher or Side(None)
+
+
+def _heights(problem: Problem) -> tuple[int, int]:
     """Ids of the student's shard, and of the teacher's; -1 where there is none."""
-    (student, weight, _, _, teacher, teacher_weight, _), *_ = call
-    ours, theirs = (
-        -1 if source is None else source.shape[1] if head is None else head.shape[0]
-        for source, head in ((student, weight), (teacher, teacher_weight))
-    )
+    ours, theirs = (-1 if side.source is None else side.vocab_size for side in _sides(problem))
     return ours, theirs
 
 
-def _first_rows(call) -> list[Tensor]:
+def _first_rows(problem: Problem) -> list[Tensor]:
     """0-d digests of the first row of the student's shard, or of the first token's logits, and of
     the teacher's; 0 where it tells nothing, being one number throughout."""
-    (student, weight, _, _, teacher, teacher_weight, _), *_ = call
     digests = []
-    for source, head in ((student, weight), (teacher, teacher_weight)):
-        rows = source if head is None else head
+    for side in _sides(problem):
+        rows = side.source if side.weight is None else side.weight
         if rows is None or len(rows) == 0:
             digests.append(torch.zeros((), dtype=torch.int64))
             continue
@@ -117,14 +113,13 @@ def _first_rows(call) -> list[Tensor]:
     return digests
 
 
-def _facts(call, reduction: str) -> Facts:
+def _facts(problem: Problem, reduction: str) -> Facts:
     """The same list of arguments on every rank, whatever they are."""
-    tensors, inputs, scale, _, _, rule, scales, backend, ignore_index, *more = call
-    max_workspace_bytes, selection = more
-    budget = repr(max_workspace_bytes)
-    if max_workspace_bytes is not None and backend == "native":
+    student, teacher = _sides(problem)
+    options = problem.options
+    budget = repr(options.max_workspace_bytes)
+    if options.max_workspace_bytes is not None and options.backend == "native":
         budget += f" with {torch.get_num_threads()} threads"  # whose room the plan counts
-    hidden, weight, bias, labels, teacher, teacher_weight, teacher_bias = tensors
 
     def kind(tensor: Tensor | None) -> str:
         return "none" if tensor is None else f"{tensor.dtype}"
@@ -136,45 +131,51 @@ def _facts(call, reduction: str) -> Facts:
         words = "none" if tensor is None else f"{tensor.dtype} {tuple(tensor.shape)} with values"
         return name, words, tensor
 
-    scale_words = ("logit_scale", "softcap", "the teacher's logit_scale", "the teacher's softcap")
+    hidden, weight, bias = student.source, student.weight, student.bias
     wants = [
         name
         for name, tensor in (("hidden", hidden), ("weight", weight), ("bias", bias))
         if tensor is not None and tensor.requires_grad and torch.is_grad_enabled()
     ]
-    source = teacher if teacher_weight is not None else None
+    source = teacher.source if teacher.weight is not None else None
     name, shape = ("hidden", tuple(hidden.shape)) if weight is not None else ("logits", len(hidden))
-    rows = None if teacher is None else teacher.shape[0]
+    rows = None if teacher.source is None else teacher.source.shape[0]
     return [
         ("weight", head(weight), None),
         (name, f"{hidden.dtype} {shape}", None),
         ("bias", kind(bias), None),
         ("requires_grad", f"of {' and '.join(wants) or 'nothing'}", None),
-        ("the teacher's weight", head(teacher_weight), None),
+        ("the teacher's weight", head(teacher.weight), None),
         ("the teacher's hidden", kind(source), None),
-        ("the teacher's logits", kind(None if source is not None else teacher), None),
+        ("the teacher's logits", kind(None if source is not None else teacher.source), None),
         ("the teacher", f"{rows} rows", None),
-        ("the teacher's bias", kind(teacher_bias), None),
-        ("objective", repr(rule), None),
-        *[(name, repr(value), None) for name, value in zip(scale_words, scales)],
-        ("temperature", repr(scales[-1]), None),
-        ("ignore_index", repr(ignore_index), None),
+        ("the teacher's bias", kind(teacher.bias), None),
+        ("objective", repr(options.rule), None),
+        ("logit_scale", repr(student.scale), None),
+        ("softcap", repr(student.softcap), None),
+        ("the teacher's logit_scale", repr(teacher.scale), None),
+        ("the teacher's softcap", repr(teacher.softcap), None),
+        ("temperature", repr(options.temperature), None),
+        ("ignore_index", repr(options.ignore_index), None),
         ("reduction", repr(reduction), None),
-        ("backend", repr(backend), None),
+        ("backend", repr(options.backend), None),
         ("max_workspace_bytes", budget, None),
-        ("gradient_tolerance", repr(selection.tolerance), None),
-        ("gradient_sampling", repr(selection.sampling), None),
-        values("labels", labels),
-        *[values(PUBLIC.get(name, name), inputs.get(name)) for name in INPUTS],
-        values("normalizer", scale),
-        values("seed", selection.seed),
+        ("gradient_tolerance", repr(options.sampling.tolerance), None),
+        ("gradient_sampling", repr(options.sampling.share), None),
+        values("labels", problem.labels),
+        *[
+            values(PUBLIC.get(name, name), tensor)
+            for name, tensor in zip(TOKEN_INPUTS, problem.inputs.tensors(), strict=True)
+        ],
+        values("normalizer", problem.loss_scale),
+        values("seed", options.sampling.seed),
     ]
 
 
 def _numbers(
     group: dist.ProcessGroup,
     error: Exception | None,
-    call: Any,
+    problem: Problem | None,
     heights: tuple[int, int],
     facts: Facts | None,
 ) -> Tensor:
@@ -188,7 +189,7 @@ def _numbers(
     words = torch.tensor([0, *heights, 0, 0, *[_hash(words) for _, words, _ in facts]])
     numbers[: len(words)] = words
     numbers = numbers.to(home)
-    numbers[3:5] = torch.stack([first.to(home) for first in _first_rows(call)])
+    numbers[3:5] = torch.stack([first.to(home) for first in _first_rows(problem)])
     digests = [digest(value).to(home) for _, _, value in facts if value is not None]
     numbers[len(words) : len(words) + len(digests)] = torch.stack(digests)
     return numbers

@@ -11,34 +11,33 @@ from torch import Tensor
 
 from .. import reference
 from ..dtypes import result_dtype, without_autocast
-from ..rows.layout import LogitTransform, Stat
-from .loop import Problem, Side, tokens_that_count
-from .values import with_repeats_marked
+from ..rows.layout import Stat, TokenInputs
+from .problem import Problem, Side
+from .values import tokens_that_count, with_repeats_marked
 
 
-def reference_loss(problem: Problem, loss_scale: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def reference_loss(problem: Problem) -> tuple[Tensor, Tensor, Tensor]:
     """(loss, token_loss (N,), stats (Stat, N)) as `ops.distill` gives them."""
     index = tokens_that_count(problem)
     problem = with_repeats_marked(problem)
     tokens = slice(None) if index is None else index
     labels = problem.labels[tokens]
-    inputs = {
-        name: value[tokens].to(problem.dtype) if value.is_floating_point() else value[tokens]
-        for name, value in problem.inputs.items()
-    }
-    z = _logits(problem.student, problem.options.student, problem, tokens)
+    inputs = problem.inputs.map(
+        lambda t: t[tokens].to(problem.dtype) if t.is_floating_point() else t[tokens]
+    )
+    z = _logits(problem.student, problem, tokens)
     token_loss, found = reference.token_losses(
         z,
         labels,
         _teacher(problem, inputs, labels, tokens),
         problem.options.rule,
-        old_log_probs=inputs.get("old_log_probs"),
-        advantages=inputs.get("advantages"),
-        teacher_prefix=inputs.get("teacher_prefix"),
-        uniforms=inputs.get("uniforms"),
+        old_log_probs=inputs.old_log_probs,
+        advantages=inputs.advantages,
+        teacher_prefix=inputs.teacher_prefix,
+        uniforms=inputs.uniforms,
     )
-    if "token_weight" in inputs:
-        weight = inputs["token_weight"]
+    weight = inputs.token_weight
+    if weight is not None:
         token_loss = torch.where(weight == 0, 0.0, token_loss * weight)  # not 0 * inf
     n = problem.labels.shape[0]
     where = torch.arange(n, device=z.device)[tokens]
@@ -46,7 +45,7 @@ def reference_loss(problem: Problem, loss_scale: Tensor) -> tuple[Tensor, Tensor
     rows = torch.stack([found.get(_STAT_NAMES[row], unknown).to(z.dtype) for row in Stat])
     stats = z.new_zeros((len(Stat), n)).index_copy(1, where, rows)
     token_loss = z.new_zeros(n).index_copy(0, where, token_loss)
-    return token_loss.sum() * loss_scale, token_loss, stats
+    return token_loss.sum() * problem.loss_scale, token_loss, stats
 
 
 _STAT_NAMES = {row: row.name.lower() for row in Stat} | {
@@ -109,7 +108,7 @@ class _Rounded(torch.autograd.Function):
         return d_weight.to(ctx.held)
 
 
-def _logits(side: Side, how: LogitTransform, problem: Problem, tokens) -> Tensor:
+def _logits(side: Side, problem: Problem, tokens: slice | Tensor) -> Tensor:
     rows, v = side.source[tokens].to(problem.dtype), problem.vocab_size
     logits = rows[:, :v]
     if side.weight is not None:
@@ -117,21 +116,22 @@ def _logits(side: Side, how: LogitTransform, problem: Problem, tokens) -> Tensor
         if weight.dtype != side.source.dtype:
             weight = _Rounded.apply(weight, side.source.dtype)
         logits = _Product.apply(rows, weight.to(problem.dtype).t())
-    if how.bias is not None:
-        logits = logits + how.bias.to(problem.dtype)
-    return reference.transform_logits(logits, how.scale, how.softcap, how.temperature)
+    if side.bias is not None:
+        logits = logits + side.bias[:v].to(problem.dtype)
+    temperature = problem.options.temperature
+    return reference.transform_logits(logits, side.scale, side.softcap, temperature)
 
 
-def _teacher(problem, inputs, labels, tokens) -> reference.ReferenceTeacher | None:
+def _teacher(
+    problem: Problem, inputs: TokenInputs, labels: Tensor, tokens: slice | Tensor
+) -> reference.ReferenceTeacher | None:
     if problem.teacher is not None:
-        t = _logits(problem.teacher, problem.options.teacher, problem, tokens)
-        return reference.dense_teacher(t, labels)
-    known = inputs.get("label_log_probs")
-    if "ids" in inputs:
+        return reference.dense_teacher(_logits(problem.teacher, problem, tokens), labels)
+    known = inputs.label_log_probs
+    if inputs.ids is not None:
         return reference.top_k_teacher(
-            inputs["ids"], inputs["topk_log_probs"], known,
-            inputs.get("teacher_entropy"), problem.vocab_size,
-        )  # fmt: skip
+            inputs.ids, inputs.topk_log_probs, known, inputs.teacher_entropy, problem.vocab_size
+        )
     if known is not None:
         return reference.ReferenceTeacher(None, known, None, dense=False)
     return None

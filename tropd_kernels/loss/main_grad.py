@@ -29,7 +29,7 @@ from torch import Tensor
 from ..dtypes import TILE_ROWS, result_dtype
 
 
-def offers_main_grad(weight: Any) -> bool:
+def has_main_grad(weight: Any) -> bool:
     """Whether the engine wants this weight's gradient in `main_grad`."""
     main = getattr(weight, "main_grad", None)
     wanted = isinstance(main, Tensor) and hasattr(weight, "grad_added_to_main_grad")

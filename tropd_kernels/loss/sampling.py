@@ -18,7 +18,7 @@ products of matrices, Drineas, Kannan and Mahoney, "Fast Monte Carlo Algorithms 
 ||d_weight_j|| is not known before the product: what lies along the mean of the hidden states is
 counted exactly, and the rest as if its directions were independent.
 
-    sampling f     c such that sum(pi) is f of the ids
+    share f        c such that sum(pi) is f of the ids
     tolerance t    c such that sum_j (1 / pi_j - 1) e_j^2 = t^2 sum_j e_j^2: with sums that estimate
                    the gradients' squares, the relative standard deviation is t
 
@@ -48,7 +48,7 @@ DENSE = 0.5
 UNITS = 2**60
 
 
-class Sampled(IntEnum):
+class SamplingReport(IntEnum):
     """What a call says of its sample."""
 
     SHARE = 0  # of the columns' entries that the products saw
@@ -56,17 +56,17 @@ class Sampled(IntEnum):
 
 
 @dataclass(frozen=True)
-class Selection:
-    """tolerance: 0 keeps all ids. sampling: the share of ids kept on average, None keeps all. seed:
+class GradientSampling:
+    """tolerance: 0 keeps all ids. share: of the ids kept on average, None keeps all. seed:
     0-d int64, for the draws."""
 
     tolerance: float = 0.0
-    sampling: float | None = None
+    share: float | None = None
     seed: Tensor | None = None
 
     @property
     def on(self) -> bool:
-        return self.tolerance > 0 or self.sampling is not None
+        return self.tolerance > 0 or self.share is not None
 
     def probabilities(self, sizes: Tensor) -> Tensor:
         """pi (V,), float64, of ids with these e_j (V,)."""
@@ -76,8 +76,8 @@ class Selection:
         sorted_units = units[order]
         sums = sorted_units.cumsum(0).double() / UNITS
         values = sorted_units.double() / UNITS  # of a size that is not finite: 0
-        if self.sampling is not None:
-            c = _for_share(self.sampling, values, sums, finite[order])
+        if self.share is not None:
+            c = _for_share(self.share, values, sums, finite[order])
         else:
             finite_sizes = torch.where(finite, sizes, 0.0)
             c = _for_tolerance(self.tolerance, finite_sizes, order, values, sums, finite[order])
@@ -89,7 +89,7 @@ class Selection:
         return torch.where(all_are_kept, 1.0, pi)
 
 
-EVERY_ID = Selection()
+NO_SAMPLING = GradientSampling()
 
 
 def _for_share(fraction: float, values: Tensor, sums: Tensor, finite: Tensor) -> Tensor:
@@ -129,7 +129,7 @@ def _last(holds: Tensor) -> Tensor:
     return (holds.sum() - 1).clamp_min(0).view(1)
 
 
-class Sample:
+class ColumnSampler:
     """The sample of a call: which ids its super-chunks keep, and what that does to its gradients.
 
     Adds up on the device, and waits for it once a super-chunk. Sharded over ranks each of them
@@ -138,14 +138,14 @@ class Sample:
 
     def __init__(
         self,
-        selection: Selection,
+        sampling: GradientSampling,
         engine,  # of rows
         weight: Tensor | None,  # (V, H), where d_hidden is asked for
         d_weight: bool,  # is asked for
         like: Tensor,  # in the precision of the sums
         first_id: int = 0,
     ):
-        self.selection, self.engine = selection, engine
+        self.sampling, self.engine = sampling, engine
         self.d_weight, self.first_id = d_weight, first_id
         self.dtype = like.dtype
         self.head = None if weight is None else engine.row_squares(weight, like.dtype).double()
@@ -169,11 +169,11 @@ class Sample:
             sizes += _relative(hidden_sizes)
         if self.d_weight:
             sizes += _relative(spread.double() + along.double().square())
-        pi = self.selection.probabilities(sizes.sqrt())
+        pi = self.sampling.probabilities(sizes.sqrt())
         if d_logits.dtype == torch.float16:  # in which no entry divided by pi may overflow
             least = squares.double().sqrt().nan_to_num(nan=torch.inf) / 2**15
             pi = torch.maximum(pi, least).clamp(max=1)
-        kept = id_uniforms(self.selection.seed, start, self.first_id, v, d_logits.device) < pi
+        kept = id_uniforms(self.sampling.seed, start, self.first_id, v, d_logits.device) < pi
         if hidden_sizes is not None:
             lost = torch.where(pi > 0, (1 / pi - 1) * hidden_sizes, 0.0)
             self.hidden_error = self.hidden_error + torch.where(pi < 1, lost, 0.0).sum()
@@ -201,7 +201,7 @@ class Sample:
         self.weight_error = self.weight_error + ((1 - 1 / weights.double()) * squares).sum()
 
     def report(self, d_weight: Tensor | None, shard) -> Tensor:
-        """(Sampled,) of the whole call."""
+        """(SamplingReport,) of the whole call."""
         if d_weight is not None:
             self.weight_square = self.engine.row_squares(d_weight, self.dtype).double().sum()
         seen, entries = self.hidden_error.new_tensor([self.seen, self.entries])

@@ -15,7 +15,9 @@ from ..backends import choose_backend
 from ..dtypes import TILE_ROWS
 
 
-def scaled(gradient: Tensor, factor: Tensor, dtype: torch.dtype, last_use: bool = False) -> Tensor:
+def scale_and_cast(
+    gradient: Tensor, factor: Tensor, dtype: torch.dtype, last_use: bool = False
+) -> Tensor:
     """gradient * factor, in the factor's precision, rounded once to dtype, without a float32 copy
     of the whole; with `last_use` in the gradient's own memory where that can be, else in new
     memory."""

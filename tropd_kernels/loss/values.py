@@ -1,27 +1,64 @@
-"""A top-k teacher's ids are distinct within a row: of an id given twice, each backend would take
-another share.
+"""Which tokens count, and errors about values that cannot be right.
 
-Where values may be looked at, a repeated id is an error, on the sync that the call has anyway.
-Elsewhere (`ignore_index=None` on a GPU) the teacher's log-prob of the label becomes NaN in that
-row, and with it the row's loss and gradient, as of a label outside the vocabulary. Padding, ids
-outside the vocabulary and entries of log-prob -inf, may repeat: it carries no mass.
+Values are looked at on the one host sync that a call has anyway. Where it has none
+(`ignore_index=None` on a GPU) a label outside the vocabulary makes its own row NaN, and so does a
+top-k teacher's repeated id: ids are distinct within a row, since of an id given twice each backend
+would take another share. Padding, ids outside the vocabulary and entries of log-prob -inf, may
+repeat: it carries no mass.
 """
 
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from .loop import Problem
+from .problem import Problem
+
+#: How far above 0 a log-prob may lie: a logit of up to 64, rounded to bf16, less the log-sum-exp
+#: of logits that were not.
+LOG_PROB_MARGIN = 0.125
 
 
 def may_look(problem: Problem) -> bool:
     """Values can be looked at without a sync of their own."""
-    return problem.ignore_index is not None or problem.labels.device.type == "cpu"
+    return problem.options.ignore_index is not None or problem.labels.device.type == "cpu"
+
+
+def tokens_that_count(problem: Problem) -> Tensor | None:
+    """Indices of the tokens that count, or None where all do. Raises ValueError on values that
+    cannot be right: labels outside the vocabulary, weights or advantages that are not finite, a
+    teacher's log-probs above 0 or NaN, ids that repeat."""
+    labels, inputs, ignore_index = problem.labels, problem.inputs, problem.options.ignore_index
+    if not may_look(problem):
+        return None  # it would wait for the GPU
+    counts = torch.ones_like(labels, dtype=torch.bool)
+    if ignore_index is not None:
+        counts = labels != ignore_index
+        if inputs.token_weight is not None:
+            counts &= inputs.token_weight != 0
+    outside = ((labels < 0) | (labels >= problem.vocab_size)) & counts
+    checks = {"label": outside.any()}
+    for name in ("token_weight", "advantages", "old_log_probs"):
+        values = getattr(inputs, name)
+        if values is not None:
+            checks[name] = (~values.isfinite() & counts).any()
+    if inputs.uniforms is not None:
+        u = inputs.uniforms
+        checks["uniforms"] = (~((u >= 0) & (u < 1)) & counts).any()
+    for name, values in _given_log_probs(problem, counts).items():
+        checks[name] = (~(values <= LOG_PROB_MARGIN)).any()  # NaN, too
+    if inputs.ids is not None:
+        checks["ids"] = (repeated(problem) & counts).any()
+    count, *bad = torch.stack([counts.sum(), *checks.values()]).tolist()
+    for name, found in zip(checks, bad, strict=True):
+        if found:
+            _raise_bad_value(name, problem, outside, counts)
+    if ignore_index is None or count == labels.shape[0]:
+        return None
+    # A stable sort instead of nonzero(): the count is known, so it needs no sync of its own.
+    return torch.argsort(~counts, stable=True)[:count]
 
 
 def repeats(ids: Tensor, log_probs: Tensor, vocab_size: int) -> Tensor:
@@ -37,23 +74,24 @@ def repeats(ids: Tensor, log_probs: Tensor, vocab_size: int) -> Tensor:
 
 def repeated(problem: Problem) -> Tensor:
     """(N,): tokens of which the teacher gives an id twice."""
-    ids, log_probs = problem.inputs["ids"], problem.inputs["topk_log_probs"]
+    ids, log_probs = problem.inputs.ids, problem.inputs.topk_log_probs
     return repeats(ids, log_probs, problem.vocab_size).any(-1)
 
 
 def with_repeats_marked(problem: Problem) -> Problem:
     """The problem, with NaN for the teacher's log-prob in rows with a repeated id, where that
     cannot raise."""
-    if "ids" not in problem.inputs or may_look(problem):
+    inputs = problem.inputs
+    if inputs.ids is None or may_look(problem):
         return problem
-    known = problem.inputs["label_log_probs"].masked_fill(repeated(problem), torch.nan)
-    return replace(problem, inputs=problem.inputs | {"label_log_probs": known})
+    known = inputs.label_log_probs.masked_fill(repeated(problem), torch.nan)
+    return replace(problem, inputs=replace(inputs, label_log_probs=known))
 
 
-def raise_repeated(problem: Problem, counts: Tensor) -> None:
+def _raise_repeated(problem: Problem, counts: Tensor) -> None:
     """For a token that counts (N,)."""
     token = int((repeated(problem) & counts).nonzero()[0])
-    ids, log_probs = (problem.inputs[name][[token]] for name in ("ids", "topk_log_probs"))
+    ids, log_probs = (t[[token]] for t in (problem.inputs.ids, problem.inputs.topk_log_probs))
     same = repeats(ids, log_probs, problem.vocab_size)
     usable = torch.where(log_probs != -torch.inf, ids, -1)
     twice = next(int(i) for i in usable[0] if (usable[0] == i).sum() > 1)
@@ -62,4 +100,59 @@ def raise_repeated(problem: Problem, counts: Tensor) -> None:
         f"{int(same.sum())} repeats in all there: the ids of a token must be distinct, padding has "
         "log-prob -inf or an id outside the vocabulary; check what the teacher returns, and that "
         "lists of several sources were merged"
+    )
+
+
+def _given_log_probs(problem: Problem, counts: Tensor) -> dict[str, Tensor]:
+    """A teacher's log-probs by name, with -inf in padding and at tokens that do not count."""
+    inputs, found = problem.inputs, {}
+    if inputs.label_log_probs is not None:
+        found["label_log_probs"] = torch.where(counts, inputs.label_log_probs, -torch.inf)
+    if inputs.ids is not None:
+        valid = (inputs.ids >= 0) & (inputs.ids < problem.vocab_size) & counts[:, None]
+        found["topk_log_probs"] = torch.where(valid, inputs.topk_log_probs, -torch.inf)
+    return found
+
+
+def _raise_bad_value(name: str, problem: Problem, outside: Tensor, counts: Tensor) -> None:
+    """For the first of `tokens_that_count`'s checks that found something."""
+    if name == "label":
+        label = int(problem.labels[outside][0])
+        held = "" if problem.shard is None else problem.shard.whereabouts()
+        raise ValueError(
+            f"label {label} lies outside the vocabulary of {problem.vocab_size} ids that student "
+            f"and teacher share{held}, and is not ignore_index={problem.options.ignore_index}: "
+            "mask such tokens, or check that labels and model use the same tokenizer"
+        )
+    if name == "ids":
+        _raise_repeated(problem, counts)
+    if name == "uniforms":
+        raise ValueError("uniforms must lie in [0, 1), as torch.rand draws them")
+    if name in ("label_log_probs", "topk_log_probs"):
+        _raise_not_log_probs(name, _given_log_probs(problem, counts)[name])
+    raise ValueError(f"{name} holds values that are not finite, at tokens that count")
+
+
+def _raise_not_log_probs(name: str, values: Tensor) -> None:
+    public = {"topk_log_probs": "log_probs"}.get(name, name)
+    if values.isnan().any():
+        padding = "; padding is -inf" if name == "topk_log_probs" else ""
+        raise ValueError(
+            f"teacher {public} hold NaN at tokens that count{padding}: check what the teacher "
+            "returns"
+        )
+    values = values[values > -torch.inf]
+    cause = "check what the teacher returns"
+    if not (values < 0).any():
+        probabilities = values.max() <= 1 + LOG_PROB_MARGIN
+        cause = (
+            "they look like probabilities: pass their logarithm"
+            if probabilities
+            # The likeliest ids' logits are all above 0, too.
+            else "they look like negative log-likelihoods: pass them with the sign changed; or, if "
+            "they are logits, less the logsumexp over the vocabulary"
+        )
+    raise ValueError(
+        f"teacher {public} hold values above 0, up to {values.max():.3g}, at tokens that count, "
+        f"which no log-prob is: {cause}"
     )

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, fields
 from enum import IntEnum
 
 import torch
@@ -83,18 +84,14 @@ class RowOptions:
     sharded: bool = False  # these columns are a part of the rows, whose normalisers coefs hold
 
 
-@dataclass(frozen=True)
-class RowBatch:
-    """A chunk of n rows and what is known about each.
+@dataclass(frozen=True, kw_only=True)
+class TokenInputs:
+    """What is known of each of n tokens besides logits and label, None where it is not.
 
-    student: (n, V) raw logits; teacher: (n, V) raw logits of a dense teacher, or None.
-    token_weight: (n,). teacher_prefix: (n,) bool. Of a top-k or sampled teacher: ids and
-    topk_log_probs (n, K), label_log_probs (n,), teacher_entropy (n,).
+    token_weight, old_log_probs, advantages, uniforms: (n,). teacher_prefix: (n,) bool. Of a top-k
+    or sampled teacher: ids and topk_log_probs (n, K), label_log_probs (n,), teacher_entropy (n,).
     """
 
-    student: Tensor
-    teacher: Tensor | None
-    labels: Tensor
     token_weight: Tensor | None = None
     old_log_probs: Tensor | None = None
     advantages: Tensor | None = None
@@ -104,6 +101,40 @@ class RowBatch:
     topk_log_probs: Tensor | None = None
     label_log_probs: Tensor | None = None
     teacher_entropy: Tensor | None = None
+
+    @classmethod
+    def of(cls, tensors: Iterable[Tensor | None]) -> TokenInputs:
+        """Those that `tensors` gave."""
+        return cls(**dict(zip(TOKEN_INPUTS, tensors, strict=True)))
+
+    def tensors(self) -> list[Tensor | None]:
+        """In the order of `TOKEN_INPUTS`."""
+        return [getattr(self, name) for name in TOKEN_INPUTS]
+
+    def given(self) -> dict[str, Tensor]:
+        """By name, without those that are None."""
+        tensors = zip(TOKEN_INPUTS, self.tensors(), strict=True)
+        return {name: tensor for name, tensor in tensors if tensor is not None}
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> TokenInputs:
+        """With every tensor changed."""
+        return TokenInputs.of([None if t is None else change(t) for t in self.tensors()])
+
+
+#: Its fields. A constant: torch.compile cannot trace dataclasses.fields().
+TOKEN_INPUTS = tuple(field.name for field in fields(TokenInputs))
+
+
+@dataclass(frozen=True)
+class RowBatch(TokenInputs):
+    """A chunk of n rows and what is known about each.
+
+    student: (n, V) raw logits; teacher: (n, V) raw logits of a dense teacher, or None.
+    """
+
+    student: Tensor
+    teacher: Tensor | None
+    labels: Tensor
 
 
 #: stats (Stat, n) and coefs (Coef, n).

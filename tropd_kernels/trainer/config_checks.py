@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from numbers import Integral, Real
 from typing import TYPE_CHECKING, Any, get_args, get_type_hints
 
-from ..arguments import check_selection
+from ..arguments import check_sampling
 from ..objectives.registry import OBJECTIVES, build_rule, check_knobs, check_objective
 from .credentials import check_address
 from .effects import check_effects
@@ -137,7 +137,7 @@ def check_prefix(config: "TrOPDConfig") -> None:
 
 def check_sample(config: "TrOPDConfig") -> None:
     try:
-        check_selection(
+        check_sampling(
             config.gradient_tolerance, config.gradient_sampling, "mean", config.backend, config.seed
         )
     except (NotImplementedError, ValueError) as error:

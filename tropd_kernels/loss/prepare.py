@@ -1,0 +1,340 @@
+"""From the public functions' arguments to a `Problem`: checked, flat, detached."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from .. import native
+from ..arguments import (
+    check_call,
+    check_devices,
+    check_float,
+    check_sampling,
+    flat_per_token,
+    is_number,
+)
+from ..backends import choose_backend
+from ..draws import seed_tensor, uniforms_like
+from ..dtypes import result_dtype
+from ..objectives import TokenRule, TrOPD
+from ..parallel import check_plain, local_part, whole_tensor
+from ..rows.layout import Stat, TokenInputs
+from ..symbolic import as_tensor, shown
+from ..teachers import (
+    HiddenTeacher,
+    LogitsTeacher,
+    Teacher,
+    TopKTeacher,
+    check_head,
+    check_scale,
+    check_serves,
+)
+from ..transforms import check_unbatched
+from .main_grad import has_main_grad
+from .problem import NO_GRADIENTS, GradNeeds, LossOptions, Problem, Side
+from .sampling import NO_SAMPLING, GradientSampling
+
+if TYPE_CHECKING:  # a torch without distributed has no such name
+    from torch.distributed import ProcessGroup
+
+
+def student_with_head(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, logit_scale: float, softcap: float | None,
+    group: ProcessGroup | None,
+) -> Side:  # fmt: skip
+    """Checked; hidden is still (*, H). Of a sharded head what this rank holds."""
+    hidden = whole_tensor("hidden", hidden, group)
+    weight, bias = local_part("weight", weight, group), local_part("bias", bias, group)
+    check_head("student", hidden, weight, bias)
+    check_scale("student", logit_scale, softcap)
+    return Side(hidden, weight, bias, float(logit_scale), float(softcap or 0.0) or None)
+
+
+def student_logits(logits: Tensor, group: ProcessGroup | None) -> Side:
+    """Checked; still (*, V)."""
+    if not isinstance(logits, Tensor):
+        raise TypeError(f"logits must be a tensor, got {type(logits).__name__}")
+    check_float("logits", logits)
+    if logits.dim() < 1 or logits.shape[-1] == 0:
+        raise ValueError(f"logits must be (*, V), got {tuple(logits.shape)}")
+    return Side(local_part("logits", logits, group, -1))
+
+
+def distillation_problem(
+    student: Side,
+    labels: Tensor,
+    teacher: Teacher | None,
+    objective: TokenRule | None,
+    *,
+    per_token: dict[str, Tensor | None],  # fields of `TokenInputs` that the caller gave
+    temperature: float,
+    seed: int | Tensor | None,
+    ignore_index: int | None,
+    normalizer: float | Tensor | None,
+    reduction: str,
+    backend: str | None,
+    group: ProcessGroup | None,
+    max_workspace_bytes: int | None = None,
+    gradient_tolerance: float = 0.0,
+    gradient_sampling: float | None = None,
+) -> Problem:
+    rule = TrOPD() if objective is None else objective
+    source, weight, bias = student.source, student.weight, student.bias
+    check_sampling(gradient_tolerance, gradient_sampling, reduction, backend, seed)
+    check_call(source, labels, rule, temperature, ignore_index, reduction, max_workspace_bytes)
+    backend = _backend(backend, source, group)
+    check_serves(teacher, rule)
+    check_plain({"labels": labels} | per_token)
+    check_devices(source, {"weight": weight, "bias": bias, "labels": labels} | per_token)
+    check_unbatched(
+        {"logits" if weight is None else "hidden": source, "weight": weight, "bias": bias}
+        | {"labels": labels, "seed": seed, "normalizer": normalizer}
+        | per_token
+        | ({} if teacher is None else {f"teacher {k}": v for k, v in vars(teacher).items()})
+    )
+    if rule.gate == "bernoulli" and per_token["uniforms"] is None:
+        if seed is None:
+            raise ValueError(
+                "this objective draws its gate at random: pass seed=<an integer that changes every "
+                "step>, or uniforms=<numbers in [0, 1) shaped like labels>, or choose "
+                "gate='expected', which draws nothing"
+            )
+        per_token = per_token | {"uniforms": uniforms_like(labels, seed)}
+    dense, known = _teacher(teacher, labels, source, group)
+    flat = {name: flat_per_token(name, value, labels) for name, value in per_token.items()}
+    inputs = TokenInputs(**flat, **known)
+    flat_labels = labels.reshape(-1)
+    scale, divide_by = _loss_scale(
+        rule, flat_labels, inputs.token_weight, ignore_index, normalizer, reduction, source
+    )
+    grads = _wanted(student)
+    forms = reduction != "none" and weight is not None
+    sampling = NO_SAMPLING
+    if gradient_tolerance or gradient_sampling is not None:
+        share = None if gradient_sampling is None else float(gradient_sampling)
+        drawn = seed_tensor(seed, labels.device)
+        sampling = GradientSampling(float(gradient_tolerance), share, drawn)
+    return _saveable(
+        Problem(
+            student=replace(student, source=_rows(source)),
+            teacher=dense,
+            labels=flat_labels,
+            inputs=inputs,
+            options=LossOptions(
+                rule=rule,
+                backend=backend,
+                temperature=float(temperature),
+                ignore_index=ignore_index,
+                max_workspace_bytes=max_workspace_bytes,
+                sampling=sampling,
+            ),
+            loss_scale=scale,
+            forward_grads=grads if forms else NO_GRADIENTS,
+            backward_grads=NO_GRADIENTS if forms else grads,
+            divide_by=divide_by,
+        )
+    )
+
+
+def log_probs_problem(
+    student: Side,
+    labels: Tensor,
+    *,
+    temperature: float,
+    ignore_index: int | None,
+    entropy: bool,  # is differentiated, too
+    backend: str | None,
+    max_workspace_bytes: int | None,
+    group: ProcessGroup | None,
+) -> Problem:
+    """A problem for the statistics alone."""
+    source = student.source
+    rule = TokenRule(policy_gradient=0.0, nll_weight=1.0, entropy_coef=float(entropy))
+    check_call(source, labels, rule, temperature, ignore_index, "none", max_workspace_bytes)
+    check_plain({"labels": labels})
+    check_devices(source, {"weight": student.weight, "bias": student.bias, "labels": labels})
+    check_unbatched(
+        {"hidden": source, "weight": student.weight, "bias": student.bias, "labels": labels}
+    )
+    return _saveable(
+        Problem(
+            student=replace(student, source=_rows(source)),
+            teacher=None,
+            labels=labels.reshape(-1),
+            inputs=TokenInputs(),
+            options=LossOptions(
+                rule=rule,
+                backend=_backend(backend, source, group),
+                temperature=float(temperature),
+                ignore_index=ignore_index,
+                max_workspace_bytes=max_workspace_bytes,
+                sampling=NO_SAMPLING,
+            ),
+            loss_scale=source.new_ones((), dtype=result_dtype(source.dtype)),
+            forward_grads=NO_GRADIENTS,
+            backward_grads=_wanted(student),
+        )
+    )
+
+
+def _rows(tensor: Tensor) -> Tensor:
+    return tensor.reshape(-1, tensor.shape[-1])
+
+
+def _backend(requested: str | None, student: Tensor, group: ProcessGroup | None) -> str:
+    backend = choose_backend(requested, student.device)
+    if requested is None and student.device.type == "cpu":
+        native.advise_to_build()
+    if group is not None and backend == "reference":
+        raise NotImplementedError(
+            "backend='reference' takes no process_group: use 'torch', 'native' or 'triton'"
+        )
+    return backend
+
+
+def _wanted(student: Side) -> GradNeeds:
+    """Which gradients a backward may be asked for."""
+    hidden, weight, bias = (
+        torch.is_grad_enabled() and t is not None and t.requires_grad
+        for t in (student.source, student.weight, student.bias)
+    )
+    return GradNeeds(hidden, weight, bias, weight and has_main_grad(student.weight))
+
+
+# --- the teacher ---------------------------------------------------------------------------------
+
+
+def _teacher(
+    teacher: Teacher | None, labels: Tensor, student: Tensor, group: ProcessGroup | None
+) -> tuple[Side | None, dict[str, Tensor]]:
+    """A dense teacher's side, and what other forms know of each token: fields of `TokenInputs`."""
+    if teacher is None:
+        return None, {}
+    if teacher.tokens_shape != labels.shape:
+        raise ValueError(
+            f"the {type(teacher).__name__} covers tokens of shape {tuple(teacher.tokens_shape)}, "
+            f"labels are {tuple(labels.shape)}: give one teacher entry per label"
+        )
+    check_devices(student, {f"teacher {k}": getattr(teacher, k) for k in teacher.__match_args__})
+    if isinstance(teacher, HiddenTeacher):
+        if result_dtype(teacher.hidden.dtype) != result_dtype(student.dtype):
+            raise TypeError(
+                f"teacher hidden is {teacher.hidden.dtype}, student {student.dtype}: float64 on "
+                "one side alone; cast one of them"
+            )
+        hidden = whole_tensor("the teacher's hidden", teacher.hidden, group)
+        weight = local_part("the teacher's weight", teacher.weight, group)
+        bias = local_part("the teacher's bias", teacher.bias, group)
+        scale, softcap = float(teacher.logit_scale), float(teacher.softcap or 0.0) or None
+        return Side(_rows(hidden), weight, bias, scale, softcap), {}
+    if isinstance(teacher, LogitsTeacher):
+        return Side(_rows(local_part("the teacher's logits", teacher.logits, group, -1))), {}
+    check_plain({f"teacher {k}": getattr(teacher, k) for k in teacher.__match_args__})
+    dtype = result_dtype(student.dtype)
+    known = {"label_log_probs": teacher.label_log_probs.reshape(-1).to(dtype)}
+    if isinstance(teacher, TopKTeacher):
+        known["ids"] = _rows(teacher.ids).long()
+        known["topk_log_probs"] = _rows(teacher.log_probs).to(dtype)
+        if teacher.entropy is not None:
+            known["teacher_entropy"] = teacher.entropy.reshape(-1).to(dtype)
+    return None, known
+
+
+# --- normalisation -------------------------------------------------------------------------------
+
+
+def _loss_scale(
+    rule: TokenRule,
+    labels: Tensor,
+    token_weight: Tensor | None,
+    ignore_index: int | None,
+    normalizer: float | Tensor | None,
+    reduction: str,
+    student: Tensor,
+) -> tuple[Tensor, Stat | None]:
+    """What the sum of the tokens' losses is multiplied by, and the statistic whose sum divides it
+    where that is known only once the gate has run."""
+    dtype, device = result_dtype(student.dtype), student.device
+    if reduction != "mean":
+        if normalizer is not None:
+            raise ValueError(
+                f"normalizer divides the sum in reduction='mean', and reduction={reduction!r} "
+                "divides by nothing: use 'mean', or divide the loss yourself"
+            )
+        return torch.ones((), dtype=dtype, device=device), None
+    if normalizer is not None:
+        # Where no token counts, a caller's own count may be 0.
+        some = _counts(labels, ignore_index, token_weight).any()
+        return torch.where(some, 1 / _normalizer(normalizer, device, dtype), 0.0), None
+    if rule.normalize == "kept":
+        return torch.ones((), dtype=dtype, device=device), Stat.KEPT
+    # `ignore_index=None` says that tokens of weight 0 count, too.
+    counts = _counts(labels, ignore_index, None if ignore_index is None else token_weight)
+    return 1 / counts.sum().clamp_min(1).to(dtype), None
+
+
+def _counts(labels: Tensor, ignore_index: int | None, weight: Tensor | None) -> Tensor:
+    """Which tokens count (N,), bool."""
+    counts = torch.ones_like(labels, dtype=torch.bool)
+    if ignore_index is not None:
+        counts = labels != ignore_index
+    return counts if weight is None else counts & (weight != 0)
+
+
+def _normalizer(value: Any, device: torch.device, dtype: torch.dtype) -> Tensor:
+    if isinstance(value, Tensor):
+        if value.numel() != 1:
+            raise ValueError(f"normalizer must be one number, got shape {tuple(value.shape)}")
+        return value.detach().reshape(()).to(device=device, dtype=dtype)
+    # Written with a number, since a compiler takes a symbol to be below infinity.
+    if not is_number(value) or not 0 < value <= sys.float_info.max:
+        raise ValueError(f"normalizer must be a positive number, got {shown(value)}")
+    return as_tensor(float(value), dtype, device)
+
+
+# --- inference tensors ---------------------------------------------------------------------------
+
+
+def _saveable(problem: Problem) -> Problem:
+    """As autograd can save it, which refuses what torch.inference_mode() made. That is copied, but
+    for hidden states, logits and heads: there RuntimeError, where the backward reads them. (A
+    traced call is left to torch.)"""
+    if not torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return problem
+    student, teacher = problem.student, problem.teacher
+    trains = any(
+        t is not None and t.requires_grad for t in (student.source, student.weight, student.bias)
+    )
+    reference = problem.options.backend == "reference"
+    if trains and (reference or not problem.forward_grads.any):
+        _check_saveable("student", student)
+        if teacher is not None and not reference:  # which saves its log-probs
+            _check_saveable("teacher", teacher)
+    return replace(
+        problem,
+        student=replace(student, bias=_saved(student.bias)),
+        teacher=None if teacher is None else replace(teacher, bias=_saved(teacher.bias)),
+        labels=_saved(problem.labels),
+        inputs=problem.inputs.map(_saved),
+    )
+
+
+def _saved(tensor: Tensor | None) -> Tensor | None:
+    return tensor.clone() if tensor is not None and tensor.is_inference() else tensor
+
+
+def _check_saveable(name: str, side: Side) -> None:
+    source = "logits" if side.weight is None else "hidden"
+    for what, tensor in ((source, side.source), ("weight", side.weight)):
+        if tensor is not None and tensor.is_inference():
+            raise RuntimeError(
+                f"{name} {what} was made under torch.inference_mode(), and autograd cannot keep it "
+                "for a backward that reads it again (reduction='none', distillation_loss, "
+                "linear_log_probs, backend='reference'): make it under torch.no_grad(), or pass a "
+                "clone()"
+            )

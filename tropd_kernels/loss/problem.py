@@ -1,0 +1,157 @@
+"""One call as one object: what `prepare` makes of the arguments, and everything below reads."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..dtypes import result_dtype
+from ..objectives import TokenRule
+from ..rows.layout import LogitTransform, RowOptions, Stat, TokenInputs
+from .sampling import GradientSampling
+
+if TYPE_CHECKING:
+    from ..parallel import Shard
+
+
+@dataclass(frozen=True)
+class Side:
+    """One model's logits: (N, H) hidden states with a head, or (N, V') logits without one.
+
+    logits = cap(scale * (source @ weight.T + bias)), cap(x) = softcap * tanh(x / softcap)
+    """
+
+    source: Tensor
+    weight: Tensor | None = None  # (V', H)
+    bias: Tensor | None = None  # (V',)
+    scale: float = 1.0
+    softcap: float | None = None
+    #: Of a shard of the vocabulary whose rows (or columns of logits) lie in several tensors: those,
+    #: in the order of the ids.
+    pieces: tuple[Tensor, ...] = ()
+    #: Of the caller's head, where `weight` is a copy in the dtype of `source`.
+    weight_dtype: torch.dtype | None = None
+
+    @property
+    def vocab_size(self) -> int:
+        return self.source.shape[-1] if self.weight is None else self.weight.shape[0]
+
+    def of_one_dtype(self) -> Side:
+        """With the head in the dtype of the hidden states, in which both are multiplied."""
+        if self.weight is None or self.weight.dtype == self.source.dtype:
+            return self
+        dtype = self.source.dtype
+        pieces = tuple(piece.to(dtype) for piece in self.pieces)
+        weight = pieces[0] if pieces else self.weight.to(dtype)
+        return replace(self, weight=weight, pieces=pieces, weight_dtype=self.weight.dtype)
+
+    def transform(self, temperature: float, columns: int) -> LogitTransform:
+        """What happens to the raw logits of the first `columns` ids."""
+        bias = None if self.bias is None else self.bias[:columns]
+        return LogitTransform(self.scale, self.softcap, temperature, bias)
+
+
+class GradNeeds(NamedTuple):
+    """Which gradients to form; fp32_weight: the head's is not to be rounded to its dtype."""
+
+    hidden: bool = False
+    weight: bool = False
+    bias: bool = False
+    fp32_weight: bool = False
+
+    @property
+    def any(self) -> bool:
+        return self.hidden or self.weight or self.bias
+
+
+NO_GRADIENTS = GradNeeds()
+
+
+@dataclass(frozen=True, kw_only=True)
+class LossOptions:
+    """The numbers and names of a call. Without defaults, as `Problem`: torch.compile cannot trace
+    one that is an object."""
+
+    rule: TokenRule
+    backend: str
+    temperature: float
+    ignore_index: int | None
+    max_workspace_bytes: int | None
+    sampling: GradientSampling
+
+
+@dataclass(frozen=True, kw_only=True)
+class Problem:
+    """A flat batch of N tokens, and what is asked about it."""
+
+    student: Side
+    teacher: Side | None  # of a dense teacher
+    labels: Tensor  # (N,), int64
+    inputs: TokenInputs
+    options: LossOptions
+    loss_scale: Tensor  # (): the loss is the sum of the tokens' losses times this
+    #: Formed on the way, of the scalar loss.
+    forward_grads: GradNeeds
+    #: That a backward which makes the logits again may be asked for. It looks for the k-th id that
+    #: the forward found, so both walk by its plan.
+    backward_grads: GradNeeds
+    #: Whose sum divides the loss, where that is known only once the gate has run.
+    divide_by: Stat | None = None
+    #: The sides hold a part of the vocabulary; labels name any id of it.
+    shard: Shard | None = None
+
+    @property
+    def sides(self) -> tuple[Side, Side | None]:
+        return self.student, self.teacher
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the statistics and sums."""
+        return result_dtype(self.student.source.dtype)
+
+    @property
+    def vocab_size(self) -> int:
+        """The ids that both sides have."""
+        if self.shard is not None:
+            return self.shard.vocab_size
+        return min(side.vocab_size for side in self.sides if side is not None)
+
+    @property
+    def columns(self) -> int:
+        """Of the logits that are formed here."""
+        return self.vocab_size if self.shard is None else self.shard.width
+
+    def row_options(self) -> RowOptions:
+        """What a row engine reads of the options."""
+        columns, temperature = self.columns, self.options.temperature
+        plain = LogitTransform(temperature=temperature)
+        teacher = plain if self.teacher is None else self.teacher.transform(temperature, columns)
+        return RowOptions(
+            rule=self.options.rule,
+            student=self.student.transform(temperature, columns),
+            teacher=teacher,
+            sharded=self.shard is not None,
+        )
+
+    def laid_out(self) -> Problem:
+        """As the loop reads it: heads in the dtype of their hidden states, and what is read number
+        by number with unit stride."""
+
+        def side(given: Side | None) -> Side | None:
+            if given is None:
+                return None
+            given = given.of_one_dtype()
+            if given.bias is None or given.bias.is_contiguous():
+                return given
+            return replace(given, bias=given.bias.contiguous())
+
+        return replace(
+            self,
+            student=side(self.student),
+            teacher=side(self.teacher),
+            labels=self.labels.contiguous(),
+            inputs=self.inputs.map(Tensor.contiguous),
+        )
