@@ -17,7 +17,7 @@ from training import Spy, make, resume_and_compare, rewards_by_hand, step_and_co
 from trl import DistillationConfig, DistillationTrainer
 
 from tropd_kernels.objectives.registry import OBJECTIVES
-from tropd_kernels.trainer import TrOPDConfig, TrOPDTrainer, adapter
+from tropd_kernels.trainer import TrOPDConfig, TrOPDTrainer, hooks
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
 KINDS = {
@@ -46,7 +46,7 @@ KINDS = {
 # --- TRL's private side ------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("name", "parameters"), adapter.HOOKS)
+@pytest.mark.parametrize(("name", "parameters"), hooks.HOOKS)
 def test_hooks_exist(name, parameters):
     """A TRL that renames a hook or reorders its parameters would be called wrongly, or never."""
     found = list(inspect.signature(getattr(DistillationTrainer, name)).parameters)
@@ -55,7 +55,7 @@ def test_hooks_exist(name, parameters):
 
 def test_attributes_exist(tmp_path):
     trainer = make(tmp_path)
-    assert [name for name in adapter.ATTRIBUTES if not hasattr(trainer, name)] == []
+    assert [name for name in hooks.ATTRIBUTES if not hasattr(trainer, name)] == []
 
 
 def test_constructor_is_trl_s():

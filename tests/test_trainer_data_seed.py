@@ -60,7 +60,7 @@ def test_data_seed_leaves_weights_and_draws(tmp_path):
     made = [make(tmp_path, peft=adapter, data_seed=seed) for seed in (None, 99)]
     inputs = {"completion_ids": torch.zeros(2, 7), "sequence_ids": torch.arange(2)}
     weights, draws, states = zip(
-        *((dict(t.model.named_parameters()), t._uniforms(inputs), t._off_policy()) for t in made)
+        *((dict(t.model.named_parameters()), t._uniforms(inputs), t._is_off_policy()) for t in made)
     )
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
     assert torch.equal(*draws) and states[0] == states[1]

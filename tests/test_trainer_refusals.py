@@ -18,7 +18,9 @@ import transformers
 from training import make
 
 from tropd_kernels.trainer import TrOPDConfig, TrOPDTrainer
-from tropd_kernels.trainer.checks import check_adapters, check_context, check_prompts
+from tropd_kernels.trainer.context import check_context
+from tropd_kernels.trainer.data_checks import check_prompts
+from tropd_kernels.trainer.student_checks import check_adapters
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
 

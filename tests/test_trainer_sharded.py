@@ -145,16 +145,16 @@ import sys, torch
 from engines import use
 settings = use(sys.argv[2])
 from training import make
-from tropd_kernels.trainer import adapter
+from tropd_kernels.trainer import generation
 trainer = make(sys.argv[1], per_device_train_batch_size=1, max_steps=3, **settings)
-rank, looks, look = trainer.accelerator.process_index, [], adapter.weights_are_finite
+rank, looks, look = trainer.accelerator.process_index, [], generation.weights_are_finite
 def spoilt(model):
     parts = [getattr(p, "ds_tensor", p).data for p in model.parameters()]
     if len(looks) == 1 and rank == 1:
         getattr(parts[-1], "_local_tensor", parts[-1]).view(-1)[-1] = float("nan")
     looks.append(look(model))
     return looks[-1]
-adapter.weights_are_finite = spoilt
+generation.weights_are_finite = spoilt
 try:
     trainer.train()
 except FloatingPointError as error:

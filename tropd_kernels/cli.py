@@ -125,7 +125,7 @@ def train(arguments: Sequence[str]) -> int:
 def make_trainer(run: Run, config: Any) -> Any:
     """The `TrOPDTrainer` of a run; raises UsageError for what it refuses."""
     from .trainer import TrOPDTrainer
-    from .trainer.checks import check_sources
+    from .trainer.sources import check_sources
 
     teacher = run.teacher_model or config.teacher_model_name_or_path
     try:

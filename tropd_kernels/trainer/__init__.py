@@ -1,34 +1,44 @@
 """The trainer: TRL's `DistillationTrainer` with this package's losses and off-policy guidance.
 
-| file               | what is in it                                                            |
-|--------------------|--------------------------------------------------------------------------|
-| config.py          | `TrOPDConfig`: every setting, checked before a model is loaded           |
-| effects.py         | settings that would change nothing, which are refused                    |
-| generation_keys.py | the keys of `generation_kwargs`                                          |
-| credentials.py     | secrets, which no error, log or print shows                              |
-| adapter.py         | the one file that leans on TRL's private hooks                           |
-| trainer.py         | `TrOPDTrainer`: what is done with hidden states, prefixes and draws      |
-| prefix.py          | the guidance prefix: how long, from where, and where the student goes on |
-| fields.py          | what a processor makes of a prompt besides ids: types of tokens, pixels  |
-| sampling.py        | sampling by the trainer's config alone; what a truncated sampler leaves  |
-| sources.py         | where the files of a model that is given by name are                     |
-| loaded_teacher.py  | a teacher by name, in its checkpoint's dtype                             |
-| context.py         | how long a text a model reads                                            |
-| dropout.py         | every dropout of a model switched off                                    |
-| router.py          | the load-balancing loss of a mixture of experts                          |
-| sharding.py        | models under FSDP2 and DeepSpeed's ZeRO                                  |
-| signals.py         | a teacher's log-probs that come from a server or from columns            |
-| log_probs.py       | whether numbers can be a teacher's log-probs                             |
-| served_teacher.py  | a config's served teacher                                                |
-| server.py          | the client of a served teacher                                           |
-| completions.py     | what a server answers                                                    |
-| deadline.py        | HTTP connections on which an attempt ends in time                        |
-| credit.py          | what credit over time makes of a micro-batch's rewards                   |
-| checks.py          | inputs that are refused: tokenizers, data sets, prompts, losses          |
-| metrics.py         | per-token statistics to logged means, over all processes                 |
-| regions.py         | completions with their tokens coloured: trusted, outlier, prefix         |
-| progress.py        | what a run shows at a terminal, and the log that it leaves               |
-| card.py            | the model card: objective, paper, models, data, versions                 |
+| file               | content                                                               |
+|--------------------|-----------------------------------------------------------------------|
+| config.py          | `TrOPDConfig`: every setting, checked before a model is loaded        |
+| config_checks.py   | checks of its values, and of how they go together                     |
+| effects.py         | settings without effect, which are refused                            |
+| generation_keys.py | the keys of `generation_kwargs`                                       |
+| credentials.py     | secrets, which no error, log or print shows                           |
+| trainer.py         | `TrOPDTrainer`: the objective's loss, and what is logged              |
+| guidance.py        | the teacher's words and log-probs: from a column, a server, a model   |
+| adapter.py         | TRL's trainer with its teacher and its loss replaced                  |
+| generation.py      | how a generation batch is written: checks, prefixes, sampling         |
+| reuse.py           | the order of rows, and batches that serve several steps               |
+| metric_logs.py     | means over tokens in each log and evaluation                          |
+| hooks.py           | TRL's private methods and attributes that these five rely on          |
+| sides.py           | a model's hidden states and head on one micro-batch                   |
+| prefix.py          | the guidance prefix: its length, its ids, its mask                    |
+| fields.py          | fields that a processor makes of a prompt besides ids                 |
+| sampling.py        | sampling by the trainer's config only; the mass that truncation keeps |
+| rewards.py         | advantages and token weights from a micro-batch's rewards             |
+| router.py          | the load-balancing loss of a mixture of experts                       |
+| sources.py         | where the files of a model given by name are                          |
+| loaded_teacher.py  | a teacher in this process, in its checkpoint's dtype                  |
+| sharding.py        | models under FSDP2 and DeepSpeed's ZeRO                               |
+| context.py         | how long a text a model reads                                         |
+| vocabulary.py      | whether an id means the same to student, teacher and tokenizer        |
+| data_checks.py     | data sets and prompts that are refused                                |
+| student_checks.py  | students that cannot be trained                                       |
+| stops.py           | errors that stop a run, and how it can be resumed                     |
+| dropout.py         | switches off a model's dropout                                        |
+| signals.py         | a teacher's log-probs from a server or from columns                   |
+| log_probs.py       | whether numbers can be a teacher's log-probs                          |
+| served_teacher.py  | the served teacher of a config                                        |
+| server.py          | the client of a served teacher                                        |
+| completions.py     | reads a server's answers                                              |
+| deadline.py        | HTTP connections with a deadline for each attempt                     |
+| metrics.py         | from per-token statistics to sums and counts over all processes       |
+| regions.py         | completions with their tokens colored: trusted, outlier, prefix       |
+| progress.py        | a run's progress at a terminal, and the log that it leaves            |
+| card.py            | the model card: objective, paper, models, data, versions              |
 
 Needs TRL: `pip install 'tropd-kernels[trainer]'`. The rest of the package does not.
 """

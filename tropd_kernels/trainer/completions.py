@@ -1,16 +1,15 @@
-"""What vLLM's /v1/completions answers: log-probs of a prompt's tokens, a text, or a refusal.
+"""Reads the answers of vLLM's /v1/completions: a prompt's log-probs, a text, or a refusal.
 
-A server may shorten a text without an error: vLLM lowers max_tokens to what its context leaves.
+A server may shorten a text without an error: vLLM lowers max_tokens to the rest of its context.
 `finish_reason` says how a text ended:
 
-    stop      the teacher wrote an end, which is the last id and no other; `stop_reason` is that
-              id where it is not the tokenizer's eos_token, None where it is, and text for a stop
-              string
+    stop      the teacher generated an end, which is the last id and only there; `stop_reason` is
+              that id, or None for the tokenizer's eos_token, or text for a stop string
     length    the text has max_tokens tokens, or the server allowed fewer
-    others    the server broke it off: abort, error, repetition
+    others    the server stopped it: abort, error, repetition
 
-What cannot be such an answer is a ValueError that says which token it is about. An id that only a
-teacher of a larger vocabulary has is none of these: the caller knows which ids there are.
+A malformed answer raises ValueError with the token's position. Ids of a teacher with a larger
+vocabulary are not refused here: the caller knows which ids exist.
 """
 
 import json
@@ -27,14 +26,17 @@ from .log_probs import MARGIN, check_labels, impossible_masses
 
 #: What vLLM sends for a log-prob of -inf, which JSON does not have.
 EXCLUDED = -9999.0
-_QUOTED = 300  # characters of a server's own words in an error
+_QUOTED = 300  # characters of a server's answer in an error
 
 
 @dataclass(frozen=True, eq=False)
 class TokenScores:
     """A teacher's log-probs (nats, float32) on one completion of C tokens.
 
-    label_log_probs: (C,). ids (int64), log_probs: (C, K), the teacher's K likeliest, where known.
+    Attributes:
+        label_log_probs: (C,).
+        ids: (C, K) int64, the teacher's K likeliest ids, where known.
+        log_probs: (C, K), their log-probs.
     """
 
     label_log_probs: Tensor
@@ -43,8 +45,12 @@ class TokenScores:
 
 
 def read_choice(answer: bytes) -> Mapping[str, Any]:
-    """The one choice of an answer to one prompt. Raises ValueError for none, and for more; KeyError
-    or TypeError for an answer without choices."""
+    """The only choice of an answer to one prompt.
+
+    Raises:
+        ValueError: There is no choice, or more than one.
+        KeyError, TypeError: The answer has no list of choices.
+    """
     choices = read_json(answer)["choices"]
     indices = [choice.get("index", 0) for choice in choices]
     if indices != [0]:
@@ -55,8 +61,10 @@ def read_choice(answer: bytes) -> Mapping[str, Any]:
 def read_scores(
     choice: Mapping[str, Any], prompt: Sequence[int], completion: Sequence[int], top_k: int
 ) -> TokenScores:
-    """The completion's part of one choice's `prompt_logprobs`. Raises ValueError, with the token's
-    place, where log-probs are missing or are those of no distribution."""
+    """The completion's part of one choice's `prompt_logprobs`.
+
+    Raises ValueError, with the token's position, for log-probs that are missing or impossible.
+    """
     positions = choice.get("prompt_logprobs")
     expected = len(prompt) + len(completion)
     if not isinstance(positions, list) or len(positions) != expected:
@@ -75,7 +83,7 @@ def read_scores(
                 f"the log-probs of token {place} reach {max(at.values()):.4g}, above 0: the server "
                 "must give log-probs, not logits"
             )
-        # Besides the label's own, which comes even where it is not among the k likeliest.
+        # The label's own log-prob is sent even if it is not among the k likeliest.
         best = sorted(at.items(), key=lambda entry: -entry[1])[:top_k]
         if token not in at or len(best) < top_k:
             raise ValueError(
@@ -119,7 +127,7 @@ def _log_prob(sent: Any, place: int) -> float:
 
 
 def no_scores(top_k: int) -> TokenScores:
-    """Of a completion without tokens."""
+    """The scores of a completion without tokens."""
     none = torch.zeros(0)
     if not top_k:
         return TokenScores(none)
@@ -127,8 +135,11 @@ def no_scores(top_k: int) -> TokenScores:
 
 
 def read_text(choice: Mapping[str, Any], max_tokens: int) -> list[int]:
-    """Ids of one choice's text. Raises ValueError where there are none, for more than `max_tokens`,
-    and for a text of fewer that the teacher has not ended: it must not pass for a whole one."""
+    """Token ids of one choice's text.
+
+    Raises ValueError if there are none, or more than `max_tokens`, or fewer without an end of the
+    teacher's: a text that was cut must not pass for a whole one.
+    """
     ids = choice.get("token_ids")
     if not isinstance(ids, list):
         raise ValueError(
@@ -163,8 +174,10 @@ def read_text(choice: Mapping[str, Any], max_tokens: int) -> list[int]:
 
 
 def _check_end(ids: Sequence[int], cause: int | None) -> None:
-    """Raises ValueError for a text that does not end with the end which the server says it has.
-    Without it the student would write on where the teacher had ended."""
+    """Raises ValueError for a text whose last id is not the end that the server reports.
+
+    Without that end the student would continue where the teacher had stopped.
+    """
     if not ids or ids[-1] != (ids[-1] if cause is None else cause):
         end = "an end" if cause is None else f"the end {cause}"
         raise ValueError(
@@ -177,7 +190,7 @@ def _check_end(ids: Sequence[int], cause: int | None) -> None:
         )
 
 
-#: What a refusal says, as far as vLLM's words go, and what to do about it.
+#: Patterns of vLLM's refusals, and what to do about each.
 _REMEDIES = (
     (r"logprobs.*max(imum)? allowed",
      "Start the server with --max-logprobs {k} or more, or lower the objective's top_k"),
@@ -195,7 +208,11 @@ def refusal(
 ) -> tuple[str, str]:
     """A refusal in the server's own words, and what to do; "" where that is not known.
 
-    request: the body that was sent. names: of the models that the server lists.
+    Args:
+        status: HTTP status.
+        answer: Body of the answer.
+        request: Body of the request.
+        names: Models that the server lists.
     """
     said = read_json(answer)
     error = said.get("error", said)
@@ -211,12 +228,12 @@ def refusal(
 
 
 def is_unknown_id(status: int, answer: bytes) -> bool:
-    """Whether a refusal says that the model does not have an id of the prompt."""
+    """Whether a refusal means that the model does not have an id of the prompt."""
     return status == 400 and "vocab" in quote(answer)
 
 
 def read_json(answer: bytes) -> Mapping[str, Any]:
-    """The object that an answer holds; an empty one where it holds none."""
+    """The JSON object of an answer; an empty one if there is none."""
     try:
         value = json.loads(answer)
     except ValueError:
@@ -225,5 +242,5 @@ def read_json(answer: bytes) -> Mapping[str, Any]:
 
 
 def quote(answer: bytes) -> str:
-    """The beginning of a server's own words."""
+    """The beginning of a server's answer, for an error."""
     return repr(answer[:_QUOTED].decode(errors="replace"))

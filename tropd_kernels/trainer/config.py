@@ -30,7 +30,7 @@ from .config_checks import (
     check_trainer,
     check_type,
 )
-from .credentials import hidden, shown
+from .credentials import redacted, shown
 from .effects import check_conditions
 from .loaded_teacher import check_quantization, dtype_option
 from .sources import check_revisions
@@ -44,6 +44,11 @@ _AS_JSON = {
     "teacher_model_init_kwargs": '{"dtype": "bfloat16"}',
 }
 _JSON = '{"name": value}'
+
+
+def _setting(default: Any, text: str) -> Any:
+    """A dataclass field with its help text."""
+    return field(default=default, metadata={"help": text})
 
 
 @names_unknown_keys
@@ -72,203 +77,154 @@ class TrOPDConfig(DistillationConfig):
 
     _VALID_DICT_FIELDS = DistillationConfig._VALID_DICT_FIELDS + ["objective_kwargs"]
 
-    objective: str = field(
-        default="tropd",
-        metadata={
-            "help": '"tropd" (default), "opd", "gkd", "eopd", "entropy_opd", "reopold", '
-            '"clip_outlier", "mask_outlier", "aopd", "mopd", "topk_jsd", "sft", or a divergence: '
-            '"forward_kl", "reverse_kl", "jeffreys", "jsd", "skew_forward", "skew_reverse", '
-            '"alpha", "chi2", "total_variation", "todi", "akl". `tropd_kernels.objectives` says '
-            'what each is and where from. Quantiles and means over "the batch" (entropy_opd, '
-            "reopold) are over a micro-batch.",
-        },
+    objective: str = _setting(
+        "tropd",
+        '"tropd" (default), "opd", "gkd", "eopd", "entropy_opd", "reopold", "clip_outlier", '
+        '"mask_outlier", "aopd", "mopd", "topk_jsd", "sft", or a divergence: "forward_kl", '
+        '"reverse_kl", "jeffreys", "jsd", "skew_forward", "skew_reverse", "alpha", "chi2", '
+        '"total_variation", "todi", "akl". `tropd_kernels.objectives` says what each is and where '
+        'from. Quantiles and means over "the batch" (entropy_opd, reopold) are over a micro-batch.',
     )
-    objective_kwargs: dict | str | None = field(
-        default=None,
-        metadata={
-            "help": "knobs of the objective: the arguments of its constructor, with the papers' "
-            'defaults. tropd: gate "bernoulli", outlier "forward_kl", top_k 64, top_k_tail '
-            '"raw", threshold -1.386. opd: kl_penalty_coef 1. eopd: entropy_threshold 0.8 nats, '
-            "top_k 16, clip_ratio 0.2. entropy_opd: top_fraction 0.2. reopold: mixing 0.2, "
-            "entropy_quantile 0.8. clip_outlier, mask_outlier: threshold -1.386. aopd, mopd, "
-            "topk_jsd: top_k 64. skew_*: alpha 0.1. akl: head_mass 0.5. A `top_k` here is the "
-            "teacher's; the field `top_k` samples.",
-        },
+    objective_kwargs: dict | str | None = _setting(  # noqa: RUF009
+        None,
+        "knobs of the objective: the arguments of its constructor, with the papers' defaults. "
+        'tropd: gate "bernoulli", outlier "forward_kl", top_k 64, top_k_tail "raw", threshold '
+        "-1.386. opd: kl_penalty_coef 1. eopd: entropy_threshold 0.8 nats, top_k 16, clip_ratio "
+        "0.2. entropy_opd: top_fraction 0.2. reopold: mixing 0.2, entropy_quantile 0.8. "
+        "clip_outlier, mask_outlier: threshold -1.386. aopd, mopd, topk_jsd: top_k 64. skew_*: "
+        "alpha 0.1. akl: head_mass 0.5. A `top_k` here is the teacher's; the field `top_k` "
+        "samples.",
     )
-    beta: float | None = field(
-        default=None,
-        metadata={
-            "help": "of gkd, jsd and topk_jsd: 0 is the forward KL, 1 the reverse KL. None takes "
-            "0.5, GKD's.",
-        },
+    beta: float | None = _setting(
+        None,
+        "of gkd, jsd and topk_jsd: 0 is the forward KL, 1 the reverse KL. None takes 0.5, GKD's.",
     )
-    stage_fraction: float | None = field(
-        default=None,
-        metadata={
-            "help": "of reopold: share of training after which its second stage begins. None takes "
-            "0.5, this library's choice; the paper does not fix it.",
-        },
+    stage_fraction: float | None = _setting(
+        None,
+        "of reopold: share of training after which its second stage begins. None takes 0.5, this "
+        "library's choice; the paper does not fix it.",
     )
-    prefix_schedule: str = field(
-        default="none",
-        metadata={
-            "help": 'how the teacher\'s prefix shrinks: "none" (no guidance, the default), '
-            '"cosine" (the paper\'s), "linear", or "constant" (never).',
-        },
+    prefix_schedule: str = _setting(
+        "none",
+        'how the teacher\'s prefix shrinks: "none" (no guidance, the default), "cosine" (the '
+        'paper\'s), "linear", or "constant" (never).',
     )
-    prefix_length: int = field(default=0, metadata={"help": "l at the first step, in tokens."})
-    prefix_fraction: float = field(
-        default=1.0, metadata={"help": "share of training over which l falls to 0; the paper's 1."}
+    prefix_length: int = _setting(0, "l at the first step, in tokens.")
+    prefix_fraction: float = _setting(
+        1.0, "share of training over which l falls to 0; the paper's 1."
     )
-    prefix_steps: int | None = field(
-        default=None,
-        metadata={"help": "the same in optimiser steps, in the place of prefix_fraction."},
+    prefix_steps: int | None = _setting(
+        None, "the same in optimiser steps, in the place of prefix_fraction."
     )
-    prefix_weight: float | None = field(
-        default=PREFIX_WEIGHT,
-        metadata={
-            "help": "weight of the K1 forward KL on the prefix, the paper's 0.001. Objectives "
-            "without that term treat a prefix like any other token, and refuse another value.",
-        },
+    prefix_weight: float | None = _setting(
+        PREFIX_WEIGHT,
+        "weight of the K1 forward KL on the prefix, the paper's 0.001. Objectives without that "
+        "term treat a prefix like any other token, and refuse another value.",
     )
-    prefix_column: str | None = field(
-        default="teacher_completion",
-        metadata={
-            "help": "column with the teacher's answer: text, or messages for a conversational "
-            "prompt. A data set without it has the teacher write the prefix.",
-        },
+    prefix_column: str | None = _setting(
+        "teacher_completion",
+        "column with the teacher's answer: text, or messages for a conversational prompt. A data "
+        "set without it has the teacher write the prefix.",
     )
-    lmbda: float = field(
-        default=1.0,
-        metadata={
-            "help": "GKD's share of on-policy steps (default 1: all). In the others the "
-            "completions are the teacher's whole answers, from prefix_column or written on the "
-            'spot. Objective "sft" trains on the teacher\'s text with lmbda 0. To an objective '
-            "with a prefix term those answers are one long prefix, of prefix_weight. A text that "
-            "reaches max_completion_length gets no end; one that the teacher ended by a token "
-            "that is no end of the student's gets the student's after it. An evaluation is on "
-            "the student's own completions, but with lmbda 0 on prefix_column, where its rows "
-            "have that.",
-        },
+    lmbda: float = _setting(
+        1.0,
+        "GKD's share of on-policy steps (default 1: all). In the others the completions are the "
+        'teacher\'s whole answers, from prefix_column or written on the spot. Objective "sft" '
+        "trains on the teacher's text with lmbda 0. To an objective with a prefix term those "
+        "answers are one long prefix, of prefix_weight. A text that reaches max_completion_length "
+        "gets no end; one that the teacher ended by a token that is no end of the student's gets "
+        "the student's after it. An evaluation is on the student's own completions, but with "
+        "lmbda 0 on prefix_column, where its rows have that.",
     )
-    teacher_model_server_url: str | None = field(
-        default=None,
-        metadata={
-            "help": "a teacher behind HTTP that speaks vLLM's completions protocol (`server.py`), "
-            "instead of one in this process: for objectives of K1 and the teacher's top-k, at "
-            "temperature 1. `teacher_model_name_or_path` is then the served name, if the server "
-            "has several. Its tokenizer is checked where the server offers /tokenize, its "
-            "log-probs by a first request before a model is loaded, and each prompt against the "
-            "context that it states: it needs room for prompt, max_completion_length and one "
-            "token. Text that it writes (prefixes, lmbda below 1) is sampled by temperature, "
-            "top_p, top_k, min_p and repetition_penalty; generation_kwargs are not sent. eopd's "
-            "threshold is compared with a lower bound of the teacher's entropy, which is what a "
-            "top-k gives.",
-        },
+    teacher_model_server_url: str | None = _setting(
+        None,
+        "a teacher behind HTTP that speaks vLLM's completions protocol (`server.py`), instead of "
+        "one in this process: for objectives of K1 and the teacher's top-k, at temperature 1. "
+        "`teacher_model_name_or_path` is then the served name, if the server has several. Its "
+        "tokenizer is checked where the server offers /tokenize, its log-probs by a first request "
+        "before a model is loaded, and each prompt against the context that it states: it needs "
+        "room for prompt, max_completion_length and one token. Text that it writes (prefixes, "
+        "lmbda below 1) is sampled by temperature, top_p, top_k, min_p and repetition_penalty; "
+        "generation_kwargs are not sent. eopd's threshold is compared with a lower bound of the "
+        "teacher's entropy, which is what a top-k gives.",
     )
-    teacher_server_timeout: float = field(
-        default=600.0,
-        metadata={
-            "help": "seconds that one attempt of a request may take, from connecting to the last "
-            "byte of the answer.",
-        },
+    teacher_server_timeout: float = _setting(
+        600.0,
+        "seconds that one attempt of a request may take, from connecting to the last byte of the "
+        "answer.",
     )
-    teacher_server_retries: int = field(
-        default=9,
-        metadata={
-            "help": "attempts after the first, of a request that fails in transport, in time, or "
-            "by HTTP 408, 429, 500 or 502 to 504: at once, then after 1 s, 2 s, 4 s, ... 120 s. A "
-            "Retry-After is not heeded.",
-        },
+    teacher_server_retries: int = _setting(
+        9,
+        "attempts after the first, of a request that fails in transport, in time, or by HTTP 408, "
+        "429, 500 or 502 to 504: at once, then after 1 s, 2 s, 4 s, ... 120 s. A Retry-After is "
+        "not heeded.",
     )
-    teacher_server_concurrency: int = field(default=8, metadata={"help": "requests at once."})
-    precomputed_teacher: bool = field(
-        default=False,
-        metadata={
-            "help": "the data set's columns hold fixed completions, `completion_ids` (C), and the "
-            "teacher's log-probs of them, `teacher_label_log_probs` (C), and for objectives that "
-            "use the top-k `teacher_ids` and `teacher_log_probs` (C, K), at this temperature. No "
-            "teacher is loaded and nothing is generated.",
-        },
+    teacher_server_concurrency: int = _setting(8, "requests at once.")
+    precomputed_teacher: bool = _setting(
+        False,
+        "the data set's columns hold fixed completions, `completion_ids` (C), and the teacher's "
+        "log-probs of them, `teacher_label_log_probs` (C), and for objectives that use the top-k "
+        "`teacher_ids` and `teacher_log_probs` (C, K), at this temperature. No teacher is loaded "
+        "and nothing is generated.",
     )
-    num_iterations: int = field(
-        default=1,
-        metadata={
-            "help": "optimiser steps on each generation batch, as in GRPO (default 1). From the "
-            "second on the ratio to the policy that sampled takes part: PPO's clip, `drift_tau`. A "
-            "run resumed between them goes on with its batch, and so with the same micro-batches.",
-        },
+    num_iterations: int = _setting(
+        1,
+        "optimiser steps on each generation batch, as in GRPO (default 1). From the second on the "
+        "ratio to the policy that sampled takes part: PPO's clip, `drift_tau`. A run resumed "
+        "between them goes on with its batch, and so with the same micro-batches.",
     )
-    drift_tau: float | None = field(
-        default=None,
-        metadata={
-            "help": "blockwise policy-drift gates: blocks of drift_block_size tokens on which the "
-            "policy has moved by s nats a token since sampling weigh exp(-drift_tau |s|), relative "
-            "to their mean over the micro-batch. None (default): no gates.",
-        },
+    drift_tau: float | None = _setting(
+        None,
+        "blockwise policy-drift gates: blocks of drift_block_size tokens on which the policy has "
+        "moved by s nats a token since sampling weigh exp(-drift_tau |s|), relative to their mean "
+        "over the micro-batch. None (default): no gates.",
     )
-    drift_block_size: int = field(default=64, metadata={"help": "tokens of such a block."})
-    kl_discount_factor: float = field(
-        default=0.0,
-        metadata={
-            "help": "replaces the K1 reward by its discounted sum to the end of the completion; 0 "
-            "(default) leaves the immediate reward, 1 is the plain sum. A token to which the "
-            "teacher gives probability 0 counts as the rule's `threshold` in it, and stays outside "
-            "the gate; an objective without a gate has an infinite loss there, and the run stops.",
-        },
+    drift_block_size: int = _setting(64, "tokens of such a block.")
+    kl_discount_factor: float = _setting(
+        0.0,
+        "replaces the K1 reward by its discounted sum to the end of the completion; 0 (default) "
+        "leaves the immediate reward, 1 is the plain sum. A token to which the teacher gives "
+        "probability 0 counts as the rule's `threshold` in it, and stays outside the gate; an "
+        "objective without a gate has an infinite loss there, and the run stops.",
     )
-    importance_gamma: float | None = field(
-        default=None,
-        metadata={
-            "help": "IW-OPD's gamma (the paper's 0.5): early tokens weigh up to 1 + gamma. None "
-            "(default) weighs all alike.",
-        },
+    importance_gamma: float | None = _setting(
+        None,
+        "IW-OPD's gamma (the paper's 0.5): early tokens weigh up to 1 + gamma. None (default) "
+        "weighs all alike.",
     )
-    router_aux_loss_coef: float | None = field(
-        default=None,
-        metadata={
-            "help": "weight of a mixture-of-experts student's load-balancing loss, over prompts "
-            "and completions, as in TRL's GRPO; logged as aux_loss. None (default) takes the "
-            "model's own, 0 trains without.",
-        },
+    router_aux_loss_coef: float | None = _setting(
+        None,
+        "weight of a mixture-of-experts student's load-balancing loss, over prompts and "
+        "completions, as in TRL's GRPO; logged as aux_loss. None (default) takes the model's own, "
+        "0 trains without.",
     )
-    backend: str | None = field(
-        default=None,
-        metadata={
-            "help": '"triton", "native", "torch" or "reference"; None takes the best one here.',
-        },
+    backend: str | None = _setting(
+        None,
+        '"triton", "native", "torch" or "reference"; None takes the best one here.',
     )
-    max_workspace_bytes: int | None = field(
-        default=None, metadata={"help": "bound on the loss's temporaries; see `plan_chunks`."}
+    max_workspace_bytes: int | None = _setting(
+        None, "bound on the loss's temporaries; see `plan_chunks`."
     )
-    gradient_tolerance: float = field(
-        default=0.0,
-        metadata={
-            "help": "standard deviation, as a part of the gradient's norm, up to which the "
-            "gradients of head and hidden states are made from a sample of the vocabulary's ids, "
-            "without bias; see `linear_distillation_loss`. 0 (default): from all.",
-        },
+    gradient_tolerance: float = _setting(
+        0.0,
+        "standard deviation, as a part of the gradient's norm, up to which the gradients of head "
+        "and hidden states are made from a sample of the vocabulary's ids, without bias; see "
+        "`linear_distillation_loss`. 0 (default): from all.",
     )
-    gradient_sampling: float | None = field(
-        default=None,
-        metadata={
-            "help": "the same with the share of the ids that the sample has, in the place of "
-            "gradient_tolerance. None (default): all.",
-        },
+    gradient_sampling: float | None = _setting(
+        None,
+        "the same with the share of the ids that the sample has, in the place of "
+        "gradient_tolerance. None (default): all.",
     )
-    rich_progress: bool | None = field(
-        default=None,
-        metadata={
-            "help": "rich's progress display in place of tqdm's; None (default): at a terminal. "
-            "Each log is a line in either.",
-        },
+    rich_progress: bool | None = _setting(
+        None,
+        "rich's progress display in place of tqdm's; None (default): at a terminal. Each log is a "
+        "line in either.",
     )
-    log_regions: bool = field(
-        default=False,
-        metadata={
-            "help": "with each log, shows a few completions with their tokens coloured by region "
-            "(trusted, outlier, prefix) in the terminal and in `output_dir`/regions.",
-        },
+    log_regions: bool = _setting(
+        False,
+        "with each log, shows a few completions with their tokens coloured by region (trusted, "
+        "outlier, prefix) in the terminal and in `output_dir`/regions.",
     )
 
     def __post_init__(self):
@@ -297,10 +253,10 @@ class TrOPDConfig(DistillationConfig):
 
     def to_dict(self) -> dict[str, Any]:
         """As transformers', which hides the hub's tokens, but not those of a model's arguments."""
-        return hidden(super().to_dict())
+        return redacted(super().to_dict())
 
     def __repr__(self) -> str:
-        given = hidden({one.name: getattr(self, one.name) for one in fields(self)})
+        given = redacted({one.name: getattr(self, one.name) for one in fields(self)})
         return f"{type(self).__name__}({', '.join(f'{k}={v!r}' for k, v in given.items())})"
 
     __str__ = __repr__
@@ -322,6 +278,11 @@ class TrOPDConfig(DistillationConfig):
             switch = STAGE_FRACTION if self.stage_fraction is None else self.stage_fraction
             arguments["stage"] = 1 if progress < switch else 2
         return build_rule(self.objective, arguments)
+
+    @property
+    def is_guided(self) -> bool:
+        """Whether completions begin with the teacher's text, at some steps at least."""
+        return self.prefix_schedule != "none" or self.lmbda < 1
 
     @property
     def loads_teacher(self) -> bool:

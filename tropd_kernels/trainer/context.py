@@ -1,20 +1,22 @@
-"""How many tokens a model reads, as its config says.
+"""How many tokens a model reads, as its config says, and what is refused for exceeding it.
 
-`max_position_embeddings` alone is not the answer: rotary positions may be scaled beyond it, and a
-model without positions has no such bound.
+`max_position_embeddings` alone does not decide it: rotary positions may be scaled beyond it, and a
+model without positions has no such limit.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-#: Models whose config gives a maximum though their layers have no positions that could run out:
-#: recurrent ones, and those whose attention looks at distances or at the order alone.
+from transformers import PreTrainedTokenizerBase
+
+#: Models whose config states a maximum although no layer has a limited table of positions: they
+#: are recurrent, or their attention uses only distances or the causal order.
 _POSITION_FREE = {
     "bloom", "inkling_text", "inkling2_text", "inkling2_loop_text", "jamba", "kimi_linear",
     "nemotron_h", "rwkv", "zamba",
 }  # fmt: skip
-#: Decoders that count positions from the beginning of a padded row, whatever the attention mask
-#: says, and take none from outside.
+#: Decoders that count positions from the beginning of a padded row, ignore the attention mask in
+#: that, and take no position_ids.
 _COUNT_PADDING = {
     "bart", "bigbird_pegasus", "blenderbot", "blenderbot-small", "marian", "mbart", "mvp",
     "pegasus", "plbart", "prophetnet", "roformer", "trocr", "whisper",
@@ -24,17 +26,21 @@ _AS_WIDE_AS_THE_BATCH = {"mpt", "gpt_neo", "openai-gpt"} | _COUNT_PADDING
 
 
 def counts_padding(config: Any) -> bool:
-    """Whether padding on the left moves a model's positions, so that it gives other hidden states
-    than for the row alone."""
+    """Whether padding on the left shifts a model's positions, and so changes its hidden states."""
     return config.get_text_config().model_type in _COUNT_PADDING
 
 
 def context_of(config: Any) -> int | None:
-    """The longest text in tokens, prompt and completion, or None where there is no bound or none
-    that the config tells.
+    """The longest text in tokens, prompt and completion.
 
-    config: of transformers. Scaling follows the convention that a factor multiplies the length of
-    pretraining (YaRN, linear), unless `max_position_embeddings` has it already (Llama 3, LongRoPE).
+    A rotary scaling factor multiplies the length of pretraining (YaRN, linear), unless
+    `max_position_embeddings` includes it already (Llama 3, LongRoPE).
+
+    Args:
+        config: A model's config of transformers.
+
+    Returns:
+        The limit, or None where there is none or the config does not tell it.
     """
     config = config.get_text_config()
     if config.model_type == "mpt":  # its table of distances ends there
@@ -53,7 +59,7 @@ def context_of(config: Any) -> int | None:
 
 
 def padded_context_of(config: Any) -> int | None:
-    """How wide a batch may be with its padding, where a model counts that; else None."""
+    """The largest width of a padded batch, or None where the padding does not count."""
     config = config.get_text_config()
     return context_of(config) if config.model_type in _AS_WIDE_AS_THE_BATCH else None
 
@@ -102,7 +108,7 @@ def _is_position_free(config: Any) -> bool:
 
 
 def _scaled(rope: Mapping[str, Any], limit: int) -> int | None:
-    """The bound under these rotary parameters, of which `limit` is the config's maximum."""
+    """The limit under these rotary parameters, where `limit` is the config's maximum."""
     kind = _rope_type(rope)
     factor = max(float(rope.get("factor") or 1.0), 1.0)
     original = rope.get("original_max_position_embeddings") or limit
@@ -113,3 +119,74 @@ def _scaled(rope: Mapping[str, Any], limit: int) -> int | None:
     if kind in ("llama3", "longrope", "su"):
         return limit if original < limit else int(factor * limit)
     return None  # "dynamic" follows the text's length; of others nothing is known
+
+
+def check_context(
+    prompt_ids: list[list[int]],
+    completion: int,  # tokens
+    configs: Mapping[str, Any],
+    tokenizer: PreTrainedTokenizerBase,
+) -> None:
+    """Raises ValueError where a prompt and a completion of full length exceed a model's context.
+
+    An unknown context (`context_of`) is no limit. completion is 0 where the ids include it.
+    """
+    for side, config in configs.items():
+        context = context_of(config)
+        for ids in prompt_ids if context is not None else ():
+            if len(ids) + completion > context:
+                start = tokenizer.decode(ids[:16])
+                what, remedy = f"a prompt with its completion, {len(ids)} tokens,", ""
+                if completion:
+                    what = f"a prompt of {len(ids)} tokens and max_completion_length {completion}"
+                    remedy = ", or lower max_completion_length"
+                raise ValueError(
+                    f"{what} exceed the {side}'s context of {context}: drop or cut the prompt that "
+                    f"begins with {start!r}{remedy}"
+                )
+
+
+def check_lengths(
+    prompt_ids: list[list[int]], configs: Mapping[str, Any], multiple: int | None
+) -> None:
+    """Raises ValueError for prompts that need padding where a model's positions count it.
+
+    multiple: `pad_to_multiple_of`.
+    """
+    lengths = {len(ids) for ids in prompt_ids}
+    if len(lengths) == 1 and not any(n % (multiple or 1) for n in lengths):
+        return
+    for side, config in configs.items():
+        if counts_padding(config):
+            raise ValueError(
+                f"the {side} is a {config.model_type} model, whose positions count the padding in "
+                "front of a prompt, so that its hidden states would not be those of the prompt "
+                "alone: choose another model, or give prompts of one length, without "
+                "pad_to_multiple_of"
+            )
+
+
+def check_width(width: int, config: Any) -> None:
+    """Raises ValueError for a micro-batch that is, with its padding, too wide for the model."""
+    most = padded_context_of(config)
+    if most is not None and width > most:
+        raise ValueError(
+            f"a micro-batch of {width} tokens a row, padding included, exceeds the {most} of a "
+            f"{config.model_type} model, which counts padding: set per_device_train_batch_size 1, "
+            "or leave pad_to_multiple_of out"
+        )
+
+
+def scale_warning(lengths: Sequence[int], configs: Mapping[str, Any]) -> str | None:
+    """The warning, if any, where the longest of these rows (in tokens) rescales the others."""
+    for side, config in configs.items():
+        change = scale_changes_at(config)
+        if change is not None and lengths and min(lengths) <= change < max(lengths):
+            return (
+                f"the {side} scales the positions of a whole batch by its longest row, beyond "
+                f"{change} tokens otherwise than up to them, and this one has rows of "
+                f"{min(lengths)} to {max(lengths)}: the shorter ones' losses are not those of the "
+                "rows alone. Keep all rows on one side, or set per_device_train_batch_size 1 for "
+                "the loss"
+            )
+    return None

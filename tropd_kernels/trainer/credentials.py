@@ -1,5 +1,4 @@
-"""The secrets of a run: a server's key and the hub's tokens. Errors, logs and prints name them, and
-do not show them."""
+"""The secrets of a run: a server's key and the hub's tokens, which errors and logs never show."""
 
 import os
 import re
@@ -9,14 +8,14 @@ from urllib.parse import urlsplit
 
 API_KEY = "VLLM_API_KEY"
 _NAMES = re.compile("token|passw|secret|api.?key|hf_", re.IGNORECASE)
-#: Settings that are a secret. Others end in these words (eos_token) and are none.
+#: Settings that hold a secret. Others end in the same words but hold none (eos_token).
 _SECRET = {"token", "use_auth_token", "hub_token", "push_to_hub_token"}
 
 
 def read_api_key(given: str | None) -> str | None:
-    """The key of a server, without white space around it; None takes that of the environment.
+    """The key of a server, stripped of white space; None takes that of the environment.
 
-    Raises ValueError for one that no HTTP header can hold.
+    Raises ValueError for a key that no HTTP header can hold.
     """
     name, value = (API_KEY, os.environ.get(API_KEY)) if given is None else ("api_key", given)
     key = (value or "").strip()
@@ -29,7 +28,7 @@ def read_api_key(given: str | None) -> str | None:
 
 
 def check_address(name: str, url: str) -> None:
-    """Raises ValueError, which begins with `name`, for what is no server's address alone."""
+    """Raises ValueError, which begins with `name`, for anything but a server's plain address."""
     try:
         parts = urlsplit(url)
         whole = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
@@ -53,22 +52,22 @@ def check_address(name: str, url: str) -> None:
 
 
 def seems_secret(text: str) -> bool:
-    """Whether a text names a secret, and so may hold one."""
+    """Whether a text names a secret, so that it may contain one."""
     return _NAMES.search(text) is not None
 
 
 def shown(value: Any) -> str:
-    """The beginning of a value for an error, but for one that may hold a secret."""
+    """The beginning of a value for an error message, unless it may hold a secret."""
     text = repr(value)
     if seems_secret(text):
         return f"a {type(value).__name__} (not shown, as it seems to hold a secret)"
     return text[:80]
 
 
-def hidden(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """These settings with <KEY> in the place of each secret, also in mappings within them."""
+def redacted(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """These settings with <KEY> for each secret, also in nested mappings."""
     return {
-        key: hidden(value)
+        key: redacted(value)
         if isinstance(value, Mapping)
         else f"<{key.upper()}>"
         if isinstance(value, str) and key in _SECRET

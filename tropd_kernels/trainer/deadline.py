@@ -1,9 +1,8 @@
-"""HTTP connections on which an attempt ends in time.
+"""HTTP connections with a deadline for each whole attempt.
 
-urllib3's timeout bounds connecting, sending, and then each wait for further bytes: a server that
-sends one now and then, as a proxy does to keep a connection open, is waited for without end. Here a
-timer shuts the connection at the deadline, in the headers as in the body, and urllib3 takes that
-for its own timeout.
+urllib3's timeout bounds connecting, sending, and each wait for further bytes. A server that sends a
+byte now and then, as a proxy does to keep a connection open, would never time out. Here a timer
+closes the connection at the deadline, in headers or body, and urllib3 reports its own timeout.
 """
 
 import contextlib
@@ -16,7 +15,7 @@ from urllib3.connection import HTTPConnection, HTTPSConnection
 
 
 class _InTime:
-    """Of a connection: reads an answer, with its body, within `self.timeout` or raises."""
+    """A connection that reads a whole answer within `self.timeout`, or raises TimeoutError."""
 
     timeout: float
     sock: socket.socket
@@ -27,7 +26,7 @@ class _InTime:
         def end() -> None:
             over.set()
             with contextlib.suppress(OSError):  # closed already
-                # Not the method, which TLS has changed: it would end the session under the reader.
+                # Not the method, which TLS overrides: it would end the session under the reader.
                 socket.socket.shutdown(sock, socket.SHUT_RDWR)
 
         timer = threading.Timer(self.timeout, end)
@@ -63,7 +62,7 @@ class HTTPSPool(HTTPSConnectionPool):
 
 
 class TimedPoolManager(PoolManager):
-    """urllib3's, whose `timeout` with a `total` is one of whole attempts."""
+    """urllib3's pool manager, whose `timeout` bounds whole attempts by its `total`."""
 
     def __init__(self, *arguments: Any, **settings: Any):
         super().__init__(*arguments, **settings)

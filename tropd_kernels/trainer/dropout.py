@@ -1,4 +1,4 @@
-"""Dropout switched off, in whichever way a model of transformers does it."""
+"""Switches off a model's dropout, in all the forms that models of transformers have."""
 
 from torch import nn
 from torch.nn.modules.dropout import _DropoutNd
@@ -6,11 +6,11 @@ from transformers import PreTrainedConfig
 
 
 def disable_dropout(model: nn.Module) -> None:
-    """Sets every probability of dropout in the model to 0, for good.
+    """Sets every dropout probability in the model to 0, permanently.
 
-    Layers of `nn.Dropout` are one way. Others are a number that a module hands to
+    Some models have layers of `nn.Dropout`. Others have a number that a module passes to
     `nn.functional.dropout` or to its attention (OPT, Llama), that drops whole layers (`layerdrop`),
-    or that a forward reads from the config (Persimmon), with which it is then saved.
+    or that a forward reads from the config (Persimmon), which is saved with the model.
     """
     modules = list(model.modules())
     for module in modules:

@@ -1,8 +1,8 @@
-"""Settings that would change nothing, each with what to do instead.
+"""Refuses settings that would have no effect, and says what to do instead.
 
-What is refused here never reaches a computation: those of transformers and TRL that nothing looks
-at (`WITHOUT_EFFECT`), those that belong to another setting (`BELONGS_TO`), and those that act under
-some settings only (`CONDITIONS`). A setting at its default is never refused.
+They are settings of transformers and TRL that nothing here reads (`WITHOUT_EFFECT`), settings that
+belong to another setting (`BELONGS_TO`), and settings that act only in combination with others
+(`CONDITIONS`). A setting at its default is never refused.
 """
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -11,7 +11,7 @@ from typing import Any
 
 _NO_METRICS = "the trainer takes no compute_metrics and keeps no predictions: leave it out"
 _ONE_SAMPLER = "rows come in TRL's own order: leave it out, or set shuffle_dataset"
-#: Settings that nothing here looks at.
+#: Settings that nothing here reads.
 WITHOUT_EFFECT = {
     "label_smoothing_factor": "the loss compares distributions and smooths no labels: leave it out",
     "average_tokens_across_devices": "the loss is always divided by the tokens of all processes: "
@@ -25,7 +25,7 @@ WITHOUT_EFFECT = {
     "batch_eval_metrics": _NO_METRICS,
     "eval_do_concat_batches": _NO_METRICS,
 }
-#: Settings that belong to another one, and what that has to be.
+#: Settings that belong to another one, and the value that it must have.
 BELONGS_TO = {
     "liger_kernel_config": ("use_liger_kernel", True),
     "gradient_checkpointing_kwargs": ("gradient_checkpointing", True),
@@ -48,7 +48,7 @@ _SAMPLING = ("top_p", "top_k", "min_p", "repetition_penalty", "generation_kwargs
              "cache_implementation", "use_vllm")  # fmt: skip
 _CREDIT = ("kl_discount_factor", "importance_gamma", "drift_tau")
 _SERVED = ("teacher_server_timeout", "teacher_server_retries", "teacher_server_concurrency")
-# By transformers' makers of optimizers and schedules. Those of DeepSpeed have rules of their own.
+# As transformers creates optimizers and schedules. DeepSpeed's own have other rules.
 _GALORE = {
     f"galore_{kind}{layerwise}"
     for kind in ("adamw", "adamw_8bit", "adafactor")
@@ -69,10 +69,14 @@ _WARM_BY_THEMSELVES = {"schedule_free_adamw", "schedule_free_sgd"}
 
 @dataclass(frozen=True)
 class Condition:
-    """Settings that act only where `acts` is true of the config.
+    """Settings that act only if `acts` is true of the config.
 
-    reason: what keeps them from it; "{}" stands for the value of the setting `of`.
-    remedy: what to do if they are wanted.
+    Attributes:
+        keys: The settings.
+        acts: Predicate of the config.
+        reason: Why they do not act; "{}" is replaced by the value of the setting `of`.
+        remedy: How to make them act.
+        of: The setting that `reason` shows.
     """
 
     keys: tuple[str, ...]
@@ -88,12 +92,8 @@ class Condition:
         return ValueError(f"{key}: it would have no effect: {reason}: {remedy}leave {key} out")
 
 
-def _guided(args: Any) -> bool:
-    return args.prefix_schedule != "none" or args.lmbda < 1
-
-
 def _deepspeed(args: Any) -> bool:
-    """Whether by a config of its own or by accelerate's."""
+    """Whether DeepSpeed is used, by its own config or by accelerate's."""
     return bool(args.deepspeed) or getattr(args, "deepspeed_plugin", None) is not None
 
 
@@ -105,13 +105,13 @@ def _schedule(args: Any) -> str:
     return str(getattr(args.lr_scheduler_type, "value", args.lr_scheduler_type))
 
 
-#: In the order in which they are looked at.
+#: In the order in which they are checked.
 CONDITIONS = (
     Condition(_SAMPLING, lambda a: not a.precomputed_teacher,
               "with precomputed_teacher nothing is generated"),
     Condition(_SERVED, lambda a: a.teacher_model_server_url is not None,
               "there is no teacher_model_server_url"),
-    Condition(("prefix_weight", "prefix_column"), _guided,
+    Condition(("prefix_weight", "prefix_column"), lambda a: a.is_guided,
               "no completion begins with the teacher's text",
               "set prefix_schedule and prefix_length, or lmbda below 1"),
     Condition(("prefix_steps", "prefix_fraction"),
@@ -153,9 +153,9 @@ _OF_LOADED_TEACHER = ("teacher_model_init_kwargs", "teacher_model_revision")
 
 
 def check_effects(args: Any) -> None:
-    """Raises ValueError for a setting that is not at its default and would change nothing.
+    """Raises ValueError for a setting that is not at its default and would have no effect.
 
-    args: a `TrOPDConfig`, after transformers has settled its fields.
+    args: a `TrOPDConfig`, after transformers has completed its fields.
     """
     for key in _given(args, WITHOUT_EFFECT.keys() | BELONGS_TO.keys()):
         if key in WITHOUT_EFFECT:
@@ -180,8 +180,10 @@ def check_effects(args: Any) -> None:
 
 
 def check_conditions(args: Any) -> None:
-    """Raises ValueError for a setting that is not at its default and does not act beside the
-    others. args: a `TrOPDConfig` whose values are right each by itself."""
+    """Raises ValueError for a setting that is not at its default and does not act with the others.
+
+    args: a `TrOPDConfig` whose values are valid one by one.
+    """
     for condition in CONDITIONS:
         if condition.acts(args):
             continue
@@ -190,8 +192,10 @@ def check_conditions(args: Any) -> None:
 
 
 def check_inputs(args: Any, tools: Any, datasets: Sequence[Any]) -> None:
-    """Raises ValueError for a setting of what the trainer was not given: of tools, and of a chat
-    template that no prompt goes through. datasets: with None for one that is missing."""
+    """Raises ValueError for settings of tools or of a chat template that are not used.
+
+    datasets: None for one that is missing.
+    """
     if args.max_tool_calling_iterations is not None and not tools:
         raise ValueError(
             "max_tool_calling_iterations: it would have no effect: there are no tools: give tools "
@@ -206,7 +210,7 @@ def check_inputs(args: Any, tools: Any, datasets: Sequence[Any]) -> None:
 
 
 def _prompts_are_text(data: Any) -> bool:
-    """Whether a data set, or all of several, say so of their column; a stream may not know."""
+    """Whether the column of a data set, or of all in a mapping, is known to hold text."""
     if isinstance(data, Mapping):
         return all(map(_prompts_are_text, data.values()))
     column = (getattr(data, "features", None) or {}).get("prompt")
@@ -214,10 +218,10 @@ def _prompts_are_text(data: Any) -> bool:
 
 
 def _given(args: Any, keys: Collection[str]) -> Iterator[str]:
-    """Those of the keys that are not at their default."""
+    """The keys that are not at their default."""
     for field in fields(args):
         value = getattr(args, field.name)
         default = field.default if field.default is not MISSING else None
-        # Some forms of the default: a factory's, and what transformers settles on.
+        # Other forms of the default: a factory's, and those that transformers sets.
         if field.name in keys and value != default and value not in (None, [], {}, "no"):
             yield field.name

@@ -1,9 +1,9 @@
-"""Fields that a processor makes of prompts besides ids and mask: types of tokens, pixels, grids.
+"""Fields that a processor makes of prompts besides ids and mask: token types, pixels, grids.
 
-Generation reads all of them, and so must the loss, or it would be that of another model. A
-per-token field has as many numbers in a row as the prompt has ids, and grows with what is written
-after it; pixels and grids stay. TRL's loss takes the fields of a fixed list, and in a batch without
-images none at all: `KeptFields` holds the others.
+Generation reads all of them, so the loss must, too, or it would be that of another model. A
+per-token field has one number for each id of the prompt and grows with the completion; pixels and
+grids do not. TRL's loss takes a fixed list of fields, and in a batch without images none at all:
+`KeptFields` holds the others.
 """
 
 import contextlib
@@ -19,18 +19,18 @@ from transformers import PreTrainedModel
 
 from .router import base_of
 
-#: What `token_type_ids` gives a written token, where that is not 0. PaliGemma's 0 is the prefix,
-#: in which every token attends to every other: 1 is what comes after it.
+#: `token_type_ids` of a generated token, where it is not 0. PaliGemma's 0 is the prefix, in which
+#: every token attends to every other; 1 follows it.
 _WRITTEN = {"paligemma": 1}
-#: How the names of fields end that give a token's type. How another per-token field would go on
-#: after the prompt (position_ids count) is not ours to know.
+#: Suffix of the names of fields with token types. Other per-token fields are not supported: how
+#: they continue after the prompt differs (position_ids count).
 _TYPES = "token_type_ids"
-#: In a batch, before the name of a field that TRL leaves out.
+#: Prefix, in a batch, of the name of a field that TRL leaves out.
 _KEPT = "field:"
 
 
 def written_type(name: str, config: Any) -> int:
-    """The number that a per-token field gives to a token written after the prompt.
+    """The value of a per-token field for a token that is generated after the prompt.
 
     config: of the model that reads the field.
     """
@@ -40,7 +40,7 @@ def written_type(name: str, config: Any) -> int:
 
 
 def mark_written(batch: Mapping[str, Any], config: Any) -> dict[str, Tensor]:
-    """The types (B, P + C) of a generation batch whose completions are not of TRL's type, 0."""
+    """token_type_ids (B, P + C) of a generation batch, if its completions' type is not TRL's 0."""
     written = written_type("token_type_ids", config)
     if written == 0 or "token_type_ids" not in batch:
         return {}
@@ -53,15 +53,20 @@ def mark_written(batch: Mapping[str, Any], config: Any) -> dict[str, Tensor]:
 class KeptFields:
     """Fields of a generation batch's prompts that TRL's loss leaves out.
 
-    types: of each prompt a number a token. pixels: arrays with as many rows as pixel_values.
+    Attributes:
+        types: For each prompt one number per token.
+        pixels: Arrays with as many rows as pixel_values.
     """
 
     types: Mapping[str, list[list[int]]]
     pixels: Mapping[str, Any]
 
     def tensors(self, batch: Mapping[str, Any], config: Any) -> dict[str, Any]:
-        """Entries of the batch (in TRL's form, before it is split into micro-batches): tensors
-        (B, P + C), and of pixels a list of each row's, where pixel_values will be one too."""
+        """Entries for a batch in TRL's form, before it is split into micro-batches.
+
+        Tensors (B, P + C); for pixels a list with one item per row where TRL splits pixel_values
+        into such a list.
+        """
         kept = {}
         ids, completions = batch["prompt_ids"], batch["completion_ids"]
         width = ids.shape[1]
@@ -83,9 +88,10 @@ def kept_fields(
     model: PreTrainedModel,
     taken_by_trl: Collection[str],
 ) -> KeptFields:
-    """What is left of a processor's fields of these prompts when TRL has taken its own.
+    """A processor's fields of these prompts without those that TRL takes.
 
-    Raises NotImplementedError for a field that the model reads and that we cannot take along.
+    Raises:
+        NotImplementedError: The model reads a field that cannot be passed to the loss.
     """
     base = base_of(model)
     reads, whole = (inspect.signature(part.forward).parameters for part in (base.base_model, base))
@@ -106,9 +112,13 @@ def kept_fields(
 
 
 @contextlib.contextmanager
-def reading(model: PreTrainedModel, inputs: Mapping[str, Any], **others: Any) -> Iterator[None]:
-    """Gives a micro-batch's kept fields, and `others`, to the model's backbone in the forwards
-    inside, as far as it reads them."""
+def passing_fields(
+    model: PreTrainedModel, inputs: Mapping[str, Any], **others: Any
+) -> Iterator[None]:
+    """Passes a micro-batch's kept fields, and `others`, to the backbone's forwards inside.
+
+    Only arguments of the backbone's `forward` are passed.
+    """
     backbone = base_of(model).base_model
     reads = inspect.signature(backbone.forward).parameters
     kept = {
@@ -130,8 +140,10 @@ def reading(model: PreTrainedModel, inputs: Mapping[str, Any], **others: Any) ->
 
 
 def has_rows(inputs: Mapping[str, Any], name: str) -> bool:
-    """Whether a micro-batch has something in this field: no pixels where no row has an image,
-    though others of the generation batch have."""
+    """Whether a micro-batch has a value in this field.
+
+    It has no pixels if none of its rows has an image, though the generation batch may have some.
+    """
     return name in inputs and len(inputs[name]) > 0
 
 
@@ -141,7 +153,7 @@ def extend_token_fields(
     added: Sequence[int],
     config: Any,
 ) -> dict[str, Any]:
-    """The fields that a processor made of these prompts, once `added` tokens follow each of them.
+    """A processor's fields of these prompts after `added` tokens have been appended to each.
 
     config: of the model that reads them.
     """
@@ -154,7 +166,7 @@ def extend_token_fields(
 
 
 def _is_per_token(name: str, value: Any, prompt_ids: Sequence[Sequence[int]]) -> bool:
-    if name.endswith(_TYPES):  # where a processor padded them the lengths differ
+    if name.endswith(_TYPES):  # a processor may have padded them to other lengths
         return True
     return (
         isinstance(value, list)
@@ -168,7 +180,7 @@ def _extended(
     value: Any, prompt_ids: Sequence[Sequence[int]], added: Sequence[int], written: int
 ) -> list[list[int]]:
     rows = value if isinstance(value, list) else value.tolist()
-    # From the right, as any padding is on the left.
+    # Counted from the right, since padding is on the left.
     return [
         [*row, *[written] * more][-(len(ids) + more) :]
         for row, ids, more in zip(rows, prompt_ids, added, strict=True)
@@ -176,14 +188,14 @@ def _extended(
 
 
 def _goes_with_pixels(name: str, fields: Mapping[str, Any]) -> bool:
-    """Whether a field's rows are those of pixel_values: images, tiles, or rows of the batch."""
+    """Whether a field has the rows of pixel_values: images, tiles, or rows of the batch."""
     if "pixel" not in name or "pixel_values" not in fields or "image_grid_thw" in fields:
         return False  # with a grid the rows are patches
     return len(fields[name]) == len(fields["pixel_values"])
 
 
 def _split(name: str, value: Tensor, batch: Mapping[str, Any]) -> Any:
-    """In the way in which TRL splits pixel_values."""
+    """Splits a field as TRL splits pixel_values."""
     pixels, images = batch["pixel_values"], batch["num_images"]
     if len(value) != len(pixels):
         raise NotImplementedError(

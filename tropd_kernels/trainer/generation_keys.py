@@ -1,5 +1,8 @@
-"""Which keys `generation_kwargs` takes: those of transformers' GenerationConfig, or of vLLM's
-SamplingParams with use_vllm, but for the ones under which the trainer would go wrong."""
+"""Which keys `generation_kwargs` takes.
+
+They are those of transformers' GenerationConfig, or of vLLM's SamplingParams with use_vllm, without
+the ones that would break the trainer.
+"""
 
 from collections.abc import Mapping
 from typing import Any
@@ -15,7 +18,7 @@ _NOT_COMPILED = "generation is never compiled: leave it out"
 _ENDS = "completions end with a token: add it to the student's generation_config.eos_token_id"
 _ASSISTED = "no assistant model is taken: leave it out"
 _ENCODER = "it is of models with an encoder: leave it out"
-#: What to do instead.
+#: Keys that are refused, and what to do instead.
 _NOT_TAKEN = {
     "max_length": _LENGTH, "max_new_tokens": _LENGTH, "max_tokens": _LENGTH,
     "num_return_sequences": _ONE_EACH, "n": _ONE_EACH,
@@ -39,8 +42,8 @@ _NOT_TAKEN = {
 }  # fmt: skip
 _OF_BEAMS = ("early_stopping", "length_penalty", "num_beam_groups", "diversity_penalty",
              "low_memory")  # fmt: skip
-#: Values of such keys under which a sampler does what it does without the key. There are none of a
-#: key that TRL sets itself (lengths, eos_token_id, disable_compile): None would undo TRL's value.
+#: Values of such keys with which a sampler behaves as without the key. Keys that TRL sets itself
+#: (lengths, eos_token_id, disable_compile) have none: None would undo TRL's value.
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "num_return_sequences": (1, None), "n": (1,), "ignore_eos": (False,),
     "length_penalty": (1, None), "num_beam_groups": (1, None), "diversity_penalty": (0, None),
@@ -56,9 +59,9 @@ _OF_NO_SAMPLER = {"_from_model_config", "transformers_version"}
 
 
 def check_generation_keys(given: Mapping[str, Any], use_vllm: bool) -> None:
-    """Raises ValueError for a key that has no effect, or a wrong one.
+    """Raises ValueError for a key that would have no effect, or a wrong one.
 
-    vLLM itself refuses those that it does not know; a GenerationConfig keeps them, unread.
+    vLLM itself refuses unknown keys; a GenerationConfig stores them unread.
     """
     known = vars(GenerationConfig()).keys() - _OF_NO_SAMPLER
     for name, value in given.items():

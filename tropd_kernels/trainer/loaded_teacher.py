@@ -1,4 +1,4 @@
-"""A teacher that is given by name: how it is loaded into this process."""
+"""A teacher in this process: loaded by its name, and refused where it cannot teach the student."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -10,17 +10,21 @@ from trl.trainer.utils import create_model_from_path
 
 from .sources import model_class, teacher_options
 
-#: Errors of transformers that tell what is wrong, and not of which model.
+#: Errors of transformers that say what is wrong, but not with which model.
 _CLEAR = (ImportError, ModuleNotFoundError, OSError, RuntimeError, TypeError, ValueError)
 _DTYPES = ("bfloat16", "float16", "float32", "float64")
 
 
 def dtype_option(key: str, options: Mapping[str, Any]) -> dict[str, Any]:
-    """These arguments of `from_pretrained` with the dtype under `dtype`, whichever of the two
-    spellings it was given by: TRL looks at `dtype` alone.
+    """Arguments of `from_pretrained` with the dtype under `dtype`, the only spelling TRL reads.
 
-    The dtype is "auto", None or a torch.dtype. Raises ValueError, which begins with `key`, for
-    another one and for two that differ.
+    Args:
+        key: The config's key, with which errors begin.
+        options: The arguments, with `dtype` or `torch_dtype`: "auto", None, a torch.dtype or its
+            name.
+
+    Raises:
+        ValueError: Another dtype, or two that differ.
     """
     options = dict(options)
     spelled = {name: options.pop(name) for name in ("dtype", "torch_dtype") if name in options}
@@ -36,7 +40,7 @@ def dtype_option(key: str, options: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def check_quantization(key: str, value: Any) -> None:
-    """Raises ValueError, which begins with `key`, for a `quantization_config` that is none."""
+    """Raises ValueError, which begins with `key`, for an invalid `quantization_config`."""
     if value is not None and not isinstance(value, (Mapping, QuantizationConfigMixin)):
         raise ValueError(
             f"{key}: expected a mapping with a 'quant_method', or a config of transformers' such "
@@ -55,18 +59,43 @@ def _read_dtype(what: str, value: Any) -> torch.dtype | str | None:
 
 
 def load_teacher(name: str, args: Any) -> PreTrainedModel:
-    """The model of this name, by `args.teacher_model_init_kwargs`, in its checkpoint's dtype where
-    those give none. args: a `TrOPDConfig`. Raises what transformers does, beginning with the key.
+    """Loads the model of this name with `args.teacher_model_init_kwargs`.
+
+    Its dtype is the checkpoint's where those give none. args: a `TrOPDConfig`. Raises what
+    transformers raises, with the key in front.
     """
     options = dtype_option("teacher_model_init_kwargs", teacher_options(args))
     if options.get("dtype") is None:
         options["dtype"] = "auto"  # transformers before 5 take None for float32
-    # A map of devices cannot go with several processes.
+    # A device map does not work with several processes.
     if args.distributed_state.distributed_type in ("MULTI_GPU", "DEEPSPEED"):
         options["device_map"] = None
     try:
         return create_model_from_path(name, model_class(name, options), **options)
     except _CLEAR as error:
-        if type(error) not in _CLEAR:  # of a kind that may hold more than its words
+        if type(error) not in _CLEAR:  # a subclass may take other arguments than a message
             raise
         raise type(error)(f"teacher_model: {name} cannot be loaded: {error}") from error
+
+
+def check_own_weights(student: torch.nn.Module, teacher: torch.nn.Module) -> None:
+    """Raises ValueError for a teacher that shares parameters with the student.
+
+    Training, or an adapter, would change both, and they would never differ.
+    """
+    ours = {id(parameter) for parameter in student.parameters()}
+    for name, parameter in teacher.named_parameters():
+        if id(parameter) in ours:
+            raise ValueError(
+                f"teacher_model: its {name} is the student's own tensor, so that the teacher would "
+                "change with the student: load the teacher a second time"
+            )
+
+
+def check_dtypes(student: torch.dtype, teacher: torch.dtype) -> None:
+    """Raises TypeError where only one head is float64, which the loss would refuse."""
+    if (student == torch.float64) != (teacher == torch.float64):
+        raise TypeError(
+            f"teacher_model: its head is {teacher}, the student's {student}: float64 on one side "
+            "alone; cast one of the models, or train under bf16"
+        )

@@ -1,18 +1,18 @@
-"""Whether numbers can be a teacher's log-probs on a completion: one check, wherever they come from.
+"""Whether numbers can be a teacher's log-probs on a completion, from a server or from columns.
 
-The probabilities of the K likeliest ids of a vocabulary of V sum to 1 at most, and to K / V at
-least. Log-probs to another base and scores of another kind break the first bound, a server that
-fills up what it does not know breaks the second. Of one log-prob a token, as objectives of K1 alone
-ask for, neither shows: there a completion is refused of which the teacher excludes every token.
+The probabilities of the K likeliest of V ids sum to between K / V and 1. Log-probs to another base
+and scores of another kind break the upper bound, a server that fills in unknown values breaks the
+lower one. A single log-prob per token, as pure K1 objectives need, shows neither: there a
+completion is refused if the teacher excludes every token of it.
 """
 
 import torch
 from torch import Tensor
 
-#: Above 0 by more than rounding, in nats, no number is a log-prob.
+#: A number above this, in nats, is no log-prob, with room for rounding.
 MARGIN = 1e-3
-#: What the probabilities of a token's ids sum to. Above 1 by what log-probs in bfloat16 differ by;
-#: no vocabulary has so many ids that the likeliest of them fall below the least.
+#: Bounds of the sum of a token's probabilities: 1 with the error of log-probs in bfloat16, and less
+#: than the likeliest ids have in any vocabulary.
 MOST, LEAST = 1.05, 1e-8
 
 
@@ -22,8 +22,12 @@ def impossible_masses(
     ids: Tensor,  # (C, K)
     log_probs: Tensor,  # (C, K), -inf at padding
 ) -> tuple[Tensor, Tensor]:
-    """(C,) the probability of each token and its likeliest ids together, and (C,) bool: where no
-    distribution has these log-probs."""
+    """Finds tokens whose log-probs no distribution has.
+
+    Returns:
+        The probability (C,) of each token together with its likeliest ids, and a mask (C,) of the
+        impossible ones.
+    """
     likeliest = log_probs.double().exp().sum(1)
     among = ((ids == tokens[:, None]) & (log_probs > -torch.inf)).any(1)
     mass = likeliest + label_log_probs.double().exp().masked_fill(among, 0.0)
@@ -31,8 +35,11 @@ def impossible_masses(
 
 
 def check_labels(log_probs: Tensor) -> None:
-    """Raises ValueError for log-probs (C,) of a completion's tokens that are all -inf. A teacher
-    may exclude a token, also the only one, but a text of tokens that it excludes has no loss."""
+    """Raises ValueError for log-probs (C,) of a completion's tokens that are all -inf.
+
+    A teacher may exclude single tokens, also the only one, but a completion of several excluded
+    tokens has no finite loss.
+    """
     if len(log_probs) > 1 and bool((log_probs == -torch.inf).all()):
         raise ValueError(
             f"the log-probs of all {len(log_probs)} tokens are -inf, as if the teacher excluded "

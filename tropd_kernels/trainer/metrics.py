@@ -1,12 +1,12 @@
-"""Per-token statistics to the means that are logged.
+"""From per-token statistics to the sums and counts of the logged means.
 
-Each metric is a sum and a count over the tokens that it is about. Sums and counts are added up over
-processes, micro-batches, and the steps or batches until the next log; the mean is taken last, so
-that a batch of few tokens weighs little. What an objective does not compute (NaN) or no batch holds
-is left out rather than logged as 0. So it is with the loss of an evaluation, and with those of
-TRL's metrics that are means over tokens (entropy) or completions (their lengths).
+Each metric is a sum and a count over the tokens that it concerns. Both are added up over processes,
+micro-batches, and the steps or batches until the next log; the division comes last, so that a batch
+of few tokens has little weight. A value that an objective does not compute (NaN), or that no batch
+has, is not logged. The loss of an evaluation is treated alike, and so are TRL's metrics that are
+means over tokens (entropy) or completions (their lengths).
 
-| metric               | over              | what                                                  |
+| metric               | over              | meaning                                               |
 |----------------------|-------------------|-------------------------------------------------------|
 | trust_ratio          | student's tokens  | mean of the gate M                                    |
 | outlier_ratio        | student's tokens  | mean of 1 - M                                         |
@@ -26,9 +26,10 @@ TRL's metrics that are means over tokens (entropy) or completions (their lengths
 | gradient_share       | micro-batches     | of the vocabulary's columns that made it              |
 
 A teacher in this process has whole distributions: the exact quantities are logged. A served or
-precomputed one has the top-k alone: forward_kl_topk and teacher_entropy_topk are logged instead,
+precomputed one has only the top-k: forward_kl_topk and teacher_entropy_topk are logged instead,
 which are other quantities. Everything else is the same for both. "Chosen" are the tokens at which
-the objective looks at K: TrOPD's outliers, EOPD's tokens of high entropy, all of a divergence's.
+the objective uses the top-k: TrOPD's outliers, EOPD's tokens of high entropy, all of a
+divergence's.
 """
 
 import resource
@@ -58,16 +59,16 @@ NAMES = (
     ),
     "entropy",  # TRL's
 )  # fmt: skip
-#: Of each metric the sum and the count of what it is the mean of.
+#: Sum and count of each metric.
 Sums = Mapping[str, tuple[float, float]]
 
 
 def _least_of_any(values: Sequence[float]) -> float:
-    """0 stands for a batch in which no completion ended."""
+    """The least value; 0 means that no completion of a batch ended."""
     return min((value for value in values if value), default=0.0)
 
 
-#: Metrics that are no means, and what makes one of several batches'.
+#: Metrics that are not means, and how several batches' values are combined.
 EXTREMES: dict[str, Callable[[Sequence[float]], float]] = {
     PREFIX + "reward_min": min,
     PREFIX + "peak_memory_gib": max,
@@ -87,12 +88,12 @@ def token_sums(
 ) -> tuple[Tensor, Tensor]:
     """Sums and counts (2, len(NAMES)) of this process, and its smallest reward (1,)."""
     student, teacher = counted & ~teacher_prefix, counted & teacher_prefix
-    # The loss's own reward is the return where the config discounts.
+    # The loss's own reward would be the return where the config discounts.
     reward = stats.teacher_log_probs
     if reward is not None:
         reward = reward - (stats.log_probs if old_log_probs is None else old_log_probs)
-    whole = stats.reverse_kl is not None  # which a teacher of k ids cannot give
-    chosen = student & _looks_at_k(stats, rule)
+    whole = stats.reverse_kl is not None  # a teacher with k ids does not have it
+    chosen = student & _uses_top_k(stats, rule)
     sums = {
         "trust_ratio": _sum(stats.trust, student),
         "outlier_ratio": _sum(stats.outlier, student),
@@ -115,7 +116,7 @@ def token_sums(
 
 
 def totals(accelerator: Any, sums: Tensor) -> dict[str, tuple[float, float]]:
-    """`token_sums` of all processes, by name. A collective: every process has to come here."""
+    """`token_sums` of all processes, by name. A collective."""
     summed, counts = accelerator.reduce(sums, reduction="sum").tolist()
     return dict(zip(NAMES, zip(summed, counts)))
 
@@ -126,7 +127,10 @@ def completion_totals(
     ended: Tensor,  # (B,) bool
     counted: Tensor,  # (B,) bool
 ) -> dict[str, tuple[float, float]]:
-    """Of all processes' completions, what TRL would take means of means of. A collective."""
+    """Sums and counts of the lengths of all processes' completions. A collective.
+
+    TRL reports means of means.
+    """
     ended, lengths = ended & counted, lengths.float()
     rows, terminated = counted.sum().float(), ended.sum().float()
     sums = torch.stack(
@@ -140,9 +144,11 @@ def completion_totals(
     }
 
 
-def first_time(accelerator: Any, rows: int) -> Tensor:
-    """(rows,) bool: which rows of an evaluation's batch are no repetitions. accelerate fills up the
-    last batch of several processes with rows from the beginning."""
+def first_occurrences(accelerator: Any, rows: int) -> Tensor:
+    """Mask (rows,) of the rows of an evaluation's batch that are not repetitions.
+
+    accelerate fills up the last batch of several processes with rows from the beginning.
+    """
     real = torch.ones(rows, dtype=torch.bool, device=accelerator.device)
     state = accelerator.gradient_state
     if accelerator.num_processes > 1 and state.end_of_dataloader and state.remainder > 0:
@@ -152,22 +158,24 @@ def first_time(accelerator: Any, rows: int) -> Tensor:
 
 
 def sample_means(accelerator: Any, sampled: Tensor) -> dict[str, float]:
-    """Of all processes' micro-batches: error and share (2,). A collective."""
+    """Means of error and share (2,) over all processes' micro-batches. A collective."""
     error, share = accelerator.reduce(sampled.detach(), reduction="mean").tolist()
     return {PREFIX + "gradient_error": error, PREFIX + "gradient_share": share}
 
 
 def peak_memory_gib(device: torch.device) -> float:
-    """Most memory that this process has held so far: on its GPU, or in all on a CPU."""
+    """Peak memory of this process: on its GPU, or its resident memory on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
     unit = 1 if sys.platform == "darwin" else 2**10
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
 
 
-def _looks_at_k(stats: TokenStats, rule: TokenRule) -> Tensor:
-    """(B, T) bool: at which of the student's tokens the objective looks at K. A dense teacher's
-    masses are known there alone, those of a teacher of k ids everywhere."""
+def _uses_top_k(stats: TokenStats, rule: TokenRule) -> Tensor:
+    """Mask (B, T) of the tokens at which the objective uses the top-k.
+
+    A dense teacher's masses are known only there, those of a teacher with k ids everywhere.
+    """
     if rule.sums_of_every_row:
         return torch.ones_like(stats.trust, dtype=torch.bool)
     looks = torch.zeros_like(stats.trust, dtype=torch.bool)
@@ -179,7 +187,7 @@ def _looks_at_k(stats: TokenStats, rule: TokenRule) -> Tensor:
 
 
 def _sum(value: Tensor | None, where: Tensor) -> Tensor:
-    """Sum and count (2,) of the known values there."""
+    """Sum and count (2,) of the values in `where` that are not NaN."""
     if value is None:
         return torch.zeros(2, device=where.device)
     known = where & ~value.isnan()

@@ -29,17 +29,17 @@ _ALPHA: dict[str, Callable[[float], float]] = {
 
 
 def scheduled_length(schedule: str, initial: int, step: int, steps: int) -> int:
-    """Length of the prefix in tokens at this step, counted from 0; `steps` is when it reaches 0.
+    """Length of the prefix in tokens at this step, counted from 0.
 
-    With steps = 0 the prefix is at the schedule's end from the start.
+    It reaches 0 at `steps`. With steps = 0 the schedule is at its end from the start.
     """
     done = 1.0 if steps <= 0 else min(step / steps, 1.0)
-    # 1e-9: the cosine of half a turn may come out a little below 0, and floor would see it.
+    # 1e-9: the cosine schedule may end slightly below 0, which floor would take to -1.
     return math.floor(_ALPHA[schedule](done) * initial + 1e-9)
 
 
 def have_column(rows: Sequence[Mapping[str, Any]], column: str) -> bool:
-    """Whether the rows of a batch have the teacher's text. Raises ValueError where some have."""
+    """Whether the rows of a batch have the teacher's text. Raises ValueError if only some have."""
     without = [row for row in rows if column not in row]
     if without and len(without) < len(rows):
         raise ValueError(
@@ -56,14 +56,22 @@ def column_ids(
     tokenize: Callable[[Any], list[int]],
     column: str,
 ) -> list[int]:
-    """Token ids of the teacher's answer, as they follow `prompt_ids`.
+    """Token ids of the teacher's answer, as a continuation of `prompt_ids`.
 
-    Prompt and answer are tokenised together and the prompt's ids taken off the front, so that the
-    student sees what the teacher's text really looks like. For a conversational prompt the answer
-    is the assistant's messages, or the text of one. tokenize: text or messages to ids.
+    Prompt and answer are tokenized together, and the prompt's ids removed from the front: ids
+    across the boundary may differ from those of the answer alone. For a conversational prompt the
+    answer is the assistant's messages, or the text of one.
 
-    Raises ValueError, with the column's name, where the answer is of the wrong kind or the joint
-    ids do not begin with the prompt's: then there is no position at which the student could go on.
+    Args:
+        answer: The teacher's answer.
+        prompt: The row's prompt.
+        prompt_ids: Its ids.
+        tokenize: Maps text or messages to ids.
+        column: The answer's column, with which errors begin.
+
+    Raises:
+        ValueError: The answer is of the wrong kind, or the joint ids do not begin with the
+            prompt's, so that there is no position at which the student could continue.
     """
     conversation = not isinstance(prompt, str)
     if conversation and isinstance(answer, str):
@@ -75,10 +83,7 @@ def column_ids(
         )
     joint = tokenize(prompt + answer)  # type: ignore[operator]  # both text, or both messages
     if list(joint[: len(prompt_ids)]) != list(prompt_ids):
-        first = next(
-            (i for i, (a, b) in enumerate(zip(prompt_ids, joint)) if a != b),
-            min(len(joint), len(prompt_ids)),
-        )
+        first = first_difference(prompt_ids, joint)
         raise ValueError(
             f"{column}: {_short(answer)} does not tokenise to a continuation of its prompt "
             f"{_short(prompt)}: together they differ from the prompt's ids from token {first} on. "
@@ -92,22 +97,28 @@ def column_ids(
     return list(joint[len(prompt_ids) :])
 
 
+def first_difference(a: Sequence[int], b: Sequence[int]) -> int:
+    """The first index at which two sequences differ; the shorter one's length if there is none."""
+    pairs = enumerate(zip(a, b))
+    return next((i for i, (x, y) in pairs if x != y), min(len(a), len(b)))
+
+
 def row_images(row: Mapping[str, Any]) -> list[Any] | None:
-    """Images of a row's columns, as TRL reads them: `images`, or the one of `image`."""
+    """A row's images, from the columns that TRL reads: `images`, or the one in `image`."""
     if "images" in row:
         return row["images"]
     return [row["image"]] if row.get("image") is not None else None
 
 
 def cut(ids: Sequence[int], length: int, eos_token_ids: Collection[int]) -> list[int]:
-    """The first `length` ids, and none after the first that ends a completion."""
+    """The first `length` ids, up to and including the first that ends a completion."""
     kept = list(ids[:length])
     end = next((i for i, token in enumerate(kept) if token in eos_token_ids), None)
     return kept if end is None else kept[: end + 1]
 
 
 def prefix_mask(inputs: Mapping[str, Any]) -> Tensor:
-    """(B, C) bool: the tokens of a micro-batch's completions that the teacher wrote."""
+    """Mask (B, C) of the tokens of a micro-batch's completions that the teacher wrote."""
     ids = inputs["completion_ids"]
     return torch.arange(ids.shape[1], device=ids.device)[None] < inputs["prefix_lengths"][:, None]
 

@@ -1,9 +1,9 @@
-"""What a run shows at a terminal, and what it leaves of its log.
+"""A run's progress at a terminal, and the log that it leaves on disk.
 
 TRL's rich panel replaces each log by the next and shows numbers with three decimals. `Progress`
-keeps the panel, and prints one line a log above it: the line that transformers prints elsewhere.
-The log of a run that ended is `trainer_state.json` in its output_dir, beside the trained model; a
-checkpoint is a folder that has more.
+keeps the panel and prints a line for each log above it: the line that transformers prints without
+rich. A finished run's log is `trainer_state.json` in its output_dir, next to the trained model; a
+checkpoint folder holds more.
 """
 
 import re
@@ -18,7 +18,7 @@ STATE = "trainer_state.json"
 
 
 class Progress(RichProgressCallback):
-    """TRL's rich panel with one line a log above it, and numbers in 4 significant digits."""
+    """TRL's rich panel with a line for each log above it, and numbers of 4 significant digits."""
 
     rich_group: Any
     evaluation_bar: Any
@@ -40,14 +40,14 @@ class Progress(RichProgressCallback):
             super().on_evaluate(args, state, control, **kwargs)
 
     def close(self) -> None:
-        """Takes the panel off, and shows the cursor again, where an error left training."""
+        """Removes the panel and shows the cursor again, if an error ended training."""
         if self.rich_group is not None:
             self.rich_group.stop()
 
     def _print(self, line: str) -> None:
         if self.rich_group is None:
             print(line)
-        else:  # unbroken, whatever the width of the terminal
+        else:  # in one line at any width of the terminal
             self.rich_group.console.print(line, soft_wrap=True, markup=False, highlight=False)
 
 
@@ -56,16 +56,19 @@ def _digits(value: Any) -> Any:
 
 
 def close(callbacks: list[TrainerCallback]) -> None:
-    """Takes off the panels that are still up."""
+    """Removes the panels that are still shown."""
     for callback in callbacks:
         if isinstance(callback, Progress):
             callback.close()
 
 
 def is_checkpoint(folder: str | Path) -> bool:
-    """Whether a run can go on from this folder. The output_dir of a run that ended has a model and
-    a `trainer_state.json` too, but neither the name of a checkpoint nor the generators' states."""
+    """Whether a run can be resumed from this folder.
+
+    A finished run's output_dir has a model and a `trainer_state.json` as well, but neither the name
+    of a checkpoint nor the random generators' states.
+    """
     folder = Path(folder)
     named = re.fullmatch(rf"{PREFIX_CHECKPOINT_DIR}-\d+", folder.resolve().name)
-    whole = named or any(folder.glob("rng_state*.pth"))  # without them: save_only_model
+    whole = named or any(folder.glob("rng_state*.pth"))  # save_only_model leaves them out
     return (folder / STATE).is_file() and bool(whole)

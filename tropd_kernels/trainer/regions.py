@@ -1,10 +1,10 @@
-"""Completions with their tokens coloured by what the objective made of them.
+"""Shows completions with their tokens colored by the objective's region.
 
     prefix    the teacher wrote it
     trusted   inside the gate
     outlier   outside
 
-In the terminal where rich is installed, and as an HTML file that needs nothing but a browser.
+In the terminal if rich is installed, and as a self-contained HTML file.
 """
 
 import html
@@ -18,19 +18,19 @@ from torch import Tensor
 
 from .prefix import prefix_mask
 
-#: Region: style in a terminal, background in a browser.
+#: For each region its style in a terminal and its background in a browser.
 STYLES = {
     "prefix": ("blue", "#cfe2ff"),
     "trusted": ("green", "#d1e7dd"),
     "outlier": ("bold red", "#f8c9cd"),
 }
-#: Completions to keep of a micro-batch.
+#: Completions that are kept of a micro-batch.
 SHOWN = 4
 
 
 @dataclass(frozen=True)
 class Sample:
-    """A prompt, and its completion token by token: (text, region)."""
+    """A prompt, and its completion's tokens as (text, region)."""
 
     prompt: str
     tokens: tuple[tuple[str, str], ...]
@@ -42,7 +42,7 @@ def samples(
     counted: Tensor,  # (B, C) bool
     tokenizer: Any,
 ) -> list[Sample]:
-    """The first completions of a micro-batch. A trust between 0 and 1 goes to the nearer side."""
+    """The first completions of a micro-batch. A trust of 0.5 or more counts as trusted."""
     prefix = prefix_mask(inputs)
     result = []
     for i in range(min(SHOWN, len(counted))):
@@ -60,7 +60,7 @@ def samples(
 
 
 def show(shown: Sequence[Sample]) -> None:
-    """Prints them; nothing where rich is not installed."""
+    """Prints the samples, if rich is installed."""
     if importlib.util.find_spec("rich") is None:
         return
     from rich.console import Console
@@ -76,7 +76,7 @@ def show(shown: Sequence[Sample]) -> None:
 
 
 def write_page(shown: Sequence[Sample], path: Path) -> None:
-    """Writes them as a page of HTML."""
+    """Writes the samples as an HTML page."""
     rules = "".join(f".{name}{{background:{colour}}}" for name, (_, colour) in STYLES.items())
     legend = " ".join(f'<span class="{name}">{name}</span>' for name in STYLES)
     blocks = "".join(

@@ -1,8 +1,8 @@
-"""The load-balancing loss of a mixture of experts, which a model adds to a loss of its own.
+"""The load-balancing loss of a mixture-of-experts student.
 
-The loss here is made from the backbone's hidden states, so the router's logits are taken from the
-same forward, and the model's own function makes the auxiliary loss of them: over the tokens of
-prompts and completions that are no padding, as TRL's GRPO does.
+A model adds it to its own loss, which is not computed here. So the router's logits are recorded in
+the backbone's forward, and the model's own function makes the auxiliary loss of them, over all
+tokens of prompts and completions that are not padding, as in TRL's GRPO.
 """
 
 import contextlib
@@ -17,20 +17,20 @@ _WITHOUT = "set router_aux_loss_coef=0 to train without it"
 
 
 def base_of(model: Any) -> Any:
-    """The causal LM itself, inside of PEFT's wrapper."""
+    """The causal LM itself, without PEFT's wrapper."""
     inner = getattr(model, "get_base_model", None)
     return model if inner is None else inner()
 
 
 class RouterLoss:
-    """What a model's routers add to the loss: `coefficient` x the model's auxiliary loss."""
+    """The routers' part of the loss: `coefficient` x the model's auxiliary loss."""
 
     def __init__(self, model: Any, coefficient: float):
-        """Raises NotImplementedError for a model whose auxiliary loss is not to be had."""
+        """Raises NotImplementedError for a model that computes its auxiliary loss otherwise."""
         self.coefficient = coefficient
         base = base_of(model)
         config = base.config.get_text_config()
-        # Each modelling file has its own.
+        # Each modeling file has its own.
         made: Any = getattr(inspect.getmodule(type(base)), "load_balancing_loss_func", None)
         self.experts = _first(_EXPERTS, base, config)
         self.chosen = _first("num_experts_per_tok", base, config)
@@ -47,8 +47,7 @@ class RouterLoss:
 
     @contextlib.contextmanager
     def recording(self, model: Any) -> Iterator[list[Any]]:
-        """Lists what the routers of each forward inside say: a tuple of (tokens, experts), one a
-        layer."""
+        """Lists each inner forward's router logits: a tuple of (tokens, experts) per layer."""
         found: list[Any] = []
         backbone = base_of(model).base_model
 
@@ -78,10 +77,13 @@ class RouterLoss:
 
 
 def router_loss(model: Any, args: Any) -> RouterLoss | None:
-    """The student's, or None where it has none or its weight is 0. args: a `TrOPDConfig`.
+    """The student's router loss, or None where it has none or its weight is 0.
 
-    Raises ValueError for a coefficient for a model without routers, and with reentrant
-    checkpoints, in which the router's logits carry no gradient.
+    args: a `TrOPDConfig`.
+
+    Raises:
+        ValueError: A coefficient for a model without routers, or reentrant checkpointing, in which
+            the router's logits carry no gradient.
     """
     base, given = base_of(model), args.router_aux_loss_coef
     config = base.config.get_text_config()

@@ -1,24 +1,24 @@
-"""How the student samples: by the trainer's config alone, and what it costs to cut ids off.
+"""How the student samples: only as the trainer's config says, and what truncated sampling costs.
 
-transformers merges three configs: what `generate` is given, then, for every key that is unset
-there, the model's own, then global defaults. No list of keys to neutralise is complete: the next
-release adds one. Inside `plain_defaults` the model's own config is a fresh one, so that there is
-nothing to merge but the ids and switches of `_NEEDED`, and keys that transformers does not have.
+transformers merges three configs: the one that `generate` is given, the model's own for keys that
+are unset there, then global defaults. No list of keys to neutralize is complete: the next release
+adds one. Inside `pin_sampling_defaults` the model's own config is a fresh one, which adds only the
+ids and switches of `_NEEDED`, and keys that transformers does not have.
 
-The K1 estimate takes completions for samples of the student's p. With top_k, top_p or min_p they
-are samples of mu = p / m on the ids S that are kept, m = p(S), and its expected gradient is
+The K1 estimate assumes that completions are samples of the student's p. With top_k, top_p or min_p
+they are samples of mu = p / m on the kept ids S, with m = p(S), and its expected gradient is
 
     1/m sum_S p (lp - lq) grad lp       instead of       sum p (lp - lq) grad lp
 
-so that ids outside S teach nothing and the rest counts 1/m times; it is still 0 where p = q on S.
-log mu in the place of `old_log_probs` would be worse. It weighs by the ratio m, but adds log m to
-the reward: the gradient is that of m KL(mu || q), which pushes mass out of S even where p = q. So
-the trainer warns, and logs m as `tropd/sampling_mass`. Objectives without K1 compare whole
-distributions at each token, whichever one was sampled.
+so that ids outside S have no effect and the rest counts 1/m times; it is still 0 where p = q on S.
+Passing log mu as `old_log_probs` would be worse. It weighs by the ratio m, but adds log m to the
+reward: the gradient is that of m KL(mu || q), which pushes mass out of S even where p = q. So the
+trainer warns, and logs m as `tropd/sampling_mass`. Objectives without K1 compare whole
+distributions at each token, whichever id was sampled.
 """
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -30,9 +30,11 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-#: What a model needs in order to run, and no sampler looks at. Ends and padding are the trainer's.
+from .sides import ModelSide
+
+#: Keys that a model needs in order to run and no sampler reads. The trainer sets ends and padding.
 _NEEDED = ("bos_token_id", "decoder_start_token_id", "use_cache")
-#: Sampling from the student's whole distribution, as settings.
+#: Values of settings that sample from the student's whole distribution.
 _WHOLE: dict[str, tuple[Any, ...]] = {
     "top_k": (0, -1, None),
     "top_p": (1.0, None),
@@ -51,32 +53,32 @@ _WHOLE: dict[str, tuple[Any, ...]] = {
      "frequency_penalty", "min_tokens"),  # the last three are vLLM's
     (0, None),
 )  # fmt: skip
-#: Keys of generation_kwargs, transformers' and vLLM's, that change no distribution.
+#: Keys of generation_kwargs, of transformers and vLLM, that do not change the distribution.
 _HARMLESS = {
     *_NEEDED, "pad_token_id", "cache_implementation", "cache_config", "max_cache_len",
     "prefill_chunk_size", "remove_invalid_values", "renormalize_logits", "seed",
     "logprobs", "prompt_logprobs", "detokenize", "skip_special_tokens",
     "spaces_between_special_tokens", "include_stop_str_in_output", "truncate_prompt_tokens",
 }  # fmt: skip
-#: Settings that act on what is drawn alone.
+#: Settings that only act where tokens are drawn.
 _OF_DRAWS = {
     "temperature", "top_k", "top_p", "min_p", "top_h", "typical_p", "epsilon_cutoff", "eta_cutoff",
 }  # fmt: skip
-#: Tokens of a micro-batch whose kept mass is looked at, and how many at once.
-_LOOKED_AT, _AT_ONCE = 256, 32
+#: Number of a micro-batch's tokens whose kept mass is computed, and how many at once.
+_MASS_TOKENS, _AT_ONCE = 256, 32
 
 
 def settings(args: Any) -> dict[str, Any]:
-    """What decides how the student samples, of a TrOPDConfig: generation_kwargs win, as in TRL."""
+    """The student's sampling settings of a `TrOPDConfig`: generation_kwargs win, as in TRL."""
     names = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
     return {name: getattr(args, name) for name in names} | dict(args.generation_kwargs or {})
 
 
 def off_policy_settings(args: Any) -> dict[str, Any]:
-    """Those settings under which completions are no samples of the distribution in the loss."""
+    """The settings that make completions samples of another distribution than the loss's."""
     plain = (args.temperature, None) if args.temperature == 1 else (args.temperature,)
     whole, given = _WHOLE | {"temperature": plain}, settings(args)
-    if is_greedy(given) and not args.use_vllm:  # nothing is drawn, of whichever ids
+    if _is_greedy(args):
         given = {name: value for name, value in given.items() if name not in _OF_DRAWS}
     return {
         name: value
@@ -85,19 +87,23 @@ def off_policy_settings(args: Any) -> dict[str, Any]:
     }
 
 
-def is_greedy(given: Mapping[str, Any]) -> bool:
-    """Whether transformers writes the likeliest token: of `settings`."""
-    return not given.get("do_sample", True)
+def _is_greedy(args: Any) -> bool:
+    """Whether transformers generates the likeliest token, so that nothing is drawn."""
+    return not settings(args).get("do_sample", True) and not args.use_vllm
 
 
 def sampling_warning(args: Any) -> str | None:
-    """What to warn of, once: K1 on completions that are sampled from another distribution."""
+    """The warning, if any, of K1 on completions that another distribution sampled."""
     sampled = args.lmbda > 0 and not args.precomputed_teacher
     off = off_policy_settings(args) if sampled and args.rule().policy_gradient else {}
     if not off:
         return None
     given = ", ".join(f"{name} {value!r:.40}" for name, value in off.items())
-    mass = "; tropd/sampling_mass says how much of it the sampler keeps" if cuts(args) else ""
+    mass = (
+        "; tropd/sampling_mass says how much of it the sampler keeps"
+        if truncating_warpers(args)
+        else ""
+    )
     return (
         f"{given}: completions are not sampled from the student's own distribution, as objective "
         f"{args.objective!r} takes them to be: the expected gradient of its K1 term is biased"
@@ -105,12 +111,11 @@ def sampling_warning(args: Any) -> str | None:
     )
 
 
-def cuts(args: Any) -> list[Any]:
-    """transformers' warpers of top_k, top_p and min_p, as far as they cut ids off, in the order in
-    which the sampler applies them."""
+def truncating_warpers(args: Any) -> list[Any]:
+    """transformers' warpers of top_k, top_p and min_p that exclude ids, in the sampler's order."""
     given = settings(args)
     found: dict[str, Any] = {}
-    if is_greedy(given) and not args.use_vllm:
+    if _is_greedy(args):
         return []
     if given["top_k"] not in _WHOLE["top_k"]:
         found["top_k"] = TopKLogitsWarper(given["top_k"])
@@ -124,24 +129,27 @@ def cuts(args: Any) -> list[Any]:
 
 @torch.no_grad()
 def kept_mass(
-    hidden: Tensor,  # (B, C, H)
+    student: ModelSide,
     own: Tensor,  # (B, C) bool: tokens that the student sampled
-    weight: Tensor,  # (V, H)
-    bias: Tensor | None,  # (V)
-    form: Mapping[str, Any],  # logit_scale, softcap, temperature
+    vocab_size: int,  # higher ids are suppressed
+    temperature: float,
     warpers: list[Any],
 ) -> Tensor:
-    """(2,): sum and count of the student's probability of the ids that the sampler keeps, over at
-    most 256 evenly spaced tokens. The logits of 32 of them exist at once."""
-    rows = hidden[own]
-    if len(rows) > _LOOKED_AT:
-        rows = rows[torch.linspace(0, len(rows) - 1, _LOOKED_AT, device=rows.device).long()]
-    mass = torch.zeros((), device=hidden.device)
+    """The student's probability mass on the ids that the sampler keeps: sum and count, (2,).
+
+    At most 256 evenly spaced tokens are looked at, 32 at a time: that bounds the logits' memory.
+    """
+    rows, weight = student.hidden[own], student.weight[:vocab_size]
+    bias = None if student.bias is None else student.bias[:vocab_size]
+    if len(rows) > _MASS_TOKENS:
+        rows = rows[torch.linspace(0, len(rows) - 1, _MASS_TOKENS, device=rows.device).long()]
+    mass = torch.zeros((), device=rows.device)
     for part in rows.split(_AT_ONCE):
-        logits = torch.nn.functional.linear(part, weight, bias).float() * form["logit_scale"]
-        if form["softcap"] is not None:
-            logits = form["softcap"] * torch.tanh(logits / form["softcap"])
-        logits = kept = logits / form["temperature"]
+        logits = torch.nn.functional.linear(part, weight, bias).float()
+        logits = logits * student.logit_scale
+        if student.softcap is not None:
+            logits = student.softcap * torch.tanh(logits / student.softcap)
+        logits = kept = logits / temperature
         for warper in warpers:
             kept = warper(None, kept)
         mass += (kept.logsumexp(-1) - logits.logsumexp(-1)).exp().sum()
@@ -149,11 +157,11 @@ def kept_mass(
 
 
 @contextlib.contextmanager
-def plain_defaults(model: Any) -> Iterator[None]:
-    """Replaces the model's own `generation_config` inside, and puts it back afterwards.
+def pin_sampling_defaults(model: Any) -> Iterator[None]:
+    """Replaces the model's own `generation_config` inside, and restores it afterwards.
 
-    model: without the wrappers of accelerate. Those of its parts are replaced as well: PEFT's
-    `generate` and that of a model around a language model call the one inside.
+    The configs of submodules are replaced as well: PEFT's `generate`, and that of a multimodal
+    wrapper, call the language model's. model: without accelerate's wrappers.
     """
     owners = [part for part in model.modules() if "generation_config" in vars(part)]
     before = [part.generation_config for part in owners]
@@ -167,8 +175,7 @@ def plain_defaults(model: Any) -> Iterator[None]:
 
 
 def _plain(own: GenerationConfig | None) -> GenerationConfig:
-    """What a model needs of its own config: of transformers' keys `_NEEDED`, and all that are none
-    of transformers', since only code of the model reads those."""
+    """The `_NEEDED` keys of a model's own config, and those that only its own code reads."""
     plain = GenerationConfig()
     known = vars(plain).keys() - set(_NEEDED)
     for name, value in vars(own).items() if own is not None else ():
@@ -178,9 +185,8 @@ def _plain(own: GenerationConfig | None) -> GenerationConfig:
 
 
 @contextlib.contextmanager
-def evaluating(model: Any) -> Iterator[None]:
-    """Puts all modules in evaluation mode inside: neither dropout nor noise of training
-    (NEFTune's, a router's) has a part in what is written."""
+def evaluation_mode(model: Any) -> Iterator[None]:
+    """Puts all modules in evaluation mode inside: no dropout, no noise (NEFTune's, a router's)."""
     training = [part for part in model.modules() if part.training]
     try:
         for part in training:

@@ -1,7 +1,7 @@
-"""A teacher behind a server, as the trainer uses it: looked at before anything is loaded.
+"""The served teacher of a config, tested before any model is loaded.
 
-What a server cannot do shows in a first small request of each kind, and its context in the list of
-its models, so that a run does not stop at its first step, or train on texts that were cut.
+A first small request of each kind shows whether the server supports it, and the list of its models
+its context. So a run does not stop at its first step, or train on texts that were cut.
 """
 
 import random
@@ -11,20 +11,23 @@ from transformers import PreTrainedTokenizerBase
 
 from . import signals
 from .config import TrOPDConfig
-from .server import WRITTEN, TeacherServer
+from .server import MIN_NEW_TOKENS, TeacherServer
 
-#: Tokens that the first request scores: what is no log-prob may pass for one at a single token.
-_PROBED = 8
+#: Tokens that the first request scores: one value may pass for a log-prob though it is none.
+_PROBE_TOKENS = 8
 
 
 class ServedTeacher(TeacherServer):
     """The server of a config.
 
-    writes: whether the teacher is known to write texts, and not only to score them.
+    Args:
+        args: The config.
+        writes: Whether the teacher has to generate texts, and not only to score them.
 
-    Raises TeacherServerError where the server does not answer, has no model of that name, or does
-    not give what the objective needs; ValueError where its context is too short for
-    max_completion_length.
+    Raises:
+        TeacherServerError: The server does not answer, has no model of that name, or does not
+            support what the objective needs.
+        ValueError: Its context is too short for max_completion_length.
     """
 
     def __init__(self, args: TrOPDConfig, writes: bool):
@@ -40,15 +43,16 @@ class ServedTeacher(TeacherServer):
         if self.is_asked:
             self._check_room(1, args.max_completion_length or 0, "the shortest prompt, of 1 token,")
         if self.scores:
-            self.check_scores(signals.wanted(rule), min(args.max_completion_length or 1, _PROBED))
+            self.check_scores(
+                signals.required_top_k(rule), min(args.max_completion_length or 1, _PROBE_TOKENS)
+            )
         if writes:
             self.check_text(**self._sampling())
 
     def check_prompts(
         self, prompt_ids: list[list[int]], tokenizer: PreTrainedTokenizerBase
     ) -> None:
-        """Raises ValueError for a prompt that, with a completion of full length, is too long to
-        score."""
+        """Raises ValueError for a prompt too long to be scored with a completion of full length."""
         if self.scores:
             self._check_all(prompt_ids, self._args.max_completion_length or 0, tokenizer)
 
@@ -59,9 +63,9 @@ class ServedTeacher(TeacherServer):
         seed: str,
         tokenizer: PreTrainedTokenizerBase,
     ) -> list[list[int]]:
-        """Texts of at most `tokens` tokens, as `generate` gives them, sampled as the config says.
+        """Texts of at most `tokens` tokens, as `generate` returns them, sampled as the config says.
 
-        seed: one text for all of them. Raises ValueError for a prompt that is too long.
+        `seed` seeds all of them. Raises ValueError for a prompt that is too long.
         """
         self._check_all(prompt_ids, tokens, tokenizer)
         draw = random.Random(seed)
@@ -69,7 +73,7 @@ class ServedTeacher(TeacherServer):
         return self.generate(prompt_ids, tokens, seeds=seeds, **self._sampling())
 
     def _sampling(self) -> dict[str, Any]:
-        """All of vLLM's: for what is not sent it takes the teacher's own generation_config."""
+        """All sampling parameters: vLLM takes missing ones from the teacher's generation_config."""
         return {
             "temperature": self._args.temperature,
             "top_p": self._args.top_p,
@@ -90,7 +94,7 @@ class ServedTeacher(TeacherServer):
         self._check_room(len(longest), tokens, f"{what}{tokenizer.decode(longest[:16])!r}")
 
     def _check_room(self, prompt: int, tokens: int, what: str) -> None:
-        more = WRITTEN if self.scores else 0
+        more = MIN_NEW_TOKENS if self.scores else 0
         if self.context is None or prompt + tokens + more <= self.context:
             return
         also = f", and {more} that the server writes when it scores," if more else ""

@@ -1,19 +1,18 @@
-"""A teacher behind HTTP: vLLM's OpenAI-compatible server, or whatever speaks its protocol.
+"""A teacher behind HTTP: vLLM's OpenAI-compatible server, or another one with its protocol.
 
     GET  /v1/models                    the served name, where none is given, and the context
     POST /v1/completions               prompt (ids), prompt_logprobs=k, max_tokens=1: log-probs of
-                                       given tokens, {id: {"logprob": ...}} a position
+                                       given tokens, {id: {"logprob": ...}} at each position
     POST /v1/completions               prompt (ids), return_token_ids=True: the teacher's own text
     POST /tokenize                     whether its tokenizer is the student's
 
-Only ids, log-probs and, once, a probe text travel: for a token with k log-probs some 75 k bytes of
-JSON. Sequences go one a request, several at a time; a request that fails is sent again after a
-growing pause, whatever its Retry-After says. vLLM gives a prompt's log-probs before temperature.
-`completions.py` reads answers and refusals.
+Only ids, log-probs and one probe text are transferred: about 75 k bytes of JSON for a token with k
+log-probs. Each request holds one sequence, and several are sent at once. A failed request is sent
+again after a growing pause; Retry-After is ignored. vLLM's log-probs of a prompt are those before
+temperature. `completions.py` reads answers and refusals.
 
-Protocol: the documentation and the source of vLLM's OpenAI-compatible server, 0.32. A vLLM that is
-to give more than 20 log-probs is started with `--max-logprobs`; `return_token_ids` came with vLLM
-0.10.2.
+Protocol: the documentation and the source of vLLM's OpenAI-compatible server, 0.32. For more than
+20 log-probs vLLM is started with `--max-logprobs`; `return_token_ids` came with vLLM 0.10.2.
 """
 
 import json
@@ -38,30 +37,36 @@ from .completions import (
 from .credentials import check_address, read_api_key
 from .deadline import TimedPoolManager
 
-#: urllib3 repeats at once, then after twice this many seconds, doubled each time, 120 at most.
+#: urllib3 retries at once, then after twice this many seconds, doubled each time up to 120.
 BACKOFF_SECONDS = 0.5
 _REPEATED = (408, 429, 500, 502, 503, 504)
-#: Tokens that vLLM writes at the least, also after a prompt of which only the log-probs are wanted.
-WRITTEN = 1
+#: Fewest tokens that vLLM generates, even for a request that only asks for a prompt's log-probs.
+MIN_NEW_TOKENS = 1
 
 
 class TeacherServerError(RuntimeError):
-    """A request that the teacher's server did not answer, or not with what was asked."""
+    """A request that the teacher's server did not answer, or not as asked."""
 
 
 class TeacherServer:
     """A client of one served teacher; safe to share between threads.
 
-    url: of the server, with or without "/v1". model: the name that it serves; None asks.
-    timeout: seconds that one attempt of a request may take, from connecting to the last byte of the
-    answer. retries: further attempts of a request that fails in transport, in time, or by 408, 429,
-    500 or 502 to 504, at once, then after 1 s, 2 s, 4 s, ... 120 s. concurrency: requests under way
-    at once. api_key: sent as a bearer token; None takes VLLM_API_KEY from the environment, where it
-    is set. Raises ValueError for a key that no header can hold, and for a url with more than an
-    address.
+    Args:
+        url: Address of the server, with or without "/v1".
+        model: The name that it serves; None asks the server.
+        timeout: Seconds for one attempt of a request, from connecting to the answer's last byte.
+        retries: Further attempts of a request that fails in transport, in time, or with HTTP 408,
+            429, 500 or 502 to 504: at once, then after 1 s, 2 s, 4 s, ... 120 s.
+        concurrency: Number of requests at once.
+        api_key: Sent as a bearer token; None takes VLLM_API_KEY from the environment, if set.
 
-    context: tokens of a prompt with what is written after it, as the server says (`max_model_len`);
-    None where it does not.
+    Attributes:
+        context: Most tokens of a prompt and its completion (`max_model_len`); None if the server
+            does not say.
+
+    Raises:
+        ValueError: A key that no header can hold, or a url that is more than an address.
+        TeacherServerError: The server does not list its models.
     """
 
     def __init__(
@@ -86,7 +91,7 @@ class TeacherServer:
                 retries,
                 backoff_factor=BACKOFF_SECONDS,
                 status_forcelist=_REPEATED,
-                allowed_methods=None,  # scoring changes nothing on the server, so POST as well
+                allowed_methods=None,  # POST as well: scoring changes nothing on the server
                 raise_on_status=False,
                 respect_retry_after_header=False,  # it may ask for hours, and for other statuses
             ),
@@ -97,36 +102,43 @@ class TeacherServer:
         self.context = self._read_context(self._contexts.get(self.model))
 
     def check_scores(self, top_k: int, tokens: int = 1) -> None:
-        """Raises TeacherServerError where the server does not give log-probs of given tokens, or
-        not of the `top_k` likeliest. Asks for the ids 0 ... tokens - 1 after id 0."""
+        """Raises TeacherServerError if the server gives no log-probs of tokens or of the `top_k`.
+
+        Scores the ids 0 ... tokens - 1 after id 0.
+        """
         self._score("a first request for log-probs", [0], list(range(tokens)), top_k)
 
     def check_text(self, **sampling: Any) -> None:
-        """Raises TeacherServerError where the server does not write, or not with this sampling."""
+        """Raises TeacherServerError if the server does not generate with this sampling."""
         self._write("a first request for a text", [0], 1, sampling)
 
     def count_ids(self, most: int) -> int:
-        """How many of the ids 0 ... most - 1 the teacher has: it refuses the others."""
+        """Number of the ids 0 ... most - 1 that the teacher has; it refuses the others."""
         self._known_ids = self._count_ids(most)
         return self._known_ids
 
     def _count_ids(self, most: int) -> int:
-        if self._has(most - 1):
+        if self._has_id(most - 1):
             return most
         low, high = 1, most - 1
         while low < high:  # the least count whose next id is refused
             middle = (low + high) // 2
-            low, high = (middle + 1, high) if self._has(middle) else (low, middle)
+            low, high = (middle + 1, high) if self._has_id(middle) else (low, middle)
         return low
 
     def score(
         self, prompts: Sequence[Sequence[int]], completions: Sequence[Sequence[int]], top_k: int = 0
     ) -> list[TokenScores]:
-        """Log-probs of each completion's tokens after its prompt (ids both), and with `top_k` those
-        of the likeliest ids.
+        """Log-probs of each completion's tokens after its prompt.
 
-        Raises TeacherServerError, naming the request, where the server does not answer or its
-        answer has too few log-probs.
+        Args:
+            prompts: Token ids.
+            completions: Token ids.
+            top_k: Number of likeliest ids at each token whose log-probs are read as well.
+
+        Raises:
+            TeacherServerError: The server does not answer, or with too few log-probs; the text
+                names the request.
         """
 
         def one(place: int) -> TokenScores:
@@ -139,7 +151,7 @@ class TeacherServer:
             )
             return self._score(what, prompt, completion, top_k)
 
-        return self._all(one, len(prompts))
+        return self._map(one, len(prompts))
 
     def generate(
         self,
@@ -149,11 +161,19 @@ class TeacherServer:
         seeds: Sequence[int] | None = None,
         **sampling: Any,
     ) -> list[list[int]]:
-        """Ids of at most `max_tokens` tokens that the teacher writes after each prompt (ids). A
-        text of fewer is one that the teacher ended, and holds that end.
+        """Texts that the teacher generates after each prompt.
 
-        seeds: one a prompt. sampling: vLLM's parameters: temperature, top_p, top_k, min_p, ...
-        Raises TeacherServerError as `score` does, and for a text that the server cut.
+        Args:
+            prompts: Token ids.
+            max_tokens: Most tokens of a text.
+            seeds: One for each prompt.
+            **sampling: vLLM's parameters: temperature, top_p, top_k, min_p, ...
+
+        Returns:
+            Token ids. A text of fewer than `max_tokens` includes the end that the teacher wrote.
+
+        Raises:
+            TeacherServerError: As in `score`, and for a text that the server cut.
         """
 
         def one(place: int) -> list[int]:
@@ -165,10 +185,10 @@ class TeacherServer:
             )
             return self._write(what, prompt, max_tokens, sampling | own)
 
-        return self._all(one, len(prompts))
+        return self._map(one, len(prompts))
 
     def tokenize(self, text: str) -> list[int] | None:
-        """Ids of a text by the server's tokenizer; None where it does not offer that."""
+        """Token ids of a text by the server's tokenizer; None if it does not offer that."""
         body = {"model": self.model, "prompt": text, "add_special_tokens": False}
         response = self._request("POST", "/tokenize", body, "the tokenization of a text")
         if response.status != 200:
@@ -181,8 +201,8 @@ class TeacherServer:
     ) -> TokenScores:
         scores: TokenScores = self._complete(
             what,
-            {"prompt": prompt + completion, "prompt_logprobs": top_k, "max_tokens": WRITTEN,
-             "temperature": 1.0},
+            {"prompt": prompt + completion, "prompt_logprobs": top_k,
+             "max_tokens": MIN_NEW_TOKENS, "temperature": 1.0},
             lambda choice: read_scores(choice, prompt, completion, top_k),
         )  # fmt: skip
         if scores.ids is not None:
@@ -190,12 +210,14 @@ class TeacherServer:
         return scores
 
     def _check_ids(self, what: str, ids: Tensor) -> None:
-        """Raises TeacherServerError for ids (C, K) of which the teacher does not have one. Those
-        that only the student does not have are a larger vocabulary's, and stay."""
+        """Raises TeacherServerError if the teacher does not have one of these ids (C, K).
+
+        Ids that only the student lacks belong to a larger vocabulary, and stay.
+        """
         highest = int(ids.max())
         if highest < self._known_ids:
             return
-        if not self._has(highest):
+        if not self._has_id(highest):
             place = int((ids == highest).any(1).int().argmax())
             raise self._error(
                 what,
@@ -213,15 +235,15 @@ class TeacherServer:
             lambda choice: read_text(choice, max_tokens),
         )
 
-    def _has(self, token: int) -> bool:
+    def _has_id(self, token: int) -> bool:
         what = f"the question whether it has id {token}"
-        body = {"model": self.model, "prompt": [token], "max_tokens": WRITTEN}
+        body = {"model": self.model, "prompt": [token], "max_tokens": MIN_NEW_TOKENS}
         response = self._request("POST", "/v1/completions", body, what)
         if response.status != 200 and not is_unknown_id(response.status, response.data):
             raise self._refused(what, response, body)
         return response.status == 200
 
-    def _all(self, one: Callable[[int], Any], count: int) -> list[Any]:
+    def _map(self, one: Callable[[int], Any], count: int) -> list[Any]:
         with ThreadPoolExecutor(min(self._concurrency, max(count, 1))) as pool:
             futures = [pool.submit(one, place) for place in range(count)]
             try:
@@ -231,7 +253,7 @@ class TeacherServer:
                 raise
 
     def _read_context(self, sent: Any) -> int | None:
-        """Raises TeacherServerError for what is no number of tokens."""
+        """Raises TeacherServerError for anything but a number of tokens."""
         if sent is None:
             return None
         if isinstance(sent, (int, float)) and not isinstance(sent, bool):
@@ -244,7 +266,7 @@ class TeacherServer:
         )
 
     def _served_models(self, required: bool) -> dict[str, Any]:
-        """The names that the server lists, each with what it says of its context, or None."""
+        """The names that the server lists, each with its context, or None if it does not say."""
         what = "the list of models"
         response = self._request("GET", "/v1/models", None, what)
         entries = read_json(response.data).get("data") if response.status == 200 else None
@@ -252,7 +274,7 @@ class TeacherServer:
         for entry in entries if isinstance(entries, list) else []:
             if isinstance(entry, Mapping) and isinstance(entry.get("id"), str):
                 tokens = entry.get("max_model_len")
-                # An adapter's context is that of the model which it belongs to.
+                # An adapter has the context of its base model.
                 above = contexts.get(entry.get("parent") or "")
                 contexts[entry["id"]] = above if tokens is None else tokens
         if required and not contexts:
@@ -268,7 +290,7 @@ class TeacherServer:
         except ValueError as error:
             raise self._error(what, str(error)) from error
         except (AttributeError, KeyError, TypeError) as error:
-            words = quote(self._shown(response.data))
+            words = quote(self._without_key(response.data))
             raise self._error(what, f"its answer is malformed: {words}") from error
 
     def _request(self, method: str, path: str, body: Any, what: str) -> urllib3.BaseHTTPResponse:
@@ -289,11 +311,11 @@ class TeacherServer:
     ) -> TeacherServerError:
         tries = f" after {self._retries + 1} attempts" * (response.status in _REPEATED)
         names = list(self._contexts) if hasattr(self, "_contexts") else []
-        words, remedy = refusal(response.status, self._shown(response.data), body, names)
+        words, remedy = refusal(response.status, self._without_key(response.data), body, names)
         return self._error(what, f"HTTP {response.status}{tries}: {words}", remedy)
 
-    def _shown(self, answer: bytes) -> bytes:
-        """Without the key, which some servers quote: before anything is cut off or escaped."""
+    def _without_key(self, answer: bytes) -> bytes:
+        """An answer without the key, which some servers quote, before it is cut or escaped."""
         key = self._api_key
         for form in () if key is None else (key, json.dumps(key)[1:-1]):
             answer = answer.replace(form.encode(), b"***")

@@ -4,15 +4,15 @@
 |---------|---------------------------------------------|-----------------------------------------|
 | student | accelerate wraps it, a unit for each layer  | the engine gathers the head when the    |
 |         | and one for the last norm and the head      | loss, in the student's forward, asks it |
-| teacher | `shard_frozen`: a unit for each layer, and  | TRL's `prepare_deepspeed`               |
+| teacher | `_shard_frozen`: a unit for each layer, and | TRL's `prepare_deepspeed`               |
 |         | one for the rest, given back after the loss |                                         |
 
-Both put other tensors in the place of the parameters that were read when the trainer was made, so
-each call reads the head again (`heads.current`). The loss has to run in the forward of the wrapped
-student, where FSDP2 and ZeRO-3 hold the head whole and take its gradient for their reduction.
+Both replace the parameters that were read when the trainer was made, so each call reads the head
+again (`heads.current`). The loss must run in the forward of the wrapped student, where FSDP2 and
+ZeRO-3 hold the whole head and reduce its gradient.
 
-Processes that share parameters also generate together: each token is a gather, which all have to
-come to until the last of them has ended its completions.
+Processes that share parameters also generate together: each token is a gather, in which all take
+part until the last of them has finished its completions.
 """
 
 from dataclasses import replace
@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from trl.models.utils import prepare_deepspeed
 
 from ..heads import Head, read_head
 from .router import base_of
@@ -54,7 +55,7 @@ def refuse_fsdp_1(accelerator: Any) -> None:
 
 
 def refuse_dtensors(name: str, model: nn.Module) -> None:
-    """Before accelerate shards: what is sharded then, it knows nothing of."""
+    """Call it before accelerate shards the model: accelerate does not know such parameters."""
     for parameter, tensor in model.named_parameters():
         if getattr(tensor, "device_mesh", None) is not None:
             raise NotImplementedError(
@@ -64,13 +65,14 @@ def refuse_dtensors(name: str, model: nn.Module) -> None:
             )
 
 
-def read_form(model: nn.Module, sharded: bool) -> Head:
-    """`read_head` with its check, but without the parameters: `heads.current` reads those, and to
-    keep them here would be to keep the whole head beside its shards.
+def read_head_form(model: nn.Module, sharded: bool) -> Head:
+    """`read_head` with its check, but without the parameters, which `heads.current` reads.
 
-    sharded: the model lies on the CPU until it is sharded, where it may not run at all
-    (flash-attention). It is checked only if its config leaves a doubt. Of a model that ZeRO-3 has
-    partitioned while loading it the head alone is gathered, so that it cannot be checked.
+    Kept here, they would be the whole head besides its shards.
+
+    sharded: the model stays on the CPU until it is sharded, where it may not run at all
+    (flash-attention). It is checked only if its config leaves a doubt. If ZeRO-3 has partitioned
+    the model while loading it, only the head is gathered and nothing can be checked.
     """
     base = base_of(model)
     if base.base_model is base:
@@ -107,33 +109,52 @@ def _partitioned_head(model: nn.Module, parts: list[nn.Parameter]) -> Head:
 
 
 def reshard(model: Any) -> None:
-    """Gives back what FSDP2 leaves gathered after a forward that no backward follows: the outermost
-    unit, here embedding, last norm and head."""
+    """Frees what FSDP2 leaves gathered after a forward without a backward.
+
+    That is the outermost unit: here embedding, last norm and head.
+    """
     if hasattr(model, "reshard"):
         model.reshard()
 
 
 def weights_are_finite(model: nn.Module) -> bool:
-    """Whether no parameter that is trained holds NaN or infinity; of those in shards, this
-    process's part. Reads the weights once, as generation does for each token."""
+    """Whether no trained parameter holds NaN or infinity in this process's part.
+
+    Reads the weights once, as generation does for each token.
+    """
     trained = [p for p in model.parameters() if p.requires_grad]
     sums = [_part(p).detach().sum(dtype=torch.float32) for p in trained]
     return not sums or bool(torch.stack([s.to(sums[0].device) for s in sums]).isfinite().all())
 
 
 def _part(parameter: Any) -> Tensor:
-    """What this process stores of a parameter."""
-    if hasattr(parameter, "ds_tensor"):  # ZeRO-3's, filled up with what the memory held before
+    """The part of a parameter that this process stores."""
+    if hasattr(parameter, "ds_tensor"):  # ZeRO-3's, padded with uninitialized memory
         part = parameter.ds_tensor
         before = torch.distributed.get_rank(parameter.ds_process_group) * part.numel()
         return part[: max(parameter.ds_numel - before, 0)]
     return parameter.to_local() if hasattr(parameter, "to_local") else parameter
 
 
-def shard_frozen(model: nn.Module, accelerator: Any) -> nn.Module:
-    """The model under FSDP2, a unit for each of its layers, for forwards alone.
+def holds_on_all(accelerator: Any, here: bool) -> bool:
+    """Whether a condition holds on every process: a collective."""
+    flag = torch.tensor([here], device=accelerator.device)
+    return bool(accelerator.gather(flag).all())
 
-    accelerate prepares but one model, and TRL's own unit would be the whole model, gathered at
+
+def prepare_frozen(model: nn.Module, accelerator: Any) -> Any:
+    """The model under the run's engine, for forwards without a backward."""
+    if getattr(accelerator.state, "deepspeed_plugin", None) is not None:
+        return prepare_deepspeed(model, accelerator)
+    if fsdp_version(accelerator):
+        return _shard_frozen(model, accelerator)
+    return accelerator.prepare_model(model, evaluation_mode=True)
+
+
+def _shard_frozen(model: nn.Module, accelerator: Any) -> nn.Module:
+    """The model under FSDP2, with a unit for each of its layers.
+
+    accelerate prepares only one model, and TRL would make the whole model one unit, gathered at
     once.
     """
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
@@ -152,7 +173,7 @@ def shard_frozen(model: nn.Module, accelerator: Any) -> nn.Module:
         )
     model.requires_grad_(False)
     layers = set(getattr(model, "_no_split_modules", None) or ())
-    for module in reversed(list(model.modules())):  # those inside others first
+    for module in reversed(list(model.modules())):  # inner modules first
         if type(module).__name__ in layers:
             fully_shard(module, **options)
     fully_shard(model, **options)

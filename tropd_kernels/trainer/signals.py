@@ -1,13 +1,13 @@
-"""A teacher that is no model in this process: its log-probs as tensors of a generation batch.
+"""Log-probs of a teacher outside this process, as tensors of a generation batch.
 
 | from                    | ids, log_probs (B, C, K)        | label_log_probs (B, C)   |
 |-------------------------|---------------------------------|--------------------------|
 | a server (`server.py`)  | `prompt_logprobs`, K = top_k    | likewise                 |
 | columns of the data set | teacher_ids, teacher_log_probs  | teacher_label_log_probs  |
 
-With columns the completions are fixed too, in `completion_ids`: log-probs belong to tokens. The
-tensors travel with their completions through TRL's shuffling and splitting, and become a
-`TopKTeacher` or `SampledTeacher` once they are next to the student.
+With columns the completions are fixed too, in `completion_ids`, since log-probs belong to tokens.
+TRL shuffles and splits the tensors with their completions; the loss gets them as a `TopKTeacher` or
+`SampledTeacher`.
 """
 
 from collections.abc import Mapping, Sequence
@@ -24,7 +24,7 @@ from .log_probs import MARGIN, check_labels, impossible_masses
 
 COMPLETION = "completion_ids"
 LABEL, IDS, LOG_PROBS = "teacher_label_log_probs", "teacher_ids", "teacher_log_probs"
-#: Columns may have been stored in bfloat16: what two numbers for one thing may differ by.
+#: Tolerance between two columns' values for one log-prob, which may be stored in bfloat16.
 _RELATIVE, _ABSOLUTE = 0.02, 0.05
 
 
@@ -36,8 +36,8 @@ def columns_of(rule: TokenRule) -> tuple[str, ...]:
 
 
 def check_served(rule: TokenRule) -> None:
-    """Raises ValueError where log-probs of a few ids cannot give what the rule needs."""
-    k = wanted(rule)
+    """Raises ValueError if the rule needs more than log-probs of a few ids."""
+    k = required_top_k(rule)
     zeros = torch.zeros(1, k)
     known = (
         SampledTeacher(zeros.sum(1)) if k == 0 else TopKTeacher(zeros.long(), zeros, zeros[:, 0])
@@ -45,14 +45,16 @@ def check_served(rule: TokenRule) -> None:
     check_serves(known, rule)
 
 
-def wanted(rule: TokenRule) -> int:
-    """The likeliest ids a token whose log-probs this rule needs."""
+def required_top_k(rule: TokenRule) -> int:
+    """The number of likeliest ids per token whose log-probs this rule needs."""
     return rule.top_k if rule.uses_top_k else 0
 
 
 def batch_tensors(scores: Sequence[TokenScores], width: int, device: Any) -> dict[str, Tensor]:
-    """(B, width) and (B, width, K) of one TokenScores a completion; what is beyond a completion's
-    end does not count."""
+    """Stacks one TokenScores per completion into tensors (B, width) and (B, width, K).
+
+    Values beyond a completion's end are filled in and have no effect.
+    """
     batch = {LABEL: _stack([s.label_log_probs for s in scores], width, 0.0)}
     if scores and scores[0].ids is not None:
         batch[IDS] = _stack([s.ids for s in scores], width, -1)
@@ -68,13 +70,16 @@ def teacher_of(inputs: Mapping[str, Any]) -> TopKTeacher | SampledTeacher | None
 
 
 def fixed_completions(rows: Sequence[Mapping[str, Any]], limit: int) -> list[list[int]]:
-    """The first `limit` ids of each row's completion. Raises ValueError for one without ids."""
+    """The first `limit` ids of each row's completion. Raises ValueError for an empty one."""
     return [_completion(row)[:limit] for row in rows]
 
 
 def column_scores(rows: Sequence[Mapping[str, Any]], limit: int, top_k: int) -> list[TokenScores]:
-    """Scores of the first `limit` tokens of each row. Raises ValueError, with the column's name,
-    for a column that is not as long as its completion or holds fewer than `top_k` ids a token."""
+    """Scores of the first `limit` tokens of each row.
+
+    Raises ValueError, with the column's name, for a column that is not as long as its completion
+    or holds fewer than `top_k` ids per token.
+    """
     return [_row_scores(row, limit, top_k) for row in rows]
 
 
@@ -108,7 +113,7 @@ def _check_agreement(
     ids: Tensor,  # (C, K)
     log_probs: Tensor,  # (C, K)
 ) -> None:
-    """Raises ValueError where a row's columns cannot all be of one distribution a token."""
+    """Raises ValueError if no distribution has the values of a row's columns at some token."""
     completion = torch.tensor(_completion(row))
     padding = (ids < 0) | (log_probs == -torch.inf)
     ids, log_probs = ids.masked_fill(padding, -1), log_probs.masked_fill(padding, -torch.inf)
@@ -135,7 +140,7 @@ def _check_agreement(
 
 
 def _log_probs(row: Mapping[str, Any], name: str, tokens: int, dims: int) -> Tensor:
-    """Such a column, of log-probs."""
+    """A column of log-probs, as `_column` returns it."""
     tensor = _column(row, name, tokens, dims)
     low, high = (tensor.min().item(), tensor.max().item()) if tensor.numel() else (0.0, 0.0)
     if high <= MARGIN:
@@ -143,7 +148,7 @@ def _log_probs(row: Mapping[str, Any], name: str, tokens: int, dims: int) -> Ten
     looks = "logits: subtract their logsumexp"
     if low >= 0:
         of_one = "probabilities: take their logarithm"
-        # The likeliest ids' logits are all above 0, too.
+        # Logits of the likeliest ids are all positive, too.
         of_more = "negative log-probs: change their sign; or of logits: subtract their logsumexp"
         looks = of_one if high <= 1 else of_more
     raise ValueError(
@@ -172,7 +177,7 @@ def _completion(row: Mapping[str, Any]) -> list[int]:
 
 
 def _column(row: Mapping[str, Any], name: str, tokens: int, dims: int) -> Tensor:
-    """A column of numbers as float64, (tokens,) or (tokens, K)."""
+    """A column of numbers in float64, (tokens,) or (tokens, K)."""
     try:
         tensor = torch.as_tensor(row.get(name), dtype=torch.float64)
     except (TypeError, ValueError, RuntimeError) as error:
@@ -187,7 +192,7 @@ def _column(row: Mapping[str, Any], name: str, tokens: int, dims: int) -> Tensor
 
 
 def _stack(parts: Sequence[Any], width: int, fill: float) -> Tensor:
-    """Parts (C_i,) or (C_i, K_i) as (B, width) or (B, width, K), filled up on the right."""
+    """Stacks parts (C_i,) or (C_i, K_i) into (B, width) or (B, width, K), padded on the right."""
     most = max((part.shape[1] for part in parts if part.dim() == 2), default=0)
 
     def filled(part: Tensor) -> Tensor:

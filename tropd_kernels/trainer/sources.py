@@ -1,8 +1,8 @@
-"""Models that are given by name: where their files are, for weights, config and tokenizer alike.
+"""Where the files of a model given by name are: weights, config, tokenizer.
 
 `from_pretrained` finds a model by its name and some of its options (revision, subfolder, ...). The
-tokenizer that is compared, the config that chooses the model's class and the check that a model
-exists have to look in the same place, so all of them take their options from here.
+tokenizer comparison, the choice of the model's class and the check that a model exists must look in
+the same place, so all of them take their options from here.
 """
 
 import contextlib
@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import transformers
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -23,11 +25,11 @@ from transformers import (
 from transformers.utils.import_utils import is_peft_available
 from transformers.utils.peft_utils import find_adapter_config_file
 
-#: Options of `from_pretrained` that say where files are, ...
+#: Options of `from_pretrained` that say where files are ...
 PLACE = ("cache_dir", "local_files_only", "revision", "subfolder", "token")
-#: ... and whether and which code comes with them.
+#: ... and whether and which code is loaded with them.
 _CODE = ("code_revision", "trust_remote_code")
-#: What transformers raises where files are missing or are none of a tokenizer or a config.
+#: What transformers raises for missing files, or files of neither a tokenizer nor a config.
 _NOT_FOUND = (OSError, ValueError, KeyError)
 
 
@@ -48,13 +50,15 @@ def teacher_options(args: Any) -> dict[str, Any]:
 
 
 def pick(options: Mapping[str, Any], names: tuple[str, ...]) -> dict[str, Any]:
-    """Those of the options that are given."""
+    """The options of these names that are given."""
     return {name: options[name] for name in names if options.get(name) is not None}
 
 
 def check_one_teacher(teacher: Any, args: Any) -> None:
-    """Raises ValueError for a teacher beside `args.teacher_model_name_or_path`, of which one would
-    be dropped. teacher: a model, its name, or None."""
+    """Raises ValueError for a teacher besides `args.teacher_model_name_or_path`: one would be lost.
+
+    teacher: a model, its name, or None.
+    """
     named = args.teacher_model_name_or_path
     if teacher is None or named is None:
         return
@@ -80,11 +84,11 @@ def check_revisions(args: Any) -> None:
 
 
 def find_tokenizer(teacher: Any, args: Any) -> PreTrainedTokenizerBase | None:
-    """The teacher's tokenizer by the teacher's name, or None where there is none to be had.
+    """The teacher's tokenizer, or None where it cannot be found.
 
-    Looked up with the options by which the model is loaded. An adapter without a tokenizer has its
-    base's. The name of a model that is loaded already is looked up on this machine alone, at
-    `args.teacher_model_revision`.
+    It is looked up by the teacher's name, with the options that load the model. An adapter without
+    a tokenizer has that of its base. For a model that is loaded already only this machine is
+    searched, at `args.teacher_model_revision`.
     """
     options = pick(teacher_options(args), (*PLACE, *_CODE))
     name = teacher if isinstance(teacher, str) else getattr(teacher.config, "_name_or_path", "")
@@ -101,8 +105,10 @@ def find_tokenizer(teacher: Any, args: Any) -> PreTrainedTokenizerBase | None:
 
 
 def find_processor(student: Any, args: Any) -> Any:
-    """The student's tokenizer or processor, looked up with the options by which the model is
-    loaded; None for a model, and where TRL's own look-up, by name and revision, will do."""
+    """The student's tokenizer or processor, looked up with the options that load the model.
+
+    None for a model, and where TRL's own look-up, by name and revision, finds the same.
+    """
     options = pick(student_options(args), (*PLACE, *_CODE))
     theirs = {"revision": options.get("revision"), "trust_remote_code": args.trust_remote_code}
     if not isinstance(student, str) or options.items() <= theirs.items():
@@ -115,8 +121,11 @@ def find_processor(student: Any, args: Any) -> Any:
 def model_class(name: str, options: Mapping[str, Any]) -> Any:
     """The class whose `from_pretrained` loads this model with these options.
 
-    TRL's loader would choose it by the config of the default revision, cache and folder. Raises
-    what transformers does, and ImportError for an adapter where PEFT is not installed.
+    TRL's loader would choose it by the config at the default revision, cache and folder.
+
+    Raises:
+        ImportError: The name is an adapter's, and PEFT is not installed.
+        OSError, ValueError: As transformers raises them for a model that it cannot find.
     """
     options = pick(options, (*PLACE, *_CODE, "gguf_file"))
     try:
@@ -126,7 +135,7 @@ def model_class(name: str, options: Mapping[str, Any]) -> Any:
             raise
         if not is_peft_available():
             raise ImportError(f"{name} is an adapter: pip install peft") from None
-        return AutoModelForCausalLM  # which loads the base, and the adapter into it
+        return AutoModelForCausalLM  # loads the base model and the adapter into it
     for architecture in config.architectures or ():
         if hasattr(transformers, architecture):
             return getattr(transformers, architecture)
@@ -136,7 +145,7 @@ def model_class(name: str, options: Mapping[str, Any]) -> Any:
 
 
 def adapter_base(name: str, options: Mapping[str, Any]) -> str | None:
-    """The base model's name where this name is a PEFT adapter's, else None."""
+    """The name of the base model if this is a PEFT adapter's name, else None."""
     with contextlib.suppress(*_NOT_FOUND):
         if (found := find_adapter_config_file(name, **pick(options, PLACE))) is not None:
             return json.loads(Path(found).read_text(encoding="utf-8"))["base_model_name_or_path"]
@@ -145,8 +154,10 @@ def adapter_base(name: str, options: Mapping[str, Any]) -> str | None:
 
 @contextlib.contextmanager
 def class_of_student(student: Any, args: Any) -> Iterator[None]:
-    """Inside, `args.model_init_kwargs` give TRL's loader the student's class where they say in
-    which place its config is: by itself it would look for that without them."""
+    """Inside, `args.model_init_kwargs` hold the student's class if they say where its config is.
+
+    TRL's loader would look for the config without these options.
+    """
     given = args.model_init_kwargs or {}
     if not isinstance(student, str) or not pick(given, (*PLACE, "code_revision", "gguf_file")):
         yield
@@ -156,3 +167,49 @@ def class_of_student(student: Any, args: Any) -> Iterator[None]:
         yield
     finally:
         args.model_init_kwargs = given
+
+
+def check_sources(model: Any, teacher_model: Any, args: Any) -> None:
+    """Raises OSError for a missing model: its text begins with "model" or "teacher_model".
+
+    The folder is missing or holds no model, or the hub does not have the name. From the hub only
+    the two configs are fetched.
+    """
+    _check_source("model", model, student_options(args))
+    _check_source("teacher_model", teacher_model, teacher_options(args))
+
+
+def _check_source(key: str, name: Any, options: Mapping[str, Any]) -> None:
+    if not isinstance(name, str):
+        return
+    if Path(name).is_dir():
+        _check_folder(key, Path(name, options.get("subfolder") or ""), options)
+        return
+    if name.startswith(("/", ".", "~")) or name.count("/") > 1:
+        raise OSError(f"{key}: there is no folder {name}")
+    try:
+        hf_hub_download(name, "config.json", **pick(options, PLACE))
+    except (OSError, HFValidationError, HfHubHTTPError) as error:
+        # A teacher on the hub may be an adapter, which has no config.json.
+        absent = isinstance(error, EntryNotFoundError) and not isinstance(error, FileNotFoundError)
+        if absent and (key == "teacher_model" or options.get("gguf_file")):
+            return
+        reason = str(error).strip().splitlines()[0]
+        raise OSError(
+            f"{key}: there is no folder {name}, and the hub's model of that name cannot be read: "
+            f"{reason}"
+        ) from error
+
+
+def _check_folder(key: str, folder: Path, options: Mapping[str, Any]) -> None:
+    if (folder / "config.json").is_file() or options.get("gguf_file"):
+        return
+    if not (folder / "adapter_config.json").is_file():
+        raise OSError(f"{key}: there is no model in the folder {folder}: it has no config.json")
+    if key == "model":
+        raise OSError(
+            f"model: {folder} is an adapter: load it by PeftModel.from_pretrained(base, folder, "
+            "is_trainable=True) and give that model, or give the base and train a new adapter"
+        )
+    if options.get("subfolder"):
+        raise OSError(f"{key}: {folder} is an adapter: give that folder, without a subfolder")

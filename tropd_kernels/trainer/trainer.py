@@ -1,20 +1,18 @@
 """`TrOPDTrainer`: one step of on-policy distillation with any objective of this package.
 
-A generation batch is written once per optimiser step (or `num_iterations` of them), by the student
+A generation batch is written once per optimizer step (or `num_iterations` of them), by the student
 alone or by the student after a teacher's prefix. Each micro-batch then goes through both backbones,
 and one call of `linear_distillation_loss` compares hidden states through the two heads. A teacher
 behind a server, or in the data set's columns, gives log-probs of a few ids instead (`signals.py`).
-What surrounds that (generation, checkpoints, PEFT, logging, evaluation) is TRL's and transformers'.
+Generation, checkpoints, PEFT, logging and evaluation around that are TRL's and transformers'.
 """
 
-import contextlib
 import math
 import os
 import random
 import sys
 import warnings
-from collections.abc import Callable, Iterator
-from functools import partial
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -23,80 +21,68 @@ from accelerate.utils import is_peft_model
 from huggingface_hub import ModelCard
 from torch import Tensor
 from transformers import PreTrainedModel, PrinterCallback, ProgressCallback, TrainerCallback
-from trl.data_utils import prepare_multimodal_messages
 from trl.trainer.utils import get_config_model_id
 
 from ..draws import bernoulli_uniforms
 from ..functional import DistillationOutput, TokenStats, linear_distillation_loss
 from ..objectives import OPD, SFT, TokenRule
-from ..teachers import HiddenTeacher, Teacher
-from . import card, credit, metrics, progress, sampling, signals
-from .adapter import DistillationAdapter, Side
-from .checks import (
-    check_adapters,
-    check_dataset,
-    check_no_splits,
-    check_rows,
-    check_server_tokenizer,
-    check_sources,
-    check_tokenizers,
-    check_trainable,
-    no_guide,
-    refuse_images,
-    stop_on,
-    way_on,
-)
+from ..teachers import Teacher
+from . import card, metrics, progress, rewards, sampling, signals
 from .config import TrOPDConfig
+from .data_checks import check_dataset, check_no_splits, check_rows, missing_guide_error
 from .effects import check_inputs
+from .guidance import GuidedTrainer
 from .loaded_teacher import check_quantization
-from .prefix import (
-    column_ids,
-    cut,
-    have_column,
-    is_complete,
-    prefix_mask,
-    row_images,
-    scheduled_length,
-)
+from .prefix import prefix_mask
 from .regions import Sample, samples, show, write_page
 from .served_teacher import ServedTeacher
-from .server import TeacherServerError
-from .sources import check_one_teacher, find_processor, find_tokenizer
+from .sides import ModelSide
+from .sources import check_one_teacher, check_sources, find_processor, find_tokenizer
+from .stops import raise_nonfinite
+from .student_checks import check_adapters, check_trainable
+from .vocabulary import check_server_tokenizer, check_tokenizers
 
 _IGNORED = -100
 
 
-class TrOPDTrainer(DistillationAdapter):
+class TrOPDTrainer(GuidedTrainer):
     """Trains a student on its own completions to match a teacher's next-token distribution.
 
     The constructor, the data sets (`prompt`, as text or as messages) and the metrics are those of
     TRL's `DistillationTrainer`.
 
-    model: student, a model, its name or its folder. teacher_model: likewise, also an adapter's
-        folder; None takes `args.teacher_model_name_or_path`. Objective "sft" does without, and so
-        do a served and a precomputed teacher. By name it is loaded in its checkpoint's dtype, a
-        student in float32, unless `teacher_model_init_kwargs` and `model_init_kwargs` give a
-        `dtype`. The vocabularies may be padded to different heights; the ids that both have are
-        compared.
-    args: a `TrOPDConfig`; None takes its defaults, that is TrOPD as in the paper without guidance.
-    train_dataset, eval_dataset, processing_class, callbacks, optimizers, quantization_config,
-    peft_config, tools: as in TRL.
+    Args:
+        model: Student: a model, its name or its folder. By name it is loaded in float32, unless
+            `model_init_kwargs` give a `dtype`.
+        teacher_model: Likewise, also an adapter's folder; None takes
+            `args.teacher_model_name_or_path`. Objective "sft", a served and a precomputed teacher
+            need none. By name it is loaded in its checkpoint's dtype, unless
+            `teacher_model_init_kwargs` give a `dtype`. The vocabularies may be padded to different
+            heights; the ids that both have are compared.
+        args: A `TrOPDConfig`; None takes its defaults: TrOPD as in the paper, without guidance.
+        train_dataset: As in TRL; so are `eval_dataset`, `processing_class`, `callbacks`,
+            `optimizers`, `quantization_config`, `peft_config` and `tools`.
 
-    Attribute `dataset_name` (None): what the model card calls the data: a name on the hub, or a
-    file.
+    Attributes:
+        dataset_name: What the model card calls the data: a name on the hub, or a file. None at
+            first.
 
-    Raises, before training: ValueError or TypeError for a head that cannot be read (an adapter on
-    it, quantised, logits that no scale and cap express), a teacher with another tokenizer or with
-    the student's own tensors, an end of completions or padding that a model does not have, a
-    student with nothing to train, an empty data set, a served teacher whose context is shorter than
-    a completion; TeacherServerError for one that does not answer, or not what the objective needs;
-    NotImplementedError under FSDP's first version (FSDP2 and ZeRO-3 will do) and for models of
-    tensor parallelism. While training: ValueError for a prompt that is empty or exceeds the
-    context, a prefix that does not continue its prompt, columns that are no log-probs, or a resume
-    that cannot go on with its generation batch; FloatingPointError for a loss that is NaN or
-    infinite, after saving the batch under `output_dir`, and for such weights, before they generate;
-    TeacherServerError for a served teacher that does not answer, or cuts its text. These say which
-    checkpoint to go on from, if one was saved.
+    Raises:
+        ValueError, TypeError: Before training: a head that cannot be read (an adapter on it,
+            quantized, logits that no scale and cap express), a teacher with another tokenizer or
+            with the student's own tensors, an end of completions or padding that a model does not
+            have, a student with nothing to train, an empty data set, a served teacher whose
+            context is shorter than a completion. While training: a prompt that is empty or exceeds
+            the context, a prefix that does not continue its prompt, columns that are no log-probs,
+            or a resume that cannot go on with its generation batch.
+        TeacherServerError: A served teacher does not answer, gives less than the objective needs,
+            or cuts its text.
+        NotImplementedError: FSDP's first version (FSDP2 and ZeRO-3 are supported), and models of
+            tensor parallelism.
+        FloatingPointError: While training: a loss that is NaN or infinite, after its batch is saved
+            under `output_dir`, and such weights, before they generate.
+
+    Errors while training say from which checkpoint the run can be resumed, if one was saved.
     """
 
     _tag_names = ["trl", "tropd-kernels", "distillation"]  # noqa: RUF012
@@ -124,45 +110,20 @@ class TrOPDTrainer(DistillationAdapter):
             args = TrOPDConfig(f"{name.rstrip('/').split('/')[-1] or 'model'}-TrOPD")
         if not isinstance(args, TrOPDConfig):
             raise TypeError(f"args must be a TrOPDConfig, got a {type(args).__name__}")
-        if not isinstance(model, str) and not hasattr(model, "generation_config"):
-            raise TypeError(
-                f"model: a {type(model).__name__} writes no text: load it with AutoModelForCausalLM"
-            )
-        for whose, given, key, value in (
-            ("student", model, "model_init_kwargs", args.model_init_kwargs),
-            ("student", model, "quantization_config", quantization_config),
-            ("teacher", teacher_model, "teacher_model_init_kwargs", args.teacher_model_init_kwargs),
-        ):
-            if isinstance(given, torch.nn.Module) and value is not None:
-                raise ValueError(
-                    f"{key}: the {whose} is already a model; leave {key} out, or give the {whose} "
-                    "by its name"
-                )
-        check_quantization("quantization_config", quantization_config)
+        _check_models(model, teacher_model, args, quantization_config)
         self.dataset_name: str | None = None
         self._samples: list[Sample] = []
-        self._server: ServedTeacher | None = None
-        loaded = self._loaded_teacher(teacher_model, args)
+        loaded = _teacher_to_load(teacher_model, args)
         check_sources(model, loaded, args)
-        columns = signals.columns_of(args.rule()) if args.precomputed_teacher else ()
         if args.precomputed_teacher and tools:
             raise ValueError("tools: precomputed_teacher fixes the completions: leave tools out")
         check_inputs(args, tools, (train_dataset, eval_dataset))
-        guided = args.prefix_schedule != "none" or args.lmbda < 1
-        named = guided and args.prefix_column not in (None, "teacher_completion")
-        check_no_splits(train_dataset)
-        check_dataset(
-            "train_dataset", train_dataset, [*columns, *([args.prefix_column] if named else [])]
-        )
-        check_dataset("eval_dataset", eval_dataset, columns)
-        # A stream may not know its columns; it is looked at when it is read.
-        present = getattr(train_dataset, "column_names", None)
-        written = args.teacher_model_server_url or loaded is not None
-        if guided and not written and present and args.prefix_column not in present:
-            raise no_guide(args.prefix_column)
+        _check_datasets(train_dataset, eval_dataset, args, loaded)
         if args.teacher_model_server_url:
+            # A stream may not know its columns; they are checked when it is read.
+            present = getattr(train_dataset, "column_names", None)
             has_text = present is None or args.prefix_column in present
-            self._server = ServedTeacher(args, writes=guided and not has_text)
+            self._server = ServedTeacher(args, writes=args.is_guided and not has_text)
         served = self._server.model if self._server else None
         self._card_subject = card.subject(model, loaded, served, args)
         self._tag_names = [*self._tag_names, args.objective]
@@ -175,10 +136,10 @@ class TrOPDTrainer(DistillationAdapter):
         if self._server is not None:
             check_server_tokenizer(self._tokenizer, self._server.tokenize)
             if self._server.is_asked:
-                self.share_vocabulary(self._server.count_ids(self._shared))
+                self.share_vocabulary(self._server.count_ids(self._shared_vocab_size))
         each = args.per_device_train_batch_size * args.gradient_accumulation_steps
         check_rows(train_dataset, each * self.accelerator.num_processes)
-        self._cuts = sampling.cuts(args)
+        self._warpers = sampling.truncating_warpers(args)
         self._kept_mass: Tensor | None = None  # of a micro-batch: sum and count
         warning = sampling.sampling_warning(args)
         if warning is not None and self.accelerator.is_main_process:
@@ -188,25 +149,6 @@ class TrOPDTrainer(DistillationAdapter):
             for shown in (ProgressCallback, PrinterCallback):  # one of them, which prints the logs
                 self.remove_callback(shown)
             self.add_callback(progress.Progress)
-
-    @staticmethod
-    def _loaded_teacher(teacher_model: Any, args: TrOPDConfig) -> Any:
-        """The teacher to load into this process, or None where its log-probs come otherwise."""
-        if not args.loads_teacher:
-            if teacher_model is None:
-                return None
-            raise ValueError(
-                "teacher_model: teacher_model_server_url and precomputed_teacher stand for the "
-                "teacher: give one of the three"
-            )
-        check_one_teacher(teacher_model, args)
-        loaded = args.teacher_model_name_or_path if teacher_model is None else teacher_model
-        if loaded is None and args.rule().uses_teacher:
-            raise ValueError(
-                f"teacher_model: objective {args.objective!r} needs a teacher: give a model, "
-                "teacher_model_server_url, or precomputed_teacher"
-            )
-        return loaded
 
     def _load_teacher(self, teacher: str | PreTrainedModel) -> None:
         tokenizer = find_tokenizer(teacher, self.args)
@@ -229,8 +171,13 @@ class TrOPDTrainer(DistillationAdapter):
         return super().get_train_dataloader()
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *rest: Any, **keywords: Any):
-        """As transformers'. However training ends, the log so far is in `trainer_state.json` in
-        output_dir. Raises ValueError for an output_dir in place of one of its checkpoints."""
+        """Trains as transformers' `train` does.
+
+        However training ends, the log so far is in `trainer_state.json` in output_dir.
+
+        Raises:
+            ValueError: `resume_from_checkpoint` is an output_dir, not one of its checkpoints.
+        """
         given = resume_from_checkpoint
         if isinstance(given, (str, Path)) and Path(given, progress.STATE).is_file():
             if not progress.is_checkpoint(given):
@@ -252,9 +199,12 @@ class TrOPDTrainer(DistillationAdapter):
         dataset_name: str | None = None,
         tags: str | list[str] | None = None,
     ) -> None:
-        """Writes README.md in output_dir: TRL's metadata over the text of `card.py`.
+        """Writes README.md in output_dir: TRL's metadata and the text of `card.py`.
 
-        dataset_name: of the hub, or a file; None takes `dataset_name` of the trainer.
+        Args:
+            model_name: None takes the last part of the hub's name or of output_dir.
+            dataset_name: Name on the hub, or a file; None takes the trainer's `dataset_name`.
+            tags: As in TRL.
         """
         if not self.is_world_process_zero():
             return
@@ -279,9 +229,13 @@ class TrOPDTrainer(DistillationAdapter):
     # The loss.
 
     def distill(
-        self, student: Side, teacher: Side | None, inputs: dict[str, Any], normalizer: Any
+        self,
+        student: ModelSide,
+        teacher: ModelSide | None,
+        inputs: dict[str, Any],
+        normalizer: Any,
     ) -> tuple[Tensor, TokenStats]:
-        """Loss and statistics of a micro-batch, as `DistillationAdapter` asks for them."""
+        """Loss and statistics of a micro-batch, as `DistillationAdapter.distill` specifies them."""
         rule = self._rule()
         prefix = prefix_mask(inputs)
         labels = inputs["completion_ids"].masked_fill(inputs["loss_mask"] == 0, _IGNORED)
@@ -292,19 +246,21 @@ class TrOPDTrainer(DistillationAdapter):
             share = 1 / self.current_gradient_accumulation_steps
         else:
             share = 1.0
-        signal = signals.teacher_of(inputs) if teacher is None else _frozen(teacher)
+        signal = signals.teacher_of(inputs) if teacher is None else teacher.as_teacher()
         old = inputs.get("old_log_probs")
-        if self._cuts and old is None and rule.policy_gradient:  # of the policy that sampled
+        if self._warpers and old is None and rule.policy_gradient:  # of the policy that sampled
             own = inputs["loss_mask"].bool() & ~prefix
-            self._kept_mass = self._mass_of(student, own)
-        given = self._credit(student, signal, labels, rule, prefix, old)
-        if not all(tensor.isfinite().all() for tensor in given.values()):
-            # The loss would refuse them here, on this process alone; `after_loss` stops every one.
-            given, share = {}, math.nan
+            self._kept_mass = sampling.kept_mass(
+                student, own, self._shared_vocab_size, self.temperature, self._warpers
+            )
+        credit = self._credit(student, signal, labels, rule, prefix, old)
+        if not all(tensor.isfinite().all() for tensor in credit.values()):
+            # The loss would refuse them on this process only; `after_loss` stops all processes.
+            credit, share = {}, math.nan
         out = self._compare(
             student, signal, labels, rule,
             teacher_prefix=prefix, uniforms=self._uniforms(inputs), normalizer=normalizer,
-            old_log_probs=old, **self._sample(inputs), **given,
+            old_log_probs=old, **self._gradient_sampling(inputs), **credit,
         )  # fmt: skip
         if out.gradient_error is not None:
             sampled = torch.stack([out.gradient_error, out.gradient_share])
@@ -314,20 +270,9 @@ class TrOPDTrainer(DistillationAdapter):
     def _rule(self) -> TokenRule:
         return self.args.rule(self.state.global_step / max(self.state.max_steps, 1))
 
-    def _mass_of(self, student: Side, own: Tensor) -> Tensor:
-        shared = slice(self._shared)  # the others are suppressed
-        bias = None if student.bias is None else student.bias[shared]
-        form = {
-            "logit_scale": student.logit_scale,
-            "softcap": student.softcap,
-            "temperature": self.temperature,
-        }
-        weight = student.weight[shared]
-        return sampling.kept_mass(student.hidden, own, weight, bias, form, self._cuts)
-
     def _compare(
         self,
-        student: Side,
+        student: ModelSide,
         teacher: Teacher | None,
         labels: Tensor,
         rule: TokenRule,
@@ -349,8 +294,10 @@ class TrOPDTrainer(DistillationAdapter):
         )
 
     def _uniforms(self, inputs: dict[str, Any]) -> Tensor:
-        """The gate's draws (B, C): a function of seed, step, completion and position, so that
-        neither padding, nor the split into micro-batches, nor a resume changes them."""
+        """The gate's draws (B, C), a function of seed, step, completion and position.
+
+        Padding, the split into micro-batches and a resume do not change them.
+        """
         positions = torch.arange(
             inputs["completion_ids"].shape[1], device=inputs["completion_ids"].device
         )
@@ -361,9 +308,11 @@ class TrOPDTrainer(DistillationAdapter):
             positions[None],
         )
 
-    def _sample(self, inputs: dict[str, Any]) -> dict[str, Any]:
-        """What makes the gradient from a sample of ids, where the config asks for one: drawn by
-        seed, step and the micro-batch's first completion."""
+    def _gradient_sampling(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        """Options of the loss for gradients from a sample of ids, if the config asks for them.
+
+        The sample depends on seed, step and the micro-batch's first completion.
+        """
         args = self.args
         if not (args.gradient_tolerance or args.gradient_sampling) or not torch.is_grad_enabled():
             return {}
@@ -377,26 +326,34 @@ class TrOPDTrainer(DistillationAdapter):
     @torch.no_grad()
     def _credit(
         self,
-        student: Side,
+        student: ModelSide,
         teacher: Teacher | None,
         labels: Tensor,
         rule: TokenRule,
         prefix: Tensor,
         old_log_probs: Tensor | None,
     ) -> dict[str, Tensor]:
-        """`advantages` and `token_weight` (B, C), where the config asks for them: one more pass
-        over the heads, for the rewards. The teacher's tokens take no part and weigh 1."""
-        if not credit.is_wanted(self.args, old_log_probs):
+        """`advantages` and `token_weight` (B, C), where the config asks for them.
+
+        The rewards take one more pass over the heads. The teacher's tokens weigh 1.
+        """
+        if not rewards.needs_rewards(self.args, old_log_probs):
             return {}
         k1 = OPD() if teacher is not None else SFT()
         stats = self._compare(
             student, teacher, labels, k1, reduction="sum", old_log_probs=old_log_probs
         ).stats
         own = (labels != _IGNORED) & ~prefix
-        return credit.token_credit(self.args, rule, stats, own, old_log_probs)
+        return rewards.token_credit(self.args, rule, stats, own, old_log_probs)
+
+    def loss_count(self, stats: TokenStats, inputs: dict[str, Any]) -> Tensor:
+        kept = self._rule().normalize == "kept"
+        return stats.kept.sum() if kept else super().loss_count(stats, inputs)
+
+    # What is logged.
 
     def after_loss(self, loss: Tensor, stats: TokenStats, inputs: dict[str, Any]) -> None:
-        """Logs, and stops where the loss of any process is not finite."""
+        """Logs, and stops the run where the loss of any process is not finite."""
         counted = inputs["loss_mask"].bool()
         guided, old = prefix_mask(inputs) & counted, inputs.get("old_log_probs")
         sums, lowest = metrics.token_sums(stats, counted, guided, self._rule(), old)
@@ -412,7 +369,7 @@ class TrOPDTrainer(DistillationAdapter):
             self._samples = samples(inputs, stats.trust, counted, self._tokenizer)
         finite = self.accelerator.gather(loss.detach().isfinite().reshape(1))
         if not finite.all():
-            stop_on(
+            raise_nonfinite(
                 loss.item(), inputs, self.args.output_dir, self.state.global_step,
                 self.accelerator.process_index,
             )  # fmt: skip
@@ -428,14 +385,7 @@ class TrOPDTrainer(DistillationAdapter):
             self.log_metrics({"tropd/peak_memory_gib": memory})
         return loss
 
-    def loss_count(self, stats: TokenStats, inputs: dict[str, Any]) -> Tensor:
-        kept = self._rule().normalize == "kept"
-        return stats.kept.sum() if kept else super().loss_count(stats, inputs)
-
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        for name, extreme in metrics.EXTREMES.items():  # of which TRL would log the mean
-            if values := self._metrics[self.mode].get(name):
-                self._metrics[self.mode][name] = [extreme(values)]
         super().log(logs, start_time)
         if self._samples and self.accelerator.is_main_process:
             show(self._samples)
@@ -443,132 +393,53 @@ class TrOPDTrainer(DistillationAdapter):
             write_page(self._samples, folder / f"{self.mode}_{self.state.global_step:05d}.html")
         self._samples = []
 
-    # Completions that the student does not write, or not alone.
 
-    def write_prefixes(
-        self, rows: list[dict], prompt_ids: list[list[int]], images: Any, multimodal_fields: dict
-    ) -> list[list[int]] | None:
-        """The teacher's tokens at the head of each completion. While evaluating the student writes
-        all of it, but where no step is on-policy and the rows have the teacher's text."""
-        if self._server is not None:
-            self._server.check_prompts(prompt_ids, self._tokenizer)
-        column = self.args.prefix_column
-        has_text = column is not None and have_column(rows, column)
-        if self.model.training:
-            whole = self._off_policy()
-        elif self.args.lmbda == 0 and has_text:
-            whole = True
-        else:
-            return None
-        length = self.max_completion_length if whole else self.prefix_length()
-        if length == 0:
-            return None
-        if not has_text:
-            if self.teacher_model is None and self._server is None:
-                raise no_guide(column)
-            if self._server is not None:
-                refuse_images(rows)
-            written = self._teacher_writes(prompt_ids, images, multimodal_fields, length)
-        else:
-            written = [
-                column_ids(
-                    row[column], row["prompt"], ids, partial(self._tokenize, row=row), column
-                )
-                for row, ids in zip(rows, prompt_ids)
-            ]
-        prefixes = [cut(ids, length, self.eos_token_ids) for ids in written]
-        if whole:
-            end = [self._tokenizer.eos_token_id]
-            prefixes = [
-                ids if is_complete(ids, length, self.eos_token_ids) else ids + end
-                for ids in prefixes
-            ]
-        return prefixes
-
-    def _off_policy(self) -> bool:
-        """Whether this step's completions are the teacher's: drawn by seed and step, so that every
-        process and a resumed run draw alike."""
-        draw = random.Random(f"{self.args.seed} {self.state.global_step}").random()
-        return draw >= self.args.lmbda
-
-    def _teacher_writes(
-        self, prompt_ids: list[list[int]], images: Any, multimodal_fields: dict, tokens: int
-    ) -> list[list[int]]:
-        if self._server is None:
-            return self.generate_with_teacher(prompt_ids, images, multimodal_fields, tokens)
-        step, process = self.state.global_step, self.accelerator.process_index
-        seed = f"{self.args.seed} {step} {process}"
-        with self._asking():
-            return self._server.write(prompt_ids, tokens, seed, self._tokenizer)
-
-    @contextlib.contextmanager
-    def _asking(self) -> Iterator[None]:
-        """Adds to the server's errors how the run can go on."""
-        try:
-            yield
-        except TeacherServerError as error:
-            if not self.is_in_train:
-                raise
-            raise TeacherServerError(f"{error}; then {way_on(self.args.output_dir)}") from error
-
-    def asks_teacher(self) -> bool:
-        return self.args.rule().uses_teacher
-
-    def given_completions(self, rows: list[dict]) -> list[list[int]] | None:
-        if not self.args.precomputed_teacher:
-            return None
-        return signals.fixed_completions(rows, self.max_completion_length)
-
-    def teacher_tensors(
-        self,
-        rows: list[dict],
-        prompt_ids: list[list[int]],
-        completion_ids: list[list[int]],
-        width: int,
-    ) -> dict[str, Tensor]:
-        rule = self.args.rule()
-        top_k = signals.wanted(rule)
-        if not rule.uses_teacher:
-            return {}
-        if self.args.precomputed_teacher:
-            scores = signals.column_scores(rows, self.max_completion_length, top_k)
-        elif self._server is not None:
-            refuse_images(rows)
-            with self._asking():
-                scores = self._server.score(prompt_ids, completion_ids, top_k)
-        else:
-            return {}
-        return signals.batch_tensors(scores, width, self.accelerator.device)
-
-    def prefix_length(self) -> int:
-        """l at the current optimiser step, in tokens."""
-        args = self.args
-        steps = args.prefix_steps
-        if steps is None:
-            steps = round(args.prefix_fraction * self.state.max_steps)
-        return scheduled_length(
-            args.prefix_schedule, args.prefix_length, self.state.global_step, steps
+def _check_models(model: Any, teacher: Any, args: TrOPDConfig, quantization: Any) -> None:
+    """Raises TypeError for a model that cannot generate, ValueError for options of a loaded one."""
+    if not isinstance(model, str) and not hasattr(model, "generation_config"):
+        raise TypeError(
+            f"model: a {type(model).__name__} writes no text: load it with AutoModelForCausalLM"
         )
-
-    def _tokenize(self, text: str | list[dict], row: dict[str, Any]) -> list[int]:
-        """Ids of a row's prompt with its answer, in the way that TRL tokenises the prompt alone."""
-        if isinstance(text, str):
-            return self.processing_class(text=[text])["input_ids"][0]
-        images = row_images(row)
-        if images or self._is_vlm:
-            text = prepare_multimodal_messages(text, images=images)
-        return self.processing_class.apply_chat_template(
-            conversation=[text],
-            tools=self.tools or None,
-            chat_template=self.chat_template,
-            tokenize=True,
-            return_dict=True,
-            **self.chat_template_kwargs,
-        )["input_ids"][0]
+    for whose, given, key, value in (
+        ("student", model, "model_init_kwargs", args.model_init_kwargs),
+        ("student", model, "quantization_config", quantization),
+        ("teacher", teacher, "teacher_model_init_kwargs", args.teacher_model_init_kwargs),
+    ):
+        if isinstance(given, torch.nn.Module) and value is not None:
+            raise ValueError(
+                f"{key}: the {whose} is already a model; leave {key} out, or give the {whose} "
+                "by its name"
+            )
+    check_quantization("quantization_config", quantization)
 
 
-def _frozen(teacher: Side) -> HiddenTeacher:
-    bias = None if teacher.bias is None else teacher.bias.detach()
-    return HiddenTeacher(
-        teacher.hidden.detach(), teacher.weight.detach(), bias, teacher.logit_scale, teacher.softcap
-    )
+def _teacher_to_load(teacher_model: Any, args: TrOPDConfig) -> Any:
+    """The teacher to load into this process, or None where its log-probs come otherwise."""
+    if not args.loads_teacher:
+        if teacher_model is None:
+            return None
+        raise ValueError(
+            "teacher_model: teacher_model_server_url and precomputed_teacher stand for the "
+            "teacher: give one of the three"
+        )
+    check_one_teacher(teacher_model, args)
+    loaded = args.teacher_model_name_or_path if teacher_model is None else teacher_model
+    if loaded is None and args.rule().uses_teacher:
+        raise ValueError(
+            f"teacher_model: objective {args.objective!r} needs a teacher: give a model, "
+            "teacher_model_server_url, or precomputed_teacher"
+        )
+    return loaded
+
+
+def _check_datasets(train: Any, evaluate: Any, args: TrOPDConfig, loaded_teacher: Any) -> None:
+    """Raises ValueError for data sets without the columns that the config's settings need."""
+    columns = signals.columns_of(args.rule()) if args.precomputed_teacher else ()
+    named = args.is_guided and args.prefix_column not in (None, "teacher_completion")
+    check_no_splits(train)
+    check_dataset("train_dataset", train, [*columns, *([args.prefix_column] if named else [])])
+    check_dataset("eval_dataset", evaluate, columns)
+    present = getattr(train, "column_names", None)  # a stream may not know them
+    writes = args.teacher_model_server_url or loaded_teacher is not None
+    if args.is_guided and not writes and present and args.prefix_column not in present:
+        raise missing_guide_error(args.prefix_column)

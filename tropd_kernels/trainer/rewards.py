@@ -1,13 +1,12 @@
-"""What `kl_discount_factor`, `importance_gamma` and `drift_tau` make of a micro-batch's rewards.
+"""Advantages and token weights of a micro-batch, as the config's credit settings make them.
 
-    advantages      return_to_go over the student's tokens; others keep their own reward
-    token_weight    importance_weights x drift_gates; what is not the student's weighs 1
+    advantages      return_to_go over the student's tokens; other tokens keep their own reward
+    token_weight    importance_weights x drift_gates; other tokens weigh 1
 
 The functions are those of `tropd_kernels.credit`. A reward of -inf (the teacher gives the token
-probability 0) would make every earlier return -inf. An objective with a gate keeps such a reward
-out of its loss, and here it stays as local: the token remains outside the gate, and earlier returns
-count it as the rule's `threshold`. Without a gate nothing bounds it: the advantages are infinite,
-and so is the loss.
+probability 0) would make every earlier return -inf. An objective with a gate keeps such a token out
+of its loss: the token stays outside the gate, and earlier returns count it as the rule's
+`threshold`. Without a gate nothing bounds it: the advantages and the loss are infinite.
 """
 
 from typing import Any
@@ -20,8 +19,8 @@ from ..functional import TokenStats
 from ..objectives import TokenRule
 
 
-def is_wanted(args: Any, old_log_probs: Tensor | None) -> bool:
-    """Whether the config asks for any of it; drift needs the policy that sampled."""
+def needs_rewards(args: Any, old_log_probs: Tensor | None) -> bool:
+    """Whether the config asks for advantages or weights; drift needs the sampling policy."""
     drifted = args.drift_tau is not None and old_log_probs is not None
     return bool(args.kl_discount_factor) or args.importance_gamma is not None or drifted
 
@@ -33,7 +32,7 @@ def token_credit(
     own: Tensor,  # (B, C) bool: the student's tokens
     old_log_probs: Tensor | None,
 ) -> dict[str, Tensor]:
-    """`advantages` and `token_weight` (B, C), those that the config asks for."""
+    """`advantages` and `token_weight` (B, C), as far as the config asks for them."""
     credit = {}
     if args.kl_discount_factor:
         credit["advantages"] = _advantages(stats.reward, own, args.kl_discount_factor, rule)
@@ -53,6 +52,6 @@ def _advantages(reward: Tensor, own: Tensor, discount: float, rule: TokenRule) -
         return return_to_go(reward, own, discount).where(own, reward)
     excluded = reward == -torch.inf
     floored = reward.masked_fill(excluded, rule.threshold)
-    # Tokens behind an excluded one must not lift it above the gate.
+    # Later tokens must not lift an excluded one above the gate.
     returns = return_to_go(floored, own, discount).masked_fill(excluded, rule.threshold)
     return returns.where(own, floored)

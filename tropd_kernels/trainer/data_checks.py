@@ -1,0 +1,121 @@
+"""Data sets and prompts that are refused, each with what is wrong and what to do."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+
+def check_dataset(name: str, dataset: Any, columns: Sequence[str] = ()) -> None:
+    """Raises ValueError for a data set without rows, without `prompt`, or without one of `columns`.
+
+    A streaming data set has no length, and may not know its columns until it is read.
+    """
+    if isinstance(dataset, Mapping):
+        for key, part in dataset.items():
+            check_dataset(f"{name}[{key!r}]", part, columns)
+        return
+    if dataset is None:
+        return
+    if hasattr(dataset, "__len__") and len(dataset) == 0:
+        raise ValueError(f"{name}: the data set is empty; expected rows with a 'prompt'")
+    present = getattr(dataset, "column_names", None)
+    missing = [] if present is None else [c for c in ("prompt", *columns) if c not in present]
+    if missing:
+        remedy = "rename_column() gives a column the name looked for"
+        if "prompt" in missing and "messages" in present:  # the answer would be part of the prompt
+            remedy = "take the messages before the answer for the prompt"
+        raise ValueError(
+            f"{name}: no column {', '.join(map(repr, missing))}; it has "
+            f"{', '.join(map(repr, present))}: {remedy}"
+        )
+
+
+def check_no_splits(dataset: Any) -> None:
+    """Raises ValueError for a mapping of splits: their number would pass for that of the rows."""
+    if isinstance(dataset, Mapping):
+        first = "train" if "train" in dataset else next(iter(dataset), "train")
+        raise ValueError(
+            f"train_dataset: a {type(dataset).__name__} is no data set: pass dataset[{first!r}]; "
+            f"it has splits {', '.join(map(repr, dataset)) or 'none'}"
+        )
+
+
+def missing_guide_error(column: str | None) -> ValueError:
+    """For guidance with neither a column of the teacher's text nor a teacher to write it."""
+    return ValueError(
+        f"teacher_model: the data set has no column of the teacher's text ({column!r}), and there "
+        "is no teacher to write it: give one of the two"
+    )
+
+
+def check_rows(dataset: Any, batch: int) -> None:
+    """Raises ValueError for fewer rows than a generation batch has: a run would take no step."""
+    if dataset is not None and hasattr(dataset, "__len__") and len(dataset) < batch:
+        raise ValueError(
+            f"train_dataset: {len(dataset)} rows are fewer than one optimiser step takes, {batch} "
+            "(per_device_train_batch_size x gradient_accumulation_steps x processes): lower one of "
+            "them, or add rows"
+        )
+
+
+def check_prompts(rows: Sequence[Mapping[str, Any]]) -> None:
+    """Raises ValueError for a row whose prompt is neither text nor messages, and for a mixed batch.
+
+    TRL decides by the first row of a batch which of the two all of its rows are.
+    """
+    firsts: dict[type, Any] = {}
+    for row in rows:
+        prompt = row.get("prompt")
+        if not isinstance(prompt, str) and not _is_conversation(prompt):  # "" may have a token
+            raise ValueError(
+                f"prompt: expected text or messages, got the row {row!r:.200}: a message has a "
+                "'role' and a 'content', text or a list of parts with a 'type'; mend such rows, or "
+                "drop them"
+            )
+        firsts.setdefault(list if isinstance(prompt, list) else str, prompt)
+    if len(firsts) > 1:
+        raise ValueError(
+            f"prompt: text and messages in one batch, {firsts[str]!r:.80} and "
+            f"{firsts[list]!r:.200}: write all prompts in one of the two ways"
+        )
+
+
+def _is_conversation(prompt: Any) -> bool:
+    return isinstance(prompt, list) and len(prompt) > 0 and all(map(_is_message, prompt))
+
+
+def _is_message(message: Any) -> bool:
+    """By the rules of chat templates and TRL: a message with tool calls needs no content."""
+    if not isinstance(message, dict) or not isinstance(message.get("role"), str):
+        return False
+    content = message.get("content")
+    if isinstance(content, list):
+        return all(isinstance(part, dict) and "type" in part for part in content)
+    called = "content" in message and content is None and bool(message.get("tool_calls"))
+    return isinstance(content, str) or called
+
+
+def check_tokens(rows: Sequence[Mapping[str, Any]], prompt_ids: list[list[int]]) -> None:
+    """Raises ValueError for a prompt without tokens: its completion would follow the padding."""
+    for row, ids in zip(rows, prompt_ids):
+        if len(ids) == 0:
+            raise ValueError(
+                f"prompt: no token in {row['prompt']!r:.80}, and the tokenizer begins a text with "
+                f"none; in the row {row!r:.200}: drop such rows"
+            )
+
+
+def refuse_images(rows: Sequence[Mapping[str, Any]]) -> None:
+    """Raises NotImplementedError for a row with an image, in its own column or in a message.
+
+    A served teacher would answer without having seen it.
+    """
+    for row in rows:
+        messages = row["prompt"] if isinstance(row["prompt"], list) else []
+        contents = [message.get("content") for message in messages]
+        parts = [part for content in contents if isinstance(content, list) for part in content]
+        shown = any(part["type"] == "image" for part in parts)
+        if row.get("images") or row.get("image") is not None or shown:
+            raise NotImplementedError(
+                "teacher_model_server_url: images are not sent to a teacher's server: load the "
+                "teacher in this process"
+            )

@@ -1,0 +1,233 @@
+"""How a generation batch is written: prompts checked, prefixes continued, sampling pinned.
+
+`PrefixedGeneration` overrides TRL's generation hooks. A subclass may put a teacher's text in front
+of the student's (`write_prefixes`) or replace the student's completions (`given_completions`), and
+may send the teacher's log-probs along with them (`teacher_tensors`).
+"""
+
+import contextlib
+import warnings
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import ProcessorMixin
+from transformers import __version__ as transformers_version
+from trl import is_conversational  # type: ignore[attr-defined]
+
+from . import metrics
+from .context import check_context, check_lengths, scale_warning
+from .data_checks import check_prompts, check_tokens
+from .fields import KeptFields, extend_token_fields, kept_fields, mark_written
+from .hooks import MULTIMODAL_FIELDS
+from .metric_logs import MetricLogs
+from .prefix import is_complete
+from .sampling import evaluation_mode, pin_sampling_defaults
+from .sharding import generates_together, holds_on_all, weights_are_finite
+from .stops import raise_nonfinite_weights
+from .vocabulary import check_ids
+
+
+class PrefixedGeneration(MetricLogs):
+    """TRL's generation, in which a completion may begin with ids that the student did not write."""
+
+    args: Any
+    chat_template_kwargs: Any
+    generation_config: Any
+    model: Any
+    processing_class: Any
+    _shared_vocab_size: int  # neither side writes or reads an id from here on
+
+    def __init__(self, *arguments: Any, **keywords: Any):
+        super().__init__(*arguments, **keywords)
+        if self._is_vlm and "suppress_tokens" in (self.args.generation_kwargs or {}):
+            # It replaces TRL's own list: a generated image token would have no pixels.
+            given = self.generation_config.suppress_tokens or ()
+            self.generation_config.suppress_tokens = [*given, self.model.config.image_token_id]
+        self._contexts = {"student": self.model.config}
+        self._rows: list[dict] | None = None
+        self._prefix_lengths: list[int] = []
+        self._kept_fields = KeptFields({}, {})
+        self._warned_of_scale = False
+
+    # For a subclass to override.
+
+    def write_prefixes(
+        self, rows: list[dict], prompt_ids: list[list[int]], images: Any, multimodal_fields: dict
+    ) -> list[list[int]] | None:
+        """The ids with which each completion begins, or None where there are no prefixes.
+
+        Args:
+            rows: The generation batch, as the data set gives it.
+            prompt_ids: Token ids of each prompt.
+            images: As TRL passes them to its generation.
+            multimodal_fields: Likewise.
+        """
+        return None
+
+    def given_completions(self, rows: list[dict]) -> list[list[int]] | None:
+        """Completions that are given whole, or None where the student generates."""
+        return None
+
+    def teacher_tensors(
+        self,
+        rows: list[dict],
+        prompt_ids: list[list[int]],
+        completion_ids: list[list[int]],
+        width: int,
+    ) -> dict[str, Tensor]:
+        """Tensors (B, width, ...) with the log-probs of a teacher outside this process."""
+        return {}
+
+    # TRL's hooks.
+
+    def _tokenize_prompts(self, prompts):
+        """Without the padding that some processors add by default (Gemma 4's).
+
+        TRL drops the mask that would tell the padding from the prompt.
+        """
+        # With 5.3 TRL asks for padding itself, and takes it off again.
+        pads_itself = transformers_version.startswith("5.3.")
+        if not isinstance(self.processing_class, ProcessorMixin) or pads_itself:
+            return super()._tokenize_prompts(prompts)
+        if not is_conversational({"prompt": prompts[0]}):
+            return self.processing_class(text=prompts, padding=False)["input_ids"], None, {}
+        before = self.chat_template_kwargs
+        self.chat_template_kwargs = {"padding": False} | before
+        try:
+            return super()._tokenize_prompts(prompts)
+        finally:
+            self.chat_template_kwargs = before
+
+    def _generate_and_score_completions(self, inputs):
+        check_prompts(inputs)
+        self._rows, self._prefix_lengths = inputs, [0] * len(inputs)
+        output = super()._generate_and_score_completions(inputs)
+        output |= mark_written(output, self.model.config)
+        output |= self._kept_fields.tensors(output, self.model.config)
+        for part in ("prompt", "completion"):  # the teacher may not have the padding's id
+            ids, padding = output[f"{part}_ids"], output[f"{part}_mask"] == 0
+            beyond = padding & (ids >= self._shared_vocab_size)
+            output[f"{part}_ids"] = ids.masked_fill(beyond, 0)
+        # A higher id would be read past the end of an embedding, and vLLM suppresses none of them.
+        check_ids(output["completion_ids"], self._shared_vocab_size, "completion", self._tokenizer)
+        # Shuffled and split with the rest of the generation batch.
+        device, first = self.accelerator.device, self.accelerator.process_index * len(inputs)
+        if not self.model.training:
+            first += self._eval_rows_seen
+            self._eval_rows_seen += self.accelerator.num_processes * len(inputs)
+        output["sequence_ids"] = torch.arange(first, first + len(inputs), device=device)
+        output["prefix_lengths"] = torch.tensor(self._prefix_lengths, device=device)
+        prompts, completions = (_unpadded(output, part) for part in ("prompt", "completion"))
+        self._log_lengths(output, completions)
+        self._warn_of_scale([len(p) + len(c) for p, c in zip(prompts, completions)])
+        width = output["completion_ids"].shape[1]
+        output |= self.teacher_tensors(inputs, prompts, completions, width)
+        return output
+
+    def _warn_of_scale(self, lengths: list[int]) -> None:
+        warning = None if self._warned_of_scale else scale_warning(lengths, self._contexts)
+        if warning is not None:
+            self._warned_of_scale = True
+            warnings.warn(warning, stacklevel=3)
+
+    def _log_lengths(self, output: dict[str, Any], completions: list[list[int]]) -> None:
+        own = output["completion_mask"] * output.get("tool_mask", 1)
+        ends = {*self.eos_token_ids, self._tokenizer.pad_token_id}
+        ended = torch.tensor([ids[-1] in ends for ids in completions], device=own.device)
+        counted = torch.ones_like(ended)
+        if not self.model.training:
+            counted = metrics.first_occurrences(self.accelerator, len(completions))
+        lengths = own.sum(1)
+        self.log_sums(metrics.completion_totals(self.accelerator, lengths, ended, counted))
+
+    def _generate(self, prompts):
+        ids, completions, tool_mask, images, tool_images = super()._generate(prompts)
+        if images is not None:  # a processor takes an empty list for a row's images, but not None
+            images = [row_images or [] for row_images in images]
+        return ids, completions, tool_mask, images, tool_images
+
+    def _generate_single_turn(self, prompt_ids, images, multimodal_fields, has_tool_images=False):
+        rows, self._rows = self._rows, None  # None in the turns that follow a tool's answer
+        prefixes = None
+        if rows is not None:
+            self._check_batch(rows, prompt_ids)
+            taken = () if images is None else MULTIMODAL_FIELDS
+            self._kept_fields = kept_fields(multimodal_fields, prompt_ids, self.model, taken)
+            given = self.given_completions(rows)
+            if given is not None:
+                whole = [prompt + ids for prompt, ids in zip(prompt_ids, given)]
+                check_context(whole, 0, self._contexts, self._tokenizer)
+                return given
+            check_context(prompt_ids, self.max_completion_length, self._contexts, self._tokenizer)
+            if not holds_on_all(self.accelerator, weights_are_finite(self.model)):
+                raise_nonfinite_weights(self.state.global_step, self.args.output_dir)
+            prefixes = self.write_prefixes(rows, prompt_ids, images, multimodal_fields)
+        if prefixes is None:
+            return self._sample_completions(prompt_ids, images, multimodal_fields, has_tool_images)
+        return self._continue_prefixes(
+            prefixes, prompt_ids, images, multimodal_fields, has_tool_images
+        )
+
+    def _check_batch(self, rows: list[dict], prompt_ids: list[list[int]]) -> None:
+        check_tokens(rows, prompt_ids)
+        all_ids = torch.tensor([token for ids in prompt_ids for token in ids])
+        check_ids(all_ids, self._shared_vocab_size, "prompt", self._tokenizer)
+        check_lengths(prompt_ids, self._contexts, self.args.pad_to_multiple_of)
+
+    def _continue_prefixes(
+        self, prefixes, prompt_ids, images, multimodal_fields, has_tool_images
+    ) -> list[list[int]]:
+        """Completions that begin with these prefixes and go on in the student's words."""
+        self._prefix_lengths = [len(prefix) for prefix in prefixes]
+        limit = self.max_completion_length
+        complete = [is_complete(prefix, limit, self.eos_token_ids) for prefix in prefixes]
+        # No process may leave early where all of them generate together.
+        processes = self.accelerator.num_processes
+        together = (self.use_vllm and processes > 1) or generates_together(self.accelerator)
+        if all(complete) and not together:
+            return prefixes
+        # What is generated after a complete prefix is discarded.
+        heads = [[] if done else prefix for prefix, done in zip(prefixes, complete)]
+        begun = [prompt + head for prompt, head in zip(prompt_ids, heads)]
+        fields = extend_token_fields(
+            multimodal_fields, prompt_ids, [len(head) for head in heads], self.model.config
+        )
+        lengths = [len(prefix) for prefix, done in zip(prefixes, complete) if not done]
+        tokens = limit - min(lengths, default=limit - 1)
+        # All rows get as many new tokens as the row with the shortest prefix needs.
+        check_context(begun, tokens, self._contexts, self._tokenizer)
+        with self._new_token_limit(tokens):
+            rest = self._sample_completions(begun, images, fields, has_tool_images)
+        return [
+            prefix if done else (prefix + own)[:limit]
+            for prefix, own, done in zip(prefixes, rest, complete)
+        ]
+
+    def _sample_completions(self, *arguments: Any) -> list[list[int]]:
+        """TRL's generation, whose sampling the trainer's config alone decides."""
+        model = self.accelerator.unwrap_model(self.model_wrapped)
+        with pin_sampling_defaults(model), evaluation_mode(model):
+            return super()._generate_single_turn(*arguments)
+
+    @contextlib.contextmanager
+    def _new_token_limit(self, tokens: int) -> Iterator[None]:
+        """Limits generation inside to so many new tokens."""
+        owners = [(self.generation_config, "max_new_tokens")]
+        if self.use_vllm:
+            owners.append((self.vllm_generation, "max_completion_length"))
+        before = [getattr(owner, name) for owner, name in owners]
+        try:
+            for owner, name in owners:
+                setattr(owner, name, tokens)
+            yield
+        finally:
+            for (owner, name), value in zip(owners, before):
+                setattr(owner, name, value)
+
+
+def _unpadded(batch: dict[str, Any], part: str) -> list[list[int]]:
+    """The prompts or completions of a batch without their padding."""
+    mask = batch[f"{part}_mask"].bool()
+    return [ids[row_mask].tolist() for ids, row_mask in zip(batch[f"{part}_ids"], mask)]

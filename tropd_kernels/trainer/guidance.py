@@ -1,0 +1,154 @@
+"""Where the teacher's words and log-probs come from: a column, a server, or the loaded model.
+
+`GuidedTrainer` answers what `PrefixedGeneration` asks: the prefix of each completion, completions
+that are given whole, and the log-probs of a teacher outside this process.
+"""
+
+import contextlib
+import random
+from collections.abc import Iterator
+from functools import partial
+from typing import Any
+
+from torch import Tensor
+from trl.data_utils import prepare_multimodal_messages
+
+from . import signals
+from .adapter import DistillationAdapter
+from .data_checks import missing_guide_error, refuse_images
+from .prefix import column_ids, cut, have_column, is_complete, row_images, scheduled_length
+from .served_teacher import ServedTeacher
+from .server import TeacherServerError
+from .stops import how_to_resume
+
+
+class GuidedTrainer(DistillationAdapter):
+    """`DistillationAdapter` whose teacher may write prefixes, whole answers, or only log-probs."""
+
+    _server: ServedTeacher | None = None
+
+    def needs_teacher(self) -> bool:
+        return self.args.rule().uses_teacher
+
+    def prefix_length(self) -> int:
+        """Length of the prefix at the current optimizer step, in tokens."""
+        args = self.args
+        steps = args.prefix_steps
+        if steps is None:
+            steps = round(args.prefix_fraction * self.state.max_steps)
+        return scheduled_length(
+            args.prefix_schedule, args.prefix_length, self.state.global_step, steps
+        )
+
+    def write_prefixes(
+        self, rows: list[dict], prompt_ids: list[list[int]], images: Any, multimodal_fields: dict
+    ) -> list[list[int]] | None:
+        """The teacher's tokens at the beginning of each completion.
+
+        In an evaluation the student writes everything, unless no step is on-policy and the rows
+        have the teacher's text.
+        """
+        if self._server is not None:
+            self._server.check_prompts(prompt_ids, self._tokenizer)
+        column = self.args.prefix_column
+        has_text = column is not None and have_column(rows, column)
+        if self.model.training:
+            whole = self._is_off_policy()
+        elif self.args.lmbda == 0 and has_text:
+            whole = True
+        else:
+            return None
+        length = self.max_completion_length if whole else self.prefix_length()
+        if length == 0:
+            return None
+        if has_text:
+            written = [
+                column_ids(
+                    row[column], row["prompt"], ids, partial(self._tokenize, row=row), column
+                )
+                for row, ids in zip(rows, prompt_ids)
+            ]
+        elif self._server is not None:
+            refuse_images(rows)
+            written = self._serve_prefixes(self._server, prompt_ids, length)
+        elif self.teacher_model is not None:
+            written = self.generate_with_teacher(prompt_ids, images, multimodal_fields, length)
+        else:
+            raise missing_guide_error(column)
+        prefixes = [cut(ids, length, self.eos_token_ids) for ids in written]
+        if whole:
+            end = [self._tokenizer.eos_token_id]
+            prefixes = [
+                ids if is_complete(ids, length, self.eos_token_ids) else ids + end
+                for ids in prefixes
+            ]
+        return prefixes
+
+    def _is_off_policy(self) -> bool:
+        """Whether the teacher writes this step's completions.
+
+        The draw depends on seed and step, so that all processes and a resumed run agree.
+        """
+        draw = random.Random(f"{self.args.seed} {self.state.global_step}").random()
+        return draw >= self.args.lmbda
+
+    def _serve_prefixes(
+        self, server: ServedTeacher, prompt_ids: list[list[int]], tokens: int
+    ) -> list[list[int]]:
+        step, process = self.state.global_step, self.accelerator.process_index
+        with self._resume_hint():
+            seed = f"{self.args.seed} {step} {process}"
+            return server.write(prompt_ids, tokens, seed, self._tokenizer)
+
+    @contextlib.contextmanager
+    def _resume_hint(self) -> Iterator[None]:
+        """Appends to the server's errors how the run can be resumed."""
+        try:
+            yield
+        except TeacherServerError as error:
+            if not self.is_in_train:
+                raise
+            way = how_to_resume(self.args.output_dir)
+            raise TeacherServerError(f"{error}; then {way}") from error
+
+    def given_completions(self, rows: list[dict]) -> list[list[int]] | None:
+        if not self.args.precomputed_teacher:
+            return None
+        return signals.fixed_completions(rows, self.max_completion_length)
+
+    def teacher_tensors(
+        self,
+        rows: list[dict],
+        prompt_ids: list[list[int]],
+        completion_ids: list[list[int]],
+        width: int,
+    ) -> dict[str, Tensor]:
+        rule = self.args.rule()
+        top_k = signals.required_top_k(rule)
+        if not rule.uses_teacher:
+            return {}
+        if self.args.precomputed_teacher:
+            scores = signals.column_scores(rows, self.max_completion_length, top_k)
+        elif self._server is not None:
+            refuse_images(rows)
+            with self._resume_hint():
+                scores = self._server.score(prompt_ids, completion_ids, top_k)
+        else:
+            return {}
+        return signals.batch_tensors(scores, width, self.accelerator.device)
+
+    def _tokenize(self, text: str | list[dict], row: dict[str, Any]) -> list[int]:
+        """Ids of a row's prompt with its answer, tokenized as TRL tokenizes the prompt."""
+        if isinstance(text, str):
+            return self.processing_class(text=[text])["input_ids"][0]
+        images = row_images(row)
+        if images or self._is_vlm:
+            text = prepare_multimodal_messages(text, images=images)
+        return self.processing_class.apply_chat_template(
+            conversation=[text],
+            tools=self.tools or None,
+            chat_template=self.chat_template,
+            tokenize=True,
+            return_dict=True,
+            **self.chat_template_kwargs,
+        )["input_ids"][0]

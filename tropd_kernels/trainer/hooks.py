@@ -1,0 +1,36 @@
+"""Which of TRL's private methods and attributes the trainer relies on.
+
+A test holds both lists against the TRL that is installed.
+"""
+
+#: Methods of DistillationTrainer that are overridden or called, with their leading parameters.
+HOOKS = (
+    ("_compute_loss", "self unwrapped_student inputs num_items_in_batch"),
+    ("_generate", "self prompts"),
+    ("_generate_and_score_completions", "self inputs"),
+    ("_generate_single_turn", "self prompt_ids images multimodal_fields has_tool_images"),
+    ("_get_output_dir", "self trial"),
+    (
+        "_get_last_hidden_state",
+        "self unwrapped_model input_ids attention_mask logits_to_keep pixel_values image_grid_thw "
+        "pixel_attention_mask spatial_shapes image_sizes token_type_ids mm_token_type_ids "
+        "image_position_ids",
+    ),
+    ("_get_train_sampler", "self dataset"),
+    ("_load_optimizer_and_scheduler", "self checkpoint"),
+    ("_prepare_inputs", "self generation_batch"),
+    ("_save_checkpoint", "self model trial"),
+    ("_set_signature_columns_if_needed", "self"),
+    ("_tokenize_prompts", "self prompts"),
+    ("compute_loss", "self model inputs return_outputs num_items_in_batch"),
+    ("training_step", "self model inputs num_items_in_batch"),
+)
+#: Attributes of an instance.
+ATTRIBUTES = (
+    "_buffered_inputs", "_forward_redirection", "_is_vlm", "_metrics", "_signature_columns",
+    "_step", "_tokenizer", "_train_batch_size", "chat_template", "chat_template_kwargs",
+    "eos_token_ids", "generation_config", "model_wrapped", "shuffle_dataset", "teacher_model",
+    "use_vllm",
+)  # fmt: skip
+#: The processor's fields that TRL's loss reads in a batch with images.
+MULTIMODAL_FIELDS = tuple(dict(HOOKS)["_get_last_hidden_state"].split()[5:])

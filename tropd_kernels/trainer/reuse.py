@@ -1,0 +1,131 @@
+"""Which rows each optimizer step trains on: their order, and batches that serve several steps.
+
+As in GRPO, a generation batch may serve `num_iterations` optimizer steps. A run that is resumed
+between them goes on with the same batch, which each process saves with the checkpoint.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import IterableDataset
+from trl import DistillationTrainer  # type: ignore[attr-defined]
+from trl.trainer.utils import RepeatSampler
+
+from .sharding import holds_on_all
+
+
+class EpochSampler(RepeatSampler):
+    """TRL's sampler with a permutation that is a function of (seed, epoch).
+
+    The seed is the config's `data_seed` if that is given. TRL's sampler draws each epoch's
+    permutation from one generator, so a run resumed in its second epoch would see the first one's
+    order again. The epoch follows from the optimizer step: `set_epoch` does not come through the
+    wrappers that accelerate puts around the sampler of a resumed run.
+    """
+
+    trainer: Any  # whose state is another object once training has begun
+    steps_per_epoch: int
+
+    def __iter__(self):
+        if self.shuffle:
+            epoch = self.trainer.state.global_step // max(self.steps_per_epoch, 1)
+            self.generator.manual_seed((self.seed or 0) + epoch)
+        return super().__iter__()
+
+
+class BatchReuse(DistillationTrainer):
+    """`DistillationTrainer` with a reproducible order of rows, and several steps per batch."""
+
+    args: Any
+    _buffered_inputs: Any
+
+    def __init__(self, *arguments: Any, **keywords: Any):
+        super().__init__(*arguments, **keywords)
+        if self.args.num_iterations > 1 and isinstance(self.train_dataset, IterableDataset):
+            raise ValueError(
+                "num_iterations: TRL's loader does not repeat the rows of a streaming data set "
+                "over several steps: load the data set whole, or leave num_iterations at 1"
+            )
+
+    def get_train_dataloader(self):
+        # TRL counts micro-batches over all calls of train(), and one may have ended amid a step.
+        self._step, self._buffered_inputs = 0, None
+        data, shuffles, seed = self.train_dataset, self.shuffle_dataset, self.args.data_seed
+        if not (isinstance(data, IterableDataset) and shuffles) or seed is None:
+            return super().get_train_dataloader()
+        # TRL would shuffle the stream by `seed`.
+        self.train_dataset, self.shuffle_dataset = data.shuffle(seed=seed), False
+        try:
+            return super().get_train_dataloader()
+        finally:
+            self.train_dataset, self.shuffle_dataset = data, shuffles
+
+    def _get_train_sampler(self, dataset=None):
+        trls: Any = super()._get_train_sampler(dataset)
+        iterations = self.args.num_iterations
+        sampler = EpochSampler(
+            trls.data_source, trls.mini_repeat_count, trls.batch_size, trls.repeat_count,
+            trls.shuffle, trls.seed,
+        )  # fmt: skip
+        sampler.repeat_count *= iterations
+        if self.args.data_seed is not None:
+            sampler.seed = self.args.data_seed
+        batches = sampler.num_samples // sampler.batch_size
+        sampler.trainer, sampler.steps_per_epoch = self, batches * iterations
+        return sampler
+
+    def _iteration(self) -> int:
+        """Index of the next optimizer step among those on the current generation batch."""
+        return self.state.global_step % self.args.num_iterations
+
+    def _prepare_inputs(self, generation_batch):
+        if self.model.training and self._iteration() and self._buffered_inputs is not None:
+            return self._buffered_inputs[self._step % self.args.gradient_accumulation_steps]
+        return super()._prepare_inputs(generation_batch)
+
+    def _save_checkpoint(self, model, trial):
+        super()._save_checkpoint(model, trial)
+        if self._iteration() and not self.args.save_only_model:
+            output = Path(self._get_output_dir(trial=trial))
+            folder = output / f"checkpoint-{self.state.global_step}"
+            torch.save(self._buffered_inputs, _batch_file(folder, self.accelerator.process_index))
+
+    def _load_optimizer_and_scheduler(self, checkpoint):
+        # Not where the model is loaded, which DeepSpeed does by itself.
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is None:
+            return
+        self._buffered_inputs = None
+        if not self._iteration():
+            return
+        file = _batch_file(checkpoint, self.accelerator.process_index)
+        # With more processes than before some have no file, with fewer some files have no process:
+        # then all processes generate a new batch.
+        beyond = _batch_file(checkpoint, self.accelerator.num_processes)
+        if holds_on_all(self.accelerator, file.exists() and not beyond.exists()):
+            # By type: older torch does not find the "cpu:0" of several processes.
+            batch = torch.load(file, map_location=self.accelerator.device.type)
+            saved = [len(part["prompt_ids"]) for part in batch]
+            expected = [self._train_batch_size] * self.args.gradient_accumulation_steps
+            if not holds_on_all(self.accelerator, saved == expected):
+                raise _resume_split_error(saved, expected, checkpoint)
+            self._buffered_inputs = batch
+
+
+def _batch_file(folder: str | Path, process: int) -> Path:
+    return Path(folder, f"generation_batch_{process}.pt")
+
+
+def _resume_split_error(saved: list[int], expected: list[int], checkpoint: str) -> ValueError:
+    """For a saved batch whose micro-batches have other numbers of rows than the run's.
+
+    The run's own counts would have it train on some of them and never on the rest.
+    """
+    was, now = (f"{len(rows)} and {max(rows, default=0)}" for rows in (saved, expected))
+    return ValueError(
+        f"resume_from_checkpoint: {checkpoint} was saved between the steps on a generation batch "
+        f"with gradient_accumulation_steps and per_device_train_batch_size {was}; now they are "
+        f"{now}, and num_iterations goes on with that batch: set them as they were, or delete "
+        "generation_batch_*.pt there to have a new one written"
+    )

@@ -1,0 +1,90 @@
+"""One model on one micro-batch, as the fused loss takes it: hidden states and head, no logits."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from ..heads import Head, current
+from ..teachers import HiddenTeacher
+from .context import check_width
+from .fields import has_rows, passing_fields
+from .hooks import MULTIMODAL_FIELDS
+
+
+@dataclass(frozen=True, eq=False)
+class ModelSide:
+    """A model's hidden states (B, C, H) and its head, both in the dtype of the matrix product.
+
+    hidden[:, i] predicts token i of the completion.
+    """
+
+    hidden: Tensor
+    weight: Tensor
+    bias: Tensor | None
+    logit_scale: float
+    softcap: float | None
+
+    def as_teacher(self) -> HiddenTeacher:
+        bias = None if self.bias is None else self.bias.detach()
+        return HiddenTeacher(
+            self.hidden.detach(), self.weight.detach(), bias, self.logit_scale, self.softcap
+        )
+
+
+def read_side(
+    model: PreTrainedModel,
+    head: Head,
+    inputs: dict[str, Any],
+    last_hidden_state: Callable[..., Tensor],
+) -> ModelSide:
+    """Runs a model's backbone on a micro-batch.
+
+    Args:
+        model: The model without accelerate's wrappers.
+        head: Its head, as `sharding.read_head_form` gives it.
+        inputs: The micro-batch.
+        last_hidden_state: `DistillationTrainer._get_last_hidden_state`.
+
+    Raises:
+        ValueError: The micro-batch is wider than the model can be.
+    """
+    mask = torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], dim=1)
+    check_width(mask.shape[1], model.config)
+    with passing_fields(model, inputs, **_positions_after_padding(model, mask)):
+        hidden = last_hidden_state(
+            model,
+            torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], dim=1),
+            mask,
+            inputs["completion_ids"].shape[1],
+            **{name: inputs[name] for name in MULTIMODAL_FIELDS if has_rows(inputs, name)},
+        )
+    head = current(head, model)  # an engine may have replaced the parameters by shards
+    weight, bias, device = head.weight, head.bias, head.weight.device
+    dtype = weight.dtype
+    if torch.is_autocast_enabled(device.type):
+        dtype = torch.get_autocast_dtype(device.type)
+    usable = slice(head.vocab_size)
+    return ModelSide(
+        hidden.to(device, dtype),
+        weight[usable].to(dtype),
+        None if bias is None else bias[usable].to(dtype),
+        head.logit_scale,
+        head.softcap,
+    )
+
+
+def _positions_after_padding(model: PreTrainedModel, mask: Tensor) -> dict[str, Tensor]:
+    """position_ids (B, L) that count from the first token that is not padding, as generation does.
+
+    TRL passes none, so a model would count the padding on the left. That is wrong where positions
+    are learned (GPT-2), where position 0 resets a state (RecurrentGemma), or where the largest
+    position sets the scale of the others. Multimodal models get none: their positions have several
+    dimensions, and they compute them themselves.
+    """
+    if model.config.get_text_config() is not model.config:
+        return {}
+    return {"position_ids": (mask.cumsum(1) - 1).clamp_min(0)}

@@ -1,0 +1,45 @@
+"""Errors that stop a run on every process, and how the run can be resumed."""
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers.trainer_utils import get_last_checkpoint
+
+
+def how_to_resume(folder: str) -> str:
+    """The end of an error message: what a stopped run can do, given the checkpoints in `folder`."""
+    last = get_last_checkpoint(folder) if Path(folder).is_dir() else None
+    if last is not None:
+        return f"go on from {last} by resume_from_checkpoint"
+    return (
+        f"begin anew: no checkpoint is in {folder!r}; save_strategy and save_steps say when one is "
+        "saved"
+    )
+
+
+def raise_nonfinite(
+    loss: float, inputs: Mapping[str, Any], folder: str, step: int, process: int
+) -> None:
+    """Raises FloatingPointError on every process; one whose loss is not finite saves its batch."""
+    if math.isfinite(loss):
+        raise FloatingPointError(f"the loss of another process is not finite at step {step}")
+    path = Path(folder) / f"nonfinite_loss_step_{step}_process_{process}.pt"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    torch.save({"loss": loss, "step": step, "inputs": dict(inputs)}, path)
+    raise FloatingPointError(
+        f"the loss is {loss} at step {step}: the batch is in {path} (torch.load). The weights may "
+        f"hold NaN already; lower learning_rate, or take an objective of bounded loss, and "
+        f"{how_to_resume(folder)}"
+    )
+
+
+def raise_nonfinite_weights(step: int, folder: str) -> None:
+    """Raises FloatingPointError: sampling would fail on a NaN probability with a vaguer message."""
+    raise FloatingPointError(
+        f"the student's weights hold NaN or infinity at step {step}, though the losses so far were "
+        "finite: lower learning_rate or max_grad_norm, or take an objective of bounded loss, and "
+        f"{how_to_resume(folder)}"
+    )

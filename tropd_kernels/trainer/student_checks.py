@@ -1,0 +1,45 @@
+"""Students that are refused before training: none to train, or adapters with a further loss."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+
+#: PEFT's LoRA options with a loss that a training loop has to add, and the weights of that loss.
+_OWN_LOSSES = {
+    "kasa_config": ("beta", "gamma"),
+    "monteclora_config": ("kl_loss_weight", "use_entropy"),
+}
+
+
+def check_trainable(model: torch.nn.Module) -> None:
+    """Raises ValueError for a student in which no parameter would be trained."""
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise ValueError(
+            "model: none of its parameters requires a gradient, so that nothing would be trained: "
+            "an adapter is loaded for training by PeftModel.from_pretrained(..., "
+            "is_trainable=True), other weights by requires_grad_(True)"
+        )
+
+
+def check_adapters(model: torch.nn.Module, callbacks: Sequence[Any]) -> None:
+    """Raises ValueError for an active PEFT adapter that needs more of a step than the task's loss.
+
+    It has a further loss, or a budget that is redistributed between steps.
+    """
+    known: Mapping[str, Any] = getattr(model, "peft_config", {})
+    for name in getattr(model, "active_adapters", ()) if known else ():
+        adapter = known[name]
+        for key, weights in _OWN_LOSSES.items():
+            given = getattr(adapter, key, None)
+            if given is not None and any(getattr(given, weight) for weight in weights):
+                raise ValueError(
+                    f"peft_config: {key} has a loss of its own, which is not added here: switch "
+                    f"{' and '.join(weights)} off in it, or leave {key} out"
+                )
+        classes = {one.__name__ for callback in callbacks for one in type(callback).__mro__}
+        if getattr(adapter, "use_asa", False) and "AdamssAsaCallback" not in classes:
+            raise ValueError(
+                "peft_config: use_asa has no effect without PEFT's AdamssAsaCallback, which deals "
+                "the subspaces out: add one to callbacks, or leave use_asa out"
+            )

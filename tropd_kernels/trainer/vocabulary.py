@@ -1,0 +1,108 @@
+"""Whether an id means the same to student, teacher and tokenizer: vocabularies, ends, padding."""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from .prefix import first_difference
+
+#: Text on which two tokenizers of one vocabulary, but different merges or rules, differ.
+_PROBE = "The 2nd test: naïve façade, x = -3.14;\n\n  if (a != b) { 数学 }\tEnd."
+
+
+def check_tokenizers(student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase) -> None:
+    """Raises ValueError where an id or a text means different things to the two, saying which.
+
+    An id that only one of them has is no conflict: vocabularies that are padded to different
+    heights are compared on the ids that both have.
+    """
+    ours, theirs = student.get_vocab(), teacher.get_vocab()
+    differ = [
+        f"{token!r} is {i} for the student and {theirs[token]} for the teacher"
+        for token, i in ours.items()
+        if theirs.get(token, i) != i
+    ]
+    by_id = {i: token for token, i in theirs.items()}
+    differ += [
+        f"{i} is {token!r} for the student and {by_id[i]!r} for the teacher"
+        for token, i in ours.items()
+        if token not in theirs and i in by_id
+    ]
+    if not differ:
+        texts = [t(_PROBE, add_special_tokens=False)["input_ids"] for t in (student, teacher)]
+        if texts[0] != texts[1]:
+            differ = [f"the text {_PROBE[:24]!r}... has {len(texts[0])} and {len(texts[1])} tokens"]
+    if differ:
+        more = f" and {len(differ) - 3} more" if len(differ) > 3 else ""
+        raise ValueError(
+            f"teacher_model: its tokenizer is not the student's: {'; '.join(differ[:3])}{more}. "
+            "Distillation compares the two token by token: choose models of one family"
+        )
+
+
+def check_server_tokenizer(
+    student: PreTrainedTokenizerBase, tokenize: Callable[[str], list[int] | None]
+) -> None:
+    """Raises ValueError where a served teacher's tokenizer splits a text into other tokens.
+
+    `tokenize` returns None where the server does not offer tokenization.
+    """
+    ours, theirs = student(_PROBE, add_special_tokens=False)["input_ids"], tokenize(_PROBE)
+    if theirs is None or list(ours) == list(theirs):
+        return
+    at = first_difference(ours, theirs)
+    raise ValueError(
+        f"teacher_model_server_url: its tokenizer is not the student's: {_PROBE[:24]!r}... is "
+        f"{len(ours)} tokens for the student and {len(theirs)} for the teacher, and token {at} is "
+        f"{ours[at : at + 1]} and {theirs[at : at + 1]}. Distillation compares the two token by "
+        "token: serve a teacher of the student's family"
+    )
+
+
+def check_ids(
+    ids: torch.Tensor, vocab_size: int, what: str, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    """Raises ValueError for an id that one of the two models does not have."""
+    highest = int(ids.max()) if ids.numel() else 0
+    if highest >= vocab_size:
+        raise ValueError(
+            f"a {what} holds id {highest} ({tokenizer.decode([highest])!r}), but student and "
+            f"teacher have only the ids below {vocab_size} in common: choose a teacher that knows "
+            "this token, or keep it out of the prompts"
+        )
+
+
+def check_padding(tokenizer: PreTrainedTokenizerBase, vocab_size: int, side: str) -> None:
+    """Raises ValueError for a padding id that a model cannot look up, though the mask hides it."""
+    if (pad := tokenizer.pad_token_id) is not None and pad >= vocab_size:
+        raise ValueError(
+            f"processing_class: its padding {tokenizer.pad_token!r} has id {pad}, and the {side} "
+            f"only the ids below {vocab_size}: set tokenizer.pad_token to a token that it has, "
+            "such as eos_token, or resize_token_embeddings() of the model"
+        )
+
+
+def check_eos(
+    eos_token_ids: Sequence[int | None],
+    vocab_size: int,
+    whose: str,
+    tokenizer: PreTrainedTokenizerBase,
+) -> None:
+    """Raises ValueError where no token ends completions, or a model does not have one that does.
+
+    A student that cannot generate the end would not learn to stop.
+    """
+    for token in eos_token_ids:
+        if token is None:
+            raise ValueError(
+                "processing_class: the tokenizer has no eos_token, with which completions end: "
+                "set tokenizer.eos_token"
+            )
+        if token >= vocab_size:
+            raise ValueError(
+                f"processing_class: the token that ends a completion, "
+                f"{tokenizer.decode([token])!r} with id {token}, is beyond the {vocab_size} ids "
+                f"that {whose}: choose models that know it, or another end (the tokenizer's "
+                "eos_token and the student's generation_config.eos_token_id)"
+            )
