@@ -45,11 +45,9 @@ class TokenScores:
 
 
 def read_choice(answer: bytes) -> Mapping[str, Any]:
-    """The only choice of an answer to one prompt.
+    """The only choice of an answer to one prompt. Raises ValueError for none, and for more.
 
-    Raises:
-        ValueError: There is no choice, or more than one.
-        KeyError, TypeError: The answer has no list of choices.
+    Raises KeyError or TypeError for an answer without a list of choices.
     """
     choices = read_json(answer)["choices"]
     indices = [choice.get("index", 0) for choice in choices]
@@ -208,11 +206,7 @@ def refusal(
 ) -> tuple[str, str]:
     """A refusal in the server's own words, and what to do; "" where that is not known.
 
-    Args:
-        status: HTTP status.
-        answer: Body of the answer.
-        request: Body of the request.
-        names: Models that the server lists.
+    request: the body that was sent. names: the models that the server lists.
     """
     said = read_json(answer)
     error = said.get("error", said)

@@ -46,7 +46,7 @@ _AS_JSON = {
 _JSON = '{"name": value}'
 
 
-def _setting(default: Any, text: str) -> Any:
+def _setting(text: str, default: Any = None) -> Any:
     """A dataclass field with its help text."""
     return field(default=default, metadata={"help": text})
 
@@ -78,56 +78,52 @@ class TrOPDConfig(DistillationConfig):
     _VALID_DICT_FIELDS = DistillationConfig._VALID_DICT_FIELDS + ["objective_kwargs"]
 
     objective: str = _setting(
-        "tropd",
         '"tropd" (default), "opd", "gkd", "eopd", "entropy_opd", "reopold", "clip_outlier", '
         '"mask_outlier", "aopd", "mopd", "topk_jsd", "sft", or a divergence: "forward_kl", '
         '"reverse_kl", "jeffreys", "jsd", "skew_forward", "skew_reverse", "alpha", "chi2", '
         '"total_variation", "todi", "akl". `tropd_kernels.objectives` says what each is and where '
         'from. Quantiles and means over "the batch" (entropy_opd, reopold) are over a micro-batch.',
+        "tropd",
     )
     objective_kwargs: dict | str | None = _setting(  # noqa: RUF009
-        None,
         "knobs of the objective: the arguments of its constructor, with the papers' defaults. "
         'tropd: gate "bernoulli", outlier "forward_kl", top_k 64, top_k_tail "raw", threshold '
         "-1.386. opd: kl_penalty_coef 1. eopd: entropy_threshold 0.8 nats, top_k 16, clip_ratio "
         "0.2. entropy_opd: top_fraction 0.2. reopold: mixing 0.2, entropy_quantile 0.8. "
         "clip_outlier, mask_outlier: threshold -1.386. aopd, mopd, topk_jsd: top_k 64. skew_*: "
         "alpha 0.1. akl: head_mass 0.5. A `top_k` here is the teacher's; the field `top_k` "
-        "samples.",
+        "samples."
     )
     beta: float | None = _setting(
-        None,
-        "of gkd, jsd and topk_jsd: 0 is the forward KL, 1 the reverse KL. None takes 0.5, GKD's.",
+        "of gkd, jsd and topk_jsd: 0 is the forward KL, 1 the reverse KL. None takes 0.5, GKD's."
     )
     stage_fraction: float | None = _setting(
-        None,
         "of reopold: share of training after which its second stage begins. None takes 0.5, this "
-        "library's choice; the paper does not fix it.",
+        "library's choice; the paper does not fix it."
     )
     prefix_schedule: str = _setting(
-        "none",
         'how the teacher\'s prefix shrinks: "none" (no guidance, the default), "cosine" (the '
         'paper\'s), "linear", or "constant" (never).',
+        "none",
     )
-    prefix_length: int = _setting(0, "l at the first step, in tokens.")
+    prefix_length: int = _setting("l at the first step, in tokens.", 0)
     prefix_fraction: float = _setting(
-        1.0, "share of training over which l falls to 0; the paper's 1."
+        "share of training over which l falls to 0; the paper's 1.", 1.0
     )
     prefix_steps: int | None = _setting(
-        None, "the same in optimiser steps, in the place of prefix_fraction."
+        "the same in optimiser steps, in the place of prefix_fraction."
     )
     prefix_weight: float | None = _setting(
-        PREFIX_WEIGHT,
         "weight of the K1 forward KL on the prefix, the paper's 0.001. Objectives without that "
         "term treat a prefix like any other token, and refuse another value.",
+        PREFIX_WEIGHT,
     )
     prefix_column: str | None = _setting(
-        "teacher_completion",
         "column with the teacher's answer: text, or messages for a conversational prompt. A data "
         "set without it has the teacher write the prefix.",
+        "teacher_completion",
     )
     lmbda: float = _setting(
-        1.0,
         "GKD's share of on-policy steps (default 1: all). In the others the completions are the "
         'teacher\'s whole answers, from prefix_column or written on the spot. Objective "sft" '
         "trains on the teacher's text with lmbda 0. To an objective with a prefix term those "
@@ -135,9 +131,9 @@ class TrOPDConfig(DistillationConfig):
         "gets no end; one that the teacher ended by a token that is no end of the student's gets "
         "the student's after it. An evaluation is on the student's own completions, but with "
         "lmbda 0 on prefix_column, where its rows have that.",
+        1.0,
     )
     teacher_model_server_url: str | None = _setting(
-        None,
         "a teacher behind HTTP that speaks vLLM's completions protocol (`server.py`), instead of "
         "one in this process: for objectives of K1 and the teacher's top-k, at temperature 1. "
         "`teacher_model_name_or_path` is then the served name, if the server has several. Its "
@@ -146,85 +142,79 @@ class TrOPDConfig(DistillationConfig):
         "room for prompt, max_completion_length and one token. Text that it writes (prefixes, "
         "lmbda below 1) is sampled by temperature, top_p, top_k, min_p and repetition_penalty; "
         "generation_kwargs are not sent. eopd's threshold is compared with a lower bound of the "
-        "teacher's entropy, which is what a top-k gives.",
+        "teacher's entropy, which is what a top-k gives."
     )
     teacher_server_timeout: float = _setting(
-        600.0,
         "seconds that one attempt of a request may take, from connecting to the last byte of the "
         "answer.",
+        600.0,
     )
     teacher_server_retries: int = _setting(
-        9,
         "attempts after the first, of a request that fails in transport, in time, or by HTTP 408, "
         "429, 500 or 502 to 504: at once, then after 1 s, 2 s, 4 s, ... 120 s. A Retry-After is "
         "not heeded.",
+        9,
     )
-    teacher_server_concurrency: int = _setting(8, "requests at once.")
+    teacher_server_concurrency: int = _setting("requests at once.", 8)
     precomputed_teacher: bool = _setting(
-        False,
         "the data set's columns hold fixed completions, `completion_ids` (C), and the teacher's "
         "log-probs of them, `teacher_label_log_probs` (C), and for objectives that use the top-k "
         "`teacher_ids` and `teacher_log_probs` (C, K), at this temperature. No teacher is loaded "
         "and nothing is generated.",
+        False,
     )
     num_iterations: int = _setting(
-        1,
         "optimiser steps on each generation batch, as in GRPO (default 1). From the second on the "
         "ratio to the policy that sampled takes part: PPO's clip, `drift_tau`. A run resumed "
         "between them goes on with its batch, and so with the same micro-batches.",
+        1,
     )
     drift_tau: float | None = _setting(
-        None,
         "blockwise policy-drift gates: blocks of drift_block_size tokens on which the policy has "
         "moved by s nats a token since sampling weigh exp(-drift_tau |s|), relative to their mean "
-        "over the micro-batch. None (default): no gates.",
+        "over the micro-batch. None (default): no gates."
     )
-    drift_block_size: int = _setting(64, "tokens of such a block.")
+    drift_block_size: int = _setting("tokens of such a block.", 64)
     kl_discount_factor: float = _setting(
-        0.0,
         "replaces the K1 reward by its discounted sum to the end of the completion; 0 (default) "
         "leaves the immediate reward, 1 is the plain sum. A token to which the teacher gives "
         "probability 0 counts as the rule's `threshold` in it, and stays outside the gate; an "
         "objective without a gate has an infinite loss there, and the run stops.",
+        0.0,
     )
     importance_gamma: float | None = _setting(
-        None,
         "IW-OPD's gamma (the paper's 0.5): early tokens weigh up to 1 + gamma. None (default) "
-        "weighs all alike.",
+        "weighs all alike."
     )
     router_aux_loss_coef: float | None = _setting(
-        None,
         "weight of a mixture-of-experts student's load-balancing loss, over prompts and "
         "completions, as in TRL's GRPO; logged as aux_loss. None (default) takes the model's own, "
-        "0 trains without.",
+        "0 trains without."
     )
     backend: str | None = _setting(
-        None,
-        '"triton", "native", "torch" or "reference"; None takes the best one here.',
+        '"triton", "native", "torch" or "reference"; None takes the best one here.'
     )
     max_workspace_bytes: int | None = _setting(
-        None, "bound on the loss's temporaries; see `plan_chunks`."
+        "bound on the loss's temporaries; see `plan_chunks`."
     )
     gradient_tolerance: float = _setting(
-        0.0,
         "standard deviation, as a part of the gradient's norm, up to which the gradients of head "
         "and hidden states are made from a sample of the vocabulary's ids, without bias; see "
         "`linear_distillation_loss`. 0 (default): from all.",
+        0.0,
     )
     gradient_sampling: float | None = _setting(
-        None,
         "the same with the share of the ids that the sample has, in the place of "
-        "gradient_tolerance. None (default): all.",
+        "gradient_tolerance. None (default): all."
     )
     rich_progress: bool | None = _setting(
-        None,
         "rich's progress display in place of tqdm's; None (default): at a terminal. Each log is a "
-        "line in either.",
+        "line in either."
     )
     log_regions: bool = _setting(
-        False,
         "with each log, shows a few completions with their tokens coloured by region (trusted, "
         "outlier, prefix) in the terminal and in `output_dir`/regions.",
+        False,
     )
 
     def __post_init__(self):

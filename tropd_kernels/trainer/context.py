@@ -34,13 +34,8 @@ def context_of(config: Any) -> int | None:
     """The longest text in tokens, prompt and completion.
 
     A rotary scaling factor multiplies the length of pretraining (YaRN, linear), unless
-    `max_position_embeddings` includes it already (Llama 3, LongRoPE).
-
-    Args:
-        config: A model's config of transformers.
-
-    Returns:
-        The limit, or None where there is none or the config does not tell it.
+    `max_position_embeddings` includes it already (Llama 3, LongRoPE). None where there is no limit
+    or the config does not tell it.
     """
     config = config.get_text_config()
     if config.model_type == "mpt":  # its table of distances ends there

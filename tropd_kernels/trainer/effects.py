@@ -97,12 +97,8 @@ def _deepspeed(args: Any) -> bool:
     return bool(args.deepspeed) or getattr(args, "deepspeed_plugin", None) is not None
 
 
-def _optim(args: Any) -> str:
-    return str(getattr(args.optim, "value", args.optim))
-
-
-def _schedule(args: Any) -> str:
-    return str(getattr(args.lr_scheduler_type, "value", args.lr_scheduler_type))
+def _text(setting: Any) -> str:
+    return str(getattr(setting, "value", setting))
 
 
 #: In the order in which they are checked.
@@ -129,23 +125,24 @@ CONDITIONS = (
               "rows come in the data set's own order", "set shuffle_dataset"),
     Condition(("max_workspace_bytes",), lambda a: a.backend != "reference",
               "the backend 'reference' makes all logits at once", "choose another backend"),
-    Condition(("adam_beta1", "adam_beta2"), lambda a: _deepspeed(a) or _optim(a) not in _NOT_ADAM,
+    Condition(("adam_beta1", "adam_beta2"),
+              lambda a: _deepspeed(a) or _text(a.optim) not in _NOT_ADAM,
               "the optimizer {!r} does not take it", "choose one of Adam's kind", of="optim"),
-    Condition(("adam_epsilon",), lambda a: _deepspeed(a) or _optim(a) not in _NOT_ADAM | _LION,
+    Condition(("adam_epsilon",), lambda a: _deepspeed(a) or _text(a.optim) not in _NOT_ADAM | _LION,
               "the optimizer {!r} does not take it", "choose one of Adam's kind", of="optim"),
-    Condition(("optim_args",), lambda a: _deepspeed(a) or _optim(a) not in _NO_OPTIM_ARGS,
+    Condition(("optim_args",), lambda a: _deepspeed(a) or _text(a.optim) not in _NO_OPTIM_ARGS,
               "the optimizer {!r} takes none", of="optim"),
     Condition(("optim_target_modules",),
-              lambda a: _deepspeed(a) or _optim(a).startswith(("galore", "apollo")),
+              lambda a: _deepspeed(a) or _text(a.optim).startswith(("galore", "apollo")),
               "the optimizer {!r} works on all parameters", "choose one of GaLore or APOLLO",
               of="optim"),
     Condition(("warmup_steps",),
-              lambda a: _deepspeed(a) or _schedule(a) not in _NO_WARMUP
-              or _optim(a) in _WARM_BY_THEMSELVES,
+              lambda a: _deepspeed(a) or _text(a.lr_scheduler_type) not in _NO_WARMUP
+              or _text(a.optim) in _WARM_BY_THEMSELVES,
               "lr_scheduler_type {!r} has no warm-up", "choose constant_with_warmup or another one",
               of="lr_scheduler_type"),
     Condition(("lr_scheduler_kwargs",),
-              lambda a: _schedule(a) not in ("constant", "constant_with_warmup"),
+              lambda a: _text(a.lr_scheduler_type) not in ("constant", "constant_with_warmup"),
               "lr_scheduler_type {!r} takes none", of="lr_scheduler_type"),
 )  # fmt: skip
 #: Settings of a teacher that is loaded into this process.

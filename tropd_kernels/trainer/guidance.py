@@ -27,18 +27,12 @@ class GuidedTrainer(DistillationAdapter):
 
     _server: ServedTeacher | None = None
 
-    def needs_teacher(self) -> bool:
-        return self.args.rule().uses_teacher
-
     def prefix_length(self) -> int:
         """Length of the prefix at the current optimizer step, in tokens."""
-        args = self.args
-        steps = args.prefix_steps
+        args, step, steps = self.args, self.state.global_step, self.args.prefix_steps
         if steps is None:
             steps = round(args.prefix_fraction * self.state.max_steps)
-        return scheduled_length(
-            args.prefix_schedule, args.prefix_length, self.state.global_step, steps
-        )
+        return scheduled_length(args.prefix_schedule, args.prefix_length, step, steps)
 
     def write_prefixes(
         self, rows: list[dict], prompt_ids: list[list[int]], images: Any, multimodal_fields: dict
@@ -123,10 +117,9 @@ class GuidedTrainer(DistillationAdapter):
         completion_ids: list[list[int]],
         width: int,
     ) -> dict[str, Tensor]:
-        rule = self.args.rule()
-        top_k = signals.required_top_k(rule)
-        if not rule.uses_teacher:
+        if not self.needs_teacher():
             return {}
+        top_k = signals.required_top_k(self.args.rule())
         if self.args.precomputed_teacher:
             scores = signals.column_scores(rows, self.max_completion_length, top_k)
         elif self._server is not None:

@@ -18,13 +18,8 @@ _DTYPES = ("bfloat16", "float16", "float32", "float64")
 def dtype_option(key: str, options: Mapping[str, Any]) -> dict[str, Any]:
     """Arguments of `from_pretrained` with the dtype under `dtype`, the only spelling TRL reads.
 
-    Args:
-        key: The config's key, with which errors begin.
-        options: The arguments, with `dtype` or `torch_dtype`: "auto", None, a torch.dtype or its
-            name.
-
-    Raises:
-        ValueError: Another dtype, or two that differ.
+    The dtype is "auto", None, a torch.dtype or its name. Raises ValueError, which begins with
+    `key`, for another one and for two that differ.
     """
     options = dict(options)
     spelled = {name: options.pop(name) for name in ("dtype", "torch_dtype") if name in options}

@@ -47,18 +47,6 @@ PREFIX = "tropd/"
 
 #: TRL's, of completions.
 _LENGTHS = "completions/"
-#: In the order of the columns that `token_sums` makes.
-NAMES = (
-    *(
-        PREFIX + name
-        for name in (
-            "trust_ratio", "outlier_ratio", "reward_mean", "reverse_kl", "forward_kl",
-            "forward_kl_topk", "teacher_topk_mass", "student_topk_mass", "teacher_entropy",
-            "teacher_entropy_topk", "prefix_nll", "prefix_length",
-        )
-    ),
-    "entropy",  # TRL's
-)  # fmt: skip
 #: Sum and count of each metric.
 Sums = Mapping[str, tuple[float, float]]
 
@@ -85,8 +73,8 @@ def token_sums(
     teacher_prefix: Tensor,  # (B, T) bool
     rule: TokenRule,
     old_log_probs: Tensor | None = None,  # (B, T)
-) -> tuple[Tensor, Tensor]:
-    """Sums and counts (2, len(NAMES)) of this process, and its smallest reward (1,)."""
+) -> tuple[dict[str, Tensor], Tensor]:
+    """Sum and count (2,) of each metric on this process, and its smallest reward (1,)."""
     student, teacher = counted & ~teacher_prefix, counted & teacher_prefix
     # The loss's own reward would be the return where the config discounts.
     reward = stats.teacher_log_probs
@@ -107,18 +95,19 @@ def token_sums(
         "teacher_entropy_topk": _sum(None if whole else stats.teacher_entropy, counted),
         "prefix_nll": _sum(-stats.log_probs, teacher),
         "prefix_length": torch.stack([teacher.sum().float(), counted.any(1).sum().float()]),
-        "entropy": _sum(stats.entropy, counted),
     }
+    sums = {PREFIX + name: pair for name, pair in sums.items()}
+    sums["entropy"] = _sum(stats.entropy, counted)  # TRL's metric
     lowest = torch.full((1,), float("inf"), device=counted.device)
     if reward is not None and student.any():
         lowest = reward[student].min().float().reshape(1)
-    return torch.stack([sums[name.removeprefix(PREFIX)] for name in NAMES], dim=1), lowest
+    return sums, lowest
 
 
-def totals(accelerator: Any, sums: Tensor) -> dict[str, tuple[float, float]]:
+def totals(accelerator: Any, sums: Mapping[str, Tensor]) -> dict[str, tuple[float, float]]:
     """`token_sums` of all processes, by name. A collective."""
-    summed, counts = accelerator.reduce(sums, reduction="sum").tolist()
-    return dict(zip(NAMES, zip(summed, counts)))
+    summed, counts = accelerator.reduce(torch.stack([*sums.values()], 1), reduction="sum").tolist()
+    return dict(zip(sums, zip(summed, counts)))
 
 
 def completion_totals(

@@ -60,18 +60,10 @@ def column_ids(
 
     Prompt and answer are tokenized together, and the prompt's ids removed from the front: ids
     across the boundary may differ from those of the answer alone. For a conversational prompt the
-    answer is the assistant's messages, or the text of one.
+    answer is the assistant's messages, or the text of one. tokenize: maps text or messages to ids.
 
-    Args:
-        answer: The teacher's answer.
-        prompt: The row's prompt.
-        prompt_ids: Its ids.
-        tokenize: Maps text or messages to ids.
-        column: The answer's column, with which errors begin.
-
-    Raises:
-        ValueError: The answer is of the wrong kind, or the joint ids do not begin with the
-            prompt's, so that there is no position at which the student could continue.
+    Raises ValueError, with the column's name, if the answer is of the wrong kind, or if the joint
+    ids do not begin with the prompt's: then the student could not continue at any position.
     """
     conversation = not isinstance(prompt, str)
     if conversation and isinstance(answer, str):

@@ -79,11 +79,8 @@ class RouterLoss:
 def router_loss(model: Any, args: Any) -> RouterLoss | None:
     """The student's router loss, or None where it has none or its weight is 0.
 
-    args: a `TrOPDConfig`.
-
-    Raises:
-        ValueError: A coefficient for a model without routers, or reentrant checkpointing, in which
-            the router's logits carry no gradient.
+    Raises ValueError for a coefficient for a model without routers, and with reentrant
+    checkpointing, in which the router's logits carry no gradient. args: a `TrOPDConfig`.
     """
     base, given = base_of(model), args.router_aux_loss_coef
     config = base.config.get_text_config()

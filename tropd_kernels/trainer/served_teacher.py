@@ -20,14 +20,11 @@ _PROBE_TOKENS = 8
 class ServedTeacher(TeacherServer):
     """The server of a config.
 
-    Args:
-        args: The config.
-        writes: Whether the teacher has to generate texts, and not only to score them.
+    writes: whether the teacher has to generate texts, and not only to score them.
 
-    Raises:
-        TeacherServerError: The server does not answer, has no model of that name, or does not
-            support what the objective needs.
-        ValueError: Its context is too short for max_completion_length.
+    Raises TeacherServerError if the server does not answer, has no model of that name, or does not
+    support what the objective needs; ValueError if its context is too short for
+    max_completion_length.
     """
 
     def __init__(self, args: TrOPDConfig, writes: bool):

@@ -16,6 +16,7 @@ Protocol: the documentation and the source of vLLM's OpenAI-compatible server, 0
 """
 
 import json
+from bisect import bisect_left
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -114,17 +115,10 @@ class TeacherServer:
 
     def count_ids(self, most: int) -> int:
         """Number of the ids 0 ... most - 1 that the teacher has; it refuses the others."""
-        self._known_ids = self._count_ids(most)
+        ids = range(most - 1)
+        lacks = lambda token: not self._has_id(token)
+        self._known_ids = most if self._has_id(most - 1) else bisect_left(ids, True, 1, key=lacks)
         return self._known_ids
-
-    def _count_ids(self, most: int) -> int:
-        if self._has_id(most - 1):
-            return most
-        low, high = 1, most - 1
-        while low < high:  # the least count whose next id is refused
-            middle = (low + high) // 2
-            low, high = (middle + 1, high) if self._has_id(middle) else (low, middle)
-        return low
 
     def score(
         self, prompts: Sequence[Sequence[int]], completions: Sequence[Sequence[int]], top_k: int = 0

@@ -41,16 +41,9 @@ def read_side(
     inputs: dict[str, Any],
     last_hidden_state: Callable[..., Tensor],
 ) -> ModelSide:
-    """Runs a model's backbone on a micro-batch.
+    """Runs the backbone of a model without accelerate's wrappers on a micro-batch.
 
-    Args:
-        model: The model without accelerate's wrappers.
-        head: Its head, as `sharding.read_head_form` gives it.
-        inputs: The micro-batch.
-        last_hidden_state: `DistillationTrainer._get_last_hidden_state`.
-
-    Raises:
-        ValueError: The micro-batch is wider than the model can be.
+    head: as `sharding.read_head_form` gives it. last_hidden_state: TRL's `_get_last_hidden_state`.
     """
     mask = torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], dim=1)
     check_width(mask.shape[1], model.config)
@@ -68,13 +61,8 @@ def read_side(
     if torch.is_autocast_enabled(device.type):
         dtype = torch.get_autocast_dtype(device.type)
     usable = slice(head.vocab_size)
-    return ModelSide(
-        hidden.to(device, dtype),
-        weight[usable].to(dtype),
-        None if bias is None else bias[usable].to(dtype),
-        head.logit_scale,
-        head.softcap,
-    )
+    weight, bias = weight[usable].to(dtype), None if bias is None else bias[usable].to(dtype)
+    return ModelSide(hidden.to(device, dtype), weight, bias, head.logit_scale, head.softcap)
 
 
 def _positions_after_padding(model: PreTrainedModel, mask: Tensor) -> dict[str, Tensor]:

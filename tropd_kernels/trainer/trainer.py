@@ -238,7 +238,8 @@ class TrOPDTrainer(GuidedTrainer):
         """Loss and statistics of a micro-batch, as `DistillationAdapter.distill` specifies them."""
         rule = self._rule()
         prefix = prefix_mask(inputs)
-        labels = inputs["completion_ids"].masked_fill(inputs["loss_mask"] == 0, _IGNORED)
+        counted = inputs["loss_mask"] != 0
+        labels, own = inputs["completion_ids"].masked_fill(~counted, _IGNORED), counted & ~prefix
         if rule.normalize == "kept" and normalizer is not None:
             # Its mean is over the tokens that the gate kept, which only the loss can count, so
             # micro-batches weigh alike.
@@ -249,11 +250,12 @@ class TrOPDTrainer(GuidedTrainer):
         signal = signals.teacher_of(inputs) if teacher is None else teacher.as_teacher()
         old = inputs.get("old_log_probs")
         if self._warpers and old is None and rule.policy_gradient:  # of the policy that sampled
-            own = inputs["loss_mask"].bool() & ~prefix
             self._kept_mass = sampling.kept_mass(
                 student, own, self._shared_vocab_size, self.temperature, self._warpers
             )
-        credit = self._credit(student, signal, labels, rule, prefix, old)
+        credit = {}
+        if rewards.needs_rewards(self.args, old):
+            credit = self._credit(student, signal, labels, rule, own, old)
         if not all(tensor.isfinite().all() for tensor in credit.values()):
             # The loss would refuse them on this process only; `after_loss` stops all processes.
             credit, share = {}, math.nan
@@ -279,34 +281,20 @@ class TrOPDTrainer(GuidedTrainer):
         **options: Any,
     ) -> DistillationOutput:
         return linear_distillation_loss(
-            student.hidden,
-            student.weight,
-            labels,
-            teacher,
-            rule,
-            bias=student.bias,
-            logit_scale=student.logit_scale,
-            softcap=student.softcap,
-            temperature=self.temperature,
-            backend=self.args.backend,
-            max_workspace_bytes=self.args.max_workspace_bytes,
-            **options,
-        )
+            student.hidden, student.weight, labels, teacher, rule, bias=student.bias,
+            logit_scale=student.logit_scale, softcap=student.softcap, temperature=self.temperature,
+            backend=self.args.backend, max_workspace_bytes=self.args.max_workspace_bytes, **options,
+        )  # fmt: skip
 
     def _uniforms(self, inputs: dict[str, Any]) -> Tensor:
         """The gate's draws (B, C), a function of seed, step, completion and position.
 
         Padding, the split into micro-batches and a resume do not change them.
         """
-        positions = torch.arange(
-            inputs["completion_ids"].shape[1], device=inputs["completion_ids"].device
-        )
-        return bernoulli_uniforms(
-            self.args.seed,
-            self.state.global_step,
-            inputs["sequence_ids"][:, None].to(positions.device),
-            positions[None],
-        )
+        ids, step = inputs["completion_ids"], self.state.global_step
+        positions = torch.arange(ids.shape[1], device=ids.device)[None]
+        sequences = inputs["sequence_ids"][:, None].to(ids.device)
+        return bernoulli_uniforms(self.args.seed, step, sequences, positions)
 
     def _gradient_sampling(self, inputs: dict[str, Any]) -> dict[str, Any]:
         """Options of the loss for gradients from a sample of ids, if the config asks for them.
@@ -330,20 +318,14 @@ class TrOPDTrainer(GuidedTrainer):
         teacher: Teacher | None,
         labels: Tensor,
         rule: TokenRule,
-        prefix: Tensor,
+        own: Tensor,
         old_log_probs: Tensor | None,
     ) -> dict[str, Tensor]:
-        """`advantages` and `token_weight` (B, C), where the config asks for them.
-
-        The rewards take one more pass over the heads. The teacher's tokens weigh 1.
-        """
-        if not rewards.needs_rewards(self.args, old_log_probs):
-            return {}
+        """`advantages` and `token_weight` (B, C); the rewards take one more pass over the heads."""
         k1 = OPD() if teacher is not None else SFT()
         stats = self._compare(
             student, teacher, labels, k1, reduction="sum", old_log_probs=old_log_probs
         ).stats
-        own = (labels != _IGNORED) & ~prefix
         return rewards.token_credit(self.args, rule, stats, own, old_log_probs)
 
     def loss_count(self, stats: TokenStats, inputs: dict[str, Any]) -> Tensor:
