@@ -10,7 +10,7 @@ import torch
 from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
-from benchmarks.cubins import TARGETS, Pretender
+from benchmarks.cubins import TARGETS, FakeDriver
 from tropd_kernels import backends
 
 from .kernel import Kernel
@@ -20,7 +20,7 @@ _kernels: dict[str, Kernel] = {}
 
 
 def install(target: str) -> None:
-    driver.set_active(Pretender(TARGETS[target]))
+    driver.set_active(FakeDriver(TARGETS[target]))
     JITFunction.run = _run
     why_not = backends._why_not_triton
     backends._why_not_triton = lambda kind: None if kind == "cpu" else why_not(kind)
