@@ -54,10 +54,11 @@ from tropd_kernels import (
     distillation_loss,
     linear_distillation_loss,
 )
+from tropd_kernels.backends import engine_for
 from tropd_kernels.loss import dispatch, prepare
 from tropd_kernels.loss import loop as chunk_loop
 from tropd_kernels.loss.problem import GradNeeds
-from tropd_kernels.rows import triton_launch, triton_rows
+from tropd_kernels.rows import triton_launch
 from tropd_kernels.rows.layout import Stat
 
 TARGETS = {
@@ -156,7 +157,8 @@ def _call(
 
 def _column_sums(dtype: torch.dtype = torch.bfloat16) -> Callable[[], object]:
     """What a sampled gradient asks of d_logits."""
-    return lambda: triton_rows.column_sums(_floats(TOKENS, VOCAB, dtype=dtype), _floats(2, TOKENS))
+    rows = engine_for("triton")
+    return lambda: rows.column_sums(_floats(TOKENS, VOCAB, dtype=dtype), _floats(2, TOKENS))
 
 
 #: Calls whose launches are compiled, by name. Launches that come out the same are compiled once.

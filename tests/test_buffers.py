@@ -124,7 +124,7 @@ def test_a_call_that_fails_keeps_nothing(blocks, monkeypatch):
     def fail(*_):
         raise RuntimeError("no gradient today")
 
-    monkeypatch.setattr("tropd_kernels.rows.native_rows.gradient", fail)
+    monkeypatch.setattr("tropd_kernels.rows.native_rows.NativeRows.gradient", fail)
     with pytest.raises(RuntimeError, match="no gradient today"):
         call(0)
     assert not blocks

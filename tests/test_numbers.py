@@ -217,15 +217,15 @@ def test_two_runs_are_bitwise_equal(name, backend, device):
 def test_entropies_are_ranked_in_the_loop_s_own_chunks(monkeypatch):
     """13. A product of another height rounds otherwise: the entropy at the quantile would miss
     itself."""
-    from tropd_kernels.rows import torch_rows
+    from tropd_kernels.rows.torch_rows import TorchRows
 
     seen = {"entropy": [], "forward": []}
     for name, heights in seen.items():
-        whole = getattr(torch_rows, name)
+        whole = getattr(TorchRows, name)
         monkeypatch.setattr(
-            torch_rows, name,
-            lambda batch, *a, whole=whole, heights=heights: (
-                heights.append(len(batch.labels)) or whole(batch, *a)
+            TorchRows, name,
+            lambda engine, batch, *a, whole=whole, heights=heights: (
+                heights.append(len(batch.labels)) or whole(engine, batch, *a)
             ),
         )  # fmt: skip
     plan = chunking.plan_chunks

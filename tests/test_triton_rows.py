@@ -11,11 +11,13 @@ from problems import OBJECTIVES, relative_error, rows_of_several_blocks
 pytest.importorskip("triton")
 
 from tropd_kernels import GKD, OPD, Divergence, LogitsTeacher, TrOPD, distillation_loss
-from tropd_kernels.rows import torch_rows, triton_launch, triton_rows
+from tropd_kernels.backends import engine_for
+from tropd_kernels.rows import triton_launch
 from tropd_kernels.rows.layout import Coef, LogitTransform, RowBatch, RowOptions, Stat
 from tropd_kernels.rows.triton_kernels import sums
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+TRITON, TORCH = engine_for("triton"), engine_for("torch")
 #: Of one tile: 8 warps of 32 threads, 16 bytes each.
 LANES = 1024
 
@@ -190,8 +192,9 @@ def test_a_row_whose_ids_are_all_excluded(device):
     z, t = torch.randn(2, 3, 50, device=device)
     z[0], t[1] = -math.inf, -math.inf
     batch = RowBatch(z, t, torch.tensor([3, 4, 5], device=device))
-    options = RowOptions(Divergence("reverse_kl"), LogitTransform(), LogitTransform())
-    ours, theirs = (engine.statistics(batch, options)[1] for engine in (triton_rows, torch_rows))
+    whole = LogitTransform()
+    options = RowOptions(Divergence("reverse_kl"), whole, whole, sharded=True)
+    ours, theirs = (engine.statistics(batch, options).coefs for engine in (TRITON, TORCH))
     for coef in (Coef.STUDENT_MAX, Coef.STUDENT_LOG_SUM, Coef.TEACHER_MAX, Coef.TEACHER_LOG_SUM):
         torch.testing.assert_close(ours[coef], theirs[coef])
     assert ours[Coef.STUDENT_MAX, 0] == ours[Coef.TEACHER_MAX, 1] == -math.inf
@@ -214,7 +217,7 @@ def test_entropy_of_a_top_k_teacher(rule, device):
     options = RowOptions(rule, LogitTransform(), LogitTransform())
     ours, theirs = (
         engine.forward(RowBatch(**({"teacher": None} | tensors)), options)[0]
-        for engine in (triton_rows, torch_rows)
+        for engine in (TRITON, TORCH)
     )
     torch.testing.assert_close(
         ours[Stat.TEACHER_ENTROPY], theirs[Stat.TEACHER_ENTROPY], rtol=1e-6, atol=1e-6,
@@ -228,10 +231,10 @@ def test_a_call_is_given_columns_of_its_matrices(device):
     z, t = torch.randn(2, 5, 50, device=device)
     labels = torch.arange(5, device=device)
     options = RowOptions(GKD(), LogitTransform(), LogitTransform())
-    stats, coefs = triton_rows.forward(RowBatch(z, t, labels), options)
+    stats, coefs = TRITON.forward(RowBatch(z, t, labels), options)
     wide = [m.new_full((m.shape[0], 9), 7.0) for m in (stats, coefs)]
     wide[0][:, 3:8], wide[1][:, 3:8] = math.nan, 0.0
-    triton_rows.forward(RowBatch(z, t, labels), options, tuple(m[:, 3:8] for m in wide))
+    TRITON.forward(RowBatch(z, t, labels), options, tuple(m[:, 3:8] for m in wide))
     for whole, part in zip(wide, (stats, coefs), strict=True):
         torch.testing.assert_close(whole[:, 3:8], part, rtol=0, atol=0, equal_nan=True)
         assert (whole[:, [0, 1, 2, 8]] == 7).all()
@@ -248,8 +251,8 @@ def test_entropies_are_the_same_bits_with_and_without_a_teacher(excluded, device
         (z if excluded == "by the student" else t)[::2, 77] = -math.inf
     options = RowOptions(Divergence("reverse_kl"), LogitTransform(), LogitTransform())
     labels = torch.zeros(48, dtype=torch.int64, device=device)
-    alone = triton_rows.entropy(RowBatch(z, None, labels), options)
-    beside = triton_rows.statistics(RowBatch(z, t, labels), options)[0][Stat.ENTROPY]
+    alone = TRITON.entropy(RowBatch(z, None, labels), options)
+    beside = TRITON.statistics(RowBatch(z, t, labels), options).stats[Stat.ENTROPY]
     assert torch.equal(alone, beside)
 
 
@@ -285,7 +288,7 @@ def test_a_row_without_weight_has_no_gradient(name, device):
     labels = torch.tensor([1, 2], device=device)
     batch = RowBatch(z, t, labels, token_weight=weight, uniforms=uniforms)
     options = RowOptions(OBJECTIVES[name], LogitTransform(), LogitTransform())
-    _, coefs = triton_rows.forward(batch, options)
-    triton_rows.gradient(batch, coefs, options, out=z)
+    _, coefs = TRITON.forward(batch, options)
+    TRITON.gradient(batch, coefs, options, out=z)
     assert not z[0].any()
     assert z[1].isfinite().all() and z[1].any()

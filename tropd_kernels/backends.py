@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
-import importlib
 import importlib.util
 import os
-from types import ModuleType
 
 import torch
 
 from . import native
 from .dtypes import HALF
 from .products import adds_to_wide_sums
+from .rows.engine import RowEngine
+from .rows.native_rows import NativeRows
+from .rows.torch_rows import TorchRows
+from .rows.triton_rows import TritonRows
 
-BACKENDS = ("reference", "torch", "native", "triton")
+ENGINES: dict[str, RowEngine] = {
+    "torch": TorchRows(), "native": NativeRows(), "triton": TritonRows()
+}  # fmt: skip
+BACKENDS = ("reference", *ENGINES)
 
 
 def available_backends(device: str | torch.device | None = None) -> dict[str, str]:
@@ -52,9 +57,9 @@ def choose_backend(requested: str | None, device: torch.device) -> str:
     return requested
 
 
-def engine_for(backend: str) -> ModuleType:
-    """The module that implements the row engine's interface (see `rows`)."""
-    return importlib.import_module(f"tropd_kernels.rows.{backend}_rows")
+def engine_for(backend: str) -> RowEngine:
+    """The row engine of this backend, which need not be able to run here."""
+    return ENGINES[backend]
 
 
 def _refusals(device: torch.device) -> str:

@@ -30,7 +30,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
-from types import ModuleType
 
 import torch
 from torch import Tensor
@@ -39,6 +38,7 @@ from .. import buffers
 from ..backends import engine_for
 from ..dtypes import without_autocast
 from ..products import products_for
+from ..rows.engine import RowEngine
 from ..rows.layout import RowBatch, RowOptions, new_matrices
 from ..rows.sharded import ShardRows
 from .gradients import HeadGradients, LogitsGradients
@@ -119,7 +119,7 @@ class _Walk:
         loss_scale: Tensor | None,
     ):
         self.problem, self.index, self.needs = problem, index, needs
-        self.engine: ModuleType | ShardRows = engine_for(problem.options.backend)
+        self.engine: RowEngine = engine_for(problem.options.backend)
         if problem.shard is not None:
             self.engine = ShardRows(self.engine, problem.shard)
         self.labels, self.inputs = problem.labels, problem.inputs.given()
@@ -155,7 +155,7 @@ class _Walk:
         if head is not None:
             sizes += [self._d_logits_size(), head.accumulator_size()]
         nbytes = sum(buffers.bytes_for(*size) for size in sizes if size is not None)
-        keeps = self.problem.options.backend == "native" and nbytes >= buffers.SMALLEST
+        keeps = self.engine.keeps_buffers and nbytes >= buffers.SMALLEST
         with buffers.arena(nbytes) if keeps else nullcontext(buffers.Arena(None)) as arena:
             like = self.problem.student.source
             room = [None if size is None else arena.empty(like, *size) for size in sizes]

@@ -19,11 +19,11 @@ from dataclasses import dataclass
 
 import torch
 
+from ..backends import engine_for
 from ..dtypes import stored_dtype
 from ..objectives import TokenRule
 from ..products import TorchProducts
 from ..rows.layout import Coef, Stat
-from ..rows.torch_rows import scratch_bytes as torch_scratch
 from .sampling import workspace_bytes as selection_workspace
 
 
@@ -146,9 +146,8 @@ class Call:
 
     def _temporaries(self, rows: int, super_rows: int) -> int:
         scratch = self.products.scratch_bytes(rows, super_rows, [width for width, _ in self._heads])
-        if self.backend == "torch":
-            scratch += torch_scratch(rows, self.vocab_size, self.logit_size, self.device_type)
-        return scratch
+        sizes = (rows, self.vocab_size, self.logit_size, self.device_type)
+        return scratch + engine_for(self.backend).scratch_bytes(*sizes)
 
     # --- work done -------------------------------------------------------------------------------
 

@@ -151,3 +151,10 @@ def new_matrices(like: Tensor, n: int) -> Matrices:
     dtype = torch.promote_types(like.dtype, torch.float32)
     stats = like.new_full((len(Stat), n), math.nan, dtype=dtype)
     return stats, like.new_zeros((len(Coef), n), dtype=dtype)
+
+
+def empty_matrices(like: Tensor, n: int) -> Matrices:
+    """For a caller that reads only what the engine writes."""
+    dtype = torch.promote_types(like.dtype, torch.float32)
+    stats = like.new_empty((len(Stat), n), dtype=dtype)
+    return stats, like.new_empty((len(Coef), n), dtype=dtype)

@@ -24,26 +24,16 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
-from types import ModuleType
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from .engine import RowEngine, Statistics
 from .layout import Coef, Matrices, RowBatch, RowOptions, Stat
-from .rule import (
-    SUMS,
-    Gate,
-    Sums,
-    apply_rule,
-    forward_kl,
-    gate,
-    rows_with_sums,
-    tails_by_mass,
-    topk_entropy,
-)
+from .rule import SUMS, Sums, as_matrix, tails_by_mass, topk_entropy
 from .sharded_search import head_threshold, top_k_threshold
-from .topk_teacher import topk_teacher_ids, topk_teacher_statistics
+from .topk_teacher import topk_teacher_ids
 
 if TYPE_CHECKING:
     from ..parallel import Shard
@@ -57,44 +47,36 @@ TEACHER_STATS = (
 )  # fmt: skip
 
 
-class ShardRows:
-    """The interface of a row engine, on a shard's columns and every rank's numbers.
+class ShardRows(RowEngine):
+    """The row engine of a shard's columns, with every rank's numbers.
 
-    Batches come with labels and ids of the whole vocabulary, and logits of the shard.
+    Batches come with labels and ids of the whole vocabulary, and logits of the shard. Statistics
+    are the same on every rank.
     """
 
-    def __init__(self, engine: ModuleType, shard: Shard):
+    def __init__(self, engine: RowEngine, shard: Shard):
         self.engine, self.shard = engine, shard
+        self.native_products, self.pads_rows = engine.native_products, engine.pads_rows
+        self.keeps_buffers = engine.keeps_buffers
+
+    def scratch_bytes(self, rows: int, vocab_size: int, itemsize: int, device_type: str) -> int:
+        return self.engine.scratch_bytes(rows, vocab_size, itemsize, device_type)
 
     def forward(
         self, batch: RowBatch, options: RowOptions, into: Matrices | None = None
     ) -> Matrices:
-        """stats (Stat, n), the same on every rank, and coefs (Coef, n)."""
-        part = self._part(batch, options)
-        stats, coefs = self._statistics(part, options, into)
-        if batch.teacher is None:
-            topk_teacher_statistics(part, stats)
-        gated = gate(stats, part, options)
-        sums = self._sums(part, options, gated, stats, coefs)
-        apply_rule(stats, coefs, gated, sums, part, options)
-        if batch.teacher is None and sums is not None:
-            stats[Stat.FORWARD_KL] = forward_kl(sums, options.rule)[0]
-        return stats, coefs
+        return super().forward(self._part(batch, options), options, into)
 
     def entropy(self, batch: RowBatch, options: RowOptions) -> Tensor:
-        """H(p) (n,) alone, for rules that rank the batch by it."""
-        return self._statistics(self._part(batch, options), options)[0][Stat.ENTROPY]
+        return super().entropy(self._part(batch, options), options)
 
     def gradient(self, batch: RowBatch, coefs: Tensor, options: RowOptions, out: Tensor) -> None:
-        """Writes the shard's columns of d_logits."""
         self.engine.gradient(self._part(batch, options), coefs, options, out)
 
     def column_sums(self, d_logits: Tensor, hidden: Tensor) -> Tensor:
-        """Of the shard's columns."""
         return self.engine.column_sums(d_logits, hidden)
 
     def row_squares(self, matrix: Tensor, dtype: torch.dtype) -> Tensor:
-        """Of the shard's rows."""
         return self.engine.row_squares(matrix, dtype)
 
     def _part(self, batch: RowBatch, options: RowOptions) -> RowBatch:
@@ -118,11 +100,12 @@ class ShardRows:
             teacher_entropy=entropy,
         )
 
-    def _statistics(
+    def statistics(
         self, part: RowBatch, options: RowOptions, into: Matrices | None = None
-    ) -> Matrices:
-        """Those of the whole rows, up to REVERSE_KL."""
-        stats, coefs = self.engine.statistics(part, options, into)
+    ) -> Statistics:
+        """Those of the whole rows."""
+        found = self.engine.statistics(part, options, into)
+        stats, coefs, _ = found
         dense = part.teacher is not None
         sides = [(Stat.LOG_PROB, Coef.STUDENT_MAX, Coef.STUDENT_LOG_SUM)]
         if dense:
@@ -139,41 +122,30 @@ class ShardRows:
         of_coefs = dict(zip(which, gathered[:, : len(which)].unbind(1), strict=True))
         of_stats = dict(zip(what, gathered[:, len(which) :].unbind(1), strict=True))
         _merge(of_coefs, of_stats, stats, coefs, dense)
-        return stats, coefs
+        return found
 
-    def _sums(
-        self, part: RowBatch, options: RowOptions, gated: Gate, stats: Tensor, coefs: Tensor
-    ) -> Sums | None:
-        """The sums that the rule needs, of the whole rows."""
-        rule, dense = options.rule, part.teacher is not None
-        if dense:
-            coefs[Coef.THRESHOLD] = -math.inf
-        if not rule.uses_sums:
-            return None
-        if dense and rule.sums_from_statistics:
-            one, zero = torch.ones_like(stats[0]), torch.zeros_like(stats[0])
-            return Sums(one, one, zero, zero, zero, stats[Stat.FORWARD_KL])
-        needed = rows_with_sums(gated, rule) if dense else torch.ones_like(gated.on_policy)
-        if dense and rule.uses_top_k:
-            top_k_threshold(self.shard, part, options, needed, coefs)
-        elif dense and rule.divergence == "akl":
-            head_threshold(self.shard, part, options, coefs)
-        made = self.engine.sums(part, options, gated, stats, coefs)
+    def sums(
+        self, part: RowBatch, options: RowOptions, needed: Tensor | None, found: Statistics
+    ) -> Sums:
+        """Those of the whole rows."""
+        rule = options.rule
+        if needed is not None and rule.uses_top_k:
+            top_k_threshold(self.shard, part, options, needed, found.coefs)
+        elif needed is not None and rule.divergence == "akl":
+            head_threshold(self.shard, part, options, found.coefs)
+        made = as_matrix(self.engine.sums(part, options, needed, found))
         gathered = self.shard.gather(made).double()
         total = gathered.sum(0)
         log_mass = SUMS.index("student_log_mass")
         total[log_mass] = gathered[:, log_mass].logsumexp(0)
-        sums = Sums(**dict(zip(SUMS, total.to(made.dtype).unbind(), strict=True)))
-        if not dense or rule.sums_only_on_k:
+        sums = Sums(*total.to(made.dtype))
+        if needed is None or rule.sums_only_on_k:
             sums.student_tail, sums.teacher_tail = tails_by_mass(
                 sums.student_mass, sums.teacher_mass
             )
-        if rule.uses_top_k or not dense:
-            stats[Stat.TEACHER_TOPK_MASS] = sums.teacher_mass.masked_fill(~needed, math.nan)
-            stats[Stat.STUDENT_TOPK_MASS] = sums.student_mass.masked_fill(~needed, math.nan)
-        # Rows without sums ignore them, but their masses are divided by.
-        sums.teacher_mass = sums.teacher_mass.masked_fill(~needed, 1.0)
-        sums.student_mass = sums.student_mass.masked_fill(~needed, 1.0)
+        if needed is not None:  # the other rows ignore their sums, but their masses are divided by
+            sums.teacher_mass = sums.teacher_mass.masked_fill(~needed, 1.0)
+            sums.student_mass = sums.student_mass.masked_fill(~needed, 1.0)
         return sums
 
 

@@ -15,12 +15,14 @@ GPU it would be a host sync, so there everything is computed and masked.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import fields, replace
 
 import torch
 from torch import Tensor
 
 from ..objectives import TokenRule
+from .engine import RowEngine, Statistics
 from .generators import generator_terms
 from .layout import (
     FIRST_WEIGHT,
@@ -32,19 +34,9 @@ from .layout import (
     Stat,
     matrices,
 )
-from .rule import (
-    SUMS,
-    Gate,
-    Sums,
-    apply_rule,
-    as_matrix,
-    forward_kl,
-    gate,
-    rows_with_sums,
-    tails_by_mass,
-)
+from .rule import SUMS, Sums, as_matrix, tails_by_mass
 from .top_k import columns_reaching, kth_largest, with_margin
-from .topk_teacher import topk_teacher_ids, topk_teacher_statistics
+from .topk_teacher import topk_teacher_ids
 
 #: Elements of one block's temporary: 4 MiB of float32 on a CPU, enough to fill a GPU on one.
 BLOCK_ELEMENTS = {"cpu": 1 << 20}
@@ -58,54 +50,65 @@ def block_rows(vocab_size: int, device_type: str) -> int:
     return max(1, elements // vocab_size)
 
 
-def scratch_bytes(rows: int, vocab_size: int, itemsize: int, device_type: str) -> int:
-    """Upper bound on the temporaries of one call on `rows` rows."""
-    return TEMPORARIES * min(rows, block_rows(vocab_size, device_type)) * vocab_size * itemsize
+class TorchRows(RowEngine):
+    """The passes of `rows.engine` in PyTorch."""
 
+    def scratch_bytes(self, rows: int, vocab_size: int, itemsize: int, device_type: str) -> int:
+        return TEMPORARIES * min(rows, block_rows(vocab_size, device_type)) * vocab_size * itemsize
 
-def forward(batch: RowBatch, options: RowOptions, into: Matrices | None = None) -> Matrices:
-    """stats (Stat, n) and coefs (Coef, n) of the chunk."""
-    stats, coefs = matrices(batch, into)
-    for rows, part in _blocks(batch):
-        s, c = stats[:, rows], coefs[:, rows]
-        lp, lq = _statistics(part, options, s, c)
-        gated = gate(s, part, options)
-        sums = _sums(part, options, s, c, gated, lp, lq)
-        apply_rule(s, c, gated, sums, part, options)
-        if lq is None and sums is not None:
-            s[Stat.FORWARD_KL] = forward_kl(sums, options.rule)[0]
-    return stats, coefs
+    def forward(
+        self, batch: RowBatch, options: RowOptions, into: Matrices | None = None
+    ) -> Matrices:
+        """All passes over one block before those over the next."""
+        stats, coefs = matrices(batch, into)
+        for rows, part in _blocks(batch):
+            super().forward(part, options, (stats[:, rows], coefs[:, rows]))
+        return stats, coefs
 
+    def statistics(
+        self, batch: RowBatch, options: RowOptions, into: Matrices | None = None
+    ) -> Statistics:
+        stats, coefs = matrices(batch, into)
+        read = None
+        for rows, part in _blocks(batch):
+            s, c = stats[:, rows], coefs[:, rows]
+            log_probs = _statistics(part, options, s, c)
+            if options.sharded:
+                _to_own_normalisers(part, options, c, *log_probs)
+            elif part is batch:
+                read = log_probs
+        return Statistics(stats, coefs, read)
 
-def entropy(batch: RowBatch, options: RowOptions) -> Tensor:
-    """H(p) (n,) alone, for rules that rank the batch by it."""
-    dtype = torch.promote_types(batch.student.dtype, torch.float32)
-    result = batch.student.new_empty((batch.student.shape[0],), dtype=dtype)
-    for rows, part in _blocks(batch):
-        lp = _log_probs(part.student, options.student, dtype)
-        result[rows] = -_dot(lp.exp(), lp)
-    return result
+    def sums(
+        self, batch: RowBatch, options: RowOptions, needed: Tensor | None, found: Statistics
+    ) -> Sums:
+        if options.sharded:
+            return _sums_of_part(batch, options, needed, found.coefs)
+        lp, lq = found.read
+        if needed is None:
+            ids, lq, on_k = _topk_ids(batch, options.rule.top_k, lp.shape[-1], lp.dtype)
+            return sum_terms(lp.gather(-1, ids), lq, on_k, options.rule, dense=False)
+        return _dense_sums(lp, lq, options, needed, found.coefs)
 
+    def gradient(self, batch: RowBatch, coefs: Tensor, options: RowOptions, out: Tensor) -> None:
+        for rows, part in _blocks(batch):
+            _gradient(part, coefs[:, rows], options, out[rows])
 
-def gradient(batch: RowBatch, coefs: Tensor, options: RowOptions, out: Tensor) -> None:
-    """Writes d_logits (n, V) into `out`, which may be `batch.student` itself."""
-    for rows, part in _blocks(batch):
-        _gradient(part, coefs[:, rows], options, out[rows])
+    def column_sums(self, d_logits: Tensor, hidden: Tensor) -> Tensor:
+        n, v = d_logits.shape
+        sums = hidden.new_zeros((3, v))
+        height = block_rows(v, d_logits.device.type)
+        for low in range(0, n, height):
+            part = d_logits[low : low + height].to(hidden.dtype)
+            weights = hidden[:, low : low + height]
+            sums[2] += weights[1] @ part
+            part = part.square()
+            sums[0] += part.sum(0)
+            sums[1] += weights[0] @ part
+        return sums
 
-
-def column_sums(d_logits: Tensor, hidden: Tensor) -> Tensor:
-    """(3, V): sum_i d^2, sum_i hidden[0, i] d^2, sum_i hidden[1, i] d of every column of d_logits
-    (n, V), in the dtype of hidden (2, n)."""
-    n, v = d_logits.shape
-    sums = hidden.new_zeros((3, v))
-    height = block_rows(v, d_logits.device.type)
-    for low in range(0, n, height):
-        part, weights = d_logits[low : low + height].to(hidden.dtype), hidden[:, low : low + height]
-        sums[2] += weights[1] @ part
-        part = part.square()
-        sums[0] += part.sum(0)
-        sums[1] += weights[0] @ part
-    return sums
+    def row_squares(self, matrix: Tensor, dtype: torch.dtype) -> Tensor:
+        return row_squares(matrix, dtype)
 
 
 def row_squares(matrix: Tensor, dtype: torch.dtype) -> Tensor:
@@ -115,50 +118,6 @@ def row_squares(matrix: Tensor, dtype: torch.dtype) -> Tensor:
     # torch would make a copy of all in `dtype`.
     parts = matrix.split(block_rows(matrix.shape[1], "cpu"))
     return torch.cat([torch.linalg.vector_norm(part.to(dtype), dim=1) for part in parts]).square()
-
-
-def statistics(batch: RowBatch, options: RowOptions, into: Matrices | None = None) -> Matrices:
-    """stats and coefs up to REVERSE_KL of a part of each row, by its own normalisers, which coefs
-    hold: both -inf where the part's ids are all excluded (see `sharded`)."""
-    stats, coefs = matrices(batch, into)
-    dtype = stats.dtype
-    for rows, part in _blocks(batch):
-        s, c = stats[:, rows], coefs[:, rows]
-        lp, lq = _statistics(part, options, s, c)
-        sides = [(part.student, options.student, lp, Coef.STUDENT_MAX)]
-        if lq is not None:
-            sides.append((part.teacher, options.teacher, lq, Coef.TEACHER_MAX))
-        for logits, how, log_probs, at in sides:
-            high = c[at] = transform(logits, how, dtype).amax(-1)
-            c[at + 1] = torch.where(high == -math.inf, -math.inf, -log_probs.amax(-1))
-        # relative to the maxima alone, as the other engines have it
-        c[Coef.REVERSE_KL] += c[Coef.STUDENT_LOG_SUM] - c[Coef.TEACHER_LOG_SUM]
-    return stats, coefs
-
-
-def sums(batch: RowBatch, options: RowOptions, gated: Gate, stats: Tensor, coefs: Tensor) -> Tensor:
-    """The share (len(SUMS), n) of a part of each row in its sums, by the normalisers and the
-    threshold that coefs hold; anything in rows that need no sums."""
-    rule = options.rule
-    needed = rows_with_sums(gated, rule)
-    if batch.teacher is None:  # a few ids a row: all are summed, and known
-        needed = torch.ones_like(needed)
-    made = coefs.new_zeros((len(SUMS), coefs.shape[1]))
-    for rows, part in _blocks(batch):
-        picked = needed[rows].nonzero().squeeze(-1) if coefs.device.type == "cpu" else slice(None)
-        c = coefs[:, rows][:, picked].unsqueeze(-1)
-        lp = _log_p(transform(part.student[picked], options.student, c.dtype), c, options)
-        if part.teacher is None:
-            ids, lq, on_k = _given(part, rule.top_k, lp.shape[-1], c.dtype)
-            ids, lq, on_k = ids[picked], lq[picked], on_k[picked]
-            found = sum_terms(lp.gather(-1, ids), lq, on_k, rule, dense=False)
-        else:
-            masked = rule.uses_top_k or rule.divergence == "akl"
-            lq = _log_q(part.teacher[picked], c, options)
-            threshold = c[Coef.THRESHOLD].squeeze(-1) if masked else None
-            found = _dense_terms(lp, lq, threshold, rule)
-        made[:, rows][:, picked] = as_matrix(found)
-    return made
 
 
 def transform(
@@ -221,14 +180,15 @@ def _log_q(logits: Tensor, c: Tensor, options: RowOptions) -> Tensor:
     return log_softmax(t)
 
 
-def _statistics(part: RowBatch, options: RowOptions, s: Tensor, c: Tensor):
+def _statistics(
+    part: RowBatch, options: RowOptions, s: Tensor, c: Tensor
+) -> tuple[Tensor, Tensor | None]:
     """Fills s and c up to REVERSE_KL; returns lp and lq (None: not dense)."""
     lp = _log_probs(part.student, options.student, s.dtype)
     p = lp.exp()
     s[Stat.LOG_PROB] = _pick(lp, part.labels)
     s[Stat.ENTROPY] = c[Coef.ENTROPY] = -_dot(p, lp)
     if part.teacher is None:
-        topk_teacher_statistics(part, s)
         return lp, None
     lq = _log_probs(part.teacher, options.teacher, s.dtype)
     q = lq.exp()
@@ -242,31 +202,24 @@ def _statistics(part: RowBatch, options: RowOptions, s: Tensor, c: Tensor):
     return lp, lq
 
 
-def _sums(
-    part: RowBatch,
-    options: RowOptions,
-    s: Tensor,
-    c: Tensor,
-    gated: Gate,
-    lp: Tensor,
-    lq: Tensor | None,
-) -> Sums | None:
-    """The sums that the rule needs, made only for the rows that need them."""
-    rule = options.rule
-    if not rule.uses_sums:
-        return None
-    if lq is None:
-        ids, lq, on_k = _given(part, rule.top_k, lp.shape[-1], s.dtype)
-        sums = sum_terms(lp.gather(-1, ids), lq, on_k, rule, dense=False)
-        s[Stat.TEACHER_TOPK_MASS], s[Stat.STUDENT_TOPK_MASS] = sums.teacher_mass, sums.student_mass
-        return sums
-    c[Coef.THRESHOLD] = -math.inf
-    if rule.sums_from_statistics:
-        one, zero = torch.ones_like(s[Stat.FORWARD_KL]), torch.zeros_like(s[Stat.FORWARD_KL])
-        return Sums(one, one, zero, zero, zero, s[Stat.FORWARD_KL])
+def _to_own_normalisers(
+    part: RowBatch, options: RowOptions, c: Tensor, lp: Tensor, lq: Tensor | None
+) -> None:
+    """Writes a part's maxima and log-sums into c, both -inf where all of its ids are excluded."""
+    sides = [(part.student, options.student, lp, Coef.STUDENT_MAX)]
+    if lq is not None:
+        sides.append((part.teacher, options.teacher, lq, Coef.TEACHER_MAX))
+    for logits, how, log_probs, at in sides:
+        high = c[at] = transform(logits, how, c.dtype).amax(-1)
+        c[at + 1] = torch.where(high == -math.inf, -math.inf, -log_probs.amax(-1))
+    # Relative to the maxima alone, as the other engines have it.
+    c[Coef.REVERSE_KL] += c[Coef.STUDENT_LOG_SUM] - c[Coef.TEACHER_LOG_SUM]
 
+
+def _dense_sums(lp: Tensor, lq: Tensor, options: RowOptions, needed: Tensor, c: Tensor) -> Sums:
+    """Of whole rows, made only for those that need them. Writes THRESHOLD into c."""
+    rule = options.rule
     # Sorting out rows costs a host sync on a GPU, and a copy where all are needed anyway.
-    needed = rows_with_sums(gated, rule)
     some = lp.device.type == "cpu" and not bool(needed.all())
     if some:
         lp, lq = lp[needed], lq[needed]
@@ -277,12 +230,32 @@ def _sums(
         threshold = with_margin(_kth_largest(lq, rule.top_k), options.teacher.softcap)
         c[Coef.THRESHOLD, needed if some else slice(None)] = threshold
     sums = _dense_terms(lp, lq, threshold, rule)
-    if some:
-        sums = _spread(sums, needed)
-    if rule.uses_top_k:
-        s[Stat.TEACHER_TOPK_MASS] = sums.teacher_mass.masked_fill(~needed, math.nan)
-        s[Stat.STUDENT_TOPK_MASS] = sums.student_mass.masked_fill(~needed, math.nan)
-    return sums
+    return _spread(sums, needed) if some else sums
+
+
+def _sums_of_part(
+    batch: RowBatch, options: RowOptions, needed: Tensor | None, coefs: Tensor
+) -> Sums:
+    """The share of a part of each row in its sums, by the normalisers and the THRESHOLD of the
+    whole rows."""
+    rule, on_cpu = options.rule, coefs.device.type == "cpu"
+    made = coefs.new_zeros((len(SUMS), coefs.shape[1]))
+    for rows, part in _blocks(batch):
+        picked: Tensor | slice = slice(None)
+        if needed is not None and on_cpu:
+            picked = needed[rows].nonzero().squeeze(-1)
+        c = coefs[:, rows][:, picked].unsqueeze(-1)
+        lp = _log_p(transform(part.student[picked], options.student, c.dtype), c, options)
+        if part.teacher is None:
+            ids, lq, on_k = _topk_ids(part, rule.top_k, lp.shape[-1], c.dtype)
+            found = sum_terms(lp.gather(-1, ids), lq, on_k, rule, dense=False)
+        else:
+            masked = rule.uses_top_k or rule.divergence == "akl"
+            lq = _log_q(part.teacher[picked], c, options)
+            threshold = c[Coef.THRESHOLD].squeeze(-1) if masked else None
+            found = _dense_terms(lp, lq, threshold, rule)
+        made[:, rows][:, picked] = as_matrix(found)
+    return Sums(*made)
 
 
 def _dense_terms(lp: Tensor, lq: Tensor, threshold: Tensor | None, rule: TokenRule) -> Sums:
@@ -372,7 +345,7 @@ def _gradient(part: RowBatch, c: Tensor, options: RowOptions, out: Tensor) -> No
             on_k = lq >= c[Coef.THRESHOLD, picked]
             weight[picked] = torch.where(on_k, c[Coef.P_TOP_K, picked], weight[picked])
         elif part.ids is not None:
-            weight = torch.where(_is_given(part, rule, d), c[Coef.P_TOP_K], weight)
+            weight = torch.where(_is_on_k(part, rule, d), c[Coef.P_TOP_K], weight)
     if rule.entropy_coef:
         inner = _log_p(z, c, options).add_(c[Coef.ENTROPY]).where(d > 0, 0.0)
         weight = weight - c[Coef.ENTROPY_WEIGHT] * inner
@@ -382,7 +355,7 @@ def _gradient(part: RowBatch, c: Tensor, options: RowOptions, out: Tensor) -> No
         add = _add_on_top_k if on_k_alone and on_cpu else _add_teacher_terms
         add(d, _log_p(z[picked], c[:, picked], options), lq, c[:, picked], picked, rule)
     elif part.ids is not None and rule.uses_sums:
-        ids, lq, on_k = _given(part, rule.top_k, d.shape[-1], d.dtype)
+        ids, lq, on_k = _topk_ids(part, rule.top_k, d.shape[-1], d.dtype)
         lp = _log_p(z, c, options).gather(-1, ids)
         d.scatter_add_(-1, ids, on_top_k(lp, lq, c, rule).where(on_k, 0.0))
     labels = part.labels.unsqueeze(-1)
@@ -399,9 +372,9 @@ def _gradient(part: RowBatch, c: Tensor, options: RowOptions, out: Tensor) -> No
     out.copy_(d)
 
 
-def _is_given(part: RowBatch, rule: TokenRule, like: Tensor) -> Tensor:
+def _is_on_k(part: RowBatch, rule: TokenRule, like: Tensor) -> Tensor:
     """(n, V): which ids a top-k teacher's K holds."""
-    ids, _, given = _given(part, rule.top_k, like.shape[-1], like.dtype)
+    ids, _, given = _topk_ids(part, rule.top_k, like.shape[-1], like.dtype)
     counts = torch.zeros(like.shape, dtype=torch.int16, device=like.device)
     return counts.scatter_add_(-1, ids, given.to(torch.int16)) > 0  # padding adds nothing
 
@@ -438,9 +411,13 @@ def on_top_k(lp: Tensor, lq: Tensor, c: Tensor, rule: TokenRule) -> Tensor:
 # --- small pieces ------------------------------------------------------------------------------
 
 
-def _blocks(batch: RowBatch):
+def _blocks(batch: RowBatch) -> Iterator[tuple[slice, RowBatch]]:
+    """(slice, its rows) of the blocks in which the passes walk a batch."""
     n, vocab_size = batch.student.shape
     size = block_rows(vocab_size, batch.student.device.type)
+    if 0 < n <= size:
+        yield slice(0, n), batch
+        return
     per_row = [
         f.name for f in fields(batch) if f.name != "student" and getattr(batch, f.name) is not None
     ]
@@ -468,7 +445,7 @@ def _pick(log_probs: Tensor, labels: Tensor) -> Tensor:
     return picked.where(inside, math.nan)
 
 
-def _given(part: RowBatch, k: int | None, vocab_size: int, dtype: torch.dtype):
+def _topk_ids(part: RowBatch, k: int | None, vocab_size: int, dtype: torch.dtype):
     """ids (in range), lq (-inf off K) and membership (rows, K) of a top-k teacher's K."""
     ids, lq = topk_teacher_ids(part.ids, part.topk_log_probs.to(dtype), k, vocab_size)
     return ids, lq, lq > -math.inf

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import importlib
 import math
-from dataclasses import replace
+from functools import cached_property
+from types import ModuleType
 
 import torch
-import triton.language as tl
 from torch import Tensor
 
 from ..objectives import TokenRule
-from . import torch_rows, triton_launch
-from . import triton_kernels as kernels
-from .layout import Coef, LogitTransform, Matrices, RowBatch, RowOptions, Stat, matrices
-from .rule import Gate
+from . import triton_launch
+from .engine import RowEngine, Statistics
+from .layout import LogitTransform, Matrices, RowBatch, RowOptions, matrices
+from .rule import Sums
 from .topk_teacher import topk_teacher_least
+from .torch_rows import row_squares
 from .triton_launch import (
     COLUMNS,
     FUSION_OFF,
@@ -29,200 +31,186 @@ from .triton_launch import (
 RULE_BLOCK = 128
 
 
-def forward(batch: RowBatch, options: RowOptions, into: Matrices | None = None) -> Matrices:
-    """stats (Stat, n) and coefs (Coef, n) of the chunk."""
-    rule, n = options.rule, batch.student.shape[0]
-    stats, coefs = matrices(batch, into)
-    if n == 0:
+class TritonRows(RowEngine):
+    """The passes of `rows.engine` as kernels, the gate and the rule among them."""
+
+    pads_rows = True
+
+    @cached_property
+    def kernels(self) -> ModuleType:
+        """Imported by the first pass: a plan asks about this engine where Triton need not be."""
+        return importlib.import_module(".triton_kernels", __package__)
+
+    def forward(
+        self, batch: RowBatch, options: RowOptions, into: Matrices | None = None
+    ) -> Matrices:
+        rule, n = options.rule, batch.student.shape[0]
+        stats, coefs, _ = self.statistics(batch, options, into)
+        if n == 0:
+            return stats, coefs
+        sums = None
+        dense = batch.teacher is not None
+        if dense and rule.uses_sums and not rule.sums_from_statistics:
+            sums = self._dense_sums(batch, options, stats, coefs)
+        elif batch.ids is not None:
+            sums = self._topk_teacher_sums(batch, options, stats, coefs)
+        self.kernels.rule_kernel[(-(-n // RULE_BLOCK),)](
+            *_gate_inputs(batch, rule), batch.token_weight, options.loss_scale,
+            options.entropy_threshold, stats, coefs, sums, n, _columns(stats, coefs),
+            ACC=self._acc(stats), **_gate_constants(rule), **_rule_constants(rule),
+            DENSE=dense, BLOCK=RULE_BLOCK, **FUSION_OFF,
+        )  # fmt: skip
         return stats, coefs
-    _statistics(batch, options, stats, coefs)
-    sums = None
-    dense = batch.teacher is not None
-    if dense and rule.uses_sums and not rule.sums_from_statistics:
-        sums = _dense_sums(batch, options, stats, coefs)
-    elif batch.ids is not None:
-        sums = _topk_teacher_sums(batch, options, stats, coefs)
-    kernels.rule_kernel[(-(-n // RULE_BLOCK),)](
-        *_gate_inputs(batch, rule), batch.token_weight, options.loss_scale,
-        options.entropy_threshold, stats, coefs, sums, n, _columns(stats, coefs),
-        ACC=_acc(stats.dtype), **_gate_constants(rule), **_rule_constants(rule),
-        DENSE=dense, BLOCK=RULE_BLOCK, **FUSION_OFF,
-    )  # fmt: skip
-    return stats, coefs
+
+    def statistics(
+        self, batch: RowBatch, options: RowOptions, into: Matrices | None = None
+    ) -> Statistics:
+        stats, coefs = matrices(batch, into)
+        if batch.student.shape[0] == 0:
+            return Statistics(stats, coefs)
+        z, t = _rows(batch.student), None if batch.teacher is None else _rows(batch.teacher)
+        n, vocab_size = z.shape
+        # By the student's logits alone: `entropy` gets the same bits without a teacher.
+        launch = tile_options(
+            vocab_size, stats.dtype, z.element_size(), triton_launch.STATISTICS_UNROLL
+        )
+        parts = parts_of_row(n, vocab_size, launch["UNROLL"] * launch["LANES"])
+        scratch = None if parts == 1 else stats.new_empty((8, parts, n))
+        arguments = (
+            z, t, _bias(options.student), _bias(options.teacher), batch.labels,
+            batch.label_log_probs, batch.teacher_entropy, stats, coefs, scratch, vocab_size,
+            z.stride(0), 0 if t is None else t.stride(0), _columns(stats, coefs),
+        )  # fmt: skip
+        constants = dict(ACC=self._acc(stats), **_transforms(options), PARTS=parts, **launch)
+        self.kernels.statistics_kernel[(n, parts)](*arguments, **constants)
+        if parts > 1:
+            self.kernels.join_kernel[(n,)](*arguments, **constants)
+        return Statistics(stats, coefs)
+
+    def sums(
+        self, batch: RowBatch, options: RowOptions, needed: Tensor | None, found: Statistics
+    ) -> Sums:
+        """The kernel finds the rows that need them by itself."""
+        make = self._topk_teacher_sums if needed is None else self._dense_sums
+        return Sums(*make(batch, options, found.stats, found.coefs))
+
+    def _dense_sums(
+        self, batch: RowBatch, options: RowOptions, stats: Tensor, coefs: Tensor
+    ) -> Tensor:
+        """(SUMS, n)."""
+        rule, z, t = options.rule, _rows(batch.student), _rows(batch.teacher)
+        n, vocab_size = z.shape
+        sums = coefs.new_empty((self.kernels.SUMS, n))
+        logit_size = min(z.element_size(), t.element_size())
+        # Registers do not suffice for it where rows are not aligned, and thus read number by
+        # number, nor where a thread's 16 bytes are 8 logits.
+        aligned = z.stride(0) % 16 == t.stride(0) % 16 == 0
+        few = not rule.sums_of_every_row and aligned and logit_size >= 4
+        launch = tile_options(
+            vocab_size, coefs.dtype, logit_size, triton_launch.SUMS_UNROLL,
+            triton_launch.ASKED_WARPS if few else None,
+        )  # fmt: skip
+        self.kernels.dense_sums_kernel[(n,)](
+            z, t, _bias(options.student), _bias(options.teacher), *_gate_inputs(batch, rule),
+            options.entropy_threshold, stats, coefs, sums, vocab_size, z.stride(0), t.stride(0),
+            _columns(stats, coefs),
+            ACC=self._acc(coefs), **_transforms(options), **_gate_constants(rule),
+            **_generator_constants(rule), TOP_K=rule.top_k if rule.uses_top_k else None,
+            TAIL=rule.top_k_tail, HAS_KL=rule.uses_forward_kl and rule.divergence != "akl",
+            THRESHOLD_GIVEN=options.sharded,
+            BY_LANES=rule.uses_top_k and lanes_hold(rule.top_k, launch["LANES"]),
+            SEARCH_BLOCK=min(1024, launch["LANES"]), **launch,
+        )  # fmt: skip
+        return sums
+
+    def _topk_teacher_sums(
+        self, batch: RowBatch, options: RowOptions, stats: Tensor, coefs: Tensor
+    ) -> Tensor | None:
+        """(SUMS, n) over a top-k teacher's K, None where the rule has no sums. Writes the teacher's
+        entropy into stats where the teacher does not give it."""
+        rule, z = options.rule, _rows(batch.student)
+        n, vocab_size = z.shape
+        unknown = batch.teacher_entropy is None
+        if not (rule.uses_sums or unknown):
+            return None
+        sums = coefs.new_empty((self.kernels.SUMS, n)) if rule.uses_sums else None
+        k = batch.ids.shape[1]
+        self.kernels.topk_teacher_sums_kernel[(n,)](
+            z, _bias(options.student), *_topk_ids(batch, rule, vocab_size), stats, coefs, sums,
+            vocab_size, z.stride(0), k, _columns(stats, coefs), ACC=self._acc(coefs),
+            **_transform("", options.student), **_generator_constants(rule),
+            ENTROPY_UNKNOWN=unknown, BLOCK=power_of_two(k), **FUSION_OFF,
+        )  # fmt: skip
+        return sums
+
+    def gradient(self, batch: RowBatch, coefs: Tensor, options: RowOptions, out: Tensor) -> None:
+        rule, z = options.rule, _rows(batch.student)
+        reads_teacher = batch.teacher is not None and rule.reads_teacher_rows
+        t = _rows(batch.teacher) if reads_teacher else None
+        n, vocab_size = z.shape
+        if n == 0:
+            return
+        coefs = _rows(coefs)
+        common = dict(
+            ACC=self._acc(coefs),
+            HAS_ENTROPY=rule.entropy_coef != 0,
+            HAS_P_TOP_K=rule.uses_top_k and rule.p_differs_on_k,
+            **_generator_constants(rule),
+        )
+        topk_ids = id_logits = None
+        if batch.ids is not None and rule.uses_sums:
+            topk_ids = _topk_ids(batch, rule, vocab_size)
+            if _share_memory(z, out):
+                id_logits = z.gather(1, topk_ids[0].clamp(0, vocab_size - 1))
+        launch = block_options(vocab_size, coefs.dtype)
+        parts = parts_of_row(n, vocab_size, launch["BLOCK"])
+        self.kernels.gradient_kernel[(n, parts)](
+            z, t, _bias(options.student), _bias(options.teacher), batch.labels, coefs, out,
+            vocab_size, z.stride(0), 0 if t is None else t.stride(0), coefs.stride(0),
+            out.stride(0), HAS_REVERSE=rule.uses_reverse_kl, HAS_TOP_K=rule.uses_top_k,
+            **_transforms(options), **common, PARTS=parts, **launch,
+        )  # fmt: skip
+        if topk_ids is not None:
+            k = batch.ids.shape[1]
+            self.kernels.topk_teacher_grad_kernel[(n,)](
+                *topk_ids, z if id_logits is None else None, id_logits, _bias(options.student),
+                batch.labels, coefs, out, vocab_size, k, z.stride(0), coefs.stride(0),
+                out.stride(0), **_transform("", options.student), **common,
+                BLOCK=power_of_two(k), **FUSION_OFF,
+            )  # fmt: skip
+
+    def column_sums(self, d_logits: Tensor, hidden: Tensor) -> Tensor:
+        d_logits = _rows(d_logits)
+        n, vocab_size = d_logits.shape
+        sums = hidden.new_empty((3, vocab_size))
+        self.kernels.column_sums_kernel[(-(-vocab_size // COLUMNS["BLOCK"]),)](
+            d_logits, hidden.contiguous(), sums, n, vocab_size, d_logits.stride(0),
+            ACC=self._acc(hidden), **COLUMNS,
+        )  # fmt: skip
+        return sums
+
+    def row_squares(self, matrix: Tensor, dtype: torch.dtype) -> Tensor:
+        return row_squares(matrix, dtype)
+
+    def _acc(self, like: Tensor):
+        return self.kernels.accumulator(like.dtype)
 
 
-def statistics(batch: RowBatch, options: RowOptions, into: Matrices | None = None) -> Matrices:
-    """stats and coefs up to REVERSE_KL of a part of each row; see `torch_rows.statistics`. A top-k
-    teacher's entropy is that of the whole row, in the batch."""
-    stats, coefs = matrices(batch, into)
-    if batch.student.shape[0]:
-        _statistics(batch, options, stats, coefs)
-    return stats, coefs
+# --- arguments ---------------------------------------------------------------------------------
 
 
-def _statistics(batch: RowBatch, options: RowOptions, stats: Tensor, coefs: Tensor) -> None:
-    z, t = _rows(batch.student), None if batch.teacher is None else _rows(batch.teacher)
-    n, vocab_size = z.shape
-    # By the student's logits alone: `entropy` gets the same bits without a teacher.
-    launch = tile_options(
-        vocab_size, stats.dtype, z.element_size(), triton_launch.STATISTICS_UNROLL
-    )
-    parts = parts_of_row(n, vocab_size, launch["UNROLL"] * launch["LANES"])
-    room = None if parts == 1 else stats.new_empty((8, parts, n))
-    arguments = (
-        z, t, _bias(options.student), _bias(options.teacher), batch.labels, batch.label_log_probs,
-        batch.teacher_entropy, stats, coefs, room, vocab_size, z.stride(0),
-        0 if t is None else t.stride(0), _columns(stats, coefs),
-    )  # fmt: skip
-    constants = dict(ACC=_acc(stats.dtype), **_transforms(options), PARTS=parts, **launch)
-    kernels.statistics_kernel[(n, parts)](*arguments, **constants)
-    if parts > 1:
-        kernels.join_kernel[(n,)](*arguments, **constants)
-
-
-def sums(batch: RowBatch, options: RowOptions, gated: Gate, stats: Tensor, coefs: Tensor) -> Tensor:
-    """Of a part of each row; see `torch_rows.sums`."""
-    if batch.teacher is None:
-        return _topk_teacher_sums(batch, options, stats, coefs)
-    return _dense_sums(batch, options, stats, coefs, threshold_given=True)
-
-
-def _dense_sums(
-    batch: RowBatch,
-    options: RowOptions,
-    stats: Tensor,
-    coefs: Tensor,
-    threshold_given: bool = False,
-) -> Tensor:
-    """(SUMS, n). K by its k-th id, or as THRESHOLD gives it."""
-    rule, z, t = options.rule, _rows(batch.student), _rows(batch.teacher)
-    n, vocab_size = z.shape
-    sums = coefs.new_empty((kernels.SUMS, n))
-    logit_size = min(z.element_size(), t.element_size())
-    # Registers do not suffice for it where rows are not aligned, and thus read number by number,
-    # nor where a thread's 16 bytes are 8 logits.
-    aligned = z.stride(0) % 16 == t.stride(0) % 16 == 0
-    few = not rule.sums_of_every_row and aligned and logit_size >= 4
-    launch = tile_options(
-        vocab_size, coefs.dtype, logit_size, triton_launch.SUMS_UNROLL,
-        triton_launch.ASKED_WARPS if few else None,
-    )  # fmt: skip
-    kernels.dense_sums_kernel[(n,)](
-        z, t, _bias(options.student), _bias(options.teacher), *_gate_inputs(batch, rule),
-        options.entropy_threshold, stats, coefs, sums, vocab_size, z.stride(0), t.stride(0),
-        _columns(stats, coefs),
-        ACC=_acc(coefs.dtype), **_transforms(options), **_gate_constants(rule),
-        **_generator_constants(rule), TOP_K=rule.top_k if rule.uses_top_k else None,
-        TAIL=rule.top_k_tail, HAS_KL=rule.uses_forward_kl and rule.divergence != "akl",
-        THRESHOLD_GIVEN=threshold_given,
-        BY_LANES=rule.uses_top_k and lanes_hold(rule.top_k, launch["LANES"]),
-        SEARCH_BLOCK=min(1024, launch["LANES"]), **launch,
-    )  # fmt: skip
-    return sums
-
-
-def _topk_teacher_sums(
-    batch: RowBatch, options: RowOptions, stats: Tensor, coefs: Tensor
-) -> Tensor | None:
-    """(SUMS, n) over a top-k teacher's K, where the rule has sums. And in stats its entropy, where
-    it gave none."""
-    rule, z = options.rule, _rows(batch.student)
-    n, vocab_size = z.shape
-    unknown = batch.teacher_entropy is None
-    if not (rule.uses_sums or unknown):
-        return None
-    sums = coefs.new_empty((kernels.SUMS, n)) if rule.uses_sums else None
-    k = batch.ids.shape[1]
-    kernels.topk_teacher_sums_kernel[(n,)](
-        z, _bias(options.student), *_given(batch, rule, vocab_size), stats, coefs, sums,
-        vocab_size, z.stride(0), k, _columns(stats, coefs), ACC=_acc(coefs.dtype),
-        **_transform("", options.student), **_generator_constants(rule), ENTROPY_UNKNOWN=unknown,
-        BLOCK=power_of_two(k), **FUSION_OFF,
-    )  # fmt: skip
-    return sums
-
-
-def _given(batch: RowBatch, rule: TokenRule, vocab_size: int) -> tuple:
+def _topk_ids(
+    batch: RowBatch, rule: TokenRule, vocab_size: int
+) -> tuple[Tensor, Tensor, Tensor | None]:
     """A top-k teacher's ids and log-probs (n, K), and the least (n,) of those in the rule's K."""
     ids, log_probs = batch.ids.contiguous(), batch.topk_log_probs.contiguous()
     least = topk_teacher_least(ids, log_probs, rule.top_k, vocab_size) if rule.uses_sums else None
     return ids, log_probs, least
 
 
-def _gate_inputs(batch: RowBatch, rule: TokenRule) -> tuple:
+def _gate_inputs(batch: RowBatch, rule: TokenRule) -> tuple[Tensor | None, ...]:
     prefix = batch.teacher_prefix if rule.prefix_weight is not None else None
     return batch.old_log_probs, batch.advantages, batch.uniforms, prefix
-
-
-def entropy(batch: RowBatch, options: RowOptions) -> Tensor:
-    """H(p) (n,) alone, for rules that rank the batch by it."""
-    z = _rows(batch.student)
-    n, dtype = z.shape[0], torch.promote_types(z.dtype, torch.float32)
-    stats = z.new_empty((len(Stat), n), dtype=dtype)
-    coefs = z.new_empty((len(Coef), n), dtype=dtype)
-    if n:
-        alone = replace(batch, teacher=None, label_log_probs=None, teacher_entropy=None)
-        _statistics(alone, options, stats, coefs)
-    return stats[Stat.ENTROPY]
-
-
-def gradient(batch: RowBatch, coefs: Tensor, options: RowOptions, out: Tensor) -> None:
-    """Writes d_logits (n, V) into `out`, which may be `batch.student` itself."""
-    rule, z = options.rule, _rows(batch.student)
-    t = None if batch.teacher is None or not rule.reads_teacher_rows else _rows(batch.teacher)
-    n, vocab_size = z.shape
-    if n == 0:
-        return
-    coefs = _rows(coefs)
-    dtype = coefs.dtype
-    common = dict(
-        ACC=_acc(dtype),
-        HAS_ENTROPY=rule.entropy_coef != 0,
-        HAS_P_TOP_K=rule.uses_top_k and rule.p_differs_on_k,
-        **_generator_constants(rule),
-    )
-    given = id_logits = None
-    if batch.ids is not None and rule.uses_sums:
-        given = _given(batch, rule, vocab_size)
-        if _share_memory(z, out):
-            id_logits = z.gather(1, given[0].clamp(0, vocab_size - 1))
-    launch = block_options(vocab_size, dtype)
-    parts = parts_of_row(n, vocab_size, launch["BLOCK"])
-    kernels.gradient_kernel[(n, parts)](
-        z, t, _bias(options.student), _bias(options.teacher), batch.labels, coefs, out, vocab_size,
-        z.stride(0), 0 if t is None else t.stride(0), coefs.stride(0), out.stride(0),
-        HAS_REVERSE=rule.uses_reverse_kl, HAS_TOP_K=rule.uses_top_k, **_transforms(options),
-        **common, PARTS=parts, **launch,
-    )  # fmt: skip
-    if given is not None:
-        k = batch.ids.shape[1]
-        kernels.topk_teacher_grad_kernel[(n,)](
-            *given, z if id_logits is None else None, id_logits, _bias(options.student),
-            batch.labels, coefs, out, vocab_size, k, z.stride(0), coefs.stride(0), out.stride(0),
-            **_transform("", options.student), **common, BLOCK=power_of_two(k), **FUSION_OFF,
-        )  # fmt: skip
-
-
-def column_sums(d_logits: Tensor, hidden: Tensor) -> Tensor:
-    """(3, V) of d_logits (n, V) and hidden (2, n), as in `torch_rows`."""
-    d_logits = _rows(d_logits)
-    n, vocab_size = d_logits.shape
-    sums = hidden.new_empty((3, vocab_size))
-    kernels.column_sums_kernel[(-(-vocab_size // COLUMNS["BLOCK"]),)](
-        d_logits, hidden.contiguous(), sums, n, vocab_size, d_logits.stride(0),
-        ACC=_acc(hidden.dtype), **COLUMNS,
-    )  # fmt: skip
-    return sums
-
-
-row_squares = torch_rows.row_squares
-
-
-# --- arguments ---------------------------------------------------------------------------------
-
-
-def _acc(dtype: torch.dtype) -> tl.dtype:
-    return tl.float64 if dtype == torch.float64 else tl.float32
 
 
 def _columns(stats: Tensor, coefs: Tensor) -> int:

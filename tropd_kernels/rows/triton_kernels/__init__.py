@@ -30,7 +30,7 @@ itself, eight times over. Weighted by q instead of counted, the same search find
 """
 
 from .columns import column_sums_kernel
-from .constants import SUMS
+from .constants import SUMS, accumulator
 from .gradient import gradient_kernel, topk_teacher_grad_kernel
 from .rule import rule_kernel
 from .statistics import join_kernel, statistics_kernel
@@ -39,6 +39,7 @@ from .topk_teacher import topk_teacher_sums_kernel
 
 __all__ = [
     "SUMS",
+    "accumulator",
     "column_sums_kernel",
     "dense_sums_kernel",
     "topk_teacher_grad_kernel",

@@ -48,3 +48,8 @@ SUMS = 8
 LEAST_TAIL_32 = tl.constexpr(_least_tail(torch.float32))
 LEAST_TAIL_64 = tl.constexpr(_least_tail(torch.float64))
 INF = tl.constexpr(float("inf"))
+
+
+def accumulator(dtype: torch.dtype) -> tl.dtype:
+    """`ACC` of the kernels, from the dtype of the matrices."""
+    return tl.float64 if dtype == torch.float64 else tl.float32
