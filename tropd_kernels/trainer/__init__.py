@@ -12,6 +12,7 @@
 | adapter.py         | TRL's trainer with its teacher and its loss replaced                  |
 | generation.py      | how a generation batch is written: checks, prefixes, sampling         |
 | reuse.py           | the order of rows, and batches that serve several steps               |
+| patching.py        | temporary changes of objects and of a model's forwards                |
 | metric_logs.py     | means over tokens in each log and evaluation                          |
 | hooks.py           | TRL's private methods and attributes that these five rely on          |
 | sides.py           | a model's hidden states and head on one micro-batch                   |

@@ -25,6 +25,7 @@ from . import metrics
 from .dropout import disable_dropout
 from .generation import PrefixedGeneration
 from .loaded_teacher import check_dtypes, check_own_weights, load_teacher
+from .patching import replaced
 from .reuse import BatchReuse
 from .router import router_loss
 from .sharding import (
@@ -152,16 +153,16 @@ class DistillationAdapter(BatchReuse, PrefixedGeneration):
         Each has at most `tokens` tokens, and ends at an end of the teacher's or of the student's.
         """
         check_padding(self._tokenizer, self._shared_vocab_size, "teacher")
-        before = self.model_wrapped, self.use_vllm, self.eos_token_ids
-        self.model_wrapped, self.use_vllm = self.teacher_model, False
-        self.eos_token_ids = [*self.eos_token_ids, *self._teacher_eos]
-        self.generation_config.eos_token_id = self.eos_token_ids
+        eos = [*self.eos_token_ids, *self._teacher_eos]
+        teacher = {"model_wrapped": self.teacher_model, "use_vllm": False, "eos_token_ids": eos}
         try:
-            with self._new_token_limit(tokens):
+            with (
+                replaced(self, **teacher),
+                replaced(self.generation_config, eos_token_id=eos),
+                self._new_token_limit(tokens),
+            ):
                 return self._sample_completions(prompt_ids, images, multimodal_fields)
         finally:
-            self.model_wrapped, self.use_vllm, self.eos_token_ids = before
-            self.generation_config.eos_token_id = self.eos_token_ids
             reshard(self.teacher_model)
 
     # The loss. `_compute_loss` runs inside the student wrapper's forward, where a collective would

@@ -18,7 +18,7 @@ from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
 from .. import __version__
 from .config import TrOPDConfig
-from .router import base_of
+from .patching import base_of
 
 _REPOSITORY = "https://github.com/huggingface/trl"
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from .router import base_of
+from .patching import added_keywords, base_of
 
 #: `token_type_ids` of a generated token, where it is not 0. PaliGemma's 0 is the prefix, in which
 #: every token attends to every other; 1 follows it.
@@ -128,15 +128,8 @@ def passing_fields(
     }
     kept = {name: value for name, value in kept.items() if has_rows(kept, name)}
     given = {name: value for name, value in (kept | others).items() if name in reads}
-
-    def add(module, arguments, keywords):
-        return arguments, keywords | given
-
-    hook = backbone.register_forward_pre_hook(add, with_kwargs=True)
-    try:
+    with added_keywords(backbone, **given):
         yield
-    finally:
-        hook.remove()
 
 
 def has_rows(inputs: Mapping[str, Any], name: str) -> bool:

@@ -22,6 +22,7 @@ from .data_checks import check_prompts, check_tokens
 from .fields import KeptFields, extend_token_fields, kept_fields, mark_written
 from .hooks import MULTIMODAL_FIELDS
 from .metric_logs import MetricLogs
+from .patching import replaced
 from .prefix import is_complete
 from .sampling import evaluation_mode, pin_sampling_defaults
 from .sharding import generates_together, holds_on_all, weights_are_finite
@@ -93,12 +94,9 @@ class PrefixedGeneration(MetricLogs):
             return super()._tokenize_prompts(prompts)
         if not is_conversational({"prompt": prompts[0]}):
             return self.processing_class(text=prompts, padding=False)["input_ids"], None, {}
-        before = self.chat_template_kwargs
-        self.chat_template_kwargs = {"padding": False} | before
-        try:
+        unpadded = {"padding": False} | self.chat_template_kwargs
+        with replaced(self, chat_template_kwargs=unpadded):
             return super()._tokenize_prompts(prompts)
-        finally:
-            self.chat_template_kwargs = before
 
     def _generate_and_score_completions(self, inputs):
         check_prompts(inputs)
@@ -214,17 +212,11 @@ class PrefixedGeneration(MetricLogs):
     @contextlib.contextmanager
     def _new_token_limit(self, tokens: int) -> Iterator[None]:
         """Limits generation inside to so many new tokens."""
-        owners = [(self.generation_config, "max_new_tokens")]
-        if self.use_vllm:
-            owners.append((self.vllm_generation, "max_completion_length"))
-        before = [getattr(owner, name) for owner, name in owners]
-        try:
-            for owner, name in owners:
-                setattr(owner, name, tokens)
+        with contextlib.ExitStack() as limits:
+            limits.enter_context(replaced(self.generation_config, max_new_tokens=tokens))
+            if self.use_vllm:
+                limits.enter_context(replaced(self.vllm_generation, max_completion_length=tokens))
             yield
-        finally:
-            for (owner, name), value in zip(owners, before):
-                setattr(owner, name, value)
 
 
 def _unpadded(batch: dict[str, Any], part: str) -> list[list[int]]:

@@ -12,6 +12,7 @@ from datasets import IterableDataset
 from trl import DistillationTrainer  # type: ignore[attr-defined]
 from trl.trainer.utils import RepeatSampler
 
+from .patching import replaced
 from .sharding import holds_on_all
 
 
@@ -51,15 +52,12 @@ class BatchReuse(DistillationTrainer):
     def get_train_dataloader(self):
         # TRL counts micro-batches over all calls of train(), and one may have ended amid a step.
         self._step, self._buffered_inputs = 0, None
-        data, shuffles, seed = self.train_dataset, self.shuffle_dataset, self.args.data_seed
-        if not (isinstance(data, IterableDataset) and shuffles) or seed is None:
+        data, seed = self.train_dataset, self.args.data_seed
+        if not (isinstance(data, IterableDataset) and self.shuffle_dataset) or seed is None:
             return super().get_train_dataloader()
         # TRL would shuffle the stream by `seed`.
-        self.train_dataset, self.shuffle_dataset = data.shuffle(seed=seed), False
-        try:
+        with replaced(self, train_dataset=data.shuffle(seed=seed), shuffle_dataset=False):
             return super().get_train_dataloader()
-        finally:
-            self.train_dataset, self.shuffle_dataset = data, shuffles
 
     def _get_train_sampler(self, dataset=None):
         trls: Any = super()._get_train_sampler(dataset)

@@ -12,14 +12,10 @@ from typing import Any
 
 from torch import Tensor
 
+from .patching import added_keywords, base_of
+
 _EXPERTS = "num_experts num_local_experts n_routed_experts"
 _WITHOUT = "set router_aux_loss_coef=0 to train without it"
-
-
-def base_of(model: Any) -> Any:
-    """The causal LM itself, without PEFT's wrapper."""
-    inner = getattr(model, "get_base_model", None)
-    return model if inner is None else inner()
 
 
 class RouterLoss:
@@ -51,21 +47,15 @@ class RouterLoss:
         found: list[Any] = []
         backbone = base_of(model).base_model
 
-        def ask(module, arguments, keywords):
-            return arguments, keywords | {"output_router_logits": True}
-
         def keep(module, arguments, output):
             found.append(getattr(output, "router_logits", None))
 
-        hooks = (
-            backbone.register_forward_pre_hook(ask, with_kwargs=True),
-            backbone.register_forward_hook(keep),
-        )
+        hook = backbone.register_forward_hook(keep)
         try:
-            yield found
+            with added_keywords(backbone, output_router_logits=True):
+                yield found
         finally:
-            for hook in hooks:
-                hook.remove()
+            hook.remove()
 
     def loss(self, logits: Any, mask: Tensor) -> Tensor:
         """The auxiliary loss, without its coefficient. mask: (B, T), 0 for padding."""

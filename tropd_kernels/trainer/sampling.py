@@ -30,6 +30,7 @@ from transformers import (
     TopPLogitsWarper,
 )
 
+from .patching import replaced
 from .sides import ModelSide
 
 #: Keys that a model needs in order to run and no sampler reads. The trainer sets ends and padding.
@@ -164,14 +165,11 @@ def pin_sampling_defaults(model: Any) -> Iterator[None]:
     wrapper, call the language model's. model: without accelerate's wrappers.
     """
     owners = [part for part in model.modules() if "generation_config" in vars(part)]
-    before = [part.generation_config for part in owners]
-    try:
-        for part, own in zip(owners, before):
-            part.generation_config = _plain(own)
+    with contextlib.ExitStack() as configs:
+        for part in owners:
+            plain = _plain(part.generation_config)
+            configs.enter_context(replaced(part, generation_config=plain))
         yield
-    finally:
-        for part, own in zip(owners, before):
-            part.generation_config = own
 
 
 def _plain(own: GenerationConfig | None) -> GenerationConfig:
@@ -187,11 +185,7 @@ def _plain(own: GenerationConfig | None) -> GenerationConfig:
 @contextlib.contextmanager
 def evaluation_mode(model: Any) -> Iterator[None]:
     """Puts all modules in evaluation mode inside: no dropout, no noise (NEFTune's, a router's)."""
-    training = [part for part in model.modules() if part.training]
-    try:
-        for part in training:
-            part.training = False
+    with contextlib.ExitStack() as modes:
+        for part in model.modules():
+            modes.enter_context(replaced(part, training=False))
         yield
-    finally:
-        for part in training:
-            part.training = True

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from trl.models.utils import prepare_deepspeed
 
 from ..heads import Head, read_head
-from .router import base_of
+from .patching import base_of
 
 
 def fsdp_version(accelerator: Any) -> int | None:

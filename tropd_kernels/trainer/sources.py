@@ -25,6 +25,8 @@ from transformers import (
 from transformers.utils.import_utils import is_peft_available
 from transformers.utils.peft_utils import find_adapter_config_file
 
+from .patching import replaced
+
 #: Options of `from_pretrained` that say where files are ...
 PLACE = ("cache_dir", "local_files_only", "revision", "subfolder", "token")
 #: ... and whether and which code is loaded with them.
@@ -162,11 +164,9 @@ def class_of_student(student: Any, args: Any) -> Iterator[None]:
     if not isinstance(student, str) or not pick(given, (*PLACE, "code_revision", "gguf_file")):
         yield
         return
-    args.model_init_kwargs = given | {"architecture": model_class(student, student_options(args))}
-    try:
+    architecture = model_class(student, student_options(args))
+    with replaced(args, model_init_kwargs=given | {"architecture": architecture}):
         yield
-    finally:
-        args.model_init_kwargs = given
 
 
 def check_sources(model: Any, teacher_model: Any, args: Any) -> None:

@@ -1,0 +1,40 @@
+"""Temporary changes of objects and of a model's forwards, which end with their `with` block."""
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+from torch import nn
+
+
+def base_of(model: Any) -> Any:
+    """The causal LM itself, without PEFT's wrapper."""
+    inner = getattr(model, "get_base_model", None)
+    return model if inner is None else inner()
+
+
+@contextlib.contextmanager
+def replaced(owner: Any, **attributes: Any) -> Iterator[None]:
+    """Sets attributes of an object inside, and restores them afterwards."""
+    before = {name: getattr(owner, name) for name in attributes}
+    try:
+        for name, value in attributes.items():
+            setattr(owner, name, value)
+        yield
+    finally:
+        for name, value in before.items():
+            setattr(owner, name, value)
+
+
+@contextlib.contextmanager
+def added_keywords(module: nn.Module, **keywords: Any) -> Iterator[None]:
+    """Passes further keyword arguments to the module's forwards inside."""
+
+    def add(module, arguments, given):
+        return arguments, given | keywords
+
+    hook = module.register_forward_pre_hook(add, with_kwargs=True)
+    try:
+        yield
+    finally:
+        hook.remove()
