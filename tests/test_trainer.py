@@ -260,8 +260,8 @@ def test_gradients_from_a_sample_of_ids(tmp_path):
     runs, given = [], []
 
     class Seen(Spy):
-        def _sample(self, inputs):
-            given.append(super()._sample(inputs))
+        def _gradient_sampling(self, inputs):
+            given.append(super()._gradient_sampling(inputs))
             return given[-1]
 
     for share in (None, 0.2, 0.2):

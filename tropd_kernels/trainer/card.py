@@ -1,9 +1,9 @@
-"""The model card of a run: what the student was trained with, on, from and by whom.
+"""The model card of a run: objective, models, data, settings and versions.
 
-TRL's card names its trainer's one method and paper. Here the method is the config's objective, so
-the text is written from the config and from the names that the trainer was given; the metadata is
-TRL's. A model in a folder goes by the folder's last part: a card is published, and a machine's
-paths are nobody's business. What is not known is left out.
+TRL's card names the method and paper of its trainer. Here the method is the config's objective, so
+the text is made from the config and the names that the trainer was given; the metadata is TRL's. A
+model in a folder goes by the folder's last part: a card is published, and should not show a
+machine's paths. What is not known is left out.
 """
 
 import re
@@ -25,10 +25,7 @@ _REPOSITORY = "https://github.com/huggingface/trl"
 
 @dataclass(frozen=True)
 class Source:
-    """Where an objective is from.
-
-    id: of arXiv, or None where `url` is all there is.
-    """
+    """The publication of an objective: an arXiv `id`, or only a `url`."""
 
     title: str
     authors: str
@@ -100,7 +97,7 @@ _AKL = Source(
 )  # fmt: skip
 
 _WHOLE = "over the whole vocabulary, on every token"
-#: Name, what it does on a token, and where it is from, of each objective.
+#: Each objective's name, what it does on a token, and its publication.
 OBJECTIVES: Mapping[str, tuple[str, str, Source | None]] = {
     "tropd": (
         "TrOPD",
@@ -136,12 +133,12 @@ OBJECTIVES: Mapping[str, tuple[str, str, Source | None]] = {
     "akl": ("Adaptive KL (AKL)", "forward and reverse KL, blended per token", _AKL),
 }
 
-#: Fields of the config, our own and TRL's, that have a sentence or a place of their own in a card.
+#: Fields of the config, our own and TRL's, with their own sentence or place in a card.
 IN_WORDS = {
     "objective", "objective_kwargs", "beta", "prefix_schedule", "prefix_length", "lmbda",
     "kl_discount_factor", "importance_gamma", "drift_tau",
 }  # fmt: skip
-#: Others that shape the loss or the completions: a card has those that are not at their defaults.
+#: Others that influence the loss or the completions: a card has those not at their defaults.
 SHAPING = {
     "stage_fraction", "prefix_fraction", "prefix_steps", "prefix_weight", "num_iterations",
     "drift_block_size", "router_aux_loss_coef", "gradient_tolerance", "gradient_sampling",
@@ -149,8 +146,8 @@ SHAPING = {
     "repetition_penalty", "generation_kwargs", "chat_template_kwargs", "use_vllm",
     "vllm_structured_outputs_regex", "max_tool_calling_iterations",
 }  # fmt: skip
-#: And those that shape neither: where models and data are, how a step is computed, what is shown.
-#: The optimiser's and transformers' own are not a card's matter.
+#: Those that influence neither: where models and data are, how a step is computed, what is shown.
+#: Settings of the optimizer and of transformers do not appear in a card.
 SHAPING_NOTHING = {
     "prefix_column", "teacher_model_server_url", "teacher_server_timeout",
     "teacher_server_retries", "teacher_server_concurrency", "precomputed_teacher", "backend",
@@ -176,10 +173,7 @@ Thrush, Tristan and Lambert, Nathan and Huang, Shengyi and Rasul, Kashif and Gal
 
 @dataclass(frozen=True)
 class Named:
-    """A model or a data set, by a name fit to be published.
-
-    hub: its name on the hub, where it has one; else `text` says what it is.
-    """
+    """A publishable name of a model or data set: on the hub, or else `text` describes it."""
 
     text: str
     hub: str | None = None
@@ -191,7 +185,7 @@ class Named:
 
 
 def named(name: str) -> Named:
-    """Of a name on the hub, or of a folder or file, which gives its last part alone."""
+    """The publishable form of a name on the hub, or of a folder or file: its last part."""
     parts = [part for part in re.split(r"[/\\]+", name) if part]
     for part in parts:  # a snapshot in the hub's cache
         if match := re.fullmatch(r"(?:models|datasets)--(?:(.+?)--)?(.+)", part):
@@ -213,7 +207,7 @@ def _on_hub(name: str) -> Named:
 
 
 def named_model(model: Any) -> Named:
-    """Of a model's name, or of a model: by the name that it was loaded by, or else by its class."""
+    """The publishable name of a model: as given, as it was loaded, or its class."""
     if isinstance(model, str):
         return named(model)
     loaded = getattr(model.config, "_name_or_path", "") or ""
@@ -226,17 +220,14 @@ def named_model(model: Any) -> Named:
 
 @dataclass(frozen=True)
 class Subject:
-    """What a card is about, as the trainer was given it.
-
-    student: where training began. teacher: as it stands in a sentence, or None where there is none.
-    """
+    """The models of a card: the student before training, and a phrase for the teacher, if any."""
 
     student: Named
     teacher: str | None = None
 
 
 def subject(model: Any, teacher: Any, served: str | None, args: TrOPDConfig) -> Subject:
-    """Of what `TrOPDTrainer` was given. served: the name of a teacher behind a server."""
+    """The subject by `TrOPDTrainer`'s arguments. served: the name of a teacher behind a server."""
     if args.precomputed_teacher:
         who: str | None = "a teacher whose log-probs were computed before and came with the data"
     elif served is not None:
@@ -294,7 +285,7 @@ def write(
 
 
 def _settings(args: TrOPDConfig) -> list[str]:
-    """A list of what else shaped the loss or the completions, where something did."""
+    """A list, if any, of the settings that influenced the loss or the completions."""
     lines = []
     knobs: dict[str, Any] = dict(args.objective_kwargs or {})  # type: ignore[arg-type]
     if args.beta is not None:
@@ -326,7 +317,7 @@ def _settings(args: TrOPDConfig) -> list[str]:
 
 
 def _is_tropd(args: TrOPDConfig) -> bool:
-    """Whether the objective itself is credited to TrOPD's paper."""
+    """Whether TrOPD's paper is the objective's publication."""
     return OBJECTIVES[args.objective][2] is _TROPD
 
 

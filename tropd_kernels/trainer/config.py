@@ -58,14 +58,14 @@ class TrOPDConfig(DistillationConfig):
 
     Of TRL's own fields:
 
-    teacher_model_revision: of a teacher by name. Of a teacher given as a model, the revision at
-        which its tokenizer is looked up on this machine, to be compared with the student's.
+    teacher_model_revision: revision of a teacher by name. For a teacher given as a model, the
+        revision at which its tokenizer is looked up on this machine for the comparison.
     top_k, top_p, min_p, repetition_penalty, generation_kwargs: other values than the defaults
         sample from another distribution than the student's, so that the K1 term of an objective
         has a biased gradient: the trainer warns, and logs the mass that is kept as
-        `tropd/sampling_mass`. Objectives without K1 compare whole distributions all the same.
-    disable_dropout: switches dropout off however the student does it, also in its config, with
-        which it is saved.
+        `tropd/sampling_mass`. Objectives without K1 still compare whole distributions.
+    disable_dropout: switches off every form of dropout of the student, also in the config that is
+        saved with it.
 
     Not taken: `auto_find_batch_size`, `torch_compile`, settings without effect here (`effects.py`),
     and in `generation_kwargs` the lengths, numbers and ends of completions.
@@ -106,13 +106,11 @@ class TrOPDConfig(DistillationConfig):
         'paper\'s), "linear", or "constant" (never).',
         "none",
     )
-    prefix_length: int = _setting("l at the first step, in tokens.", 0)
+    prefix_length: int = _setting("length l of the prefix at the first step, in tokens.", 0)
     prefix_fraction: float = _setting(
         "share of training over which l falls to 0; the paper's 1.", 1.0
     )
-    prefix_steps: int | None = _setting(
-        "the same in optimiser steps, in the place of prefix_fraction."
-    )
+    prefix_steps: int | None = _setting("the same in optimizer steps, instead of prefix_fraction.")
     prefix_weight: float | None = _setting(
         "weight of the K1 forward KL on the prefix, the paper's 0.001. Objectives without that "
         "term treat a prefix like any other token, and refuse another value.",
@@ -164,7 +162,7 @@ class TrOPDConfig(DistillationConfig):
         False,
     )
     num_iterations: int = _setting(
-        "optimiser steps on each generation batch, as in GRPO (default 1). From the second on the "
+        "optimizer steps on each generation batch, as in GRPO (default 1). From the second on the "
         "ratio to the policy that sampled takes part: PPO's clip, `drift_tau`. A run resumed "
         "between them goes on with its batch, and so with the same micro-batches.",
         1,
@@ -242,7 +240,7 @@ class TrOPDConfig(DistillationConfig):
         check_conditions(self)
 
     def to_dict(self) -> dict[str, Any]:
-        """As transformers', which hides the hub's tokens, but not those of a model's arguments."""
+        """As transformers' `to_dict`, but secrets in a model's arguments are hidden, too."""
         return redacted(super().to_dict())
 
     def __repr__(self) -> str:
@@ -257,7 +255,7 @@ class TrOPDConfig(DistillationConfig):
             cls.__repr__ = TrOPDConfig.__repr__  # type: ignore[method-assign]
 
     def rule(self, progress: float = 0.0) -> TokenRule:
-        """The objective at this share of training, 0 to 1; only reopold's depends on it."""
+        """The objective's rule at this share of training, 0 to 1; only reopold's depends on it."""
         arguments: dict[str, Any] = dict(self.objective_kwargs or {})  # type: ignore[arg-type]
         takes = knobs(self.objective)
         if self.beta is not None:
@@ -276,17 +274,17 @@ class TrOPDConfig(DistillationConfig):
 
     @property
     def loads_teacher(self) -> bool:
-        """Whether a teacher's model is to be loaded into this process."""
+        """Whether a teacher's model is loaded into this process."""
         return not (self.teacher_model_server_url or self.precomputed_teacher)
 
     def _check_types(self) -> None:
-        """What would otherwise fail elsewhere, without its key, or pass for another value."""
+        """Refuses types that would fail later without their key, or pass for another value."""
         hints, own = get_type_hints(TrOPDConfig), TrOPDConfig.__annotations__
         for key in [one.name for one in fields(TrOPDConfig)]:
             kinds = get_args(hints[key]) or (hints[key],)
             if isinstance(kinds[0], EnumMeta):
                 self._check_choice(key, kinds[0])
-            # Of text TRL and transformers take more than their annotations say.
+            # TRL and transformers take more for text than their annotations say.
             elif set(kinds) <= TYPES.keys() and (key in own or str not in kinds):
                 check_type(key, getattr(self, key), kinds)
 
@@ -299,7 +297,7 @@ class TrOPDConfig(DistillationConfig):
             raise ValueError(f"{key}: {error}") from error
 
     def _check_json(self) -> None:
-        """transformers parses mappings given as text, and names no key."""
+        """Refuses invalid JSON, of which transformers would not name the key."""
         for key in self._VALID_DICT_FIELDS:
             value = getattr(self, key)
             if isinstance(value, str) and value.startswith("{"):
@@ -311,7 +309,7 @@ class TrOPDConfig(DistillationConfig):
                     raise ValueError(f"{key}: {error}") from error
 
     def _check_mappings(self) -> None:
-        """Once transformers has parsed them: text that is left is no mapping."""
+        """Refuses what transformers has not parsed into a mapping."""
         for key in [one.name for one in fields(TrOPDConfig)]:
             value = getattr(self, key)
             if key.endswith("_kwargs") and not isinstance(value, (dict, type(None))):

@@ -1,6 +1,6 @@
-"""Checks of `TrOPDConfig` that concern its values and how they go together.
+"""Checks of the values of `TrOPDConfig`, and of their combinations.
 
-Each raises ValueError that begins with the key. Some store the value as its readers take it.
+Each raises ValueError that begins with the key. Some store the value in the form that is read.
 """
 
 from collections.abc import Sequence
@@ -18,9 +18,9 @@ from .signals import check_served
 if TYPE_CHECKING:
     from .config import TrOPDConfig
 
-#: The paper's, of `prefix_weight`.
+#: The paper's `prefix_weight`.
 PREFIX_WEIGHT = 0.001
-#: What a field of these types takes, and its name in errors.
+#: For each annotation the type that a field takes, and its name in errors.
 TYPES: dict[type, tuple[type, str]] = {
     bool: (bool, "true or false"),
     int: (Integral, "a whole number"),
@@ -31,7 +31,7 @@ TYPES: dict[type, tuple[type, str]] = {
 
 
 def check_numbers(config: "TrOPDConfig") -> None:
-    """Those of TRL and transformers that would otherwise fail inside them, namelessly."""
+    """Checks numbers of TRL and transformers, whose own errors do not name the key."""
     for key in ("gradient_accumulation_steps", "per_device_train_batch_size",
                 "per_device_eval_batch_size"):  # fmt: skip
         _at_least(key, getattr(config, key), 1)
@@ -51,7 +51,7 @@ def check_numbers(config: "TrOPDConfig") -> None:
 
 
 def check_trainer(config: "TrOPDConfig") -> None:
-    """What TRL's trainer takes and then does without, or does wrong."""
+    """Refuses settings that TRL's trainer accepts, but ignores or handles wrongly."""
     if config.generation_kwargs is not None:
         _check_generation(config, dict(config.generation_kwargs))  # type: ignore[arg-type]
     if config.auto_find_batch_size:
@@ -220,7 +220,7 @@ def _at_least(key: str, value: int, low: int) -> None:
 
 
 def _sampling(name: str, key: str, value: Any) -> Any:
-    """The value of this setting of a sampler, as samplers take it. key: its name in errors."""
+    """A sampler's setting in the type that samplers take. key: its name in errors."""
     if value is None:
         return None
     if name == "top_k":

@@ -142,14 +142,11 @@ def check_context(
 
 
 def check_lengths(
-    prompt_ids: list[list[int]], configs: Mapping[str, Any], multiple: int | None
+    prompt_ids: list[list[int]], configs: Mapping[str, Any], pad_to_multiple_of: int | None
 ) -> None:
-    """Raises ValueError for prompts that need padding where a model's positions count it.
-
-    multiple: `pad_to_multiple_of`.
-    """
+    """Raises ValueError for prompts that need padding where a model's positions count it."""
     lengths = {len(ids) for ids in prompt_ids}
-    if len(lengths) == 1 and not any(n % (multiple or 1) for n in lengths):
+    if len(lengths) == 1 and not any(n % (pad_to_multiple_of or 1) for n in lengths):
         return
     for side, config in configs.items():
         if counts_padding(config):

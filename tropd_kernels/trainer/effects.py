@@ -150,10 +150,7 @@ _OF_LOADED_TEACHER = ("teacher_model_init_kwargs", "teacher_model_revision")
 
 
 def check_effects(args: Any) -> None:
-    """Raises ValueError for a setting that is not at its default and would have no effect.
-
-    args: a `TrOPDConfig`, after transformers has completed its fields.
-    """
+    """Raises ValueError for a setting of a `TrOPDConfig` that would have no effect."""
     for key in _given(args, WITHOUT_EFFECT.keys() | BELONGS_TO.keys()):
         if key in WITHOUT_EFFECT:
             raise ValueError(f"{key}: it would have no effect: {WITHOUT_EFFECT[key]}")
@@ -177,10 +174,7 @@ def check_effects(args: Any) -> None:
 
 
 def check_conditions(args: Any) -> None:
-    """Raises ValueError for a setting that is not at its default and does not act with the others.
-
-    args: a `TrOPDConfig` whose values are valid one by one.
-    """
+    """Raises ValueError for a setting of a `TrOPDConfig` without effect given the others."""
     for condition in CONDITIONS:
         if condition.acts(args):
             continue
@@ -188,11 +182,8 @@ def check_conditions(args: Any) -> None:
             raise condition.error(key, args)
 
 
-def check_inputs(args: Any, tools: Any, datasets: Sequence[Any]) -> None:
-    """Raises ValueError for settings of tools or of a chat template that are not used.
-
-    datasets: None for one that is missing.
-    """
+def check_inputs(args: Any, tools: Any, datasets: Sequence[Any | None]) -> None:
+    """Raises ValueError for settings of tools, or of a chat template, that are not used."""
     if args.max_tool_calling_iterations is not None and not tools:
         raise ValueError(
             "max_tool_calling_iterations: it would have no effect: there are no tools: give tools "

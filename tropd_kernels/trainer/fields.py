@@ -30,10 +30,7 @@ _KEPT = "field:"
 
 
 def written_type(name: str, config: Any) -> int:
-    """The value of a per-token field for a token that is generated after the prompt.
-
-    config: of the model that reads the field.
-    """
+    """The value of a model's per-token field for a token that is generated after the prompt."""
     if name != "token_type_ids":
         return 0
     return _WRITTEN.get(getattr(config, "model_type", ""), 0)
@@ -90,8 +87,7 @@ def kept_fields(
 ) -> KeptFields:
     """A processor's fields of these prompts without those that TRL takes.
 
-    Raises:
-        NotImplementedError: The model reads a field that cannot be passed to the loss.
+    Raises NotImplementedError for a field that the model reads and the loss cannot pass.
     """
     base = base_of(model)
     reads, whole = (inspect.signature(part.forward).parameters for part in (base.base_model, base))
@@ -146,10 +142,7 @@ def extend_token_fields(
     added: Sequence[int],
     config: Any,
 ) -> dict[str, Any]:
-    """A processor's fields of these prompts after `added` tokens have been appended to each.
-
-    config: of the model that reads them.
-    """
+    """A processor's fields of these prompts after `added` tokens have been appended to each."""
     return {
         name: _extended(value, prompt_ids, added, written_type(name, config))
         if _is_per_token(name, value, prompt_ids)

@@ -116,10 +116,7 @@ def completion_totals(
     ended: Tensor,  # (B,) bool
     counted: Tensor,  # (B,) bool
 ) -> dict[str, tuple[float, float]]:
-    """Sums and counts of the lengths of all processes' completions. A collective.
-
-    TRL reports means of means.
-    """
+    """Sums and counts of all processes' lengths, of which TRL logs means of means. A collective."""
     ended, lengths = ended & counted, lengths.float()
     rows, terminated = counted.sum().float(), ended.sum().float()
     sums = torch.stack(

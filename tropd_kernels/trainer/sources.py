@@ -57,10 +57,7 @@ def pick(options: Mapping[str, Any], names: tuple[str, ...]) -> dict[str, Any]:
 
 
 def check_one_teacher(teacher: Any, args: Any) -> None:
-    """Raises ValueError for a teacher besides `args.teacher_model_name_or_path`: one would be lost.
-
-    teacher: a model, its name, or None.
-    """
+    """Raises ValueError for a teacher (model or name) besides `teacher_model_name_or_path`."""
     named = args.teacher_model_name_or_path
     if teacher is None or named is None:
         return
