@@ -204,7 +204,7 @@ class PrefixedGeneration(MetricLogs):
         ]
 
     def _sample_completions(self, *arguments: Any) -> list[list[int]]:
-        """TRL's generation, whose sampling the trainer's config alone decides."""
+        """TRL's generation, with no other sampling settings than the trainer's config has."""
         model = self.accelerator.unwrap_model(self.model_wrapped)
         with pin_sampling_defaults(model), evaluation_mode(model):
             return super()._generate_single_turn(*arguments)

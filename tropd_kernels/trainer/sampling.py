@@ -186,6 +186,6 @@ def _plain(own: GenerationConfig | None) -> GenerationConfig:
 def evaluation_mode(model: Any) -> Iterator[None]:
     """Puts all modules in evaluation mode inside: no dropout, no noise (NEFTune's, a router's)."""
     with contextlib.ExitStack() as modes:
-        for part in model.modules():
+        for part in filter(lambda part: part.training, model.modules()):
             modes.enter_context(replaced(part, training=False))
         yield
