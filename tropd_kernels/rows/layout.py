@@ -136,6 +136,12 @@ class RowBatch(TokenInputs):
     teacher: Tensor | None
     labels: Tensor
 
+    @property
+    def topk(self) -> tuple[Tensor, Tensor]:
+        """ids and topk_log_probs (n, K) of a top-k teacher."""
+        assert self.ids is not None and self.topk_log_probs is not None
+        return self.ids, self.topk_log_probs
+
 
 #: stats (Stat, n) and coefs (Coef, n).
 Matrices = tuple[Tensor, Tensor]

@@ -128,8 +128,9 @@ def _bias(how: LogitTransform, dtype: torch.dtype) -> Tensor | None:
 
 def _topk_ids(batch: RowBatch, options: RowOptions, coefs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """ids (in range), lq (-inf off K) and lp (n, K) of a top-k teacher's K."""
-    log_probs = batch.topk_log_probs.to(coefs.dtype)
-    ids, lq = topk_teacher_ids(batch.ids, log_probs, options.rule.top_k, batch.student.shape[1])
+    ids, lq = batch.topk
+    k, width = options.rule.top_k, batch.student.shape[1]
+    ids, lq = topk_teacher_ids(ids, lq.to(coefs.dtype), k, width)
     how = options.student
     at = None if how.bias is None else how.bias[ids]
     logits = transform(batch.student.gather(1, ids), how, coefs.dtype, bias=at)

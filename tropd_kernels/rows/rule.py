@@ -39,6 +39,12 @@ class Sums:
     value: Tensor | None = None
     slope: Tensor | None = None
 
+    @property
+    def terms(self) -> tuple[Tensor, Tensor]:
+        """value and slope, of a rule that asks for them."""
+        assert self.value is not None and self.slope is not None
+        return self.value, self.slope
+
 
 #: Rows of the sums as a matrix (len(SUMS), n).
 SUMS = tuple(f.name for f in fields(Sums))
@@ -76,6 +82,7 @@ def gate(stats: Tensor, batch: RowBatch, options: RowOptions) -> Gate:
 
     acceptance = (lq - lo).clamp_max(0).exp()
     if rule.gate == "bernoulli":
+        assert batch.uniforms is not None
         trust = (batch.uniforms < acceptance).to(lp.dtype)
     elif rule.gate == "expected":
         trust = acceptance
@@ -140,8 +147,10 @@ def apply_rule(
     if rule.divergence in ("reverse_kl", "jeffreys"):
         reverse_weight = zero + 1
     if rule.divergence == "akl":
-        gap = sums.value + sums.slope
-        share = torch.where(gap > 0, sums.value / gap.clamp_min(torch.finfo(gap.dtype).tiny), 0.5)
+        assert sums is not None
+        head, tail = sums.terms
+        gap = head + tail
+        share = torch.where(gap > 0, head / gap.clamp_min(torch.finfo(gap.dtype).tiny), 0.5)
         kl_weight, reverse_weight, kl = share, 1 - share, stats[Stat.FORWARD_KL]
         kl_p, kl_p_top_k, kl_q = zero + 1, zero + 1, zero + 1
     if rule.uses_forward_kl:
@@ -154,9 +163,11 @@ def apply_rule(
         loss = loss + _weigh(reverse_weight, kl)
         reverse = torch.where(kl == math.inf, 0.0, reverse_weight)
     if rule.generator:
-        loss = loss + sums.value
-        generator = torch.isfinite(sums.value).to(lp.dtype)
-        mean = sums.slope if rule.uses_top_k else sums.slope / sums.student_mass
+        assert sums is not None
+        value, slope = sums.terms
+        loss = loss + value
+        generator = torch.isfinite(value).to(lp.dtype)
+        mean = slope if rule.uses_top_k else slope / sums.student_mass
         p, p_top_k = p - _weigh(generator, mean), p_top_k - _weigh(generator, mean)
 
     entropy_weight = zero

@@ -85,11 +85,11 @@ class ShardRows(RowEngine):
         labels = batch.labels - self.shard.low
         if batch.ids is None:
             return replace(batch, labels=labels)
-        v, log_probs = self.shard.vocab_size, batch.topk_log_probs
+        v, (ids, log_probs) = self.shard.vocab_size, batch.topk
         entropy = batch.teacher_entropy
         if entropy is None:
-            entropy = topk_entropy(topk_teacher_ids(batch.ids, log_probs, None, v)[1])
-        ids, log_probs = topk_teacher_ids(batch.ids, log_probs, options.rule.top_k, v)
+            entropy = topk_entropy(topk_teacher_ids(ids, log_probs, None, v)[1])
+        ids, log_probs = topk_teacher_ids(ids, log_probs, options.rule.top_k, v)
         columns = ids - self.shard.low
         here = (columns >= 0) & (columns < self.shard.width)
         return replace(

@@ -34,6 +34,7 @@ def top_k_threshold(
 ) -> None:
     """Sets THRESHOLD in the rows `needed` (n,): K is lq >= THRESHOLD, ties and all."""
     rule, n = options.rule, coefs.shape[1]
+    assert rule.top_k is not None
     k = min(rule.top_k, shard.vocab_size)
     ours = min(k, shard.width)
     best = coefs.new_full((k, n), -math.inf)
@@ -75,6 +76,7 @@ def head_threshold(shard: Shard, part: RowBatch, options: RowOptions, coefs: Ten
 
 def _log_q(part: RowBatch, rows: slice | Tensor, options: RowOptions, coefs: Tensor) -> Tensor:
     """The shard's teacher log-probs of these rows, by the whole row's normaliser."""
+    assert part.teacher is not None
     t = transform(part.teacher[rows], options.teacher, coefs.dtype)
     high, log_sum = coefs[Coef.TEACHER_MAX, rows], coefs[Coef.TEACHER_LOG_SUM, rows]
     return (t - high.unsqueeze(-1)) - log_sum.unsqueeze(-1)

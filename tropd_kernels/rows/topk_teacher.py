@@ -42,6 +42,7 @@ def topk_teacher_statistics(batch: RowBatch, stats: Tensor) -> None:
     if batch.teacher_entropy is not None:
         stats[Stat.TEACHER_ENTROPY] = batch.teacher_entropy
     elif batch.ids is not None:
-        log_probs = batch.topk_log_probs.to(stats.dtype)
-        _, known = topk_teacher_ids(batch.ids, log_probs, None, batch.student.shape[-1])
+        ids, log_probs = batch.topk
+        width = batch.student.shape[-1]
+        _, known = topk_teacher_ids(ids, log_probs.to(stats.dtype), None, width)
         stats[Stat.TEACHER_ENTROPY] = topk_entropy(known)

@@ -207,7 +207,7 @@ def _to_own_normalisers(
 ) -> None:
     """Writes a part's maxima and log-sums into c, both -inf where all of its ids are excluded."""
     sides = [(part.student, options.student, lp, Coef.STUDENT_MAX)]
-    if lq is not None:
+    if part.teacher is not None and lq is not None:
         sides.append((part.teacher, options.teacher, lq, Coef.TEACHER_MAX))
     for logits, how, log_probs, at in sides:
         high = c[at] = transform(logits, how, c.dtype).amax(-1)
@@ -227,6 +227,7 @@ def _dense_sums(lp: Tensor, lq: Tensor, options: RowOptions, needed: Tensor, c: 
     if rule.divergence == "akl":  # whose gradient is not confined to its head
         threshold = _head_threshold(lq, rule.divergence_parameter)
     elif rule.uses_top_k:
+        assert rule.top_k is not None
         threshold = with_margin(_kth_largest(lq, rule.top_k), options.teacher.softcap)
         c[Coef.THRESHOLD, needed if some else slice(None)] = threshold
     sums = _dense_terms(lp, lq, threshold, rule)
@@ -293,6 +294,7 @@ def sum_terms(lp: Tensor, lq: Tensor, on_k: Tensor | None, rule: TokenRule, dens
             value, slope = value.where(on_k, 0.0), slope.where(on_k, 0.0)
         sums.value, sums.slope = value.sum(-1), slope.sum(-1)
     elif rule.divergence == "akl":
+        assert on_k is not None
         gap = (p - q).abs()
         sums.value, sums.slope = gap.where(on_k, 0.0).sum(-1), gap.where(~on_k, 0.0).sum(-1)
     return sums
@@ -332,16 +334,16 @@ def _gradient(part: RowBatch, c: Tensor, options: RowOptions, out: Tensor) -> No
         c[Coef.REVERSE_KL] -= c[Coef.STUDENT_LOG_SUM] - c[Coef.TEACHER_LOG_SUM]
     z = transform(part.student, options.student, c.dtype)
     d = _log_p(z, c, options).exp_() if options.sharded else softmax(z)
-    reads_teacher = part.teacher is not None and rule.reads_teacher_rows
-    if on_cpu:
-        reads_teacher = reads_teacher and bool(needs_teacher.any())
-    if reads_teacher:
+    teacher = part.teacher if rule.reads_teacher_rows else None
+    if teacher is not None and on_cpu and not bool(needs_teacher.any()):
+        teacher = None
+    if teacher is not None:
         picked = needs_teacher.nonzero().squeeze(-1) if on_cpu else slice(None)
-        lq = _log_q(part.teacher[picked], c[:, picked], options)
+        lq = _log_q(teacher[picked], c[:, picked], options)
     weight = c[Coef.P]
     if rule.uses_top_k and rule.p_differs_on_k:
         weight = weight.expand(d.shape).clone()
-        if reads_teacher:
+        if teacher is not None:
             on_k = lq >= c[Coef.THRESHOLD, picked]
             weight[picked] = torch.where(on_k, c[Coef.P_TOP_K, picked], weight[picked])
         elif part.ids is not None:
@@ -350,7 +352,7 @@ def _gradient(part: RowBatch, c: Tensor, options: RowOptions, out: Tensor) -> No
         inner = _log_p(z, c, options).add_(c[Coef.ENTROPY]).where(d > 0, 0.0)
         weight = weight - c[Coef.ENTROPY_WEIGHT] * inner
     d *= weight
-    if reads_teacher:
+    if teacher is not None:
         on_k_alone = rule.uses_top_k and not rule.uses_reverse_kl
         add = _add_on_top_k if on_k_alone and on_cpu else _add_teacher_terms
         add(d, _log_p(z[picked], c[:, picked], options), lq, c[:, picked], picked, rule)
@@ -447,5 +449,6 @@ def _pick(log_probs: Tensor, labels: Tensor) -> Tensor:
 
 def _topk_ids(part: RowBatch, k: int | None, vocab_size: int, dtype: torch.dtype):
     """ids (in range), lq (-inf off K) and membership (rows, K) of a top-k teacher's K."""
-    ids, lq = topk_teacher_ids(part.ids, part.topk_log_probs.to(dtype), k, vocab_size)
+    ids, lq = part.topk
+    ids, lq = topk_teacher_ids(ids, lq.to(dtype), k, vocab_size)
     return ids, lq, lq > -math.inf

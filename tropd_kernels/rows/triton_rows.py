@@ -92,12 +92,15 @@ class TritonRows(RowEngine):
     ) -> Sums:
         """The kernel finds the rows that need them by itself."""
         make = self._topk_teacher_sums if needed is None else self._dense_sums
-        return Sums(*make(batch, options, found.stats, found.coefs))
+        made = make(batch, options, found.stats, found.coefs)
+        assert made is not None  # the rule has sums
+        return Sums(*made)
 
     def _dense_sums(
         self, batch: RowBatch, options: RowOptions, stats: Tensor, coefs: Tensor
     ) -> Tensor:
         """(SUMS, n)."""
+        assert batch.teacher is not None
         rule, z, t = options.rule, _rows(batch.student), _rows(batch.teacher)
         n, vocab_size = z.shape
         sums = coefs.new_empty((self.kernels.SUMS, n))
@@ -106,6 +109,7 @@ class TritonRows(RowEngine):
         # number, nor where a thread's 16 bytes are 8 logits.
         aligned = z.stride(0) % 16 == t.stride(0) % 16 == 0
         few = not rule.sums_of_every_row and aligned and logit_size >= 4
+        k = rule.top_k if rule.uses_top_k else None
         launch = tile_options(
             vocab_size, coefs.dtype, logit_size, triton_launch.SUMS_UNROLL,
             triton_launch.ASKED_WARPS if few else None,
@@ -115,10 +119,10 @@ class TritonRows(RowEngine):
             options.entropy_threshold, stats, coefs, sums, vocab_size, z.stride(0), t.stride(0),
             _columns(stats, coefs),
             ACC=self._acc(coefs), **_transforms(options), **_gate_constants(rule),
-            **_generator_constants(rule), TOP_K=rule.top_k if rule.uses_top_k else None,
+            **_generator_constants(rule), TOP_K=k,
             TAIL=rule.top_k_tail, HAS_KL=rule.uses_forward_kl and rule.divergence != "akl",
             THRESHOLD_GIVEN=options.sharded,
-            BY_LANES=rule.uses_top_k and lanes_hold(rule.top_k, launch["LANES"]),
+            BY_LANES=k is not None and lanes_hold(k, launch["LANES"]),
             SEARCH_BLOCK=min(1024, launch["LANES"]), **launch,
         )  # fmt: skip
         return sums
@@ -134,7 +138,7 @@ class TritonRows(RowEngine):
         if not (rule.uses_sums or unknown):
             return None
         sums = coefs.new_empty((self.kernels.SUMS, n)) if rule.uses_sums else None
-        k = batch.ids.shape[1]
+        k = batch.topk[0].shape[1]
         self.kernels.topk_teacher_sums_kernel[(n,)](
             z, _bias(options.student), *_topk_ids(batch, rule, vocab_size), stats, coefs, sums,
             vocab_size, z.stride(0), k, _columns(stats, coefs), ACC=self._acc(coefs),
@@ -145,8 +149,8 @@ class TritonRows(RowEngine):
 
     def gradient(self, batch: RowBatch, coefs: Tensor, options: RowOptions, out: Tensor) -> None:
         rule, z = options.rule, _rows(batch.student)
-        reads_teacher = batch.teacher is not None and rule.reads_teacher_rows
-        t = _rows(batch.teacher) if reads_teacher else None
+        teacher = batch.teacher if rule.reads_teacher_rows else None
+        t = None if teacher is None else _rows(teacher)
         n, vocab_size = z.shape
         if n == 0:
             return
@@ -171,7 +175,7 @@ class TritonRows(RowEngine):
             **_transforms(options), **common, PARTS=parts, **launch,
         )  # fmt: skip
         if topk_ids is not None:
-            k = batch.ids.shape[1]
+            k = topk_ids[0].shape[1]
             self.kernels.topk_teacher_grad_kernel[(n,)](
                 *topk_ids, z if id_logits is None else None, id_logits, _bias(options.student),
                 batch.labels, coefs, out, vocab_size, k, z.stride(0), coefs.stride(0),
@@ -203,7 +207,7 @@ def _topk_ids(
     batch: RowBatch, rule: TokenRule, vocab_size: int
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """A top-k teacher's ids and log-probs (n, K), and the least (n,) of those in the rule's K."""
-    ids, log_probs = batch.ids.contiguous(), batch.topk_log_probs.contiguous()
+    ids, log_probs = (each.contiguous() for each in batch.topk)
     least = topk_teacher_least(ids, log_probs, rule.top_k, vocab_size) if rule.uses_sums else None
     return ids, log_probs, least
 
