@@ -34,10 +34,10 @@ def on_gpu(monkeypatch, multiple: int = 8, rows: int = 8, columns: int = 304) ->
     monkeypatch.setattr(torch, "mm", mm)
     monkeypatch.setattr(torch, "addmm", addmm)
 
-    def products_for(backend, dtype, device_type):
+    def products_for(engine, dtype, device_type):
         return TorchProducts(dtype, "cuda")
 
-    for module in ("loop", "plan"):
+    for module in ("loop", "logits", "plan"):
         monkeypatch.setattr(f"tropd_kernels.loss.{module}.products_for", products_for)
     monkeypatch.setattr(
         "tropd_kernels.loss.loop.plan_chunks",

@@ -15,6 +15,7 @@ import torch
 from benchmarks import records
 from benchmarks.gpu import baselines, command, first, plugin, prepare, second, suite
 from benchmarks.gpu.smoke import CHECKS
+from tropd_kernels.backends import engine_for
 from tropd_kernels.products import products_for
 
 # --- choices -----------------------------------------------------------------------------------
@@ -252,7 +253,7 @@ def test_products_that_are_timed_are_those_of_a_call(monkeypatch, capsys):
 
     names = [one.what for one in gemms.products(64, 8, 4, torch.float32, "cpu")]
     assert names == ["logits", "d_hidden", "d_weight", "d_weight +="]
-    kind = type(products_for("triton", torch.float32, "cpu"))
+    kind = type(products_for(engine_for("triton"), torch.float32, "cpu"))
     monkeypatch.setattr(kind, "d_hidden", lambda *a: 1 / 0)
     gemms.measure([(64, 8, (4,)), (64, 16, (4,))], torch.float32, "cpu", 1)
     lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]

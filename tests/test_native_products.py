@@ -7,6 +7,7 @@ import torch
 from fuzz_native import same_bits
 
 from tropd_kernels import native
+from tropd_kernels.backends import engine_for
 from tropd_kernels.products import NativeFloatProducts, NativeProducts, TorchProducts, products_for
 
 if native.WHY_NOT is not None:
@@ -174,7 +175,7 @@ def test_where_amx_cannot_be_ours_the_library_s_products_serve(monkeypatch):
         monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: True)
         assert native._bf16_products() == [units, "AVX512-BF16"]
     monkeypatch.setattr(native, "BF16_PRODUCTS", [])
-    assert type(products_for("native", torch.bfloat16, "cpu")) is TorchProducts
+    assert type(products_for(engine_for("native"), torch.bfloat16, "cpu")) is TorchProducts
     assert "AVX512-BF16" not in native.description()
 
 
@@ -191,9 +192,9 @@ def test_on_avx2_d_logits_stay_in_float32_and_on_avx512_torch_multiplies(monkeyp
         ([], TorchProducts, torch.float32),
     ):
         monkeypatch.setattr(native, "BF16_PRODUCTS", units)
-        chosen = products_for("native", torch.bfloat16, "cpu")
+        chosen = products_for(engine_for("native"), torch.bfloat16, "cpu")
         assert type(chosen) is kind and chosen.gradient_dtype == gradient
-        assert type(products_for("native", torch.float32, "cpu")) is TorchProducts
+        assert type(products_for(engine_for("native"), torch.float32, "cpu")) is TorchProducts
 
 
 def test_unknown_products_are_an_error():

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .backends import has_row_engine
 from .dtypes import FLOATS
 from .objectives import TokenRule
 from .symbolic import shown
@@ -94,7 +95,7 @@ def check_sampling(tolerance, sampling, reduction: str, backend: str | None, see
             f"{name} needs gradients that are formed in the forward, and reduction='none' "
             "recomputes them for any incoming gradient: use 'mean' or 'sum'"
         )
-    if backend == "reference":
+    if not has_row_engine(backend):
         raise NotImplementedError(
             f"backend='reference' takes no {name}: use 'torch', 'native' or 'triton'"
         )

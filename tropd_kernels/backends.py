@@ -62,6 +62,17 @@ def engine_for(backend: str) -> RowEngine:
     return ENGINES[backend]
 
 
+def has_row_engine(backend: str | None) -> bool:
+    """The chunk loop serves this backend; "reference" holds all logits, and its gradients are
+    autograd's."""
+    return backend != "reference"
+
+
+def runs_triton(device: torch.device) -> bool:
+    """Triton runs natively on the device, whatever backend a call takes."""
+    return choose_backend(None, device) == "triton"
+
+
 def _refusals(device: torch.device) -> str:
     """What torch's products do not do on this GPU, and what is done instead."""
     if device.type != "cuda" or not torch.cuda.is_available():

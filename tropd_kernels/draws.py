@@ -27,7 +27,7 @@ the same bits. To torch.compile it is one op.
 import torch
 from torch import Tensor
 
-from .backends import choose_backend
+from .backends import runs_triton
 
 __all__ = ["bernoulli_uniforms", "id_uniforms", "philox4x32", "seed_tensor", "uniforms_like"]
 
@@ -134,7 +134,7 @@ def _uniforms(
     if torch.compiler.is_compiling():
         return _opaque(seed, step, sequence_ids, positions, dtype)
     # Fake tensors have no values.
-    if choose_backend(None, device) == "triton" and type(positions) is Tensor:
+    if runs_triton(device) and type(positions) is Tensor:
         from . import triton_draws
 
         return triton_draws.uniforms(seed, step, sequence_ids, positions, dtype)

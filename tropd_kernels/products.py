@@ -28,16 +28,17 @@ from torch import Tensor
 
 from . import native
 from .dtypes import HALF, TILE_ROWS, result_dtype
+from .rows.engine import RowEngine
 
 #: Elements of which a padded row has a multiple.
 ROW_MULTIPLE = 16
 
 
-def products_for(backend: str, dtype: torch.dtype, device_type: str) -> TorchProducts:
-    """The products that serve this backend and inputs of this dtype."""
-    here = backend == "native" and device_type == "cpu" and dtype == torch.bfloat16
+def products_for(engine: RowEngine, dtype: torch.dtype, device_type: str) -> TorchProducts:
+    """The products that serve this row engine and inputs of this dtype."""
+    here = engine.native_products and device_type == "cpu" and dtype == torch.bfloat16
     if not here or not native.BF16_PRODUCTS:
-        return TorchProducts(dtype, device_type, pads_rows=backend == "triton")
+        return TorchProducts(dtype, device_type, pads_rows=engine.pads_rows)
     in_float32 = native.BF16_PRODUCTS[0] == "AVX2"
     return (NativeFloatProducts if in_float32 else NativeProducts)(dtype, device_type)
 

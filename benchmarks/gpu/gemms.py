@@ -22,6 +22,7 @@ from benchmarks.device_times import device_times
 from benchmarks.dtypes import default_dtype
 from benchmarks.measure import machine
 from tropd_kernels import plan_chunks
+from tropd_kernels.backends import engine_for
 from tropd_kernels.products import products_for
 
 #: (vocabulary, width, tokens of each product), in the order of what is worth knowing.
@@ -48,7 +49,7 @@ class Product:
 
 def products(vocab: int, width: int, m: int, dtype: torch.dtype, device: str) -> Iterator[Product]:
     """One at a time, so that only its operands are held."""
-    ours = products_for("triton", dtype, device)
+    ours = products_for(engine_for("triton"), dtype, device)
     flop, size = 2 * m * vocab * width, dtype.itemsize
     weight = torch.randn(vocab, width, device=device).mul_(width**-0.5).to(dtype)
     hidden = torch.randn(m, width, device=device).to(dtype)

@@ -24,6 +24,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from ..backends import engine_for
 from ..parallel import Shard, bounds, gather
 from ..rows.layout import TOKEN_INPUTS
 from .problem import Problem, Side
@@ -118,7 +119,7 @@ def _facts(problem: Problem, reduction: str) -> Facts:
     student, teacher = _sides(problem)
     options = problem.options
     budget = repr(options.max_workspace_bytes)
-    if options.max_workspace_bytes is not None and options.backend == "native":
+    if options.max_workspace_bytes is not None and engine_for(options.backend).native_products:
         budget += f" with {torch.get_num_threads()} threads"  # whose room the plan counts
 
     def kind(tensor: Tensor | None) -> str:

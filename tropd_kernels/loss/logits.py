@@ -7,6 +7,7 @@ from torch import Tensor
 
 from ..dtypes import result_dtype
 from ..products import products_for
+from ..rows.engine import RowEngine
 from .problem import Side
 
 #: Shape and dtype of a buffer.
@@ -18,8 +19,8 @@ Tokens = slice | Tensor
 class ChunkLogits:
     """Logits of any tokens, over the ids that are formed here, without bias and scale."""
 
-    def __init__(self, side: Side, backend: str, columns: int, stride: int):
-        self.side, self.backend, self.columns, self.stride = side, backend, columns, stride
+    def __init__(self, side: Side, engine: RowEngine, columns: int, stride: int):
+        self.side, self.engine, self.columns, self.stride = side, engine, columns, stride
 
     def size(self, rows: int) -> Size | None:
         """Of so many rows, with their padding, where a GEMM makes them."""
@@ -39,7 +40,7 @@ class ChunkLogits:
                 return torch.cat([piece[tokens] for piece in side.pieces], dim=-1)
             return side.source[tokens][:, : self.columns]
         rows = side.source[tokens] if hidden is None else hidden
-        products = products_for(self.backend, rows.dtype, rows.device.type)
+        products = products_for(self.engine, rows.dtype, rows.device.type)
         out = buffer[: rows.shape[0], : self.columns]
         if not side.pieces:
             return products.logits_into(out, rows, side.weight[: self.columns])

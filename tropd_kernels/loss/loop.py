@@ -134,12 +134,10 @@ class _Walk:
         late = source.dtype == torch.float16
         self.row_scale = None if late else loss_scale
         self.late_scale = loss_scale if late else None
-        self.products = products_for(problem.options.backend, source.dtype, source.device.type)
+        self.products = products_for(self.engine, source.dtype, source.device.type)
         stride = self.products.row_stride(self.columns)
         self.logits = [
-            None
-            if side is None
-            else ChunkLogits(side, problem.options.backend, self.columns, stride)
+            None if side is None else ChunkLogits(side, self.engine, self.columns, stride)
             for side in problem.sides
         ]
         self.plan = self._plan()

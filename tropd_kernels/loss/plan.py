@@ -34,7 +34,7 @@ from reprlib import repr as short
 import torch
 
 from ..arguments import is_int
-from ..backends import BACKENDS, choose_backend
+from ..backends import ENGINES, choose_backend
 from ..dtypes import HALF
 from ..objectives import TokenRule
 from ..products import products_for
@@ -189,12 +189,11 @@ def plan_chunks(
     for name, value, least in sizes_given:
         if not is_int(value) or value < least:
             raise ValueError(f"{name} must be an int, at least {least}, got {short(value)}")
-    chunked = [name for name in BACKENDS if name != "reference"]  # which holds all logits
     if backend is None:
         backend = choose_backend(None, torch.device(device))
-    if backend not in chunked:
+    if backend not in tuple(ENGINES):
         raise ValueError(
-            f"backend must be one of {', '.join(map(repr, chunked))}; got {short(backend)}"
+            f"backend must be one of {', '.join(map(repr, ENGINES))}; got {short(backend)}"
         )
     device_type = torch.device(device).type
     gradients = needs_hidden_grad or needs_weight_grad
@@ -206,9 +205,9 @@ def plan_chunks(
         dtype=dtype,
         weight_dtype=weight_dtype or dtype,
         teacher_weight_dtype=teacher_weight_dtype or dtype,
-        products=products_for(backend, dtype, device_type),
+        products=products_for(ENGINES[backend], dtype, device_type),
         device_type=device_type,
-        backend=backend,
+        engine=ENGINES[backend],
         rule=objective,
         repeats=2 if reduction == "none" and gradients else 1,
         needs_hidden_grad=needs_hidden_grad,

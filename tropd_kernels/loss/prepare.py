@@ -18,7 +18,7 @@ from ..arguments import (
     flat_per_token,
     is_number,
 )
-from ..backends import choose_backend
+from ..backends import choose_backend, has_row_engine
 from ..draws import seed_tensor, uniforms_like
 from ..dtypes import result_dtype
 from ..objectives import TokenRule, TrOPD
@@ -190,7 +190,7 @@ def _backend(requested: str | None, student: Tensor, group: ProcessGroup | None)
     backend = choose_backend(requested, student.device)
     if requested is None and student.device.type == "cpu":
         native.advise_to_build()
-    if group is not None and backend == "reference":
+    if group is not None and not has_row_engine(backend):
         raise NotImplementedError(
             "backend='reference' takes no process_group: use 'torch', 'native' or 'triton'"
         )
@@ -310,7 +310,7 @@ def _saveable(problem: Problem) -> Problem:
     trains = any(
         t is not None and t.requires_grad for t in (student.source, student.weight, student.bias)
     )
-    reference = problem.options.backend == "reference"
+    reference = not has_row_engine(problem.options.backend)
     if trains and (reference or not problem.forward_grads.any):
         _check_saveable("student", student)
         if teacher is not None and not reference:  # which saves its log-probs

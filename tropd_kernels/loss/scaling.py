@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .. import transforms
-from ..backends import choose_backend
+from ..backends import runs_triton
 from ..dtypes import TILE_ROWS
 
 
@@ -52,4 +52,4 @@ def by_kernel(gradient: Tensor, factor: Tensor) -> bool:
     memory, and those inside torch.func's transforms none that a kernel could be given."""
     plain = all(type(t) is Tensor and not transforms.wrapped(t) for t in (gradient, factor))
     here = plain and gradient.is_contiguous()
-    return here and choose_backend(None, gradient.device) == "triton"
+    return here and runs_triton(gradient.device)

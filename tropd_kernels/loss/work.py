@@ -19,10 +19,10 @@ from dataclasses import dataclass
 
 import torch
 
-from ..backends import engine_for
 from ..dtypes import stored_dtype
 from ..objectives import TokenRule
 from ..products import TorchProducts
+from ..rows.engine import RowEngine
 from ..rows.layout import Coef, Stat
 from .sampling import workspace_bytes as selection_workspace
 
@@ -54,7 +54,7 @@ class Call:
     teacher_weight_dtype: torch.dtype
     products: TorchProducts
     device_type: str
-    backend: str
+    engine: RowEngine
     rule: TokenRule | None
     repeats: int  # of the logits: twice where a backward makes them again
     needs_hidden_grad: bool
@@ -147,7 +147,7 @@ class Call:
     def _temporaries(self, rows: int, super_rows: int) -> int:
         scratch = self.products.scratch_bytes(rows, super_rows, [width for width, _ in self._heads])
         sizes = (rows, self.vocab_size, self.logit_size, self.device_type)
-        return scratch + engine_for(self.backend).scratch_bytes(*sizes)
+        return scratch + self.engine.scratch_bytes(*sizes)
 
     # --- work done -------------------------------------------------------------------------------
 

@@ -9,6 +9,8 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import MISSING, dataclass, fields
 from typing import Any
 
+from ..backends import has_row_engine
+
 _NO_METRICS = "the trainer takes no compute_metrics and keeps no predictions: leave it out"
 _ONE_SAMPLER = "rows come in TRL's own order: leave it out, or set shuffle_dataset"
 #: Settings that nothing here reads.
@@ -123,7 +125,7 @@ CONDITIONS = (
               "there is no drift_tau", "set that"),
     Condition(("data_seed",), lambda a: a.shuffle_dataset,
               "rows come in the data set's own order", "set shuffle_dataset"),
-    Condition(("max_workspace_bytes",), lambda a: a.backend != "reference",
+    Condition(("max_workspace_bytes",), lambda a: has_row_engine(a.backend),
               "the backend 'reference' makes all logits at once", "choose another backend"),
     Condition(("adam_beta1", "adam_beta2"),
               lambda a: _deepspeed(a) or _text(a.optim) not in _NOT_ADAM,

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.gpu.smoke.sizes import Figures, Sizes, relative_error
+from tropd_kernels.backends import engine_for
 from tropd_kernels.products import products_for
 
 BOUND, ROUNDED_BOUND = 1.1e-4, 2e-3
@@ -48,7 +49,7 @@ def addmm_into_itself(sizes: Sizes, device: str) -> Figures:
 def products(sizes: Sizes, device: str) -> Figures:
     """Those that the package makes, whatever torch refuses, of rows as long as it makes them."""
     d_logits, hidden, head = operands(sizes, device)
-    ours = products_for("triton", sizes.dtype, device)
+    ours = products_for(engine_for("triton"), sizes.dtype, device)
     wide = dict(dtype=ours.result_dtype, device=device)
     shape = (sizes.tokens, ours.row_stride(sizes.odd))
     logits = torch.empty(shape, **wide)[:, : sizes.odd]
