@@ -25,7 +25,7 @@ from benchmarks import records
 from benchmarks.gpu import first
 from benchmarks.gpu.first import FULL, TINY, Sizes
 from benchmarks.gpu.jobs import Facts, Job, scaled, step
-from benchmarks.gpu.smoke import CHECKS
+from benchmarks.gpu.smoke import CHECKS, LOSSES
 from benchmarks.records import Record
 
 MINUTES = 5.0
@@ -151,7 +151,7 @@ def other_card(found: Iterable[Record], facts: Facts | None) -> str | None:
 
 def headlines(sizes: Sizes, chunks: Chunks | None) -> list[Job]:
     more = ("--chunks", *chunks) if chunks else ()
-    jobs = [first.headline(sizes, "ours", loss, sizes.shapes[0], *more) for loss in first.LOSSES]
+    jobs = [first.headline(sizes, "ours", loss, sizes.shapes[0], *more) for loss in LOSSES]
     jobs += [
         first.headline(sizes, "ours", loss, shape, *more)
         for shape in sizes.shapes[1:] for loss in ("gkd", "tropd")
