@@ -66,8 +66,8 @@ class Run:
     )
 
 
-#: Keys of TRL's scripts and of its other trainers, and what to give here.
-THEIRS = {
+#: Keys of TRL's scripts and of its other trainers, and what to give instead.
+KEYS_OF_TRL = {
     "model_name_or_path": "model", "dataset_name": "dataset",
     "dataset_train_split": "dataset_split", "dataset_test_split": "eval_split",
     "use_peft": "peft", "lora_": "the mapping peft", "max_new_tokens": "max_completion_length",
@@ -89,7 +89,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--version", action="version", version=f"tropd-kernels {__version__}")
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("train", help="train a student", add_help=False)
-    commands.add_parser("bench", help="compare with the field, in a checkout", add_help=False)
+    commands.add_parser("bench", help="compare with other libraries, in a checkout", add_help=False)
     check = commands.add_parser("check", help="compare fused and reference losses here")
     check.add_argument("--device", default=None, help="default: a GPU if there is one")
     commands.add_parser("env", help="print versions, devices and backends")
@@ -149,8 +149,8 @@ def make_trainer(run: Run, config: Any) -> Any:
 
 
 def find_checkpoint(config: Any) -> str | None:
-    """The folder that `resume_from_checkpoint` names: "true" stands for the last of output_dir,
-    "false", "none" and "" for none."""
+    """The folder that `resume_from_checkpoint` names: "true" means the last one in output_dir,
+    "false", "none" and "" mean no folder."""
     from transformers.trainer_utils import get_last_checkpoint
 
     from .trainer.progress import is_checkpoint
@@ -188,7 +188,7 @@ def parse_run(arguments: Sequence[str]) -> tuple[Run, Any]:
     parser = TrlParser(
         classes, prog="tropd train", usage=usage, parents=[outer], allow_abbrev=False
     )
-    take_none(parser, [Run, TrOPDConfig])
+    accept_none(parser, [Run, TrOPDConfig])
     group_keys(parser, {"of the run": Run, "of TrOPD": TrOPDConfig, "of TRL": DistillationConfig})
     twice = repeated_flag(arguments, parser._option_string_actions)
     if twice is not None:
@@ -197,7 +197,7 @@ def parse_run(arguments: Sequence[str]) -> tuple[Run, Any]:
     named = [flag[2:].split("=")[0] for flag in flags if flag.startswith("--")]
     unknown = parser.set_defaults_with_config(**keys)
     parsed, rest = parser.parse_known_args(flags)
-    refuse_of_scripts(named, parsed)
+    refuse_script_keys(named, parsed)
     unknown += rest
     if unknown and unknown[0].endswith((".yaml", ".yml")):
         raise UsageError(f"a file of keys is given by --config {unknown[0]}")
@@ -225,9 +225,9 @@ def parse_run(arguments: Sequence[str]) -> tuple[Run, Any]:
     return run, config
 
 
-def take_none(parser: argparse.ArgumentParser, classes: Sequence[type]) -> None:
-    """Lets "none" and "null" stand for None in the keys that take text or None, as TrlParser does
-    in those of numbers. To report_to "none" is a value."""
+def accept_none(parser: argparse.ArgumentParser, classes: Sequence[type]) -> None:
+    """Makes "none" and "null" mean None for keys of text or None, as TrlParser does for those of
+    numbers. For report_to "none" is a value."""
     hints = {key: hint for cls in classes for key, hint in get_type_hints(cls).items()}
 
     def text(given: str) -> str | None:
@@ -239,9 +239,10 @@ def take_none(parser: argparse.ArgumentParser, classes: Sequence[type]) -> None:
             action.type = text
 
 
-def refuse_of_scripts(flags: Sequence[str], parsed: argparse.Namespace) -> None:
-    """Raises UsageError for a key that transformers leave to scripts of one's own, unless it says
-    what the command does, or stands in a saved config. flags: the names of those given."""
+def refuse_script_keys(flags: Sequence[str], parsed: argparse.Namespace) -> None:
+    """Raises UsageError for a key that transformers only defines for users' own scripts, unless it
+    states what the command does anyway, or comes from a saved config. flags: names of those given.
+    """
     named = {name.replace("-", "_").removeprefix("no_") for name in flags}
     evaluates = str(getattr(parsed.eval_strategy, "value", parsed.eval_strategy)) != "no"
     for key, wrong, instead in (
@@ -256,18 +257,18 @@ def refuse_of_scripts(flags: Sequence[str], parsed: argparse.Namespace) -> None:
 
 
 def advice(key: str, known: Sequence[str]) -> str:
-    """What to give in the place of an unknown key: TRL's scripts and its other trainers have names
-    that no likeness of letters leads from."""
+    """What to give instead of an unknown key: our name for a key of TRL's scripts and other
+    trainers, or the key that is spelled most alike."""
     from .objectives.registry import nearest
 
     name = key.replace("-", "_")
-    other = THEIRS.get("lora_" if name.startswith("lora_") else name)
+    other = KEYS_OF_TRL.get("lora_" if name.startswith("lora_") else name)
     return f" (give {other})" if other else nearest(key, known)
 
 
 def check_data_keys(run: Run, config: Any) -> None:
-    """Raises UsageError for an eval_dataset that no evaluation would read, and for a split of data
-    that has none."""
+    """Raises UsageError for an eval_dataset that would never be evaluated on, and for a split of a
+    file, which has none."""
     evaluates = config.eval_strategy != "no" or config.eval_on_start
     if run.eval_dataset is not None and not evaluates:
         raise UsageError(
@@ -286,7 +287,7 @@ def check_data_keys(run: Run, config: Any) -> None:
 
 
 def check_file(key: str, source: Any) -> None:
-    """Raises UsageError for what is no data file, before `datasets` looks for it on the hub."""
+    """Raises UsageError for a path without a data file, before `datasets` looks on the hub."""
     path = Path(source)
     name_of_a_path = source.startswith(("/", ".", "~")) or source.count("/") > 1
     if not path.exists() and (is_file(source) or name_of_a_path):
@@ -301,12 +302,12 @@ def check_file(key: str, source: Any) -> None:
 
 
 def is_file(source: str) -> bool:
-    """Whether this is a data file, which a loader of `datasets` reads as a whole."""
+    """Whether this names a data file, by its suffix; else it is a name on the hub."""
     return Path(source).suffix.lower() in LOADERS
 
 
 def group_keys(parser: argparse.ArgumentParser, owners: dict[str, type]) -> None:
-    """Lists the keys in --help by the class that has them itself, the rest last."""
+    """Groups the keys in --help by the class that defines them, the rest last."""
     groups = {title: parser.add_argument_group(f"keys {title}") for title in owners}
     rest = parser.add_argument_group("keys of transformers' TrainingArguments")
     for action in parser._actions:
@@ -325,7 +326,7 @@ def group_keys(parser: argparse.ArgumentParser, owners: dict[str, type]) -> None
 
 
 def check_names(run: Any, missing: Sequence[str]) -> None:
-    """Raises UsageError for keys that are missing, and for a model or a data set of no name."""
+    """Raises UsageError for missing keys, and for models or data sets not named by text."""
     if missing:
         raise UsageError(f"missing: {', '.join(missing)}; give them in --config or as flags")
     for key in ("model", "teacher_model", "dataset", "eval_dataset"):
@@ -341,7 +342,7 @@ def check_names(run: Any, missing: Sequence[str]) -> None:
 
 
 def read_config(path: str | None) -> dict[str, Any]:
-    """The keys of a YAML file; none without a file."""
+    """The keys of a YAML file; an empty mapping without a file."""
     import yaml  # comes with transformers
 
     from .trainer.credentials import seems_secret, shown
@@ -363,7 +364,7 @@ def read_config(path: str | None) -> dict[str, Any]:
 
 
 def load_data(key: str, source: str, split: str) -> Any:
-    """A file, or a name on the hub, as a `datasets.Dataset`. `key` names it in errors."""
+    """The `datasets.Dataset` of a file or of a name on the hub. key: its name in errors."""
     from datasets import load_dataset
 
     check_file(key, source)
@@ -381,7 +382,7 @@ def load_data(key: str, source: str, split: str) -> Any:
 
 
 def lora(peft: Any) -> Any:
-    """peft's LoraConfig for this key; None for no adapter."""
+    """peft's LoraConfig for the value of the key `peft`; None without an adapter."""
     if isinstance(peft, str):
         try:
             peft = parse_json(peft.lower() if peft.lower() in ("true", "false") else peft)
@@ -420,7 +421,7 @@ def lora(peft: Any) -> Any:
 
 
 def run_check(device: str | None) -> int:
-    """`tropd check`: 1 where a gradient is off."""
+    """`tropd check`: 1 if a gradient is wrong."""
     from .check import check
 
     try:
@@ -453,7 +454,7 @@ def bench(arguments: Sequence[str]) -> int:
 
 
 def print_environment() -> int:
-    """`tropd env`: what a report of a fault should begin with."""
+    """`tropd env`: what a bug report should begin with."""
     import torch
 
     from .backends import available_backends
