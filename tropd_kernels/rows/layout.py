@@ -32,10 +32,10 @@ class Stat(IntEnum):
 
 
 class Coef(IntEnum):
-    """Rows of the coefficient matrix (Coef, n): all that the gradient pass reads about a row.
+    """Rows of the coefficient matrix (Coef, n): the numbers of a row that the gradient pass reads.
 
-    Log-probs are formed as (z - MAX) - LOG_SUM, never as z - (MAX + LOG_SUM): with large logits the
-    sum of the two loses the small one.
+    Log-probs are formed as (z - MAX) - LOG_SUM, never as z - (MAX + LOG_SUM): with large logits
+    that sum would lose the digits of LOG_SUM.
     """
 
     STUDENT_MAX = 0
@@ -43,8 +43,8 @@ class Coef(IntEnum):
     TEACHER_MAX = 2
     TEACHER_LOG_SUM = 3
     ENTROPY = 4
-    # E_p of the log-ratio as the engine's gradient pass forms it, by the same arithmetic: a
-    # mismatch would leave a multiple of p, which is large next to a small gradient.
+    # E_p of the log-ratio, by the same arithmetic as in the engine's gradient pass: a mismatch
+    # would leave a multiple of p in the gradient, which may be large next to the rest.
     REVERSE_KL = 5
     THRESHOLD = 6  # K is lq >= THRESHOLD, for a dense teacher
     # from here on linear in the row's weight
@@ -74,14 +74,14 @@ class LogitTransform:
 
 @dataclass(frozen=True)
 class RowOptions:
-    """What is the same for every row of a call."""
+    """What all rows of a call have in common."""
 
     rule: TokenRule
     student: LogitTransform
     teacher: LogitTransform
     entropy_threshold: Tensor | None = None  # 0-dim: rows with a lower H(p) do not count
     loss_scale: Tensor | None = None  # 0-dim: a factor on the coefficients from FIRST_WEIGHT on
-    sharded: bool = False  # these columns are a part of the rows, whose normalisers coefs hold
+    sharded: bool = False  # the columns are a part of each row (see `engine`)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -148,19 +148,19 @@ Matrices = tuple[Tensor, Tensor]
 
 
 def matrices(batch: RowBatch, into: Matrices | None = None) -> Matrices:
-    """Those to fill: `into`, or new ones of the batch's rows."""
+    """The matrices to fill: `into`, or new ones."""
     return new_matrices(batch.student, batch.student.shape[0]) if into is None else into
 
 
 def new_matrices(like: Tensor, n: int) -> Matrices:
-    """As an engine finds them: statistics that are not known, coefficients of 0."""
+    """As an engine expects them: unknown statistics (NaN), coefficients of 0."""
     dtype = torch.promote_types(like.dtype, torch.float32)
     stats = like.new_full((len(Stat), n), math.nan, dtype=dtype)
     return stats, like.new_zeros((len(Coef), n), dtype=dtype)
 
 
 def empty_matrices(like: Tensor, n: int) -> Matrices:
-    """For a caller that reads only what the engine writes."""
+    """For a caller that only reads what the engine writes."""
     dtype = torch.promote_types(like.dtype, torch.float32)
     stats = like.new_empty((len(Stat), n), dtype=dtype)
     return stats, like.new_empty((len(Coef), n), dtype=dtype)

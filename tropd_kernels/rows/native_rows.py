@@ -1,7 +1,7 @@
-"""The row engine in C++ (`csrc/`): passes over the vocabulary there, the rule on rows in `rule`.
+"""The row engine in C++: `csrc/` makes the passes over the vocabulary.
 
-The gradient overwrites the logits where it is told to, in float32 or, at half the stride, in
-bfloat16. float16 logits are upcast, a chunk at a time.
+The gradient may overwrite the logits, in float32 or, at half the stride, in bfloat16. float16
+logits are upcast, one chunk at a time.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ class NativeRows(RowEngine):
         if batch.ids is not None and rule.uses_sums:
             ids, lq, lp = _topk_ids(batch, options, coefs)
             added = on_top_k(lp, lq, coefs.unsqueeze(-1), rule)
-            ids = ids.masked_fill(lq == -math.inf, -1)  # which the kernel passes over
+            ids = ids.masked_fill(lq == -math.inf, -1)  # the kernel skips negative ids
             added = added.contiguous()
         parameter = rule.divergence_parameter if rule.generator else 0.5
         direct = out.dtype in (torch.float32, torch.bfloat16, torch.float64)
@@ -91,8 +91,8 @@ class NativeRows(RowEngine):
 
 
 def _mark_undefined(batch: RowBatch, options: RowOptions, coefs: Tensor) -> None:
-    """The kernel's maximum passes over NaN: where it is -inf, the log-sum says whether the ids are
-    excluded (-inf), or something is wrong with them (NaN)."""
+    """The kernel's maximum skips NaN. Where it is -inf, sets the log-sum to -inf if all ids are
+    excluded, to NaN if the logits hold NaN."""
     sides = ((batch.student, options.student), (batch.teacher, options.teacher))
     for (logits, how), at in zip(sides, (Coef.STUDENT_MAX, Coef.TEACHER_MAX), strict=True):
         rows = (coefs[at] == -math.inf).nonzero().squeeze(-1)
@@ -102,7 +102,7 @@ def _mark_undefined(batch: RowBatch, options: RowOptions, coefs: Tensor) -> None
 
 
 def _sides(batch: RowBatch, options: RowOptions, for_gradient: bool = False) -> tuple:
-    """Logits, biases and scales, as the operators take them."""
+    """Logits, biases and scales as the operators take them."""
     student = _readable(batch.student)
     dtype = torch.promote_types(student.dtype, torch.float32)
     teacher = batch.teacher

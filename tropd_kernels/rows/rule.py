@@ -1,8 +1,7 @@
 """The token rule on vectors of rows: statistics in, loss and coefficients out.
 
-Plain torch on a few numbers a row, for the backends whose row passes are not Triton; the kernel
-`rule_kernel` is its twin. It runs in two steps, because the top-k pass between them is made only
-for the rows that need it:
+Plain torch on a few numbers a row, for all backends but Triton; the kernel `rule_kernel` is its
+twin. It runs in two steps, because the sums between them are made only for the rows that need them:
 
     gate   the trust region M, and the weight of the forward KL that follows from it
     rule   loss and coefficients, once the sums over K and the generator's sums are known
@@ -22,12 +21,12 @@ from .layout import Coef, RowBatch, RowOptions, Stat
 
 @dataclass
 class Sums:
-    """Sums over K (or the whole vocabulary) that a rule may need, each (n,); None where not asked.
+    """Sums over K, or over the vocabulary, that a rule may need, each (n,).
 
-    teacher_mass, student_mass: of K. teacher_tail, student_tail: off K. forward_kl: sum_K q (lq -
-    lp).
-    student_log_mass: log of student_mass, exact where that underflows. value, slope: sums of q f(u)
-    and of p g. For "akl" they hold the gaps abs(p - q) on head and tail.
+    teacher_mass, student_mass: probability on K. teacher_tail, student_tail: off K.
+    student_log_mass: log of student_mass, also where that underflows. forward_kl: sum_K q (lq -
+    lp). value, slope: the generator's sums of q f(u) and p g (see `generators`), for "akl" the sums
+    of abs(p - q) on head and tail; None for other rules.
     """
 
     teacher_mass: Tensor
@@ -51,15 +50,17 @@ SUMS = tuple(f.name for f in fields(Sums))
 
 
 def as_matrix(sums: Sums) -> Tensor:
-    """(len(SUMS), n); 0 where not asked."""
-    unasked = torch.zeros_like(sums.forward_kl)
+    """(len(SUMS), n), 0 in place of None."""
+    zero = torch.zeros_like(sums.forward_kl)
     rows = (getattr(sums, name) for name in SUMS)
-    return torch.stack([unasked if row is None else row for row in rows])
+    return torch.stack([zero if row is None else row for row in rows])
 
 
 @dataclass
 class Gate:
-    """trust: M. reward: R. forward_kl_weight: of KL_K. on_policy, kept: bool. All (n,)."""
+    """trust: M. reward: R. forward_kl_weight: the weight of KL_K. on_policy, kept: bool. All (n,).
+
+    on_policy: not written by the teacher. kept: passed the gate and the entropy filter."""
 
     trust: Tensor
     reward: Tensor
@@ -190,8 +191,8 @@ def apply_rule(
             for each in (p, q, p_top_k, reverse, generator, entropy_weight)
         )
 
-    # A label outside the vocabulary has lp = NaN: its row says so instead of looking right. So does
-    # a teacher's NaN.
+    # A label outside the vocabulary has lp = NaN, which must show in the loss and the gradient, as
+    # must a teacher's NaN.
     invalid = torch.isnan(lp)
     if rule.uses_teacher:
         invalid = invalid | torch.isnan(lq)
@@ -222,9 +223,9 @@ def _policy_gradient(stats, gated, kl, batch, rule):
     high = math.inf if rule.clip_ratio_high is None else 1 + rule.clip_ratio_high
 
     def surrogate(reward, weight):
-        ratio = torch.where(torch.isinf(reward), 1.0, ratios)  # it is infinite however small those
+        ratio = torch.where(torch.isinf(reward), 1.0, ratios)  # infinite, whatever the ratio
         objective = torch.minimum(reward * ratio, reward * ratio.clamp(low, high))
-        # The clip holds where it makes the objective worse: above for a gain, below for a loss.
+        # The clip applies where it lowers the objective: above for a gain, below for a loss.
         held = ((reward > 0) & (ratio > high)) | ((reward < 0) & (ratio < low))
         held = held | torch.isinf(reward)  # as an infinite divergence: no gradient
         return _weigh(weight, -objective), _weigh(weight, torch.where(held, 0.0, reward * ratio))
@@ -242,7 +243,7 @@ def _policy_gradient(stats, gated, kl, batch, rule):
 
 
 def forward_kl(sums: Sums, rule: TokenRule) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """KL_K(q || p) and its gradient as coefficients of p off K, of p on K, and of q on K."""
+    """KL_K(q || p), and its gradient as coefficients of p off K, of p on K and of q on K."""
     one, zero = torch.ones_like(sums.forward_kl), torch.zeros_like(sums.forward_kl)
     raw = sums.forward_kl
     if rule.top_k_tail == "raw":
@@ -251,31 +252,31 @@ def forward_kl(sums: Sums, rule: TokenRule) -> tuple[Tensor, Tensor, Tensor, Ten
         q_tail, p_tail = sums.teacher_tail, sums.student_tail.clamp_min(least_tail(raw.dtype))
         value = raw + torch.special.xlogy(q_tail, q_tail) - torch.special.xlogy(q_tail, p_tail)
         return value, 1 - q_tail / p_tail, one, one
-    # Of a token of which no id is known there is nothing to make a distribution of.
+    # A token without any known id has no distribution to renormalise.
     known = sums.teacher_mass > 0
     mass = torch.where(known, sums.teacher_mass, 1.0)
     kl, share = raw / mass - mass.log(), 1 / mass
     if rule.top_k_tail == "renormalize_teacher":
         one = known.to(raw.dtype)
         return kl, one, one, share
-    # p / p(K) with p(K) underflowing would be 0/0; e^-80 of student mass on K is as good as none.
+    # Where p(K) underflows, p / p(K) would be 0/0: a mass below e^-80 counts as none.
     on_k = (-sums.student_log_mass).clamp_max(80).exp()
-    # Without any mass of the student's on K: not inf - inf.
+    # A student without any mass on K: infinite, not inf - inf.
     kl = torch.where(raw == math.inf, math.inf, kl + sums.student_log_mass)
     return torch.where(known, kl, 0.0), zero, on_k, share
 
 
 def tails_by_mass(student_mass: Tensor, teacher_mass: Tensor) -> tuple[Tensor, Tensor]:
-    """What is off K, of student and teacher, where only what is on K is known. The student's, which
-    is divided by, is no less than a difference from 1 can tell."""
+    """The student's and the teacher's mass off K, where only the mass on K is known. The student's
+    is divided by, so it is at least the precision of a difference from 1."""
     least = torch.finfo(student_mass.dtype).eps
     return (1 - student_mass).clamp_min(least), (1 - teacher_mass).clamp_min(0)
 
 
 def least_tail(dtype: torch.dtype) -> float:
-    """A floor of the student's mass off K. Summed there, it is good far below the precision; but an
-    id on the edge of K, which a pass over logits made again may take for another side, must not be
-    multiplied by more than the inverse of this."""
+    """The floor of a student's mass off K that is summed directly, and thus accurate far below the
+    precision. An id on the edge of K may change sides when a pass reads recomputed logits, and must
+    not be multiplied by more than the inverse of this."""
     return torch.finfo(dtype).eps ** 2
 
 
@@ -286,7 +287,7 @@ def _weigh(weight: Tensor, value: Tensor) -> Tensor:
 
 def topk_entropy(log_probs: Tensor) -> Tensor:
     """Lower bound (n,) on the entropy of a distribution of which only log_probs (n, K) are known:
-    the mass outside K lumped into one id. Entries of -inf are padding."""
+    the remaining mass is taken for one id's. Entries of -inf are padding."""
     q = log_probs.exp()
     tail = (1 - q.sum(-1)).clamp_min(0)
     inside = torch.where(q > 0, -q * log_probs, 0.0).sum(-1)

@@ -1,23 +1,23 @@
 """The row engine of one shard of the vocabulary: any backend's passes, with exchanges in between.
 
-A rank has columns [low, low + width) of every row. Its engine makes the passes over those; here the
-shards' numbers become the rows':
+A rank has columns [low, low + width) of every row, over which its engine makes the passes. Here the
+shards' numbers are merged into those of the whole rows:
 
-    statistics   each shard by its own normaliser, then one exchange. With P_r the shard's share of
-                 the student's mass, Q_r of the teacher's, the chain rule gives, exactly,
+    statistics   by each shard's own normaliser, then one exchange. With P_r and Q_r the shard's
+                 shares of the student's and the teacher's mass, the chain rule gives, exactly,
                      H(p)      = sum_r P_r (H_r - log P_r)
                      KL(p||q)  = sum_r P_r (KL_r + log P_r - log Q_r)      KL(q||p) likewise
                      log p(y)  = log p_r(y) + log P_r                      on the shard that has y
     threshold    of K and of AKL's head, where the rule has one (`sharded_search`)
     sums         over K or the vocabulary, by the whole row's normaliser, hence additive: one more
                  exchange, where the rule needs them
-    rule         on every rank alike: the same numbers go in, in the same order
-    gradient     of the shard's columns, with nothing to exchange
+    rule         the same on every rank, from the same numbers
+    gradient     of the shard's columns, without an exchange
 
 The exchanges gather a few numbers a token from every rank, 4 or 11 statistics and 8 sums, and each
 rank adds them up in float64 in the order of ranks: all get the same bits, whatever the collective's
-own order. Their sizes depend on the batch's shape and on the rule, never on values, so that ranks
-whose arithmetic differs in a last bit still meet in the same collective.
+own order. The size of an exchange depends on the batch's shape and on the rule, never on values, so
+ranks whose arithmetic differs in a last bit still meet in the same collective.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ from .topk_teacher import topk_teacher_ids
 if TYPE_CHECKING:
     from ..parallel import Shard
 
-#: What a shard says of a row, and what it says besides where there is a dense teacher.
+#: What a shard sends of a row, and what it adds with a dense teacher.
 STUDENT_COEFS = (Coef.STUDENT_MAX, Coef.STUDENT_LOG_SUM)
 STUDENT_STATS = (Stat.LOG_PROB, Stat.ENTROPY)
 TEACHER_COEFS = (Coef.TEACHER_MAX, Coef.TEACHER_LOG_SUM, Coef.REVERSE_KL)
@@ -48,10 +48,9 @@ TEACHER_STATS = (
 
 
 class ShardRows(RowEngine):
-    """The row engine of a shard's columns, with every rank's numbers.
+    """A row engine on a shard's columns that returns the statistics of the whole rows.
 
-    Batches come with labels and ids of the whole vocabulary, and logits of the shard. Statistics
-    are the same on every rank.
+    Batches hold the shard's logits, and labels and ids of the whole vocabulary.
     """
 
     def __init__(self, engine: RowEngine, shard: Shard):
@@ -80,8 +79,8 @@ class ShardRows(RowEngine):
         return self.engine.row_squares(matrix, dtype)
 
     def _part(self, batch: RowBatch, options: RowOptions) -> RowBatch:
-        """With labels and ids as columns of this shard; those of other shards lie outside it. K and
-        the entropy of a top-k teacher are those of its whole row."""
+        """With labels and ids as columns of this shard, out of range where another shard has them.
+        K and the entropy of a top-k teacher are those of its whole row."""
         labels = batch.labels - self.shard.low
         if batch.ids is None:
             return replace(batch, labels=labels)
@@ -112,13 +111,13 @@ class ShardRows(RowEngine):
             sides.append((Stat.TEACHER_LOG_PROB, Coef.TEACHER_MAX, Coef.TEACHER_LOG_SUM))
         inside = (part.labels >= 0) & (part.labels < self.shard.width)
         for log_prob, high, log_sum in sides:
-            # A label among ids that are all excluded is excluded itself, not unknown.
+            # A label in a shard whose ids are all excluded is excluded, not unknown.
             empty = (coefs[high] == -math.inf) & (coefs[log_sum] == -math.inf)
             stats[log_prob] = stats[log_prob].masked_fill(empty & inside, -math.inf)
         which = list(STUDENT_COEFS + (TEACHER_COEFS if dense else ()))
         what = list(STUDENT_STATS + (TEACHER_STATS if dense else ()))
         gathered = self.shard.gather(torch.cat([coefs[which], stats[what]])).double()
-        # Two dictionaries: Coef and Stat are integers, and equal as keys.
+        # In two dictionaries: members of Coef and Stat are equal as keys.
         of_coefs = dict(zip(which, gathered[:, : len(which)].unbind(1), strict=True))
         of_stats = dict(zip(what, gathered[:, len(which) :].unbind(1), strict=True))
         _merge(of_coefs, of_stats, stats, coefs, dense)
@@ -143,7 +142,7 @@ class ShardRows(RowEngine):
             sums.student_tail, sums.teacher_tail = tails_by_mass(
                 sums.student_mass, sums.teacher_mass
             )
-        if needed is not None:  # the other rows ignore their sums, but their masses are divided by
+        if needed is not None:  # other rows ignore their sums, but divide by their masses
             sums.teacher_mass = sums.teacher_mass.masked_fill(~needed, 1.0)
             sums.student_mass = sums.student_mass.masked_fill(~needed, 1.0)
         return sums
@@ -153,7 +152,7 @@ class ShardRows(RowEngine):
 
 
 def _merge(c: dict, s: dict, stats: Tensor, coefs: Tensor, dense: bool) -> None:
-    """Shards' numbers (R, n) by Coef and Stat, into those of the whole rows."""
+    """Merges the shards' numbers (R, n), by Coef and Stat, into those of the whole rows."""
     high, log_sum, share = _normaliser(c[Coef.STUDENT_MAX], c[Coef.STUDENT_LOG_SUM])
     coefs[Coef.STUDENT_MAX], coefs[Coef.STUDENT_LOG_SUM] = high, log_sum
     stats[Stat.LOG_PROB] = _label(s[Stat.LOG_PROB], share)
@@ -170,16 +169,16 @@ def _merge(c: dict, s: dict, stats: Tensor, coefs: Tensor, dense: bool) -> None:
         (Stat.REVERSE_KL, share, t_share),
         (Stat.FORWARD_KL, t_share, share),
     ):
-        # Mass where the other side excludes a whole shard makes the divergence infinite.
+        # Mass in a shard that the other side excludes makes the divergence infinite.
         value = torch.where(theirs == -math.inf, math.inf, s[stat] + (ours - theirs))
         stats[stat] = _expect(ours, value, stats.dtype)
-    # E_p of the log-ratio relative to the rows' maxima: each shard knows it relative to its own.
+    # E_p of the log-ratio relative to the rows' maxima, from those relative to the shards'.
     moved = (c[Coef.STUDENT_MAX] - high) - (c[Coef.TEACHER_MAX] - t_high)
     coefs[Coef.REVERSE_KL] = _expect(share, c[Coef.REVERSE_KL] + moved, stats.dtype)
 
 
 def _normaliser(high: Tensor, log_sum: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Maximum and log-sum (n,) of the whole rows, and the log of each shard's mass (R, n)."""
+    """Maximum and log-sum (n,) of the whole rows, and the log of each shard's share (R, n)."""
     top = high.amax(0)
     log_mass = (high - top.masked_fill(top == -math.inf, 0.0)) + log_sum
     total = log_mass.logsumexp(0)

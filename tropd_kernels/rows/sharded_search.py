@@ -1,14 +1,14 @@
-"""Which ids are in K, or in AKL's head, where a teacher's row is sharded over ranks.
+"""The thresholds of K, and of AKL's head, where a teacher's row is sharded over ranks.
 
 K: the k-th largest of a row is among the k largest of each shard. Every rank sends those, k numbers
 a token, and takes the k-th largest of all.
 
-Head by mass: no few numbers a shard hold it, so it is searched for, as `triton_kernels.search` does
-within a row. Floats up to 0 order as 31-bit (63-bit in float64) integers, whose bits are fixed from
-the top, four at a time: each rank says how much of its mass reaches each of sixteen pivots, and the
-last pivot that enough of it reaches fixes the digit. Eight rounds (sixteen in float64), 120 (248)
-numbers a token, find the exact value, whatever the vocabulary. Meanwhile the shard's rows lie
-sorted in memory, 8 bytes (16) a logit beside the logits.
+Head by mass: it may hold any number of ids, so its threshold is searched for, as
+`triton_kernels.search` does within a row. Floats up to 0 order as 31-bit (63-bit in float64)
+integers, whose bits are fixed from the top, four at a time: each rank sends how much of its mass
+reaches each of sixteen pivots, and the last pivot that enough mass reaches fixes the digit. Eight
+rounds (sixteen in float64), 120 (248) numbers a token, find the exact value, whatever the
+vocabulary. Meanwhile the shard's rows are held sorted, 8 bytes (16) a logit besides the logits.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def top_k_threshold(
     ours = min(k, shard.width)
     best = coefs.new_full((k, n), -math.inf)
     for rows in _blocks(part):
-        if needed.device.type == "cpu":  # elsewhere a host sync
+        if needed.device.type == "cpu":  # elsewhere it would be a host sync
             rows = rows.start + needed[rows].nonzero().squeeze(-1)
         best[:ours, rows] = largest(_log_q(part, rows, options, coefs), ours).t()
     candidates = shard.gather(best).flatten(0, 1)
@@ -69,13 +69,13 @@ def head_threshold(shard: Shard, part: RowBatch, options: RowOptions, coefs: Ten
         reached = shard.gather(reached).double().sum(0)
         enough = (reached >= options.rule.divergence_parameter).sum(-1, keepdim=True)
         found += (enough - 1).clamp_min(0) << shift
-    # The engine may transform logits by another arithmetic than the search did.
+    # The engine may transform logits with other arithmetic than the search.
     threshold = _float(found.squeeze(1) + lowest, word)
     coefs[Coef.THRESHOLD] = with_margin(threshold, options.teacher.softcap)
 
 
 def _log_q(part: RowBatch, rows: slice | Tensor, options: RowOptions, coefs: Tensor) -> Tensor:
-    """The shard's teacher log-probs of these rows, by the whole row's normaliser."""
+    """The shard's teacher log-probs of these rows, by the whole rows' normalisers."""
     assert part.teacher is not None
     t = transform(part.teacher[rows], options.teacher, coefs.dtype)
     high, log_sum = coefs[Coef.TEACHER_MAX, rows], coefs[Coef.TEACHER_LOG_SUM, rows]
@@ -90,7 +90,7 @@ def _blocks(part: RowBatch):
 
 
 def _ordered(values: Tensor, word: torch.dtype) -> Tensor:
-    """int64 in the order of the floats; -0 just below 0."""
+    """int64 numbers in the order of the floats; -0 is just below 0."""
     bits = values.contiguous().view(word)
     return torch.where(bits < 0, bits ^ torch.iinfo(word).max, bits).long()
 

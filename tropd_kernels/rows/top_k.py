@@ -3,8 +3,8 @@
 A row is cut into blocks of 64. The k blocks with the largest maxima hold every entry above the k-th
 largest, since fewer than k entries, hence fewer than k blocks, exceed it; and each of them holds
 one at least as large as the k-th largest block maximum. So the k-th largest entry of those k blocks
-is the k-th largest of the row, ties or not, for one pass over the row and a sort of 64 k entries.
-On rows of 151,936 and k = 64 that is some ten times cheaper than `topk`.
+is the k-th largest of the row, ties or not, at the cost of one pass over the row and a sort of 64 k
+entries. On rows of 151,936 and k = 64 this is about ten times cheaper than `topk`.
 """
 
 from __future__ import annotations
@@ -33,10 +33,9 @@ def largest(values: Tensor, k: int) -> Tensor:
 
 
 def with_margin(threshold: Tensor, softcap: float | None) -> Tensor:
-    """A little below the k-th largest log-prob (rows,). The gradient pass may meet logits made
-    again, by a product of another height that rounds otherwise: a margin of a few last bits keeps
-    the k-th id in K there, too. Ids that the teacher excludes are never in K, however few it
-    leaves."""
+    """A threshold slightly below the k-th largest log-prob (rows,). The gradient pass may read
+    recomputed logits, from a GEMM of another height that rounds differently: a margin of a few last
+    bits keeps the k-th id in K there, too. Ids with teacher probability 0 are never in K."""
     limits = torch.finfo(threshold.dtype)
     reach = threshold.abs() + (1 + (softcap or 0))
     threshold = (threshold - 16 * limits.eps * reach).nan_to_num_(nan=-math.inf)
@@ -44,8 +43,8 @@ def with_margin(threshold: Tensor, softcap: float | None) -> Tensor:
 
 
 def columns_reaching(values: Tensor, threshold: Tensor) -> Tensor:
-    """Columns (rows, M), distinct within a row, among which are all whose value in (rows, V) is at
-    least the row's `threshold`; M is a small multiple of the largest number of those."""
+    """Columns (rows, M), distinct within a row, that include all whose value in (rows, V) reaches
+    the row's `threshold`. M is a small multiple of the largest number of those."""
     rows, width = values.shape
     blocks, rest = _blocks(values)
     tops = blocks.amax(-1)
@@ -57,7 +56,7 @@ def columns_reaching(values: Tensor, threshold: Tensor) -> Tensor:
 
 
 def _candidates(values: Tensor, k: int) -> Tensor:
-    """(rows, M): entries of each row, among which are its k largest."""
+    """(rows, M): entries of each row that include its k largest."""
     blocks, rest = _blocks(values)
     best = blocks.amax(-1).topk(k, dim=-1, sorted=False).indices
     candidates = blocks.gather(1, best.unsqueeze(-1).expand(-1, -1, BLOCK)).flatten(1)

@@ -1,4 +1,4 @@
-"""What a teacher that sends no dense row says: its statistics, and the set K of its ids."""
+"""The statistics and the set K of a teacher without dense rows: a top-k or a sampled one."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from .rule import topk_entropy
 def topk_teacher_ids(
     ids: Tensor, log_probs: Tensor, k: int | None, vocab_size: int
 ) -> tuple[Tensor, Tensor]:
-    """ids (n, K), all in range, and log_probs (n, K), -inf at padding and beyond the k largest
-    (ties with the k-th are kept; None keeps all)."""
+    """ids (n, K), 0 at padding, and log_probs (n, K), -inf at padding and beyond the k largest.
+    Ties with the k-th are kept; None keeps all."""
     usable = (ids >= 0) & (ids < vocab_size)
     log_probs = log_probs.masked_fill(~usable, -math.inf)
     if k is not None and k < ids.shape[-1]:
@@ -26,8 +26,7 @@ def topk_teacher_ids(
 def topk_teacher_least(
     ids: Tensor, log_probs: Tensor, k: int | None, vocab_size: int
 ) -> Tensor | None:
-    """The k-th largest log-prob (n,) among the ids (n, K) in range; None where all of them are in
-    the top k."""
+    """The k-th largest log-prob (n,) among the ids (n, K) in range; None where K holds them all."""
     if k is None or k >= ids.shape[-1]:
         return None
     outside = (ids < 0) | (ids >= vocab_size)
@@ -36,7 +35,7 @@ def topk_teacher_least(
 
 
 def topk_teacher_statistics(batch: RowBatch, stats: Tensor) -> None:
-    """Fills TEACHER_LOG_PROB and TEACHER_ENTROPY of stats (Stat, n), as far as the teacher said."""
+    """Fills TEACHER_LOG_PROB and TEACHER_ENTROPY of stats (Stat, n), as far as they are known."""
     if batch.label_log_probs is not None:
         stats[Stat.TEACHER_LOG_PROB] = batch.label_log_probs
     if batch.teacher_entropy is not None:

@@ -1,15 +1,14 @@
-"""The row engine in PyTorch: the twin to read beside the Triton kernels, and the CPU's fallback.
+"""The row engine in PyTorch: the readable twin of the Triton kernels, and the CPU's fallback.
 
-It walks the chunk in blocks of a few rows, so that its temporaries stay in the cache (and within
-`scratch_bytes`, which the chunk plan counts), and makes the passes of `rows` on each: statistics,
-gate, sums over K where needed, rule; then, when asked, the gradient. `rule.py` holds the rule
-itself.
+It makes all passes over one block of a few rows before those over the next, so that temporaries
+stay in the cache, and within `scratch_bytes`, which the chunk plan counts.
 
-0 log 0: an id of probability 0 (in the working precision) contributes nothing, whatever the other
-side says of it; `_dot` drops those 0 * inf. A NaN that is a defect shows in the label's log-prob.
+0 log 0: an id of probability 0 (in the working precision) contributes nothing, whatever its
+probability on the other side; `_dot` drops those 0 * inf. A NaN in the logits shows in the label's
+log-prob.
 
-On a CPU a look at a flag costs nothing, so rows and entries that need no work are left out; on a
-GPU it would be a host sync, so there everything is computed and masked.
+On a CPU reading a flag costs nothing, so rows and entries that need no work are skipped. On a GPU
+it would be a host sync, so everything is computed and masked.
 """
 
 from __future__ import annotations
@@ -38,10 +37,10 @@ from .rule import SUMS, Sums, as_matrix, tails_by_mass
 from .top_k import columns_reaching, kth_largest, with_margin
 from .topk_teacher import topk_teacher_ids
 
-#: Elements of one block's temporary: 4 MiB of float32 on a CPU, enough to fill a GPU on one.
+#: Elements of one temporary of a block: 4 MiB of float32 on a CPU; enough to fill a GPU elsewhere.
 BLOCK_ELEMENTS = {"cpu": 1 << 20}
 BLOCK_ELEMENTS_ELSEWHERE = 1 << 25
-#: Temporaries of a block that are alive at once, at most.
+#: The most temporaries of a block that are alive at once.
 TEMPORARIES = 12
 
 
@@ -59,7 +58,7 @@ class TorchRows(RowEngine):
     def forward(
         self, batch: RowBatch, options: RowOptions, into: Matrices | None = None
     ) -> Matrices:
-        """All passes over one block before those over the next."""
+        """Block by block."""
         stats, coefs = matrices(batch, into)
         for rows, part in _blocks(batch):
             super().forward(part, options, (stats[:, rows], coefs[:, rows]))
@@ -115,7 +114,7 @@ def row_squares(matrix: Tensor, dtype: torch.dtype) -> Tensor:
     """||row||^2 (rows,) of a matrix, in `dtype`."""
     if matrix.dtype == dtype or matrix.device.type != "cpu":
         return torch.linalg.vector_norm(matrix, dim=1, dtype=dtype).square()
-    # torch would make a copy of all in `dtype`.
+    # torch would copy the whole matrix to `dtype`.
     parts = matrix.split(block_rows(matrix.shape[1], "cpu"))
     return torch.cat([torch.linalg.vector_norm(part.to(dtype), dim=1) for part in parts]).square()
 
@@ -123,8 +122,8 @@ def row_squares(matrix: Tensor, dtype: torch.dtype) -> Tensor:
 def transform(
     logits: Tensor, how: LogitTransform, dtype: torch.dtype, bias: Tensor | None = None
 ) -> Tensor:
-    """Transformed logits; the input itself where there is nothing to do. bias: in place of
-    `how.bias`, for logits that were picked from the row."""
+    """Transformed logits; the input itself where there is nothing to do. bias: replaces `how.bias`,
+    for logits that were picked from a row."""
     z = logits.to(dtype)
     bias = how.bias if bias is None else bias
     if bias is not None:
@@ -142,15 +141,15 @@ def transform(
 
 
 def _log_probs(logits: Tensor, how: LogitTransform, dtype: torch.dtype) -> Tensor:
-    """(rows, V). The gradient pass calls it again rather than rebuild it from normalisers."""
+    """(rows, V). The gradient pass recomputes them rather than use the normalisers."""
     return log_softmax(transform(logits, how, dtype))
 
 
 def log_softmax(z: Tensor) -> Tensor:
-    """Along a row: the maximum is subtracted first and the logarithm last, as it has to be.
+    """Along a row. The maximum has to be subtracted first, and the logarithm last.
 
-    On a CPU torch's own adds the exponentials in as many running sums as a vector register has
-    lanes: at 151,936 ids and 8 lanes the loss is off by 1e-5. `sum` adds in pairs."""
+    On a CPU torch's own log_softmax keeps one running sum per lane of a vector register: at 151,936
+    ids and 8 lanes the loss is off by 1e-5. `sum` adds in pairs."""
     if z.device.type != "cpu":
         return z.log_softmax(-1)
     shifted = z - z.amax(-1, keepdim=True)
@@ -158,7 +157,7 @@ def log_softmax(z: Tensor) -> Tensor:
 
 
 def softmax(z: Tensor) -> Tensor:
-    """Along a row, with the sum of `log_softmax`."""
+    """Along a row, with the same sum as `log_softmax`."""
     if z.device.type != "cpu":
         return z.softmax(-1)
     p = (z - z.amax(-1, keepdim=True)).exp_()
@@ -166,14 +165,14 @@ def softmax(z: Tensor) -> Tensor:
 
 
 def _log_p(z: Tensor, c: Tensor, options: RowOptions) -> Tensor:
-    """From transformed student logits; of a part of a row, by the normalisers in c (Coef, n, 1)."""
+    """From transformed student logits. A part of a row takes the normalisers in c (Coef, n, 1)."""
     if options.sharded:
         return (z - c[Coef.STUDENT_MAX]) - c[Coef.STUDENT_LOG_SUM]
     return log_softmax(z)
 
 
 def _log_q(logits: Tensor, c: Tensor, options: RowOptions) -> Tensor:
-    """The same from a teacher's raw logits."""
+    """The same from raw teacher logits."""
     t = transform(logits, options.teacher, c.dtype)
     if options.sharded:
         return (t - c[Coef.TEACHER_MAX]) - c[Coef.TEACHER_LOG_SUM]
@@ -194,7 +193,7 @@ def _statistics(
     q = lq.exp()
     s[Stat.TEACHER_LOG_PROB] = _pick(lq, part.labels)
     s[Stat.TEACHER_ENTROPY] = -_dot(q, lq)
-    difference = lp - lq  # first: E_p[lp] - E_p[lq] would cancel where the two agree
+    difference = lp - lq  # E_p[lp] - E_p[lq] would cancel where the two agree
     s[Stat.REVERSE_KL] = _dot(p, difference)
     if options.rule.uses_reverse_kl:
         c[Coef.REVERSE_KL] = s[Stat.REVERSE_KL] / p.sum(-1)
@@ -212,19 +211,19 @@ def _to_own_normalisers(
     for logits, how, log_probs, at in sides:
         high = c[at] = transform(logits, how, c.dtype).amax(-1)
         c[at + 1] = torch.where(high == -math.inf, -math.inf, -log_probs.amax(-1))
-    # Relative to the maxima alone, as the other engines have it.
+    # Relative to the maxima, without the log-sums, as in the other engines.
     c[Coef.REVERSE_KL] += c[Coef.STUDENT_LOG_SUM] - c[Coef.TEACHER_LOG_SUM]
 
 
 def _dense_sums(lp: Tensor, lq: Tensor, options: RowOptions, needed: Tensor, c: Tensor) -> Sums:
-    """Of whole rows, made only for those that need them. Writes THRESHOLD into c."""
+    """For the rows that need them. Writes THRESHOLD into c."""
     rule = options.rule
-    # Sorting out rows costs a host sync on a GPU, and a copy where all are needed anyway.
+    # Picking rows costs a host sync on a GPU, and a copy.
     some = lp.device.type == "cpu" and not bool(needed.all())
     if some:
         lp, lq = lp[needed], lq[needed]
     threshold = None
-    if rule.divergence == "akl":  # whose gradient is not confined to its head
+    if rule.divergence == "akl":  # its gradient covers more than the head, so c keeps -inf
         threshold = _head_threshold(lq, rule.divergence_parameter)
     elif rule.uses_top_k:
         assert rule.top_k is not None
@@ -260,7 +259,7 @@ def _sums_of_part(
 
 
 def _dense_terms(lp: Tensor, lq: Tensor, threshold: Tensor | None, rule: TokenRule) -> Sums:
-    """Sums over the entries that reach the row's threshold; None stands for all of them."""
+    """Sums over the entries that reach the row's threshold; None: over all."""
     if threshold is None:
         return sum_terms(lp, lq, None, rule, dense=True)
     if rule.uses_top_k and rule.sums_only_on_k and lp.device.type == "cpu":
@@ -270,12 +269,12 @@ def _dense_terms(lp: Tensor, lq: Tensor, threshold: Tensor | None, rule: TokenRu
 
 
 def sum_terms(lp: Tensor, lq: Tensor, on_k: Tensor | None, rule: TokenRule, dense: bool) -> Sums:
-    """Sums over the entries on K; None stands for all of them."""
+    """Sums over the entries on K; None: over all."""
     p, q = lp.exp(), lq.exp()
     p_k, q_k = (p, q) if on_k is None else (p.where(on_k, 0.0), q.where(on_k, 0.0))
     student_mass, teacher_mass = p_k.sum(-1), q_k.sum(-1)
     if dense and not rule.sums_only_on_k:
-        # off K directly: near 1 the complement of the mass has no digits left
+        # Summed off K: a difference from 1 has no digits left where the mass is near 1.
         student_tail, teacher_tail = (p - p_k).sum(-1), (q - q_k).sum(-1)
     else:
         student_tail, teacher_tail = tails_by_mass(student_mass, teacher_mass)
@@ -301,7 +300,7 @@ def sum_terms(lp: Tensor, lq: Tensor, on_k: Tensor | None, rule: TokenRule, dens
 
 
 def _spread(sums: Sums, rows: Tensor) -> Sums:
-    """From the rows picked to all rows; the others get a mass of 1 and zeros, which they ignore."""
+    """From the picked rows to all rows. The others ignore their sums: masses of 1, and zeros."""
     spread = {}
     for field in fields(sums):
         value = getattr(sums, field.name)
@@ -329,7 +328,7 @@ def _gradient(part: RowBatch, c: Tensor, options: RowOptions, out: Tensor) -> No
     needs_teacher |= c[Coef.P_TOP_K] != c[Coef.P]
     idle = (c[FIRST_WEIGHT:] == 0).all(0)
     c = c.unsqueeze(-1)
-    if options.sharded:  # log-ratios are formed with the log-sums here
+    if options.sharded:  # this engine forms log-ratios with the log-sums
         c = c.clone()
         c[Coef.REVERSE_KL] -= c[Coef.STUDENT_LOG_SUM] - c[Coef.TEACHER_LOG_SUM]
     z = transform(part.student, options.student, c.dtype)
@@ -369,20 +368,20 @@ def _gradient(part: RowBatch, c: Tensor, options: RowOptions, out: Tensor) -> No
         d *= 1 - tanh * tanh
     if chain != 1.0:
         d *= chain
-    if not on_cpu or bool(idle.any()):  # tokens that do not count may hold anything, NaN too
+    if not on_cpu or bool(idle.any()):  # rows without weight may hold anything, even NaN
         d.masked_fill_(idle.unsqueeze(-1), 0.0)
     out.copy_(d)
 
 
 def _is_on_k(part: RowBatch, rule: TokenRule, like: Tensor) -> Tensor:
-    """(n, V): which ids a top-k teacher's K holds."""
+    """(n, V), bool: the ids of a top-k teacher's K."""
     ids, _, given = _topk_ids(part, rule.top_k, like.shape[-1], like.dtype)
     counts = torch.zeros(like.shape, dtype=torch.int16, device=like.device)
     return counts.scatter_add_(-1, ids, given.to(torch.int16)) > 0  # padding adds nothing
 
 
 def _add_teacher_terms(d: Tensor, lp: Tensor, lq: Tensor, c: Tensor, picked, rule) -> None:
-    """Terms of the gradient that read the teacher's rows, along the whole of them."""
+    """The terms of the gradient that read the teacher's rows, on all ids."""
     p = lp.exp()
     more = on_top_k(lp, lq, c, rule)
     if rule.uses_top_k:
@@ -394,7 +393,7 @@ def _add_teacher_terms(d: Tensor, lp: Tensor, lq: Tensor, c: Tensor, picked, rul
 
 
 def _add_on_top_k(d: Tensor, lp: Tensor, lq: Tensor, c: Tensor, picked, rule) -> None:
-    """The same where all of them lie on K: at its few ids alone."""
+    """The same where all of these terms lie on K: only on its few ids."""
     columns = columns_reaching(lq, c[Coef.THRESHOLD].squeeze(-1))
     lp, lq = lp.gather(-1, columns), lq.gather(-1, columns)
     more = on_top_k(lp, lq, c, rule).where(lq >= c[Coef.THRESHOLD], 0.0)
@@ -402,7 +401,7 @@ def _add_on_top_k(d: Tensor, lp: Tensor, lq: Tensor, c: Tensor, picked, rule) ->
 
 
 def on_top_k(lp: Tensor, lq: Tensor, c: Tensor, rule: TokenRule) -> Tensor:
-    """What the ids of K add to the gradient, beside another weight of p."""
+    """What ids of K add to the gradient, besides the different weight of p."""
     d = -(lq.exp() * c[Coef.Q])
     if rule.generator:
         _, slope = generator_terms(rule.generator, rule.divergence_parameter, lp, lq)
@@ -414,7 +413,7 @@ def on_top_k(lp: Tensor, lq: Tensor, c: Tensor, rule: TokenRule) -> Tensor:
 
 
 def _blocks(batch: RowBatch) -> Iterator[tuple[slice, RowBatch]]:
-    """(slice, its rows) of the blocks in which the passes walk a batch."""
+    """(slice, its rows) of each block."""
     n, vocab_size = batch.student.shape
     size = block_rows(vocab_size, batch.student.device.type)
     if 0 < n <= size:
@@ -430,7 +429,7 @@ def _blocks(batch: RowBatch) -> Iterator[tuple[slice, RowBatch]]:
 
 
 def _dot(weight: Tensor, value: Tensor) -> Tensor:
-    """sum of weight * value along a row, with 0 * anything = 0."""
+    """sum of weight * value along a row, with 0 * inf = 0."""
     return (weight * value).nansum(-1)
 
 

@@ -38,7 +38,7 @@ class TritonRows(RowEngine):
 
     @cached_property
     def kernels(self) -> ModuleType:
-        """Imported by the first pass: a plan asks about this engine where Triton need not be."""
+        """Imported by the first pass: a plan may ask about this engine where Triton is missing."""
         return importlib.import_module(".triton_kernels", __package__)
 
     def forward(
@@ -70,7 +70,7 @@ class TritonRows(RowEngine):
             return Statistics(stats, coefs)
         z, t = _rows(batch.student), None if batch.teacher is None else _rows(batch.teacher)
         n, vocab_size = z.shape
-        # By the student's logits alone: `entropy` gets the same bits without a teacher.
+        # From the student's logits only, so that `entropy` gets the same bits without a teacher.
         launch = tile_options(
             vocab_size, stats.dtype, z.element_size(), triton_launch.STATISTICS_UNROLL
         )
@@ -90,7 +90,7 @@ class TritonRows(RowEngine):
     def sums(
         self, batch: RowBatch, options: RowOptions, needed: Tensor | None, found: Statistics
     ) -> Sums:
-        """The kernel finds the rows that need them by itself."""
+        """The kernel itself finds the rows that need them."""
         make = self._topk_teacher_sums if needed is None else self._dense_sums
         made = make(batch, options, found.stats, found.coefs)
         assert made is not None  # the rule has sums
@@ -105,8 +105,8 @@ class TritonRows(RowEngine):
         n, vocab_size = z.shape
         sums = coefs.new_empty((self.kernels.SUMS, n))
         logit_size = min(z.element_size(), t.element_size())
-        # Registers do not suffice for it where rows are not aligned, and thus read number by
-        # number, nor where a thread's 16 bytes are 8 logits.
+        # 16 warps lack registers where rows are not aligned, and thus read number by number, and
+        # where a thread's 16 bytes are 8 logits.
         aligned = z.stride(0) % 16 == t.stride(0) % 16 == 0
         few = not rule.sums_of_every_row and aligned and logit_size >= 4
         k = rule.top_k if rule.uses_top_k else None
@@ -218,7 +218,7 @@ def _gate_inputs(batch: RowBatch, rule: TokenRule) -> tuple[Tensor | None, ...]:
 
 
 def _columns(stats: Tensor, coefs: Tensor) -> int:
-    """From one row of these matrices to the next: of whole ones, of which they may be columns."""
+    """The row stride of these matrices, which may be columns of wider ones."""
     assert stats.stride() == coefs.stride() and stats.stride(1) == 1
     return stats.stride(0)
 
@@ -234,8 +234,7 @@ def _share_memory(a: Tensor, b: Tensor) -> bool:
 
 
 def _bias(how: LogitTransform) -> Tensor | None:
-    """In float32, as the logits beside it are: of two widths one would change hands between the
-    threads."""
+    """At least float32, as the logits are: with two widths, threads would exchange one of them."""
     if how.bias is None:
         return None
     return how.bias.to(torch.promote_types(how.bias.dtype, torch.float32))

@@ -14,19 +14,19 @@
 | topk_teacher_grad_kernel | one row       | z at a top-k teacher's ids | d_logits at those ids    |
 | column_sums_kernel       | 128 columns   | d_logits, for sampled ids  | three sums a column      |
 
-Rows are parted where they are too few to fill a GPU, but not in their sums. In the loops over a row
-no thread waits for another (`logits.py`), but in the search.
+Several programs share a row where rows are too few to fill a GPU, except in the sums. In the loops
+over a row no thread waits for another (`logits.py`), except in the search.
 
 Every reduction runs in a fixed order within one program and there are no atomics, so two runs are
 bitwise equal. Rows lie on grid axis 0 and offsets are 64-bit: neither 65,536 rows nor 2^31 elements
 is a limit. `ACC` is float32, or float64 for float64 inputs. Scalars of the rule and of the logit
 transform are compile-time constants: they are fixed for a run, and exact in both precisions.
 
-The k-th largest teacher log-prob is found without sorting: floats order as integers once the sign
-bit is dealt with, so its bits are fixed from the top, four at a time, by counting how many entries
-reach each of sixteen pivots. Counted are the three largest of each lane, in registers; the sums
-that follow tell whether those held the k largest of the row, and only where not, it is searched
-itself, eight times over. Weighted by q instead of counted, the same search finds the head of AKL.
+The k-th largest teacher log-prob is found without sorting. Floats order as integers once the sign
+bit is dealt with, so the bits are fixed from the top, four at a time, by counting how many entries
+reach each of sixteen pivots. The three largest entries of each lane are counted first, in
+registers. The sums that follow tell whether those held the k largest of the row; if not, the row
+itself is searched, eight times over. The same search weighted by q finds the head of AKL.
 """
 
 from .columns import column_sums_kernel

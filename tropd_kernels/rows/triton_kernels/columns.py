@@ -1,4 +1,4 @@
-"""Sums over the rows of d_logits, by which a sampled gradient chooses its ids: `loss/sampling`."""
+"""Column sums of d_logits, by which a sampled gradient chooses its ids (`loss/sampling`)."""
 
 import triton
 import triton.language as tl
@@ -9,8 +9,8 @@ def column_sums_kernel(
     d_logits, hidden, sums, n, vocab_size, row_stride, ACC: tl.constexpr, ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """sum_i d^2, sum_i hidden[0, i] d^2 and sum_i hidden[1, i] d of BLOCK columns. Every thread has
-    sums of its own until the last row has passed."""
+    """sum_i d^2, sum_i hidden[0, i] d^2 and sum_i hidden[1, i] d of BLOCK columns. Threads add up
+    their sums after the last row."""
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = at < vocab_size
     square = tl.zeros((ROWS, BLOCK), ACC)

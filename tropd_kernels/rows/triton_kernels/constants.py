@@ -1,4 +1,4 @@
-"""Rows of the matrices, as constants that a kernel can read."""
+"""Row numbers of the matrices, and other constants that kernels read."""
 
 import torch
 import triton.language as tl

@@ -1,11 +1,11 @@
 """exp() at two instructions.
 
-`tl.exp` of float32 compiles to `ex2.approx.f32`, which keeps subnormal results: a comparison and
-two multiplications by a predicate stand around each. With `.ftz` a result below 1.2e-38 is 0, and
-the hardware's instruction is all there is beside the factor log2(e). `tl.exp` stays where it tells
-whether a probability is 0.
+`tl.exp` of float32 compiles to `ex2.approx.f32`, which keeps subnormal results at the cost of a
+comparison and two predicated multiplications. With `.ftz` a result below 1.2e-38 is 0, and the
+multiplication by log2(e) and the hardware's instruction suffice. `tl.exp` stays where the result
+tells whether a probability is 0.
 
-PTX is what NVIDIA's GPUs speak: AMD's, float64 and Triton's interpreter keep `tl.exp`.
+Only NVIDIA GPUs take PTX: AMD GPUs, float64 and Triton's interpreter keep `tl.exp`.
 """
 
 import triton

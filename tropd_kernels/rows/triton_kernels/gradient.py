@@ -1,7 +1,7 @@
 """The last pass over a row: d_logits.
 
-It begins where the passes before it ended, at the last rows and their last ids: those are the
-logits that the cache may still hold.
+It starts where the passes before it ended, at the last ids of the last rows, whose logits the cache
+may still hold.
 """
 
 import triton
@@ -32,8 +32,8 @@ from .topk_teacher import _given, _on_k
 
 @triton.jit
 def _coefs(coefs, columns, HAS_P_TOP_K: tl.constexpr):
-    """A row's coefficients, once: a load among the stores to `out` would not leave the loop. And
-    whether any weight is not 0, or any weight on the teacher's terms."""
+    """A row's coefficients, and whether any weight, or any weight on the teacher's terms, is not 0.
+    Loaded once: the compiler would not move a load past the stores to `out`, out of the loop."""
     p = tl.load(coefs + C_P * columns)
     p_top_k = tl.load(coefs + C_P_TOP_K * columns)
     reverse = tl.load(coefs + C_REVERSE * columns)
@@ -58,7 +58,7 @@ def _student_terms(
 ):  # fmt: skip
     """lp, p, the part of the gradient that needs no teacher, and the chain factor to raw logits."""
     lp = (z - top) - log_sum
-    # Weights on K reach e^80, beside which a subnormal p is something.
+    # Weights on K reach e^80, which makes a subnormal p count.
     p = tl.exp(lp) if HAS_P_TOP_K else _exp(lp)
     d = p * p_weight
     if HAS_ENTROPY:
@@ -73,7 +73,7 @@ def _student_terms(
 
 @triton.jit
 def _top_k_terms(lp, p, lq, q_weight, weight, GENERATOR: tl.constexpr, PARAMETER: tl.constexpr):
-    """What the ids of K add to the gradient, beside another weight of p; `weight` is the
+    """What ids of K add to the gradient, besides the different weight of p. `weight` is the
     generator's."""
     q = _exp(lq)
     d = -q * q_weight
@@ -92,9 +92,9 @@ def gradient_kernel(
     HAS_REVERSE: tl.constexpr, HAS_P_TOP_K: tl.constexpr, HAS_TOP_K: tl.constexpr,
     PARAMETER: tl.constexpr, GENERATOR: tl.constexpr, PARTS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """d_logits of one part of a row, each element written once. `out` may be `student`: an element
-    is read before it is written, by the same program. A row that has no weight, or a teacher row
-    that no coefficient asks for, is not read."""
+    """d_logits of one part of a row. Each element is written once, by the program that has read it
+    before, so `out` may be `student`. A row without weight is not read, nor a teacher row that no
+    coefficient asks for."""
     row = tl.num_programs(0) - 1 - tl.program_id(0).to(tl.int64)
     part = PARTS - 1 - tl.program_id(1)
     student += row * student_stride
@@ -110,7 +110,7 @@ def gradient_kernel(
     ) = _coefs(coefs, coef_stride, HAS_P_TOP_K)  # fmt: skip
     if teacher is not None:
         teacher += row * teacher_stride
-        # Of a row that is not asked for, ids are as if the teacher excluded them, and none is on K.
+        # A row that is not asked for looks as if the teacher excluded all ids: none is on K.
         t_limit = tl.where(needs_teacher, vocab_size, 0)
         t_top = tl.where(needs_teacher, tl.load(coefs + TEACHER_MAX * coef_stride), 0.0)
         t_log_sum = tl.where(needs_teacher, tl.load(coefs + TEACHER_LOG_SUM * coef_stride), 0.0)
@@ -146,9 +146,9 @@ def gradient_kernel(
             if HAS_TOP_K:
                 more = tl.where(lq >= threshold, more, 0.0)
             if HAS_REVERSE:
-                # The logs of the normalisers cancel; without them ratio and mean agree to the bit.
+                # Without the log-sums, which cancel, log-ratio and mean agree to the bit.
                 inner = ((z - top) - (t - t_top)) - reverse_kl
-                # Also keeps inf - inf of an infinite KL out.
+                # The inner where() also keeps out inf - inf of an infinite KL.
                 more += tl.where(
                     reverse_weight != 0, tl.where(p > 0, reverse_weight * p * inner, 0.0), 0.0
                 )
@@ -166,9 +166,9 @@ def topk_teacher_grad_kernel(
     HAS_ENTROPY: tl.constexpr, HAS_P_TOP_K: tl.constexpr, PARAMETER: tl.constexpr,
     GENERATOR: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """d_logits at a top-k teacher's ids, whole, over what `gradient_kernel` wrote there: adding to
-    it would round twice. `id_logits` (n, k) are the raw student logits at the ids, where those have
-    been overwritten; None reads them."""
+    """d_logits at a top-k teacher's ids. Replaces what `gradient_kernel` wrote there: adding to it
+    would round twice. id_logits (n, k): the raw student logits at the ids, where `out` has
+    overwritten them; None reads them from `student`."""
     row = tl.program_id(0).to(tl.int64)
     coefs += row
     (

@@ -1,9 +1,9 @@
 """Logits of a row: tiles of them loaded, transformed, and reduced with running maxima.
 
-A tile is (UNROLL, LANES). One thread holds whole columns of it, so that a sum or a maximum over its
-first axis costs no exchange between threads: each lane keeps a softmax of its own, whose maximum
-moves once for UNROLL ids, and lanes meet at the end of the row. LANES are the consecutive ids that
-all threads read by 16 bytes each.
+A tile is (UNROLL, LANES). One thread holds whole columns of it, so a sum or a maximum over its
+first axis needs no exchange between threads. Each lane keeps its own softmax, whose maximum moves
+once per UNROLL ids, and lanes are joined at the end of the row. LANES consecutive ids are read at
+once, 16 bytes by each thread.
 """
 
 import triton
@@ -27,8 +27,8 @@ def _load_logits(
     row_ptr, bias, cols, mask, ACC: tl.constexpr,
     SCALE: tl.constexpr, CAP: tl.constexpr, TEMPERATURE: tl.constexpr,
 ):  # fmt: skip
-    """Transformed logits of one row at `cols`, -inf where masked: a padded column must not look
-    like a logit of 0; a soft cap would lift it to -cap, and a negative scale to inf."""
+    """Transformed logits of one row at `cols`, -inf where masked: a soft cap would turn the -inf of
+    a padded column into -cap, and a negative scale into inf."""
     if mask is None:
         z = tl.load(row_ptr + cols).to(ACC)
     else:
@@ -50,22 +50,23 @@ def _tile(start, UNROLL: tl.constexpr, LANES: tl.constexpr):
 
 @triton.jit
 def _lowest(ACC: tl.constexpr):
-    """Where a running maximum begins: the lowest finite number, so that nothing is inf - inf."""
+    """The initial running maximum: the lowest finite number, which avoids inf - inf."""
     lowest: tl.constexpr = -1.7976931348623157e308 if ACC == tl.float64 else -3.4028234663852886e38
     return lowest
 
 
 @triton.jit
 def _raise_to(top, new, GUARDED: tl.constexpr):
-    """What old sums shift and shrink by when their maxima rise from `top` to `new`."""
+    """By how much the values in old sums shift, and their weights shrink, when the maximum rises
+    from `top` to `new`."""
     shift = top - new
     return shift, tl.exp(shift) if GUARDED else _exp(shift)
 
 
 @triton.jit
 def _moved(total, mass, shift, shrink, GUARDED: tl.constexpr):
-    """Sums of weight * value, whose values all move by `shift`, and weights shrink, when the maxima
-    do. GUARDED: as of `_weighed`."""
+    """Sums of weight * value after values have moved by `shift` and weights have shrunk. GUARDED:
+    as in `_weighed`."""
     moved = shrink * (total + shift * mass)
     if GUARDED:
         moved = tl.where(shrink > 0, moved, 0.0)
@@ -74,8 +75,8 @@ def _moved(total, mass, shift, shrink, GUARDED: tl.constexpr):
 
 @triton.jit
 def _weighed(weight, value, GUARDED: tl.constexpr):
-    """Sums over a tile's first axis. Where they are GUARDED, 0 * inf is 0; else NaN, by which the
-    end of the row learns that it was needed."""
+    """Sums over a tile's first axis. 0 * inf is 0 where GUARDED. Elsewhere it is NaN, which tells
+    the end of the row that a guard is needed."""
     weighed = weight * value
     if GUARDED:
         weighed = tl.where(weight > 0, weighed, 0.0)

@@ -40,11 +40,11 @@ from .gate import _row_gate
 @triton.jit
 def _surrogate(reward, ratio, weight, CLIP_LOW: tl.constexpr, CLIP_HIGH: tl.constexpr):
     """PPO's objective: (loss, weight on -log p(y))."""
-    held = tl.abs(reward) == INF  # as an infinite divergence: no gradient, whatever the ratio
+    held = tl.abs(reward) == INF  # no gradient, as of an infinite divergence
     ratio = tl.where(held, 1.0, ratio)
     clipped = ratio
-    # By where(), here and below: minimum() and maximum() of NaN and a bound are the bound, and what
-    # is undefined would pass for a loss.
+    # where(), here and below: minimum() and maximum() of NaN and a bound give the bound, and an
+    # undefined value would pass for a loss.
     if CLIP_LOW is not None:
         clipped = tl.where(clipped < 1 - CLIP_LOW, 1 - CLIP_LOW, clipped)
         held = held | ((reward < 0) & (ratio < 1 - CLIP_LOW))
@@ -73,8 +73,8 @@ def rule_kernel(
     USES_TEACHER: tl.constexpr, USES_FORWARD_KL: tl.constexpr, USES_REVERSE_KL: tl.constexpr,
     USES_TOP_K: tl.constexpr, DENSE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Twin of `rule.apply_rule`: a row's statistics and sums (SUMS, n) to its loss and
-    coefficients. columns: from one row of stats, or of coefs, to the next."""
+    """Twin of `rule.apply_rule`: makes loss and coefficients of statistics and sums (SUMS, n).
+    columns: the row stride of stats and coefs."""
     row = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = row < n
     row = tl.where(inside, row, 0)
@@ -98,11 +98,11 @@ def rule_kernel(
     kl_p = zero
     kl_p_top_k = zero
     kl_q = zero + 1
-    if USES_FORWARD_KL and sums is None:  # over the whole vocabulary: the first pass has it
+    if USES_FORWARD_KL and sums is None:  # over the vocabulary: a statistic of the first pass
         kl = tl.load(stats + FORWARD_KL * columns + row)
         kl_p = zero + 1
         kl_p_top_k = zero + 1
-    elif USES_FORWARD_KL or (not DENSE and sums is not None):  # a statistic, if no term
+    elif USES_FORWARD_KL or (not DENSE and sums is not None):  # at least a statistic
         kl = tl.load(sums + SUM_FORWARD_KL * n + row)
         teacher_mass = tl.load(sums + TEACHER_MASS * n + row)
         if TAIL == "raw":
@@ -117,7 +117,7 @@ def rule_kernel(
             kl_p_top_k = zero + 1
         else:
             infinite = kl == INF
-            # Of a token of which no id is known there is nothing to make a distribution of.
+            # A token without any known id has no distribution to renormalise.
             known = teacher_mass > 0
             teacher_mass = tl.where(known, teacher_mass, 1.0)
             kl = kl / teacher_mass - tl.log(teacher_mass)
@@ -126,10 +126,9 @@ def rule_kernel(
                 kl_p = tl.where(known, zero + 1, 0.0)
                 kl_p_top_k = kl_p
             else:
-                # p / p(K) with p(K) underflowing would be 0/0; e^-80 of mass on K is as good as
-                # none.
+                # Where p(K) underflows, p / p(K) would be 0/0: a mass below e^-80 counts as none.
                 log_mass = tl.load(sums + STUDENT_LOG_MASS * n + row)
-                # Without any mass of the student's on K: not inf - inf.
+                # A student without any mass on K: infinite, not inf - inf.
                 kl = tl.where(infinite, INF, tl.where(known, kl + log_mass, 0.0))
                 kl_p_top_k = tl.exp(tl.minimum(-log_mass, 80.0))
     if not DENSE and sums is not None:
@@ -206,7 +205,7 @@ def rule_kernel(
     generator = tl.where(counts, generator, 0.0)
     entropy_weight = tl.where(counts, entropy_weight, 0.0)
 
-    # A label outside the vocabulary has lp = NaN: its row says so instead of looking right.
+    # A label outside the vocabulary has lp = NaN, which must show in the loss and the gradient.
     invalid = lp != lp
     if USES_TEACHER:
         invalid = invalid | (lq != lq)

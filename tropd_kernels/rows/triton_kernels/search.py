@@ -17,7 +17,7 @@ def _bits(x, ACC: tl.constexpr):
     else:
         bits = x.to(tl.uint32, bitcast=True)
         sign = tl.full((), 1, tl.uint32) << 31
-    # not ~bits, which the interpreter of Triton 3.6 has not for unsigned integers
+    # Not ~bits: Triton 3.6's interpreter lacks it for unsigned integers.
     return tl.where((bits & sign) != 0, bits ^ (sign | (sign - 1)), bits | sign)
 
 
@@ -70,8 +70,8 @@ def _reach(lq, pivots, ACC: tl.constexpr):
 
 @triton.jit
 def _choose(found, digit, reached, target, DIGITS: tl.constexpr):
-    """`found` with one more digit, and what reaches it. Counts fall with the pivot, so the digit is
-    the last pivot that is reached often enough."""
+    """`found` with one more digit, and how many entries reach it. Counts fall with the pivot, so
+    the digit is the last pivot that enough entries reach."""
     chosen = tl.maximum(tl.sum((reached >= target).to(tl.int32), 0) - 1, 0)
     at_chosen = tl.sum(tl.where(tl.arange(0, 16) == chosen, reached, 0), 0)
     return found + (chosen.to(found.dtype) << 4 * (DIGITS - 1 - digit)), at_chosen
@@ -82,8 +82,9 @@ def _lanes_search(
     teacher, bias, base, log_sum, target, vocab_size, ACC: tl.constexpr, SCALE: tl.constexpr,
     CAP: tl.constexpr, TEMPERATURE: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
-    """The `target`-th largest log-prob among the three largest of every lane. It is the row's if
-    fewer than `target` of the row exceed it; else four of the row's largest shared a lane."""
+    """The `target`-th largest log-prob among the three largest of every lane. It is also the row's,
+    unless `target` or more entries of the row exceed it: then four of the row's largest share a
+    lane."""
     first = tl.full((LANES,), -INF, ACC)
     second = tl.full((LANES,), -INF, ACC)
     third = tl.full((LANES,), -INF, ACC)
@@ -107,7 +108,7 @@ def _lanes_search(
             reached += _reach(third, pivots, ACC).to(tl.int32)
             found, at_chosen = _choose(found, digit, tl.sum(reached, 1), target, DIGITS)
             searching = tl.where(at_chosen == target, 0, 1)
-    # Where the search has stopped early, what was found lies below the entry itself.
+    # Where the search stopped early, `found` lies below the entry itself.
     least = _from_bits(found, ACC)
     kth = tl.minimum(_least_above(first, least), _least_above(second, least))
     return tl.min(tl.minimum(kth, _least_above(third, least)), 0)

@@ -1,15 +1,15 @@
 """The first pass over a row: normalisers, entropies, exact KLs, the label's log-probs.
 
 Every lane of a program (`logits.py`) keeps an online softmax of both rows, with first moments of
-z - max and of the difference of the two, from which come the entropies and both KLs without the
-cancellation of E[z] - E[t]. Lanes meet at the end; of a row that several programs share, their sums
-meet in `join_kernel`.
+z - max and of the difference of the two. The entropies and both KLs follow from them without the
+cancellation of E[z] - E[t]. Lanes are joined at the end of the row; where several programs share a
+row, `join_kernel` joins their sums.
 
-Sums of weight * value spend nothing on ids that one side excludes, where they are 0 * inf: a row
-whose sums come out infinite or NaN is read once more, from its maxima, with a guard around each
-product. That also settles an infinite gap that met a maximum that still rose, of which what is left
-would depend on the order of ids. The last tile of a row that does not fill it has padding, and such
-guards.
+The sums of weight * value have no guard against ids that one side excludes, where the product is
+0 * inf. A row whose sums come out infinite or NaN is read once more, relative to its final maxima,
+with a guard around each product. This also covers an infinite gap found while a maximum was still
+rising, whose remainder would depend on the order of ids. A partly filled last tile has padding, and
+is guarded too.
 """
 
 import triton
@@ -42,8 +42,8 @@ def statistics_kernel(
     TEACHER_CAP: tl.constexpr, TEMPERATURE: tl.constexpr, PARTS: tl.constexpr,
     UNROLL: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
-    """One part of a row of student logits, and of teacher logits beside it. parts (8, PARTS, rows):
-    where there are several, their maxima and sums."""
+    """One part of a row of student logits, and of the teacher's. parts (8, PARTS, rows) receives
+    the parts' maxima and sums where PARTS > 1."""
     row = tl.program_id(0).to(tl.int64)
     part = tl.program_id(1)
     student += row * student_stride
@@ -108,7 +108,7 @@ def _add_tile(
     TEACHER_CAP: tl.constexpr, TEMPERATURE: tl.constexpr, UNROLL: tl.constexpr,
     LANES: tl.constexpr,
 ):  # fmt: skip
-    """The lanes' maxima and sums with one more tile. PADDED: it may reach beyond the row."""
+    """Adds a tile to the lanes' maxima and sums. PADDED: it may reach beyond the row."""
     cols = _tile(start, UNROLL, LANES)
     mask = cols < vocab_size if PADDED else None
     z = _load_logits(student, student_bias, cols, mask, ACC, SCALE, CAP, TEMPERATURE)
@@ -169,7 +169,7 @@ def join_kernel(
 
 @triton.jit
 def _join(top, mass, moment, t_top, t_mass, t_moment, reverse, forward):
-    """Of lanes, or parts, one."""
+    """Joins the maxima and sums of lanes, or of parts, into one each."""
     shift, shrink = _raise_to(top, tl.max(top, 0), True)
     t_shift, t_shrink = _raise_to(t_top, tl.max(t_top, 0), True)
     return (
@@ -200,12 +200,12 @@ def _finish(
         finite = finite & (tl.abs(reverse) < INF) & (tl.abs(forward) < INF)
     if finite:
         pass
-    else:  # excluded ids, an infinite KL, or infinities that cancelled
+    else:  # ids are excluded, a KL is infinite, or infinities cancelled
         guarded, t_guarded, reverse, forward = _guarded_sums(
             top, t_top, student, teacher, student_bias, teacher_bias, vocab_size, ACC,
             SCALE, CAP, TEACHER_SCALE, TEACHER_CAP, TEMPERATURE, UNROLL, LANES,
         )  # fmt: skip
-        # Where only the teacher asks for it, the student's entropy keeps its bits.
+        # A student's finite entropy keeps its bits, whatever the teacher's row holds.
         moment = tl.where(tl.abs(moment) < INF, moment, guarded)
         t_moment = tl.where(tl.abs(t_moment) < INF, t_moment, t_guarded)
     top = tl.where(total == 0, -INF, top)
@@ -247,8 +247,7 @@ def _guarded_sums(
     TEACHER_CAP: tl.constexpr, TEMPERATURE: tl.constexpr, UNROLL: tl.constexpr,
     LANES: tl.constexpr,
 ):  # fmt: skip
-    """The moments of both sides and the sums of gaps, with weights relative to maxima that are
-    known."""
+    """The moments of both sides and the sums of gaps, relative to the row's final maxima."""
     moment = tl.zeros((LANES,), ACC)
     t_moment = tl.zeros((LANES,), ACC)
     reverse = tl.zeros((LANES,), ACC)

@@ -41,11 +41,11 @@ def dense_sums_kernel(
     THRESHOLD_GIVEN: tl.constexpr, BY_LANES: tl.constexpr,
     UNROLL: tl.constexpr, LANES: tl.constexpr, SEARCH_BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Sums over K (or the vocabulary) for a row that needs them; a row that does not costs
-    nothing. THRESHOLD_GIVEN: K, or the head of AKL, is that of the threshold in coefs, of rows of
-    which these are a part. HAS_KL: the forward KL is one of the sums. BY_LANES: the k-th largest is
-    first looked for among the largest of each lane, and in the whole row only where the sums find
-    too many above it. Sums that come out infinite or NaN are made again, with guards."""
+    """Sums over K, or over the vocabulary, for a row that needs them; other rows are not read.
+    THRESHOLD_GIVEN: these are parts of rows, and coefs hold the threshold of K, or of AKL's head,
+    in the whole rows. HAS_KL: the forward KL is one of the sums. BY_LANES: the k-th largest is
+    searched for among the largest of each lane first, and in the whole row only if the sums find
+    too many above it. Sums that come out infinite or NaN are made again with guards."""
     row = tl.program_id(0).to(tl.int64)
     gate = _row_gate(
         row, old_log_probs, advantages, uniforms, prefix, entropy_threshold, stats, columns,
@@ -91,8 +91,8 @@ def dense_sums_kernel(
             )  # fmt: skip
         TILE: tl.constexpr = UNROLL * LANES
         whole = vocab_size // TILE * TILE
-        search = 0 if BY_LANES else 1  # whether K is to be found in the row itself
-        unknown = 1  # whether the sums are
+        search = 0 if BY_LANES else 1  # 1: the next round searches the whole row for K
+        unknown = 1  # 1: the sums are not known yet
         while unknown == 1:
             if SEARCHED:
                 if search == 1:
@@ -113,12 +113,12 @@ def dense_sums_kernel(
             size = tl.abs(forward_kl) + tl.abs(value_sum) + tl.abs(slope_sum)
             unknown = tl.where((size < INF) | (whole == 0), 0, 1)
             whole = tl.where(size < INF, whole, 0)
-            if SEARCHED and BY_LANES:  # and found wanting, once
+            if SEARCHED and BY_LANES:  # the lanes may have missed the k-th: search the row, once
                 search = tl.where((above >= target) & (search == 0), 1, 2)
                 unknown = tl.where(search == 1, 1, unknown)
             else:
                 search = 2
-    if TOP_K is not None:  # AKL's gradient is not confined to its head
+    if TOP_K is not None:  # AKL's gradient covers more than its head
         tl.store(coefs + C_THRESHOLD * columns, threshold)
         unasked = tl.where(needed, 0.0, float("nan"))
         tl.store(stats + row + TEACHER_TOPK_MASS * columns, teacher_mass + unasked)
@@ -137,9 +137,9 @@ def dense_sums_kernel(
 
 @triton.jit
 def _threshold(kth, ACC: tl.constexpr, TEACHER_CAP: tl.constexpr):
-    """Of K. The gradient pass may meet logits made again, by a product of another height that
-    rounds otherwise: a margin of a few last bits keeps the k-th id in K there, too. Ids that the
-    teacher excludes are never in K, however few it leaves."""
+    """The threshold of K. The gradient pass may read recomputed logits, from a GEMM of another
+    height that rounds differently: a margin of a few last bits keeps the k-th id in K there, too.
+    Ids with teacher probability 0 are never in K."""
     margin: tl.constexpr = 3.6e-15 if ACC == tl.float64 else 1.9e-6
     extent: tl.constexpr = 1.0 if TEACHER_CAP is None else 1.0 + TEACHER_CAP
     return tl.maximum(kth - margin * (tl.abs(kth) + extent), _lowest(ACC))
@@ -154,9 +154,9 @@ def _sums(
     TAIL: tl.constexpr, ON_K: tl.constexpr, HAS_KL: tl.constexpr, COUNT: tl.constexpr,
     UNROLL: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
-    """One pass over a row: its sums, tails only for a bucket of them, the log of the student's mass
-    only where both sides are renormalised, and how many ids exceed `kth`. ON_K: of a set K. From
-    the id `whole` on, tiles are GUARDED."""
+    """One pass over a row: its sums, and how many ids exceed `kth`. Tails are summed only for
+    "bucket", the log of the student's mass only for "renormalize_both". ON_K: over a set K, not
+    over the vocabulary. Tiles from the id `whole` on are GUARDED."""
     p_on = tl.zeros((LANES,), ACC)
     q_on = tl.zeros((LANES,), ACC)
     p_off = tl.zeros((LANES,), ACC)
@@ -202,8 +202,8 @@ def _add_tile(
     TAIL: tl.constexpr, ON_K: tl.constexpr, HAS_KL: tl.constexpr, COUNT: tl.constexpr,
     UNROLL: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
-    """The lanes' sums with one more tile, which where it is GUARDED may reach beyond the row, and
-    where 0 * inf is 0; else NaN."""
+    """Adds a tile to the lanes' sums. A GUARDED tile may reach beyond the row, and 0 * inf is 0
+    there, NaN elsewhere."""
     cols = _tile(start, UNROLL, LANES)
     mask = cols < vocab_size if GUARDED else None
     z = _load_logits(student, student_bias, cols, mask, ACC, SCALE, CAP, TEMPERATURE)
@@ -214,7 +214,7 @@ def _add_tile(
     lq = (t - t_top) - t_log_sum
     p = tl.exp(lp) if GUARDED else _exp(lp)
     q = tl.exp(lq) if GUARDED else _exp(lq)
-    on_k = lq >= threshold  # padding is not, as nothing that the teacher excludes
+    on_k = lq >= threshold  # never padding, nor an id that the teacher excludes
     p_on += _sum_where(on_k, p, ON_K)
     if HAS_KL or ON_K:
         q_on += _sum_where(on_k, q, ON_K)
@@ -249,7 +249,7 @@ def _add_tile(
 
 @triton.jit
 def _sum_where(on_k, value, ON_K: tl.constexpr):
-    """Over a tile's first axis: on K, or where there is no such set, of all."""
+    """Over a tile's first axis, of the ids on K where ON_K, else of all."""
     if ON_K:
         value = tl.where(on_k, value, 0.0)
     return tl.sum(value, 0)

@@ -1,4 +1,4 @@
-"""What a teacher sends who sends no dense row: the sums over its ids, and its entropy."""
+"""Sums over the ids of a top-k teacher, and its entropy."""
 
 import triton
 import triton.language as tl
@@ -25,7 +25,7 @@ from .logits import _load_logits
 
 @triton.jit
 def _given(row, ids, log_probs, vocab_size, k, ACC: tl.constexpr, BLOCK: tl.constexpr):
-    """A row's ids (n, k), 0 in place of padding, and its log-probs, -inf there."""
+    """A row's ids, 0 at padding, and its log-probs, -inf at padding."""
     at = tl.arange(0, BLOCK)
     id_ = tl.load(ids + row * k + at, mask=at < k, other=-1)
     usable = (id_ >= 0) & (id_ < vocab_size)
@@ -35,7 +35,7 @@ def _given(row, ids, log_probs, vocab_size, k, ACC: tl.constexpr, BLOCK: tl.cons
 
 @triton.jit
 def _on_k(row, lq, least):
-    """-inf also off K, the ids whose log-probs reach least (n,): None takes them all."""
+    """-inf also off K. K holds the ids whose log-probs reach least (n,), all ids where None."""
     if least is not None:
         lq = tl.where(lq < tl.load(least + row).to(lq.dtype), -INF, lq)
     return lq
@@ -46,7 +46,7 @@ def _entropy(lq):
     """Twin of `rule.topk_entropy`."""
     q = tl.exp(lq)
     tail = 1 - tl.sum(q, 0)
-    tail = tl.where(tail < 0, 0.0, tail)  # by where(), which keeps NaN
+    tail = tl.where(tail < 0, 0.0, tail)  # maximum() would drop NaN
     inside = tl.sum(tl.where(q > 0, -q * lq, 0.0), 0)
     return inside - tl.where(tail == 0, 0.0, tail * tl.log(tail))
 
@@ -59,8 +59,8 @@ def topk_teacher_sums_kernel(
     PARAMETER: tl.constexpr, GENERATOR: tl.constexpr, ENTROPY_UNKNOWN: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """The sums of `dense_sums_kernel` over K, where the rule has any, and the teacher's entropy
-    where it did not say."""
+    """The sums of `dense_sums_kernel` over K, if the rule has any, and the teacher's entropy, if
+    the teacher did not give it."""
     row = tl.program_id(0).to(tl.int64)
     stats += row
     id_, lq = _given(row, ids, topk_log_probs, vocab_size, k, ACC, BLOCK)
