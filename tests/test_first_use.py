@@ -67,6 +67,16 @@ def test_a_compiled_function_may_use_a_name_first():
     assert done.returncode == 0, done.stderr
 
 
+def test_a_plan_for_a_gpu_needs_no_triton():
+    code = (
+        "import sys; sys.modules['triton'] = None  # an import raises\n"
+        "from tropd_kernels import plan_chunks\n"
+        "assert plan_chunks(64, 301, 16, device='cuda', backend='triton').rows\n"
+    )
+    done = run(code)
+    assert done.returncode == 0, done.stderr
+
+
 # --- without native ------------------------------------------------------------------------------
 
 CALL = """

@@ -41,6 +41,7 @@ import torch
 from torch import Tensor
 
 from ..draws import id_uniforms
+from ..rows.engine import RowEngine
 
 IDS_AT_ONCE = 8192
 DENSE = 0.5
@@ -139,7 +140,7 @@ class ColumnSampler:
     def __init__(
         self,
         sampling: GradientSampling,
-        engine,  # of rows
+        engine: RowEngine,
         weight: Tensor | None,  # (V, H), where d_hidden is asked for
         d_weight: bool,  # is asked for
         like: Tensor,  # in the precision of the sums
