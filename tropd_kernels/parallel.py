@@ -74,7 +74,7 @@ class Shard:
     def largest(self) -> int:
         return max(high - low for low, high in zip(self.bounds, self.bounds[1:]))
 
-    def whereabouts(self) -> str:
+    def describe_shards(self) -> str:
         """For errors: what the group holds."""
         heights = [high - low for low, high in zip(self.bounds, self.bounds[1:])]
         return f" (the {self.size} ranks of process_group hold {heights} of them)"
@@ -91,6 +91,7 @@ class Shard:
         """The teacher's rows (T_r, *) of the student's ids [low, low + width), in order, as views
         of `rows` and pieces that other ranks sent."""
         have, ours = self.teacher_bounds, self.rank
+        assert have is not None
 
         def common(owner: int, user: int) -> range:
             low = max(have[owner], self.bounds[user])
@@ -136,13 +137,13 @@ def exchange(group: dist.ProcessGroup, communicate: Callable[[], Any]) -> None:
         communicate()
     except RuntimeError as error:
         raise RuntimeError(
-            f"{whoami(group)}: an exchange between the ranks of process_group failed. A rank has "
-            "ended, raised an error of its own, or did not make the same call within the group's "
-            f"time-out: look at the other ranks' first error. {error}"
+            f"{rank_label(group)}: an exchange between the ranks of process_group failed. A rank "
+            "has ended, raised an error of its own, or did not make the same call within the "
+            f"group's time-out: look at the other ranks' first error. {error}"
         ) from error
 
 
-def whoami(group: dist.ProcessGroup) -> str:
+def rank_label(group: dist.ProcessGroup) -> str:
     return f"rank {dist.get_rank(group)} of {dist.get_world_size(group)}"
 
 
@@ -169,14 +170,12 @@ def group_of(
     return process_group
 
 
-def local_part(
-    name: str, tensor: Tensor | None, group: dist.ProcessGroup | None, dim: int = 0
-) -> Tensor | None:
+def local_part(name: str, tensor: Tensor, group: dist.ProcessGroup | None, dim: int = 0) -> Tensor:
     """What this rank holds of a DTensor that is sharded over the group along `dim`, differentiable;
     other tensors as they are."""
     if group is None:
         check_plain({name: tensor})
-    if group is None or tensor is None or not _on_mesh(tensor):
+    if group is None or not _on_mesh(tensor):
         return tensor
     ours = dist.get_process_group_ranks(group)
     over = dist.get_process_group_ranks(_mesh_group(name, tensor, dim))

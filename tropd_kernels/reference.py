@@ -56,6 +56,11 @@ def dense_teacher(t: Tensor, labels: Tensor) -> ReferenceTeacher:
     return ReferenceTeacher(log_q, _pick(log_q, labels), _entropy(log_q), dense=True)
 
 
+def sampled_teacher(label_log_probs: Tensor) -> ReferenceTeacher:
+    """From lq (N,) alone."""
+    return ReferenceTeacher(None, label_log_probs, None, dense=False)
+
+
 def top_k_teacher(
     ids: Tensor, log_probs: Tensor, label_log_probs: Tensor, entropy: Tensor | None, vocab_size: int
 ) -> ReferenceTeacher:

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from hashlib import blake2b
-from typing import Any
+from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
 import torch
@@ -27,7 +27,7 @@ from torch import Tensor
 from ..backends import engine_for
 from ..parallel import Shard, bounds, gather
 from ..rows.layout import TOKEN_INPUTS
-from .problem import Problem, Side
+from .problem import Problem
 from .values import may_look
 
 #: Errors that a rank can pass on to the others, by their code.
@@ -56,7 +56,16 @@ _seen: WeakKeyDictionary[dist.ProcessGroup, dict[Any, tuple[list[int], list[int]
 _seen = WeakKeyDictionary()
 
 
-def agree(
+class _Call(NamedTuple):
+    """What this rank compares with the others'. heights: ids of the student's shard, and of the
+    teacher's, -1 where there is none."""
+
+    problem: Problem
+    heights: tuple[int, int]
+    facts: Facts
+
+
+def check_agreement(
     group: dist.ProcessGroup, prepare: Callable[[], Problem], reduction: str
 ) -> tuple[Problem, Shard]:
     """What `prepare` makes of this rank's arguments, and the rank's Shard.
@@ -64,39 +73,34 @@ def agree(
     Raises on every rank what `prepare` raises on any, and ValueError where the ranks disagree.
     """
     error: Exception | None = None
-    problem = None
+    call: _Call | None = None
     try:
         problem = prepare()
-        heights, facts = _heights(problem), _facts(problem, reduction)
+        call = _Call(problem, _heights(problem), _facts(problem, reduction))
     except Exception as raised:
-        error, heights, facts = raised, (0, 0), None
+        error = raised
     key = None
-    if facts is not None and not may_look(problem):
-        key = (heights, tuple(words for _, words, _ in facts))
+    if call is not None and not may_look(call.problem):
+        key = (call.heights, tuple(words for _, words, _ in call.facts))
         known = _seen.setdefault(group, {}).get(key)
         if known is not None:
-            return problem, _layout(group, *known)
-    table = gather(group, _numbers(group, error, problem, heights, facts)).tolist()
+            return call.problem, _layout(group, *known)
+    table = gather(group, _numbers(group, call, error)).tolist()
     _raise_errors(group, error, [row[0] for row in table])
+    assert call is not None  # or there was an error
     _raise_copies([row[1:5] for row in table])
-    _raise_differences(group, facts, [row[5:] for row in table])
+    _raise_differences(group, call.facts, [row[5:] for row in table])
     every = [row[1] for row in table], [row[2] for row in table]
     if key is not None:
         _seen[group][key] = every
-    return problem, _layout(group, *every)
+    return call.problem, _layout(group, *every)
 
 
 # --- what is compared ----------------------------------------------------------------------------
 
 
-def _sides(problem: Problem) -> tuple[Side, Side]:
-    """Student and teacher, one without tensors where there is no dense teacher."""
-    return problem.student, problem.teacher or Side(None)
-
-
 def _heights(problem: Problem) -> tuple[int, int]:
-    """Ids of the student's shard, and of the teacher's; -1 where there is none."""
-    ours, theirs = (-1 if side.source is None else side.vocab_size for side in _sides(problem))
+    ours, theirs = (-1 if side is None else side.vocab_size for side in problem.sides)
     return ours, theirs
 
 
@@ -104,8 +108,8 @@ def _first_rows(problem: Problem) -> list[Tensor]:
     """0-d digests of the first row of the student's shard, or of the first token's logits, and of
     the teacher's; 0 where it tells nothing, being one number throughout."""
     digests = []
-    for side in _sides(problem):
-        rows = side.source if side.weight is None else side.weight
+    for side in problem.sides:
+        rows = None if side is None else side.source if side.weight is None else side.weight
         if rows is None or len(rows) == 0:
             digests.append(torch.zeros((), dtype=torch.int64))
             continue
@@ -116,8 +120,7 @@ def _first_rows(problem: Problem) -> list[Tensor]:
 
 def _facts(problem: Problem, reduction: str) -> Facts:
     """The same list of arguments on every rank, whatever they are."""
-    student, teacher = _sides(problem)
-    options = problem.options
+    student, teacher, options = problem.student, problem.teacher, problem.options
     budget = repr(options.max_workspace_bytes)
     if options.max_workspace_bytes is not None and engine_for(options.backend).native_products:
         budget += f" with {torch.get_num_threads()} threads"  # whose room the plan counts
@@ -133,29 +136,33 @@ def _facts(problem: Problem, reduction: str) -> Facts:
         return name, words, tensor
 
     hidden, weight, bias = student.source, student.weight, student.bias
+    t_hidden = t_logits = t_weight = t_bias = rows = None
+    t_scale, t_softcap = 1.0, None
+    if teacher is not None:
+        t_weight, t_bias, rows = teacher.weight, teacher.bias, teacher.source.shape[0]
+        t_hidden, t_logits = (None, teacher.source) if t_weight is None else (teacher.source, None)
+        t_scale, t_softcap = teacher.scale, teacher.softcap
     wants = [
         name
         for name, tensor in (("hidden", hidden), ("weight", weight), ("bias", bias))
         if tensor is not None and tensor.requires_grad and torch.is_grad_enabled()
     ]
-    source = teacher.source if teacher.weight is not None else None
     name, shape = ("hidden", tuple(hidden.shape)) if weight is not None else ("logits", len(hidden))
-    rows = None if teacher.source is None else teacher.source.shape[0]
     return [
         ("weight", head(weight), None),
         (name, f"{hidden.dtype} {shape}", None),
         ("bias", kind(bias), None),
         ("requires_grad", f"of {' and '.join(wants) or 'nothing'}", None),
-        ("the teacher's weight", head(teacher.weight), None),
-        ("the teacher's hidden", kind(source), None),
-        ("the teacher's logits", kind(None if source is not None else teacher.source), None),
+        ("the teacher's weight", head(t_weight), None),
+        ("the teacher's hidden", kind(t_hidden), None),
+        ("the teacher's logits", kind(t_logits), None),
         ("the teacher", f"{rows} rows", None),
-        ("the teacher's bias", kind(teacher.bias), None),
+        ("the teacher's bias", kind(t_bias), None),
         ("objective", repr(options.rule), None),
         ("logit_scale", repr(student.scale), None),
         ("softcap", repr(student.softcap), None),
-        ("the teacher's logit_scale", repr(teacher.scale), None),
-        ("the teacher's softcap", repr(teacher.softcap), None),
+        ("the teacher's logit_scale", repr(t_scale), None),
+        ("the teacher's softcap", repr(t_softcap), None),
         ("temperature", repr(options.temperature), None),
         ("ignore_index", repr(options.ignore_index), None),
         ("reduction", repr(reduction), None),
@@ -173,25 +180,19 @@ def _facts(problem: Problem, reduction: str) -> Facts:
     ]
 
 
-def _numbers(
-    group: dist.ProcessGroup,
-    error: Exception | None,
-    problem: Problem | None,
-    heights: tuple[int, int],
-    facts: Facts | None,
-) -> Tensor:
+def _numbers(group: dist.ProcessGroup, call: _Call | None, error: Exception | None) -> Tensor:
     """(NUMBERS,): the error's code or 0, two heights, two first rows, and each fact's words and
     values."""
     home = _home(group)
-    if error is not None:
+    if call is None:
         code = next((i for i, e in enumerate(ERRORS) if isinstance(error, e)), len(ERRORS) - 1)
         return torch.tensor([code + 1, *[0] * (NUMBERS - 1)], device=home)
     numbers = torch.zeros(NUMBERS, dtype=torch.int64)
-    words = torch.tensor([0, *heights, 0, 0, *[_hash(words) for _, words, _ in facts]])
+    words = torch.tensor([0, *call.heights, 0, 0, *[_hash(words) for _, words, _ in call.facts]])
     numbers[: len(words)] = words
     numbers = numbers.to(home)
-    numbers[3:5] = torch.stack([first.to(home) for first in _first_rows(problem)])
-    digests = [digest(value).to(home) for _, _, value in facts if value is not None]
+    numbers[3:5] = torch.stack([first.to(home) for first in _first_rows(call.problem)])
+    digests = [digest(value).to(home) for _, _, value in call.facts if value is not None]
     numbers[len(words) : len(words) + len(digests)] = torch.stack(digests)
     return numbers
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..backends import has_row_engine
 from ..transforms import check_none, check_tangents
-from .agreement import agree
+from .agreement import check_agreement
 from .eager import reference_loss
 from .ops import differentiable_distill
 from .problem import Problem
@@ -56,7 +56,7 @@ def _on_one_device(problem: Problem) -> LossResult:
 
 
 def _sharded(prepare: Callable[[], Problem], group: ProcessGroup, reduction: str) -> LossResult:
-    problem, shard = agree(group, prepare, reduction)
+    problem, shard = check_agreement(group, prepare, reduction)
     return _divided(problem, LossResult(*sharded_loss(problem, shard)))
 
 

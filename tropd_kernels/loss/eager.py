@@ -127,11 +127,10 @@ def _teacher(
 ) -> reference.ReferenceTeacher | None:
     if problem.teacher is not None:
         return reference.dense_teacher(_logits(problem.teacher, problem, tokens), labels)
-    known = inputs.label_log_probs
     if inputs.ids is not None:
-        return reference.top_k_teacher(
-            inputs.ids, inputs.topk_log_probs, known, inputs.teacher_entropy, problem.vocab_size
-        )
+        entropy = inputs.teacher_entropy
+        return reference.top_k_teacher(*inputs.top_k(), entropy, problem.vocab_size)
+    known = inputs.label_log_probs
     if known is not None:
-        return reference.ReferenceTeacher(None, known, None, dense=False)
+        return reference.sampled_teacher(known)
     return None

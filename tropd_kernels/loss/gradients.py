@@ -50,7 +50,9 @@ class HeadGradients:
         self.problem, self.needs, self.plan, self.products = problem, needs, plan, products
         self.tokens, self.late_scale, self.columns = tokens, late_scale, problem.columns
         self.sampler: ColumnSampler | None = None
-        self.d_hidden = self.d_weight = self.d_bias = None
+        self.d_hidden: Tensor | None = None
+        self.d_weight: Tensor | None = None
+        self.d_bias: Tensor | None = None
         student = problem.student
         source = student.source
         self.nothing_added = True
@@ -60,7 +62,7 @@ class HeadGradients:
         if needs.weight:
             # The first product overwrites; rows beyond the shared vocabulary stay 0.
             dtype = source.dtype if plan.rounds_d_weight else problem.dtype
-            self.d_weight = source.new_empty(student.weight.shape, dtype=dtype)
+            self.d_weight = source.new_empty(student.head.shape, dtype=dtype)
             self.d_weight[self.columns :].zero_()
             self.accumulator = self.d_weight[: self.columns]
         if needs.bias:
@@ -87,8 +89,8 @@ class HeadGradients:
             d_hidden = self._products_of_all(d_logits, hidden, tokens, last)
         else:
             d_hidden = self._products_of_some(d_logits, hidden, blocks, last)
-        if d_hidden is not None:
-            self._store_d_hidden(d_hidden, tokens)
+        if d_hidden is not None and self.d_hidden is not None:
+            self._store(d_hidden, tokens, self.d_hidden)
         if self.d_bias is not None:
             self.d_bias[: self.columns] += d_logits.sum(0, dtype=self.d_bias.dtype)
         self.nothing_added = False
@@ -107,13 +109,13 @@ class HeadGradients:
                 if total is not None:
                     total *= self.late_scale
         if self.d_weight is not None and not self.needs.fp32_weight:
-            dtype = student.weight_dtype or student.weight.dtype
+            dtype = student.weight_dtype or student.head.dtype
             self.d_weight = self.d_weight.to(stored_dtype(dtype))
-        if self.d_bias is not None:
+        if self.d_bias is not None and student.bias is not None:
             self.d_bias = self.d_bias.to(stored_dtype(student.bias.dtype))
         return report
 
-    def _store_d_hidden(self, d_hidden: Tensor, tokens: Tokens) -> None:
+    def _store(self, d_hidden: Tensor, tokens: Tokens, into: Tensor) -> None:
         if self.problem.shard is not None:
             self.problem.shard.sum_(d_hidden)
         if self.sampler is not None:
@@ -121,8 +123,8 @@ class HeadGradients:
         if self.late_scale is not None:
             d_hidden *= self.late_scale
         if isinstance(tokens, Tensor):  # which would not round
-            d_hidden = d_hidden.to(self.d_hidden.dtype)
-        self.d_hidden[tokens] = d_hidden
+            d_hidden = d_hidden.to(into.dtype)
+        into[tokens] = d_hidden
 
     def _products_of_all(
         self, d_logits: Tensor, hidden: Tensor, tokens: Tokens, last: bool
@@ -132,12 +134,12 @@ class HeadGradients:
         # What ranks have to add up, and what a sample's error is measured on, is not rounded yet.
         whole = self.problem.shard is None and self.sampler is None
         if self.d_hidden is not None:
-            head = self.problem.student.weight[: self.columns]
+            head = self.problem.student.head[: self.columns]
             if self.products.rounds_d_hidden and whole and isinstance(tokens, slice):
                 self.products.d_hidden_into(self.d_hidden[tokens], d_logits, head)
             else:
                 d_hidden = self.products.d_hidden(d_logits, head)
-        if self.d_weight is not None:
+        if self.d_weight is not None and self.accumulator is not None:
             rounds = last and self.plan.rounds_d_weight
             out = self.d_weight[: self.columns] if rounds else self.accumulator
             sums = None if self.nothing_added else self.accumulator
@@ -151,12 +153,14 @@ class HeadGradients:
         d_hidden = None
         if self.d_hidden is not None:
             d_hidden = hidden.new_zeros(hidden.shape, dtype=self.problem.dtype)
-        if self.d_weight is not None and self.nothing_added:
-            self.accumulator.zero_()
+        sums = self.accumulator
+        if sums is not None and self.nothing_added:
+            sums.zero_()
         for ids, weights in blocks:
             self._add_block(d_logits, hidden, ids, weights, d_hidden)
-        if self.d_weight is not None and last and self.accumulator_size() is not None:
-            self.d_weight[: self.columns] = self.accumulator
+        rounds = last and self.accumulator_size() is not None
+        if self.d_weight is not None and sums is not None and rounds:
+            self.d_weight[: self.columns] = sums
         return d_hidden
 
     def _add_block(
@@ -166,9 +170,9 @@ class HeadGradients:
         """Of these ids alone. A function, so that nothing of a block is alive in the next."""
         columns = d_logits.index_select(1, ids).mul_(weights)
         if d_hidden is not None:
-            head = self.problem.student.weight.index_select(0, ids)
+            head = self.problem.student.head.index_select(0, ids)
             d_hidden += self.products.d_hidden(columns, head)
-        if self.d_weight is not None:
+        if self.accumulator is not None and self.sampler is not None:
             rows = weights.new_empty((len(ids), hidden.shape[1]))
             self.products.d_weight(rows, columns, hidden, None)
             self.sampler.saw_weight(rows, weights)

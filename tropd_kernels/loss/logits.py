@@ -40,6 +40,7 @@ class ChunkLogits:
                 return torch.cat([piece[tokens] for piece in side.pieces], dim=-1)
             return side.source[tokens][:, : self.columns]
         rows = side.source[tokens] if hidden is None else hidden
+        assert buffer is not None
         products = products_for(self.engine, rows.dtype, rows.device.type)
         out = buffer[: rows.shape[0], : self.columns]
         if not side.pieces:

@@ -44,7 +44,7 @@ from ..rows.sharded import ShardRows
 from .gradients import HeadGradients, LogitsGradients
 from .logits import ChunkLogits, Size, Tokens
 from .plan import ChunkPlan, plan_chunks
-from .problem import GradNeeds, Problem
+from .problem import GradNeeds, Problem, Side
 from .sampling import ColumnSampler
 from .values import tokens_that_count, with_repeats_marked
 
@@ -136,10 +136,12 @@ class _Walk:
         self.late_scale = loss_scale if late else None
         self.products = products_for(self.engine, source.dtype, source.device.type)
         stride = self.products.row_stride(self.columns)
-        self.logits = [
-            None if side is None else ChunkLogits(side, self.engine, self.columns, stride)
-            for side in problem.sides
-        ]
+
+        def logits(side: Side) -> ChunkLogits:
+            return ChunkLogits(side, self.engine, self.columns, stride)
+
+        self.student = logits(problem.student)
+        self.teacher = None if problem.teacher is None else logits(problem.teacher)
         self.plan = self._plan()
 
     def run(
@@ -149,7 +151,7 @@ class _Walk:
         part of the tokens that count."""
         head, existing = self._gradients(result.stats)
         rows = min(self.plan.rows, self.n)
-        sizes = [None if logits is None else logits.size(rows) for logits in self.logits]
+        sizes = [self.student.size(rows), None if self.teacher is None else self.teacher.size(rows)]
         if head is not None:
             sizes += [self._d_logits_size(), head.accumulator_size()]
         nbytes = sum(buffers.bytes_for(*size) for size in sizes if size is not None)
@@ -176,13 +178,14 @@ class _Walk:
         options: RowOptions,
         gradients: HeadGradients,
         arena: buffers.Arena,
-        z_buffer: Tensor,
+        z_buffer: Tensor | None,
         t_buffer: Tensor | None,
         d_logits: Tensor | None,
     ) -> None:
         """Of super-chunks, whose gradients go through two products each."""
         in_place = self.plan.in_place
-        d_logits = z_buffer if d_logits is None else d_logits
+        d_logits = z_buffer if in_place else d_logits
+        assert d_logits is not None
         for start, stop, parts in self._super_chunks():
             tokens = self._tokens(start, stop)
             hidden = self.problem.student.source[tokens]  # for all of the super-chunk's products
@@ -223,14 +226,14 @@ class _Walk:
 
     def entropy_threshold(self, fraction: float, options: RowOptions) -> Tensor:
         """The batch's entropy quantile, from a pass over the student's logits alone."""
-        source, logits = self.problem.student.source, self.logits[0]
-        size = logits.size(min(self.plan.rows, self.n))
+        source = self.problem.student.source
+        size = self.student.size(min(self.plan.rows, self.n))
         buffer = None if size is None else source.new_empty(size[0], dtype=size[1])
         entropy = source.new_empty((self.n,), dtype=self.problem.dtype)
         # By the chunks of the loop: of others the logits, and with them the entropies that are
         # compared with this quantile, would differ in a last bit.
         for low, high in (part for _, _, parts in self._super_chunks() for part in parts):
-            rows = logits.of(self._tokens(low, high), buffer)
+            rows = self.student.of(self._tokens(low, high), buffer)
             batch = RowBatch(rows, None, self.labels[low:high])
             entropy[low:high] = self.engine.entropy(batch, options)
         if self.n == 0:
@@ -243,14 +246,14 @@ class _Walk:
     def _plan(self) -> ChunkPlan:
         problem, needs, options = self.problem, self.needs, self.problem.options
         student, teacher, shard = problem.student, problem.teacher, problem.shard
-        teacher_head = teacher is not None and teacher.weight is not None
+        teacher_head = None if teacher is None else teacher.weight
         planned = problem.backward_grads if problem.backward_grads.any else needs
         return plan_chunks(
             self.n,
             # Ranks exchange numbers chunk by chunk: all make the plan of the largest shard.
             self.columns if shard is None else shard.largest,
             student.source.shape[-1],
-            teacher.weight.shape[1] if teacher_head else None,
+            None if teacher_head is None else teacher_head.shape[1],
             dtype=student.source.dtype,
             device=student.source.device,
             backend=options.backend,
@@ -260,7 +263,7 @@ class _Walk:
             samples_gradient=options.sampling.on,
             wide_weight_grad=needs.fp32_weight,
             weight_dtype=student.weight_dtype,
-            teacher_weight_dtype=teacher.weight_dtype if teacher_head else None,
+            teacher_weight_dtype=None if teacher is None else teacher.weight_dtype,
             objective=options.rule,
             vocab_parallel=shard is not None,
         )
@@ -308,10 +311,9 @@ class _Walk:
     ) -> RowBatch:
         """Of a sub-chunk of the tokens that count."""
         tokens = self._tokens(part.start, part.stop)
-        student, teacher = self.logits
-        t = None if teacher is None else teacher.of(tokens, t_buffer)
+        t = None if self.teacher is None else self.teacher.of(tokens, t_buffer)
         return RowBatch(
-            student=student.of(tokens, z_buffer, hidden),
+            student=self.student.of(tokens, z_buffer, hidden),
             teacher=t,
             labels=self.labels[part],
             **{

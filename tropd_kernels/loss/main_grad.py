@@ -32,8 +32,9 @@ from ..dtypes import TILE_ROWS, result_dtype
 def has_main_grad(weight: Any) -> bool:
     """Whether the engine wants this weight's gradient in `main_grad`."""
     main = getattr(weight, "main_grad", None)
-    wanted = isinstance(main, Tensor) and hasattr(weight, "grad_added_to_main_grad")
-    return wanted and main.shape == weight.shape and main.dtype == result_dtype(weight.dtype)
+    if not isinstance(main, Tensor) or not hasattr(weight, "grad_added_to_main_grad"):
+        return False
+    return main.shape == weight.shape and main.dtype == result_dtype(weight.dtype)
 
 
 def add_to_main_grad(weight: Any, gradient: Tensor, factor: Tensor) -> Tensor:

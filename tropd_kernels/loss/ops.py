@@ -43,15 +43,16 @@ LOSS, TOKEN_LOSS, STATS, COEFS = range(4)
 
 def flatten(problem: Problem) -> tuple[Any, ...]:
     """The arguments of `distill`."""
-    student, options = problem.student, problem.options
-    teacher = Side(None) if problem.teacher is None else problem.teacher
+    student, teacher, options = problem.student, problem.teacher, problem.options
     numbers = [
-        student.scale, student.softcap or 0.0, teacher.scale, teacher.softcap or 0.0,
+        student.scale, student.softcap or 0.0,
+        *((1.0, 0.0) if teacher is None else (teacher.scale, teacher.softcap or 0.0)),
         options.temperature, options.sampling.tolerance, options.sampling.share or 0.0,
     ]  # fmt: skip
     symbols = symbols_of(numbers)
     tensors = [
-        problem.labels, problem.loss_scale, teacher.source, teacher.weight, teacher.bias,
+        problem.labels, problem.loss_scale,
+        *((None,) * 3 if teacher is None else (teacher.source, teacher.weight, teacher.bias)),
         options.sampling.seed, symbols, *problem.inputs.tensors(),
     ]  # fmt: skip
     return (
@@ -79,6 +80,8 @@ def unflatten(
     if symbols is not None:
         numbers = values_of(symbols, NUMBERS)
     scale, cap, teacher_scale, teacher_cap, temperature, tolerance, share = numbers
+    assert labels is not None
+    assert loss_scale is not None
     return Problem(
         student=Side(student, weight, bias, scale, cap or None),
         teacher=None
@@ -171,12 +174,12 @@ def distill_backward(
     )  # fmt: skip
     with device_of(student):
         result = backward(problem, coefs, GradNeeds(*grads))
-    return tuple(
-        student.new_empty(0) if gradient is None else gradient.to(of.dtype)
-        for gradient, of in zip(
-            (result.d_hidden, result.d_weight, result.d_bias), (student, weight, bias), strict=True
-        )
-    )  # type: ignore[return-value]
+    made, of = (result.d_hidden, result.d_weight, result.d_bias), (student, weight, bias)
+    d_hidden, d_weight, d_bias = (
+        student.new_empty(0) if gradient is None or each is None else gradient.to(each.dtype)
+        for gradient, each in zip(made, of, strict=True)
+    )
+    return d_hidden, d_weight, d_bias
 
 
 @distill_backward.register_fake

@@ -49,7 +49,8 @@ def student_with_head(
 ) -> Side:  # fmt: skip
     """Checked; hidden is still (*, H). Of a sharded head what this rank holds."""
     hidden = whole_tensor("hidden", hidden, group)
-    weight, bias = local_part("weight", weight, group), local_part("bias", bias, group)
+    weight = local_part("weight", weight, group)
+    bias = None if bias is None else local_part("bias", bias, group)
     check_head("student", hidden, weight, bias)
     check_scale("student", logit_scale, softcap)
     return Side(hidden, weight, bias, float(logit_scale), float(softcap or 0.0) or None)
@@ -117,6 +118,7 @@ def distillation_problem(
     sampling = NO_SAMPLING
     if gradient_tolerance or gradient_sampling is not None:
         share = None if gradient_sampling is None else float(gradient_sampling)
+        assert seed is not None  # `check_sampling`
         drawn = seed_tensor(seed, labels.device)
         sampling = GradientSampling(float(gradient_tolerance), share, drawn)
     return _saveable(
@@ -229,7 +231,9 @@ def _teacher(
             )
         hidden = whole_tensor("the teacher's hidden", teacher.hidden, group)
         weight = local_part("the teacher's weight", teacher.weight, group)
-        bias = local_part("the teacher's bias", teacher.bias, group)
+        bias = teacher.bias
+        if bias is not None:
+            bias = local_part("the teacher's bias", bias, group)
         scale, softcap = float(teacher.logit_scale), float(teacher.softcap or 0.0) or None
         return Side(_rows(hidden), weight, bias, scale, softcap), {}
     if isinstance(teacher, LogitsTeacher):
@@ -317,15 +321,19 @@ def _saveable(problem: Problem) -> Problem:
             _check_saveable("teacher", teacher)
     return replace(
         problem,
-        student=replace(student, bias=_saved(student.bias)),
-        teacher=None if teacher is None else replace(teacher, bias=_saved(teacher.bias)),
+        student=_with_saved_bias(student),
+        teacher=None if teacher is None else _with_saved_bias(teacher),
         labels=_saved(problem.labels),
         inputs=problem.inputs.map(_saved),
     )
 
 
-def _saved(tensor: Tensor | None) -> Tensor | None:
-    return tensor.clone() if tensor is not None and tensor.is_inference() else tensor
+def _with_saved_bias(side: Side) -> Side:
+    return side if side.bias is None else replace(side, bias=_saved(side.bias))
+
+
+def _saved(tensor: Tensor) -> Tensor:
+    return tensor.clone() if tensor.is_inference() else tensor
 
 
 def _check_saveable(name: str, side: Side) -> None:

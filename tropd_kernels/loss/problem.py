@@ -36,6 +36,12 @@ class Side:
     weight_dtype: torch.dtype | None = None
 
     @property
+    def head(self) -> Tensor:
+        """`weight`, where there is one."""
+        assert self.weight is not None
+        return self.weight
+
+    @property
     def vocab_size(self) -> int:
         return self.source.shape[-1] if self.weight is None else self.weight.shape[0]
 
@@ -140,9 +146,7 @@ class Problem:
         """As the loop reads it: heads in the dtype of their hidden states, and what is read number
         by number with unit stride."""
 
-        def side(given: Side | None) -> Side | None:
-            if given is None:
-                return None
+        def side(given: Side) -> Side:
             given = given.of_one_dtype()
             if given.bias is None or given.bias.is_contiguous():
                 return given
@@ -151,7 +155,7 @@ class Problem:
         return replace(
             self,
             student=side(self.student),
-            teacher=side(self.teacher),
+            teacher=None if self.teacher is None else side(self.teacher),
             labels=self.labels.contiguous(),
             inputs=self.inputs.map(Tensor.contiguous),
         )

@@ -174,6 +174,7 @@ class ColumnSampler:
         if d_logits.dtype == torch.float16:  # in which no entry divided by pi may overflow
             least = squares.double().sqrt().nan_to_num(nan=torch.inf) / 2**15
             pi = torch.maximum(pi, least).clamp(max=1)
+        assert self.sampling.seed is not None
         kept = id_uniforms(self.sampling.seed, start, self.first_id, v, d_logits.device) < pi
         if hidden_sizes is not None:
             lost = torch.where(pi > 0, (1 / pi - 1) * hidden_sizes, 0.0)

@@ -11,7 +11,9 @@ sampled, each rank samples its own ids.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -71,7 +73,7 @@ class _ShardedLoss(torch.autograd.Function):
         return *autograd.backward(ctx, _recomputed, d_loss, d_token_loss, d_stats), None, None, None
 
 
-def _recomputed(ctx, saved: list[Tensor], *incoming: Tensor | None) -> list[Tensor | None]:
+def _recomputed(ctx, saved: Sequence[Any], *incoming: Tensor | None) -> list[Tensor | None]:
     coefs, *tensors = saved
     problem = _problem(ctx, tensors)
     coefs = autograd.scale_coefs(coefs, problem.loss_scale, *incoming)
@@ -81,12 +83,12 @@ def _recomputed(ctx, saved: list[Tensor], *incoming: Tensor | None) -> list[Tens
     return [None if g is None else g.to(t.dtype) for g, t in zip(made, tensors, strict=False)]
 
 
-def _problem(ctx, tensors: list[Tensor | None]) -> Problem:
+def _problem(ctx, tensors: Sequence[Any]) -> Problem:
     """Of student, weight and bias, the teacher's pieces, and the other tensors of `ops.flatten`."""
     pieces, rest = tensors[3 : 3 + ctx.n_pieces], tensors[3 + ctx.n_pieces :]
     student, weight, bias = tensors[:3]
     problem = ops.unflatten(student, weight, bias, rest, *ctx.settings)
     teacher = problem.teacher
-    if pieces:
+    if teacher is not None:
         teacher = replace(teacher, pieces=tuple(pieces))
     return replace(problem, teacher=teacher, shard=ctx.shard)

@@ -73,25 +73,25 @@ def repeats(ids: Tensor, log_probs: Tensor, vocab_size: int) -> Tensor:
 
 
 def repeated(problem: Problem) -> Tensor:
-    """(N,): tokens of which the teacher gives an id twice."""
-    ids, log_probs = problem.inputs.ids, problem.inputs.topk_log_probs
+    """(N,): tokens of which a top-k teacher gives an id twice."""
+    ids, log_probs, _ = problem.inputs.top_k()
     return repeats(ids, log_probs, problem.vocab_size).any(-1)
 
 
 def with_repeats_marked(problem: Problem) -> Problem:
     """The problem, with NaN for the teacher's log-prob in rows with a repeated id, where that
     cannot raise."""
-    inputs = problem.inputs
-    if inputs.ids is None or may_look(problem):
+    if problem.inputs.ids is None or may_look(problem):
         return problem
-    known = inputs.label_log_probs.masked_fill(repeated(problem), torch.nan)
-    return replace(problem, inputs=replace(inputs, label_log_probs=known))
+    *_, known = problem.inputs.top_k()
+    marked = known.masked_fill(repeated(problem), torch.nan)
+    return replace(problem, inputs=replace(problem.inputs, label_log_probs=marked))
 
 
 def _raise_repeated(problem: Problem, counts: Tensor) -> None:
     """For a token that counts (N,)."""
     token = int((repeated(problem) & counts).nonzero()[0])
-    ids, log_probs = (t[[token]] for t in (problem.inputs.ids, problem.inputs.topk_log_probs))
+    ids, log_probs, _ = (t[[token]] for t in problem.inputs.top_k())
     same = repeats(ids, log_probs, problem.vocab_size)
     usable = torch.where(log_probs != -torch.inf, ids, -1)
     twice = next(int(i) for i in usable[0] if (usable[0] == i).sum() > 1)
@@ -109,8 +109,9 @@ def _given_log_probs(problem: Problem, counts: Tensor) -> dict[str, Tensor]:
     if inputs.label_log_probs is not None:
         found["label_log_probs"] = torch.where(counts, inputs.label_log_probs, -torch.inf)
     if inputs.ids is not None:
-        valid = (inputs.ids >= 0) & (inputs.ids < problem.vocab_size) & counts[:, None]
-        found["topk_log_probs"] = torch.where(valid, inputs.topk_log_probs, -torch.inf)
+        ids, log_probs, _ = inputs.top_k()
+        valid = (ids >= 0) & (ids < problem.vocab_size) & counts[:, None]
+        found["topk_log_probs"] = torch.where(valid, log_probs, -torch.inf)
     return found
 
 
@@ -118,7 +119,7 @@ def _raise_bad_value(name: str, problem: Problem, outside: Tensor, counts: Tenso
     """For the first of `tokens_that_count`'s checks that found something."""
     if name == "label":
         label = int(problem.labels[outside][0])
-        held = "" if problem.shard is None else problem.shard.whereabouts()
+        held = "" if problem.shard is None else problem.shard.describe_shards()
         raise ValueError(
             f"label {label} lies outside the vocabulary of {problem.vocab_size} ids that student "
             f"and teacher share{held}, and is not ignore_index={problem.options.ignore_index}: "
