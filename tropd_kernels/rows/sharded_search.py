@@ -21,7 +21,7 @@ from torch import Tensor
 
 from .layout import Coef, RowBatch, RowOptions
 from .top_k import largest, with_margin
-from .torch_rows import block_rows, transform
+from .torch_rows import blocks, transform
 
 if TYPE_CHECKING:
     from ..parallel import Shard
@@ -38,7 +38,7 @@ def top_k_threshold(
     k = min(rule.top_k, shard.vocab_size)
     ours = min(k, shard.width)
     best = coefs.new_full((k, n), -math.inf)
-    for rows in _blocks(part):
+    for rows, _ in blocks(part):
         if needed.device.type == "cpu":  # elsewhere it would be a host sync
             rows = rows.start + needed[rows].nonzero().squeeze(-1)
         best[:ours, rows] = largest(_log_q(part, rows, options, coefs), ours).t()
@@ -55,7 +55,7 @@ def head_threshold(shard: Shard, part: RowBatch, options: RowOptions, coefs: Ten
     lowest = _ordered(coefs.new_full((), -math.inf), word)
     order = torch.empty((n, shard.width), dtype=word, device=coefs.device)
     above = coefs.new_zeros((n, shard.width + 1))  # mass from an entry on
-    for rows in _blocks(part):
+    for rows, _ in blocks(part):
         lq = _log_q(part, rows, options, coefs).clamp_max(0).sort(dim=-1).values
         order[rows] = (_ordered(lq, word) - lowest).to(word)
         above[rows, :-1] = lq.double().exp().flip(-1).cumsum(-1).flip(-1).to(above.dtype)
@@ -80,13 +80,6 @@ def _log_q(part: RowBatch, rows: slice | Tensor, options: RowOptions, coefs: Ten
     t = transform(part.teacher[rows], options.teacher, coefs.dtype)
     high, log_sum = coefs[Coef.TEACHER_MAX, rows], coefs[Coef.TEACHER_LOG_SUM, rows]
     return (t - high.unsqueeze(-1)) - log_sum.unsqueeze(-1)
-
-
-def _blocks(part: RowBatch):
-    n, width = part.student.shape
-    size = block_rows(width, part.student.device.type)
-    for start in range(0, n, size):
-        yield slice(start, min(start + size, n))
 
 
 def _ordered(values: Tensor, word: torch.dtype) -> Tensor:

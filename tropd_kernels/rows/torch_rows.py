@@ -60,7 +60,7 @@ class TorchRows(RowEngine):
     ) -> Matrices:
         """Block by block."""
         stats, coefs = matrices(batch, into)
-        for rows, part in _blocks(batch):
+        for rows, part in blocks(batch):
             super().forward(part, options, (stats[:, rows], coefs[:, rows]))
         return stats, coefs
 
@@ -69,7 +69,7 @@ class TorchRows(RowEngine):
     ) -> Statistics:
         stats, coefs = matrices(batch, into)
         read = None
-        for rows, part in _blocks(batch):
+        for rows, part in blocks(batch):
             s, c = stats[:, rows], coefs[:, rows]
             log_probs = _statistics(part, options, s, c)
             if options.sharded:
@@ -90,7 +90,7 @@ class TorchRows(RowEngine):
         return _dense_sums(lp, lq, options, needed, found.coefs)
 
     def gradient(self, batch: RowBatch, coefs: Tensor, options: RowOptions, out: Tensor) -> None:
-        for rows, part in _blocks(batch):
+        for rows, part in blocks(batch):
             _gradient(part, coefs[:, rows], options, out[rows])
 
     def column_sums(self, d_logits: Tensor, hidden: Tensor) -> Tensor:
@@ -240,7 +240,7 @@ def _sums_of_part(
     whole rows."""
     rule, on_cpu = options.rule, coefs.device.type == "cpu"
     made = coefs.new_zeros((len(SUMS), coefs.shape[1]))
-    for rows, part in _blocks(batch):
+    for rows, part in blocks(batch):
         picked: Tensor | slice = slice(None)
         if needed is not None and on_cpu:
             picked = needed[rows].nonzero().squeeze(-1)
@@ -412,7 +412,7 @@ def on_top_k(lp: Tensor, lq: Tensor, c: Tensor, rule: TokenRule) -> Tensor:
 # --- small pieces ------------------------------------------------------------------------------
 
 
-def _blocks(batch: RowBatch) -> Iterator[tuple[slice, RowBatch]]:
+def blocks(batch: RowBatch) -> Iterator[tuple[slice, RowBatch]]:
     """(slice, its rows) of each block."""
     n, vocab_size = batch.student.shape
     size = block_rows(vocab_size, batch.student.device.type)
