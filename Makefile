@@ -1,11 +1,11 @@
 # Everything runs in one virtual environment, .venv, which any of these makes on its first use:
 #
-#   make demo      the demonstration, on a CPU; writes build/demo/
-#   make train     trains SmolLM2's student by the trainer, full weights and then LoRA; writes build/train/
+#   make demo      examples/demo: SmolLM2 distils, the fused loss against an eager one; writes build/demo/
+#   make train     examples/train: the same student by the trainer, full weights, then LoRA; writes build/train/
 #   make test      the tests
 #   make compiled  the tests of the Triton kernels again, on what they compile to for GPU=cuda:90
 #   make lint      ruff and mypy
-#   make bench     the table beside the field, tropd bench; writes build/bench/
+#   make bench     time, memory and error of ours and of other libraries, by tropd bench; writes build/bench/
 #   make wheel     a wheel, in dist/
 #   make engines   the tests that want verl and DeepSpeed, which it installs beside .venv
 #   make sanitize  the native kernels under GCC's sanitizers, with AMX emulated, in build/sanitize/ (Linux)
