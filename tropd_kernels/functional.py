@@ -63,83 +63,87 @@ def linear_distillation_loss(
     gradient_tolerance: float = 0.0,
     gradient_sampling: float | None = None,
 ) -> DistillationOutput:
-    """Distillation loss of a student's head, without ever holding the logits of all tokens.
+    """Distillation loss of a student's head. The full (tokens, V) logits are never materialized.
 
-    hidden: last hidden states, so placed that hidden[i] predicts labels[i]. weight: the head, of
-    any float dtype: the product is in that of hidden, for which a head of another is copied, and
-    the gradient in the head's own, straight from the float32 sums. A side that does not require
-    grad costs no GEMM.
-    labels: int64. Tokens with `ignore_index`, or of weight 0, are dropped before the first GEMM;
-    `ignore_index=None` says that every token counts, which spares a GPU the one host sync, and with
-    it the checks of values: there a label out of range gives NaN in its row. A CPU checks anyway.
-    teacher: a HiddenTeacher, LogitsTeacher, TopKTeacher or SampledTeacher; None for `SFT()`. Where
-    the vocabularies differ in height, the ids that both have are used.
-    objective: a `TokenRule`, such as `TrOPD()` (default), `OPD()`, `GKD()`.
-    bias, logit_scale, softcap: logits = cap(logit_scale * (hidden @ weight.T + bias)), then
-    temperature, which divides both sides' logits.
-    old_log_probs: log-probs of the labels under the policy that sampled them (default: this one).
-    advantages: replace the reward R. token_weight: factor on each token's loss. All detached.
-    teacher_prefix: bool, the token was written by the teacher.
-    uniforms, seed: for a Bernoulli gate, the draws in [0, 1), or an integer from which they are
-    derived per token (`draws.uniforms_like`), as are those of a sampled gradient: another one for
-    every step, micro-batch and rank with tokens of its own, as (step * micro_batches + i) * ranks +
-    rank, or they share their draws, and the errors of their samples do not cancel.
-    normalizer: what the sum is divided by in the mean; default the number of tokens that count. A
-    tensor is not looked at: it may be 0 only where no token counts, and the loss is 0 then.
-    reduction: "mean" and "sum" form the gradients in the forward; "none" gives per-token losses and
-    recomputes. backend: None takes the best available; see `available_backends`.
-    max_workspace_bytes: shrinks the chunks; see `plan_chunks`.
-    process_group: the ranks over which the heads are sharded by vocabulary: `weight` and `bias`,
-    and a teacher's `weight` and `bias` or logits, then hold this rank's consecutive ids, ids
-    running on from rank to rank; the two sides may be cut differently. All else, hidden and labels
-    included, is the same on every rank, and so are the loss, the statistics and hidden's gradient,
-    which is the complete one: add no all-reduce of your own. A weight that is a DTensor with
-    Shard(0) brings its group along (one that FSDP shards has to be gathered: its ranks hold other
-    tokens, which is an error here); on a mesh that also replicates it, its gradient is that of this
-    rank's tokens, to be summed over the replicas if those hold others. Collective: every rank of
-    the group makes the same call, and with reduction="none" the same backward. Not for
-    backend="reference"; under torch.compile it runs eagerly. See `parallel` for what is
-    communicated.
-    gradient_tolerance, gradient_sampling: make the gradients of hidden and weight from a sample of
-    the vocabulary's ids, drawn by how much each adds, and scaled so that both are unbiased: most of
-    a softmax's gradient lies on few ids, so most of two products is spared. A tolerance, such as
-    0.01, keeps as many ids as it takes for a standard deviation of about that part of the
-    gradient's norm; sampling, such as 0.1, keeps that part of the ids, on average; where more than
-    half of them would be kept, all are. The output's `gradient_error` says what came of it. Pass
-    one of them, and `seed`. Loss, statistics and the bias's gradient stay exact. Adam moves the
-    head's row of an id that is drawn seldom less than it would by many small gradients. Chosen once
-    per super-chunk (see `plan_chunks`), at the cost of a host sync; not for reduction="none" or
-    backend="reference". See `loss.sampling`.
+    logits = cap(logit_scale * (hidden @ weight.T + bias)), cap(x) = softcap * tanh(x / softcap).
 
-    Raises ValueError, TypeError, NotImplementedError or RuntimeError that say what was given and
-    what was expected; with a process_group on every rank, naming the one at fault.
+    Args:
+        hidden: Last hidden states, aligned so that hidden[i] predicts labels[i].
+        weight: The head, of any float dtype. The product is computed in the dtype of `hidden`, to
+            which a head of another dtype is copied; the gradient is rounded once, from float32
+            sums to the head's own dtype. An input that does not require grad costs no GEMM.
+        labels: int64. Tokens with `ignore_index` or weight 0 are dropped before the first GEMM.
+        teacher: A HiddenTeacher, LogitsTeacher, TopKTeacher or SampledTeacher; None for `SFT()`. If
+            the two vocabularies differ in size, the ids that both have are used.
+        objective: A `TokenRule`, such as `TrOPD()` (the default), `OPD()` or `GKD()`.
+        bias: Added to the logits.
+        logit_scale: Factor on the logits.
+        softcap: Bound of the tanh that caps the logits.
+        temperature: Divides both sides' logits.
+        old_log_probs: Log-probs of the labels under the policy that sampled them; by default the
+            student's own. Detached, as are the next three.
+        advantages: Replace the reward R.
+        token_weight: Factor on each token's loss.
+        teacher_prefix: bool, whether the teacher wrote the token.
+        uniforms: Draws in [0, 1) for a Bernoulli gate.
+        seed: An integer from which the draws are derived instead, per token
+            (`draws.uniforms_like`), and those of a sampled gradient. Change it for every step, for
+            every micro-batch, and for every rank that has tokens of its own, for instance
+            (step * micro_batches + i) * ranks + rank. Equal seeds give equal draws, and the errors
+            of their samples do not cancel.
+        ignore_index: Label of tokens that do not count. None: all tokens count. On a GPU this saves
+            the call's one host sync, and with it the checks of values: a label out of range then
+            makes its row NaN. A CPU checks anyway.
+        normalizer: Divisor of the sum for reduction="mean"; by default the number of tokens that
+            count. The host does not read a tensor: it may be 0 only if no token counts, and the
+            loss is then 0.
+        reduction: "mean" and "sum" form the gradients in the forward. "none" gives per-token
+            losses, whose backward recomputes the logits.
+        backend: None takes the best one available; see `available_backends`.
+        max_workspace_bytes: Makes the chunks smaller; see `plan_chunks`.
+        process_group: The ranks over which the heads are sharded by vocabulary. `weight` and
+            `bias`, and a teacher's `weight` and `bias` or logits, then hold this rank's consecutive
+            ids, in the order of the ranks; the two sides may be cut differently. All other
+            arguments are the same on every rank, and so are the loss, the statistics and the
+            gradient of `hidden`, which is the complete one: add no all-reduce. A weight that is a
+            DTensor with Shard(0) brings its group along. (One that FSDP shards has to be gathered:
+            its ranks hold other tokens, which is an error here.) On a mesh that also replicates the
+            weight, its gradient is that of this rank's tokens: sum it over the replicas if they
+            hold other tokens. This is a collective: every rank makes the same call, and for
+            reduction="none" the same backward. Not for backend="reference"; runs eagerly under
+            torch.compile. `parallel` states what is communicated.
+        gradient_tolerance: Computes the gradients of `hidden` and `weight` from an unbiased sample
+            of the vocabulary's ids, drawn by how much each contributes. Most of a softmax's
+            gradient lies on few ids, so most of two GEMMs is saved. Keeps as many ids as a relative
+            standard deviation of the gradient of about this size requires, for instance 0.01. Needs
+            `seed`. `gradient_error` of the output says what it was. Loss, statistics and the
+            gradient of `bias` stay exact. Adam moves the head's row of a rarely drawn id less than
+            many small gradients would. The ids are chosen once per super-chunk (see `plan_chunks`),
+            at the cost of a host sync. Not for reduction="none" or backend="reference". See
+            `loss.sampling`.
+        gradient_sampling: The same, with this fraction of the ids on average, for instance 0.1. All
+            ids are kept where more than half of them would be. Give one of the two.
+
+    Returns:
+        A `DistillationOutput`: loss, statistics per token, and what the sampling did.
+
+    Raises:
+        ValueError, TypeError, NotImplementedError, RuntimeError: They say what was given and what
+            was expected; with a process_group on every rank, naming the one at fault.
     """
     group = group_of(process_group, weight)
 
     def prepared() -> Problem:
         return distillation_problem(
             student_with_head(hidden, weight, bias, logit_scale, softcap, group),
-            labels,
-            teacher,
-            objective,
-            per_token={
-                "old_log_probs": old_log_probs,
-                "advantages": advantages,
-                "token_weight": token_weight,
-                "teacher_prefix": teacher_prefix,
-                "uniforms": uniforms,
-            },
-            temperature=temperature,
-            seed=seed,
-            ignore_index=ignore_index,
-            normalizer=normalizer,
-            reduction=reduction,
-            backend=backend,
-            group=group,
-            max_workspace_bytes=max_workspace_bytes,
-            gradient_tolerance=gradient_tolerance,
+            labels, teacher, objective,
+            per_token=dict(old_log_probs=old_log_probs, advantages=advantages, uniforms=uniforms,
+                           token_weight=token_weight, teacher_prefix=teacher_prefix),
+            temperature=temperature, seed=seed, ignore_index=ignore_index, normalizer=normalizer,
+            reduction=reduction, backend=backend, group=group,
+            max_workspace_bytes=max_workspace_bytes, gradient_tolerance=gradient_tolerance,
             gradient_sampling=gradient_sampling,
-        )
+        )  # fmt: skip
 
     return output_of(compute(prepared, group, reduction), labels, teacher, reduction)
 
@@ -163,35 +167,25 @@ def distillation_loss(
     backend: str | None = None,
     process_group: ProcessGroup | None = None,
 ) -> DistillationOutput:
-    """The same loss on logits that already exist. Arguments as in `linear_distillation_loss`.
+    """The same loss on logits that already exist.
 
-    Logits may be of any float dtype; they are read as they are and reduced in float32. Their
-    gradient is made in the backward, which reads them once more; nothing of their size is held in
-    between. With a process_group they are this rank's ids, as a column-parallel head gives them.
+    Args:
+        logits: Of any float dtype; read as they are and reduced in float32. With a process_group
+            this rank's ids, as a column-parallel head gives them. The backward computes their
+            gradient from a second read; nothing of their size is kept in between.
+
+    The other arguments, the result and the errors are those of `linear_distillation_loss`.
     """
     group = group_of(process_group, logits, "logits", -1)
 
     def prepared() -> Problem:
         return distillation_problem(
-            student_logits(logits, group),
-            labels,
-            teacher,
-            objective,
-            per_token={
-                "old_log_probs": old_log_probs,
-                "advantages": advantages,
-                "token_weight": token_weight,
-                "teacher_prefix": teacher_prefix,
-                "uniforms": uniforms,
-            },
-            temperature=temperature,
-            seed=seed,
-            ignore_index=ignore_index,
-            normalizer=normalizer,
-            reduction=reduction,
-            backend=backend,
-            group=group,
-        )
+            student_logits(logits, group), labels, teacher, objective,
+            per_token=dict(old_log_probs=old_log_probs, advantages=advantages, uniforms=uniforms,
+                           token_weight=token_weight, teacher_prefix=teacher_prefix),
+            temperature=temperature, seed=seed, ignore_index=ignore_index, normalizer=normalizer,
+            reduction=reduction, backend=backend, group=group,
+        )  # fmt: skip
 
     return output_of(compute(prepared, group, reduction), labels, teacher, reduction)
 
@@ -211,25 +205,26 @@ def linear_log_probs(
     max_workspace_bytes: int | None = None,
     process_group: ProcessGroup | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """log p(label) per token, shaped like labels, in nats, float32; differentiable in hidden,
-    weight and bias, by recomputing. 0 where the label is `ignore_index`.
+    """log p(label) per token, in nats.
 
-    With `return_entropy`, also H(p) per token, differentiable as well. Arguments and errors as in
-    `linear_distillation_loss`.
+    Args:
+        return_entropy: Return H(p) per token as well.
+
+    The other arguments and the errors are those of `linear_distillation_loss`.
+
+    Returns:
+        float32, shaped like `labels`, 0 where the label is `ignore_index`; with `return_entropy` a
+        pair of such tensors. Differentiable in hidden, weight and bias; the backward recomputes the
+        logits.
     """
     group = group_of(process_group, weight)
 
     def prepared() -> Problem:
         return log_probs_problem(
-            student_with_head(hidden, weight, bias, logit_scale, softcap, group),
-            labels,
-            temperature=temperature,
-            ignore_index=ignore_index,
-            entropy=return_entropy,
-            backend=backend,
-            max_workspace_bytes=max_workspace_bytes,
-            group=group,
-        )
+            student_with_head(hidden, weight, bias, logit_scale, softcap, group), labels,
+            temperature=temperature, ignore_index=ignore_index, entropy=return_entropy,
+            backend=backend, max_workspace_bytes=max_workspace_bytes, group=group,
+        )  # fmt: skip
 
     stats = compute(prepared, group, "none").stats
     log_probs = stats[Stat.LOG_PROB].reshape(labels.shape)

@@ -15,17 +15,22 @@ from .teachers import HiddenTeacher, LogitsTeacher, Teacher, TopKTeacher
 
 @dataclass(frozen=True, eq=False, repr=False)
 class TokenStats(Summarized):
-    """Detached statistics, each shaped like `labels`; 0 at tokens that do not count. None where the
-    form of teacher cannot give it; NaN at tokens for which the objective had no need of it.
+    """Statistics per token, detached, shaped like `labels`; 0 at tokens that do not count. None:
+    this form of teacher cannot give it. NaN: the objective did not need it at this token.
 
-    log_probs, teacher_log_probs: of the label, nats. entropy, teacher_entropy: nats; of a
-    TopKTeacher without `entropy` a lower bound, with the mass off its ids taken for one id's.
-    forward_kl, reverse_kl: exact, over the vocabulary, with a dense teacher. forward_kl of a
-    TopKTeacher is another quantity: on its ids, or where the rule uses K on the likeliest `top_k`
-    of them, with the rule's `top_k_tail`. reward: R, before any clip. trust: the gate's M;
-    outlier: 1 - M; both 0 on a prefix. teacher_topk_mass, student_topk_mass: of K; of a dense
-    teacher at the tokens alone at which the rule looks at K, of a TopKTeacher at all tokens.
-    token_loss: before `token_weight`. kept: passed gate and entropy filter.
+    Attributes:
+        log_probs, teacher_log_probs: Of the label, in nats.
+        entropy, teacher_entropy: In nats. For a TopKTeacher without `entropy` a lower bound, which
+            treats the mass outside its ids as one id.
+        forward_kl, reverse_kl: Exact, over the vocabulary, for a dense teacher. For a TopKTeacher
+            forward_kl is another quantity: on its ids, or where the rule uses K on the likeliest
+            `top_k` of them, with the rule's `top_k_tail`.
+        reward: R, before any clip.
+        trust, outlier: The gate's M, and 1 - M; both 0 on a prefix.
+        teacher_topk_mass, student_topk_mass: Of K; for a dense teacher only at the tokens at which
+            the rule looks at K, for a TopKTeacher at all tokens.
+        token_loss: Before `token_weight`.
+        kept: Whether the token passed gate and entropy filter.
     """
 
     log_probs: Tensor
@@ -45,12 +50,17 @@ class TokenStats(Summarized):
 
 @dataclass(frozen=True, eq=False, repr=False)
 class DistillationOutput(Summarized):
-    """loss: scalar, or shaped like labels with reduction="none". stats: per token, detached.
+    """What a loss function returns.
 
-    With `gradient_tolerance` or `gradient_sampling`, and None without them or where no product made
-    a gradient: gradient_share: scalar, how much of the vocabulary's columns entered the gradient
-    products. gradient_error: scalar, the standard deviation of the gradient relative to its norm,
-    the larger of hidden's (exact) and weight's (estimated); inf where the sample kept nothing."""
+    Attributes:
+        loss: Scalar, or shaped like labels for reduction="none".
+        stats: Statistics per token, detached.
+        gradient_error: Scalar: standard deviation of a sampled gradient relative to its norm, the
+            larger of that of hidden (exact) and that of weight (estimated); inf where the sample
+            kept nothing. None where no gradient was sampled.
+        gradient_share: Scalar: the fraction of the vocabulary's columns that entered the gradient
+            products. None likewise.
+    """
 
     loss: Tensor
     stats: TokenStats

@@ -37,6 +37,11 @@ NUMBERS = (
     "logit_scale", "softcap", "the teacher's logit_scale", "the teacher's softcap", "temperature",
     "gradient_tolerance", "gradient_sampling",
 )  # fmt: skip
+#: What `flatten` makes, as the ops' schemas name it. needs: `forward_grads` and `backward_grads`.
+CALL = (
+    "Tensor student, Tensor? weight, Tensor? bias, Tensor?[] tensors, bool[] needs, str rule, "
+    "float[] numbers, str backend, SymInt? ignore_index, SymInt? max_workspace_bytes"
+)
 #: Outputs of `distill` before the gradients.
 LOSS, TOKEN_LOSS, STATS, COEFS = range(4)
 
@@ -103,27 +108,17 @@ def unflatten(
     )
 
 
-@torch.library.custom_op("tropd_kernels::distill", mutates_args=())
-def distill(
-    student: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    tensors: Sequence[Tensor | None],
-    needs: Sequence[bool],
-    rule: str,
-    numbers: Sequence[float],
-    backend: str,
-    ignore_index: int | None,
-    max_workspace_bytes: int | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    problem = unflatten(
-        student, weight, bias, tensors, needs, rule, numbers, backend, ignore_index,
-        max_workspace_bytes,
-    )  # fmt: skip
+@torch.library.custom_op(
+    "tropd_kernels::distill",
+    mutates_args=(),
+    schema=f"({CALL}) -> ({', '.join(['Tensor'] * 8)})",
+)
+def distill(*call):
+    problem = unflatten(*call)
     loss, token_loss, result = autograd.compute(problem)
     d_hidden, d_weight, d_bias = (
-        student.new_empty(0) if g is None else g
-        for g in (result.d_hidden, result.d_weight, result.d_bias)
+        call[0].new_empty(0) if gradient is None else gradient
+        for gradient in (result.d_hidden, result.d_weight, result.d_bias)
     )
     report = autograd.empty_report(problem) if result.report is None else result.report
     return loss, token_loss, result.stats, result.coefs, d_hidden, d_weight, d_bias, report
@@ -153,33 +148,20 @@ def _distill_fake(student, weight, bias, tensors, needs, *_):
     )
 
 
-@torch.library.custom_op("tropd_kernels::distill_backward", mutates_args=())
-def distill_backward(
-    coefs: Tensor,
-    grads: Sequence[bool],
-    student: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    tensors: Sequence[Tensor | None],
-    needs: Sequence[bool],
-    rule: str,
-    numbers: Sequence[float],
-    backend: str,
-    ignore_index: int | None,
-    max_workspace_bytes: int | None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    problem = unflatten(
-        student, weight, bias, tensors, needs, rule, numbers, backend, ignore_index,
-        max_workspace_bytes,
-    )  # fmt: skip
-    with device_of(student):
+@torch.library.custom_op(
+    "tropd_kernels::distill_backward",
+    mutates_args=(),
+    schema=f"(Tensor coefs, bool[] grads, {CALL}) -> (Tensor, Tensor, Tensor)",
+)
+def distill_backward(coefs, grads, *call):
+    problem = unflatten(*call)
+    with device_of(coefs):
         result = backward(problem, coefs, GradNeeds(*grads))
-    made, of = (result.d_hidden, result.d_weight, result.d_bias), (student, weight, bias)
-    d_hidden, d_weight, d_bias = (
-        student.new_empty(0) if gradient is None or each is None else gradient.to(each.dtype)
-        for gradient, each in zip(made, of, strict=True)
+    student, made = call[:3], (result.d_hidden, result.d_weight, result.d_bias)
+    return tuple(
+        call[0].new_empty(0) if gradient is None else gradient.to(of.dtype)
+        for gradient, of in zip(made, student, strict=True)
     )
-    return d_hidden, d_weight, d_bias
 
 
 @distill_backward.register_fake
