@@ -27,6 +27,7 @@ from torch import Tensor
 from ..backends import engine_for
 from ..parallel import Shard, bounds, gather
 from ..rows.layout import TOKEN_INPUTS
+from .ops import NUMBERS, numbers_of
 from .problem import Problem
 from .values import may_look
 
@@ -34,8 +35,8 @@ from .values import may_look
 ERRORS: tuple[type[Exception], ...] = (
     ValueError, TypeError, NotImplementedError, RuntimeError
 )  # fmt: skip
-#: Numbers of a call.
-NUMBERS = 64
+#: Numbers that a rank sends to the others.
+MESSAGE_NUMBERS = 64
 #: Values that a digest is made of at once, in several int64 tensors as long.
 PIECE = 2**20
 #: Bytes of a message between ranks.
@@ -137,11 +138,9 @@ def _facts(problem: Problem, reduction: str) -> Facts:
 
     hidden, weight, bias = student.source, student.weight, student.bias
     t_hidden = t_logits = t_weight = t_bias = rows = None
-    t_scale, t_softcap = 1.0, None
     if teacher is not None:
         t_weight, t_bias, rows = teacher.weight, teacher.bias, teacher.source.shape[0]
         t_hidden, t_logits = (None, teacher.source) if t_weight is None else (teacher.source, None)
-        t_scale, t_softcap = teacher.scale, teacher.softcap
     wants = [
         name
         for name, tensor in (("hidden", hidden), ("weight", weight), ("bias", bias))
@@ -159,17 +158,11 @@ def _facts(problem: Problem, reduction: str) -> Facts:
         ("the teacher", f"{rows} rows", None),
         ("the teacher's bias", kind(t_bias), None),
         ("objective", repr(options.rule), None),
-        ("logit_scale", repr(student.scale), None),
-        ("softcap", repr(student.softcap), None),
-        ("the teacher's logit_scale", repr(t_scale), None),
-        ("the teacher's softcap", repr(t_softcap), None),
-        ("temperature", repr(options.temperature), None),
+        *[(name, repr(value), None) for name, value in zip(NUMBERS, numbers_of(problem))],
         ("ignore_index", repr(options.ignore_index), None),
         ("reduction", repr(reduction), None),
         ("backend", repr(options.backend), None),
         ("max_workspace_bytes", budget, None),
-        ("gradient_tolerance", repr(options.sampling.tolerance), None),
-        ("gradient_sampling", repr(options.sampling.share), None),
         values("labels", problem.labels),
         *[
             values(PUBLIC.get(name, name), tensor)
@@ -181,13 +174,13 @@ def _facts(problem: Problem, reduction: str) -> Facts:
 
 
 def _numbers(group: dist.ProcessGroup, call: _Call | None, error: Exception | None) -> Tensor:
-    """(NUMBERS,): the error's code or 0, two heights, two first rows, and each fact's words and
+    """(MESSAGE_NUMBERS,): the error's code or 0, two heights, two first rows, each fact's words and
     values."""
     home = _home(group)
     if call is None:
         code = next((i for i, e in enumerate(ERRORS) if isinstance(error, e)), len(ERRORS) - 1)
-        return torch.tensor([code + 1, *[0] * (NUMBERS - 1)], device=home)
-    numbers = torch.zeros(NUMBERS, dtype=torch.int64)
+        return torch.tensor([code + 1, *[0] * (MESSAGE_NUMBERS - 1)], device=home)
+    numbers = torch.zeros(MESSAGE_NUMBERS, dtype=torch.int64)
     words = torch.tensor([0, *call.heights, 0, 0, *[_hash(words) for _, words, _ in call.facts]])
     numbers[: len(words)] = words
     numbers = numbers.to(home)

@@ -46,14 +46,20 @@ CALL = (
 LOSS, TOKEN_LOSS, STATS, COEFS = range(4)
 
 
-def flatten(problem: Problem) -> tuple[Any, ...]:
-    """The arguments of `distill`."""
+def numbers_of(problem: Problem) -> list[float]:
+    """In the order of `NUMBERS`."""
     student, teacher, options = problem.student, problem.teacher, problem.options
-    numbers = [
+    return [
         student.scale, student.softcap or 0.0,
         *((1.0, 0.0) if teacher is None else (teacher.scale, teacher.softcap or 0.0)),
         options.temperature, options.sampling.tolerance, options.sampling.share or 0.0,
     ]  # fmt: skip
+
+
+def flatten(problem: Problem) -> tuple[Any, ...]:
+    """The arguments of `distill`."""
+    student, teacher, options = problem.student, problem.teacher, problem.options
+    numbers = numbers_of(problem)
     symbols = symbols_of(numbers)
     tensors = [
         problem.labels, problem.loss_scale,
