@@ -49,13 +49,13 @@ from __future__ import annotations
 
 import importlib.util
 import inspect
+import math
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .. import reference
 from ..draws import bernoulli_uniforms, philox4x32
 from ..functional import distillation_loss
 from ..objectives import (
@@ -70,6 +70,8 @@ from ..objectives import (
     TopKJSD,
     TrOPD,
 )
+from ..rows.layout import Coef, LogitTransform, RowBatch, RowOptions, Stat, new_matrices
+from ..rows.rule import apply_rule, gate
 from ..teachers import TopKTeacher
 
 #: What importing this module registers, by teacher.
@@ -150,33 +152,42 @@ def sampled_losses(
 ) -> tuple[Tensor, Tensor]:
     """Loss of each token and the gate's M, 0 where `counted` is not, from log-probs alone.
 
-    What `reference.token_losses` says of a sampled teacher; differentiable in log_probs, and in
-    entropy where the rule has an entropy bonus.
+    Those of a sampled teacher in `distillation_loss`; differentiable in log_probs, and in entropy
+    where the rule has an entropy bonus.
     """
     if entropy is None and (rule.entropy_coef or rule.entropy_top_fraction is not None):
         raise ValueError(
             f"{rule!r} reads the student's entropy: set "
             "actor_rollout_ref.actor.calculate_entropy=true"
         )
-    old = log_probs.detach() if old_log_probs is None else old_log_probs
-    # Neutral at the other tokens: whatever stands there, not even its gradient gets through.
-    ratio = torch.where(counted, log_probs - old, 0.0).exp()
-    reward = (teacher_log_probs - old).detach()
-    trust = reference.trust_gate(rule, reward, reward, uniforms)
-    inside = torch.where(trust > 0, reward, 0.0)
-    loss = trust * reference.policy_gradient_loss(inside, ratio, rule)
-    if rule.outlier == "clip":
-        outside = torch.where(trust < 1, reward.clamp_min(rule.threshold), 0.0)
-        loss = loss + (1 - trust) * reference.policy_gradient_loss(outside, ratio, rule)
-    loss = rule.policy_gradient * loss
-    if rule.nll_weight:
-        loss = loss - rule.nll_weight * log_probs
-    if entropy is not None and rule.entropy_coef:
-        loss = loss - rule.entropy_coef * entropy
-    kept = counted
-    if entropy is not None and rule.entropy_top_fraction is not None:
-        kept = counted & reference.top_entropy(entropy, rule.entropy_top_fraction, among=counted)
-    return torch.where(kept, loss, 0.0), torch.where(counted, trust, 0.0)
+
+    def rows(values: Tensor | None) -> Tensor | None:
+        return None if values is None else values.detach().reshape(-1)
+
+    stats, coefs = new_matrices(log_probs.detach(), log_probs.numel())
+    stats[Stat.LOG_PROB], stats[Stat.TEACHER_LOG_PROB] = rows(log_probs), rows(teacher_log_probs)
+    least = None
+    if entropy is not None:
+        stats[Stat.ENTROPY] = rows(entropy)
+        if rule.entropy_top_fraction is not None and entropy.numel():
+            ranked = stats[Stat.ENTROPY].masked_fill(~rows(counted), math.nan)
+            least = torch.nanquantile(ranked, 1 - rule.entropy_top_fraction)
+    known = {"old_log_probs": rows(old_log_probs), "uniforms": rows(uniforms)}
+    batch = RowBatch(student=None, teacher=None, labels=None, **known)
+    options = RowOptions(rule, LogitTransform(), LogitTransform(), entropy_threshold=least)
+    apply_rule(stats, coefs, gate(stats, batch, options), None, batch, options)
+
+    def where_counted(row: Tensor) -> Tensor:
+        return torch.where(counted, row.view(counted.shape), 0.0)
+
+    losses = where_counted(stats[Stat.TOKEN_LOSS])
+    # Their gradients are known: each enters by its difference from itself, times its gradient.
+    by = {Coef.LABEL: -log_probs, Coef.ENTROPY_WEIGHT: entropy}
+    for coef, values in by.items():
+        if values is not None:
+            finite = torch.where(counted & ~values.isinf(), values, 0.0)
+            losses = losses + where_counted(coefs[coef]) * (finite - finite.detach())
+    return losses, where_counted(stats[Stat.TRUST])
 
 
 def top_k_losses(
