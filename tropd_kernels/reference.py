@@ -153,7 +153,7 @@ def token_losses(
             loss = loss + reverse_kl(log_p, log_q)
         if rule.divergence == "akl":
             loss = loss + adaptive_kl(log_p, log_q, rule.divergence_parameter)
-        if rule.generator:
+        if rule.divergence not in (None, "forward_kl", "reverse_kl", "jeffreys", "akl"):
             loss = loss + generator_divergence(log_p, log_q, rule, on_k)
 
     if rule.nll_weight:
@@ -274,7 +274,7 @@ def adaptive_kl(log_p: Tensor, log_q: Tensor, head_mass: float) -> Tensor:
 
 
 def generator_divergence(log_p: Tensor, log_q: Tensor, rule: TokenRule, on_k: Tensor) -> Tensor:
-    """The divergences of `objectives.GENERATORS` (N,), each from its definition."""
+    """The divergences that are a sum of q f(p/q) (N,), each from its definition."""
     kind, c = rule.divergence, rule.divergence_parameter
     if kind == "jsd":
         log_m = _log_mix(c, log_q, log_p)
@@ -296,6 +296,8 @@ def generator_divergence(log_p: Tensor, log_q: Tensor, rule: TokenRule, on_k: Te
         forward = _expect(log_q, toward_teacher * (log_q - log_p))
         total = forward + _expect(log_p, (1 - toward_teacher) * (log_p - log_q))
         return torch.where(total == math.inf, math.inf, total)
+    if kind not in ("alpha", "chi2"):
+        raise NotImplementedError(f"the reference has no definition of {kind!r}")
     alpha = 2.0 if kind == "chi2" else c  # chi-square is twice the alpha-divergence at 2
     with_mass = (log_p > -math.inf) & (log_q > -math.inf)
     exponent = alpha * torch.where(with_mass, log_p, 0.0) + (1 - alpha) * torch.where(

@@ -109,7 +109,7 @@ class Call:
         head = self.logit_size * self.vocab_size * self.hidden_size
         accumulates = not (self.rounds_d_weight(super_rows) and super_rows >= self.tokens)
         adds = self.needs_weight_grad and super_rows < self.tokens
-        searches = self.vocab_parallel and self.rule is not None and self.rule.divergence == "akl"
+        searches = self.vocab_parallel and self.rule is not None and self.rule.weighs_by_gaps
         return {
             "student logits": logits,
             "teacher logits": logits if self.teacher_hidden_size else 0,

@@ -155,12 +155,12 @@ class TokenRule:
         """One pass sums one set of ids with one weight, which these would need two of."""
         spec = self._divergence
         whole = spec.generator and spec.ids == "vocabulary"
-        if spec.adaptive and self.top_k is not None:
+        if spec.by_gaps and self.top_k is not None:
             raise ValueError(
                 f"divergence={self.divergence!r} weighs the head of the teacher's distribution, "
                 f"whose mass is divergence_parameter: leave top_k None, got {self.top_k}"
             )
-        if spec.adaptive and self._chooses_forward_kl:
+        if spec.by_gaps and self._chooses_forward_kl:
             raise ValueError(
                 f"divergence={self.divergence!r} weighs the forward KL of every token: leave "
                 "forward_kl_entropy None and the gate 'always', or choose an outlier other than "
@@ -220,6 +220,16 @@ class TokenRule:
     def uses_reverse_kl(self) -> bool:
         """The exact reverse KL may enter a token's loss."""
         return self._divergence.reverse_kl
+
+    @property
+    def kl_weights(self) -> tuple[float, float]:
+        """Weights of the forward KL (on K) and of the reverse KL in every token's loss."""
+        return self._divergence.kl_weights or (0.0, 0.0)
+
+    @property
+    def weighs_by_gaps(self) -> bool:
+        """... which each token has of its own, from its gaps abs(p - q) on head and tail (AKL)."""
+        return self._divergence.by_gaps
 
     @property
     def generator(self) -> str | None:

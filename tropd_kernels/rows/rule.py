@@ -104,8 +104,7 @@ def gate(stats: Tensor, batch: RowBatch, options: RowOptions) -> Gate:
         weight = weight + (1 - trust)
     if rule.forward_kl_entropy is not None:
         weight = weight + (stats[Stat.TEACHER_ENTROPY] > rule.forward_kl_entropy)
-    if rule.divergence in ("forward_kl", "jeffreys"):
-        weight = weight + 1
+    weight = weight + rule.kl_weights[0]
     weight = torch.where(on_policy & kept, weight, 0.0)
     if rule.outlier == "mask":
         kept = kept & (trust > 0)
@@ -144,10 +143,8 @@ def apply_rule(
     if rule.nll_weight:
         loss = loss - rule.nll_weight * lp
 
-    kl_weight, reverse_weight = gated.forward_kl_weight, zero
-    if rule.divergence in ("reverse_kl", "jeffreys"):
-        reverse_weight = zero + 1
-    if rule.divergence == "akl":
+    kl_weight, reverse_weight = gated.forward_kl_weight, zero + rule.kl_weights[1]
+    if rule.weighs_by_gaps:
         assert sums is not None
         head, tail = sums.terms
         gap = head + tail

@@ -130,7 +130,7 @@ class ShardRows(RowEngine):
         rule = options.rule
         if needed is not None and rule.uses_top_k:
             top_k_threshold(self.shard, part, options, needed, found.coefs)
-        elif needed is not None and rule.divergence == "akl":
+        elif needed is not None and rule.weighs_by_gaps:
             head_threshold(self.shard, part, options, found.coefs)
         made = as_matrix(self.engine.sums(part, options, needed, found))
         gathered = self.shard.gather(made).double()

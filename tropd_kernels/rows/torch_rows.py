@@ -223,7 +223,7 @@ def _dense_sums(lp: Tensor, lq: Tensor, options: RowOptions, needed: Tensor, c: 
     if some:
         lp, lq = lp[needed], lq[needed]
     threshold = None
-    if rule.divergence == "akl":  # its gradient covers more than the head, so c keeps -inf
+    if rule.weighs_by_gaps:  # its gradient covers more than the head, so c keeps -inf
         threshold = _head_threshold(lq, rule.divergence_parameter)
     elif rule.uses_top_k:
         assert rule.top_k is not None
@@ -250,7 +250,7 @@ def _sums_of_part(
             ids, lq, on_k = _topk_ids(part, rule.top_k, lp.shape[-1], c.dtype)
             found = sum_terms(lp.gather(-1, ids), lq, on_k, rule, dense=False)
         else:
-            masked = rule.uses_top_k or rule.divergence == "akl"
+            masked = rule.uses_top_k or rule.weighs_by_gaps
             lq = _log_q(part.teacher[picked], c, options)
             threshold = c[Coef.THRESHOLD].squeeze(-1) if masked else None
             found = _dense_terms(lp, lq, threshold, rule)
@@ -292,7 +292,7 @@ def sum_terms(lp: Tensor, lq: Tensor, on_k: Tensor | None, rule: TokenRule, dens
         if on_k is not None:
             value, slope = value.where(on_k, 0.0), slope.where(on_k, 0.0)
         sums.value, sums.slope = value.sum(-1), slope.sum(-1)
-    elif rule.divergence == "akl":
+    elif rule.weighs_by_gaps:
         assert on_k is not None
         gap = (p - q).abs()
         sums.value, sums.slope = gap.where(on_k, 0.0).sum(-1), gap.where(~on_k, 0.0).sum(-1)

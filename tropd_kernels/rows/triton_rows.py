@@ -120,7 +120,7 @@ class TritonRows(RowEngine):
             _columns(stats, coefs),
             ACC=self._acc(coefs), **_transforms(options), **_gate_constants(rule),
             **_generator_constants(rule), TOP_K=k,
-            TAIL=rule.top_k_tail, HAS_KL=rule.uses_forward_kl and rule.divergence != "akl",
+            TAIL=rule.top_k_tail, HAS_KL=rule.uses_forward_kl and not rule.weighs_by_gaps,
             THRESHOLD_GIVEN=options.sharded,
             BY_LANES=k is not None and lanes_hold(k, launch["LANES"]),
             SEARCH_BLOCK=min(1024, launch["LANES"]), **launch,
@@ -250,21 +250,22 @@ def _transforms(options: RowOptions) -> dict:
 
 
 def _generator_constants(rule: TokenRule) -> dict:
-    c = 2.0 if rule.divergence == "chi2" else rule.divergence_parameter
-    return {"GENERATOR": rule.generator, "PARAMETER": c}
+    return {"GENERATOR": rule.generator, "PARAMETER": rule.divergence_parameter}
 
 
 def _gate_constants(rule: TokenRule) -> dict:
-    c = _generator_constants(rule)["PARAMETER"]
-    mixes = 0 < c < 1
+    c = rule.divergence_parameter
+    mixes = rule.divergence == "topk_jsd"  # teacher and student, in the reward
     return {
         "GATE": rule.gate,
         "OUTLIER": rule.outlier,
         "THRESHOLD": rule.threshold,
         "KL_ENTROPY": rule.forward_kl_entropy,
-        "DIVERGENCE": rule.divergence,
-        "LOG_PARAMETER": math.log(c) if mixes else 0.0,
-        "LOG_ONE_MINUS_PARAMETER": math.log1p(-c) if mixes else 0.0,
+        "KL_WEIGHT": rule.kl_weights[0],
+        "SUMS_OF_EVERY_ROW": rule.sums_of_every_row,
+        "LOG_PARAMETER": math.log(c) if mixes else None,
+        "LOG_ONE_MINUS_PARAMETER": math.log1p(-c) if mixes else None,
+        "BY_GAPS": rule.weighs_by_gaps,
     }
 
 
@@ -272,6 +273,7 @@ def _rule_constants(rule: TokenRule) -> dict:
     return {
         "GENERATOR": rule.generator,
         "TAIL": rule.top_k_tail,
+        "REVERSE_KL_WEIGHT": rule.kl_weights[1],
         "POLICY": rule.policy_gradient,
         "CLIP_LOW": rule.clip_ratio_low,
         "CLIP_HIGH": rule.clip_ratio_high,

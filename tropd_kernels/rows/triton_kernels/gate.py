@@ -27,11 +27,12 @@ def _gate(
     lp, lq, lo, advantage, uniform, prefix, entropy, teacher_entropy, entropy_threshold,
     HAS_ADVANTAGES: tl.constexpr, HAS_PREFIX: tl.constexpr, HAS_ENTROPY_THRESHOLD: tl.constexpr,
     GATE: tl.constexpr, OUTLIER: tl.constexpr, THRESHOLD: tl.constexpr, KL_ENTROPY: tl.constexpr,
-    DIVERGENCE: tl.constexpr, LOG_PARAMETER: tl.constexpr, LOG_ONE_MINUS_PARAMETER: tl.constexpr,
+    KL_WEIGHT: tl.constexpr, SUMS_OF_EVERY_ROW: tl.constexpr, LOG_PARAMETER: tl.constexpr,
+    LOG_ONE_MINUS_PARAMETER: tl.constexpr,
 ):  # fmt: skip
     """Twin of `rule.gate` and `rule.rows_with_sums`, for one row or many."""
     reward = lq - lo
-    if DIVERGENCE == "topk_jsd":
+    if LOG_PARAMETER is not None:
         reward = _log_mix(lq, lo, LOG_PARAMETER, LOG_ONE_MINUS_PARAMETER) - lo
     if HAS_ADVANTAGES:
         reward = advantage
@@ -59,13 +60,13 @@ def _gate(
         weight = weight + (1 - trust)
     if KL_ENTROPY is not None:
         weight = weight + tl.where(teacher_entropy > KL_ENTROPY, 1.0, 0.0)
-    if (DIVERGENCE == "forward_kl") | (DIVERGENCE == "jeffreys"):
-        weight = weight + 1
+    if KL_WEIGHT != 0:
+        weight = weight + KL_WEIGHT
     weight = tl.where(on_policy & kept, weight, 0.0)
     needs_sums = weight > 0
     if OUTLIER == "forward_kl_reward":
         needs_sums = needs_sums | ((trust < 1) & on_policy)
-    if (DIVERGENCE is not None) & (DIVERGENCE != "reverse_kl"):
+    if SUMS_OF_EVERY_ROW:
         needs_sums = needs_sums | True
     if OUTLIER == "mask":
         kept = kept & (trust > 0)
@@ -77,7 +78,8 @@ def _gate(
 def _row_gate(
     row, old_log_probs, advantages, uniforms, prefix, entropy_threshold, stats, columns,
     GATE: tl.constexpr, OUTLIER: tl.constexpr, THRESHOLD: tl.constexpr, KL_ENTROPY: tl.constexpr,
-    DIVERGENCE: tl.constexpr, LOG_PARAMETER: tl.constexpr, LOG_ONE_MINUS_PARAMETER: tl.constexpr,
+    KL_WEIGHT: tl.constexpr, SUMS_OF_EVERY_ROW: tl.constexpr, LOG_PARAMETER: tl.constexpr,
+    LOG_ONE_MINUS_PARAMETER: tl.constexpr,
 ):  # fmt: skip
     """`_gate` with its inputs loaded: `row` is one index or a block of them in range."""
     lp = tl.load(stats + LOG_PROB * columns + row)
@@ -101,5 +103,6 @@ def _row_gate(
         lp, lq, lo, advantage, uniform, is_prefix, tl.load(stats + ENTROPY * columns + row),
         tl.load(stats + TEACHER_ENTROPY * columns + row), limit,
         advantages is not None, prefix is not None, entropy_threshold is not None,
-        GATE, OUTLIER, THRESHOLD, KL_ENTROPY, DIVERGENCE, LOG_PARAMETER, LOG_ONE_MINUS_PARAMETER,
+        GATE, OUTLIER, THRESHOLD, KL_ENTROPY, KL_WEIGHT, SUMS_OF_EVERY_ROW, LOG_PARAMETER,
+        LOG_ONE_MINUS_PARAMETER,
     )  # fmt: skip

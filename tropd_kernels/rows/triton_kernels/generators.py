@@ -33,19 +33,21 @@ def _generator(lp, lq, p, q, KIND: tl.constexpr, C: tl.constexpr, GUARDED: tl.co
         elif KIND == "skew_reverse":
             value = from_student
             slope = from_student + C * both
-        else:
+        else:  # topk_jsd
             value = C * from_teacher
             slope = C * (C - 1) * both
     elif (KIND == "alpha") | (KIND == "chi2"):
-        neither = (lp == -INF) & (lq == -INF)
-        power = tl.where(neither, 0.0, _exp(C * lp + (1 - C) * lq))
+        # chi2 is twice the alpha divergence at 2.
         factor: tl.constexpr = 2.0 if KIND == "chi2" else 1.0
-        value = (power - C * p - (1 - C) * q) * (factor / (C * (C - 1)))
-        slope = (power - p) * (factor / (C - 1))
+        A: tl.constexpr = 2.0 if KIND == "chi2" else C
+        neither = (lp == -INF) & (lq == -INF)
+        power = tl.where(neither, 0.0, _exp(A * lp + (1 - A) * lq))
+        value = (power - A * p - (1 - A) * q) * (factor / (A * (A - 1)))
+        slope = (power - p) * (factor / (A - 1))
     elif KIND == "total_variation":
         value = tl.abs(p - q) * 0.5
         slope = p * tl.where(p > q, 0.5, tl.where(p < q, -0.5, 0.0))
-    else:
+    elif (KIND == "mopd") | (KIND == "todi"):
         reverse = p * (lp - lq)
         if GUARDED:
             reverse = tl.where(p > 0, reverse, 0.0)
@@ -60,4 +62,6 @@ def _generator(lp, lq, p, q, KIND: tl.constexpr, C: tl.constexpr, GUARDED: tl.co
                 forward = tl.where(q > 0, forward, 0.0)
             value = forward + away
             slope = away + (1 - to_teacher) * p - to_teacher * q
+    else:
+        tl.static_assert(False, "this divergence has no generator in Triton")
     return value, slope

@@ -66,9 +66,10 @@ def rule_kernel(
     old_log_probs, advantages, uniforms, prefix, token_weight, loss_scale, entropy_threshold,
     stats, coefs, sums, n, columns,
     ACC: tl.constexpr, GATE: tl.constexpr, OUTLIER: tl.constexpr, THRESHOLD: tl.constexpr,
-    KL_ENTROPY: tl.constexpr, DIVERGENCE: tl.constexpr, LOG_PARAMETER: tl.constexpr,
-    LOG_ONE_MINUS_PARAMETER: tl.constexpr, GENERATOR: tl.constexpr, TAIL: tl.constexpr,
-    POLICY: tl.constexpr, CLIP_LOW: tl.constexpr, CLIP_HIGH: tl.constexpr,
+    KL_ENTROPY: tl.constexpr, KL_WEIGHT: tl.constexpr, SUMS_OF_EVERY_ROW: tl.constexpr,
+    LOG_PARAMETER: tl.constexpr, LOG_ONE_MINUS_PARAMETER: tl.constexpr,
+    REVERSE_KL_WEIGHT: tl.constexpr, BY_GAPS: tl.constexpr, GENERATOR: tl.constexpr,
+    TAIL: tl.constexpr, POLICY: tl.constexpr, CLIP_LOW: tl.constexpr, CLIP_HIGH: tl.constexpr,
     PREFIX_WEIGHT: tl.constexpr, NLL: tl.constexpr, ENTROPY_COEF: tl.constexpr,
     USES_TEACHER: tl.constexpr, USES_FORWARD_KL: tl.constexpr, USES_REVERSE_KL: tl.constexpr,
     USES_TOP_K: tl.constexpr, DENSE: tl.constexpr, BLOCK: tl.constexpr,
@@ -80,7 +81,8 @@ def rule_kernel(
     row = tl.where(inside, row, 0)
     trust, reward, kl_weight, on_policy, kept, _ = _row_gate(
         row, old_log_probs, advantages, uniforms, prefix, entropy_threshold, stats, columns,
-        GATE, OUTLIER, THRESHOLD, KL_ENTROPY, DIVERGENCE, LOG_PARAMETER, LOG_ONE_MINUS_PARAMETER,
+        GATE, OUTLIER, THRESHOLD, KL_ENTROPY, KL_WEIGHT, SUMS_OF_EVERY_ROW, LOG_PARAMETER,
+        LOG_ONE_MINUS_PARAMETER,
     )  # fmt: skip
     lp = tl.load(stats + LOG_PROB * columns + row)
     lq = tl.load(stats + TEACHER_LOG_PROB * columns + row)
@@ -154,9 +156,8 @@ def rule_kernel(
     if NLL != 0:
         loss -= NLL * lp
 
-    if (DIVERGENCE == "reverse_kl") | (DIVERGENCE == "jeffreys"):
-        reverse += 1
-    if DIVERGENCE == "akl":
+    reverse += REVERSE_KL_WEIGHT
+    if BY_GAPS:
         head = tl.load(sums + SUM_VALUE * n + row)
         gap = head + tl.load(sums + SUM_SLOPE * n + row)
         share = tl.where(gap > 0, head / tl.where(gap > 0, gap, 1.0), 0.5)

@@ -35,7 +35,8 @@ def dense_sums_kernel(
     ACC: tl.constexpr, SCALE: tl.constexpr, CAP: tl.constexpr, TEACHER_SCALE: tl.constexpr,
     TEACHER_CAP: tl.constexpr, TEMPERATURE: tl.constexpr,
     GATE: tl.constexpr, OUTLIER: tl.constexpr, THRESHOLD: tl.constexpr, KL_ENTROPY: tl.constexpr,
-    DIVERGENCE: tl.constexpr, LOG_PARAMETER: tl.constexpr, LOG_ONE_MINUS_PARAMETER: tl.constexpr,
+    KL_WEIGHT: tl.constexpr, SUMS_OF_EVERY_ROW: tl.constexpr, LOG_PARAMETER: tl.constexpr,
+    LOG_ONE_MINUS_PARAMETER: tl.constexpr, BY_GAPS: tl.constexpr,
     PARAMETER: tl.constexpr, GENERATOR: tl.constexpr, TOP_K: tl.constexpr, TAIL: tl.constexpr,
     HAS_KL: tl.constexpr,
     THRESHOLD_GIVEN: tl.constexpr, BY_LANES: tl.constexpr,
@@ -49,7 +50,8 @@ def dense_sums_kernel(
     row = tl.program_id(0).to(tl.int64)
     gate = _row_gate(
         row, old_log_probs, advantages, uniforms, prefix, entropy_threshold, stats, columns,
-        GATE, OUTLIER, THRESHOLD, KL_ENTROPY, DIVERGENCE, LOG_PARAMETER, LOG_ONE_MINUS_PARAMETER,
+        GATE, OUTLIER, THRESHOLD, KL_ENTROPY, KL_WEIGHT, SUMS_OF_EVERY_ROW, LOG_PARAMETER,
+        LOG_ONE_MINUS_PARAMETER,
     )  # fmt: skip
     needed = gate[5]
     coefs += row
@@ -78,7 +80,7 @@ def dense_sums_kernel(
         SEARCHED: tl.constexpr = (TOP_K is not None) and not THRESHOLD_GIVEN
         if THRESHOLD_GIVEN:
             threshold = tl.load(coefs + C_THRESHOLD * columns)
-        elif DIVERGENCE == "akl":
+        elif BY_GAPS:
             threshold = _search(
                 teacher, teacher_bias, t_top, t_log_sum, PARAMETER, vocab_size, True, ACC,
                 TEACHER_SCALE, TEACHER_CAP, TEMPERATURE, SEARCH_BLOCK,
@@ -107,7 +109,7 @@ def dense_sums_kernel(
             ) = _sums(
                 student, teacher, student_bias, teacher_bias, top, log_sum, t_top, t_log_sum,
                 threshold, kth, whole, vocab_size, ACC, SCALE, CAP, TEACHER_SCALE, TEACHER_CAP,
-                TEMPERATURE, PARAMETER, GENERATOR, DIVERGENCE, TAIL, TOP_K is not None, HAS_KL,
+                TEMPERATURE, PARAMETER, GENERATOR, BY_GAPS, TAIL, TOP_K is not None, HAS_KL,
                 SEARCHED and BY_LANES, UNROLL, LANES,
             )  # fmt: skip
             size = tl.abs(forward_kl) + tl.abs(value_sum) + tl.abs(slope_sum)
@@ -150,7 +152,7 @@ def _sums(
     student, teacher, student_bias, teacher_bias, top, log_sum, t_top, t_log_sum, threshold, kth,
     whole, vocab_size, ACC: tl.constexpr, SCALE: tl.constexpr, CAP: tl.constexpr,
     TEACHER_SCALE: tl.constexpr, TEACHER_CAP: tl.constexpr, TEMPERATURE: tl.constexpr,
-    PARAMETER: tl.constexpr, GENERATOR: tl.constexpr, DIVERGENCE: tl.constexpr,
+    PARAMETER: tl.constexpr, GENERATOR: tl.constexpr, BY_GAPS: tl.constexpr,
     TAIL: tl.constexpr, ON_K: tl.constexpr, HAS_KL: tl.constexpr, COUNT: tl.constexpr,
     UNROLL: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
@@ -172,14 +174,14 @@ def _sums(
             p_on, q_on, p_off, q_off, kl, values, slopes, k_top, k_mass, above, start,
             student, teacher, student_bias, teacher_bias, top, log_sum, t_top, t_log_sum,
             threshold, kth, vocab_size, False, ACC, SCALE, CAP, TEACHER_SCALE, TEACHER_CAP,
-            TEMPERATURE, PARAMETER, GENERATOR, DIVERGENCE, TAIL, ON_K, HAS_KL, COUNT, UNROLL, LANES,
+            TEMPERATURE, PARAMETER, GENERATOR, BY_GAPS, TAIL, ON_K, HAS_KL, COUNT, UNROLL, LANES,
         )  # fmt: skip
     for start in range(whole, vocab_size, LANES):
         p_on, q_on, p_off, q_off, kl, values, slopes, k_top, k_mass, above = _add_tile(
             p_on, q_on, p_off, q_off, kl, values, slopes, k_top, k_mass, above, start,
             student, teacher, student_bias, teacher_bias, top, log_sum, t_top, t_log_sum,
             threshold, kth, vocab_size, True, ACC, SCALE, CAP, TEACHER_SCALE, TEACHER_CAP,
-            TEMPERATURE, PARAMETER, GENERATOR, DIVERGENCE, TAIL, ON_K, HAS_KL, COUNT, 1, LANES,
+            TEMPERATURE, PARAMETER, GENERATOR, BY_GAPS, TAIL, ON_K, HAS_KL, COUNT, 1, LANES,
         )  # fmt: skip
     log_mass = tl.full((), 0.0, ACC)
     if TAIL == "renormalize_both":
@@ -198,7 +200,7 @@ def _add_tile(
     student, teacher, student_bias, teacher_bias, top, log_sum, t_top, t_log_sum, threshold, kth,
     vocab_size, GUARDED: tl.constexpr, ACC: tl.constexpr, SCALE: tl.constexpr, CAP: tl.constexpr,
     TEACHER_SCALE: tl.constexpr, TEACHER_CAP: tl.constexpr, TEMPERATURE: tl.constexpr,
-    PARAMETER: tl.constexpr, GENERATOR: tl.constexpr, DIVERGENCE: tl.constexpr,
+    PARAMETER: tl.constexpr, GENERATOR: tl.constexpr, BY_GAPS: tl.constexpr,
     TAIL: tl.constexpr, ON_K: tl.constexpr, HAS_KL: tl.constexpr, COUNT: tl.constexpr,
     UNROLL: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
@@ -240,7 +242,7 @@ def _add_tile(
             slope = tl.where(mask, slope, 0.0)
         values += _sum_where(on_k, value, ON_K)
         slopes += _sum_where(on_k, slope, ON_K)
-    elif DIVERGENCE == "akl":
+    elif BY_GAPS:
         gap = tl.abs(p - q)
         values += tl.sum(tl.where(on_k, gap, 0.0), 0)
         slopes += tl.sum(tl.where(on_k, 0.0, gap), 0)
