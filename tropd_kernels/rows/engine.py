@@ -35,22 +35,22 @@ from .topk_teacher import topk_teacher_statistics
 
 
 class Statistics(NamedTuple):
-    """What the first pass found in a batch of rows."""
+    """What the first pass found in a batch of n rows."""
 
     stats: Tensor  # (Stat, n), filled up to REVERSE_KL
     coefs: Tensor  # (Coef, n), filled up to REVERSE_KL
-    #: What the engine's own `sums` reads again instead of making it twice.
+    #: Of the engine's own choice, for its `sums`: what would otherwise be made twice.
     read: Any = None
 
 
 class RowEngine(ABC):
     """Passes over rows of logits, on one backend."""
 
-    #: The plan counts on the products of `csrc/` for bfloat16, where they are built.
+    #: On a CPU, bfloat16 matrices are multiplied by `csrc/` where it is built.
     native_products: bool = False
-    #: Rows of logits are padded on every device, not only on a GPU.
+    #: Rows of logits are padded on a CPU, too, not only on a GPU.
     pads_rows: bool = False
-    #: The loop's buffers come from `buffers.arena`, which keeps them for the next call.
+    #: The loop takes its buffers from `buffers.arena`, which keeps them for the next call.
     keeps_buffers: bool = False
 
     def scratch_bytes(self, rows: int, vocab_size: int, itemsize: int, device_type: str) -> int:
