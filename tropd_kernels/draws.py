@@ -1,9 +1,9 @@
-"""Uniform draws, for the trust gate and for sampled gradients: functions of (seed, step, sequence
-id, position), of a sampled gradient (seed, token, id of the vocabulary).
+"""Uniform draws for the trust gate, as functions of (seed, step, sequence id, position), and for
+sampled gradients, as functions of (seed, token, id of the vocabulary).
 
 A recomputed forward, a resumed run, another split into micro-batches and every tensor-parallel rank
-must draw the same number for the same token, so the draw comes from no generator with state but
-from a counter-based one: Philox4x32-10 (Salmon, Moraes, Dror and Shaw, "Parallel random numbers: as
+must draw the same number for the same token. So the generator has no state but is counter-based:
+Philox4x32-10 (Salmon, Moraes, Dror and Shaw, "Parallel random numbers: as
 easy as 1, 2, 3", SC 2011; the Random123 library). Ten rounds of
 
     (c0, c1, c2, c3)  <-  (hi(M1 c2) ^ c1 ^ k0,  lo(M1 c2),  hi(M0 c0) ^ c3 ^ k1,  lo(M0 c0))

@@ -1,19 +1,19 @@
 """The three matrix products around the rows: logits, d_hidden, d_weight.
 
-All of them multiply in the inputs' dtype and give float32 (float64 for float64 inputs): logits are
-never rounded to bf16 on the way to the softmax, which alone would cost 4 to 65 % of the gradient
-where student and teacher agree, and d_weight accumulates over chunks in float32.
+All of them multiply in the inputs' dtype and return float32 (float64 for float64 inputs). Logits
+are never rounded to bf16 before the softmax: that alone would cost 4 to 65 % of the gradient where
+student and teacher agree. d_weight accumulates over chunks in float32.
 
-On a GPU, cuBLAS does that for half-precision inputs (`out_dtype`). Where one product makes d_weight
-of bfloat16, it rounds as it stores, and sums in float32 until then: torch by default lets cuBLAS
-round partial sums, too.
+On a GPU, cuBLAS does this for half-precision inputs (`out_dtype`). If one product computes all of
+d_weight in bfloat16, it rounds only when it stores; by default torch lets cuBLAS round partial sums
+as well.
 
-On a CPU no such kernel exists in torch. Where `csrc/` is built and the CPU has AMX or AVX512-BF16,
-`NativeProducts` multiplies there; where it has AVX2 and nothing above, `NativeFloatProducts` does,
-in float32, to which bf16 is upcast on its way into the cache. Elsewhere half-precision weights are
-upcast in tiles of `TILE_ROWS` rows that stay in the cache, and the product is a float32 one; CPUs
-that multiply bf16 in hardware do that for those float32 operands too (oneDNN's bf16 mode), which is
-exact for weights and hidden states that were bf16 to begin with.
+On a CPU torch has no such kernel. If `csrc/` is built, we use our own bf16 GEMM: `NativeProducts`
+on CPUs with AMX or AVX512-BF16, and `NativeFloatProducts` on CPUs with AVX2 only, which upcasts
+bf16 to float32 on its way into the cache. Otherwise half-precision weights are upcast in tiles of
+`TILE_ROWS` rows that stay in the cache, for a float32 GEMM. CPUs with bf16 instructions use them
+for these float32 operands too (oneDNN's bf16 mode), which is exact, since weights and hidden states
+were bf16 to begin with.
 """
 
 from __future__ import annotations

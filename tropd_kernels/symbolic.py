@@ -1,14 +1,14 @@
-"""Numbers of a call that torch.compile does not know when it traces it.
+"""Numbers whose values torch.compile does not know while it traces a call.
 
 From the second value of an option on, or at once with `dynamic=True`, a Python float is a symbol in
-the graph, which then serves all values. A custom op takes floats as constants only: each value
-would make a graph of its own, and the ninth would be refused. A tensor on the CPU may hold any, and
-is read there without waiting for a GPU. A product is what torch traces into one; torch.full and
-torch.tensor would make the number a constant, too.
+the graph, and one graph serves all values. But a custom op takes floats as constants only: each
+value would need a graph of its own, and the ninth would be refused. So the op takes a CPU tensor,
+which may hold any value and is read without waiting for a GPU. torch traces a multiplication into
+such a tensor; torch.full and torch.tensor would make the number a constant again.
 
-Checks of such numbers compare them: that becomes a condition under which the graph holds, which
-another value may break, and then raises as it would without a compiler. math.isfinite cannot be
-traced, and a symbol is taken to be finite: the op looks at that when it reads the numbers.
+Checks compare such numbers. Each comparison becomes a guard of the graph; a value that breaks it
+raises as it would without a compiler. math.isfinite cannot be traced, and a symbol is assumed to be
+finite, so the op checks that when it reads the numbers.
 """
 
 from __future__ import annotations

@@ -1,9 +1,10 @@
-"""What both ways through autograd share, the custom op and the sharded loss.
+"""What the custom op and the sharded loss share of autograd.
 
-A scalar loss forms its gradients in the forward: the backward only scales them, in the final cast
-to the inputs' dtypes, by a tensor that never visits the host. Per-token losses and statistics
-recompute: the backward multiplies the coefficients by the incoming gradients, and makes the logits
-again. The gradients are constants of the forward, so a second differentiation raises.
+For a scalar loss the gradients are formed in the forward. The backward only scales them, in the
+final cast to the inputs' dtypes, by a tensor that the host never reads. Per-token losses and
+statistics recompute: the backward multiplies the coefficients by the incoming gradients and
+computes the logits again. The gradients are constants of the forward, so differentiating them
+raises.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from .scaling import scale_and_cast
 
 
 def compute(problem: Problem) -> tuple[Tensor, Tensor, Result]:
-    """loss, token losses (N,) times their weights, and all else that the walk has found."""
+    """The loss, the token losses (N,) times their weights, and the loop's other results."""
     with device_of(problem.student.source):
         result = forward(problem)
     token_loss = _weighted_losses(problem, result)
@@ -31,7 +32,7 @@ def compute(problem: Problem) -> tuple[Tensor, Tensor, Result]:
 
 
 def empty_report(problem: Problem) -> Tensor:
-    """(0,): what stands for `SamplingReport` where every id was seen."""
+    """(0,): in place of a `SamplingReport` if no gradient was sampled."""
     return problem.labels.new_empty((0,), dtype=problem.dtype)
 
 
@@ -39,7 +40,7 @@ def keep_gradients(
     ctx, needs: GradNeeds, inputs: tuple[Tensor | None, ...], gradients: tuple[Tensor | None, ...],
     loss: Tensor,
 ) -> None:  # fmt: skip
-    """For a backward that only scales them, behind the loss among the saved tensors."""
+    """Saves them after the loss, for a backward that only scales them."""
     ctx.needs, ctx.dtypes = needs[:3], [None if t is None else t.dtype for t in inputs]
     ctx.main_weight = inputs[1] if needs.fp32_weight else None
     ctx.save_for_backward(loss, *gradients)
@@ -49,8 +50,8 @@ def backward(
     ctx, recompute: Callable[..., list[Tensor | None]], *incoming: Tensor | None
 ) -> list[Tensor | None]:
     """Gradients of hidden states (or logits), weight and bias: those of the forward, or what
-    `recompute` makes of the saved tensors behind the loss. incoming: of loss, token losses and
-    statistics."""
+    `recompute` computes from the tensors saved after the loss. incoming: the gradients of loss,
+    token losses and statistics."""
     loss, *saved = ctx.saved_tensors  # once: a checkpoint hands out each of them a single time
     with torch.no_grad():
         if ctx.formed:
@@ -88,7 +89,7 @@ def scale_coefs(
     if d_token_loss is not None:
         incoming = incoming + d_token_loss
     weights = coefs[FIRST_WEIGHT:] * incoming
-    # A row of infinite loss that nobody asked about is 0, not 0 * inf.
+    # 0 * inf is 0 for a row of infinite loss whose gradient nobody asked for.
     weights = torch.where(incoming == 0, 0.0, weights)
     carried = torch.cat([coefs[:FIRST_WEIGHT], weights])
     if d_stats is not None:
@@ -102,8 +103,9 @@ def scale_coefs(
 
 
 class _Constant(torch.autograd.Function):
-    """A gradient that cannot be differentiated. It hangs on the loss, and so on the loss's inputs:
-    `once_differentiable` would leave it without a graph, and drop it from a sum that has one."""
+    """A gradient that cannot be differentiated. It depends on the loss, and so on the loss's
+    inputs: `once_differentiable` would give it no graph, and a sum with other terms would silently
+    drop it."""
 
     generate_vmap_rule = True
 
@@ -124,7 +126,7 @@ class _Constant(torch.autograd.Function):
 
 
 def _forbid_second_backward(gradients: list[Tensor | None], loss: Tensor) -> list[Tensor | None]:
-    """The same, and under create_graph=True such as raise when they are differentiated."""
+    """The same gradients; under create_graph=True differentiating them raises."""
     if not torch.is_grad_enabled():
         return gradients
     return [None if g is None else _Constant.apply(g, loss) for g in gradients]
@@ -134,7 +136,7 @@ def _weighted_losses(problem: Problem, result: Result) -> Tensor:
     """(N,): each token's loss times its weight."""
     token_loss = result.stats[Stat.TOKEN_LOSS].clone()
     if problem.inputs.token_weight is not None:
-        # Not a product alone: 0 * inf would be NaN.
+        # A plain product would give NaN for 0 * inf.
         row_weight = problem.inputs.token_weight.to(token_loss.dtype)
         nothing = (token_loss == 0) | (row_weight == 0)
         token_loss = torch.where(nothing, 0.0, token_loss * row_weight)

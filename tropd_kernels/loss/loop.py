@@ -1,28 +1,28 @@
-"""The chunk loop: GEMM, rows, GEMM, over chunks of tokens, so that no (tokens, V) tensor exists.
+"""The chunk loop: GEMM, rows, GEMM, over chunks of tokens. No (tokens, V) tensor is materialized.
 
     for each super-chunk of tokens:
         for each sub-chunk of it:
             student logits = hidden @ weight.T           float32, (rows, V)
             teacher logits likewise, or a slice of those given
-            engine.forward(...)                          stats and coefs: a few numbers a token
+            engine.forward(...)                          stats and coefs: a few numbers per token
             engine.gradient(...)                         d_logits, (super_rows, V), inputs' dtype
-        d_hidden   = d_logits @ weight                   one product a super-chunk
-        d_weight  += d_logits.T @ hidden                 float32 accumulator, rounded at last
+        d_hidden   = d_logits @ weight                   one GEMM per super-chunk
+        d_weight  += d_logits.T @ hidden                 float32 accumulator, rounded at the end
 
-A head of another dtype than its hidden states, as the float32 parameter beside what autocast made
-bf16, is copied into theirs for the call (V H elements); its gradient goes from the accumulator
-straight to its own dtype.
+A head whose dtype differs from that of its hidden states, such as a float32 parameter under
+autocast, is copied to theirs for the call (V H elements). Its gradient is rounded from the
+accumulator to the head's own dtype.
 
-Tokens that do not count are dropped before the first GEMM, which costs the call's one host sync;
-the checks of values ride on the same sync. With `ignore_index=None` the caller says that every
-token counts, and there is none.
+Tokens that do not count are dropped before the first GEMM. That costs the one host sync of the
+call, and the checks of values use the same one. With `ignore_index=None` the caller says that all
+tokens count, and there is no sync.
 
-`forward` forms the gradients that the problem's `forward_grads` name on the way (3 S + T); without
+`forward` forms the gradients named in the problem's `forward_grads` on the way (3 S + T). Without
 any it returns the coefficients from which `backward` recomputes them for any incoming gradient.
-Logits that exist already go through the same loop, without the GEMMs: there `backward` reads them
-once more, which costs less than holding their gradient.
+Existing logits go through the same loop without the GEMMs: `backward` reads them once more, which
+costs less than keeping their gradient.
 
-The logits are made in `logits.py`, the products of d_logits in `gradients.py`.
+`logits.py` computes the logits, `gradients.py` the products of d_logits.
 """
 
 from __future__ import annotations
@@ -51,10 +51,13 @@ from .values import tokens_that_count, with_repeats_marked
 
 @dataclass
 class Result:
-    """stats (Stat, N) and coefs (Coef, N), 0 for tokens that do not count; the gradients asked for,
-    times the problem's `loss_scale`, in the dtype in which they wait for the backward. coefs carry
-    that scale, too, where gradients were asked for, but not those of float16 inputs. report
-    (SamplingReport,) where the gradients were sampled."""
+    """What a walk over the tokens gives.
+
+    stats (Stat, N), coefs (Coef, N): 0 for tokens that do not count. The gradients include the
+    problem's `loss_scale`, and have the dtype in which they wait for the backward. If gradients
+    were formed, coefs include that scale as well, except for float16 inputs. report:
+    (SamplingReport,) if the gradients were sampled.
+    """
 
     stats: Tensor
     coefs: Tensor
@@ -65,7 +68,7 @@ class Result:
 
 
 def forward(problem: Problem) -> Result:
-    """Statistics and coefficients, and the gradients that `forward_grads` name."""
+    """Statistics, coefficients, and the gradients named in `forward_grads`."""
     problem = problem.laid_out()
     source, needs = problem.student.source, problem.forward_grads
     with without_autocast(source.device.type):
@@ -97,7 +100,7 @@ def forward(problem: Problem) -> Result:
 
 
 def backward(problem: Problem, coefs: Tensor, needs: GradNeeds) -> Result:
-    """The gradients that these coefficients (already times the incoming gradient) stand for."""
+    """The gradients of these coefficients, which include the incoming gradient."""
     problem = problem.laid_out()
     made = any(side is not None and side.weight is not None for side in problem.sides)
     index = tokens_that_count(problem) if made else None
@@ -109,7 +112,7 @@ def backward(problem: Problem, coefs: Tensor, needs: GradNeeds) -> Result:
 
 
 class _Walk:
-    """One walk over the tokens that count."""
+    """One pass over the tokens that count."""
 
     def __init__(
         self,
@@ -124,13 +127,13 @@ class _Walk:
             self.engine = ShardRows(self.engine, problem.shard)
         self.labels, self.inputs = problem.labels, problem.inputs.given()
         if index is not None:
-            # Numbers of a token once a call; what is longer, by chunks.
+            # One number per token is gathered once for the call, longer rows chunk by chunk.
             self.labels = self.labels[index]
             self.inputs = {k: t[index] if t.dim() == 1 else t for k, t in self.inputs.items()}
         self.n, self.columns = self.labels.shape[0], problem.columns
         source = problem.student.source
-        # The row's weights carry the scale, so that sums need none; but float16 d_logits would
-        # underflow.
+        # The rows' weights include the scale, so that sums need none. float16 d_logits would
+        # underflow with it.
         late = source.dtype == torch.float16
         self.row_scale = None if late else loss_scale
         self.late_scale = loss_scale if late else None
@@ -147,8 +150,8 @@ class _Walk:
     def run(
         self, coefficients: Callable[[RowBatch, slice], Tensor], options: RowOptions, result: Result
     ) -> Result:
-        """The result, with the gradients. `coefficients` gives those of a sub-chunk, which is this
-        part of the tokens that count."""
+        """Adds the gradients to the result. `coefficients(batch, part)` gives those of a sub-chunk,
+        which is this slice of the tokens that count."""
         head, existing = self._gradients(result.stats)
         rows = min(self.plan.rows, self.n)
         sizes = [self.student.size(rows), None if self.teacher is None else self.teacher.size(rows)]
@@ -182,7 +185,7 @@ class _Walk:
         t_buffer: Tensor | None,
         d_logits: Tensor | None,
     ) -> None:
-        """Of super-chunks, whose gradients go through two products each."""
+        """For a head: two products per super-chunk."""
         in_place = self.plan.in_place
         d_logits = z_buffer if in_place else d_logits
         assert d_logits is not None
@@ -199,7 +202,7 @@ class _Walk:
                 self.engine.gradient(batch, coefs, options, out)
             last = stop == self.n
             if last and gradients.accumulator_size() is not None:
-                # What is rounded takes their room.
+                # The rounded d_weight takes their pages.
                 arena.drop(t_buffer, None if in_place else z_buffer)
             chunk = d_logits[: stop - start, : self.columns]
             gradients.add(chunk, hidden, tokens, start, last)
@@ -212,7 +215,7 @@ class _Walk:
         z_buffer: Tensor | None,
         t_buffer: Tensor | None,
     ) -> None:
-        """Coefficients alone, or the gradients of logits that exist already."""
+        """Coefficients only, or the gradients of existing logits."""
         for _, _, parts in self._super_chunks():
             for low, high in parts:
                 part = slice(low, high)
@@ -225,13 +228,13 @@ class _Walk:
                     gradients.store(tokens, rows)
 
     def entropy_threshold(self, fraction: float, options: RowOptions) -> Tensor:
-        """The batch's entropy quantile, from a pass over the student's logits alone."""
+        """The batch's entropy quantile, from a pass over the student's logits."""
         source = self.problem.student.source
         size = self.student.size(min(self.plan.rows, self.n))
         buffer = None if size is None else source.new_empty(size[0], dtype=size[1])
         entropy = source.new_empty((self.n,), dtype=self.problem.dtype)
-        # By the chunks of the loop: of others the logits, and with them the entropies that are
-        # compared with this quantile, would differ in a last bit.
+        # In the chunks of the loop: other chunks would change the last bit of some logits, and so
+        # of the entropies that are compared with this quantile.
         for low, high in (part for _, _, parts in self._super_chunks() for part in parts):
             rows = self.student.of(self._tokens(low, high), buffer)
             batch = RowBatch(rows, None, self.labels[low:high])
@@ -250,7 +253,7 @@ class _Walk:
         planned = problem.backward_grads if problem.backward_grads.any else needs
         return plan_chunks(
             self.n,
-            # Ranks exchange numbers chunk by chunk: all make the plan of the largest shard.
+            # Ranks exchange numbers chunk by chunk, so all use the plan of the largest shard.
             self.columns if shard is None else shard.largest,
             student.source.shape[-1],
             None if teacher_head is None else teacher_head.shape[1],
@@ -269,8 +272,8 @@ class _Walk:
         )
 
     def _gradients(self, like: Tensor) -> tuple[HeadGradients | None, LogitsGradients | None]:
-        """What collects the gradients of a head or of existing logits, or neither; `like` is in the
-        precision of the sums."""
+        """What collects the gradients of a head, or of existing logits, if any are formed. `like`
+        has the precision of the sums."""
         problem, needs = self.problem, self.needs
         if not needs.any:
             return None, None
@@ -286,14 +289,14 @@ class _Walk:
         return gradients, None
 
     def _d_logits_size(self) -> Size | None:
-        """Of a super-chunk, with its padding, where it does not overwrite the logits."""
+        """Of a super-chunk, with padding; None if d_logits overwrites the logits."""
         if self.plan.in_place:
             return None
         stride = self.products.row_stride(self.columns)
         return (min(self.plan.super_rows, self.n), stride), self.products.gradient_dtype
 
     def _super_chunks(self) -> Iterator[tuple[int, int, list[tuple[int, int]]]]:
-        """(start, stop, sub-chunks within), in numbers of tokens that count."""
+        """(start, stop, its sub-chunks), as positions among the tokens that count."""
         for start in range(0, self.n, self.plan.super_rows):
             stop = min(start + self.plan.super_rows, self.n)
             lows = range(start, stop, self.plan.rows)
@@ -309,7 +312,7 @@ class _Walk:
         t_buffer: Tensor | None,
         hidden: Tensor | None = None,
     ) -> RowBatch:
-        """Of a sub-chunk of the tokens that count."""
+        """A sub-chunk of the tokens that count."""
         tokens = self._tokens(part.start, part.stop)
         t = None if self.teacher is None else self.teacher.of(tokens, t_buffer)
         return RowBatch(

@@ -1,29 +1,29 @@
-"""Chunk sizes: how many tokens are alive at once, and what that costs.
+"""Chunk sizes: how many tokens are in flight at once, and what that costs.
 
-Two sizes, because two things pull apart. Bytes follow the number of rows of float32 logits that
-exist together; the GEMMs' speed follows the number of rows they are given. So logits are made in
-sub-chunks of `rows` tokens, and their gradients, in the inputs' dtype, are gathered into
-super-chunks of `super_rows` tokens, each of which costs one d_hidden and one d_weight product:
+There are two sizes because memory and speed ask for different ones. Memory grows with the rows of
+float32 logits that exist at the same time; a GEMM is faster with more rows. So logits are computed
+in sub-chunks of `rows` tokens, and their gradients, in the inputs' dtype, are collected in
+super-chunks of `super_rows` tokens. Each super-chunk costs one d_hidden and one d_weight GEMM:
 
     workspace = (4 + 4) rows V + 2 super_rows V + 4 V H      bf16 inputs, trainable head
 
-Where d_logits has the logits' own dtype (float32 inputs; any input on a CPU that multiplies no
-bf16) the gradient overwrites the student's logits, and the two sizes are one.
+If d_logits has the dtype of the logits (float32 inputs; any input on a CPU without bf16 GEMMs), it
+overwrites the student's logits, and the two sizes are equal.
 
-Where one product can round d_weight itself, a batch in one super-chunk needs no accumulator, only
-d_logits of all its tokens. On a CPU that is chosen for up to 2 H tokens, whose d_logits are smaller
-than the accumulator 4 V H; on a GPU, where an accumulator is read and written once more for every
-super-chunk, also where the workspace grows by up to a third.
+If the GEMM can round d_weight itself, a batch in one super-chunk needs no accumulator, but d_logits
+of all its tokens. On a CPU this is chosen for up to 2 H tokens, whose d_logits are smaller than the
+accumulator of 4 V H bytes. On a GPU every super-chunk reads and writes the accumulator once more,
+so it is also chosen if the workspace grows by up to a third.
 
-On a GPU both sizes follow the bytes of their rows (`CHUNK_BYTES`): a wide vocabulary fills it with
-few of them, and a narrow one would leave it waiting for the host. There rows are padded to 16
-numbers, so that those of an odd vocabulary begin at multiples of 32 bytes, too.
+On a GPU both sizes follow the bytes of their rows (`CHUNK_BYTES`): a few rows of a wide vocabulary
+keep it busy, and a narrow one would leave it waiting for the host. Rows are padded to 16 elements
+there, so that the rows of an odd vocabulary start at multiples of 32 bytes as well.
 
-GEMM work, in units of S = 2 N V H (student head) and T = 2 N V G (teacher head): 3 S + T with
-gradients formed in the forward; 3 S without a dense teacher; one S less for each frozen side; 4 S +
-2 T where `reduction="none"` recomputes; one S more for a rule that ranks the batch by entropy. Ids
-that a gradient tolerance or sampling leaves out spare their part of the last two S, which depends
-on the batch: the plan counts all ids.
+GEMM work, with S = 2 N V H (student head) and T = 2 N V G (teacher head): 3 S + T if the forward
+forms the gradients; 3 S without a dense teacher; one S less for each frozen input; 4 S + 2 T if
+`reduction="none"` recomputes; one S more for a rule that ranks the batch by entropy. A gradient
+tolerance or sampling saves a part of the last two S that depends on the batch: the plan counts all
+ids.
 """
 
 from __future__ import annotations
@@ -42,17 +42,16 @@ from .work import Call, Work
 
 #: Sizes are multiples of this many tokens.
 MULTIPLE = 128
-#: On a CPU, tokens of float32 logits alive at once, and tokens whose gradients enter one pair of
-#: products; for half-precision inputs fewer: their products need fewer rows to run at full speed,
-#: and float32 logits weigh more beside such inputs.
+#: On a CPU: tokens per sub-chunk and per super-chunk. Fewer for half-precision inputs: their GEMMs
+#: reach full speed with fewer rows, and float32 logits are large compared with the inputs.
 ROWS, SUPER_ROWS = 512, 2048
 CPU_ROWS, CPU_SUPER_ROWS = 256, 1024
-#: On a GPU, bytes of one side's logits alive at once, and of d_logits of one pair of products: at a
-#: vocabulary of 151,936 rows of 1024 and 2048 tokens. More than MOST_ROWS tokens of logits, or
-#: twice as many of d_logits, would speed nothing up.
+#: On a GPU: bytes of one side's logits in a sub-chunk, and of d_logits in a super-chunk; 1024 and
+#: 2048 tokens for a vocabulary of 151,936. More than MOST_ROWS tokens of logits, or twice as many
+#: of d_logits, would speed nothing up.
 CHUNK_BYTES = 5 * 2**27
 MOST_ROWS = 4096
-#: On a GPU, by how much the workspace may grow for a d_weight without an accumulator.
+#: On a GPU: by how much the workspace may grow to avoid d_weight's accumulator.
 WITHOUT_ACCUMULATOR = 4 / 3
 #: (rows, super_rows) in place of the plan's own, for benchmarks and tests.
 FIXED_SIZES: tuple[int, int] | None = None

@@ -1,35 +1,35 @@
-"""Which columns of d_logits, that is which ids of the vocabulary, enter the products that make
-d_hidden and d_weight.
+"""Unbiased sampling of vocabulary columns for the d_hidden and d_weight GEMMs.
 
-Both are made of one term for each id, and almost all of a softmax's gradient lies on few ids; the
-rest is the tail of many small probabilities. A sample of the ids gives both without bias:
+Both gradients are sums with one term per id, and almost all of a softmax's gradient lies on few
+ids; the rest is a long tail of small probabilities. A sample of the ids estimates both without
+bias:
 
     d_hidden   = sum_j g_j w_j^T          g_j (n,): column j of d_logits; w_j: row j of the head
-    d_weight_j = g_j^T hidden             id j is kept with probability pi_j, its column divided by
-                                          pi_j. Draws are independent, so exactly
+    d_weight_j = g_j^T hidden             id j is kept with probability pi_j, and its column is
+                                          divided by pi_j. Draws are independent, so exactly
 
     E ||error of d_hidden||^2 = sum_j (1 / pi_j - 1) ||g_j||^2 ||w_j||^2
     E ||error of d_weight||^2 = sum_j (1 / pi_j - 1) ||d_weight_j||^2
 
-For a given number of ids such a sum is least with pi_j = min(1, c e_j), where e_j^2 is the square
-that id j brings: Poisson sampling with probability proportional to size, as in survey sampling; for
-products of matrices, Drineas, Kannan and Mahoney, "Fast Monte Carlo Algorithms for Matrices I",
-2006. Where both gradients are asked for, e_j^2 adds their squares, each relative to its sum.
-||d_weight_j|| is not known before the product: what lies along the mean of the hidden states is
-counted exactly, and the rest as if its directions were independent.
+For a given expected number of ids, pi_j = min(1, c e_j) minimizes such a sum, where e_j^2 is the
+term of id j. This is Poisson sampling with probability proportional to size, from survey sampling;
+for matrix products see Drineas, Kannan and Mahoney, "Fast Monte Carlo Algorithms for Matrices I",
+2006. If both gradients are needed, e_j^2 is the sum of both terms, each relative to its total.
+||d_weight_j|| is not known before the GEMM: the part along the mean of the hidden states is
+computed exactly, and the rest is estimated as if its directions were independent.
 
     share f        c such that sum(pi) is f of the ids
     tolerance t    c such that sum_j (1 / pi_j - 1) e_j^2 = t^2 sum_j e_j^2: with sums that estimate
                    the gradients' squares, the relative standard deviation is t
 
-Chosen for each super-chunk of tokens, in which the products are made; squares add up over them, so
-t holds for the batch. How many ids are kept is read by the host, one sync a super-chunk. Columns
-are gathered IDS_AT_ONCE at a time.
+Ids are chosen anew for each super-chunk of tokens; squares add up over super-chunks, so t holds for
+the batch. The host reads how many ids are kept, one sync per super-chunk. Columns are gathered
+IDS_AT_ONCE at a time.
 
-Ids whose size is not finite are kept, and take no part in the sums. Where all finite sizes are 0,
-all are kept: float32 squares of a gradient below 1e-22 are 0, too. Where more than DENSE of the ids
-would be kept, all are: gathering them would cost what it spares. Sums that decide are of integers,
-which no order of adding changes, so that two runs keep the same ids.
+Ids whose size is not finite are kept and left out of the sums. If all finite sizes are 0, all ids
+are kept, since float32 squares of gradients below 1e-22 are 0 as well. If more than DENSE of the
+ids would be kept, all are: gathering them would cost what it saves. The sums that decide are sums
+of integers, whose result does not depend on the order, so two runs keep the same ids.
 """
 
 from __future__ import annotations
@@ -50,10 +50,10 @@ UNITS = 2**60
 
 
 class SamplingReport(IntEnum):
-    """What a call says of its sample."""
+    """What a call reports about its sample."""
 
-    SHARE = 0  # of the columns' entries that the products saw
-    ERROR = 1  # standard deviation over the gradient's norm, the larger of the two gradients'
+    SHARE = 0  # fraction of the columns' entries that entered the products
+    ERROR = 1  # standard deviation over the gradient's norm, the larger of the two
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,8 @@
-"""A gradient that the forward has formed, times the incoming gradient, which almost always is 1.
+"""The gradient that the forward has formed, times the incoming gradient, which is almost always 1.
 
-The host must not wait for a GPU to learn that: there a kernel reads the factor and leaves the
-gradient alone where it is 1 (`triton_scaling.py`), which spares reading and writing the largest
-tensor of a step.
+The host must not wait for a GPU to find that out. There a kernel reads the factor and leaves the
+gradient alone if it is 1 (`triton_scaling.py`), which saves a pass over the largest tensor of a
+step.
 """
 
 from __future__ import annotations
@@ -18,15 +18,14 @@ from ..dtypes import TILE_ROWS
 def scale_and_cast(
     gradient: Tensor, factor: Tensor, dtype: torch.dtype, last_use: bool = False
 ) -> Tensor:
-    """gradient * factor, in the factor's precision, rounded once to dtype, without a float32 copy
-    of the whole; with `last_use` in the gradient's own memory where that can be, else in new
-    memory."""
+    """gradient * factor, in the factor's precision, rounded once to `dtype`, without a float32 copy
+    of the whole tensor. With `last_use` it reuses the gradient's memory if it can."""
     if transforms.batched(factor):
         return (gradient * factor).to(dtype)
     # A traced gradient belongs to the graph.
     in_place = last_use and gradient.dtype == dtype and type(gradient) is Tensor
     on_cpu = factor.device.type == "cpu"
-    if in_place and on_cpu:  # where a look at the factor waits for nothing
+    if in_place and on_cpu:  # reading the factor costs no wait here
         return gradient if factor == 1 else gradient.mul_(factor)
     result = gradient if in_place else torch.empty_like(gradient, dtype=dtype)
     if by_kernel(gradient, factor):
@@ -34,13 +33,12 @@ def scale_and_cast(
 
         scale(gradient, factor, result)
     elif not on_cpu:
-        # With one dimension the factor takes part in the result's precision: a bfloat16 gradient
-        # would round one without any to bfloat16.
+        # A 1-d factor takes part in type promotion; a 0-d one would be rounded to bfloat16 first.
         torch.mul(gradient, factor.view(1), out=result)
     elif gradient.dtype == dtype:
         torch.mul(gradient, factor, out=result)
     else:
-        # In pieces: a CPU would hold the whole product in float32 before it rounds.
+        # In tiles: a CPU would hold the whole product in float32 before it rounds.
         for low in range(0, gradient.shape[0], TILE_ROWS):
             rows = slice(low, low + TILE_ROWS)
             result[rows] = gradient[rows] * factor
@@ -48,8 +46,8 @@ def scale_and_cast(
 
 
 def by_kernel(gradient: Tensor, factor: Tensor) -> bool:
-    """Where Triton runs natively, whatever backend has formed the gradient. Fake tensors have no
-    memory, and those inside torch.func's transforms none that a kernel could be given."""
+    """Whether the Triton kernel scales it, whatever backend has formed the gradient. Fake tensors
+    and those inside torch.func's transforms have no memory to give to a kernel."""
     plain = all(type(t) is Tensor and not transforms.wrapped(t) for t in (gradient, factor))
     here = plain and gradient.is_contiguous()
     return here and runs_triton(gradient.device)
