@@ -53,6 +53,15 @@ def test_hooks_exist(name, parameters):
     assert found[: len(parameters.split())] == parameters.split()
 
 
+def test_only_hooks_are_overridden():
+    """A helper of ours with the name of one of TRL's or transformers' methods would replace it."""
+    public = {"create_model_card", "evaluation_loop", "get_train_dataloader", "log", "predict"}
+    known = {name for name, _ in hooks.HOOKS} | public | {"train", "_tag_names"}
+    ours = [kind for kind in TrOPDTrainer.__mro__ if kind.__module__.startswith("tropd_kernels")]
+    names = {name for kind in ours for name in vars(kind) if not name.startswith("__")}
+    assert {name for name in names if hasattr(DistillationTrainer, name)} <= known
+
+
 def test_attributes_exist(tmp_path):
     trainer = make(tmp_path)
     assert [name for name in hooks.ATTRIBUTES if not hasattr(trainer, name)] == []

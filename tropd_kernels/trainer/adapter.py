@@ -210,7 +210,7 @@ class DistillationAdapter(BatchReuse, PrefixedGeneration):
         loss, stats = result[0] if return_outputs else result, self._stats
         if self._router_loss is not None:
             auxiliary = self.accelerator.gather(self._router_loss.reshape(1))
-            self.log_metrics({"aux_loss": auxiliary.mean().item()})
+            self.log_values({"aux_loss": auxiliary.mean().item()})
         self.after_loss(loss, stats, batch)
         if not self.model.training:
             count = self.loss_count(stats, batch)

@@ -95,10 +95,11 @@ class TrOPDConfig(DistillationConfig):
         "samples."
     )
     beta: float | None = _setting(
-        "of gkd, jsd and topk_jsd: 0 is the forward KL, 1 the reverse KL. None takes 0.5, GKD's."
+        "interpolation of gkd, jsd and topk_jsd: 0 is the forward KL, 1 the reverse KL. None "
+        "takes GKD's 0.5."
     )
     stage_fraction: float | None = _setting(
-        "of reopold: share of training after which its second stage begins. None takes 0.5, this "
+        "share of training after which reopold's second stage begins. None takes 0.5, this "
         "library's choice; the paper does not fix it."
     )
     prefix_schedule: str = _setting(
@@ -117,18 +118,18 @@ class TrOPDConfig(DistillationConfig):
         PREFIX_WEIGHT,
     )
     prefix_column: str | None = _setting(
-        "column with the teacher's answer: text, or messages for a conversational prompt. A data "
-        "set without it has the teacher write the prefix.",
+        "column with the teacher's answer: text, or messages for a conversational prompt. Without "
+        "that column the teacher writes the prefix.",
         "teacher_completion",
     )
     lmbda: float = _setting(
-        "GKD's share of on-policy steps (default 1: all). In the others the completions are the "
-        'teacher\'s whole answers, from prefix_column or written on the spot. Objective "sft" '
-        "trains on the teacher's text with lmbda 0. To an objective with a prefix term those "
-        "answers are one long prefix, of prefix_weight. A text that reaches max_completion_length "
-        "gets no end; one that the teacher ended by a token that is no end of the student's gets "
-        "the student's after it. An evaluation is on the student's own completions, but with "
-        "lmbda 0 on prefix_column, where its rows have that.",
+        "GKD's share of on-policy steps (default 1: all). In the other steps the completions are "
+        "the teacher's whole answers, from prefix_column or generated on the spot. Objective "
+        '"sft" trains on the teacher\'s text with lmbda 0. An objective with a prefix term treats '
+        "those answers as one long prefix, weighted by prefix_weight. A text that reaches "
+        "max_completion_length gets no end; one that the teacher ended with a token that is no "
+        "end for the student gets the student's end after it. An evaluation uses the student's "
+        "own completions, or prefix_column with lmbda 0 where its rows have it.",
         1.0,
     )
     teacher_model_server_url: str | None = _setting(
@@ -143,14 +144,12 @@ class TrOPDConfig(DistillationConfig):
         "teacher's entropy, which is what a top-k gives."
     )
     teacher_server_timeout: float = _setting(
-        "seconds that one attempt of a request may take, from connecting to the last byte of the "
-        "answer.",
+        "seconds for one attempt of a request, from connecting to the last byte of the answer.",
         600.0,
     )
     teacher_server_retries: int = _setting(
-        "attempts after the first, of a request that fails in transport, in time, or by HTTP 408, "
-        "429, 500 or 502 to 504: at once, then after 1 s, 2 s, 4 s, ... 120 s. A Retry-After is "
-        "not heeded.",
+        "further attempts of a request that fails in transport, in time, or with HTTP 408, 429, "
+        "500 or 502 to 504: at once, then after 1 s, 2 s, 4 s, ... 120 s. Retry-After is ignored.",
         9,
     )
     teacher_server_concurrency: int = _setting("requests at once.", 8)
@@ -162,9 +161,9 @@ class TrOPDConfig(DistillationConfig):
         False,
     )
     num_iterations: int = _setting(
-        "optimizer steps on each generation batch, as in GRPO (default 1). From the second on the "
-        "ratio to the policy that sampled takes part: PPO's clip, `drift_tau`. A run resumed "
-        "between them goes on with its batch, and so with the same micro-batches.",
+        "optimizer steps on each generation batch, as in GRPO (default 1). From the second step "
+        "on the loss uses the ratio to the policy that sampled: PPO's clip, `drift_tau`. A run "
+        "resumed between the steps continues with its batch, and so with the same micro-batches.",
         1,
     )
     drift_tau: float | None = _setting(
@@ -172,7 +171,10 @@ class TrOPDConfig(DistillationConfig):
         "moved by s nats a token since sampling weigh exp(-drift_tau |s|), relative to their mean "
         "over the micro-batch. None (default): no gates."
     )
-    drift_block_size: int = _setting("tokens of such a block.", 64)
+    drift_block_size: int = _setting(
+        "tokens of such a block.",
+        64,
+    )
     kl_discount_factor: float = _setting(
         "replaces the K1 reward by its discounted sum to the end of the completion; 0 (default) "
         "leaves the immediate reward, 1 is the plain sum. A token to which the teacher gives "
@@ -181,8 +183,8 @@ class TrOPDConfig(DistillationConfig):
         0.0,
     )
     importance_gamma: float | None = _setting(
-        "IW-OPD's gamma (the paper's 0.5): early tokens weigh up to 1 + gamma. None (default) "
-        "weighs all alike."
+        "IW-OPD's gamma (the paper's 0.5): early tokens have weights of up to 1 + gamma. None "
+        "(default) weighs all alike."
     )
     router_aux_loss_coef: float | None = _setting(
         "weight of a mixture-of-experts student's load-balancing loss, over prompts and "
@@ -196,21 +198,20 @@ class TrOPDConfig(DistillationConfig):
         "bound on the loss's temporaries; see `plan_chunks`."
     )
     gradient_tolerance: float = _setting(
-        "standard deviation, as a part of the gradient's norm, up to which the gradients of head "
-        "and hidden states are made from a sample of the vocabulary's ids, without bias; see "
-        "`linear_distillation_loss`. 0 (default): from all.",
+        "standard deviation, relative to the gradient's norm, up to which the gradients of head "
+        "and hidden states are computed from an unbiased sample of the vocabulary's ids; see "
+        "`linear_distillation_loss`. 0 (default): from all ids.",
         0.0,
     )
     gradient_sampling: float | None = _setting(
-        "the same with the share of the ids that the sample has, in the place of "
-        "gradient_tolerance. None (default): all."
+        "share of the ids in that sample, instead of gradient_tolerance. None (default): all."
     )
     rich_progress: bool | None = _setting(
         "rich's progress display in place of tqdm's; None (default): at a terminal. Each log is a "
         "line in either."
     )
     log_regions: bool = _setting(
-        "with each log, shows a few completions with their tokens coloured by region (trusted, "
+        "shows a few completions of each log with their tokens colored by region (trusted, "
         "outlier, prefix) in the terminal and in `output_dir`/regions.",
         False,
     )

@@ -26,7 +26,7 @@ class MetricLogs(DistillationTrainer):
         """ "train" or "eval": the key of TRL's metrics."""
         return "train" if self.model.training else "eval"
 
-    def log_metrics(self, values: dict[str, float]) -> None:
+    def log_values(self, values: dict[str, float]) -> None:
         """Adds values to those that TRL averages and reports at the next log."""
         for name, value in values.items():
             self._metrics[self.mode][name].append(value)

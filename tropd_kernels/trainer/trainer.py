@@ -266,7 +266,7 @@ class TrOPDTrainer(GuidedTrainer):
         )  # fmt: skip
         if out.gradient_error is not None:
             sampled = torch.stack([out.gradient_error, out.gradient_share])
-            self.log_metrics(metrics.sample_means(self.accelerator, sampled))
+            self.log_values(metrics.sample_means(self.accelerator, sampled))
         return out.loss * share, out.stats
 
     def _rule(self) -> TokenRule:
@@ -346,7 +346,7 @@ class TrOPDTrainer(GuidedTrainer):
             self._kept_mass = None
         lowest = self.accelerator.gather(lowest).min().item()
         if lowest != math.inf:
-            self.log_metrics({metrics.PREFIX + "reward_min": lowest})
+            self.log_values({metrics.PREFIX + "reward_min": lowest})
         if self.args.log_regions and self.accelerator.is_main_process:
             self._samples = samples(inputs, stats.trust, counted, self._tokenizer)
         finite = self.accelerator.gather(loss.detach().isfinite().reshape(1))
@@ -364,7 +364,7 @@ class TrOPDTrainer(GuidedTrainer):
                 tokens, seconds = batch["num_items_in_batch"].item(), self._metrics["train"]
                 self.log_sums({"tropd/tokens_per_second": (tokens, seconds["step_time"][-1])})
             memory = metrics.peak_memory_gib(self.accelerator.device)
-            self.log_metrics({"tropd/peak_memory_gib": memory})
+            self.log_values({"tropd/peak_memory_gib": memory})
         return loss
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
