@@ -1,10 +1,10 @@
-"""Room for a call's chunks and its d_weight before rounding, on a CPU, kept between calls.
+"""Memory for a call's chunks and its unrounded d_weight on a CPU, kept between calls.
 
-A fresh page costs a fault and its zeroing: for hundreds of megabytes more time than a pass over
-them. So pages are made at once, by all threads, and the block that a call worked in stays for the
-next one, marked so that the system takes the pages back when it is short of memory (MADV_FREE);
-until it does they count as resident. One block is kept, the largest so far; `release()` drops it.
-On a GPU torch's allocator does all this.
+A fresh page costs a page fault and its zeroing: for hundreds of megabytes that takes longer than a
+pass over them. So all threads touch the pages at once, and the block is kept for the next call,
+marked so that the system may reclaim it when memory is short (MADV_FREE); until then it counts as
+resident. Only the largest block so far is kept; `release()` drops it. On a GPU torch's allocator
+does all this.
 """
 
 from __future__ import annotations

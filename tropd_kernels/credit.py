@@ -17,12 +17,12 @@ Sources, in that order: tinker-cookbook's `kl_discount_factor`; the on-policy di
 Rules shared by all five:
 
 * `mask` ([B, T], bool or integer, non-zero = the token counts; None = all count) is applied with a
-  select, never with a product: whatever stands at a masked position, NaN included, is not read, and
-  the result there is 0 (or False).
+  select, never with a product: values at masked positions, NaN included, are not read, and the
+  result there is 0 (or False).
 * `sequence_ids` ([B, T], integer) marks packed rows: a sequence is a run of equal ids within a row,
-  and nothing crosses its border. None = one sequence a row. Padding around a sequence and packing
-  it beside others change nothing in it, to the bit (but drift_gates divides by a mean over all of
-  the batch, and entropy_quantile_mask ranks all of it).
+  and nothing crosses its border. None = one sequence per row. Padding a sequence and packing it
+  with others do not change its result, to the bit (but drift_gates divides by a mean over the whole
+  batch, and entropy_quantile_mask ranks the whole batch).
 * Results are detached, float32 (float64 if an input is float64), on the inputs' device. Arguments
   are checked by type, shape and option value only; no tensor value is read on the host, so no call
   waits for a GPU.

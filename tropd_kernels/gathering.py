@@ -1,23 +1,23 @@
-"""What is stored in shards, whole for one call: FSDP2's heads, and sequence-parallel hidden states.
+"""Makes sharded tensors whole for one call: FSDP2's heads, and sequence-parallel hidden states.
 
 **Heads.** Under `fully_shard` a parameter outside its own module's forward is a DTensor, of which
-each process holds some rows. The loss wants the whole head, for this process's tokens:
+each process holds some rows. The loss needs the whole head, for this process's tokens:
 
-    forward     one all-gather a call: V x H elements, alive until the backward is done
-    backward    each process has the gradient of its own tokens; the sum over processes goes back to
-                the shards (reduce-scatter), divided by their number, as FSDP2 divides its own
+    forward     one all-gather per call: V x H elements, which live until the backward is done
+    backward    each process has the gradient of its own tokens; a reduce-scatter adds them up and
+                divides by the number of processes, as FSDP2 does with its own gradients
 
-`DTensor.full_tensor()` alone would take every process's gradient to be the same and keep one of
-them: the tokens of the others would be lost, silently.
+`DTensor.full_tensor()` would assume that all processes have the same gradient and keep one of them:
+the tokens of the others would be lost silently.
 
-Inside the forward of the FSDP2 unit that holds the head it is whole already, and comes back as it
-is. Tied embeddings have to be there: FSDP2 wants parameters that share memory in one unit, so the
-loss goes into that unit's forward.
+Inside the forward of the FSDP2 unit that holds it, the head is whole already and is returned as it
+is. Tied embeddings have to be used there: FSDP2 wants parameters that share memory in one unit, so
+the loss has to be computed in that unit's forward.
 
 **Hidden states.** Under sequence parallelism, as in Megatron-LM, each rank of a tensor-parallel
 group holds the last hidden states of its share of the tokens. The loss of a vocabulary-parallel
-head (`process_group=`) wants all of them on every rank, and gives every rank their complete
-gradient: forward is an all-gather of N x H elements, and backward keeps the rank's own rows.
+head (`process_group=`) needs all of them on every rank, and returns their complete gradient on
+every rank: the forward is an all-gather of N x H elements, the backward keeps the rank's own rows.
 """
 
 from __future__ import annotations

@@ -1,18 +1,18 @@
-"""From a Hugging Face causal language model to what a fused loss needs.
+"""Reads from a Hugging Face causal language model what a fused loss needs.
 
-A fused loss never sees logits: it takes hidden states and the head's weight, and forms
+A fused loss never sees logits. It takes hidden states and the head's weight, and computes
 
     logits = cap(logit_scale * (hidden @ weight.T + bias)),     cap(x) = softcap * tanh(x / softcap)
 
-by itself. Whatever a model does to its logits on top of the matrix product must therefore be read
-from the model and passed on, or the loss trains a distribution that the model never samples from.
-Cohere multiplies its logits, Granite divides them, HyperCLOVA X multiplies them by the attribute
-that Granite divides by, MiniCPM divides the hidden states, Gemma caps, some models cut or mask
-columns, and a multimodal wrapper may or may not do what its text model does alone.
+So everything that a model does to its logits after the matrix product must be read from the model
+and passed on, or the loss trains a distribution that the model never samples from. Cohere
+multiplies its logits, Granite divides them, HyperCLOVA X multiplies them by the attribute that
+Granite divides by, MiniCPM divides the hidden states, Gemma caps, some models cut or mask columns,
+and a multimodal wrapper may or may not do what its text model does.
 
 `read_head` reads all this without running the model. One table, `_PATHS`, says for each model type
 known to do more than a matrix product what it does and which attribute holds the number. Nothing
-else is guessed: a config entry that looks as if it changed the logits, or a module that may stand
+else is guessed: a config entry that looks as if it changed the logits, or a module that may lie
 between backbone and head, is an error unless `verify=True` lets a tiny forward (`check_head`)
 decide. Models are read by duck typing: neither transformers nor peft is imported here.
 """

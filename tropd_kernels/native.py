@@ -2,9 +2,9 @@
 
 At import, once: `torch.compile` traces through the choice of a backend and sees constants.
 
-TROPD_CPU=portable|avx2|avx512|amx caps what is used of the CPU, so that a test or a bug report can
-stand for a smaller machine; a cap above what the CPU has changes nothing. torch's libraries have
-caps of their own: ATEN_CPU_CAPABILITY, ONEDNN_MAX_CPU_ISA and MKL_ENABLE_INSTRUCTIONS.
+TROPD_CPU=portable|avx2|avx512|amx limits the CPU's instruction sets in use, so that a test or a bug
+report can represent a smaller machine. A cap above what the CPU has changes nothing. torch's
+libraries have caps of their own: ATEN_CPU_CAPABILITY, ONEDNN_MAX_CPU_ISA, MKL_ENABLE_INSTRUCTIONS.
 """
 
 from __future__ import annotations

@@ -2,32 +2,32 @@
 
     rank r:  weight (V_r, H), ids [low_r, low_r + V_r);   hidden, labels, options as on every rank
 
-Ids run on from rank to rank in the order of the group, as Megatron-LM and a DTensor with Shard(0)
-lay them out; shards may differ in height. `Shard` holds that layout and makes the exchanges;
-`rows/sharded.py` turns shards' statistics into rows', `loss/agreement.py` sees that the ranks
-agree, `loss/sharded.py` is the op.
+Ids are numbered in the order of the ranks, as in Megatron-LM and in a DTensor with Shard(0). Shards
+may differ in size. `Shard` holds this layout and makes the exchanges; `rows/sharded.py` combines
+the shards' statistics, `loss/agreement.py` checks that the ranks make the same call, and
+`loss/sharded.py` computes the loss.
 
-Convention, that of Megatron's parallel cross-entropy behind a column-parallel linear layer: hidden
-is replicated over the group, and the gradient returned for it is the complete one, already summed
-over the ranks, so the caller adds no all-reduce. Loss and statistics are the same on every rank;
-the gradients of weight and bias are the shard's own, complete because every rank sees every token.
+The convention is that of Megatron's parallel cross-entropy after a column-parallel linear layer:
+hidden is replicated over the group, and its gradient is returned complete, already summed over the
+ranks, so the caller adds no all-reduce. Loss and statistics are the same on every rank. The
+gradients of weight and bias are those of the shard, complete because every rank sees every token.
 
-Student and teacher may be cut at different ids, as different padding cuts them: the rows of the
-teacher's head that a rank lacks for its student's ids come from the rank that has them, once a call
-(between heads of V and V + 128 R rows, evenly split over R ranks, r * 128 rows go to rank r). The
-teacher's logits are then made from the pieces, without a copy of the head.
+Student and teacher may be cut at different ids, for instance because their padding differs. If a
+rank lacks rows of the teacher's head for its student's ids, the rank that has them sends them, once
+per call. (Between heads of V and V + 128 R rows, evenly split over R ranks, r * 128 rows go to rank
+r.) The teacher's logits are computed from the pieces, without a copy of the head.
 
-Communication, where each rank sends to all others, in numbers of 4 bytes (8 in float64):
+Communication, each rank to all others, in numbers of 4 bytes (8 in float64):
 
-    statistics   11 a token with a dense teacher, 4 without
-    K            top_k a token where the rule has one, and the teacher is dense
-    AKL's head   120 a token
-    sums         8 a token where the rule needs more than the statistics
-    d_hidden     H a token, one all-reduce a super-chunk, where hidden requires grad
-    sample       5 numbers of 8 bytes a call, with gradient_tolerance or gradient_sampling
-    checks       64 numbers of 8 bytes a call
+    statistics   11 per token with a dense teacher, 4 without
+    K            top_k per token if the rule has one and the teacher is dense
+    AKL's head   120 per token
+    sums         8 per token if the rule needs more than the statistics
+    d_hidden     H per token, one all-reduce per super-chunk, if hidden requires grad
+    sample       5 numbers of 8 bytes per call, with gradient_tolerance or gradient_sampling
+    checks       64 numbers of 8 bytes per call
 
-and 4 numbers more a token for a rule that ranks the batch by entropy. Nothing grows with V.
+and 4 more per token for a rule that ranks the batch by entropy. Nothing grows with V.
 """
 
 from __future__ import annotations

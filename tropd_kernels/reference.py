@@ -1,7 +1,7 @@
-"""The specification: every objective in plain PyTorch, on materialised logits, by autograd alone.
+"""The specification: every objective in plain PyTorch, on materialized logits, with autograd.
 
-Nothing here is fast, and nothing is shared with the kernels: this file is what they are tested
-against, in float64. Read it beside the paper (TrOPD, arXiv 2606.01249; the other sources are in
+Nothing here is fast, and nothing is shared with the kernels: they are tested against this file, in
+float64. Read it next to the paper (TrOPD, arXiv 2606.01249; the other sources are in
 `objectives/`).
 
 Notation, at one position: z, t logits of student and teacher after scale, soft cap and temperature;
@@ -10,9 +10,8 @@ under the policy that sampled it; R = sg(lq - lo); rho = exp(lp - lo); K the tea
 
 Conventions: 0 log 0 = 0 (ids that either side excludes with a logit of -inf). A divergence that is
 infinite (p > 0 where q = 0, or the other way round) has loss +inf and gradient 0, and so has a K1
-reward that no gate rejects, so one such token cannot poison a batch's gradient. KL terms are never
-clamped, but for the student's mass off K in a "bucket", which is at least the square of the
-precision.
+reward that no gate rejects, so one such token cannot spoil a batch's gradient. KL terms are never
+clamped, except that the student's mass off K in a "bucket" is at least the square of the precision.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
-"""torch.func's transforms: what of them works, and what says that it does not.
+"""Which of torch.func's transforms work, and errors for those that do not.
 
-grad, vjp, jacrev       work, and so does a batch of incoming gradients, one after the other
-vmap                    refused where a tensor of the loss is batched: the loop over tokens looks
-                        at values, and is one batch already
-jvp, jacfwd, hessian    refused: the fused loss has one derivative, and it is a backward
+grad, vjp, jacrev       work; a batch of incoming gradients is computed one after the other
+vmap                    refused if a tensor of the loss is batched: the loop over tokens reads
+                        values, and is already one batch
+jvp, jacfwd, hessian    refused: the fused loss has one derivative, computed by its backward
 """
 
 from __future__ import annotations

@@ -1,1 +1,1 @@
-"""From checked arguments to loss and gradients: the chunk loop and what it stands on."""
+"""From checked arguments to loss and gradients; `loop` is the chunk loop."""

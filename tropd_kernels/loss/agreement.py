@@ -1,16 +1,16 @@
-"""Do the ranks of a process group make the same call? And which part of the head does each hold?
+"""Checks that the ranks of a process group make the same call, and finds which ids each one holds.
 
-One exchange of 64 int64 numbers, before anything else: whether the rank's own checks passed,
-the heights of its shards, what tells them from copies of one head, and a digest of every argument
-that has to be the same everywhere. All ranks see all numbers, so an error is raised on every one of
-them, and names the rank and the argument; only then do the ranks exchange words as well.
+There is one exchange of 64 int64 numbers before anything else: whether the rank's own checks
+passed, the sizes of its shards, digests that tell shards from copies of one head, and a digest of
+every argument that must be the same everywhere. All ranks see all numbers, so an error is raised on
+every rank, and names the rank and the argument. Only in that case do ranks exchange text as well.
 
-hidden itself is compared by shape and dtype alone: its replicas may differ in a last bit. What
-steers the loss token by token (labels, draws, weights, log-probs given) is compared to the bit,
-by a digest: ranks that disagreed on it would sum gradients of different losses.
+For hidden only shape and dtype are compared: its replicas may differ in the last bit. What controls
+the loss of a token (labels, draws, weights, given log-probs) is compared to the bit, by a digest:
+ranks that disagreed on it would add up gradients of different losses.
 
-The exchange costs a host sync on a GPU. Where the caller has asked for none (`ignore_index=None`),
-it is made in the first call with these shapes and options alone.
+The exchange costs a host sync on a GPU. If the caller has asked for none (`ignore_index=None`),
+only the first call with the same shapes and options makes it.
 """
 
 from __future__ import annotations

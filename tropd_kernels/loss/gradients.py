@@ -13,7 +13,7 @@ from .sampling import ColumnSampler
 
 
 class LogitsGradients:
-    """Logits that exist already: d_logits is the gradient, and rows go straight into it."""
+    """Existing logits: d_logits is the gradient, and rows are written straight into it."""
 
     def __init__(self, problem: Problem):
         source = problem.student.source
@@ -32,10 +32,10 @@ class LogitsGradients:
 
 
 class HeadGradients:
-    """A head: the products of one super-chunk's d_logits after the other, added up.
+    """A head: adds up the products of each super-chunk's d_logits.
 
-    d_weight is a float32 sum, rounded by the last product where `plan.rounds_d_weight`. Of float16
-    inputs d_logits would underflow if it bore the loss's scale: there `late_scale` comes last.
+    d_weight is a float32 sum, which the last product rounds if `plan.rounds_d_weight`. float16
+    d_logits would underflow with the loss's scale; there `late_scale` is applied at the end.
     """
 
     def __init__(
@@ -69,19 +69,19 @@ class HeadGradients:
             self.d_bias = source.new_zeros((student.vocab_size,), dtype=problem.dtype)
 
     def accumulate_in(self, room: Tensor | None) -> None:
-        """In this tensor of `accumulator_size`; None: in the result."""
+        """Accumulates d_weight in this tensor of `accumulator_size`; None: in the result."""
         if room is not None:
             self.accumulator = room
 
     def accumulator_size(self) -> Size | None:
-        """Of d_weight's accumulator, where the result cannot be it."""
+        """Of d_weight's accumulator; None if the result serves as one."""
         if not self.plan.rounds_d_weight or self.tokens <= self.plan.super_rows:
             return None
         return (self.columns, self.problem.student.source.shape[-1]), self.problem.dtype
 
     def add(self, d_logits: Tensor, hidden: Tensor, tokens: Tokens, start: int, last: bool) -> None:
-        """Adds the super-chunk's gradients, from token `start` of those that count. With the last
-        one d_weight is rounded, if the products can."""
+        """Adds the gradients of a super-chunk that starts at token `start` of those that count. The
+        last one rounds d_weight, if the products can."""
         blocks = None
         if self.sampler is not None:
             blocks = self.sampler.choose(d_logits, hidden, start)
@@ -96,8 +96,8 @@ class HeadGradients:
         self.nothing_added = False
 
     def finish(self) -> Tensor | None:
-        """Scales and rounds, once, what no product has; gives the sampler's report. What rounds an
-        accumulator takes the room of the chunks' buffers, which is free by now."""
+        """Scales and rounds what no product has rounded, and returns the sampler's report. The
+        chunks' buffers are free by now, so the rounded copy of an accumulator takes their room."""
         student, report = self.problem.student, None
         if self.nothing_added and self.d_weight is not None:  # no product has overwritten it
             self.d_weight.zero_()
@@ -129,9 +129,9 @@ class HeadGradients:
     def _products_of_all(
         self, d_logits: Tensor, hidden: Tensor, tokens: Tokens, last: bool
     ) -> Tensor | None:
-        """d_hidden, None where the product has put it into the result; adds to d_weight."""
+        """Adds to d_weight. Returns d_hidden, or None if the product has written it already."""
         d_hidden = None
-        # What ranks have to add up, and what a sample's error is measured on, is not rounded yet.
+        # Not rounded yet if ranks have to add it up, or if a sample's error is measured on it.
         whole = self.problem.shard is None and self.sampler is None
         if self.d_hidden is not None:
             head = self.problem.student.head[: self.columns]
@@ -167,7 +167,8 @@ class HeadGradients:
         self, d_logits: Tensor, hidden: Tensor, ids: Tensor, weights: Tensor,
         d_hidden: Tensor | None,
     ) -> None:  # fmt: skip
-        """Of these ids alone. A function, so that nothing of a block is alive in the next."""
+        """Adds the columns of these ids. A function, so that a block's tensors are freed before the
+        next one."""
         columns = d_logits.index_select(1, ids).mul_(weights)
         if d_hidden is not None:
             head = self.problem.student.head.index_select(0, ids)

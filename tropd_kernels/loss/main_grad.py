@@ -1,15 +1,15 @@
 """The head's gradient in the training engine's own float32 buffer.
 
-Megatron-LM and what is built on it keep, for each parameter, a float32 tensor `main_grad` that adds
-up the gradients of all micro-batches; autograd's, in the parameter's dtype, are added by a hook and
-dropped. Here d_weight is a float32 sum anyway: where a weight has a float32 `main_grad` it waits
-for the backward unrounded and is added there, so that no micro-batch's share is rounded to
-bfloat16. It costs 4 V H bytes between forward and backward in place of 2 V H. Autograd is given
-zeros, which the engine's hook adds with whatever else has reached the weight.
+Megatron-LM and frameworks built on it keep a float32 tensor `main_grad` for each parameter, which
+accumulates the gradients of all micro-batches. A hook adds autograd's gradient, in the parameter's
+dtype, and drops it. Our d_weight is a float32 sum anyway: if a weight has a float32 `main_grad`,
+d_weight stays unrounded until the backward and is added there, so that no micro-batch's part is
+rounded to bfloat16. This costs 4 V H bytes between forward and backward instead of 2 V H. Autograd
+gets zeros, to which the engine's hook adds whatever else has reached the weight.
 
-That flag of Megatron-LM's own fusion, `grad_added_to_main_grad`, is only looked for, as the mark of
-such an engine, and not set: until the next iteration its hook would drop every other gradient of
-the weight, such as a second loss's or a tied embedding's.
+`grad_added_to_main_grad`, the flag of Megatron-LM's own fusion, only identifies such an engine
+here. We do not set it: until the next iteration its hook would drop every other gradient of the
+weight, such as that of a second loss or of a tied embedding.
 
 A slice or a copy of the parameter has no such attributes, and gets its gradient as usual. Under
 `overlap_param_gather` Megatron-LM finishes gathering a parameter before its module's forward, which

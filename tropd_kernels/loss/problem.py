@@ -1,4 +1,4 @@
-"""One call as one object: what `prepare` makes of the arguments, and everything below reads."""
+"""One call as one object. `prepare` builds it from the arguments; everything below reads it."""
 
 from __future__ import annotations
 
@@ -29,10 +29,10 @@ class Side:
     bias: Tensor | None = None  # (V',)
     scale: float = 1.0
     softcap: float | None = None
-    #: Of a shard of the vocabulary whose rows (or columns of logits) lie in several tensors: those,
+    #: If the rows of a vocabulary shard (or its columns of logits) lie in several tensors: these,
     #: in the order of the ids.
     pieces: tuple[Tensor, ...] = ()
-    #: Of the caller's head, where `weight` is a copy in the dtype of `source`.
+    #: Dtype of the caller's head, if `weight` is a copy in the dtype of `source`.
     weight_dtype: torch.dtype | None = None
 
     @property
@@ -61,7 +61,7 @@ class Side:
 
 
 class GradNeeds(NamedTuple):
-    """Which gradients to form; fp32_weight: the head's is not to be rounded to its dtype."""
+    """Which gradients to form. fp32_weight: do not round the head's to its dtype."""
 
     hidden: bool = False
     weight: bool = False
@@ -91,7 +91,7 @@ class LossOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class Problem:
-    """A flat batch of N tokens, and what is asked about it."""
+    """A flat batch of N tokens, and what to compute for it."""
 
     student: Side
     teacher: Side | None  # of a dense teacher
@@ -99,12 +99,12 @@ class Problem:
     inputs: TokenInputs
     options: LossOptions
     loss_scale: Tensor  # (): the loss is the sum of the tokens' losses times this
-    #: Formed on the way, of the scalar loss.
+    #: Gradients of the scalar loss that the forward forms.
     forward_grads: GradNeeds
-    #: That a backward which makes the logits again may be asked for. It looks for the k-th id that
-    #: the forward found, so both walk by its plan.
+    #: Gradients that a recomputing backward may need. It must find the same k-th id as the forward,
+    #: so both use the plan of the backward.
     backward_grads: GradNeeds
-    #: Whose sum divides the loss, where that is known only once the gate has run.
+    #: The statistic whose sum divides the loss, if that is known only after the gate has run.
     divide_by: Stat | None = None
     #: The sides hold a part of the vocabulary; labels name any id of it.
     shard: Shard | None = None
@@ -143,8 +143,8 @@ class Problem:
         )
 
     def laid_out(self) -> Problem:
-        """As the loop reads it: heads in the dtype of their hidden states, and what is read number
-        by number with unit stride."""
+        """As the loop reads it: heads in the dtype of their hidden states, per-token tensors and
+        biases contiguous."""
 
         def side(given: Side) -> Side:
             given = given.of_one_dtype()

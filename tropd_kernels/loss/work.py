@@ -1,14 +1,14 @@
-"""What a call has to hold and to do: bytes of its workspace; and, at the least, its products, its
+"""What a call holds and does: the bytes of its workspace, and lower bounds on its products, its
 passes over rows, and the bytes that they move.
 
-The work is counted from sizes alone, by operation, each as one launch: a matrix product, or a pass
-of the `triton` backend over the rows of a chunk. Every operand comes from memory once and every
-result goes there once, as if no cache kept anything between two operations, which holds for chunks
-far larger than the cache. What is left out, so that nothing but less is counted:
+Work is counted from sizes only, per operation, each one launch: a matrix product, or a pass of the
+`triton` backend over the rows of a chunk. Every operand is read from memory once and every result
+is written once, as if no cache kept anything between two operations, which holds for chunks much
+larger than the cache. Left out, so that the count can only be too low:
 
-    a few numbers a token (statistics, coefficients, the batch's inputs) and operations on them
-    rows that only a gate or an entropy filter asks about, which depend on the batch, and so do the
-    products of a sample of ids
+    a few numbers per token (statistics, coefficients, the batch's inputs) and operations on them
+    rows that a gate or an entropy filter asks about, and products of sampled ids: both depend on
+    the batch
     logits that a teacher brings along, and what the backward does with the gradients
 """
 
