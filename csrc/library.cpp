@@ -135,9 +135,15 @@ Rows read_rows(
 
 int64_t stride(const Tensor& t) { return t.stride(0); }
 
+#define TROPD_NAME_OF(kind, name) #name,
+constexpr const char* generator_names[] = {TROPD_GENERATORS(TROPD_NAME_OF)};
+
+std::vector<std::string> generators() { return {std::begin(generator_names), std::end(generator_names)}; }
+
 Generator generator(int64_t kind, double c) {
-  if (kind < NONE || kind > AKL) fail("generator must lie between 0 and ", int(AKL), ", got ", kind);
-  const bool mixes = kind >= JSD && kind <= TOPK_JSD;
+  constexpr int last = int(std::size(generator_names)) - 1;
+  if (kind < 0 || kind > last) fail("generator must lie between 0 and ", last, ", got ", kind);
+  const bool mixes = kind == JSD || kind == SKEW_FORWARD || kind == SKEW_REVERSE || kind == TOPK_JSD;
   if ((mixes && !(c > 0 && c < 1)) || (kind == ALPHA && (c == 0 || c == 1))) {
     fail("generator ", kind, " is not defined at parameter ", c);
   }
@@ -492,6 +498,7 @@ STABLE_TORCH_LIBRARY(tropd_native, m) {
   m.def("may_be_reclaimed(Tensor(a!) buffer) -> bool");
   m.def("make_pages(Tensor(a!) buffer) -> ()");
   m.def("drop_pages(Tensor(a!) buffer) -> ()");
+  m.def("generators() -> str[]");
   m.def("products() -> str[]");
   m.def("use_products(str name) -> str");
   m.def("instruction_sets() -> str[]");
@@ -511,6 +518,7 @@ STABLE_TORCH_LIBRARY_IMPL(tropd_native, CompositeExplicitAutograd, m) {
   m.impl("may_be_reclaimed", TORCH_BOX(&tropd::may_be_reclaimed));
   m.impl("make_pages", TORCH_BOX(&tropd::op_make_pages));
   m.impl("drop_pages", TORCH_BOX(&tropd::drop_pages));
+  m.impl("generators", TORCH_BOX(&tropd::generators));
   m.impl("products", TORCH_BOX(&tropd::op_products));
   m.impl("use_products", TORCH_BOX(&tropd::use_products));
   m.impl("instruction_sets", TORCH_BOX(&tropd::instruction_sets));

@@ -68,9 +68,11 @@ TROPD_INLINE Terms<T> terms(
       Vector<T> away = (T(1) - share) * reverse;
       return {share * product<T>(q, lq - lp) + away, away + (T(1) - share) * p - share * q};
     }
-    default:
+    case NONE:
+    case AKL:
       return {all<T>(0), all<T>(0)};
   }
+  __builtin_unreachable();  // a kind without a case does not compile (-Werror=switch)
 }
 
 }  // namespace

@@ -20,10 +20,14 @@ enum Sum {
   SLOPE, SUMS
 };
 
-// The f-divergences of tropd_kernels/rows/generators.py.
-enum Generator {
-  NONE, JSD, SKEW_FORWARD, SKEW_REVERSE, TOPK_JSD, ALPHA, CHI2, TOTAL_VARIATION, TODI, MOPD, AKL
-};
+// The f-divergences of tropd_kernels/rows/generators.py, and AKL's gaps; with their names in the table of
+// tropd_kernels/objectives/divergences.py, by which Python finds their numbers.
+#define TROPD_GENERATORS(of) \
+  of(NONE, none) of(JSD, jsd) of(SKEW_FORWARD, skew_forward) of(SKEW_REVERSE, skew_reverse) \
+  of(TOPK_JSD, topk_jsd) of(ALPHA, alpha) of(CHI2, chi2) of(TOTAL_VARIATION, total_variation) \
+  of(TODI, todi) of(MOPD, mopd) of(AKL, akl)
+#define TROPD_ENUMERATOR(kind, name) kind,
+enum Generator { TROPD_GENERATORS(TROPD_ENUMERATOR) };
 
 enum class Type { float32, bfloat16, float64 };
 

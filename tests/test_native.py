@@ -20,7 +20,6 @@ from problems import OBJECTIVES, make_problem, rows_of_several_blocks, with_ever
 
 from tropd_kernels import LogitsTeacher, distillation_loss, native
 from tropd_kernels.rows.layout import Coef, Stat
-from tropd_kernels.rows.native_rows import GENERATORS
 
 if native.WHY_NOT is not None:
     pytest.skip(f"no native kernels: {native.WHY_NOT}", allow_module_level=True)
@@ -200,7 +199,7 @@ def test_losses_of_bfloat16_heads_are_the_same_bits_on_any_number_of_threads(nam
 
 @pytest.mark.parametrize("scales", [PLAIN, TRANSFORMED], ids=["plain", "transformed"])
 @pytest.mark.parametrize("vocab", [1, 17, 1030])
-@pytest.mark.parametrize("generator", range(AKL), ids=[str(g) for g in GENERATORS[:AKL]])
+@pytest.mark.parametrize("generator", range(AKL), ids=ops.generators()[:AKL])
 def test_the_gradient_may_be_written_over_the_logits(generator, vocab, scales, instruction_set):
     arguments = gradient_arguments(generator, n=5, vocab=vocab, scales=scales)
     arguments["ids"] = torch.randint(vocab, (5, 3))

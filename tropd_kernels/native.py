@@ -101,6 +101,7 @@ def _load() -> str | None:
         best = next(filter(_allowed, torch.ops.tropd_native.instruction_sets()))
         torch.ops.tropd_native.use_instruction_set(best)
         products = next(filter(_allowed, torch.ops.tropd_native.products()), None)
+        _ = torch.ops.tropd_native.generators  # a library built before there were names for them
         if products is not None:
             torch.ops.tropd_native.use_products(products)
     except (OSError, RuntimeError, AttributeError) as error:
@@ -110,6 +111,9 @@ def _load() -> str | None:
 
 #: Why the compiled operators cannot be used; None when they can.
 WHY_NOT = _load()
+
+#: Names of the generators of csrc/rows.h, by number.
+GENERATORS: list[str] = torch.ops.tropd_native.generators() if WHY_NOT is None else []
 
 
 def amx_in_hardware() -> bool:

@@ -11,7 +11,8 @@ import math
 import torch
 from torch import Tensor
 
-from ..native import row_contiguous
+from ..native import GENERATORS, build_command, row_contiguous
+from ..objectives import TokenRule
 from .engine import RowEngine, Statistics
 from .layout import Coef, LogitTransform, Matrices, RowBatch, RowOptions, matrices
 from .rule import SUMS, Sums
@@ -19,12 +20,6 @@ from .topk_teacher import topk_teacher_ids
 from .torch_rows import on_top_k, row_squares, sum_terms, transform
 
 ops = torch.ops.tropd_native
-
-#: Order of csrc/rows.h's enumeration of generators.
-GENERATORS = (
-    None, "jsd", "skew_forward", "skew_reverse", "topk_jsd", "alpha", "chi2", "total_variation",
-    "todi", "mopd", "akl",
-)  # fmt: skip
 
 
 class NativeRows(RowEngine):
@@ -50,11 +45,9 @@ class NativeRows(RowEngine):
             _, lq, lp = _topk_ids(batch, options, coefs)
             return sum_terms(lp, lq, lq > -math.inf, rule, dense=False)
         made = coefs.new_empty((len(SUMS), coefs.shape[1]))  # in the order of csrc/rows.h
-        kind = "akl" if rule.divergence == "akl" else rule.generator
         ops.sums(
             *found.read, batch.labels, needed, coefs, made, rule.top_k if rule.uses_top_k else 0,
-            rule.sums_only_on_k, GENERATORS.index(kind),
-            rule.divergence_parameter if kind else 0.5, options.sharded,
+            rule.sums_only_on_k, *_generator(rule), options.sharded,
         )  # fmt: skip
         return Sums(*made)
 
@@ -66,12 +59,10 @@ class NativeRows(RowEngine):
             added = on_top_k(lp, lq, coefs.unsqueeze(-1), rule)
             ids = ids.masked_fill(lq == -math.inf, -1)  # the kernel skips negative ids
             added = added.contiguous()
-        parameter = rule.divergence_parameter if rule.generator else 0.5
         direct = out.dtype in (torch.float32, torch.bfloat16, torch.float64)
         target = out if direct else torch.empty_like(out, dtype=coefs.dtype)
         ops.gradient(
-            *sides, batch.labels, coefs, ids, added, target, rule.uses_top_k,
-            GENERATORS.index(rule.generator), parameter,
+            *sides, batch.labels, coefs, ids, added, target, rule.uses_top_k, *_generator(rule),
         )  # fmt: skip
         if not direct:
             out.copy_(target)
@@ -124,6 +115,16 @@ def _readable(logits: Tensor) -> Tensor:
 
 def _bias(how: LogitTransform, dtype: torch.dtype) -> Tensor | None:
     return None if how.bias is None else how.bias.to(dtype).contiguous()
+
+
+def _generator(rule: TokenRule) -> tuple[int, float]:
+    """The number in csrc/ of the rule's generator, and its parameter."""
+    kind = "akl" if rule.weighs_by_gaps else rule.generator or "none"
+    if kind not in GENERATORS:
+        raise NotImplementedError(
+            f"csrc/ as it is built here has no divergence {kind!r}; to build it: {build_command()}"
+        )
+    return GENERATORS.index(kind), rule.divergence_parameter
 
 
 def _topk_ids(batch: RowBatch, options: RowOptions, coefs: Tensor) -> tuple[Tensor, Tensor, Tensor]:

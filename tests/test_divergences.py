@@ -1,0 +1,107 @@
+"""The table of divergences against the engines: one that an engine has no formula for is refused
+there, and never computed as another."""
+
+import os
+import runpy
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from fuzz_native import AKL, ALPHA, CHI2, NONE
+from problems import OBJECTIVES, make_problem
+
+from tropd_kernels import Divergence, LogitsTeacher, TokenRule, distillation_loss, native
+from tropd_kernels.backends import available_backends
+from tropd_kernels.objectives import DIVERGENCES, DivergenceSpec
+
+ROOT = Path(__file__).resolve().parents[1]
+BACKENDS = ("reference", "torch", "native", "triton")
+
+
+def loss(rule, backend):
+    if not available_backends("cpu")[backend].startswith("available"):
+        pytest.skip(available_backends("cpu")[backend])
+    problem = make_problem(tokens=4)
+    logits = problem.hidden @ problem.weight.T
+    teacher = LogitsTeacher(problem.teacher_logits())
+    out = distillation_loss(logits, problem.labels, teacher, rule, backend=backend)
+    return out.loss
+
+
+def practice(monkeypatch, **how) -> TokenRule:
+    """A rule of a divergence that is in the table alone."""
+    monkeypatch.setitem(DIVERGENCES, "practice", DivergenceSpec(**how))
+    return TokenRule(policy_gradient=0.0, divergence="practice", top_k=how.get("ids") and 5)
+
+
+def test_every_divergence_is_among_the_tests_objectives():
+    assert {rule.divergence for rule in OBJECTIVES.values()} == {None, *DIVERGENCES}
+
+
+@pytest.mark.parametrize("ids", ["vocabulary", "top_k"])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_generator_in_the_table_alone_is_refused(monkeypatch, backend, ids):
+    rule = practice(monkeypatch, ids=ids)
+    why = "no generator in Triton" if backend == "triton" else "'practice'"
+    with pytest.raises(Exception, match=why):
+        loss(rule, backend)
+
+
+def test_the_reference_refuses_weights_in_the_table_alone(monkeypatch):
+    """It states what the other engines take from the table."""
+    with pytest.raises(NotImplementedError, match="'practice'"):
+        loss(practice(monkeypatch, kl_weights=(0.3, 0.7)), "reference")
+
+
+@pytest.mark.parametrize("backend", BACKENDS[1:])
+def test_a_fixed_sum_of_the_exact_divergences_needs_its_weights_alone(monkeypatch, backend):
+    forward = loss(Divergence("forward_kl"), "reference")
+    reverse = loss(Divergence("reverse_kl"), "reference")
+    found = loss(practice(monkeypatch, kl_weights=(0.3, 0.7)), backend)
+    torch.testing.assert_close(found, 0.3 * forward + 0.7 * reverse)
+
+
+def compile_generator(kind: str) -> subprocess.CompletedProcess:
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    return subprocess.run(
+        [sys.executable, Path(__file__).with_name("compile_generator.py"), kind],
+        cwd=ROOT, env=environment | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True,
+    )  # fmt: skip
+
+
+def test_triton_s_compiler_refuses_a_generator_in_the_table_alone():
+    """The interpreter does so above; it is other code that reads `static_assert`."""
+    pytest.importorskip("triton")
+    known, unknown = compile_generator("todi"), compile_generator("practice")
+    assert known.returncode == 0 and "tt.func" in known.stdout, known.stderr
+    assert unknown.returncode != 0 and "no generator in Triton" in unknown.stderr
+
+
+def test_csrc_has_the_table_s_generators():
+    if native.WHY_NOT is not None:
+        pytest.skip(f"no native kernels: {native.WHY_NOT}")
+    generators = {name for name, spec in DIVERGENCES.items() if spec.generator}
+    names = native.GENERATORS
+    assert set(names) == {"none", "akl", *generators}
+    # Those that the native tests know by number.
+    assert [names[i] for i in (NONE, ALPHA, CHI2, AKL)] == ["none", "alpha", "chi2", "akl"]
+
+
+def test_a_generator_without_a_formula_in_csrc_does_not_compile(tmp_path, monkeypatch):
+    compiler = os.environ.get("CXX", "c++").split()
+    if shutil.which(compiler[0]) is None:
+        pytest.skip(f"no C++ compiler {compiler[0]!r}")
+    monkeypatch.setenv("TROPD_BUILD_EXT", "0")
+    monkeypatch.setattr("setuptools.setup", lambda **arguments: None)
+    flags = runpy.run_path(str(ROOT / "setup.py"))["COMPILE_FLAGS"]
+    shutil.copytree(ROOT / "csrc", tmp_path, dirs_exist_ok=True)
+    rows, last = tmp_path / "rows.h", "of(AKL, akl)"
+    assert rows.read_text().count(last) == 1
+    rows.write_text(rows.read_text().replace(last, last + " of(PRACTICE, practice)"))
+    command = [*compiler, *flags, "-fsyntax-only", tmp_path / "rows_portable.cpp"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode != 0
+    assert "'PRACTICE' not handled in switch" in done.stderr.replace("‘", "'").replace("’", "'")
