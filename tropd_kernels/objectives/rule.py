@@ -53,7 +53,7 @@ class TokenRule:
     gate: how M is drawn. "always": M = 1. "bernoulli": M = 1 where u < P, P = min(q(y)/p(y), 1)
         with lo in place of lp where given. "expected": M = P. "threshold": M = 1 where R >
         threshold. An infinite R that no gate rejects is an infinite loss, with gradient 0.
-    outlier: what stands outside the gate. "mask": nothing. "clip": R floored at `threshold`.
+    outlier: the loss outside the gate. "mask": none. "clip": R floored at `threshold`.
         "forward_kl": forward KL on K, back-propagated. "forward_kl_reward": minus that KL as a
         detached reward on y.
     threshold: the static gate's level and the clip's floor, in nats, at most 0.
@@ -61,8 +61,8 @@ class TokenRule:
         to within the rounding of a logit that is made twice.
     top_k_tail: what is done with the mass outside K: "raw", "bucket", "renormalize_teacher" or
         "renormalize_both". With a top-k teacher both masses of a bucket are differences from 1,
-        good to about 1e-6, and the student's is taken to be at least the precision, 1.2e-7: a
-        student that leaves less there is told of less loss than it has.
+        good to about 1e-6, and the student's is at least the precision, 1.2e-7: the loss is
+        underestimated for a student with less mass than that outside K.
         In the gradient of "renormalize_both" a student with less than e^-80 on K counts as having
         nothing there.
     prefix_weight: weight of the K1 forward KL on teacher-written tokens; None treats them as any
@@ -152,7 +152,8 @@ class TokenRule:
         object.__setattr__(self, "_key", ";".join([f"{value!r}" for value in given]))
 
     def _check_sets(self):
-        """One pass sums one set of ids with one weight, which these would need two of."""
+        """Refuses rules that need sums over two sets of ids, or with two weights: one pass makes
+        one."""
         spec = self._divergence
         whole = spec.generator and spec.ids == "vocabulary"
         if spec.by_gaps and self.top_k is not None:
@@ -199,7 +200,7 @@ class TokenRule:
     def _divergence(self) -> DivergenceSpec:
         return NO_DIVERGENCE if self.divergence is None else DIVERGENCES[self.divergence]
 
-    # What a rule needs, asked by the teachers' check, the chunk plan and the row engines.
+    # What a rule needs: for the check of teachers, the chunk plan and the row engines.
 
     @property
     def uses_reward(self) -> bool:
@@ -290,7 +291,7 @@ _FIELDS = tuple(f.name for f in fields(TokenRule))
 
 @lru_cache(maxsize=256)
 def decode_rule(key: str) -> TokenRule:
-    """The rule whose `key` this is."""
+    """The rule with this `key`."""
     values = map(literal_eval, key.split(";"))
     return TokenRule(**dict(zip(_FIELDS, values, strict=True)))
 
