@@ -96,7 +96,7 @@ def distillation_problem(
         {"logits" if weight is None else "hidden": source, "weight": weight, "bias": bias}
         | {"labels": labels, "seed": seed, "normalizer": normalizer}
         | per_token
-        | ({} if teacher is None else {f"teacher {k}": v for k, v in vars(teacher).items()})
+        | ({} if teacher is None else _named(teacher))
     )
     if rule.gate == "bernoulli" and per_token["uniforms"] is None:
         if seed is None:
@@ -222,7 +222,7 @@ def _teacher(
             f"the {type(teacher).__name__} covers tokens of shape {tuple(teacher.tokens_shape)}, "
             f"labels are {tuple(labels.shape)}: give one teacher entry per label"
         )
-    check_devices(student, {f"teacher {k}": getattr(teacher, k) for k in teacher.__match_args__})
+    check_devices(student, _named(teacher))
     if isinstance(teacher, HiddenTeacher):
         if result_dtype(teacher.hidden.dtype) != result_dtype(student.dtype):
             raise TypeError(
@@ -238,7 +238,7 @@ def _teacher(
         return Side(_rows(hidden), weight, bias, scale, softcap), {}
     if isinstance(teacher, LogitsTeacher):
         return Side(_rows(local_part("the teacher's logits", teacher.logits, group, -1))), {}
-    check_plain({f"teacher {k}": getattr(teacher, k) for k in teacher.__match_args__})
+    check_plain(_named(teacher))
     dtype = result_dtype(student.dtype)
     known = {"label_log_probs": teacher.label_log_probs.reshape(-1).to(dtype)}
     if isinstance(teacher, TopKTeacher):
@@ -247,6 +247,12 @@ def _teacher(
         if teacher.entropy is not None:
             known["teacher_entropy"] = teacher.entropy.reshape(-1).to(dtype)
     return None, known
+
+
+def _named(teacher: Teacher) -> dict[str, Any]:
+    """Its fields, by the names that errors give them. torch 2.10 compiles neither vars() nor
+    dataclasses.fields()."""
+    return {f"teacher {name}": getattr(teacher, name) for name in teacher.__match_args__}
 
 
 # --- normalisation -------------------------------------------------------------------------------
