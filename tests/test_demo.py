@@ -349,7 +349,8 @@ def test_the_large_head_keeps_the_own_rows_and_is_reproducible(batch, monkeypatc
     assert torch.equal(large.weight, compare.with_large_head(batch, seed=3).weight)
 
 
-def test_training_moves_the_student_and_reports_each_step(teacher):
+@pytest.mark.parametrize("options", [{}, {"gradient_sampling": 0.2}], ids=["plain", "sampled"])
+def test_training_moves_the_student_and_reports_each_step(options, teacher):
     from examples.demo.model import make_student
     from examples.demo.train import train
 
@@ -366,6 +367,7 @@ def test_training_moves_the_student_and_reports_each_step(teacher):
             new_tokens=5,
             seed=0,
             dtype=torch.float32,
+            **options,
         )
     )
     assert [step.number for step in steps] == [1, 2]
@@ -373,6 +375,7 @@ def test_training_moves_the_student_and_reports_each_step(teacher):
         assert 2 <= step.tokens <= 10
         assert 0 <= step.trust <= 1 and 0 < step.entropy < math.log(97)
         assert math.isfinite(step.loss) and math.isfinite(step.reverse_kl)
+        assert 0 < step.gradient_share <= 0.5 if options else step.gradient_share == 1
     assert not torch.equal(student.lm_head.weight, before)
 
 
