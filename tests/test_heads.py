@@ -321,5 +321,5 @@ def test_module_imports_neither_transformers_nor_peft():
     names = [node.module for node in tree if isinstance(node, ast.ImportFrom)]
     names += [alias.name for node in tree if isinstance(node, ast.Import) for alias in node.names]
     assert {name.partition(".")[0] for name in names} == {
-        "re", "dataclasses", "typing", "torch", "gathering", "products", "summary"
+        "re", "dataclasses", "typing", "torch", "gathering", "dtypes", "summary"
     }  # fmt: skip
