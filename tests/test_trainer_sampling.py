@@ -241,7 +241,7 @@ def test_no_warning_where_nothing_is_off(tmp_path, plain):
 
 def test_a_greedy_sampler_cuts_nothing(tmp_path):
     """do_sample alone makes it another one, and no mass is said of ids that are not drawn from."""
-    greedy = {"generation_kwargs": {"do_sample": False, "temperature": 0.3, "top_p": 0.5}}
+    greedy = {"generation_kwargs": {"do_sample": False, "temperature": 1.0, "top_p": 1.0}}
     with pytest.warns(UserWarning, match="^do_sample False: completions are not sampled"):
         trainer = make(tmp_path, **greedy)
     trainer.train()

@@ -32,6 +32,7 @@ from .config_checks import (
 )
 from .credentials import redacted, shown
 from .effects import check_conditions
+from .generation_keys import check_generation_conditions
 from .loaded_teacher import check_quantization, dtype_option
 from .sources import check_revisions
 
@@ -239,6 +240,7 @@ class TrOPDConfig(DistillationConfig):
             raise ValueError(f"backend: {error}") from error
         check_sample(self)
         check_conditions(self)
+        check_generation_conditions(self)
 
     def to_dict(self) -> dict[str, Any]:
         """As transformers' `to_dict`, but secrets in a model's arguments are hidden, too."""

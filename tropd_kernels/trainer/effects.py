@@ -107,6 +107,12 @@ def _text(setting: Any) -> str:
 CONDITIONS = (
     Condition(_SAMPLING, lambda a: not a.precomputed_teacher,
               "with precomputed_teacher nothing is generated"),
+    Condition(("top_p", "top_k", "min_p"),
+              lambda a: a.use_vllm or (a.generation_kwargs or {}).get("do_sample", True),
+              "with do_sample False in generation_kwargs nothing is drawn"),
+    Condition(("cache_implementation",),
+              lambda a: (a.generation_kwargs or {}).get("use_cache") is not False,
+              "with use_cache False in generation_kwargs there is no cache"),
     Condition(_SERVED, lambda a: a.teacher_model_server_url is not None,
               "there is no teacher_model_server_url"),
     Condition(("prefix_weight", "prefix_column"), lambda a: a.is_guided,

@@ -4,12 +4,13 @@ They are those of transformers' GenerationConfig, or of vLLM's SamplingParams wi
 the ones that would break the trainer.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from transformers import GenerationConfig
 
 from ..objectives.registry import nearest
+from .sampling import OF_DRAWS, WHOLE, settings
 
 _LENGTH = "set max_completion_length"
 _ONE_EACH = "each prompt gets one completion: for several repeat its row in the data set"
@@ -18,6 +19,8 @@ _NOT_COMPILED = "generation is never compiled: leave it out"
 _ENDS = "completions end with a token: add it to the student's generation_config.eos_token_id"
 _ASSISTED = "no assistant model is taken: leave it out"
 _ENCODER = "it is of models with an encoder: leave it out"
+_ON_THE_HUB = "transformers does it by code from the hub, which is not run here: leave it out"
+_OF_THE_TOKENIZER = "prompts come as ids and are padded by the tokenizer's token: leave it out"
 #: Keys that are refused, and what to do instead.
 _NOT_TAKEN = {
     "max_length": _LENGTH, "max_new_tokens": _LENGTH, "max_tokens": _LENGTH,
@@ -28,34 +31,78 @@ _NOT_TAKEN = {
     "ignore_eos": "what follows an end is cut off: leave it out",
     "forced_eos_token_id": "an end that the model did not write would be learned",
     "max_time": "how much is written would depend on the machine: lower max_completion_length",
+    "min_length": "it counts the prompt with its padding: set min_new_tokens",
+    "bos_token_id": _OF_THE_TOKENIZER, "pad_token_id": _OF_THE_TOKENIZER,
     "return_dict_in_generate": _IDS_ALONE, "output_scores": _IDS_ALONE,
     "output_logits": _IDS_ALONE, "output_attentions": _IDS_ALONE,
     "output_hidden_states": _IDS_ALONE,
     **dict.fromkeys(
         ("num_assistant_tokens", "num_assistant_tokens_schedule", "assistant_confidence_threshold",
          "assistant_early_exit", "assistant_lookbehind", "assistant_ensemble_weight",
-         "target_lookbehind", "is_assistant"),
+         "target_lookbehind", "is_assistant", "speculation_type", "use_mtp"),
         _ASSISTED,
     ),
+    **dict.fromkeys(
+        ("penalty_alpha", "dola_layers", "force_words_ids", "constraints", "num_beam_groups",
+         "diversity_penalty"),
+        _ON_THE_HUB,
+    ),
+    "low_memory": "transformers' beam search takes it no more: leave it out",
+    "token_healing": "the prompt's ids would not be the data set's: leave it out",
+    "continuous_batching_config": "prompts are generated from in one batch: leave it out",
     "forced_bos_token_id": _ENCODER, "decoder_start_token_id": _ENCODER,
     "disable_compile": _NOT_COMPILED, "compile_config": _NOT_COMPILED,
 }  # fmt: skip
-_OF_BEAMS = ("early_stopping", "length_penalty", "num_beam_groups", "diversity_penalty",
-             "low_memory")  # fmt: skip
-#: Values of such keys with which a sampler behaves as without the key. Keys that TRL sets itself
-#: (lengths, eos_token_id, disable_compile) have none: None would undo TRL's value.
+#: Values with which a sampler behaves as without the key, of keys that `WHOLE` has not. Keys that
+#: TRL sets itself (lengths, eos_token_id, disable_compile) have none: None would undo TRL's value.
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "num_return_sequences": (1, None), "n": (1,), "ignore_eos": (False,),
-    "length_penalty": (1, None), "num_beam_groups": (1, None), "diversity_penalty": (0, None),
+    "length_penalty": (1, None), "temperature": (1, None),
     "stop": (None, []), "stop_token_ids": (None, []),
-    **dict.fromkeys(("stop_strings", "forced_eos_token_id", "max_time", "compile_config"), (None,)),
+    **dict.fromkeys(
+        ("stop_strings", "forced_eos_token_id", "max_time", "compile_config", "dola_layers",
+         "force_words_ids", "constraints", "speculation_type", "continuous_batching_config",
+         "bos_token_id", "pad_token_id"),
+        (None,),
+    ),
     **dict.fromkeys(
         ("return_dict_in_generate", "output_scores", "output_logits", "output_attentions",
-         "output_hidden_states", "early_stopping", "low_memory"),
+         "output_hidden_states", "early_stopping", "low_memory", "use_mtp", "renormalize_logits"),
         (False, None),
     ),
 }  # fmt: skip
 _OF_NO_SAMPLER = {"_from_model_config", "transformers_version"}
+_NO_STATIC_CACHE = (None, "dynamic", "offloaded", "quantized")
+
+
+def _searches_beams(given: Mapping[str, Any]) -> bool:
+    return (given.get("num_beams") or 1) > 1
+
+
+#: Keys of transformers that act beside others only: by all settings of the sampler, and what to do.
+_CONDITIONS: tuple[tuple[tuple[str, ...], Callable[[Mapping[str, Any]], bool], str], ...] = (
+    (("early_stopping", "length_penalty", "renormalize_logits"), _searches_beams,
+     "it belongs to a beam search: set num_beams"),
+    (("prompt_lookup_num_tokens",), lambda given: not _searches_beams(given),
+     "a beam search looks nothing up: leave num_beams out"),
+    (("max_matching_ngram_size",), lambda given: given.get("prompt_lookup_num_tokens") is not None,
+     "it belongs to prompt_lookup_num_tokens: set that"),
+    (("max_cache_len",), lambda given: given["cache_implementation"] not in _NO_STATIC_CACHE,
+     "it belongs to a static cache: set cache_implementation 'static'"),
+    (("cache_config",), lambda given: given["cache_implementation"] == "quantized",
+     "it belongs to cache_implementation 'quantized': set that"),
+    (("cache_implementation",), lambda given: given.get("use_cache") is not False,
+     "with use_cache False there is no cache: leave that out"),
+    (tuple(sorted(OF_DRAWS)), lambda given: given.get("do_sample", True),
+     "with do_sample False nothing is drawn: leave that out"),
+)  # fmt: skip
+#: Keys of transformers and of vLLM that act from the student's first token on, or on what was
+#: written before it.
+_FROM_THE_FIRST_TOKEN = (
+    "min_new_tokens", "begin_suppress_tokens", "exponential_decay_length_penalty",
+    "guidance_scale", "encoder_repetition_penalty", "encoder_no_repeat_ngram_size",
+    "min_tokens", "presence_penalty", "frequency_penalty", "structured_outputs", "guided_decoding",
+)  # fmt: skip
 
 
 def check_generation_keys(given: Mapping[str, Any], use_vllm: bool) -> None:
@@ -65,16 +112,67 @@ def check_generation_keys(given: Mapping[str, Any], use_vllm: bool) -> None:
     """
     known = vars(GenerationConfig()).keys() - _OF_NO_SAMPLER
     for name, value in given.items():
-        if name in _NOT_TAKEN and value not in _NEUTRAL.get(name, ()):
+        if name in _NOT_TAKEN and value not in _neutral(name):
             raise ValueError(f"generation_kwargs: {name!r} is not taken: {_NOT_TAKEN[name]}")
         if not use_vllm and name not in known:
             raise ValueError(
                 f"generation_kwargs: {name!r} is no key of transformers' GenerationConfig"
                 f"{nearest(name, known)}"
             )
-    beams = [name for name in _OF_BEAMS if given.get(name) not in _NEUTRAL[name]]
-    if beams and not use_vllm and (given.get("num_beams") or 1) == 1:
-        raise ValueError(
-            f"generation_kwargs: {beams[0]!r} would have no effect: it belongs to a beam search: "
-            "set num_beams, or leave it out"
-        )
+
+
+def check_generation_conditions(args: Any) -> None:
+    """Raises ValueError for a key of `generation_kwargs` that does nothing beside the other
+    settings, or another thing than its name says. args: a `TrOPDConfig` whose keys are known."""
+    own: Mapping[str, Any] = args.generation_kwargs or {}
+    if not args.use_vllm:
+        given = {"cache_implementation": args.cache_implementation} | settings(args)
+        if given["cache_implementation"] == "paged":
+            raise ValueError(
+                "cache_implementation: 'paged' would have no effect: prompts are generated from in "
+                "one batch: choose another, or leave it out"
+            )
+        for names, acts, remedy in _CONDITIONS:
+            for name in () if acts(given) else names:
+                if own.get(name) not in (None, *_neutral(name)):
+                    raise ValueError(
+                        f"generation_kwargs: {name!r} would have no effect: {remedy}, or leave it "
+                        "out"
+                    )
+    if args.prefix_schedule == "none":
+        return
+    for name in _FROM_THE_FIRST_TOKEN:
+        if own.get(name) not in (None, [], *_neutral(name)):
+            raise ValueError(_behind_a_prefix(f"generation_kwargs: {name!r}"))
+    if args.vllm_structured_outputs_regex is not None:
+        raise ValueError(_behind_a_prefix("vllm_structured_outputs_regex:"))
+
+
+def check_lookup(args: Any, evaluates: bool) -> None:
+    """Raises ValueError where transformers would look up tokens in several prompts at once.
+
+    args: a `TrOPDConfig`. evaluates: whether there is a data set for that.
+    """
+    if args.use_vllm or (args.generation_kwargs or {}).get("prompt_lookup_num_tokens") is None:
+        return
+    for rows, keys in (
+        (args.per_device_train_batch_size * args.gradient_accumulation_steps,
+         "per_device_train_batch_size and gradient_accumulation_steps"),
+        (args.per_device_eval_batch_size if evaluates else 1, "per_device_eval_batch_size"),
+    ):  # fmt: skip
+        if rows != 1:
+            raise ValueError(
+                "generation_kwargs: 'prompt_lookup_num_tokens' goes with one prompt at a time, not "
+                f"with {rows}: set {keys} to 1, or leave it out"
+            )
+
+
+def _neutral(name: str) -> tuple[Any, ...]:
+    return _NEUTRAL.get(name) or WHOLE.get(name, ())
+
+
+def _behind_a_prefix(key: str) -> str:
+    return (
+        f"{key} goes by where the student begins to write, and would take the teacher's prefix for "
+        "a part of the prompt: set prefix_schedule 'none', or leave it out"
+    )

@@ -36,7 +36,7 @@ from .sides import ModelSide
 #: Keys that a model needs in order to run and no sampler reads. The trainer sets ends and padding.
 _NEEDED = ("bos_token_id", "decoder_start_token_id", "use_cache")
 #: Values of settings that sample from the student's whole distribution.
-_WHOLE: dict[str, tuple[Any, ...]] = {
+WHOLE: dict[str, tuple[Any, ...]] = {
     "top_k": (0, -1, None),
     "top_p": (1.0, None),
     "min_p": (0.0, None),
@@ -56,13 +56,14 @@ _WHOLE: dict[str, tuple[Any, ...]] = {
 )  # fmt: skip
 #: Keys of generation_kwargs, of transformers and vLLM, that do not change the distribution.
 _HARMLESS = {
-    *_NEEDED, "pad_token_id", "cache_implementation", "cache_config", "max_cache_len",
+    *_NEEDED, "cache_implementation", "cache_config", "max_cache_len",
     "prefill_chunk_size", "remove_invalid_values", "renormalize_logits", "seed",
+    "prompt_lookup_num_tokens", "max_matching_ngram_size",  # a token is written only if it is drawn
     "logprobs", "prompt_logprobs", "detokenize", "skip_special_tokens",
     "spaces_between_special_tokens", "include_stop_str_in_output", "truncate_prompt_tokens",
 }  # fmt: skip
 #: Settings that only act where tokens are drawn.
-_OF_DRAWS = {
+OF_DRAWS = {
     "temperature", "top_k", "top_p", "min_p", "top_h", "typical_p", "epsilon_cutoff", "eta_cutoff",
 }  # fmt: skip
 #: Number of a micro-batch's tokens whose kept mass is computed, and how many at once.
@@ -78,9 +79,9 @@ def settings(args: Any) -> dict[str, Any]:
 def off_policy_settings(args: Any) -> dict[str, Any]:
     """The settings that make completions samples of another distribution than the loss's."""
     plain = (args.temperature, None) if args.temperature == 1 else (args.temperature,)
-    whole, given = _WHOLE | {"temperature": plain}, settings(args)
+    whole, given = WHOLE | {"temperature": plain}, settings(args)
     if _is_greedy(args):
-        given = {name: value for name, value in given.items() if name not in _OF_DRAWS}
+        given = {name: value for name, value in given.items() if name not in OF_DRAWS}
     return {
         name: value
         for name, value in given.items()
@@ -118,11 +119,11 @@ def truncating_warpers(args: Any) -> list[Any]:
     found: dict[str, Any] = {}
     if _is_greedy(args):
         return []
-    if given["top_k"] not in _WHOLE["top_k"]:
+    if given["top_k"] not in WHOLE["top_k"]:
         found["top_k"] = TopKLogitsWarper(given["top_k"])
-    if given["top_p"] not in _WHOLE["top_p"]:
+    if given["top_p"] not in WHOLE["top_p"]:
         found["top_p"] = TopPLogitsWarper(float(given["top_p"]))
-    if given["min_p"] not in _WHOLE["min_p"]:
+    if given["min_p"] not in WHOLE["min_p"]:
         found["min_p"] = MinPLogitsWarper(float(given["min_p"]))
     order = ("min_p", "top_k", "top_p") if args.use_vllm else ("top_k", "top_p", "min_p")
     return [found[name] for name in order if name in found]

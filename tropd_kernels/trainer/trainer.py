@@ -31,6 +31,7 @@ from . import card, metrics, progress, rewards, sampling, signals
 from .config import TrOPDConfig
 from .data_checks import check_dataset, check_no_splits, check_rows, missing_guide_error
 from .effects import check_inputs
+from .generation_keys import check_lookup
 from .guidance import GuidedTrainer
 from .loaded_teacher import check_quantization
 from .prefix import prefix_mask
@@ -118,6 +119,7 @@ class TrOPDTrainer(GuidedTrainer):
         if args.precomputed_teacher and tools:
             raise ValueError("tools: precomputed_teacher fixes the completions: leave tools out")
         check_inputs(args, tools, (train_dataset, eval_dataset))
+        check_lookup(args, evaluates=eval_dataset is not None)
         _check_datasets(train_dataset, eval_dataset, args, loaded)
         if args.teacher_model_server_url:
             # A stream may not know its columns; they are checked when it is read.

@@ -1,0 +1,160 @@
+"""Keys of `generation_kwargs` that do nothing, or another thing than their names say."""
+
+from __future__ import annotations
+
+import warnings
+
+import pytest
+
+pytest.importorskip("trl", reason="the trainer needs trl")
+
+import tiny
+import transformers
+from training import make
+
+from tropd_kernels.trainer import TrOPDConfig, generation_keys, sampling
+
+pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
+PREFIX = dict(prefix_schedule="constant", prefix_length=3)
+STATIC, QUANTIZED = dict(cache_implementation="static"), dict(cache_implementation="quantized")
+
+
+def config(given, **settings):
+    defaults = dict(use_cpu=True, bf16=False, report_to="none", gradient_checkpointing=False)
+    return TrOPDConfig("unused", **(defaults | settings), generation_kwargs=given)
+
+
+def test_no_key_is_overlooked():
+    """One that a later transformers brings: look what it does to a completion."""
+    acts = {"bad_words_ids", "sequence_bias", "suppress_tokens", "watermarking_config"}
+    conditions = {name for names, *_ in generation_keys._CONDITIONS for name in names}
+    known = vars(transformers.GenerationConfig()).keys() - generation_keys._OF_NO_SAMPLER
+    assert known <= (
+        acts | conditions | generation_keys._NOT_TAKEN.keys() | sampling.WHOLE.keys()
+        | sampling._HARMLESS | set(generation_keys._FROM_THE_FIRST_TOKEN)
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("given", "remedy"),
+    [
+        ({"penalty_alpha": 0.6}, "code from the hub"),
+        ({"penalty_alpha": 0.6, "do_sample": False, "top_k": 4}, "code from the hub"),
+        ({"dola_layers": "high"}, "code from the hub"),
+        ({"force_words_ids": [[9]], "num_beams": 2}, "code from the hub"),
+        ({"num_beam_groups": 2, "num_beams": 2}, "code from the hub"),
+        ({"diversity_penalty": 0.5}, "code from the hub"),
+        ({"low_memory": True, "num_beams": 2}, "takes it no more"),
+        ({"token_healing": True}, "would not be the data set's"),
+        ({"continuous_batching_config": {}}, "in one batch"),
+        ({"min_length": 8}, "set min_new_tokens"),
+        ({"pad_token_id": -1}, "padded by the tokenizer's token"),
+        ({"pad_token_id": 5000}, "padded by the tokenizer's token"),
+        ({"bos_token_id": 5}, "prompts come as ids"),
+    ],
+    ids=str,
+)
+def test_keys_that_are_not_taken(given, remedy):
+    """They change nothing, or fail when the first prompt is generated from."""
+    name = next(iter(given))
+    with pytest.raises(ValueError, match=f"^generation_kwargs: '{name}' is not taken: .*{remedy}"):
+        config(given)
+    config({name: None})
+
+
+@pytest.mark.parametrize(
+    ("key", "idle", "active"),
+    [
+        ({"length_penalty": 2.0}, {}, {"num_beams": 2}),
+        ({"early_stopping": True}, {}, {"num_beams": 2}),
+        ({"renormalize_logits": True}, {}, {"num_beams": 2}),
+        ({"prompt_lookup_num_tokens": 3}, {"num_beams": 2}, {}),
+        ({"max_matching_ngram_size": 2}, {}, {"prompt_lookup_num_tokens": 3}),
+        ({"max_cache_len": 64}, {}, STATIC),
+        ({"max_cache_len": 64}, QUANTIZED, STATIC),
+        ({"cache_config": {"backend": "quanto"}}, STATIC, QUANTIZED),
+        (STATIC, {"use_cache": False}, {}),
+        ({"temperature": 0.3}, {"do_sample": False}, {}),
+        ({"top_p": 0.3}, {"do_sample": None}, {"do_sample": True}),
+        ({"typical_p": 0.3}, {"do_sample": False, "num_beams": 2}, {"num_beams": 2}),
+        ({"top_h": 0.3}, {"do_sample": False}, {}),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_keys_that_act_beside_others(key, idle, active):
+    (name,) = key
+    with pytest.raises(
+        ValueError, match=f"^generation_kwargs: '{name}' would have no effect: .*, or leave it out$"
+    ):
+        config(key | idle)
+    assert config(key | active).generation_kwargs == key | active
+
+
+@pytest.mark.parametrize(
+    ("given", "setting", "words"),
+    [
+        ({"do_sample": False}, {"top_p": 0.5}, "^top_p: it would have no effect: with do_sample F"),
+        ({"do_sample": False}, {"top_k": 5}, "^top_k: it would have no effect: with do_sample Fal"),
+        ({"use_cache": False}, STATIC, "^cache_implementation: it would have no effect: with use_"),
+        (None, {"cache_implementation": "paged"}, "^cache_implementation: 'paged' would have no e"),
+        ({"cache_implementation": "paged"}, {}, "^cache_implementation: 'paged' would have no ef"),
+    ],
+)
+def test_settings_that_generation_kwargs_leave_without_effect(given, setting, words):
+    with pytest.raises(ValueError, match=words):
+        config(given, **setting)
+    if setting.get("cache_implementation") != "paged":
+        config(None, **setting)
+
+
+@pytest.mark.parametrize(
+    ("given", "neutral"),
+    [
+        ({"min_new_tokens": 6}, 0),
+        ({"begin_suppress_tokens": [2]}, []),
+        ({"exponential_decay_length_penalty": [6, 3.0]}, None),
+        ({"guidance_scale": 1.5}, 1.0),
+        ({"encoder_repetition_penalty": 1.5}, 1.0),
+        ({"encoder_no_repeat_ngram_size": 2}, 0),
+    ],
+    ids=str,
+)
+def test_keys_that_count_from_where_the_student_begins(given, neutral):
+    """Behind a teacher's prefix that is not the completion's beginning."""
+    (name,) = given
+    with pytest.raises(
+        ValueError, match=f"^generation_kwargs: '{name}' goes by where .*: set prefix_schedule 'no"
+    ):
+        config(given, **PREFIX)
+    for taken, settings in ((given, {}), ({name: neutral}, PREFIX), (given, {"lmbda": 0.5})):
+        assert config(taken, **settings).generation_kwargs == taken
+
+
+def test_the_same_of_vllm():
+    for name in ("min_tokens", "presence_penalty", "frequency_penalty"):
+        with pytest.raises(ValueError, match=f"^generation_kwargs: '{name}' goes by where"):
+            config({name: 1}, use_vllm=True, **PREFIX)
+        config({name: 1}, use_vllm=True)
+    regex = dict(use_vllm=True, vllm_structured_outputs_regex="a+")
+    with pytest.raises(ValueError, match=r"^vllm_structured_outputs_regex: goes by where"):
+        config(None, **regex, **PREFIX)
+    config(None, **regex)
+
+
+def test_prompt_lookup(tmp_path):
+    """One prompt at a time; tokens are drawn as without, and nothing is warned of."""
+    lookup = {"generation_kwargs": {"prompt_lookup_num_tokens": 3, "max_matching_ngram_size": 1}}
+    one = dict(per_device_train_batch_size=1, per_device_eval_batch_size=1)
+    words = "^generation_kwargs: 'prompt_lookup_num_tokens' goes with one prompt at a time, not w"
+    for settings, rows in (
+        (dict(per_device_train_batch_size=2), "2: set per_device_train"),
+        (one | dict(gradient_accumulation_steps=3), "3: set per_device_train_batch_size and grad"),
+        (one | dict(per_device_eval_batch_size=8, evaluate=tiny.prompts(2)), "8: set per_device_e"),
+    ):
+        with pytest.raises(ValueError, match=f"{words}ith {rows}"):
+            make(tmp_path, **lookup, **settings)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        trainer = make(tmp_path, evaluate=tiny.prompts(2), **lookup, **one)
+        trainer.train()
+    assert trainer.evaluate()["eval_loss"] > 0
