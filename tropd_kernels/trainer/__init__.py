@@ -16,6 +16,7 @@
 | metric_logs.py     | means over tokens in each log and evaluation                          |
 | hooks.py           | TRL's private methods and attributes that these five rely on          |
 | sides.py           | a model's hidden states and head on one micro-batch                   |
+| positions.py       | where a padded row's positions begin                                  |
 | prefix.py          | the guidance prefix: its length, its ids, its mask                    |
 | fields.py          | fields that a processor makes of a prompt besides ids                 |
 | sampling.py        | sampling by the trainer's config only; the mass that truncation keeps |

@@ -13,6 +13,7 @@ from ..teachers import HiddenTeacher
 from .context import check_width
 from .fields import has_rows, passing_fields
 from .hooks import MULTIMODAL_FIELDS
+from .positions import positions_after_padding
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,7 +48,7 @@ def read_side(
     """
     mask = torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], dim=1)
     check_width(mask.shape[1], model.config)
-    with passing_fields(model, inputs, **_positions_after_padding(model, mask)):
+    with passing_fields(model, inputs, **positions_after_padding(model, mask)):
         hidden = last_hidden_state(
             model,
             torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], dim=1),
@@ -63,16 +64,3 @@ def read_side(
     usable = slice(head.vocab_size)
     weight, bias = weight[usable].to(dtype), None if bias is None else bias[usable].to(dtype)
     return ModelSide(hidden.to(device, dtype), weight, bias, head.logit_scale, head.softcap)
-
-
-def _positions_after_padding(model: PreTrainedModel, mask: Tensor) -> dict[str, Tensor]:
-    """position_ids (B, L) that count from the first token that is not padding, as generation does.
-
-    TRL passes none, so a model would count the padding on the left. That is wrong where positions
-    are learned (GPT-2), where position 0 resets a state (RecurrentGemma), or where the largest
-    position sets the scale of the others. Multimodal models get none: their positions have several
-    dimensions, and they compute them themselves.
-    """
-    if model.config.get_text_config() is not model.config:
-        return {}
-    return {"position_ids": (mask.cumsum(1) - 1).clamp_min(0)}
