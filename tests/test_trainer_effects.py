@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import fields, replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -22,13 +23,13 @@ pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
 _EFFECTIVE = """
 output_dir per_device_train_batch_size num_train_epochs max_steps learning_rate
 lr_scheduler_type warmup_ratio optim weight_decay gradient_accumulation_steps
-max_grad_norm bf16 fp16 bf16_full_eval fp16_full_eval tf32 activation_checkpointing
+max_grad_norm bf16 fp16 tf32 activation_checkpointing
 activation_checkpointing_kwargs gradient_checkpointing use_liger_kernel neftune_noise_alpha
-torch_empty_cache_steps logging_strategy logging_steps logging_first_step log_on_each_node
-logging_dir logging_nan_inf_filter log_level log_level_replica disable_tqdm report_to run_name
-project trackio_space_id trackio_bucket_id trackio_static_space_id eval_strategy eval_steps
-eval_delay per_device_eval_batch_size eval_on_start eval_use_gather_object
-eval_accumulation_steps save_only_model save_strategy save_steps save_on_each_node
+torch_empty_cache_steps logging_strategy logging_first_step log_on_each_node
+logging_dir log_level log_level_replica disable_tqdm report_to run_name
+project trackio_space_id trackio_bucket_id trackio_static_space_id eval_strategy
+per_device_eval_batch_size eval_on_start eval_use_gather_object
+save_only_model save_strategy save_on_each_node
 save_total_limit save_safetensors enable_jit_checkpoint push_to_hub hub_token hub_private_repo
 hub_model_id hub_strategy hub_always_push hub_revision load_best_model_at_end
 metric_for_best_model greater_is_better ignore_data_skip
@@ -39,7 +40,7 @@ dataloader_multiprocessing_context dataloader_in_order remove_unused_columns
 ddp_find_unused_parameters ddp_bucket_cap_mb ddp_broadcast_buffers ddp_static_graph ddp_backend
 ddp_timeout fsdp fsdp_config deepspeed debug skip_memory_metrics model_init_kwargs
 trust_remote_code teacher_model_name_or_path teacher_model_revision teacher_model_init_kwargs
-disable_dropout max_completion_length ds3_gather_for_generation shuffle_dataset
+disable_dropout max_completion_length shuffle_dataset
 pad_to_multiple_of temperature chat_template_kwargs max_tool_calling_iterations log_completions
 """
 EFFECTIVE = set(_EFFECTIVE.split())
@@ -70,6 +71,11 @@ SOMETIMES = {
     "optim_target_modules": (["attn"], {}, dict(optim="galore_adamw")),
     "warmup_steps": (3, dict(lr_scheduler_type="constant"),
                      dict(lr_scheduler_type="constant", optim="schedule_free_adamw")),
+    "ds3_gather_for_generation": (False, {}, None),  # DeepSpeed would have to be there
+    "logging_steps": (3, dict(logging_strategy="epoch"), dict(logging_strategy="steps")),
+    "eval_steps": (3, dict(eval_strategy="epoch"), dict(eval_strategy="steps")),
+    "eval_delay": (2, {}, dict(eval_strategy="epoch")),
+    "save_steps": (3, dict(save_strategy="no"), dict(save_strategy="steps")),
     "lr_scheduler_kwargs": ({"num_cycles": 2}, dict(lr_scheduler_type="constant_with_warmup"),
                             dict(lr_scheduler_type="cosine_with_restarts")),
 }  # fmt: skip
@@ -80,6 +86,8 @@ OF_THE_SCRIPT = {
 }  # fmt: skip
 REFUSED = {"auto_find_batch_size", "torch_compile", "torch_compile_backend", "torch_compile_mode"}
 VALUES = {
+    "eval_accumulation_steps": 2, "bf16_full_eval": True, "fp16_full_eval": True,
+    "logging_nan_inf_filter": False,
     "label_smoothing_factor": 0.1, "average_tokens_across_devices": False,
     "include_num_input_tokens_seen": "all", "use_cache": True,
     "train_sampling_strategy": "group_by_length", "length_column_name": "size",
@@ -124,7 +132,8 @@ def test_settings_without_effect_beside_others(key):
     value, idle, active = SOMETIMES[key]
     with pytest.raises(ValueError, match=f"^{key}: it would have no effect: .*leave {key} out$"):
         config(**idle, **{key: value})
-    for args in (config(**active, **{key: value}), config(**idle), config(**active)):
+    made = [] if active is None else [config(**active, **{key: value}), config(**active)]
+    for args in (*made, config(**idle)):
         assert replace(args) == args
     (default,) = (field.default for field in fields(TrOPDConfig) if field.name == key)
     config(**idle, **{key: default})
@@ -198,6 +207,22 @@ def test_settings_of_what_is_not_there(tmp_path):
     make(tmp_path, data=talk, **options)
     make(tmp_path, evaluate={"a": talk}, **options)
     make(tmp_path, data=tiny.prompts().to_list(), **options)
+
+
+def test_what_zero_3_gathers():
+    """Of DeepSpeed's stages the third alone; of one that is not known yet it may be."""
+    (condition,) = (one for one in CONDITIONS if "ds3_gather_for_generation" in one.keys)
+    for stage, acts in ((2, False), (3, True)):
+        args = SimpleNamespace(deepspeed=None, deepspeed_plugin=SimpleNamespace(zero_stage=stage))
+        assert condition.acts(args) == acts
+    assert condition.acts(SimpleNamespace(deepspeed="zero.json", deepspeed_plugin=None))
+
+
+def test_steps_that_evaluation_takes_over():
+    """transformers evaluates every logging_steps where eval_steps are not given."""
+    args = config(logging_strategy="epoch", eval_strategy="steps", logging_steps=3)
+    assert args.eval_steps == 3 and replace(args) == args
+    assert replace(config(eval_strategy="steps"), eval_strategy="no").eval_strategy == "no"
 
 
 def test_vllm_mode():

@@ -12,6 +12,10 @@ from typing import Any
 from ..backends import has_row_engine
 
 _NO_METRICS = "the trainer takes no compute_metrics and keeps no predictions: leave it out"
+_CASTS = (
+    "training evaluates in its own precision, and evaluate() before it would cast the weights that "
+    "are trained: load the model in another dtype, or leave it out"
+)
 _ONE_SAMPLER = "rows come in TRL's own order: leave it out, or set shuffle_dataset"
 #: Settings that nothing here reads.
 WITHOUT_EFFECT = {
@@ -26,6 +30,10 @@ WITHOUT_EFFECT = {
     "include_for_metrics": _NO_METRICS,
     "batch_eval_metrics": _NO_METRICS,
     "eval_do_concat_batches": _NO_METRICS,
+    "eval_accumulation_steps": _NO_METRICS,
+    "bf16_full_eval": _CASTS,
+    "fp16_full_eval": _CASTS,
+    "logging_nan_inf_filter": "a loss that is NaN or infinite stops the run: leave it out",
 }
 #: Settings that belong to another one, and the value that it must have.
 BELONGS_TO = {
@@ -99,6 +107,12 @@ def _deepspeed(args: Any) -> bool:
     return bool(args.deepspeed) or getattr(args, "deepspeed_plugin", None) is not None
 
 
+def _zero_3(args: Any) -> bool:
+    """Whether parameters are partitioned; true where only DeepSpeed itself reads its config."""
+    plugin = getattr(args, "deepspeed_plugin", None)
+    return _deepspeed(args) and getattr(plugin, "zero_stage", 3) == 3
+
+
 def _text(setting: Any) -> str:
     return str(getattr(setting, "value", setting))
 
@@ -138,6 +152,19 @@ CONDITIONS = (
               "the optimizer {!r} does not take it", "choose one of Adam's kind", of="optim"),
     Condition(("adam_epsilon",), lambda a: _deepspeed(a) or _text(a.optim) not in _NOT_ADAM | _LION,
               "the optimizer {!r} does not take it", "choose one of Adam's kind", of="optim"),
+    Condition(("ds3_gather_for_generation",), _zero_3, "there is no DeepSpeed of ZeRO's stage 3"),
+    Condition(("logging_steps",),
+              # eval_steps are these where they are not given.
+              lambda a: "steps" in (a.logging_strategy, a.eval_strategy),
+              "logging_strategy is {!r}", "set that to 'steps'", of="logging_strategy"),
+    Condition(("eval_steps",),
+              # In a copy of a config transformers may have put logging_steps there.
+              lambda a: a.eval_strategy == "steps" or a.eval_steps == a.logging_steps,
+              "eval_strategy is {!r}", "set that to 'steps'", of="eval_strategy"),
+    Condition(("eval_delay",), lambda a: a.eval_strategy != "no",
+              "eval_strategy is {!r}", "set that", of="eval_strategy"),
+    Condition(("save_steps",), lambda a: a.save_strategy == "steps",
+              "save_strategy is {!r}", "set that to 'steps'", of="save_strategy"),
     Condition(("optim_args",), lambda a: _deepspeed(a) or _text(a.optim) not in _NO_OPTIM_ARGS,
               "the optimizer {!r} takes none", of="optim"),
     Condition(("optim_target_modules",),
