@@ -222,3 +222,36 @@ def test_the_token_of_images_stays_suppressed(tmp_path, own):
     trainer = make(tmp_path, "gemma3", vision.prompts(), generation_kwargs=given)
     image = trainer.model.config.image_token_id
     assert trainer.generation_config.suppress_tokens == [*(own or ()), image]
+
+
+TALK = [{"role": "user", "content": "w1 w2 w3"}]
+
+
+@pytest.mark.parametrize(
+    "column", ["video", "videos", "audio", "audios", "pixel_values", "image_grid_thw"]
+)
+def test_columns_of_other_modalities(tmp_path, column):
+    """TRL would drop them, and train on the text alone."""
+    rows = [{"prompt": TALK, column: [1.0]}] * 8
+    words = f"^train_dataset: the column '{column}' would not be read: .*images"
+    with pytest.raises(ValueError, match=words):
+        make(tmp_path, "qwen2_vl", tiny.Dataset.from_list(rows))
+    # A list says nothing of its columns.
+    trainer = make(tmp_path, "qwen2_vl", rows, remove_unused_columns=False)
+    with pytest.raises(ValueError, match=f"^{column}: it would not be read: a prompt goes with im"):
+        trainer.train()
+    make(tmp_path, "qwen2_vl", [{"prompt": TALK, column: None}] * 8)
+
+
+def test_two_columns_of_images(tmp_path):
+    """TRL reads the one that the first row has."""
+    one, other = {"images": [vision.image(2)]}, {"image": vision.image(3)}
+    both = tiny.Dataset.from_list([{"prompt": TALK, "images": ["a"], "image": "b"}] * 8)
+    with pytest.raises(ValueError, match="^train_dataset: the column 'image' would not be read be"):
+        make(tmp_path, "qwen2_vl", both)
+    for first, second, name in ((one, other, "image"), (other, one, "images"),
+                                (one, one | other, "image"), ({}, other, "image")):  # fmt: skip
+        rows = [{"prompt": TALK} | images for images in (first, second)] * 4
+        trainer = make(tmp_path, "qwen2_vl", rows, shuffle_dataset=False)
+        with pytest.raises(ValueError, match=f"^{name}: it would not be read"):
+            trainer.train()

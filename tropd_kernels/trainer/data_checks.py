@@ -29,6 +29,54 @@ def check_dataset(name: str, dataset: Any, columns: Sequence[str] = ()) -> None:
         )
 
 
+def check_modalities(name: str, dataset: Any, processor: Any) -> None:
+    """Raises ValueError for a column, beside a processor, that TRL would drop unseen.
+
+    TRL reads images alone, in one of two columns.
+    """
+    if isinstance(dataset, Mapping):
+        for key, part in dataset.items():
+            check_modalities(f"{name}[{key!r}]", part, processor)
+        return
+    present = set(getattr(dataset, "column_names", None) or ())
+    for column in sorted(_unread_columns(processor) & present):
+        raise ValueError(
+            f"{name}: the column {column!r} would not be read: a prompt goes with images alone, in "
+            f"the column 'images' or 'image': drop it by remove_columns({column!r})"
+        )
+    if {"image", "images"} <= present:
+        raise ValueError(
+            f"{name}: the column 'image' would not be read beside 'images': put all of a row's "
+            "images into that one"
+        )
+
+
+def check_row_modalities(rows: Sequence[Mapping[str, Any]], processor: Any) -> None:
+    """`check_modalities` for a batch: a stream may not have known its columns.
+
+    TRL decides by the first row which of the two columns of images it reads.
+    """
+    read = {name for name in ("images", "image") if name in rows[0]}
+    read -= {"image"} if "images" in read else set()
+    unread = (_unread_columns(processor) | {"images", "image"}) - read
+    for row in rows:
+        for column in sorted(unread & row.keys()):
+            value = row[column]
+            if value is not None and not (hasattr(value, "__len__") and len(value) == 0):
+                raise ValueError(
+                    f"{column}: it would not be read: a prompt goes with images alone, in the "
+                    f"column 'images' or 'image', the same in all rows; in the row {row!r:.200}"
+                )
+
+
+def _unread_columns(processor: Any) -> set[str]:
+    """Columns of other modalities than images, and what a processor makes of them."""
+    made = set(getattr(processor, "model_input_names", ()))
+    return {"video", "videos", "audio", "audios", "pixel_values"} | {
+        column for column in made if not column.endswith(("_ids", "_mask"))
+    }
+
+
 def check_no_splits(dataset: Any) -> None:
     """Raises ValueError for a mapping of splits: their number would pass for that of the rows."""
     if isinstance(dataset, Mapping):

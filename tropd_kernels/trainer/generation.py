@@ -18,7 +18,7 @@ from trl import is_conversational  # type: ignore[attr-defined]
 
 from . import metrics
 from .context import check_context, check_lengths, scale_warning
-from .data_checks import check_prompts, check_tokens
+from .data_checks import check_prompts, check_row_modalities, check_tokens
 from .fields import KeptFields, extend_token_fields, kept_fields, mark_written
 from .hooks import MULTIMODAL_FIELDS
 from .metric_logs import MetricLogs
@@ -100,6 +100,8 @@ class PrefixedGeneration(MetricLogs):
 
     def _generate_and_score_completions(self, inputs):
         check_prompts(inputs)
+        if self._is_vlm:
+            check_row_modalities(inputs, self.processing_class)
         self._rows, self._prefix_lengths = inputs, [0] * len(inputs)
         output = super()._generate_and_score_completions(inputs)
         output |= mark_written(output, self.model.config)

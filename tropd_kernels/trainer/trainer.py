@@ -20,7 +20,13 @@ import torch
 from accelerate.utils import is_peft_model
 from huggingface_hub import ModelCard
 from torch import Tensor
-from transformers import PreTrainedModel, PrinterCallback, ProgressCallback, TrainerCallback
+from transformers import (
+    PreTrainedModel,
+    PrinterCallback,
+    ProcessorMixin,
+    ProgressCallback,
+    TrainerCallback,
+)
 from trl.trainer.utils import get_config_model_id
 
 from ..draws import bernoulli_uniforms
@@ -29,7 +35,13 @@ from ..objectives import OPD, SFT, TokenRule
 from ..teachers import Teacher
 from . import card, metrics, progress, rewards, sampling, signals
 from .config import TrOPDConfig
-from .data_checks import check_dataset, check_no_splits, check_rows, missing_guide_error
+from .data_checks import (
+    check_dataset,
+    check_modalities,
+    check_no_splits,
+    check_rows,
+    missing_guide_error,
+)
 from .effects import check_inputs
 from .generation_keys import check_lookup
 from .guidance import GuidedTrainer
@@ -131,6 +143,9 @@ class TrOPDTrainer(GuidedTrainer):
         self._tag_names = [*self._tag_names, args.objective]
         if processing_class is None:
             processing_class = find_processor(model, args)
+        if isinstance(processing_class, ProcessorMixin):
+            check_modalities("train_dataset", train_dataset, processing_class)
+            check_modalities("eval_dataset", eval_dataset, processing_class)
         super().__init__(
             model, loaded, args, train_dataset, eval_dataset, processing_class, callbacks,
             optimizers, quantization_config, peft_config, tools,
