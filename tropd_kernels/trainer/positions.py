@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor
 from transformers import GenerationMixin, PreTrainedModel
 
-from .router import base_of
+from .patching import base_of
 
 #: Model types whose first position is not 0.
 _FIRST_POSITION = {"paligemma": 1}
