@@ -2,7 +2,8 @@
 #
 #   make demo      examples/demo: SmolLM2 distils, the fused loss against an eager one; writes build/demo/
 #   make train     examples/train: the same student by the trainer, full weights, then LoRA; writes build/train/
-#   make test      the tests
+#   make test      the tests, but for the slow ones
+#   make test-all  all tests
 #   make compiled  the tests of the Triton kernels again, on what they compile to for GPU=cuda:90
 #   make lint      ruff and mypy
 #   make bench     time, memory and error of ours and of other libraries, by tropd bench; writes build/bench/
@@ -11,8 +12,8 @@
 #   make sanitize  the native kernels under GCC's sanitizers, with AMX emulated, in build/sanitize/ (Linux)
 #   make clean     removes what the above made, but for .venv
 #
-# ARGS passes more to demo, train, test, compiled, bench and sanitize: make test ARGS="-k prefix -x"
-# CPU=avx2 or CPU=portable makes demo, test and bench run as on a CPU that has no more.
+# ARGS passes more to demo, train, test, test-all, compiled, bench and sanitize: make test ARGS="-k prefix -x"
+# CPU=avx2 or CPU=portable makes demo, test, test-all and bench run as on a CPU that has no more.
 
 PYTHON  ?= python3
 # One exact version: with a bare `torch` the tests would run on another one from one day to the next.
@@ -29,7 +30,7 @@ CPU_portable = TROPD_CPU=portable ATEN_CPU_CAPABILITY=default ONEDNN_MAX_CPU_ISA
 CPU          =
 CAPS         = $(if $(CPU),$(or $(CPU_$(CPU)),$(error CPU must be avx2 or portable, got $(CPU))))
 
-.PHONY: demo train test compiled engines lint bench wheel sanitize clean
+.PHONY: demo train test test-all compiled engines lint bench wheel sanitize clean
 
 demo: $(READY)
 	$(CAPS) $(PY) -m examples.demo $(ARGS)
@@ -42,6 +43,9 @@ train: $(READY)
 # One thread a worker, or the workers' torch threads fight over the cores.
 PYTEST = -m pytest -n $(WORKERS) --dist worksteal --timeout 300 -p no:benchmark
 test: $(READY)
+	$(CAPS) OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(PY) $(PYTEST) -m "not slow" tests $(ARGS)
+
+test-all: $(READY)
 	$(CAPS) OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(PY) $(PYTEST) tests $(ARGS)
 
 # On a machine of our own for a GPU's instructions, tests/ptx. Left out: what is about the interpreter or

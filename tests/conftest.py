@@ -16,6 +16,7 @@ elif not torch.cuda.is_available():
 
 import pytest
 import torch.distributed as dist
+from pairs import mark_the_rest_slow
 
 from tropd_kernels import native
 
@@ -46,8 +47,10 @@ def _seeded():
     torch.manual_seed(0)
 
 
+@pytest.hookimpl(tryfirst=True)  # before -m selects
 def pytest_collection_modifyitems(items):
     """Where csrc/ is not built, for want of a compiler, the suites run over the other backends."""
+    mark_the_rest_slow(items)
     if native.WHY_NOT is None:
         return
     for item in items:

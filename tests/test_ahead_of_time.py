@@ -136,7 +136,13 @@ def faults(figures):
             yield f"16-byte loads bring {wide} of a tile's {f['tile_bits']} bits: {f['loads']}"
 
 
-@pytest.mark.parametrize(("targets", "cases"), LOTS.values(), ids=LOTS.keys())
+@pytest.mark.parametrize(
+    ("targets", "cases"),
+    [
+        pytest.param(*lot, id=name, marks=[] if name == "sm_90" else pytest.mark.slow)
+        for name, lot in LOTS.items()
+    ],
+)
 def test_kernels_compile_and_fit(targets, cases):
     figures = compile_for(targets, cases)
     found = [
@@ -180,6 +186,7 @@ def hot_loop(figures):
     return walking and walking[-2 if figures["kernel"] == "dense_sums_kernel" else 0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("target", ["cuda:80", "cuda:90", "cuda:100"])
 def test_rows_cost_few_instructions(target):
     """tl.exp at six instructions, or a guard around each product of a sum. Nor do loops spill."""

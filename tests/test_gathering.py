@@ -22,7 +22,6 @@ from tropd_kernels import HiddenTeacher, TrOPD, linear_distillation_loss
 from tropd_kernels.gathering import gathered
 
 STEPS, ROWS, LENGTH, VOCAB = 20, 4, 9, 67
-pytestmark = pytest.mark.slow
 
 
 def model(seed: int, tied: bool = False, width: int = 16):
@@ -121,6 +120,7 @@ def process(rank: int, folder: str, kind: str) -> None:
     torch.distributed.destroy_process_group()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["ddp", "fsdp2", "fsdp2, tied"])
 def test_two_processes_are_one(tmp_path, kind):
     mp.spawn(process, (str(tmp_path), kind), nprocs=2)

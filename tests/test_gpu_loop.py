@@ -304,6 +304,7 @@ def test_d_hidden_that_is_not_whole_or_not_in_place_is_rounded_later(monkeypatch
 # --- rows that are padded ------------------------------------------------------------------------
 
 
+@pytest.mark.pairs
 @pytest.mark.parametrize("backend", ["torch", "triton"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("objective", ["tropd", "gkd", "sampled"])

@@ -105,6 +105,7 @@ class ResidentPeak:
             return int(f.read().split()[1]) * 4096
 
 
+@pytest.mark.pairs
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("frozen", [False, True])
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -153,6 +154,7 @@ def test_workspace_is_what_the_plan_says(dtype, frozen, backend, tokens, h, devi
     assert used >= 0.5 * plan.workspace_bytes, f"{used / 1e6:.0f} MB\n{plan}"
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not native.BF16_PRODUCTS, reason="this CPU's bf16 products are torch's")
 def test_d_weight_is_rounded_into_the_room_of_the_logits():
     """The accumulator is there until the end, beside the gradient that is returned."""

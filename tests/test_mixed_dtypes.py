@@ -50,6 +50,7 @@ def run(problem, hidden_dtype, weight_dtype, kind, backend, cast=False, factor=1
     return loss.detach(), hidden.grad, weight.grad
 
 
+@pytest.mark.pairs
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("kind", ["mean", "none", "log_probs"])
 @pytest.mark.parametrize("pair", PAIRS)

@@ -36,6 +36,7 @@ def test_no_tensor_of_tokens_times_vocabulary(selects, monkeypatch):
     assert seen.elements <= tokens * v / 16
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(
     "options", [TOLERANCE | {"gradient_tolerance": 0.01}, SAMPLING | {"gradient_sampling": 0.45}]
