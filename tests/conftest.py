@@ -66,9 +66,10 @@ def use_threads():
     torch.set_num_threads(before)
 
 
-def pytest_collection_finish():
-    """What the imports made stays: no garbage collection of the tests has to look through it, which
-    takes longer than most of them. Every end of a training collects."""
+@pytest.fixture(scope="module", autouse=True)
+def _imports_stay():
+    """What is there before a file's tests, imports above all, stays: no garbage collection of theirs
+    looks through it. Every end of a training collects, and that took longer than the training."""
     gc.collect()
     gc.freeze()
 
