@@ -68,8 +68,8 @@ def use_threads():
 
 @pytest.fixture(scope="module", autouse=True)
 def _imports_stay():
-    """What is there before a file's tests, imports above all, stays: no garbage collection of theirs
-    looks through it. Every end of a training collects, and that took longer than the training."""
+    """What is there before a file's tests, imports above all, is left out of their garbage
+    collections. Every end of a training makes one, which took longer than the training."""
     gc.collect()
     gc.freeze()
 

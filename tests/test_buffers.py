@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 from problems import OBJECTIVES, make_problem
-from torch.utils._python_dispatch import TorchDispatchMode
+from watching import Made
 
 from tropd_kernels import (
     HiddenTeacher,
@@ -204,20 +204,6 @@ def test_a_graph_that_is_kept_gives_the_same_gradient_twice(factor):
     last = torch.autograd.grad(loss, leaves, incoming)
     for a, b, c in zip(kept, second, last, strict=True):
         assert torch.equal(a, b) and torch.equal(a, c)
-
-
-class Made(TorchDispatchMode):
-    """Operators that have given a tensor of this shape."""
-
-    def __init__(self, shape):
-        super().__init__()
-        self.shape, self.operators = shape, []
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        result = function(*args, **(kwargs or {}))
-        if isinstance(result, torch.Tensor) and result.shape == self.shape:
-            self.operators.append(str(function))
-        return result
 
 
 @pytest.mark.parametrize(("factor", "allowed"), [(1.0, set()), (0.5, {"aten.mul_.Tensor"})])

@@ -1,9 +1,6 @@
 """What the plan promises: no (tokens, V) tensor, its own figure of the workspace, and results that
 do not depend on the chunks."""
 
-import gc
-import threading
-import time
 from types import SimpleNamespace
 
 import pytest
@@ -11,6 +8,7 @@ import torch
 from flat import BOTH, flat_problem
 from problems import OBJECTIVES, make_problem, relative_error
 from torch.utils._python_dispatch import TorchDispatchMode
+from watching import LargestTensor, ResidentPeak
 
 from tropd_kernels import (
     GKD,
@@ -34,19 +32,6 @@ from tropd_kernels.rows.layout import Coef, LogitTransform, RowBatch, RowOptions
 from tropd_kernels.rows.sharded_search import head_threshold
 
 BACKENDS = ("torch", "native", "triton")
-
-
-class LargestTensor(TorchDispatchMode):
-    """Counts the elements of the largest tensor that any operation returns."""
-
-    elements = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        result = func(*args, **(kwargs or {}))
-        for tensor in torch.utils._pytree.tree_leaves(result):
-            if isinstance(tensor, torch.Tensor):
-                self.elements = max(self.elements, tensor.untyped_storage().nbytes() // 4)
-        return result
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -76,33 +61,6 @@ def test_the_hook_sees_an_eager_loss():
     with LargestTensor() as seen:
         (torch.randn(64, 4) @ torch.randn(4, 300)).log_softmax(-1)
     assert seen.elements >= 64 * 300
-
-
-class ResidentPeak:
-    """Highest resident memory of this process while it is open, over the memory at its start."""
-
-    def __enter__(self):
-        gc.collect()
-        self.open, self.highest = True, 0
-        self.start = self.now()
-        self.thread = threading.Thread(target=self.watch)
-        self.thread.start()
-        return self
-
-    def __exit__(self, *_):
-        self.open = False
-        self.thread.join()
-        self.delta = self.highest - self.start
-
-    def watch(self):
-        while self.open:
-            self.highest = max(self.highest, self.now())
-            time.sleep(0.0005)
-
-    @staticmethod
-    def now() -> int:
-        with open("/proc/self/statm") as f:
-            return int(f.read().split()[1]) * 4096
 
 
 @pytest.mark.pairs

@@ -10,8 +10,8 @@ import torch.distributed as dist
 from flat import BOTH, flat_problem
 from fuzz_native import same_bits
 from problems import OBJECTIVES, make_problem, relative_error
-from test_buffers import Made
 from test_native_products import multiplier  # noqa: F401
+from watching import Made
 
 from tropd_kernels import buffers, native, plan_chunks
 from tropd_kernels.loss import plan as chunking

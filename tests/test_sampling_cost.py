@@ -9,7 +9,7 @@ from gradient_samples import (
     one_thread,  # noqa: F401
 )
 from problems import make_problem
-from test_memory import LargestTensor, ResidentPeak
+from watching import LargestTensor, ResidentPeak
 
 from tropd_kernels import GKD, HiddenTeacher, buffers, linear_distillation_loss, native, plan_chunks
 from tropd_kernels.loss import plan as chunking
