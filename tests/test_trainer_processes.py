@@ -11,7 +11,7 @@ import tiny
 from engines import ENGINES, on_two_processes
 from training import RATE, by_hand, make, rewards_by_hand
 
-pytestmark = [pytest.mark.filterwarnings("ignore::FutureWarning"), pytest.mark.slow]
+pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
 
 
 _ONE_STEP = """
@@ -31,7 +31,10 @@ torch.save((trainer.batches, parameters, trainer.losses, log), f"{sys.argv[1]}/{
 """
 
 
-@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize(
+    "engine",
+    [pytest.param(each, marks=pytest.mark.slow) if each == "fsdp2" else each for each in ENGINES],
+)
 def test_two_processes_are_the_large_batch(tmp_path, engine):
     """Tokens are counted, draws keyed and metrics summed over both."""
     saved = on_two_processes(_ONE_STEP, tmp_path, engine)
@@ -71,6 +74,7 @@ EVALUATION = dict(per_device_eval_batch_size=2, objective="reverse_kl",
                   generation_kwargs={"do_sample": False})  # fmt: skip
 
 
+@pytest.mark.slow
 def test_an_evaluation_on_two_processes(tmp_path):
     """Seven rows are four and three: the eighth, which accelerate repeats, does not count."""
     both = on_two_processes(_EVALUATION, tmp_path, "ddp")
@@ -98,6 +102,7 @@ torch.save((trainer.losses, prompts), f"{folder}/{rank}.pt")
 """
 
 
+@pytest.mark.slow
 def test_resume_in_the_second_epoch(tmp_path):
     """An epoch is four steps of two rows; what accelerate wraps around the sampler of a resumed run
     hides it from `set_epoch`."""
@@ -131,6 +136,7 @@ CURVE = dict(
 )  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("engine", ENGINES)
 def test_curve_of_two_processes(tmp_path, engine):
     """Fixed completions, so that nobody samples: twenty steps, two rows each on two processes, and

@@ -14,7 +14,7 @@ from training import make
 
 from tropd_kernels.trainer.sharding import weights_are_finite
 
-pytestmark = [pytest.mark.filterwarnings("ignore::FutureWarning"), pytest.mark.slow]
+pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
 SHARDED = ENGINES[1:]
 
 _SAVE = """
@@ -34,6 +34,7 @@ torch.save((trainer.losses, whole_parameters(trainer.model)), f"{folder}/{rank}.
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("engine", SHARDED)
 def test_checkpoints(tmp_path, engine):
     """A sharded run goes on from its checkpoint, in the middle of a generation batch, as if it had
@@ -101,6 +102,7 @@ def student(folder, kind: str, **settings):
     return make(folder, student=model, **settings)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("engine", SHARDED)
 def test_students(tmp_path, engine):
     """The same losses and weights as under DDP, where nothing is sharded."""
@@ -162,6 +164,7 @@ except FloatingPointError as error:
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("engine", SHARDED)
 def test_a_spoilt_shard_stops_every_process(tmp_path, engine):
     for rank, (message, looks) in enumerate(on_two_processes(_DIVERGED, tmp_path, engine)):
@@ -191,6 +194,7 @@ except NotImplementedError as error:
 """
 
 
+@pytest.mark.slow
 def test_the_first_fsdp_is_refused(tmp_path):
     for message in on_two_processes(_REFUSED, tmp_path, "fsdp1"):
         assert message.startswith("FSDP: ") and "set fsdp_version to 2" in message
