@@ -2,7 +2,9 @@
 two values that occur together at all occur together.
 
 A mistake rarely takes three things at once: an objective, a teacher's form and a backend. Of a test
-that is marked `pairs`, `make test` runs these few and `make test-all` every combination.
+that is marked `pairs`, `make test` runs these few and `make test-all` every combination. Where
+three do go together, the mark is given a function of the parameters: what it returns is one more of
+them, and occurs with every value of the others.
 """
 
 from __future__ import annotations
@@ -27,12 +29,13 @@ def covering(every: Iterable[Sequence[Hashable]]) -> list[int]:
 
 
 def values(item: pytest.Function) -> list[Hashable]:
-    """Of a test's parameters; the position of one that cannot be hashed."""
-    call = item.callspec
-    return [
+    """Of a test's parameters, the position of one that cannot be hashed; and what the mark adds."""
+    call, mark = item.callspec, item.get_closest_marker("pairs")
+    plain = [
         value if isinstance(value, Hashable) else call.indices[name]
         for name, value in call.params.items()
     ]
+    return plain + [more(**call.params) for more in mark.kwargs.values()]
 
 
 def mark_the_rest_slow(items: Iterable[pytest.Function]) -> None:

@@ -35,27 +35,42 @@ def test_nothing_to_choose_from():
 class Item:
     """A test with these parameters, as pytest collects it."""
 
-    def __init__(self, name, marked, **parameters):
-        self.path, self.originalname, self.marked, self.added = "file", name, marked, []
+    def __init__(self, name, mark, **parameters):
+        self.path, self.originalname, self.mark, self.added = "file", name, mark, []
         indices = {name: sum(value) for name, value in parameters.items() if name == "unhashable"}
         self.callspec = SimpleNamespace(params=parameters, indices=indices)
 
     def get_closest_marker(self, name):
-        return self.marked and name == "pairs"
+        return self.mark if name == "pairs" else None
 
     def add_marker(self, mark):
         self.added.append(mark.name)
 
 
 def test_the_others_of_a_marked_test_are_slow():
-    def items(name, marked):
+    def items(name, mark):
         return [
-            Item(name, marked, text=text, number=number, unhashable=unhashable)
+            Item(name, mark, text=text, number=number, unhashable=unhashable)
             for text, number, unhashable in product("ab", (1, 2), ([3], [4]))
         ]
 
-    first, second, plain = items("first", True), items("second", True), items("plain", False)
+    pairs = pytest.mark.pairs.mark
+    first, second, plain = items("first", pairs), items("second", pairs), items("plain", None)
     mark_the_rest_slow([*first, *plain, *second])
     for every in (first, second):
         assert sorted(item.added for item in every) == [[]] * 4 + [["slow"]] * 4
     assert not any(item.added for item in plain)
+
+
+def test_what_the_mark_adds_occurs_with_every_value():
+    def together(text, number, backend):
+        return (text, number) if text == "a" else text
+
+    mark = pytest.mark.pairs(together=together).mark
+    every = [
+        Item("first", mark, text=text, number=number, backend=backend)
+        for text, number, backend in product("abc", (1, 2), "xyz")
+    ]
+    mark_the_rest_slow(every)
+    quick = {tuple(item.callspec.params.values()) for item in every if not item.added}
+    assert quick >= set(product("a", (1, 2), "xyz")) and len(quick) < len(every)
