@@ -62,7 +62,7 @@ NEEDED   = deepspeed==0.19.8 hjson msgpack py-cpuinfo einops verl==0.9.1 tensord
            hydra-core omegaconf antlr4-python3-runtime==4.9.3 codetiming cloudpickle orjson pyvers pylatexenc \
            torchdata==0.11.0 protobuf cachetools jsonschema jsonschema-specifications referencing rpds-py attrs
 engines: $(ENGINES)/.ready
-	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(ENGINES)/bin/python $(PYTEST) tests/test_verl*.py tests/test_trainer_processes.py tests/test_trainer_sharded.py -k 'verl or zero3' $(ARGS)
+	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(ENGINES)/bin/python $(PYTEST) tests/test_verl*.py tests/trainer/test_trainer_processes.py tests/trainer/test_trainer_sharded.py -k 'verl or zero3' $(ARGS)
 
 $(ENGINES)/.ready: $(READY)
 	$(PY) -m venv --without-pip $(ENGINES)
@@ -99,8 +99,8 @@ sanitize: $(READY)
 	asan=$$(library libclang_rt.asan-$$(uname -m).so) && { test -f "$$asan" || asan=$$(library libasan.so); } && \
 	export LD_PRELOAD="$$asan $$(library libstdc++.so.6)" ASAN_OPTIONS=detect_leaks=0 && \
 	export TROPD_SANITIZE=1 PYTHONPATH=$(CURDIR)/$(SANITIZE) OMP_NUM_THREADS=1 && \
-	$(CURDIR)/$(PY) -m pytest tests/test_native.py tests/test_native_arguments.py tests/test_native_products.py tests/test_native_d_weight.py -q --capture=sys -p no:cacheprovider $(ARGS) && \
-	$(CURDIR)/$(PY) tests/fuzz_native.py --seconds 20
+	$(CURDIR)/$(PY) -m pytest tests/native/test_native.py tests/native/test_native_arguments.py tests/native/test_native_products.py tests/native/test_native_d_weight.py -q --capture=sys -p no:cacheprovider $(ARGS) && \
+	$(CURDIR)/$(PY) tests/helpers/fuzz_native.py --seconds 20
 
 clean:
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks

@@ -22,7 +22,7 @@ between them the Jensen-Shannon divergence). A cross-entropy per token is minus 
 serves OPD with a sampled teacher too; QuACK gives only its mean or sum. Where a baseline knows no
 tokens that are to be ignored they are taken out before it, within the time that is measured.
 
-`tests/test_bench.py` shows in float32 that losses and gradients agree with ours.
+`tests/tools/test_bench.py` shows in float32 that losses and gradients agree with ours.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """README's figures, generated from the stored results between two marks.
 
 Every file of `benchmarks/results` that holds rows of this table becomes a table of its own, under
-the command, commit, machine and versions that it was measured with. `tests/test_bench.py` fails
-where README and results differ; `tropd bench --readme` renews it.
+the command, commit, machine and versions that it was measured with. `tests/tools/test_bench.py`
+fails where README and results differ; `tropd bench --readme` renews it.
 """
 
 from __future__ import annotations

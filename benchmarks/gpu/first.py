@@ -59,7 +59,7 @@ TINY = Sizes(
     tokens=96, shapes=("small",), repeats=1, gemms=("--tiny",),
     rows=("--tokens", "16", "--vocab-size", "512", "--repeats", "1"),
     chunks=("--tokens", "160", "--repeats", "1", "--rows", "128", "--super-rows", "256"),
-    tests=("tests/test_draws.py",), smoke=("--tiny",),
+    tests=("tests/public/test_draws.py",), smoke=("--tiny",),
 )  # fmt: skip
 
 

@@ -2,7 +2,7 @@
 
     python -m benchmarks.gpu.suite
     python -m benchmarks.gpu.suite --passed OUT/results.jsonl     without what passed there
-    python -m benchmarks.gpu.suite "tests/test_x.py::test_y[triton]"    only this one
+    python -m benchmarks.gpu.suite "tests/rows/test_x.py::test_y[triton]"    only this one
 
 Kernels compile on the processor, so that several workers keep one GPU busy, where pytest-xdist is
 there to run them.
@@ -22,13 +22,14 @@ import pytest
 PASSED = "TROPD_PASSED"
 #: By what is most worth knowing first.
 SUITES = (
-    "tests/test_correctness.py", "tests/test_triton_rows.py", "tests/test_numbers.py",
-    "tests/test_rows_and_ids.py", "tests/test_gradients.py",
-    "tests/test_triton_scaling.py",
-    "tests/test_infinities.py", "tests/test_memory.py", "tests/test_compile.py",
-    "tests/test_agreement.py", "tests/test_autograd.py", "tests/test_draws.py",
-    "tests/test_autocast.py", "tests/test_sampling_gradients.py", "tests/test_sampling_corners.py",
-    "tests/test_selection.py",
+    "tests/objectives/test_correctness.py", "tests/rows/test_triton_rows.py",
+    "tests/objectives/test_numbers.py", "tests/rows/test_rows_and_ids.py",
+    "tests/objectives/test_gradients.py", "tests/loss/test_triton_scaling.py",
+    "tests/objectives/test_infinities.py", "tests/loss/test_memory.py",
+    "tests/loss/test_compile.py", "tests/objectives/test_agreement.py",
+    "tests/loss/test_autograd.py", "tests/public/test_draws.py", "tests/loss/test_autocast.py",
+    "tests/loss/test_sampling_gradients.py", "tests/loss/test_sampling_corners.py",
+    "tests/loss/test_selection.py",
 )  # fmt: skip
 QUIET = ("-q", "--no-header", "-p", "no:cacheprovider", "-p", "no:benchmark", "-p",
          "benchmarks.gpu.plugin")  # fmt: skip

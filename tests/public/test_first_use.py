@@ -10,7 +10,7 @@ import pytest
 
 from tropd_kernels import native, public
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def run(code: str, **environment: str) -> subprocess.CompletedProcess:

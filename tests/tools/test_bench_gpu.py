@@ -238,7 +238,7 @@ from test_bench_gpu import python, runner_in
 slow = "import os, time; {EMIT}; records.emit(pid=os.getpid()); time.sleep(600)"
 runner_in(Path({str(tmp_path)!r})).run([python("first", {EMIT!r}), python("slow", slow)], None)
 """
-    where = os.pathsep.join([str(command.ROOT), str(command.ROOT / "tests")])
+    where = os.pathsep.join([str(command.ROOT), str(command.ROOT / "tests" / "tools")])
     process = subprocess.Popen(
         [sys.executable, "-c", code], env=os.environ | {"PYTHONPATH": where}, cwd=command.ROOT
     )

@@ -17,7 +17,7 @@ from tropd_kernels import Divergence, LogitsTeacher, TokenRule, distillation_los
 from tropd_kernels.backends import available_backends
 from tropd_kernels.objectives import DIVERGENCES, DivergenceSpec
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 BACKENDS = ("reference", "torch", "native", "triton")
 
 
@@ -67,7 +67,7 @@ def test_a_fixed_sum_of_the_exact_divergences_needs_its_weights_alone(monkeypatc
 def compile_generator(kind: str) -> subprocess.CompletedProcess:
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     return subprocess.run(
-        [sys.executable, Path(__file__).with_name("compile_generator.py"), kind],
+        [sys.executable, Path(__file__).parents[1] / "helpers" / "compile_generator.py", kind],
         cwd=ROOT, env=environment | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True,
     )  # fmt: skip
 

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 import tropd_kernels
 
-GUIDE = (Path(__file__).parent.parent / "docs" / "migrating.md").read_text()
+GUIDE = (Path(__file__).parents[2] / "docs" / "migrating.md").read_text()
 B, T, V, H, G, K = 2, 7, 61, 8, 12, 5
 EXAMPLE = re.compile(r"```python\n(.*?)```", re.DOTALL)
 PAIRS = {

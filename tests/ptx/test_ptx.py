@@ -3,6 +3,7 @@ refuses. `make compiled` runs the kernels themselves on it."""
 
 import numpy as np
 import pytest
+
 from ptx import PtxError
 from ptx.kernel import Kernel
 

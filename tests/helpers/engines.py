@@ -18,7 +18,9 @@ from pathlib import Path
 import pytest
 import torch
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
+#: Where the processes find the package, the helpers and the test's own module.
+IMPORTED = (ROOT, ROOT / "tests" / "helpers", ROOT / "tests" / "trainer")
 ENGINES = [
     "ddp",
     "fsdp2",
@@ -73,7 +75,7 @@ def on_two_processes(code: str, folder: Path, engine: str, *arguments: str) -> l
         [sys.executable, "-m", "accelerate.commands.launch", *launch_flags(engine),
          "--num_processes=2", "--num_machines=1", "--mixed_precision=no", "--dynamo_backend=no",
          "--main_process_port=0", str(folder / "process.py"), str(folder), engine, *arguments],
-        env={**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}",
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(map(str, IMPORTED)),
              "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"},
         cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
         start_new_session=True,

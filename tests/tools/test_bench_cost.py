@@ -23,7 +23,7 @@ from benchmarks.bench.problem import Problem
 from benchmarks.bench.providers import PROVIDERS, Provider
 from benchmarks.bench.results import read
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 SIZES = ["--vocab-size", "96", "--hidden-size", "16", "--teacher-hidden-size", "24"]
 
 

@@ -62,7 +62,7 @@ def compile_for(targets, cases):
     chosen = [word for target in targets for word in ("--target", target)]
     done = subprocess.run(
         [sys.executable, "-m", "benchmarks.cubins", "--json", *chosen, *cases],
-        cwd=Path(__file__).parents[1], env=environment, capture_output=True, text=True,
+        cwd=Path(__file__).parents[2], env=environment, capture_output=True, text=True,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)

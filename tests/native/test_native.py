@@ -45,8 +45,8 @@ def test_amx_is_emulated_under_sanitizers_alone():
 
 def test_random_calls_touch_nothing_but_their_tensors():
     """On memory between pages that nobody may touch, where one stray read ends the process."""
-    program = Path(__file__).with_name("fuzz_native.py")
-    path = os.pathsep.join([str(program.parents[1]), os.environ.get("PYTHONPATH", "")])
+    program = Path(__file__).parents[1] / "helpers" / "fuzz_native.py"
+    path = os.pathsep.join([str(program.parents[2]), os.environ.get("PYTHONPATH", "")])
     run = subprocess.run(
         [sys.executable, program, "--seconds", "3", "--seed", "1"],
         env=os.environ | {"PYTHONPATH": path}, capture_output=True, text=True, timeout=120,

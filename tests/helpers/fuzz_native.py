@@ -1,6 +1,6 @@
 """Calls the native operators with random arguments, right and wrong, for a while.
 
-    python tests/fuzz_native.py --seconds 20 --seed 0
+    python tests/helpers/fuzz_native.py --seconds 20 --seed 0
 
 Half of the tensors end or begin at a page that nobody may touch; the others lie in torch's memory,
 where the sanitizers of `make sanitize` look. After each call:

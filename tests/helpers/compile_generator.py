@@ -1,6 +1,6 @@
 """Prints the intermediate code of one of Triton's generators, compiled for a GPU that is not here.
 
-python tests/compile_generator.py todi
+python tests/helpers/compile_generator.py todi
 """
 
 import sys

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 
 # Compiles only with the flags of a wheel that runs elsewhere: with libtorch's stable ABI, with
 # Python's limited API, and with infinities that are infinities.
