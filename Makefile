@@ -62,7 +62,7 @@ NEEDED   = deepspeed==0.19.8 hjson msgpack py-cpuinfo einops verl==0.9.1 tensord
            hydra-core omegaconf antlr4-python3-runtime==4.9.3 codetiming cloudpickle orjson pyvers pylatexenc \
            torchdata==0.11.0 protobuf cachetools jsonschema jsonschema-specifications referencing rpds-py attrs
 engines: $(ENGINES)/.ready
-	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(ENGINES)/bin/python $(PYTEST) tests/test_verl*.py tests/trainer/test_trainer_processes.py tests/trainer/test_trainer_sharded.py -k 'verl or zero3' $(ARGS)
+	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(ENGINES)/bin/python $(PYTEST) tests/integrations tests/trainer/test_trainer_processes.py tests/trainer/test_trainer_sharded.py -k 'verl or zero3' $(ARGS)
 
 $(ENGINES)/.ready: $(READY)
 	$(PY) -m venv --without-pip $(ENGINES)
