@@ -5,7 +5,7 @@ Each raises ValueError that begins with the key. Some store the value in the for
 
 from collections.abc import Sequence
 from numbers import Integral, Real
-from typing import TYPE_CHECKING, Any, get_args, get_type_hints
+from typing import Any, get_args, get_type_hints
 
 from ..arguments import check_sampling
 from ..objectives.registry import OBJECTIVES, build_rule, check_knobs, check_objective
@@ -15,9 +15,8 @@ from .generation_keys import check_generation_keys
 from .prefix import SCHEDULES
 from .signals import check_served
 
-if TYPE_CHECKING:
-    from .config import TrOPDConfig
-
+#: A TrOPDConfig, whose file imports this one.
+Config = Any
 #: The paper's `prefix_weight`.
 PREFIX_WEIGHT = 0.001
 #: For each annotation the type that a field takes, and its name in errors.
@@ -30,7 +29,7 @@ TYPES: dict[type, tuple[type, str]] = {
 }
 
 
-def check_numbers(config: "TrOPDConfig") -> None:
+def check_numbers(config: Config) -> None:
     """Checks numbers of TRL and transformers, whose own errors do not name the key."""
     for key in ("gradient_accumulation_steps", "per_device_train_batch_size",
                 "per_device_eval_batch_size"):  # fmt: skip
@@ -50,7 +49,7 @@ def check_numbers(config: "TrOPDConfig") -> None:
         raise ValueError(f"max_completion_length: must be at least 1 token, got {limit!r}")
 
 
-def check_trainer(config: "TrOPDConfig") -> None:
+def check_trainer(config: Config) -> None:
     """Refuses settings that TRL's trainer accepts, but ignores or handles wrongly."""
     if config.generation_kwargs is not None:
         _check_generation(config, dict(config.generation_kwargs))  # type: ignore[arg-type]
@@ -73,7 +72,7 @@ def check_trainer(config: "TrOPDConfig") -> None:
         _within("router_aux_loss_coef", config.router_aux_loss_coef, 0.0, 1e9)
 
 
-def _check_generation(config: "TrOPDConfig", given: dict[str, Any]) -> None:
+def _check_generation(config: Config, given: dict[str, Any]) -> None:
     check_generation_keys(given, config.use_vllm)
     hints = get_type_hints(type(config))
     if given.get("top_k", 0) is None or (config.use_vllm and given.get("top_k") == -1):
@@ -85,7 +84,7 @@ def _check_generation(config: "TrOPDConfig", given: dict[str, Any]) -> None:
     config.generation_kwargs = given
 
 
-def check_objective_keys(config: "TrOPDConfig") -> None:
+def check_objective_keys(config: Config) -> None:
     check_objective(config.objective)
     arguments: Any = config.objective_kwargs or {}
     for own in ("beta", "prefix_weight"):
@@ -111,7 +110,7 @@ def check_objective_keys(config: "TrOPDConfig") -> None:
         raise ValueError(f"objective_kwargs: {config.objective}: {error}") from error
 
 
-def check_prefix(config: "TrOPDConfig") -> None:
+def check_prefix(config: Config) -> None:
     if config.prefix_schedule not in SCHEDULES:
         raise ValueError(
             f"prefix_schedule: must be one of {', '.join(SCHEDULES)}; got "
@@ -135,7 +134,7 @@ def check_prefix(config: "TrOPDConfig") -> None:
         _at_least("max_workspace_bytes", config.max_workspace_bytes, 1)
 
 
-def check_sample(config: "TrOPDConfig") -> None:
+def check_sample(config: Config) -> None:
     try:
         check_sampling(
             config.gradient_tolerance, config.gradient_sampling, "mean", config.backend, config.seed
@@ -147,7 +146,7 @@ def check_sample(config: "TrOPDConfig") -> None:
         raise ValueError(f"{key}: {str(error).removeprefix(f'{key} ')}") from error
 
 
-def check_teacher(config: "TrOPDConfig") -> None:
+def check_teacher(config: Config) -> None:
     source = "teacher_model_server_url" if config.teacher_model_server_url else None
     if config.precomputed_teacher:
         if source:
@@ -181,7 +180,7 @@ def check_teacher(config: "TrOPDConfig") -> None:
     _within("teacher_server_timeout", config.teacher_server_timeout, 1e-3, 1e9)
 
 
-def check_credit(config: "TrOPDConfig") -> None:
+def check_credit(config: Config) -> None:
     _within("lmbda", config.lmbda, 0.0, 1.0)
     _at_least("num_iterations", config.num_iterations, 1)
     _at_least("drift_block_size", config.drift_block_size, 1)
