@@ -16,6 +16,7 @@ only the first call with the same shapes and options makes it.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import fields
 from hashlib import blake2b
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
@@ -122,9 +123,13 @@ def _first_rows(problem: Problem) -> list[Tensor]:
 def _facts(problem: Problem, reduction: str) -> Facts:
     """The same list of arguments on every rank, whatever they are."""
     student, teacher, options = problem.student, problem.teacher, problem.options
-    budget = repr(options.max_workspace_bytes)
+    named = {f.name: repr(getattr(options, f.name)) for f in fields(options)}
+    named["objective"] = named.pop("rule")
+    del named["sampling"]  # its numbers and its seed follow
+    named |= dict(zip(NUMBERS, map(repr, numbers_of(problem)), strict=True))
     if options.max_workspace_bytes is not None and engine_for(options.backend).native_products:
-        budget += f" with {torch.get_num_threads()} threads"  # whose room the plan counts
+        threads = torch.get_num_threads()  # whose memory the plan counts
+        named["max_workspace_bytes"] += f" with {threads} threads"
 
     def kind(tensor: Tensor | None) -> str:
         return "none" if tensor is None else f"{tensor.dtype}"
@@ -157,12 +162,8 @@ def _facts(problem: Problem, reduction: str) -> Facts:
         ("the teacher's logits", kind(t_logits), None),
         ("the teacher", f"{rows} rows", None),
         ("the teacher's bias", kind(t_bias), None),
-        ("objective", repr(options.rule), None),
-        *[(name, repr(value), None) for name, value in zip(NUMBERS, numbers_of(problem))],
-        ("ignore_index", repr(options.ignore_index), None),
+        *[(name, words, None) for name, words in named.items()],
         ("reduction", repr(reduction), None),
-        ("backend", repr(options.backend), None),
-        ("max_workspace_bytes", budget, None),
         values("labels", problem.labels),
         *[
             values(PUBLIC.get(name, name), tensor)

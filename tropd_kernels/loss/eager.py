@@ -127,10 +127,10 @@ def _teacher(
 ) -> reference.ReferenceTeacher | None:
     if problem.teacher is not None:
         return reference.dense_teacher(_logits(problem.teacher, problem, tokens), labels)
-    if inputs.ids is not None:
-        entropy = inputs.teacher_entropy
-        return reference.top_k_teacher(*inputs.top_k(), entropy, problem.vocab_size)
     known = inputs.label_log_probs
-    if known is not None:
+    if known is None:
+        return None
+    if inputs.ids is None:
         return reference.sampled_teacher(known)
-    return None
+    entropy = inputs.teacher_entropy
+    return reference.top_k_teacher(*inputs.topk, known, entropy, problem.vocab_size)

@@ -42,6 +42,8 @@ CALL = (
     "Tensor student, Tensor? weight, Tensor? bias, Tensor?[] tensors, bool[] needs, str rule, "
     "float[] numbers, str backend, SymInt? ignore_index, SymInt? max_workspace_bytes"
 )
+#: Places in `tensors`.
+LABELS, LOSS_SCALE, SEED = 0, 1, 5
 #: Outputs of `distill` before the gradients.
 LOSS, TOKEN_LOSS, STATS, COEFS = range(4)
 
@@ -132,7 +134,7 @@ def distill(*call):
 
 @distill.register_fake
 def _distill_fake(student, weight, bias, tensors, needs, *_):
-    labels, seed = tensors[0], tensors[5]
+    labels, seed = tensors[LABELS], tensors[SEED]
     dtype, n = result_dtype(student.dtype), labels.shape[0]
     grads = GradNeeds(*needs[:4])
     samples = (grads.hidden or grads.weight) and seed is not None
@@ -218,7 +220,7 @@ def _backward(ctx, d_loss, d_token_loss, d_stats, *_):
 def _recomputed(ctx, saved, *incoming: Tensor | None) -> list[Tensor | None]:
     coefs, student, weight, bias, *tensors = saved
     grads = list(ctx.needs_input_grad[:3])
-    coefs = autograd.scale_coefs(coefs, tensors[1], *incoming)
+    coefs = autograd.scale_coefs(coefs, tensors[LOSS_SCALE], *incoming)
     made = distill_backward(
         coefs, grads, student, weight, bias, tensors, ctx.needs, *ctx.settings
     )  # fmt: skip

@@ -74,16 +74,15 @@ def repeats(ids: Tensor, log_probs: Tensor, vocab_size: int) -> Tensor:
 
 def repeated(problem: Problem) -> Tensor:
     """(N,): tokens of which a top-k teacher gives an id twice."""
-    ids, log_probs, _ = problem.inputs.top_k()
-    return repeats(ids, log_probs, problem.vocab_size).any(-1)
+    return repeats(*problem.inputs.topk, problem.vocab_size).any(-1)
 
 
 def with_repeats_marked(problem: Problem) -> Problem:
     """The problem, with NaN for the teacher's log-prob in rows with a repeated id, where that
     cannot raise."""
-    if problem.inputs.ids is None or may_look(problem):
+    known = problem.inputs.label_log_probs
+    if problem.inputs.ids is None or known is None or may_look(problem):
         return problem
-    *_, known = problem.inputs.top_k()
     marked = known.masked_fill(repeated(problem), torch.nan)
     return replace(problem, inputs=replace(problem.inputs, label_log_probs=marked))
 
@@ -91,7 +90,7 @@ def with_repeats_marked(problem: Problem) -> Problem:
 def _raise_repeated(problem: Problem, counts: Tensor) -> None:
     """For a token that counts (N,)."""
     token = int((repeated(problem) & counts).nonzero()[0])
-    ids, log_probs, _ = (t[[token]] for t in problem.inputs.top_k())
+    ids, log_probs = (t[[token]] for t in problem.inputs.topk)
     same = repeats(ids, log_probs, problem.vocab_size)
     usable = torch.where(log_probs != -torch.inf, ids, -1)
     twice = next(int(i) for i in usable[0] if (usable[0] == i).sum() > 1)
@@ -109,7 +108,7 @@ def _given_log_probs(problem: Problem, counts: Tensor) -> dict[str, Tensor]:
     if inputs.label_log_probs is not None:
         found["label_log_probs"] = torch.where(counts, inputs.label_log_probs, -torch.inf)
     if inputs.ids is not None:
-        ids, log_probs, _ = inputs.top_k()
+        ids, log_probs = inputs.topk
         valid = (ids >= 0) & (ids < problem.vocab_size) & counts[:, None]
         found["topk_log_probs"] = torch.where(valid, log_probs, -torch.inf)
     return found

@@ -102,12 +102,11 @@ class TokenInputs:
     label_log_probs: Tensor | None = None
     teacher_entropy: Tensor | None = None
 
-    def top_k(self) -> tuple[Tensor, Tensor, Tensor]:
-        """What a top-k teacher gave: ids, their log-probs, and those of the labels."""
-        assert self.ids is not None
-        assert self.topk_log_probs is not None
-        assert self.label_log_probs is not None
-        return self.ids, self.topk_log_probs, self.label_log_probs
+    @property
+    def topk(self) -> tuple[Tensor, Tensor]:
+        """ids and topk_log_probs (n, K) of a top-k teacher."""
+        assert self.ids is not None and self.topk_log_probs is not None
+        return self.ids, self.topk_log_probs
 
     @classmethod
     def of(cls, tensors: Iterable[Tensor | None]) -> TokenInputs:
@@ -142,12 +141,6 @@ class RowBatch(TokenInputs):
     student: Tensor
     teacher: Tensor | None
     labels: Tensor
-
-    @property
-    def topk(self) -> tuple[Tensor, Tensor]:
-        """ids and topk_log_probs (n, K) of a top-k teacher."""
-        assert self.ids is not None and self.topk_log_probs is not None
-        return self.ids, self.topk_log_probs
 
 
 #: stats (Stat, n) and coefs (Coef, n).
