@@ -1,4 +1,4 @@
-"""The way that a problem takes: the reference, the custom op, or the exchange between ranks."""
+"""Sends a problem to the reference, to the custom op, or to the loss sharded over ranks."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ if TYPE_CHECKING:  # a torch without distributed has no such name
 
 class LossResult(NamedTuple):
     """loss: scalar. token_loss (N,), times the tokens' weights. stats (Stat, N): log-probs and
-    entropies are differentiable where no gradient was formed. sampling_report: (SamplingReport,),
-    None or empty where no gradient was sampled."""
+    entropies are differentiable if the forward formed no gradient. sampling_report:
+    (SamplingReport,), None or empty if no gradient was sampled."""
 
     loss: Tensor
     token_loss: Tensor
@@ -34,8 +34,9 @@ class LossResult(NamedTuple):
 def compute(
     prepare: Callable[[], Problem], group: ProcessGroup | None, reduction: str
 ) -> LossResult:
-    """The loss of the problem that `prepare` makes of this rank's arguments; with a group, what it
-    raises is raised on every rank."""
+    """The loss of the problem that `prepare` returns. With a group, every rank raises what it
+    raises
+    on any."""
     if group is None:
         problem = prepare()
         return _divided(problem, _on_one_device(problem))

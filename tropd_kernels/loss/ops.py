@@ -1,15 +1,14 @@
 """The fused loss as two custom ops, so that `torch.compile(fullgraph=True)` sees one node.
 
-    tropd_kernels::distill            loss, per-token losses, statistics, coefficients; where the
-                                      problem's `forward_grads` say so the gradients of the loss;
-                                      what was sampled
-    tropd_kernels::distill_backward   gradients from coefficients that carry the incoming gradient
+    tropd_kernels::distill            loss, per-token losses, statistics, coefficients, the
+                                      gradients that `forward_grads` name, what was sampled
+    tropd_kernels::distill_backward   gradients from coefficients that include the incoming gradient
 
-With `forward_grads` the first output, the scalar loss, is differentiable. Without, the per-token
-losses and the log-prob and entropy rows of the statistics are, and the backward calls
-`distill_backward`, which makes the logits again. See `autograd.py`.
+With `forward_grads` the scalar loss is differentiable. Without, the per-token losses and the
+log-prob and entropy rows of the statistics are, and the backward calls `distill_backward`, which
+computes the logits again. See `autograd.py`.
 
-An op's schema is flat: `flatten` makes its arguments of a problem, `unflatten` reads them.
+An op's schema is flat: `flatten` makes its arguments from a problem, `unflatten` reads them.
 """
 
 from __future__ import annotations
@@ -31,8 +30,8 @@ from .loop import backward
 from .problem import GradNeeds, LossOptions, Problem, Side
 from .sampling import GradientSampling, SamplingReport
 
-#: The numbers of a call that torch.compile may not know, in the order in which `numbers` holds
-#: them, or `symbols` where it does not (see `symbolic`); 0 is none of a softcap, and no sampling.
+#: Numbers that torch.compile may not know, in the order in which the op gets them as `numbers`, or
+#: as the tensor `symbols` if it does not know them (see `symbolic`). 0: no softcap, no sampling.
 NUMBERS = (
     "logit_scale", "softcap", "the teacher's logit_scale", "the teacher's softcap", "temperature",
     "gradient_tolerance", "gradient_sampling",
@@ -44,8 +43,8 @@ CALL = (
 )
 #: Places in `tensors`.
 LABELS, LOSS_SCALE, SEED = 0, 1, 5
-#: Outputs of `distill` before the gradients.
-LOSS, TOKEN_LOSS, STATS, COEFS = range(4)
+#: Among the outputs of `distill`.
+COEFS, GRADIENTS = 3, slice(4, 7)
 
 
 def numbers_of(problem: Problem) -> list[float]:
@@ -200,7 +199,7 @@ def _setup_context(ctx, inputs, output):
     ctx.set_materialize_grads(False)
     if ctx.formed:
         ctx.mark_non_differentiable(*others)
-        autograd.keep_gradients(ctx, grads, (student, weight, bias), output[4:7], loss)
+        autograd.keep_gradients(ctx, grads, (student, weight, bias), output[GRADIENTS], loss)
     else:
         ctx.needs, ctx.settings = needs, settings
         ctx.mark_non_differentiable(*output[COEFS:])
