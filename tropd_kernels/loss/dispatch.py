@@ -34,9 +34,8 @@ class LossResult(NamedTuple):
 def compute(
     prepare: Callable[[], Problem], group: ProcessGroup | None, reduction: str
 ) -> LossResult:
-    """The loss of the problem that `prepare` returns. With a group, every rank raises what it
-    raises
-    on any."""
+    """The loss of the problem that `prepare` returns. With a group, an error of `prepare` on any
+    rank is raised on every rank."""
     if group is None:
         problem = prepare()
         return _divided(problem, _on_one_device(problem))
