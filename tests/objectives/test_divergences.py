@@ -46,8 +46,12 @@ def test_every_divergence_is_among_the_tests_objectives():
 def test_a_generator_in_the_table_alone_is_refused(monkeypatch, backend, ids):
     rule = practice(monkeypatch, ids=ids)
     why = "no generator in Triton" if backend == "triton" else "'practice'"
-    with pytest.raises(Exception, match=why):
+    with pytest.raises(Exception) as raised:
         loss(rule, backend)
+    error, texts = raised.value, ""
+    while error is not None:  # Triton's compiler chains one error for each function around it
+        texts, error = texts + str(error), error.__cause__
+    assert why in texts
 
 
 def test_the_reference_refuses_weights_in_the_table_alone(monkeypatch):
