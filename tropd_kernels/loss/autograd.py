@@ -24,16 +24,14 @@ from .scaling import scale_and_cast
 
 
 def compute(problem: Problem) -> tuple[Tensor, Tensor, Result]:
-    """The loss, the token losses (N,) times their weights, and the loop's other results."""
+    """The loss, the token losses (N,) times their weights, and the loop's other results, whose
+    `report` is (0,) if no gradient was sampled."""
     with device_of(problem.student.source):
         result = forward(problem)
+    if result.report is None:  # an op returns tensors only
+        result.report = problem.labels.new_empty((0,), dtype=problem.dtype)
     token_loss = _weighted_losses(problem, result)
     return token_loss.sum() * problem.loss_scale, token_loss, result
-
-
-def empty_report(problem: Problem) -> Tensor:
-    """(0,): in place of a `SamplingReport` if no gradient was sampled."""
-    return problem.labels.new_empty((0,), dtype=problem.dtype)
 
 
 def keep_gradients(

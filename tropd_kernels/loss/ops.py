@@ -127,8 +127,7 @@ def distill(*call):
         call[0].new_empty(0) if gradient is None else gradient
         for gradient in (result.d_hidden, result.d_weight, result.d_bias)
     )
-    report = autograd.empty_report(problem) if result.report is None else result.report
-    return loss, token_loss, result.stats, result.coefs, d_hidden, d_weight, d_bias, report
+    return loss, token_loss, result.stats, result.coefs, d_hidden, d_weight, d_bias, result.report
 
 
 @distill.register_fake
@@ -220,9 +219,7 @@ def _recomputed(ctx, saved, *incoming: Tensor | None) -> list[Tensor | None]:
     coefs, student, weight, bias, *tensors = saved
     grads = list(ctx.needs_input_grad[:3])
     coefs = autograd.scale_coefs(coefs, tensors[LOSS_SCALE], *incoming)
-    made = distill_backward(
-        coefs, grads, student, weight, bias, tensors, ctx.needs, *ctx.settings
-    )  # fmt: skip
+    made = distill_backward(coefs, grads, student, weight, bias, tensors, ctx.needs, *ctx.settings)
     return [gradient if need else None for gradient, need in zip(made, grads, strict=True)]
 
 

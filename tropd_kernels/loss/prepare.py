@@ -47,17 +47,17 @@ def student_with_head(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, logit_scale: float, softcap: float | None,
     group: ProcessGroup | None,
 ) -> Side:  # fmt: skip
-    """Checked; hidden is still (*, H). Of a sharded head what this rank holds."""
+    """The student's side, checked; `source` is still (*, H). Of a sharded head this rank's part."""
     hidden = whole_tensor("hidden", hidden, group)
     weight = local_part("weight", weight, group)
     bias = None if bias is None else local_part("bias", bias, group)
     check_head("student", hidden, weight, bias)
     check_scale("student", logit_scale, softcap)
-    return Side(hidden, weight, bias, float(logit_scale), float(softcap or 0.0) or None)
+    return Side(hidden, weight, bias, float(logit_scale), _softcap(softcap))
 
 
 def student_logits(logits: Tensor, group: ProcessGroup | None) -> Side:
-    """Checked; still (*, V)."""
+    """The student's side, checked; `source` is still (*, V)."""
     if not isinstance(logits, Tensor):
         raise TypeError(f"logits must be a tensor, got {type(logits).__name__}")
     check_float("logits", logits)
@@ -84,6 +84,7 @@ def distillation_problem(
     gradient_tolerance: float = 0.0,
     gradient_sampling: float | None = None,
 ) -> Problem:
+    """The problem of a distillation loss. Errors are those of `linear_distillation_loss`."""
     rule = TrOPD() if objective is None else objective
     source, weight, bias = student.source, student.weight, student.bias
     check_sampling(gradient_tolerance, gradient_sampling, reduction, backend, seed)
@@ -149,12 +150,12 @@ def log_probs_problem(
     *,
     temperature: float,
     ignore_index: int | None,
-    entropy: bool,  # is differentiated, too
+    entropy: bool,  # differentiable as well
     backend: str | None,
     max_workspace_bytes: int | None,
     group: ProcessGroup | None,
 ) -> Problem:
-    """A problem for the statistics alone."""
+    """A problem of which only the statistics are read."""
     source = student.source
     rule = TokenRule(policy_gradient=0.0, nll_weight=1.0, entropy_coef=float(entropy))
     check_call(source, labels, rule, temperature, ignore_index, "none", max_workspace_bytes)
@@ -186,6 +187,10 @@ def log_probs_problem(
 
 def _rows(tensor: Tensor) -> Tensor:
     return tensor.reshape(-1, tensor.shape[-1])
+
+
+def _softcap(value: float | None) -> float | None:
+    return None if value is None else float(value)
 
 
 def _backend(requested: str | None, student: Tensor, group: ProcessGroup | None) -> str:
@@ -234,8 +239,8 @@ def _teacher(
         bias = teacher.bias
         if bias is not None:
             bias = local_part("the teacher's bias", bias, group)
-        scale, softcap = float(teacher.logit_scale), float(teacher.softcap or 0.0) or None
-        return Side(_rows(hidden), weight, bias, scale, softcap), {}
+        softcap = _softcap(teacher.softcap)
+        return Side(_rows(hidden), weight, bias, float(teacher.logit_scale), softcap), {}
     if isinstance(teacher, LogitsTeacher):
         return Side(_rows(local_part("the teacher's logits", teacher.logits, group, -1))), {}
     check_plain(_named(teacher))
@@ -250,8 +255,7 @@ def _teacher(
 
 
 def _named(teacher: Teacher) -> dict[str, Any]:
-    """Its fields, by the names that errors give them. torch 2.10 compiles neither vars() nor
-    dataclasses.fields()."""
+    """Its fields, by the names that errors give them. (torch 2.10 cannot compile vars().)"""
     return {f"teacher {name}": getattr(teacher, name) for name in teacher.__match_args__}
 
 
@@ -267,8 +271,8 @@ def _loss_scale(
     reduction: str,
     student: Tensor,
 ) -> tuple[Tensor, Stat | None]:
-    """What the sum of the tokens' losses is multiplied by, and the statistic whose sum divides it
-    where that is known only once the gate has run."""
+    """The factor on the sum of the tokens' losses, and the statistic whose sum divides the loss if
+    that is known only after the gate has run."""
     dtype, device = result_dtype(student.dtype), student.device
     if reduction != "mean":
         if normalizer is not None:
@@ -311,19 +315,16 @@ def _normalizer(value: Any, device: torch.device, dtype: torch.dtype) -> Tensor:
 
 
 def _saveable(problem: Problem) -> Problem:
-    """As autograd can save it, which refuses what torch.inference_mode() made. That is copied, but
-    for hidden states, logits and heads: there RuntimeError, where the backward reads them. (A
-    traced call is left to torch.)"""
+    """The problem as autograd can save it. Autograd refuses tensors from torch.inference_mode().
+    Copies them, except hidden states, logits and heads: those raise RuntimeError if the backward
+    reads them. (A traced call is left to torch.)"""
     if not torch.is_grad_enabled() or torch.compiler.is_compiling():
         return problem
     student, teacher = problem.student, problem.teacher
-    trains = any(
-        t is not None and t.requires_grad for t in (student.source, student.weight, student.bias)
-    )
     reference = not has_row_engine(problem.options.backend)
-    if trains and (reference or not problem.forward_grads.any):
+    if problem.backward_grads.any or (reference and problem.forward_grads.any):
         _check_saveable("student", student)
-        if teacher is not None and not reference:  # which saves its log-probs
+        if teacher is not None and not reference:  # which saves the teacher's log-probs
             _check_saveable("teacher", teacher)
     return replace(
         problem,

@@ -54,19 +54,16 @@ class _ShardedLoss(torch.autograd.Function):
         tensors, *ctx.settings = arguments
         problem = _problem(ctx, [student, weight, bias, *pieces, *tensors])
         loss, token_loss, result = autograd.compute(problem)
-        report = autograd.empty_report(problem) if result.report is None else result.report
         ctx.set_materialize_grads(False)
         ctx.formed = problem.forward_grads.any
         if ctx.formed:
-            ctx.mark_non_differentiable(token_loss, result.stats, report)
+            ctx.mark_non_differentiable(token_loss, result.stats, result.report)
             made = (result.d_hidden, result.d_weight, result.d_bias)
             autograd.keep_gradients(ctx, problem.forward_grads, (student, weight, bias), made, loss)
         else:
-            ctx.mark_non_differentiable(report)
-            ctx.save_for_backward(
-                loss, result.coefs, student, weight, bias, *pieces, *tensors
-            )  # fmt: skip
-        return loss, token_loss, result.stats, report
+            ctx.mark_non_differentiable(result.report)
+            ctx.save_for_backward(loss, result.coefs, student, weight, bias, *pieces, *tensors)
+        return loss, token_loss, result.stats, result.report
 
     @staticmethod
     def backward(ctx, d_loss, d_token_loss, d_stats, _):
