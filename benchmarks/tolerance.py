@@ -6,7 +6,7 @@
 table     A student writes completions, and one call makes the loss's gradients with each option.
           Two students of SmolLM2-135M-Instruct: "near", a copy whose matrices were moved by noise
           (late in training, or a larger model of the same family), and "far", the demonstration's
-          third of its layers before any training. SamplingReport at two temperatures, which are the
+          third of its layers before any training. Sampled at two temperatures, which are the
           loss's, too. Errors are relative to the gradients of all ids, in float32, whose rounding
           is below them, and "stated" is what the call says of them without knowing. Times are
           seconds of the processor, which other processes on the machine disturb least, as ratios to
