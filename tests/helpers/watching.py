@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import mmap
 import threading
 import time
 
@@ -61,4 +62,4 @@ class ResidentPeak:
     @staticmethod
     def now() -> int:
         with open("/proc/self/statm") as f:
-            return int(f.read().split()[1]) * 4096
+            return int(f.read().split()[1]) * mmap.PAGESIZE
