@@ -50,13 +50,11 @@ def _seeded():
 @pytest.hookimpl(tryfirst=True)  # before -m selects
 def pytest_collection_modifyitems(items):
     """Where csrc/ is not built, for want of a compiler, the suites run over the other backends."""
-    mark_the_rest_slow(items)
-    if native.WHY_NOT is None:
-        return
-    for item in items:
+    for item in items if native.WHY_NOT is not None else ():
         parameters = getattr(item, "callspec", None)
         if parameters is not None and parameters.params.get("backend") == "native":
             item.add_marker(pytest.mark.skip(reason=f"backend 'native': {native.WHY_NOT}"))
+    mark_the_rest_slow(items)
 
 
 @pytest.fixture

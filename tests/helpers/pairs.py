@@ -17,8 +17,9 @@ import pytest
 
 def covering(every: Iterable[Sequence[Hashable]]) -> list[int]:
     """Positions of combinations that hold every pair of values, those first that bring many new
-    ones. The same for the same list: all processes of a run have to choose alike."""
-    pairs = [set(combinations(enumerate(each), 2)) for each in every]
+    ones; of a single parameter, every value. The same for the same list: all processes of a run
+    have to choose alike."""
+    pairs = [set(combinations(enumerate(each), min(2, len(each)))) for each in every]
     left, chosen = set().union(*pairs), set()
     for least in range(max(map(len, pairs), default=0), 0, -1):
         for i, held in enumerate(pairs):
@@ -39,9 +40,10 @@ def values(item: pytest.Function) -> list[Hashable]:
 
 
 def mark_the_rest_slow(items: Iterable[pytest.Function]) -> None:
+    """Items that are marked `skip` hold no pair, or what only they hold would not run at all."""
     tests: dict[tuple, list[pytest.Function]] = {}
     for item in items:
-        if item.get_closest_marker("pairs"):
+        if item.get_closest_marker("pairs") and not item.get_closest_marker("skip"):
             tests.setdefault((item.path, item.originalname), []).append(item)
     for every in tests.values():
         few = set(covering(map(values, every)))

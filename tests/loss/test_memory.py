@@ -63,17 +63,22 @@ def test_the_hook_sees_an_eager_loss():
     assert seen.elements >= 64 * 300
 
 
+def of_the_other_device(backend):
+    other = (backend == "triton") != torch.cuda.is_available()
+    return pytest.mark.skip(reason="this backend is for the other device") if other else ()
+
+
 @pytest.mark.pairs
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("frozen", [False, True])
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(
+    "backend", [pytest.param(name, marks=of_the_other_device(name)) for name in BACKENDS]
+)
 @pytest.mark.parametrize(("tokens", "h"), [(1024, 64), (1152, 256)], ids=["one", "two"])
 def test_workspace_is_what_the_plan_says(dtype, frozen, backend, tokens, h, device):
     """Measured over inputs and returned gradients, at most the plan's own figure + 10 %; and the
     plan is not generous: at least half of it is really used. In one super-chunk of a half-precision
     batch on a CPU, and in two."""
-    if (device == "cuda") != (backend == "triton"):
-        pytest.skip("this backend is for the other device")
     v, g = 50_000, 64
     hidden = torch.randn(tokens, h, device=device).to(dtype).requires_grad_()
 

@@ -8,12 +8,12 @@ from pairs import covering, mark_the_rest_slow
 
 
 def pairs(every):
-    return {pair for each in every for pair in combinations(enumerate(each), 2)}
+    return {pair for each in every for pair in combinations(enumerate(each), min(2, len(each)))}
 
 
 @pytest.mark.parametrize(
     ("axes", "most"),
-    [(("ab", "cd", "ef"), 4), ((range(9), "abc", "de"), 27), (("ab", "cd"), 4), (("abc",), 0)],
+    [(("ab", "cd", "ef"), 4), ((range(9), "abc", "de"), 27), (("ab", "cd"), 4), (("abc",), 3)],
 )
 def test_every_pair_is_held_by_few(axes, most):
     every = list(product(*axes))
@@ -35,13 +35,14 @@ def test_nothing_to_choose_from():
 class Item:
     """A test with these parameters, as pytest collects it."""
 
-    def __init__(self, name, mark, **parameters):
-        self.path, self.originalname, self.mark, self.added = "file", name, mark, []
+    def __init__(self, name, mark, skipped=False, **parameters):
+        self.path, self.originalname, self.added = "file", name, []
+        self.marks = {"pairs": mark, "skip": skipped}
         indices = {name: sum(value) for name, value in parameters.items() if name == "unhashable"}
         self.callspec = SimpleNamespace(params=parameters, indices=indices)
 
     def get_closest_marker(self, name):
-        return self.mark if name == "pairs" else None
+        return self.marks.get(name)
 
     def add_marker(self, mark):
         self.added.append(mark.name)
@@ -74,3 +75,14 @@ def test_what_the_mark_adds_occurs_with_every_value():
     mark_the_rest_slow(every)
     quick = {tuple(item.callspec.params.values()) for item in every if not item.added}
     assert quick >= set(product("a", (1, 2), "xyz")) and len(quick) < len(every)
+
+
+def test_what_is_skipped_holds_no_pair():
+    every = [
+        Item("first", pytest.mark.pairs.mark, backend == "z", text=text, number=n, backend=backend)
+        for text, n, backend in product("ab", (1, 2), "xyz")
+    ]
+    mark_the_rest_slow(every)
+    runs = [tuple(i.callspec.params.values()) for i in every if not (i.marks["skip"] or i.added)]
+    assert pairs(runs) == pairs(product("ab", (1, 2), "xy"))
+    assert not any(item.added for item in every if item.marks["skip"])  # reported as skipped
