@@ -15,22 +15,8 @@ from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from typing import Any, TypeVar
 
+from . import named
 from .divergences import DIVERGENCES
-from .named import (
-    AOPD,
-    EOPD,
-    GKD,
-    MOPD,
-    OPD,
-    REOPOLD,
-    SFT,
-    ClipOutlier,
-    Divergence,
-    EntropyOPD,
-    MaskOutlier,
-    TopKJSD,
-    TrOPD,
-)
 from .rule import TokenRule
 
 T = TypeVar("T")
@@ -39,21 +25,21 @@ T = TypeVar("T")
 _DIVERGENCE_KNOBS = {name: spec.knobs for name, spec in DIVERGENCES.items() if spec.ids != "top_k"}
 
 _NAMED: dict[str, Callable[..., TokenRule]] = {
-    "tropd": TrOPD,
-    "opd": OPD,
-    "gkd": GKD,
-    "eopd": EOPD,
-    "entropy_opd": EntropyOPD,
-    "reopold": REOPOLD,
-    "clip_outlier": ClipOutlier,
-    "mask_outlier": MaskOutlier,
-    "aopd": AOPD,
-    "mopd": MOPD,
-    "topk_jsd": TopKJSD,
-    "sft": SFT,
+    "tropd": named.TrOPD,
+    "opd": named.OPD,
+    "gkd": named.GKD,
+    "eopd": named.EOPD,
+    "entropy_opd": named.EntropyOPD,
+    "reopold": named.REOPOLD,
+    "clip_outlier": named.ClipOutlier,
+    "mask_outlier": named.MaskOutlier,
+    "aopd": named.AOPD,
+    "mopd": named.MOPD,
+    "topk_jsd": named.TopKJSD,
+    "sft": named.SFT,
 }
 #: What builds the rule of each objective.
-OBJECTIVES = _NAMED | {name: partial(Divergence, name) for name in _DIVERGENCE_KNOBS}
+OBJECTIVES = _NAMED | {name: partial(named.Divergence, name) for name in _DIVERGENCE_KNOBS}
 
 
 def knobs(objective: str) -> tuple[str, ...]:
