@@ -203,10 +203,6 @@ class TokenRule:
     # What a rule needs: for the check of teachers, the chunk plan and the row engines.
 
     @property
-    def uses_reward(self) -> bool:
-        return self.policy_gradient != 0 or self.gate != "always"
-
-    @property
     def uses_forward_kl(self) -> bool:
         """The forward KL (on K) may enter a token's loss."""
         return self._chooses_forward_kl or self._divergence.forward_kl
@@ -282,8 +278,9 @@ class TokenRule:
 
     @property
     def uses_teacher(self) -> bool:
-        reads = self.uses_reward or self.prefix_weight is not None
-        return reads or self.uses_forward_kl or self.divergence is not None
+        reward = self.policy_gradient != 0 or self.gate != "always"
+        label = reward or self.prefix_weight is not None
+        return label or self.uses_forward_kl or self.divergence is not None
 
 
 _FIELDS = tuple(f.name for f in fields(TokenRule))
