@@ -149,8 +149,8 @@ def make_trainer(run: Run, config: Any) -> Any:
 
 
 def find_checkpoint(config: Any) -> str | None:
-    """The folder that `resume_from_checkpoint` names: "true" means the last one in output_dir,
-    "false", "none" and "" mean no folder."""
+    """The folder that `resume_from_checkpoint` names: for "true" the last one in output_dir, for
+    "false", "none" and "" none."""
     from transformers.trainer_utils import get_last_checkpoint
 
     from .trainer.progress import is_checkpoint
@@ -227,7 +227,7 @@ def parse_run(arguments: Sequence[str]) -> tuple[Run, Any]:
 
 def accept_none(parser: argparse.ArgumentParser, classes: Sequence[type]) -> None:
     """Makes "none" and "null" mean None for keys of text or None, as TrlParser does for those of
-    numbers. For report_to "none" is a value."""
+    numbers. (A report_to of "none" is a value of its own.)"""
     hints = {key: hint for cls in classes for key, hint in get_type_hints(cls).items()}
 
     def text(given: str) -> str | None:
@@ -435,7 +435,8 @@ def run_check(device: str | None) -> int:
 
 def bench(arguments: Sequence[str]) -> int:
     """`tropd bench`, from any folder: this process becomes `python -m benchmarks.bench` of the
-    checkout that the package is in. A wheel has no benchmarks."""
+    checkout that the package is in. A wheel has no benchmarks. (On Python 3.10 a `benchmarks` in
+    the working directory comes first.)"""
     root = Path(__file__).resolve().parents[1]
     if not (root / "benchmarks" / "bench" / "command.py").is_file():
         raise UsageError(
