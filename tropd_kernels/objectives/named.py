@@ -11,32 +11,47 @@ from .rule import STATIC_THRESHOLD, TokenRule
 # --- on-policy distillation and its relatives --------------------------------------------------
 
 
-def TrOPD(
-    *,
-    gate: str = "bernoulli",
-    outlier: str = "forward_kl",
-    top_k: int | None = 64,
-    top_k_tail: str = "raw",
-    threshold: float = STATIC_THRESHOLD,
-    prefix_weight: float | None = 0.001,
-    clip_ratio_low: float | None = None,
-    clip_ratio_high: float | None = None,
-    entropy_coef: float = 0.0,
-) -> TokenRule:
+class _TrOPD:
     """Trust Region On-Policy Distillation (arXiv 2606.01249): K1 where the teacher would accept the
     token (the speculative-decoding test), forward KL on the teacher's top-k where it would not, and
     a small K1 forward KL on a teacher-written prefix. Defaults are the paper's."""
-    return TokenRule(
-        gate=gate,
-        outlier=outlier,
-        top_k=top_k,
-        top_k_tail=top_k_tail,
-        threshold=threshold,
-        prefix_weight=prefix_weight,
-        clip_ratio_low=clip_ratio_low,
-        clip_ratio_high=clip_ratio_high,
-        entropy_coef=entropy_coef,
-    )
+
+    def __call__(
+        self,
+        *,
+        gate: str = "bernoulli",
+        outlier: str = "forward_kl",
+        top_k: int | None = 64,
+        top_k_tail: str = "raw",
+        threshold: float = STATIC_THRESHOLD,
+        prefix_weight: float | None = 0.001,
+        clip_ratio_low: float | None = None,
+        clip_ratio_high: float | None = None,
+        entropy_coef: float = 0.0,
+    ) -> TokenRule:
+        return TokenRule(
+            gate=gate,
+            outlier=outlier,
+            top_k=top_k,
+            top_k_tail=top_k_tail,
+            threshold=threshold,
+            prefix_weight=prefix_weight,
+            clip_ratio_low=clip_ratio_low,
+            clip_ratio_high=clip_ratio_high,
+            entropy_coef=entropy_coef,
+        )
+
+    def paper(self) -> TokenRule:
+        """As the paper states it: `TrOPD()`, under a name that stays the paper's."""
+        return self()
+
+    def official_code(self) -> TokenRule:
+        """As the authors' code is reported to compute it: on an outlier, minus the forward KL is a
+        detached reward of the sampled token, of a teacher renormalised on its top-k."""
+        return self(outlier="forward_kl_reward", top_k_tail="renormalize_teacher")
+
+
+TrOPD = _TrOPD()
 
 
 def OPD(
@@ -132,7 +147,8 @@ def AOPD(
     *, top_k: int | None = 64, top_k_tail: str = "raw", prefix_weight: float | None = 0.001
 ) -> TokenRule:
     """AOPD (arXiv 2605.06387): K1 where the reward is positive, forward KL to the teacher's top-k
-    where it is not."""
+    where it is not. TrOPD always accepts a token of positive reward, so TrOPD's gate on top of this
+    one (a "TrOPD + AOPD" stands in TrOPD's tables, without a formula) changes nothing."""
     return TokenRule(
         gate="threshold",
         outlier="forward_kl",
