@@ -184,6 +184,7 @@ CASES = {
     "forward_kl_bucket": _call(Divergence("forward_kl", top_k=64, top_k_tail="bucket")),
     "reverse_kl": _call(Divergence("reverse_kl")),
     "akl": _call(Divergence("akl")),
+    "mixed": _call(Divergence("mixed"), mixing=_floats(TOKENS)),
     "todi": _call(Divergence("todi")),
     "mopd": _call(MOPD()),
     "topk_jsd": _call(TopKJSD(), "top_k"),

@@ -53,6 +53,7 @@ def linear_distillation_loss(
     token_weight: Tensor | None = None,  # (*)
     teacher_prefix: Tensor | None = None,  # (*)
     uniforms: Tensor | None = None,  # (*)
+    mixing: Tensor | None = None,  # (*)
     seed: int | Tensor | None = None,
     ignore_index: int | None = -100,
     normalizer: float | Tensor | None = None,
@@ -86,6 +87,9 @@ def linear_distillation_loss(
         token_weight: Factor on each token's loss.
         teacher_prefix: bool, whether the teacher wrote the token.
         uniforms: Draws in [0, 1) for a Bernoulli gate.
+        mixing: Each token's weight w in [0, 1] of `Divergence("mixed")`, w KL(q || p) +
+            (1 - w) KL(p || q). For example `torch.sigmoid((entropy - 0.8) / 0.1)` of the
+            `teacher_entropy` in an earlier call's statistics, a soft form of EOPD's gate.
         seed: An integer from which the draws are derived instead, per token
             (`draws.uniforms_like`), and those of a sampled gradient. Change it for every step, for
             every micro-batch, and for every rank that has tokens of its own, for instance
@@ -138,7 +142,8 @@ def linear_distillation_loss(
             student_with_head(hidden, weight, bias, logit_scale, softcap, group),
             labels, teacher, objective,
             per_token=dict(old_log_probs=old_log_probs, advantages=advantages, uniforms=uniforms,
-                           token_weight=token_weight, teacher_prefix=teacher_prefix),
+                           token_weight=token_weight, teacher_prefix=teacher_prefix,
+                           mixing=mixing),
             temperature=temperature, seed=seed, ignore_index=ignore_index, normalizer=normalizer,
             reduction=reduction, backend=backend, group=group,
             max_workspace_bytes=max_workspace_bytes, gradient_tolerance=gradient_tolerance,
@@ -160,6 +165,7 @@ def distillation_loss(
     token_weight: Tensor | None = None,  # (*)
     teacher_prefix: Tensor | None = None,  # (*)
     uniforms: Tensor | None = None,  # (*)
+    mixing: Tensor | None = None,  # (*)
     seed: int | Tensor | None = None,
     ignore_index: int | None = -100,
     normalizer: float | Tensor | None = None,
@@ -182,7 +188,8 @@ def distillation_loss(
         return distillation_problem(
             student_logits(logits, group), labels, teacher, objective,
             per_token=dict(old_log_probs=old_log_probs, advantages=advantages, uniforms=uniforms,
-                           token_weight=token_weight, teacher_prefix=teacher_prefix),
+                           token_weight=token_weight, teacher_prefix=teacher_prefix,
+                           mixing=mixing),
             temperature=temperature, seed=seed, ignore_index=ignore_index, normalizer=normalizer,
             reduction=reduction, backend=backend, group=group,
         )  # fmt: skip

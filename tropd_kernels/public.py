@@ -12,6 +12,7 @@ from .loss.plan import ChunkPlan, plan_chunks
 from .modules import DistillationLoss, LinearDistillationLoss, LinearLogProbs
 from .objectives import (
     AOPD,
+    CADENCE,
     EOPD,
     GKD,
     MOPD,
@@ -55,6 +56,7 @@ __all__ = [
     "AOPD",
     "GKD",
     "Divergence",
+    "CADENCE",
     "MOPD",
     "TopKJSD",
     "SFT",

@@ -86,6 +86,7 @@ def token_losses(
     advantages: Tensor | None = None,
     teacher_prefix: Tensor | None = None,
     uniforms: Tensor | None = None,
+    mixing: Tensor | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Loss (N,) of each token and its statistics (N,), differentiable in z (N, V)."""
     log_p = z.log_softmax(-1)
@@ -152,7 +153,9 @@ def token_losses(
             loss = loss + reverse_kl(log_p, log_q)
         if rule.divergence == "akl":
             loss = loss + adaptive_kl(log_p, log_q, rule.divergence_parameter)
-        if rule.divergence not in (None, "forward_kl", "reverse_kl", "jeffreys", "akl"):
+        if rule.divergence == "mixed":
+            loss = loss + _weigh(mixing, kl) + _weigh(1 - mixing, reverse_kl(log_p, log_q))
+        if rule.divergence not in (None, "forward_kl", "reverse_kl", "jeffreys", "akl", "mixed"):
             loss = loss + generator_divergence(log_p, log_q, rule, on_k)
 
     if rule.nll_weight:

@@ -105,6 +105,10 @@ def bad_inputs(ranks):
             dict(teacher_prefix=torch.ones(n).bool()), dict(teacher_prefix=torch.zeros(n).bool()),
         ),
         "advantages": (disagree("advantages"), dict(advantages=torch.ones(n)), {}),
+        "mixing": (
+            disagree("mixing") + ".*other values", dict(mixing=torch.ones(n)),
+            dict(objective=OBJECTIVES["mixed"], mixing=torch.zeros(n)),
+        ),
         "bias": (disagree("bias"), dict(bias=mine(torch.zeros(37))), {}),
         "frozen": (disagree("requires_grad"), dict(hidden=torch.zeros(n, 16)), {}),
         "frozen, to recompute": (

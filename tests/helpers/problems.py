@@ -64,6 +64,7 @@ OBJECTIVES = {
     "reverse_kl": Divergence("reverse_kl"),
     "jeffreys": Divergence("jeffreys"),
     "jeffreys_top_k": TokenRule(policy_gradient=0.0, divergence="jeffreys", top_k=K),
+    "mixed": Divergence("mixed"),
     "skew_forward": Divergence("skew_forward"),
     "skew_reverse": Divergence("skew_reverse"),
     "alpha": Divergence("alpha", alpha=0.3),
@@ -84,6 +85,15 @@ def serves(form: str, name: str) -> bool:
     if form == "sampled":
         return not (rule.uses_dense_teacher or rule.uses_top_k or rule.uses_forward_kl)
     return form != "top_k" or not rule.uses_dense_teacher
+
+
+def inputs_of(rule: TokenRule, labels: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Per-token arguments that this rule alone reads: the weight of "mixed", from the reverse KL's
+    0 to the forward KL's 1."""
+    if not rule.weighs_by_mixing:
+        return {}
+    mixing = torch.linspace(0, 1, labels.numel(), dtype=torch.float64, device=labels.device)
+    return {"mixing": mixing.reshape(labels.shape)}
 
 
 @dataclass
@@ -134,7 +144,7 @@ class Problem:
             for name, t in (("hidden", self.hidden), ("weight", self.weight), ("bias", self.bias))
             if t is not None
         }
-        options = self.options | more
+        options = self.options | inputs_of(objective, self.labels) | more
         teacher = None
         if objective.uses_teacher:
             teacher = self.teacher(form, dtype, options.get("temperature", 1.0))
@@ -211,7 +221,7 @@ def with_everything(problem: Problem, seed: int = 1) -> Problem:
 
 def loss_and_gradient(logits, labels, teacher, objective, backend, **options):
     """(loss, d_logits, stats) of the summed loss on logits."""
-    z = logits.clone().requires_grad_()
+    z, options = logits.clone().requires_grad_(), inputs_of(objective, labels) | options
     out = distillation_loss(z, labels, teacher, objective, backend=backend, **options)
     out.loss.sum().backward()
     return out.loss.detach(), z.grad, out.stats

@@ -9,7 +9,7 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from problems import make_problem, with_everything
+from problems import inputs_of, make_problem, with_everything
 
 from tropd_kernels import HiddenTeacher, LogitsTeacher
 
@@ -88,7 +88,7 @@ def shard_of(teacher, cuts=None):
 
 def arguments(problem, rule, form, dtype):
     """Teacher and options, in this dtype."""
-    options = problem.options
+    options = problem.options | inputs_of(rule, problem.labels)
     teacher = None
     if rule.uses_teacher:
         teacher = problem.teacher(form, dtype, options.get("temperature", 1.0))

@@ -6,7 +6,15 @@ reference in float64, on the very numbers that the backend was given.
 
 import pytest
 import torch
-from problems import OBJECTIVES, TEACHERS, make_problem, relative_error, serves, with_everything
+from problems import (
+    OBJECTIVES,
+    TEACHERS,
+    inputs_of,
+    make_problem,
+    relative_error,
+    serves,
+    with_everything,
+)
 
 from tropd_kernels import GKD, OPD, HiddenTeacher, TrOPD, linear_distillation_loss
 
@@ -131,7 +139,7 @@ DIFFERENTIABLE = [
     ("tropd_ppo", "logits"), ("tropd_expected", "top_k"), ("tropd_bucket", "logits"),
     ("tropd_renormalize_both", "hidden"), ("opd", "sampled"), ("gkd", "hidden"), ("mopd", "top_k"),
     ("reverse_kl", "hidden"), ("skew_forward", "logits"), ("skew_reverse", "logits"),
-    ("alpha", "hidden"), ("jeffreys", "hidden"), ("sft", "sampled"),
+    ("alpha", "hidden"), ("jeffreys", "hidden"), ("mixed", "logits"), ("sft", "sampled"),
 ]  # fmt: skip
 
 
@@ -156,10 +164,14 @@ def test_gradcheck_of_the_real_kernels(backend, name, form, device):
     problem = with_everything(make_problem(tokens=3, vocab_size=11, width=4, device=device))
     problem.labels = problem.labels.clamp_min(0)
     n = problem.labels.shape[0]
-    options = problem.options | {
-        "advantages": torch.linspace(-1, 1, n, device=device, dtype=torch.float64),
-        "teacher_prefix": None,
-    }
+    options = (
+        problem.options
+        | inputs_of(rule, problem.labels)
+        | {
+            "advantages": torch.linspace(-1, 1, n, device=device, dtype=torch.float64),
+            "teacher_prefix": None,
+        }
+    )
     teacher = problem.teacher(form, torch.float64, options["temperature"])
     if rule.gate != "always":
         # The gate reads the student through lo alone, which is given: a constant, too.

@@ -17,7 +17,7 @@ import torch
 from conftest import DEVICE
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from problems import OBJECTIVES, TEACHERS, K, serves
+from problems import OBJECTIVES, TEACHERS, K, inputs_of, serves
 from torch.testing import assert_close
 
 from tropd_kernels import (
@@ -106,7 +106,7 @@ def cases(draw, names=tuple(OBJECTIVES), shapes=SHAPES, vocab=70, linear=None, s
         gone.scatter_(-1, keep.unsqueeze(-1), False)
         return z.masked_fill(gone, -math.inf)
 
-    options = {}
+    options = dict(inputs_of(rule, labels))
     if draw(st.booleans()):
         options["teacher_prefix"] = uniform(*shape) < 0.3
     # A label of teacher probability 0 has the reward -inf. A gate rejects it; without one, and on a

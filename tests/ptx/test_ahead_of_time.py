@@ -33,8 +33,8 @@ ON_POLICY = (
     "tropd_float32", "opd_sampled", "reopold_2", "sft", "column_sums_float32",
 )  # fmt: skip
 DIVERGENCES = (
-    "gkd", "gkd_logits", "forward_kl_bucket", "reverse_kl", "akl", "todi", "mopd", "topk_jsd",
-    "eopd",
+    "gkd", "gkd_logits", "forward_kl_bucket", "reverse_kl", "akl", "mixed", "todi", "mopd",
+    "topk_jsd", "eopd",
 )  # fmt: skip
 #: Small enough for a slow processor to compile one in a test's time.
 LOTS = {

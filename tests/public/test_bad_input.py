@@ -5,6 +5,8 @@ Every error names the argument, as the caller spelt it, and says what was expect
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 from calls import (
@@ -31,6 +33,7 @@ from calls import (
 from tropd_kernels import (
     GKD,
     DistillationLoss,
+    Divergence,
     LinearDistillationLoss,
     LinearLogProbs,
     LogitsTeacher,
@@ -228,12 +231,16 @@ def test_a_teacher_of_another_precision(call, backend, device):
 
 # --- per-token tensors --------------------------------------------------------------------------
 
-PER_TOKEN = ["old_log_probs", "advantages", "token_weight", "uniforms", "teacher_prefix"]
+PER_TOKEN = [
+    "old_log_probs", "advantages", "token_weight", "uniforms", "teacher_prefix", "mixing",
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("name", PER_TOKEN)
 @pytest.mark.parametrize("call", [head_loss, logits_loss])
 def test_per_token_tensors(name, call):
+    if name == "mixing":
+        call = partial(call, objective=Divergence("mixed"))
     boolean = name == "teacher_prefix"
     dtype = torch.bool if boolean else torch.float32
     good = torch.zeros(SHAPE, dtype=dtype)
@@ -246,6 +253,10 @@ def test_per_token_tensors(name, call):
     if not boolean:
         leaf = good.clone().requires_grad_()
         refused(lambda: call(**{name: leaf}), ValueError, name, "requires grad", "detached")
+
+
+def mixed(weight):
+    return dict(objective=Divergence("mixed"), mixing=filled(weight))
 
 
 VALUES = {
@@ -296,6 +307,9 @@ VALUES = {
     "uniform 1": (lambda: dict(uniforms=filled(1.0)), "uniforms", "[0, 1)", "torch.rand"),
     "uniform below 0": (lambda: dict(uniforms=filled(-0.1)), "uniforms", "[0, 1)", "torch.rand"),
     "uniform NaN": (lambda: dict(uniforms=filled(NAN)), "uniforms", "[0, 1)", "torch.rand"),
+    "mixing above 1": (lambda: mixed(1.01), "mixing", "[0, 1]", "forward KL"),
+    "mixing below 0": (lambda: mixed(-0.01), "mixing", "[0, 1]", "forward KL"),
+    "mixing NaN": (lambda: mixed(NAN), "mixing", "[0, 1]", "forward KL"),
 }  # fmt: skip
 
 

@@ -35,6 +35,7 @@ def reference_loss(problem: Problem) -> tuple[Tensor, Tensor, Tensor]:
         advantages=inputs.advantages,
         teacher_prefix=inputs.teacher_prefix,
         uniforms=inputs.uniforms,
+        mixing=inputs.mixing,
     )
     weight = inputs.token_weight
     if weight is not None:

@@ -99,6 +99,7 @@ def distillation_problem(
         | per_token
         | ({} if teacher is None else _named(teacher))
     )
+    _check_mixing(rule, per_token["mixing"])
     if rule.gate == "bernoulli" and per_token["uniforms"] is None:
         if seed is None:
             raise ValueError(
@@ -183,6 +184,20 @@ def log_probs_problem(
             backward_grads=_wanted(student),
         )
     )
+
+
+def _check_mixing(rule: TokenRule, mixing: Any) -> None:
+    """Given where the rule reads it, and only there."""
+    if rule.weighs_by_mixing and mixing is None:
+        raise ValueError(
+            f"divergence={rule.divergence!r} weighs forward and reverse KL token by token: pass "
+            "mixing=<numbers in [0, 1] shaped like labels>, 1 for the forward KL, 0 for the reverse"
+        )
+    if mixing is not None and not rule.weighs_by_mixing:
+        raise ValueError(
+            f"mixing weighs the two KLs of Divergence('mixed'), and {rule!r} does not read it: "
+            "leave it out, or choose that divergence"
+        )
 
 
 def _rows(tensor: Tensor) -> Tensor:

@@ -28,8 +28,8 @@ def may_look(problem: Problem) -> bool:
 
 def tokens_that_count(problem: Problem) -> Tensor | None:
     """Indices of the tokens that count, or None where all do. Raises ValueError on values that
-    cannot be right: labels outside the vocabulary, weights or advantages that are not finite, a
-    teacher's log-probs above 0 or NaN, ids that repeat."""
+    cannot be right: labels outside the vocabulary, weights or advantages that are not finite,
+    draws or mixing weights out of range, a teacher's log-probs above 0 or NaN, ids that repeat."""
     labels, inputs, ignore_index = problem.labels, problem.inputs, problem.options.ignore_index
     if not may_look(problem):
         return None  # it would wait for the GPU
@@ -47,6 +47,9 @@ def tokens_that_count(problem: Problem) -> Tensor | None:
     if inputs.uniforms is not None:
         u = inputs.uniforms
         checks["uniforms"] = (~((u >= 0) & (u < 1)) & counts).any()
+    if inputs.mixing is not None:
+        w = inputs.mixing
+        checks["mixing"] = (~((w >= 0) & (w <= 1)) & counts).any()
     for name, values in _given_log_probs(problem, counts).items():
         checks[name] = (~(values <= LOG_PROB_MARGIN)).any()  # NaN, too
     if inputs.ids is not None:
@@ -128,6 +131,8 @@ def _raise_bad_value(name: str, problem: Problem, outside: Tensor, counts: Tenso
         _raise_repeated(problem, counts)
     if name == "uniforms":
         raise ValueError("uniforms must lie in [0, 1), as torch.rand draws them")
+    if name == "mixing":
+        raise ValueError("mixing must lie in [0, 1]: 1 is the forward KL, 0 the reverse KL")
     if name in ("label_log_probs", "topk_log_probs"):
         _raise_not_log_probs(name, _given_log_probs(problem, counts)[name])
     raise ValueError(f"{name} holds values that are not finite, at tokens that count")

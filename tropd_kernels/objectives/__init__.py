@@ -9,6 +9,7 @@ registry     objectives and their knobs by name, for a config or a command line
 from .divergences import DIVERGENCES, DivergenceSpec
 from .named import (
     AOPD,
+    CADENCE,
     EOPD,
     GKD,
     MOPD,
@@ -26,6 +27,7 @@ from .rule import GATES, NORMALIZE, OUTLIERS, STATIC_THRESHOLD, TAILS, TokenRule
 
 __all__ = [
     "AOPD",
+    "CADENCE",
     "DIVERGENCES",
     "EOPD",
     "GATES",

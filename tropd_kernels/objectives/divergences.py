@@ -1,9 +1,10 @@
 """The divergences that a rule may name: one table of all that is known of each but its formula.
 
-A divergence is made in one of three ways:
+A divergence is made in one of four ways:
 
     coefficients   a fixed sum of the exact forward and reverse KL: `kl_weights`
     gaps           the same sum with weights that each token has of its own: "akl"
+    mixing         the same sum with weights that the caller gives each token: "mixed"
     generator      sum over ids of q f(p/q), one more pass over the row: all others
 
 The formulas of the generators are in `reference.py`, `rows/generators.py` (torch),
@@ -29,6 +30,8 @@ class DivergenceSpec:
     """Weights of KL(q || p) and KL(p || q), where it is a fixed sum of them."""
     by_gaps: bool = False
     """Each token weighs the two by its gaps abs(p - q) on the teacher's head and tail."""
+    by_mixing: bool = False
+    """Each token weighs the two by the call's `mixing` and 1 - `mixing`."""
     ids: Literal["vocabulary", "top_k", "either"] = "vocabulary"
     """The ids that it sums over: all, the teacher's top-k, or what the rule's `top_k` says."""
     parameter: str | None = None
@@ -42,17 +45,22 @@ class DivergenceSpec:
 
     @property
     def generator(self) -> bool:
-        return self.kl_weights is None and not self.by_gaps
+        return self.kl_weights is None and not self.by_token
+
+    @property
+    def by_token(self) -> bool:
+        """A sum of the two with weights that differ from token to token."""
+        return self.by_gaps or self.by_mixing
 
     @property
     def forward_kl(self) -> bool:
         """The forward KL is a term of it."""
-        return self.by_gaps or (self.kl_weights is not None and self.kl_weights[0] != 0)
+        return self.by_token or (self.kl_weights is not None and self.kl_weights[0] != 0)
 
     @property
     def reverse_kl(self) -> bool:
         """The reverse KL is a term of it."""
-        return self.by_gaps or (self.kl_weights is not None and self.kl_weights[1] != 0)
+        return self.by_token or (self.kl_weights is not None and self.kl_weights[1] != 0)
 
     @property
     def knobs(self) -> tuple[str, ...]:
@@ -69,6 +77,7 @@ DIVERGENCES: dict[str, DivergenceSpec] = {
     "forward_kl": DivergenceSpec(kl_weights=(1.0, 0.0), ids="either"),
     "reverse_kl": DivergenceSpec(kl_weights=(0.0, 1.0)),
     "jeffreys": DivergenceSpec(kl_weights=(1.0, 1.0)),
+    "mixed": DivergenceSpec(by_mixing=True),
     "akl": DivergenceSpec(by_gaps=True, parameter="head_mass", bounds=_SHARE, limits=_NOTHING),
     "jsd": DivergenceSpec(parameter="beta", bounds=_SHARE, limits=_KLS),
     "skew_forward": DivergenceSpec(parameter="alpha", default=0.1, bounds=_SHARE, limits=_NOTHING),

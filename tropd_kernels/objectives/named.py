@@ -181,6 +181,7 @@ def Divergence(
     "forward_kl"       KL(q || p); with `top_k`, on the teacher's top-k ids
     "reverse_kl"       KL(p || q)
     "jeffreys"         KL(q || p) + KL(p || q)
+    "mixed"            w KL(q || p) + (1 - w) KL(p || q), each token's w from the call's `mixing`
     "jsd"              beta KL(q || M) + (1 - beta) KL(p || M), M = beta q + (1 - beta) p, with
                        `beta` 0.5; 0 means forward KL and 1 reverse KL, as in TRL and Liger
     "skew_forward"     KL(q || alpha q + (1 - alpha) p), `alpha` 0.1 (DistiLLM)
@@ -225,6 +226,13 @@ def GKD(beta: float = 0.5) -> TokenRule:
     """Generalised knowledge distillation (arXiv 2306.13649): the Jensen-Shannon divergence with
     weight beta; 0 is the forward KL(q || p), 1 the reverse KL(p || q)."""
     return Divergence("jsd", beta=beta)
+
+
+def CADENCE() -> TokenRule:
+    """Forward and reverse KL with a weight for each token, as CADENCE (arXiv 2607.16955) and SEAD
+    (2606.28562) mix them: `Divergence("mixed")`. Their schedules of the weight are the caller's,
+    who passes it as `mixing`; tokens that SEAD skips have `token_weight` 0."""
+    return Divergence("mixed")
 
 
 def MOPD(*, top_k: int = 64) -> TokenRule:

@@ -21,8 +21,14 @@ from .rule import TokenRule
 
 T = TypeVar("T")
 
+#: Objectives that read a tensor which no config holds, and the call's argument for it.
+OF_A_CALL = {"mixed": "mixing", "cadence": "mixing"}
 #: Divergences over the vocabulary, each an objective by its own name, and the knobs of each.
-_DIVERGENCE_KNOBS = {name: spec.knobs for name, spec in DIVERGENCES.items() if spec.ids != "top_k"}
+_DIVERGENCE_KNOBS = {
+    name: spec.knobs
+    for name, spec in DIVERGENCES.items()
+    if spec.ids != "top_k" and name not in OF_A_CALL
+}
 
 _NAMED: dict[str, Callable[..., TokenRule]] = {
     "tropd": named.TrOPD,
@@ -74,7 +80,14 @@ def check_knobs(objective: str, given: Iterable[str], where: str) -> None:
 
 
 def check_objective(objective: str) -> None:
-    """Raises ValueError for an unknown name, with the nearest known one."""
+    """Raises ValueError for an unknown name, with the nearest known one, and for an objective that
+    takes more than a config."""
+    if objective in OF_A_CALL:
+        raise ValueError(
+            f"objective: {objective!r} reads {OF_A_CALL[objective]}= in every call, which no "
+            "config holds: call linear_distillation_loss with it in a training loop of your own. "
+            f"Known here: {', '.join(OBJECTIVES)}"
+        )
     if objective not in OBJECTIVES:
         raise ValueError(
             f"objective: unknown {objective!r}{nearest(objective, OBJECTIVES)}. Known: "

@@ -161,6 +161,11 @@ class TokenRule:
                 f"divergence={self.divergence!r} weighs the head of the teacher's distribution, "
                 f"whose mass is divergence_parameter: leave top_k None, got {self.top_k}"
             )
+        if spec.by_mixing and self.top_k is not None:
+            raise ValueError(
+                f"divergence={self.divergence!r} mixes forward and reverse KL over the whole "
+                f"vocabulary: leave top_k None, got {self.top_k}"
+            )
         if spec.by_gaps and self._chooses_forward_kl:
             raise ValueError(
                 f"divergence={self.divergence!r} weighs the forward KL of every token: leave "
@@ -227,6 +232,11 @@ class TokenRule:
     def weighs_by_gaps(self) -> bool:
         """... which each token has of its own, from its gaps abs(p - q) on head and tail (AKL)."""
         return self._divergence.by_gaps
+
+    @property
+    def weighs_by_mixing(self) -> bool:
+        """... which the call's `mixing` gives each token."""
+        return self._divergence.by_mixing
 
     @property
     def generator(self) -> str | None:

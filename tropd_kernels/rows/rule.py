@@ -151,6 +151,10 @@ def apply_rule(
         share = torch.where(gap > 0, head / gap.clamp_min(torch.finfo(gap.dtype).tiny), 0.5)
         kl_weight, reverse_weight, kl = share, 1 - share, stats[Stat.FORWARD_KL]
         kl_p, kl_p_top_k, kl_q = zero + 1, zero + 1, zero + 1
+    if rule.weighs_by_mixing:
+        assert batch.mixing is not None
+        mixing = batch.mixing.to(lp.dtype)
+        kl_weight, reverse_weight = kl_weight + mixing, 1 - mixing
     if rule.uses_forward_kl:
         loss = loss + _weigh(kl_weight, kl)
         kl_weight = torch.where(kl == math.inf, 0.0, kl_weight)

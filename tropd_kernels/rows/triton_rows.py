@@ -55,7 +55,7 @@ class TritonRows(RowEngine):
         elif batch.ids is not None:
             sums = self._topk_teacher_sums(batch, options, stats, coefs)
         self.kernels.rule_kernel[(-(-n // RULE_BLOCK),)](
-            *_gate_inputs(batch, rule), batch.token_weight, options.loss_scale,
+            *_gate_inputs(batch, rule), batch.mixing, batch.token_weight, options.loss_scale,
             options.entropy_threshold, stats, coefs, sums, n, _columns(stats, coefs),
             ACC=self._acc(stats), **_gate_constants(rule), **_rule_constants(rule),
             DENSE=dense, BLOCK=RULE_BLOCK, **FUSION_OFF,

@@ -63,8 +63,8 @@ def _weigh(weight, value):
 
 @triton.jit
 def rule_kernel(
-    old_log_probs, advantages, uniforms, prefix, token_weight, loss_scale, entropy_threshold,
-    stats, coefs, sums, n, columns,
+    old_log_probs, advantages, uniforms, prefix, mixing, token_weight, loss_scale,
+    entropy_threshold, stats, coefs, sums, n, columns,
     ACC: tl.constexpr, GATE: tl.constexpr, OUTLIER: tl.constexpr, THRESHOLD: tl.constexpr,
     KL_ENTROPY: tl.constexpr, KL_WEIGHT: tl.constexpr, SUMS_OF_EVERY_ROW: tl.constexpr,
     LOG_PARAMETER: tl.constexpr, LOG_ONE_MINUS_PARAMETER: tl.constexpr,
@@ -167,6 +167,10 @@ def rule_kernel(
         kl_p = zero + 1
         kl_p_top_k = zero + 1
         kl_q = zero + 1
+    if mixing is not None:
+        share = tl.load(mixing + row).to(ACC)
+        kl_weight += share
+        reverse = 1 - share
     if USES_FORWARD_KL:
         loss += _weigh(kl_weight, kl)
         kl_weight = tl.where(kl == INF, 0.0, kl_weight)
