@@ -20,6 +20,7 @@ class TokenStats(Summarized):
 
     Attributes:
         log_probs, teacher_log_probs: Of the label, in nats.
+        lse: logsumexp of the student's logits after scale, softcap and temperature, in nats.
         entropy, teacher_entropy: In nats. For a TopKTeacher without `entropy` a lower bound, which
             treats the mass outside its ids as one id.
         forward_kl, reverse_kl: Exact, over the vocabulary, for a dense teacher. For a TopKTeacher
@@ -35,6 +36,7 @@ class TokenStats(Summarized):
 
     log_probs: Tensor
     teacher_log_probs: Tensor | None
+    lse: Tensor
     entropy: Tensor
     teacher_entropy: Tensor | None
     forward_kl: Tensor | None
@@ -96,7 +98,7 @@ def _token_stats(stats: Tensor, labels: Tensor, teacher: Teacher | None) -> Toke
     }
     names = {
         "log_probs": Stat.LOG_PROB, "teacher_log_probs": Stat.TEACHER_LOG_PROB,
-        "entropy": Stat.ENTROPY, "teacher_entropy": Stat.TEACHER_ENTROPY,
+        "lse": Stat.LSE, "entropy": Stat.ENTROPY, "teacher_entropy": Stat.TEACHER_ENTROPY,
         "forward_kl": Stat.FORWARD_KL, "reverse_kl": Stat.REVERSE_KL, "reward": Stat.REWARD,
         "trust": Stat.TRUST, "outlier": Stat.OUTLIER,
         "teacher_topk_mass": Stat.TEACHER_TOPK_MASS, "student_topk_mass": Stat.STUDENT_TOPK_MASS,

@@ -92,7 +92,8 @@ def token_losses(
     log_p = z.log_softmax(-1)
     lp = _pick(log_p, labels)
     entropy = _entropy(log_p)
-    stats = {"log_probs": lp, "entropy": entropy}
+    lse = z.logsumexp(-1)
+    stats = {"log_probs": lp, "entropy": entropy, "lse": lse}
     prefix = teacher_prefix
     if prefix is None:
         prefix = torch.zeros_like(lp, dtype=torch.bool)
@@ -162,6 +163,8 @@ def token_losses(
         loss = loss - rule.nll_weight * lp
     if rule.entropy_coef:
         loss = loss - rule.entropy_coef * entropy
+    if rule.z_loss:
+        loss = loss + rule.z_loss * lse**2
 
     kept = torch.ones_like(lp, dtype=torch.bool)
     if rule.entropy_top_fraction is not None:

@@ -73,7 +73,15 @@ OBJECTIVES = {
     "total_variation": Divergence("total_variation"),
     "todi": Divergence("todi"),
     "akl": Divergence("akl"),
-}
+    "tropd_z_loss": TokenRule(
+        gate="expected", outlier="forward_kl", top_k=K, top_k_tail="renormalize_both",
+        prefix_weight=0.001, z_loss=0.01,
+    ),
+    "gkd_cross_entropy": TokenRule(
+        policy_gradient=0.0, divergence="jsd", divergence_parameter=0.3, nll_weight=0.5,
+        z_loss=0.02,
+    ),
+}  # fmt: skip
 
 TEACHERS = ("hidden", "logits", "top_k", "sampled")
 

@@ -178,6 +178,7 @@ def test_draws_depend_on_the_sequence_alone():
         (TrOPD(top_k=None), "top_k", "whole distribution"),
         (TrOPD(), "sampled", "teacher='top_k'"),
         (MOPD(), "sampled", "teacher='top_k'"),
+        (TokenRule(z_loss=1e-4), "sampled", "z_loss.*teacher='top_k'"),
         (EOPD(), "top_k", "outside the top k"),
         (OPD(), "top_k", "teacher='sampled'"),
         (REOPOLD(), "sampled", "mean is over the tokens kept"),

@@ -30,6 +30,7 @@ from tropd_kernels import (
     MOPD,
     OPD,
     REOPOLD,
+    SFT,
     ClipOutlier,
     Divergence,
     EntropyOPD,
@@ -215,6 +216,8 @@ RULES = {
     "alpha to a jsd": (lambda: Divergence("jsd", alpha=0.5), ValueError, "alpha", "takes no"),
     "head mass": (lambda: Divergence("akl", head_mass=2), ValueError, "head_mass", "[0, 1]"),
     "prefix weight": (lambda: TrOPD(prefix_weight=-1), ValueError, "prefix_weight", "-1"),
+    "z loss": (lambda: SFT(z_loss=-1e-4), ValueError, "z_loss", "[0, inf]", "-0.0001"),
+    "z loss no number": (lambda: SFT(z_loss="1e-4"), TypeError, "z_loss", "number"),
     "clip low above 1": (
         lambda: TrOPD(clip_ratio_low=1.5), ValueError, "clip_ratio_low", "[0, 1]", "1.5",
     ),

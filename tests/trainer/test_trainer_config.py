@@ -45,6 +45,7 @@ def config(**settings) -> TrOPDConfig:
         ({"objective": "eopd"}, EOPD()),
         ({"objective": "aopd"}, AOPD()),
         ({"objective": "sft"}, SFT()),
+        ({"objective": "sft", "objective_kwargs": {"z_loss": 1e-4}}, SFT(z_loss=1e-4)),
     ],
 )  # fmt: skip
 def test_settings_make_the_rule(settings, rule):

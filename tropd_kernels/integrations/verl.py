@@ -127,6 +127,11 @@ def check_rule(name: str, rule: TokenRule, teacher: str) -> None:
         why = "it needs the teacher's whole distribution, and verl's teachers send log-probs of ids"
     elif teacher == "sampled" and (rule.uses_top_k or rule.uses_forward_kl):
         why = "it needs the teacher's top-k log-probs: register it with teacher='top_k'"
+    elif teacher == "sampled" and rule.z_loss:
+        why = (
+            "its z_loss reads the logits, of which a sampled loss gets log-probs alone: leave it "
+            "at 0, or register the rule with teacher='top_k'"
+        )
     elif teacher == "top_k" and rule.policy_gradient and rule.gate == "always":
         if rule.divergence != "topk_jsd":
             why = (

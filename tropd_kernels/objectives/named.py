@@ -159,9 +159,10 @@ def AOPD(
     )
 
 
-def SFT() -> TokenRule:
-    """Cross-entropy on the labels, through the same kernels."""
-    return TokenRule(policy_gradient=0.0, nll_weight=1.0)
+def SFT(*, z_loss: float = 0.0) -> TokenRule:
+    """Cross-entropy on the labels, through the same kernels. `z_loss`: weight on lse^2, as Liger's
+    `lse_square_scale`."""
+    return TokenRule(policy_gradient=0.0, nll_weight=1.0, z_loss=z_loss)
 
 
 # --- divergences -------------------------------------------------------------------------------

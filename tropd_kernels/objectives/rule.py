@@ -16,6 +16,7 @@ On a token that the student sampled, a rule's loss is
   + divergence(p, q)                `divergence`: exact, over the vocabulary (or on K)
   - nll_weight * lp
   - entropy_coef * H(p)
+  + z_loss * lse^2                lse = logsumexp of the student's transformed logits
 
 where the gate M splits the tokens: inside (M = 1) R' = R; outside, `outlier` decides. On a token of
 a teacher-written prefix it is prefix_weight * (sg(lq) - lp), or the same loss as everywhere where
@@ -82,6 +83,8 @@ class TokenRule:
         0.01 to a tenth.
     nll_weight: weight on -log p(y).
     entropy_coef: entropy bonus: subtracts entropy_coef * H(p).
+    z_loss: weight on lse^2, at least 0: keeps the log of the softmax's normaliser near 0 (PaLM,
+        arXiv 2204.02311, with 1e-4). lse is of the logits after scale, softcap and temperature.
     normalize: what the mean divides by: every token that counts, or the tokens "kept" by gate and
         entropy filter (REOPOLD); one of which a part is trusted (gate "expected") is kept.
 
@@ -103,6 +106,7 @@ class TokenRule:
     divergence_parameter: float = 0.5
     nll_weight: float = 0.0
     entropy_coef: float = 0.0
+    z_loss: float = 0.0
     normalize: str = "tokens"
 
     def __post_init__(self):
@@ -115,6 +119,7 @@ class TokenRule:
         number("threshold", self.threshold, high=0.0)
         for name in ("policy_gradient", "nll_weight", "entropy_coef", "divergence_parameter"):
             number(name, getattr(self, name))
+        number("z_loss", self.z_loss, low=0.0)
         for name in ("prefix_weight", "clip_ratio_low", "clip_ratio_high", "forward_kl_entropy"):
             number(name, getattr(self, name), low=0.0, optional=True)
         if self.clip_ratio_low is not None and self.clip_ratio_low > 1:
@@ -199,7 +204,9 @@ class TokenRule:
         rejected = self.gate != "always" and self.outlier == "forward_kl"
         weights = self.policy_gradient, self.nll_weight, self.entropy_coef, self.prefix_weight
         chosen = self.divergence, self.forward_kl_entropy
-        return rejected or any(weights) or any(choice is not None for choice in chosen)
+        return (
+            rejected or any((*weights, self.z_loss)) or any(choice is not None for choice in chosen)
+        )
 
     @property
     def _divergence(self) -> DivergenceSpec:

@@ -73,6 +73,7 @@ class RowEngine(ABC):
         """
         found = self.statistics(batch, options, into)
         stats, coefs, _ = found
+        stats[Stat.LSE] = coefs[Coef.STUDENT_MAX] + coefs[Coef.STUDENT_LOG_SUM]
         if batch.teacher is None:
             topk_teacher_statistics(batch, stats)
         gated = gate(stats, batch, options)

@@ -29,6 +29,7 @@ class Stat(IntEnum):
     STUDENT_TOPK_MASS = 10
     TOKEN_LOSS = 11  # before the token's weight
     KEPT = 12
+    LSE = 13  # of the student's transformed logits
 
 
 class Coef(IntEnum):

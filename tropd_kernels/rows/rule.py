@@ -129,7 +129,7 @@ def apply_rule(
     batch: RowBatch,
     options: RowOptions,
 ) -> None:
-    """Fills stats from REWARD on and coefs from `Coef.P` on."""
+    """Fills stats from REWARD to KEPT and coefs from `Coef.P` on."""
     rule = options.rule
     lp, lq = stats[Stat.LOG_PROB], stats[Stat.TEACHER_LOG_PROB]
     zero = torch.zeros_like(lp)
@@ -176,6 +176,10 @@ def apply_rule(
     if rule.entropy_coef:
         loss = loss - rule.entropy_coef * stats[Stat.ENTROPY]
         entropy_weight = zero - rule.entropy_coef
+    if rule.z_loss:
+        lse = stats[Stat.LSE]
+        loss = loss + rule.z_loss * lse.square()
+        p, p_top_k = p + 2 * rule.z_loss * lse, p_top_k + 2 * rule.z_loss * lse
 
     if options.entropy_threshold is not None:
         off = ~(stats[Stat.ENTROPY] >= options.entropy_threshold)

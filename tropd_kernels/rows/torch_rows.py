@@ -73,7 +73,7 @@ class TorchRows(RowEngine):
             s, c = stats[:, rows], coefs[:, rows]
             log_probs = _statistics(part, options, s, c)
             if options.sharded:
-                _to_own_normalisers(part, options, c, *log_probs)
+                _of_part(part, c)
             elif part is batch:
                 read = log_probs
         return Statistics(stats, coefs, read)
@@ -140,20 +140,31 @@ def transform(
 # --- forward passes over one block -------------------------------------------------------------
 
 
-def _log_probs(logits: Tensor, how: LogitTransform, dtype: torch.dtype) -> Tensor:
-    """(rows, V). The gradient pass recomputes them rather than use the normalisers."""
-    return log_softmax(transform(logits, how, dtype))
+def _log_probs(logits: Tensor, how: LogitTransform, c: Tensor, at: Coef) -> Tensor:
+    """(rows, V). Writes the maxima into row `at` of c and the log-sums into the next. The gradient
+    pass of whole rows makes log-probs anew rather than use these."""
+    log_probs, c[at], c[at + 1] = _normalised(transform(logits, how, c.dtype))
+    return log_probs
 
 
-def log_softmax(z: Tensor) -> Tensor:
-    """Along a row. The maximum has to be subtracted first, and the logarithm last.
+def _normalised(z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Log-probs (rows, V), maxima and log-sums (rows,). The maximum has to be subtracted first, and
+    the logarithm last.
 
     On a CPU torch's own log_softmax keeps one running sum per lane of a vector register: at 151,936
     ids and 8 lanes the loss is off by 1e-5. `sum` adds in pairs."""
     if z.device.type != "cpu":
-        return z.log_softmax(-1)
-    shifted = z - z.amax(-1, keepdim=True)
-    return shifted.sub_(shifted.exp().sum(-1, keepdim=True).log_())
+        log_probs = z.log_softmax(-1)
+        return log_probs, z.amax(-1), -log_probs.amax(-1)
+    high = z.amax(-1, keepdim=True)
+    shifted = z - high
+    log_sum = shifted.exp().sum(-1, keepdim=True).log_()
+    return shifted.sub_(log_sum), high.squeeze(-1), log_sum.squeeze(-1)
+
+
+def log_softmax(z: Tensor) -> Tensor:
+    """Along a row."""
+    return z.log_softmax(-1) if z.device.type != "cpu" else _normalised(z)[0]
 
 
 def softmax(z: Tensor) -> Tensor:
@@ -183,13 +194,13 @@ def _statistics(
     part: RowBatch, options: RowOptions, s: Tensor, c: Tensor
 ) -> tuple[Tensor, Tensor | None]:
     """Fills s and c up to REVERSE_KL; returns lp and lq (None: not dense)."""
-    lp = _log_probs(part.student, options.student, s.dtype)
+    lp = _log_probs(part.student, options.student, c, Coef.STUDENT_MAX)
     p = lp.exp()
     s[Stat.LOG_PROB] = _pick(lp, part.labels)
     s[Stat.ENTROPY] = c[Coef.ENTROPY] = -_dot(p, lp)
     if part.teacher is None:
         return lp, None
-    lq = _log_probs(part.teacher, options.teacher, s.dtype)
+    lq = _log_probs(part.teacher, options.teacher, c, Coef.TEACHER_MAX)
     q = lq.exp()
     s[Stat.TEACHER_LOG_PROB] = _pick(lq, part.labels)
     s[Stat.TEACHER_ENTROPY] = -_dot(q, lq)
@@ -201,17 +212,11 @@ def _statistics(
     return lp, lq
 
 
-def _to_own_normalisers(
-    part: RowBatch, options: RowOptions, c: Tensor, lp: Tensor, lq: Tensor | None
-) -> None:
-    """Writes a part's maxima and log-sums into c, both -inf where all of its ids are excluded."""
-    sides = [(part.student, options.student, lp, Coef.STUDENT_MAX)]
-    if part.teacher is not None and lq is not None:
-        sides.append((part.teacher, options.teacher, lq, Coef.TEACHER_MAX))
-    for logits, how, log_probs, at in sides:
-        high = c[at] = transform(logits, how, c.dtype).amax(-1)
-        c[at + 1] = torch.where(high == -math.inf, -math.inf, -log_probs.amax(-1))
-    # Relative to the maxima, without the log-sums, as in the other engines.
+def _of_part(part: RowBatch, c: Tensor) -> None:
+    """Makes of c what the other engines give of a part of a row: log-sums of -inf where all of its
+    ids are excluded, the mean log-ratio relative to the maxima, without the log-sums."""
+    for at in (Coef.STUDENT_MAX, Coef.TEACHER_MAX)[: 1 if part.teacher is None else 2]:
+        c[at + 1] = torch.where(c[at] == -math.inf, -math.inf, c[at + 1])
     c[Coef.REVERSE_KL] += c[Coef.STUDENT_LOG_SUM] - c[Coef.TEACHER_LOG_SUM]
 
 

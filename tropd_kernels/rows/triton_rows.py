@@ -280,6 +280,7 @@ def _rule_constants(rule: TokenRule) -> dict:
         "PREFIX_WEIGHT": rule.prefix_weight,
         "NLL": rule.nll_weight,
         "ENTROPY_COEF": rule.entropy_coef,
+        "Z_LOSS": rule.z_loss,
         "USES_TEACHER": rule.uses_teacher,
         "USES_FORWARD_KL": rule.uses_forward_kl,
         "USES_REVERSE_KL": rule.uses_reverse_kl,

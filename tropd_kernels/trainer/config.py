@@ -92,8 +92,8 @@ class TrOPDConfig(DistillationConfig):
         "-1.386. opd: kl_penalty_coef 1. eopd: entropy_threshold 0.8 nats, top_k 16, clip_ratio "
         "0.2. entropy_opd: top_fraction 0.2. reopold: mixing 0.2, entropy_quantile 0.8. "
         "clip_outlier, mask_outlier: threshold -1.386. aopd, mopd, topk_jsd: top_k 64. skew_*: "
-        "alpha 0.1. akl: head_mass 0.5. A `top_k` here is the teacher's; the field `top_k` "
-        "samples."
+        "alpha 0.1. akl: head_mass 0.5. sft: z_loss 0. A `top_k` here is the "
+        "teacher's; the field `top_k` samples."
     )
     beta: float | None = _setting(
         "interpolation of gkd, jsd and topk_jsd: 0 is the forward KL, 1 the reverse KL. None "

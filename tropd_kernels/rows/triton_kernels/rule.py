@@ -19,11 +19,14 @@ from .constants import (
     LEAST_TAIL_32,
     LEAST_TAIL_64,
     LOG_PROB,
+    LSE,
     REVERSE_KL,
     REWARD,
     STAT_OUTLIER,
     STUDENT_LOG_MASS,
+    STUDENT_LOG_SUM,
     STUDENT_MASS,
+    STUDENT_MAX,
     STUDENT_TAIL,
     SUM_FORWARD_KL,
     SUM_SLOPE,
@@ -71,8 +74,9 @@ def rule_kernel(
     REVERSE_KL_WEIGHT: tl.constexpr, BY_GAPS: tl.constexpr, GENERATOR: tl.constexpr,
     TAIL: tl.constexpr, POLICY: tl.constexpr, CLIP_LOW: tl.constexpr, CLIP_HIGH: tl.constexpr,
     PREFIX_WEIGHT: tl.constexpr, NLL: tl.constexpr, ENTROPY_COEF: tl.constexpr,
-    USES_TEACHER: tl.constexpr, USES_FORWARD_KL: tl.constexpr, USES_REVERSE_KL: tl.constexpr,
-    USES_TOP_K: tl.constexpr, DENSE: tl.constexpr, BLOCK: tl.constexpr,
+    Z_LOSS: tl.constexpr, USES_TEACHER: tl.constexpr, USES_FORWARD_KL: tl.constexpr,
+    USES_REVERSE_KL: tl.constexpr, USES_TOP_K: tl.constexpr, DENSE: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Twin of `rule.apply_rule`: makes loss and coefficients of statistics and sums (SUMS, n).
     columns: the row stride of stats and coefs."""
@@ -193,6 +197,12 @@ def rule_kernel(
     if ENTROPY_COEF != 0:
         loss -= ENTROPY_COEF * tl.load(stats + ENTROPY * columns + row)
         entropy_weight = zero - ENTROPY_COEF
+    lse = tl.load(coefs + STUDENT_MAX * columns + row)
+    lse += tl.load(coefs + STUDENT_LOG_SUM * columns + row)
+    if Z_LOSS != 0:
+        loss += Z_LOSS * lse * lse
+        p_coef += 2 * Z_LOSS * lse
+        p_top_k += 2 * Z_LOSS * lse
 
     counts = inside
     if entropy_threshold is not None:
@@ -225,6 +235,7 @@ def rule_kernel(
         scale = tl.load(loss_scale).to(ACC)
     if DENSE and sums is None:
         tl.store(coefs + C_THRESHOLD * columns + row, zero - INF, mask=inside)
+    tl.store(stats + LSE * columns + row, lse, mask=inside)
     tl.store(stats + REWARD * columns + row, reward, mask=inside)
     tl.store(stats + TRUST * columns + row, tl.where(on_policy, trust, 0.0), mask=inside)
     tl.store(stats + STAT_OUTLIER * columns + row, tl.where(on_policy, 1 - trust, 0.0), mask=inside)
