@@ -5,61 +5,11 @@ import math
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
+from over_time import batches, close, loop, quick
 
 from tropd_kernels import OPD, HiddenTeacher, credit, linear_distillation_loss
-
-quick = settings(max_examples=15, deadline=None, derandomize=True, database=None)
-
-# Every function behind one signature (values, mask, sequence_ids), for the rules they share.
-CALLS = {
-    "return_to_go": (lambda x, m, s: credit.return_to_go(x, m, 0.9, sequence_ids=s)),
-    "exact_kl_baseline": (lambda x, m, s: credit.exact_kl_baseline(x, x.abs(), m)),
-    "drift_gates": (lambda x, m, s: credit.drift_gates(x, 0.5 * x, m, 3, sequence_ids=s)),
-    "importance_weights": (lambda x, m, s: credit.importance_weights(x, m, sequence_ids=s)),
-    "entropy_quantile_mask": (lambda x, m, s: credit.entropy_quantile_mask(x.abs(), m, 0.3)),
-}
-every_function = pytest.mark.parametrize("call", CALLS.values(), ids=CALLS.keys())
-
-
-@st.composite
-def batches(draw):
-    """(values, mask, sequence_ids) in float64, up to 3 x 15, any mask, runs of ids at random."""
-    rows, length = draw(st.integers(1, 3)), draw(st.integers(0, 15))
-    size = rows * length
-
-    def column(values):
-        return draw(st.lists(values, min_size=size, max_size=size))
-
-    values = torch.tensor(column(st.floats(-8, 8, width=32)), dtype=torch.float64)
-    mask = torch.tensor(column(st.booleans()), dtype=torch.bool)
-    border = torch.tensor(column(st.sampled_from([0, 0, 0, 1])), dtype=torch.int64)
-    shape = (rows, length)
-    return values.view(shape), mask.view(shape), border.view(shape).cumsum(1)
-
-
-def sequences(mask, sequence_ids):
-    """For each run of equal ids: its row and its positions, in order."""
-    for row in range(mask.shape[0]):
-        run = []
-        for t in range(mask.shape[1]):
-            if run and sequence_ids[row, t] != sequence_ids[row, t - 1]:
-                yield row, run
-                run = []
-            run.append(t)
-        if run:
-            yield row, run
-
-
-def loop(values, mask, sequence_ids, per_sequence):
-    """Applies per_sequence(values, mask) -> values to lists, one sequence at a time."""
-    result = torch.zeros_like(values)
-    for row, run in sequences(mask, sequence_ids):
-        one = per_sequence([values[row, t].item() for t in run], [bool(mask[row, t]) for t in run])
-        for t, value in zip(run, one, strict=True):
-            result[row, t] = value if mask[row, t] else 0.0
-    return result
 
 
 def loop_returns(discount):
@@ -97,10 +47,6 @@ def loop_importance(gamma):
         return [1 + gamma * (1 - (sum(a[:t]) / total if total else 0.0)) for t in range(len(a))]
 
     return per_sequence
-
-
-def close(actual, expected):
-    torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-12)
 
 
 # Against the loops
@@ -239,110 +185,6 @@ def test_entropy_mask_keeps_the_fraction_among_ties():
     # Ties go to the earlier token: one of 20 % is spent on [2, 3], so 19 zeros from the front.
     chosen = credit.entropy_quantile_mask(entropy, top_fraction=0.2)
     assert chosen.flatten()[:19].all() and not chosen.flatten()[19:50].any()
-
-
-# Rules shared by all
-
-
-@every_function
-@quick
-@given(batches())
-def test_masked_positions_are_not_read_and_return_zero(call, batch):
-    values, mask, ids = batch
-    poisoned = values.masked_fill(~mask, math.nan)
-    result = call(values, mask, ids)
-    assert not result[~mask].any()
-    assert torch.equal(call(poisoned, mask, ids), result)
-    assert torch.equal(call(values, mask.long(), ids), result)
-
-
-@pytest.mark.parametrize("name", ["return_to_go", "importance_weights", "drift_gates"])
-@quick
-@given(batches(), st.integers(0, 9))
-def test_padding_and_packing_change_nothing(name, batch, pad):
-    values, mask, ids = batch
-    packed = CALLS[name](values, mask, ids)
-    pieces = list(sequences(mask, ids))
-    if not pieces:
-        return
-    width = pad + max(len(run) for _, run in pieces)
-    alone, counts = torch.zeros(len(pieces), width).double(), torch.zeros(len(pieces), width).bool()
-    for i, (row, run) in enumerate(pieces):
-        alone[i, pad : pad + len(run)] = values[row, run]
-        counts[i, pad : pad + len(run)] = mask[row, run]
-    result = CALLS[name](alone, counts, None)
-    for i, (row, run) in enumerate(pieces):
-        # The gates' mean over the batch is a sum in another order: the last bit may differ.
-        torch.testing.assert_close(
-            result[i, pad : pad + len(run)],
-            packed[row, run],
-            rtol=1e-14 if name == "drift_gates" else 0,
-            atol=0,
-        )
-
-
-@every_function
-@pytest.mark.parametrize("shape", [(0, 0), (0, 5), (3, 0), (2, 5)])
-def test_empty_or_fully_masked_gives_zeros(call, shape):
-    result = call(torch.full(shape, math.nan), torch.zeros(shape, dtype=torch.bool), None)
-    assert result.shape == shape and not result.any()
-
-
-@every_function
-def test_results_are_detached_and_in_float32_or_float64(call):
-    for dtype, expected in [
-        (torch.bfloat16, torch.float32),
-        (torch.float16, torch.float32),
-        (torch.float32, torch.float32),
-        (torch.float64, torch.float64),
-    ]:
-        values = torch.randn(2, 9).to(dtype).requires_grad_()
-        result = call(values, None, None)
-        assert not result.requires_grad
-        assert result.dtype in (expected, torch.bool)
-
-
-@every_function
-def test_inputs_are_left_alone(call):
-    inputs = torch.randn(2, 9), torch.rand(2, 9) < 0.5, torch.zeros(2, 9, dtype=torch.int64)
-    before = [tensor.clone() for tensor in inputs]
-    call(*inputs)
-    assert all(torch.equal(a, b) for a, b in zip(inputs, before, strict=True))
-
-
-@pytest.mark.parametrize("name", [n for n in CALLS if n != "entropy_quantile_mask"])
-def test_nan_that_counts_is_not_hidden(name):
-    values = torch.tensor([[-1.0, math.nan, -math.inf, -2.0]])
-    if name == "exact_kl_baseline":
-        result = credit.exact_kl_baseline(torch.ones(1, 4), values)
-    elif name == "drift_gates":
-        result = credit.drift_gates(torch.ones(1, 4), values)
-    else:
-        result = CALLS[name](values, None, None)
-    assert result.isnan().any()
-
-
-@every_function
-def test_no_value_is_read_on_the_host(call):
-    # A meta tensor has no values: whatever would wait for a GPU raises here.
-    inputs = (
-        torch.empty(2, 9, device="meta", dtype=d) for d in (torch.float32, torch.bool, torch.int64)
-    )
-    result = call(*inputs)
-    assert result.shape == (2, 9) and result.device.type == "meta"
-
-
-def test_traces_as_one_graph():
-    def every(values, mask, sequence_ids):
-        return [call(values, mask, sequence_ids) for call in CALLS.values()]
-
-    inputs = (
-        torch.randn(2, 5),
-        torch.tensor([[0, 1, 1, 0, 1]] * 2),
-        torch.tensor([[0, 0, 1, 1, 1]] * 2),
-    )
-    compiled = torch.compile(every, fullgraph=True, backend="eager")(*inputs)
-    assert all(torch.equal(a, b) for a, b in zip(compiled, every(*inputs), strict=True))
 
 
 # Errors name the argument, and say what was given
