@@ -176,6 +176,13 @@ def test_settings_that_shape_the_run(tmp_path):
     }  # fmt: skip
 
 
+def test_settings_that_do_nothing_are_in_no_card(tmp_path):
+    """They are not at their defaults, and change as little."""
+    trainer = make(tmp_path / "run", generation_kwargs={}, chat_template_kwargs={}, min_p=0.0)
+    (line,) = [line for line in made(trainer)[1].splitlines() if line.startswith("- Other")]
+    assert line == "- Other settings: `max_completion_length=10`."
+
+
 def test_every_setting_is_in_a_card_or_is_said_not_to_be():
     """A new field that shapes a run and is in none of these would be left out of its card."""
     kinds = card.IN_WORDS, card.SHAPING, card.SHAPING_NOTHING

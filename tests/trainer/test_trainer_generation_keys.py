@@ -158,3 +158,58 @@ def test_prompt_lookup(tmp_path):
         trainer = make(tmp_path, evaluate=tiny.prompts(2), **lookup, **one)
         trainer.train()
     assert trainer.evaluate()["eval_loss"] > 0
+
+
+@pytest.mark.parametrize(
+    ("setting", "given", "words"),
+    [
+        ({"top_p": 0.8}, {"top_p": 0.5}, "^top_p: it is 0.8, and 0.5 in generation_kwargs"),
+        ({"top_k": 5}, {"top_k": 7}, "^top_k: it is 5, and 7 in generation_kwargs"),
+        ({"top_k": 5}, {"top_k": None}, "^top_k: it is 5, and 0 in generation_kwargs"),
+        ({"min_p": 0.1}, {"min_p": None}, "^min_p: it is 0.1, and None in"),
+        ({"repetition_penalty": 1.2}, {"repetition_penalty": 1.0}, "it is 1.2, and 1.0 in"),
+        (STATIC, QUANTIZED, "^cache_implementation: it is 'static', and 'quantized' in"),
+        ({"use_vllm": True, "top_p": 0.8}, {"top_p": 0.5}, "^top_p: it is 0.8, and 0.5 in"),
+        ({"use_vllm": True, "vllm_structured_outputs_regex": "a+"}, {"structured_outputs": None},
+         "^vllm_structured_outputs_regex: it is 'a\\+', and generation_kwargs have structured_ou"),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_a_setting_with_two_values(setting, given, words):
+    """transformers and vLLM take that of generation_kwargs, or, of the regex, either."""
+    with pytest.raises(ValueError, match=words):
+        config(given, **setting)
+
+
+@pytest.mark.parametrize(
+    ("setting", "given"),
+    [
+        ({"top_p": 0.8}, {"top_p": 0.8}),
+        ({"top_p": 1.0}, {"top_p": 0.8}),  # its default
+        ({"top_k": 5}, {"top_k": 5}),
+        ({"min_p": 0.0}, {"min_p": None}),
+        (STATIC, STATIC),
+        # A server that writes for the teacher is sent the config's.
+        (dict(teacher_model_server_url="http://127.0.0.1:1", top_p=0.8) | PREFIX, {"top_p": 0.5}),
+    ],
+    ids=str,
+)
+def test_a_setting_given_twice_that_is_no_conflict(setting, given):
+    assert config(given, **setting).generation_kwargs == given
+
+
+def test_two_temperatures(tmp_path):
+    """One of the loss, another of the sampler: both act, which is said."""
+    words = "temperature: 2 is the loss's alone, for .* have completions sampled at 0.5"
+    two = dict(objective="gkd", temperature=2.0)
+    for given in ({"temperature": 0.5}, {"temperature": 0.5, "top_k": 3}):
+        with pytest.warns(UserWarning, match=words):
+            make(tmp_path, **two, generation_kwargs=given)
+    for settings in (
+        two, two | {"generation_kwargs": {"temperature": 2.0}},
+        dict(objective="gkd", generation_kwargs={"temperature": 0.5}),
+        two | {"generation_kwargs": {"do_sample": False}},
+    ):  # fmt: skip
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", UserWarning)
+            make(tmp_path, **settings)

@@ -13,8 +13,11 @@ pytest.importorskip("trl", reason="the trainer needs trl")
 import tiny
 from training import make
 from transformers import GenerationConfig, LlamaForCausalLM
+from transformers.generation.configuration_utils import ALL_CACHE_IMPLEMENTATIONS
 
 from tropd_kernels import OPD, LogitsTeacher, distillation_loss
+from tropd_kernels.trainer import TrOPDConfig
+from tropd_kernels.trainer.sampling import sampling_warning
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::FutureWarning"),
@@ -256,6 +259,31 @@ def test_other_settings_that_change_the_sampler(tmp_path):
         make(tmp_path, repetition_penalty=1.1, **off)
     (message,) = [str(w.message) for w in caught if w.category is UserWarning]
     assert "sampling_mass" not in message
+
+
+@pytest.mark.parametrize("place", ["config", "generation_kwargs"])
+def test_a_quantized_cache_is_another_sampler(tmp_path, place):
+    """The student reads rounded keys and values, the loss exact ones. Others hold them as they
+    are."""
+    for cache in (*ALL_CACHE_IMPLEMENTATIONS, "of tomorrow"):
+        given = {"cache_implementation": cache}
+        if place == "generation_kwargs":
+            given = {"generation_kwargs": given}
+        args = TrOPDConfig(str(tmp_path), bf16=False, use_cpu=True, report_to="none", **given)
+        warning = sampling_warning(args)
+        assert (warning is not None) == (cache in ("quantized", "of tomorrow"))
+    assert warning.startswith("cache_implementation 'of tomorrow': completions are not sampled")
+    gkd = TrOPDConfig(str(tmp_path), bf16=False, use_cpu=True, objective="gkd",
+                      cache_implementation="quantized")  # fmt: skip
+    assert sampling_warning(gkd) is None
+
+
+def test_keys_of_vllm_that_are_empty(tmp_path):
+    settings = dict(bf16=False, use_cpu=True, report_to="none", use_vllm=True)
+    for given, warns in (({"logit_bias": {}}, False), ({"bad_words": []}, False),
+                         ({"logit_bias": {5: 1.0}}, True)):  # fmt: skip
+        args = TrOPDConfig(str(tmp_path), **settings, generation_kwargs=given)
+        assert (sampling_warning(args) is not None) == warns
 
 
 @pytest.mark.parametrize("peaked", [False, True])

@@ -25,7 +25,7 @@ from . import metrics
 from .dropout import disable_dropout
 from .generation import PrefixedGeneration
 from .loaded_teacher import check_dtypes, check_own_weights, load_teacher
-from .patching import replaced
+from .patching import keeping_forward, replaced
 from .reuse import BatchReuse
 from .router import router_loss
 from .sharding import (
@@ -176,7 +176,7 @@ class DistillationAdapter(BatchReuse, PrefixedGeneration):
             teacher = None
             if self.teacher_model is not None and self.needs_teacher():
                 unwrapped = self.accelerator.unwrap_model(self.teacher_model)
-                with torch.no_grad():
+                with torch.no_grad(), keeping_forward(unwrapped):
                     teacher = self._forward_redirection(
                         self.teacher_model, unwrapped, read_side, unwrapped, self._teacher_head,
                         inputs, self._get_last_hidden_state,
@@ -204,9 +204,12 @@ class DistillationAdapter(BatchReuse, PrefixedGeneration):
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         batch = self._with_own_fields(inputs)
-        result = super().compute_loss(model, batch, return_outputs, num_items_in_batch)
+        try:
+            with keeping_forward(self.accelerator.unwrap_model(model)):
+                result = super().compute_loss(model, batch, return_outputs, num_items_in_batch)
+        finally:
+            reshard(self.teacher_model)
         result = self._with_exact_loss(result, return_outputs)
-        reshard(self.teacher_model)
         loss, stats = result[0] if return_outputs else result, self._stats
         if self._router_loss is not None:
             auxiliary = self.accelerator.gather(self._router_loss.reshape(1))

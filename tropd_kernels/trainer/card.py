@@ -19,6 +19,7 @@ from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 from .. import __version__
 from .config import TrOPDConfig
 from .patching import base_of
+from .sampling import WHOLE
 
 _REPOSITORY = "https://github.com/huggingface/trl"
 
@@ -322,13 +323,14 @@ def _is_tropd(args: TrOPDConfig) -> bool:
 
 
 def _shaping(args: TrOPDConfig) -> dict[str, Any]:
-    """The `SHAPING` fields that are not at their defaults."""
+    """The `SHAPING` fields that are not at their defaults, nor at a value that does as little."""
     found = {}
     for field in fields(args):
         factory = field.default_factory
         default = field.default if factory is MISSING else factory()
-        if field.name in SHAPING and getattr(args, field.name) != default:
-            found[field.name] = getattr(args, field.name)
+        value, idle = getattr(args, field.name), (default, {}, *WHOLE.get(field.name, ()))
+        if field.name in SHAPING and value not in idle:
+            found[field.name] = value
     return found
 
 

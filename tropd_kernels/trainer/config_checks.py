@@ -14,6 +14,7 @@ from .effects import check_effects
 from .generation_keys import check_generation_keys
 from .prefix import SCHEDULES
 from .signals import check_served
+from .vllm_keys import check_vllm_keys
 
 #: A TrOPDConfig, whose file imports this one.
 Config = Any
@@ -81,6 +82,8 @@ def _check_generation(config: Config, given: dict[str, Any]) -> None:
         key = f"generation_kwargs: {name}"
         check_type(key, given[name], [*(get_args(hints[name]) or [hints[name]]), type(None)])
         given[name] = _sampling(name, key, given[name])
+    if config.use_vllm:
+        check_vllm_keys(given, config.vllm_mode)
     config.generation_kwargs = given
 
 

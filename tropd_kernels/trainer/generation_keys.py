@@ -5,12 +5,13 @@ the ones that would break the trainer.
 """
 
 from collections.abc import Callable, Mapping
+from dataclasses import fields
 from typing import Any
 
 from transformers import GenerationConfig
 
 from ..objectives.registry import nearest
-from .sampling import OF_DRAWS, WHOLE, settings
+from .sampling import OF_DRAWS, SHARED, WHOLE, settings
 
 _LENGTH = "set max_completion_length"
 _ONE_EACH = "each prompt gets one completion: for several repeat its row in the data set"
@@ -52,6 +53,9 @@ _NOT_TAKEN = {
     "continuous_batching_config": "prompts are generated from in one batch: leave it out",
     "forced_bos_token_id": _ENCODER, "decoder_start_token_id": _ENCODER,
     "disable_compile": _NOT_COMPILED, "compile_config": _NOT_COMPILED,
+    # vLLM's.
+    "truncate_prompt_tokens": "the loss reads the whole prompt: cut it in the data set",
+    "repetition_detection": _ENDS, "flat_logprobs": _IDS_ALONE, "output_kind": _IDS_ALONE,
 }  # fmt: skip
 #: Values with which a sampler behaves as without the key, of keys that `WHOLE` has not. Keys that
 #: TRL sets itself (lengths, eos_token_id, disable_compile) have none: None would undo TRL's value.
@@ -59,6 +63,8 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "num_return_sequences": (1, None), "n": (1,), "ignore_eos": (False,),
     "length_penalty": (1, None), "temperature": (1, None),
     "stop": (None, []), "stop_token_ids": (None, []),
+    "truncate_prompt_tokens": (None,), "repetition_detection": (None,),
+    "flat_logprobs": (False,),
     **dict.fromkeys(
         ("stop_strings", "forced_eos_token_id", "max_time", "compile_config", "dola_layers",
          "force_words_ids", "constraints", "speculation_type", "continuous_batching_config",
@@ -108,7 +114,7 @@ _FROM_THE_FIRST_TOKEN = (
 def check_generation_keys(given: Mapping[str, Any], use_vllm: bool) -> None:
     """Raises ValueError for a key that would have no effect, or a wrong one.
 
-    vLLM itself refuses unknown keys; a GenerationConfig stores them unread.
+    A GenerationConfig stores unknown keys unread; `vllm_keys` asks vLLM.
     """
     known = vars(GenerationConfig()).keys() - _OF_NO_SAMPLER
     for name, value in given.items():
@@ -125,8 +131,9 @@ def check_generation_conditions(args: Any) -> None:
     """Raises ValueError for a key of `generation_kwargs` that does nothing beside the other
     settings, or another thing than its name says. args: a `TrOPDConfig` whose keys are known."""
     own: Mapping[str, Any] = args.generation_kwargs or {}
+    _check_given_once(args, own)
     if not args.use_vllm:
-        given = {"cache_implementation": args.cache_implementation} | settings(args)
+        given = settings(args)
         if given["cache_implementation"] == "paged":
             raise ValueError(
                 "cache_implementation: 'paged' would have no effect: prompts are generated from in "
@@ -146,6 +153,30 @@ def check_generation_conditions(args: Any) -> None:
             raise ValueError(_behind_a_prefix(f"generation_kwargs: {name!r}"))
     if args.vllm_structured_outputs_regex is not None:
         raise ValueError(_behind_a_prefix("vllm_structured_outputs_regex:"))
+
+
+def _check_given_once(args: Any, own: Mapping[str, Any]) -> None:
+    """Raises ValueError for a setting of which `generation_kwargs` have another value.
+
+    That one wins. The temperature is left out: the config's is the loss's, too.
+    """
+    defaults = {field.name: field.default for field in fields(args)}
+    # A server that writes is sent the config's values alone.
+    served = args.teacher_model_server_url is not None and args.is_guided
+    for name in () if served else (own.keys() & set(SHARED)) - {"temperature"}:
+        first, second = getattr(args, name), own[name]
+        whole = WHOLE.get(name, ())
+        if first not in (defaults[name], second) and not (first in whole and second in whole):
+            raise ValueError(
+                f"{name}: it is {first!r}, and {second!r} in generation_kwargs, which would be "
+                "taken: give one of the two"
+            )
+    regex = args.vllm_structured_outputs_regex
+    if regex is not None and "structured_outputs" in own:
+        raise ValueError(
+            f"vllm_structured_outputs_regex: it is {regex!r}, and generation_kwargs have "
+            f"structured_outputs {own['structured_outputs']!r:.40}: give one of the two"
+        )
 
 
 def check_lookup(args: Any, evaluates: bool) -> None:

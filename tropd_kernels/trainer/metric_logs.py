@@ -54,7 +54,17 @@ class MetricLogs(DistillationTrainer):
                 reported[f"{self._eval_set}_{name}"] = reported.pop(name)
         super().log(logs, start_time)
 
+    def get_train_dataloader(self):
+        self._forget("train")
+        return super().get_train_dataloader()
+
+    def _forget(self, mode: str) -> None:
+        """Drops what an earlier loop left unlogged, which an exception may have ended."""
+        self._sums[mode].clear()
+        self._metrics[mode].clear()
+
     def evaluation_loop(self, *arguments, **keywords):
+        self._forget("eval")
         self._eval_rows_seen = 0
         self._eval_loss_sums.zero_()
         key = keywords.get("metric_key_prefix", "")
@@ -67,6 +77,5 @@ class MetricLogs(DistillationTrainer):
 
     def predict(self, *arguments, **keywords):
         found = super().predict(*arguments, **keywords)
-        self._sums["eval"].clear()
-        self._metrics["eval"].clear()  # or the next evaluation would report the mean of both
+        self._forget("eval")  # or the next evaluation would report the mean of both
         return found

@@ -27,6 +27,21 @@ def replaced(owner: Any, **attributes: Any) -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def keeping_forward(module: nn.Module) -> Iterator[None]:
+    """Undoes afterwards what is done to the module's `forward` inside.
+
+    TRL redirects it to the loss, and back only once the wrapper has come so far as to call it.
+    """
+    own = vars(module).get("forward")  # accelerate may have put one there
+    try:
+        yield
+    finally:
+        vars(module).pop("forward", None)
+        if own is not None:
+            module.forward = own
+
+
+@contextlib.contextmanager
 def added_keywords(module: nn.Module, **keywords: Any) -> Iterator[None]:
     """Passes further keyword arguments to the module's forwards inside."""
 

@@ -52,6 +52,7 @@ class BatchReuse(DistillationTrainer):
     def get_train_dataloader(self):
         # TRL counts micro-batches over all calls of train(), and one may have ended amid a step.
         self._step, self._buffered_inputs = 0, None
+        self._current_train_step_time = 0.0
         data, seed = self.train_dataset, self.args.data_seed
         if not (isinstance(data, IterableDataset) and self.shuffle_dataset) or seed is None:
             return super().get_train_dataloader()

@@ -54,14 +54,24 @@ WHOLE: dict[str, tuple[Any, ...]] = {
      "frequency_penalty", "min_tokens"),  # the last three are vLLM's
     (0, None),
 )  # fmt: skip
+#: Caches that hold keys and values as they are; of others (quantized) the student reads roundings.
+_EXACT_CACHES = (
+    None, "dynamic", "offloaded", "static", "offloaded_static", "sliding_window", "hybrid",
+    "hybrid_chunked", "offloaded_hybrid", "offloaded_hybrid_chunked",
+)  # fmt: skip
 #: Keys of generation_kwargs, of transformers and vLLM, that do not change the distribution.
 _HARMLESS = {
-    *_NEEDED, "cache_implementation", "cache_config", "max_cache_len",
+    *_NEEDED, "cache_config", "max_cache_len",
     "prefill_chunk_size", "remove_invalid_values", "renormalize_logits", "seed",
     "prompt_lookup_num_tokens", "max_matching_ngram_size",  # a token is written only if it is drawn
     "logprobs", "prompt_logprobs", "detokenize", "skip_special_tokens",
-    "spaces_between_special_tokens", "include_stop_str_in_output", "truncate_prompt_tokens",
+    "spaces_between_special_tokens", "include_stop_str_in_output",
+    "logprob_token_ids", "skip_clone", "skip_reading_prefix_cache", "priority", "cache_salt",
 }  # fmt: skip
+#: Keys that both the config and its generation_kwargs have.
+SHARED = (
+    "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "cache_implementation",
+)  # fmt: skip
 #: Settings that only act where tokens are drawn.
 OF_DRAWS = {
     "temperature", "top_k", "top_p", "min_p", "top_h", "typical_p", "epsilon_cutoff", "eta_cutoff",
@@ -72,20 +82,20 @@ _MASS_TOKENS, _AT_ONCE = 256, 32
 
 def settings(args: Any) -> dict[str, Any]:
     """The student's sampling settings of a `TrOPDConfig`: generation_kwargs win, as in TRL."""
-    names = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
-    return {name: getattr(args, name) for name in names} | dict(args.generation_kwargs or {})
+    return {name: getattr(args, name) for name in SHARED} | dict(args.generation_kwargs or {})
 
 
 def off_policy_settings(args: Any) -> dict[str, Any]:
     """The settings that make completions samples of another distribution than the loss's."""
     plain = (args.temperature, None) if args.temperature == 1 else (args.temperature,)
-    whole, given = WHOLE | {"temperature": plain}, settings(args)
+    whole = WHOLE | {"temperature": plain, "cache_implementation": _EXACT_CACHES}
+    given = settings(args)
     if _is_greedy(args):
         given = {name: value for name, value in given.items() if name not in OF_DRAWS}
     return {
         name: value
         for name, value in given.items()
-        if name not in _HARMLESS and value not in ([], *whole.get(name, (None,)))
+        if name not in _HARMLESS and value not in ([], {}, *whole.get(name, (None,)))
     }
 
 
@@ -110,6 +120,18 @@ def sampling_warning(args: Any) -> str | None:
         f"{given}: completions are not sampled from the student's own distribution, as objective "
         f"{args.objective!r} takes them to be: the expected gradient of its K1 term is biased"
         f"{mass}. Leave the setting out, or choose an objective without K1 (gkd, reverse_kl)"
+    )
+
+
+def temperature_warning(args: Any) -> str | None:
+    """The warning, if any, that completions are sampled at another temperature than was set."""
+    given = settings(args)["temperature"]
+    given = 1.0 if given is None else given
+    if args.temperature in (1, given) or args.precomputed_teacher or _is_greedy(args):
+        return None
+    return (
+        f"temperature: {args.temperature:g} is the loss's alone, for generation_kwargs have "
+        f"completions sampled at {given:g}: leave one of the two out to have one temperature"
     )
 
 
@@ -185,8 +207,15 @@ def _plain(own: GenerationConfig | None) -> GenerationConfig:
 
 @contextlib.contextmanager
 def evaluation_mode(model: Any) -> Iterator[None]:
-    """Puts all modules in evaluation mode inside: no dropout, no noise (NEFTune's, a router's)."""
+    """Puts all modules in evaluation mode inside: no dropout, no noise (NEFTune's, a router's).
+
+    And no checkpointing. TRL would switch that off itself, leave it so after an exception, and
+    switch it on again without the options that transformers takes out of its arguments
+    (every_n_layers).
+    """
     with contextlib.ExitStack() as modes:
-        for part in filter(lambda part: part.training, model.modules()):
-            modes.enter_context(replaced(part, training=False))
+        for part in model.modules():
+            for mode in ("training", "gradient_checkpointing"):
+                if getattr(part, mode, False) is True:
+                    modes.enter_context(replaced(part, **{mode: False}))
         yield

@@ -158,9 +158,9 @@ class TrOPDTrainer(GuidedTrainer):
         check_rows(train_dataset, each * self.accelerator.num_processes)
         self._warpers = sampling.truncating_warpers(args)
         self._kept_mass: Tensor | None = None  # of a micro-batch: sum and count
-        warning = sampling.sampling_warning(args)
-        if warning is not None and self.accelerator.is_main_process:
-            warnings.warn(warning, stacklevel=2)
+        for warning in (sampling.sampling_warning(args), sampling.temperature_warning(args)):
+            if warning is not None and self.accelerator.is_main_process:
+                warnings.warn(warning, stacklevel=2)
         at_terminal = sys.stdout.isatty() and not args.disable_tqdm
         if at_terminal if args.rich_progress is None else args.rich_progress:
             for shown in (ProgressCallback, PrinterCallback):  # one of them, which prints the logs
@@ -190,7 +190,8 @@ class TrOPDTrainer(GuidedTrainer):
     def train(self, resume_from_checkpoint: str | bool | None = None, *rest: Any, **keywords: Any):
         """Trains as transformers' `train` does.
 
-        However training ends, the log so far is in `trainer_state.json` in output_dir.
+        However training ends, the log so far is in `trainer_state.json` in output_dir, and the
+        model is as it was but for its weights.
 
         Raises:
             ValueError: `resume_from_checkpoint` is an output_dir, not one of its checkpoints.
@@ -207,6 +208,10 @@ class TrOPDTrainer(GuidedTrainer):
             return super().train(resume_from_checkpoint, *rest, **keywords)
         finally:
             progress.close(self.callback_handler.callbacks)
+            if self.is_in_train:  # transformers does this only at a regular end
+                self.is_in_train = False
+                if (hook := getattr(self, "neftune_hook_handle", None)) is not None:
+                    hook.remove()
             if self.args.should_save and self.state.log_history:
                 self.save_state()
 
