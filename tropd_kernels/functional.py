@@ -50,6 +50,7 @@ def linear_distillation_loss(
     temperature: float = 1.0,
     old_log_probs: Tensor | None = None,  # (*)
     advantages: Tensor | None = None,  # (*)
+    task_advantages: Tensor | None = None,  # (*)
     token_weight: Tensor | None = None,  # (*)
     teacher_prefix: Tensor | None = None,  # (*)
     uniforms: Tensor | None = None,  # (*)
@@ -82,8 +83,11 @@ def linear_distillation_loss(
         softcap: Bound of the tanh that caps the logits.
         temperature: Divides both sides' logits.
         old_log_probs: Log-probs of the labels under the policy that sampled them; by default the
-            student's own. Detached, as are the next three.
-        advantages: Replace the reward R.
+            student's own. Detached, as are the next four.
+        advantages: Replace the reward R; taken as they are, but for the rule's clip_reward_*.
+        task_advantages: Of a verifier, or another reward of the task, at each token: added to R
+            with the objective's `task_weight`, or its sign decides which rewards count
+            (`reward_filter`). For objectives that have one of the two, which need it.
         token_weight: Factor on each token's loss.
         teacher_prefix: bool, whether the teacher wrote the token.
         uniforms: Draws in [0, 1) for a Bernoulli gate.
@@ -143,7 +147,7 @@ def linear_distillation_loss(
             labels, teacher, objective,
             per_token=dict(old_log_probs=old_log_probs, advantages=advantages, uniforms=uniforms,
                            token_weight=token_weight, teacher_prefix=teacher_prefix,
-                           mixing=mixing),
+                           mixing=mixing, task_advantages=task_advantages),
             temperature=temperature, seed=seed, ignore_index=ignore_index, normalizer=normalizer,
             reduction=reduction, backend=backend, group=group,
             max_workspace_bytes=max_workspace_bytes, gradient_tolerance=gradient_tolerance,
@@ -162,6 +166,7 @@ def distillation_loss(
     temperature: float = 1.0,
     old_log_probs: Tensor | None = None,  # (*)
     advantages: Tensor | None = None,  # (*)
+    task_advantages: Tensor | None = None,  # (*)
     token_weight: Tensor | None = None,  # (*)
     teacher_prefix: Tensor | None = None,  # (*)
     uniforms: Tensor | None = None,  # (*)
@@ -189,7 +194,7 @@ def distillation_loss(
             student_logits(logits, group), labels, teacher, objective,
             per_token=dict(old_log_probs=old_log_probs, advantages=advantages, uniforms=uniforms,
                            token_weight=token_weight, teacher_prefix=teacher_prefix,
-                           mixing=mixing),
+                           mixing=mixing, task_advantages=task_advantages),
             temperature=temperature, seed=seed, ignore_index=ignore_index, normalizer=normalizer,
             reduction=reduction, backend=backend, group=group,
         )  # fmt: skip

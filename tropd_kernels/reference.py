@@ -6,7 +6,8 @@ float64. Read it next to the paper (TrOPD, arXiv 2606.01249; the other sources a
 
 Notation, at one position: z, t logits of student and teacher after scale, soft cap and temperature;
 p = softmax(z), q = softmax(t); y the token; lp = log p(y), lq = log q(y); lo = log-probability of y
-under the policy that sampled it; R = sg(lq - lo); rho = exp(lp - lo); K the teacher's top-k ids.
+under the policy that sampled it; R0 = sg(lq - lo); R = T(R0), clipped; rho = exp(lp - lo); A the
+task's advantages; K the teacher's top-k ids.
 
 Conventions: 0 log 0 = 0 (ids that either side excludes with a logit of -inf). A divergence that is
 infinite (p > 0 where q = 0, or the other way round) has loss +inf and gradient 0, and so has a K1
@@ -84,6 +85,7 @@ def token_losses(
     *,
     old_log_probs: Tensor | None = None,
     advantages: Tensor | None = None,
+    task_advantages: Tensor | None = None,
     teacher_prefix: Tensor | None = None,
     uniforms: Tensor | None = None,
     mixing: Tensor | None = None,
@@ -108,13 +110,9 @@ def token_losses(
 
     if teacher is not None:
         log_q, lq = teacher.log_q, teacher.label_log_probs
-        reward = lq - lo
-        if rule.divergence == "topk_jsd":  # K1 of log(p/M): the mixture stands in for the teacher
-            reward = _log_mix(rule.divergence_parameter, lq, lo) - lo
-        if advantages is not None:
-            reward = advantages
-        reward = reward.detach()
-        trust = trust_gate(rule, lq - lo, reward, uniforms)
+        relative_to = lp if rule.reward_policy == "current" else lo
+        level, reward = rewards(rule, lq, relative_to.detach(), advantages)
+        trust = trust_gate(rule, lq - lo, level, uniforms)
         stats |= {"teacher_log_probs": lq, "reward": reward}
         if teacher.entropy is not None:
             stats["teacher_entropy"] = teacher.entropy
@@ -134,11 +132,14 @@ def token_losses(
                 outside = reward.clamp_min(rule.threshold)
             elif rule.gate != "always" and rule.outlier == "forward_kl_reward":
                 outside = -kl.detach()
+            elif rule.outlier in ("mask", "forward_kl"):  # no reward, but the task's advantage
+                outside = torch.zeros_like(reward)
             # A reward of -inf that the gate rejects must not reach the product, nor its gradient.
-            inside = torch.where(trust > 0, reward, 0.0)
+            inside = with_task(rule, torch.where(trust > 0, reward, 0.0), task_advantages)
+            outside = with_task(rule, torch.where(trust < 1, outside, 0.0), task_advantages)
             surrogate = trust * policy_gradient_loss(inside, ratio, rule)
-            if rule.outlier in ("clip", "forward_kl_reward"):
-                outside = torch.where(trust < 1, outside, 0.0)
+            always = rule.gate == "always"
+            if rule.outlier in ("clip", "forward_kl_reward") or (rule.task_weight and not always):
                 surrogate = surrogate + (1 - trust) * policy_gradient_loss(outside, ratio, rule)
             loss = loss + rule.policy_gradient * surrogate
 
@@ -189,10 +190,49 @@ def token_losses(
 # --- the policy-gradient side ------------------------------------------------------------------
 
 
+def rewards(
+    rule: TokenRule, lq: Tensor, lo: Tensor, advantages: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """What the static gate compares with its threshold, R0 or the caller's advantages, and the
+    transformed and clipped reward R; lo: of the policy that R0 is relative to. Both (N,)."""
+    level = lq - lo
+    if rule.divergence == "topk_jsd":  # K1 of log(p/M): the mixture stands in for the teacher
+        level = reward = _log_mix(rule.divergence_parameter, lq, lo) - lo
+    elif rule.reward == "power":
+        reward = (rule.reward_parameter * lq).exp() - (rule.reward_parameter * lo).exp()
+    elif rule.reward == "proximal":  # log(a q + (1 - a) p) - log p
+        reward = _log_mix(rule.reward_parameter, lq, lo) - lo
+    elif rule.reward == "log1p":
+        reward = torch.where(level < 0, -1.0, 1.0) * level.abs().log1p()
+    elif rule.reward == "tanh":
+        reward = level.tanh()
+    elif rule.reward == "sign":
+        reward = torch.where(level.isnan(), level, level.sign())
+    elif rule.reward == "log_ratio":
+        reward = level
+    else:
+        raise NotImplementedError(f"the reference has no definition of reward={rule.reward!r}")
+    if advantages is not None:
+        level = reward = advantages
+    if rule.clip_reward_low is not None:
+        reward = reward.clamp_min(rule.clip_reward_low)
+    if rule.clip_reward_high is not None:
+        reward = reward.clamp_max(rule.clip_reward_high)
+    return level.detach(), reward.detach()
+
+
+def with_task(rule: TokenRule, reward: Tensor, advantages: Tensor | None) -> Tensor:
+    """The reward, where the sign of the task's advantages keeps it, and the weighted advantages."""
+    if rule.reward_filter is not None:
+        keeps = advantages > 0 if rule.reward_filter == "positive" else advantages < 0
+        reward = torch.where(keeps, reward, 0 * advantages)  # of NaN it is NaN
+    return reward + rule.task_weight * advantages if rule.task_weight else reward
+
+
 def trust_gate(
     rule: TokenRule, log_ratio: Tensor, reward: Tensor, uniforms: Tensor | None
 ) -> Tensor:
-    """M (N,), from the teacher's log-ratio lq - lo (detached) and the reward."""
+    """M (N,), from the teacher's log-ratio lq - lo (detached) and the untransformed reward."""
     acceptance = log_ratio.detach().clamp_max(0).exp()  # P = min(q(y)/p(y), 1)
     if rule.gate == "bernoulli":
         return (uniforms < acceptance).to(acceptance.dtype)
@@ -358,7 +398,8 @@ def _log_mix(c: float, log_q: Tensor, log_p: Tensor) -> Tensor:
     """log(c q + (1 - c) p), -inf where both are."""
     empty = (log_q == -math.inf) & (log_p == -math.inf)
     log_q, log_p = torch.where(empty, 0.0, log_q), torch.where(empty, 0.0, log_p)
-    mixed = torch.logaddexp(log_q + math.log(c), log_p + math.log1p(-c))
+    rest = math.log1p(-c) if c < 1 else -math.inf
+    mixed = torch.logaddexp(log_q + math.log(c), log_p + rest)
     return torch.where(empty, -math.inf, mixed)
 
 

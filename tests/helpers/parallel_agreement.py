@@ -13,6 +13,7 @@ from sharding import arguments, bare, ends, everything, mine, shard_of
 
 from tropd_kernels import (
     OPD,
+    TokenRule,
     TrOPD,
     distillation_loss,
     linear_distillation_loss,
@@ -127,6 +128,10 @@ def every_option(ranks):
         yield f"{backend} {name} chunks", many
         more = dict(reduction="none", incoming=torch.linspace(-1, 2, 700))
         yield f"{backend} {name} chunks none", partial(many, **more)
+    rule = TokenRule(gate="expected", task_weight=0.5, reward_filter="positive")
+    for backend in BACKENDS:
+        task = dict(task_advantages=torch.linspace(-1, 2, 7))
+        yield f"{backend} task", partial(compare, everything(), rule, "hidden", backend, **task)
 
 
 def corners(ranks, backend):

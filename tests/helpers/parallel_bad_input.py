@@ -13,6 +13,7 @@ from tropd_kernels import (
     SFT,
     HiddenTeacher,
     LogitsTeacher,
+    TokenRule,
     TopKTeacher,
     linear_distillation_loss,
     linear_log_probs,
@@ -108,6 +109,10 @@ def bad_inputs(ranks):
         "mixing": (
             disagree("mixing") + ".*other values", dict(mixing=torch.ones(n)),
             dict(objective=OBJECTIVES["mixed"], mixing=torch.zeros(n)),
+        ),
+        "task_advantages": (
+            disagree("task_advantages") + ".*other values", dict(task_advantages=torch.ones(n)),
+            dict(objective=TokenRule(task_weight=1.0), task_advantages=torch.zeros(n)),
         ),
         "bias": (disagree("bias"), dict(bias=mine(torch.zeros(37))), {}),
         "frozen": (disagree("requires_grad"), dict(hidden=torch.zeros(n, 16)), {}),

@@ -56,6 +56,13 @@ OBJECTIVES = {
     "reopold_2": REOPOLD(stage=2, entropy_quantile=0.5),
     "aopd": AOPD(top_k=K),
     "sft": SFT(),
+    "power": TokenRule(reward="power", reward_parameter=5.0, clip_ratio_low=0.3),
+    "proximal": TokenRule(reward="proximal", reward_parameter=0.4, reward_policy="current"),
+    "log1p": TokenRule(reward="log1p", gate="threshold", outlier="forward_kl", top_k=K),
+    "tanh_clip": TokenRule(
+        reward="tanh", gate="expected", outlier="clip", threshold=-0.5, clip_reward_high=0.4
+    ),
+    "sign": TokenRule(policy_gradient=0.5, reward="sign", gate="bernoulli", prefix_weight=0.01),
     "mopd": MOPD(top_k=K),
     "topk_jsd": TopKJSD(top_k=K),
     "gkd": GKD(0.3),

@@ -38,6 +38,7 @@ from tropd_kernels import (
     LinearLogProbs,
     LogitsTeacher,
     SampledTeacher,
+    TokenRule,
     TrOPD,
     available_backends,
     backends,
@@ -231,16 +232,19 @@ def test_a_teacher_of_another_precision(call, backend, device):
 
 # --- per-token tensors --------------------------------------------------------------------------
 
+TASK = TokenRule(task_weight=1.0)
 PER_TOKEN = [
-    "old_log_probs", "advantages", "token_weight", "uniforms", "teacher_prefix", "mixing",
+    "old_log_probs", "advantages", "task_advantages", "token_weight", "uniforms", "teacher_prefix",
+    "mixing",
 ]  # fmt: skip
 
 
 @pytest.mark.parametrize("name", PER_TOKEN)
 @pytest.mark.parametrize("call", [head_loss, logits_loss])
 def test_per_token_tensors(name, call):
-    if name == "mixing":
-        call = partial(call, objective=Divergence("mixed"))
+    if name in ("mixing", "task_advantages"):
+        rule = TASK if name == "task_advantages" else Divergence("mixed")
+        call = partial(call, objective=rule)
     boolean = name == "teacher_prefix"
     dtype = torch.bool if boolean else torch.float32
     good = torch.zeros(SHAPE, dtype=dtype)
@@ -253,6 +257,19 @@ def test_per_token_tensors(name, call):
     if not boolean:
         leaf = good.clone().requires_grad_()
         refused(lambda: call(**{name: leaf}), ValueError, name, "requires grad", "detached")
+
+
+@pytest.mark.parametrize("rule", [TASK, TokenRule(reward_filter="negative")])
+@pytest.mark.parametrize("call", [head_loss, logits_loss])
+def test_task_advantages_and_the_rules_that_read_them(rule, call):
+    refused(
+        lambda: call(objective=rule), ValueError, "TokenRule(", "task_advantages", "shaped like",
+    )  # fmt: skip
+    refused(
+        lambda: call(task_advantages=torch.ones(SHAPE)), ValueError, "task_advantages",
+        "no effect", "task_weight", "reward_filter",
+    )  # fmt: skip
+    assert call(objective=rule, task_advantages=torch.ones(SHAPE)).loss.isfinite()
 
 
 def mixed(weight):
@@ -273,6 +290,9 @@ VALUES = {
     "weight infinite": (lambda: dict(token_weight=filled(INF)), "token_weight", "not finite"),
     "advantage NaN": (lambda: dict(advantages=filled(NAN)), "advantages", "not finite"),
     "advantage infinite": (lambda: dict(advantages=filled(-INF)), "advantages", "not finite"),
+    "task's advantage NaN": (
+        lambda: dict(objective=TASK, task_advantages=filled(NAN)), "task_advantages", "not finite",
+    ),
     "old log-prob infinite": (
         lambda: dict(old_log_probs=filled(-INF)), "old_log_probs", "not finite",
     ),

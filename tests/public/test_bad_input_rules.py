@@ -8,6 +8,7 @@ import math
 
 import pytest
 from calls import (
+    INF,
     NAN,
     SHAPE,
     G,
@@ -228,6 +229,65 @@ RULES = {
     "clip ratio": (lambda: EOPD(clip_ratio=-1), ValueError, "clip_ratio ", "-1"),
     "top fraction 0": (lambda: EntropyOPD(top_fraction=0), ValueError, "top_fraction", "above 0"),
     "top fraction": (lambda: EntropyOPD(top_fraction=1.5), ValueError, "top_fraction", "[0, 1]"),
+    "reward": (lambda: TokenRule(reward="kl"), ValueError, "reward ", "'proximal'", "'kl'"),
+    "reward without its parameter": (
+        lambda: TokenRule(reward="power"), ValueError, "reward='power'", "reward_parameter",
+        "above 0",
+    ),
+    "reward with another's parameter": (
+        lambda: TokenRule(reward="tanh", reward_parameter=2.0), ValueError, "reward='tanh'",
+        "takes no reward_parameter", "'power' or 'proximal'",
+    ),
+    "parameter of no transform": (
+        lambda: TokenRule(reward_parameter=0.5), ValueError, "'log_ratio'", "reward_parameter",
+    ),
+    "power 0": (
+        lambda: TokenRule(reward="power", reward_parameter=0), ValueError, "reward_parameter",
+        "above 0", "0",
+    ),
+    "power NaN": (
+        lambda: TokenRule(reward="power", reward_parameter=NAN), ValueError, "reward_parameter",
+    ),
+    "power of text": (
+        lambda: TokenRule(reward="power", reward_parameter="5"), TypeError, "reward_parameter",
+        "number",
+    ),
+    "proximal above 1": (
+        lambda: TokenRule(reward="proximal", reward_parameter=1.5), ValueError,
+        "reward_parameter", "1]", "1.5",
+    ),
+    "proximal 0": (
+        lambda: TokenRule(reward="proximal", reward_parameter=0.0), ValueError,
+        "reward_parameter", "(0, 1]",
+    ),
+    "reward of the top-k jsd": (
+        lambda: TokenRule(divergence="topk_jsd", top_k=8, reward="sign"), ValueError, "topk_jsd",
+        "a reward of its own", "'sign'",
+    ),
+    "reward policy": (
+        lambda: TokenRule(reward_policy="new"), ValueError, "reward_policy", "'current'", "'new'",
+    ),
+    "reward filter": (
+        lambda: TokenRule(reward_filter="correct"), ValueError, "reward_filter", "'positive'",
+    ),
+    "reward clip upside down": (
+        lambda: TokenRule(clip_reward_low=1.0, clip_reward_high=0.5), ValueError,
+        "clip_reward_low=1.0", "clip_reward_high=0.5",
+    ),
+    "reward clip NaN": (
+        lambda: TokenRule(clip_reward_high=NAN), ValueError, "clip_reward_high", "finite",
+    ),
+    "task weight": (lambda: TokenRule(task_weight=INF), ValueError, "task_weight", "finite"),
+    **{
+        f"{name} of no reward": (
+            lambda more={name: value}: TokenRule(policy_gradient=0.0, nll_weight=1.0, **more),
+            ValueError, f"{name}={value!r} has no effect with policy_gradient=0",
+        )
+        for name, value in (
+            ("reward", "tanh"), ("reward_policy", "current"), ("clip_reward_low", -1.0),
+            ("clip_reward_high", 1.0), ("task_weight", 1.0), ("reward_filter", "negative"),
+        )
+    },
     "stage": (lambda: REOPOLD(stage=3), ValueError, "stage", "1 or 2", "3"),
     "mixing 0": (lambda: REOPOLD(mixing=0), ValueError, "mixing", "above 0"),
     "mixing": (lambda: REOPOLD(mixing=0.6), ValueError, "mixing", "[0, 0.5]", "0.6"),
@@ -255,6 +315,13 @@ def test_rules_are_frozen_and_can_be_pasted_back(name):
     # The key is the whole rule: it is all that the op is told of it.
     other = dataclasses.replace(rule, entropy_coef=rule.entropy_coef + 0.25)
     assert other != rule and other.key != rule.key and decode_rule(other.key) == other
+
+
+def test_a_static_gate_reads_the_rewards_policy():
+    rule = TokenRule(
+        policy_gradient=0.0, gate="threshold", outlier="forward_kl", reward_policy="current"
+    )
+    assert decode_rule(rule.key) == rule
 
 
 def test_numbers_of_numpy_are_numbers():

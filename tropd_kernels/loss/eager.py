@@ -33,6 +33,7 @@ def reference_loss(problem: Problem) -> tuple[Tensor, Tensor, Tensor]:
         problem.options.rule,
         old_log_probs=inputs.old_log_probs,
         advantages=inputs.advantages,
+        task_advantages=inputs.task_advantages,
         teacher_prefix=inputs.teacher_prefix,
         uniforms=inputs.uniforms,
         mixing=inputs.mixing,

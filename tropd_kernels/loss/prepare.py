@@ -100,6 +100,7 @@ def distillation_problem(
         | ({} if teacher is None else _named(teacher))
     )
     _check_mixing(rule, per_token["mixing"])
+    _check_task_advantages(rule, per_token["task_advantages"])
     if rule.gate == "bernoulli" and per_token["uniforms"] is None:
         if seed is None:
             raise ValueError(
@@ -197,6 +198,19 @@ def _check_mixing(rule: TokenRule, mixing: Any) -> None:
         raise ValueError(
             f"mixing weighs the two KLs of Divergence('mixed'), and {rule!r} does not read it: "
             "leave it out, or choose that divergence"
+        )
+
+
+def _check_task_advantages(rule: TokenRule, given: Any) -> None:
+    if rule.uses_task_advantages and given is None:
+        raise ValueError(
+            f"{rule!r} reads the task's advantages: pass task_advantages=<one number a token, "
+            "shaped like labels>, or leave the rule's task_weight 0 and its reward_filter None"
+        )
+    if given is not None and not rule.uses_task_advantages:
+        raise ValueError(
+            f"task_advantages have no effect with {rule!r}: leave them out, or give the rule a "
+            "task_weight or a reward_filter"
         )
 
 

@@ -40,7 +40,7 @@ def tokens_that_count(problem: Problem) -> Tensor | None:
             counts &= inputs.token_weight != 0
     outside = ((labels < 0) | (labels >= problem.vocab_size)) & counts
     checks = {"label": outside.any()}
-    for name in ("token_weight", "advantages", "old_log_probs"):
+    for name in ("token_weight", "advantages", "task_advantages", "old_log_probs"):
         values = getattr(inputs, name)
         if values is not None:
             checks[name] = (~values.isfinite() & counts).any()

@@ -2,6 +2,7 @@
 
 rule         TokenRule: how one token's statistics become its loss
 divergences  the table of divergences that a rule may name
+rewards      the table of transforms of the reward
 named        TrOPD() ... SFT(): published objectives as rules
 registry     objectives and their knobs by name, for a config or a command line
 """
@@ -23,6 +24,7 @@ from .named import (
     TopKJSD,
     TrOPD,
 )
+from .rewards import REWARDS
 from .rule import GATES, NORMALIZE, OUTLIERS, STATIC_THRESHOLD, TAILS, TokenRule, decode_rule
 
 __all__ = [
@@ -37,6 +39,7 @@ __all__ = [
     "OPD",
     "OUTLIERS",
     "REOPOLD",
+    "REWARDS",
     "SFT",
     "STATIC_THRESHOLD",
     "TAILS",

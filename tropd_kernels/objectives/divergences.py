@@ -42,6 +42,9 @@ class DivergenceSpec:
     limits: tuple[tuple[float, str | None], ...] = ()
     """Parameters at which the formula divides by 0, each with the divergence that `Divergence`
     takes instead; None: it refuses."""
+    mixes_reward: bool = False
+    """A policy gradient beside it is K1 against the mixture of teacher and student that it is made
+    of: its reward is "proximal" with its own parameter."""
 
     @property
     def generator(self) -> bool:
@@ -87,7 +90,9 @@ DIVERGENCES: dict[str, DivergenceSpec] = {
     "total_variation": DivergenceSpec(),
     "todi": DivergenceSpec(),
     "mopd": DivergenceSpec(ids="top_k"),
-    "topk_jsd": DivergenceSpec(ids="top_k", parameter="beta", bounds=_SHARE, limits=_NOTHING),
+    "topk_jsd": DivergenceSpec(
+        ids="top_k", parameter="beta", bounds=_SHARE, limits=_NOTHING, mixes_reward=True
+    ),
 }
 #: Of a rule that names none.
 NO_DIVERGENCE = DivergenceSpec(kl_weights=(0.0, 0.0))

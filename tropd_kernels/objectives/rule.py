@@ -7,24 +7,28 @@ and its `repr` can be pasted back.
 
 Symbols, at one position: p student, q teacher, y the token, lp = log p(y), lq = log q(y),
 lo = log-probability of y under the policy that sampled it (lp, detached, where none is given),
-rho = exp(lp - lo), R = sg(lq - lo) or the caller's advantages, K the teacher's top-k ids.
+rho = exp(lp - lo), R0 = sg(lq - lo), R = T(R0), clipped, or the caller's advantages, A the caller's
+task advantages, K the teacher's top-k ids.
 
 On a token that the student sampled, a rule's loss is
 
-    policy_gradient * (-R' * rho)   K1 as a policy gradient; PPO-clipped if asked
+    policy_gradient * (-(R' + task_weight * A) * rho)
+                                    K1 as a policy gradient; PPO-clipped if asked
   + KL_K(q || p)                    where `outlier` or `forward_kl_entropy` choose it
   + divergence(p, q)                `divergence`: exact, over the vocabulary (or on K)
   - nll_weight * lp
   - entropy_coef * H(p)
   + z_loss * lse^2                lse = logsumexp of the student's transformed logits
 
-where the gate M splits the tokens: inside (M = 1) R' = R; outside, `outlier` decides. On a token of
-a teacher-written prefix it is prefix_weight * (sg(lq) - lp), or the same loss as everywhere where
-`prefix_weight` is None.
+where the gate M splits the tokens: inside (M = 1) R' = R; outside, `outlier` decides, and A counts
+with R' = 0 where it names no reward. On a token of a teacher-written prefix the loss is
+prefix_weight * (sg(lq) - lp), or the same as everywhere where `prefix_weight` is None.
 
 Sources: TrOPD (arXiv 2606.01249), GKD (2306.13649), EOPD (2603.07079), REOPOLD (2603.11137), AOPD
 (2605.06387), AKL (2404.02657), ToDi (2505.16297), DistiLLM's skewed KL (2402.03898), the on-policy
-distillation survey (2606.22793), Thinking Machines' on-policy distillation (tinker-cookbook).
+distillation survey (2606.22793), Thinking Machines' on-policy distillation (tinker-cookbook); of
+task advantages KDRL (2506.02208), of their filter OPDVR (2608.24696) and RA-OPD (2608.27960), of
+`reward_policy` AsyncOPD (2606.24143); of the reward's transforms those that `rewards` names.
 """
 
 from __future__ import annotations
@@ -36,6 +40,13 @@ from functools import lru_cache
 
 from .checks import number, one_of
 from .divergences import DIVERGENCES, NO_DIVERGENCE, DivergenceSpec, check_parameter
+from .rewards import (
+    REWARD_FILTERS,
+    REWARD_POLICIES,
+    REWARDS,
+    check_reward_parameter,
+    is_bounded,
+)
 
 GATES = ("always", "bernoulli", "expected", "threshold")
 OUTLIERS = ("mask", "clip", "forward_kl", "forward_kl_reward")
@@ -52,8 +63,10 @@ class TokenRule:
 
     policy_gradient: weight on the K1 policy gradient -R * rho; 0 leaves it out (kl_penalty_coef).
     gate: how M is drawn. "always": M = 1. "bernoulli": M = 1 where u < P, P = min(q(y)/p(y), 1)
-        with lo in place of lp where given. "expected": M = P. "threshold": M = 1 where R >
-        threshold. An infinite R that no gate rejects is an infinite loss, with gradient 0.
+        with lo in place of lp where given. "expected": M = P. "threshold": M = 1 where R0 (the
+        mixture's of "topk_jsd"), or the caller's advantage, > threshold. No gate sees a transform
+        or clip of the reward. An infinite R that no gate rejects is an infinite loss, with gradient
+        0.
     outlier: the loss outside the gate. "mask": none. "clip": R floored at `threshold`.
         "forward_kl": forward KL on K, back-propagated. "forward_kl_reward": minus that KL as a
         detached reward on y.
@@ -87,6 +100,21 @@ class TokenRule:
         arXiv 2204.02311, with 1e-4). lse is of the logits after scale, softcap and temperature.
     normalize: what the mean divides by: every token that counts, or the tokens "kept" by gate and
         entropy filter (REOPOLD); one of which a part is trusted (gate "expected") is kept.
+    reward: the transform T of R0, one of `REWARDS`: "log_ratio" (none), "power", "proximal",
+        "log1p", "tanh" or "sign" (formulas in `rewards`). The caller's advantages are not
+        transformed. The divergence "topk_jsd" brings its own, "proximal" with its beta.
+    reward_parameter: a > 0 of "power", a in (0, 1] of "proximal", where 1 is the log-ratio; None
+        elsewhere.
+    reward_policy: whose log-prob R0 is relative to. "old": the sampling policy's, lo. "current":
+        the student's own, sg(lp), where the sample is stale. rho keeps lo, as does the acceptance
+        P.
+    clip_reward_low, clip_reward_high: bounds of R, and of the caller's advantages, before the
+        floor of `outlier` and before A; None leaves a side open.
+    task_weight: weight of A, the call's `task_advantages`, on every token that the student sampled,
+        inside and outside the gate; an entropy filter still drops it.
+    reward_filter: "positive" keeps R' only where A > 0, "negative" only where A < 0; elsewhere R'
+        is 0, the floored one and minus the KL as well. Back-propagated divergences stay. None keeps
+        all.
 
     Raises ValueError or TypeError naming the argument.
     """
@@ -108,6 +136,13 @@ class TokenRule:
     entropy_coef: float = 0.0
     z_loss: float = 0.0
     normalize: str = "tokens"
+    reward: str = "log_ratio"
+    reward_parameter: float | None = None
+    reward_policy: str = "old"
+    clip_reward_low: float | None = None
+    clip_reward_high: float | None = None
+    task_weight: float = 0.0
+    reward_filter: str | None = None
 
     def __post_init__(self):
         one_of("gate", self.gate, GATES)
@@ -141,6 +176,7 @@ class TokenRule:
         if self._divergence.ids == "top_k" and self.top_k is None:
             raise ValueError(f"divergence={self.divergence!r} lives on the top-k ids: give a top_k")
         self._check_sets()
+        self._check_reward()
         if not self._has_a_term:
             raise ValueError(
                 "this rule has no term, so that every loss would be 0: give a policy_gradient, a "
@@ -185,6 +221,37 @@ class TokenRule:
                 "over the whole"
             )
 
+    def _check_reward(self):
+        """Refuses rewards that have no value, and fields that shape a reward that no term reads."""
+        one_of("reward", self.reward, REWARDS)
+        one_of("reward_policy", self.reward_policy, REWARD_POLICIES)
+        if self.reward_filter is not None:
+            one_of("reward_filter", self.reward_filter, REWARD_FILTERS)
+        check_reward_parameter(self.reward, self.reward_parameter)
+        number("task_weight", self.task_weight)
+        low, high = self.clip_reward_low, self.clip_reward_high
+        number("clip_reward_low", low, optional=True)
+        number("clip_reward_high", high, optional=True)
+        if low is not None and high is not None and low > high:
+            raise ValueError(f"clip_reward_low={low!r} must not exceed clip_reward_high={high!r}")
+        if self._divergence.mixes_reward and self.reward != "log_ratio":
+            raise ValueError(
+                f"divergence={self.divergence!r} has a reward of its own, the log-ratio of its "
+                f"mixture and the student: leave reward 'log_ratio', got {self.reward!r}"
+            )
+        if self.policy_gradient:
+            return
+        idle = set(_REWARD_FIELDS)
+        if self.gate == "threshold":  # which reads R0
+            idle.remove("reward_policy")
+        for f in fields(self):
+            if f.name in idle and getattr(self, f.name) != f.default:
+                raise ValueError(
+                    f"{f.name}={getattr(self, f.name)!r} has no effect with policy_gradient=0: it "
+                    f"shapes the policy gradient's reward; leave it {f.default!r}, or give a "
+                    "policy_gradient"
+                )
+
     def __repr__(self):
         changed = (
             f"{f.name}={getattr(self, f.name)!r}"
@@ -213,6 +280,31 @@ class TokenRule:
         return NO_DIVERGENCE if self.divergence is None else DIVERGENCES[self.divergence]
 
     # What a rule needs: for the check of teachers, the chunk plan and the row engines.
+
+    @property
+    def reward_transform(self) -> tuple[str, float | None]:
+        """Name and parameter of the reward's transform."""
+        if self._divergence.mixes_reward:
+            return "proximal", self.divergence_parameter
+        return self.reward, self.reward_parameter
+
+    @property
+    def gates_transformed(self) -> bool:
+        """The static gate sees the transformed reward."""
+        return self._divergence.mixes_reward
+
+    @property
+    def clips_reward(self) -> bool:
+        return self.clip_reward_low is not None or self.clip_reward_high is not None
+
+    @property
+    def bounds_reward(self) -> bool:
+        """R is finite where the teacher gives the token probability 0."""
+        return self.clip_reward_low is not None or is_bounded(*self.reward_transform)
+
+    @property
+    def uses_task_advantages(self) -> bool:
+        return self.task_weight != 0 or self.reward_filter is not None
 
     @property
     def uses_forward_kl(self) -> bool:
@@ -301,6 +393,11 @@ class TokenRule:
 
 
 _FIELDS = tuple(f.name for f in fields(TokenRule))
+#: Fields that shape the policy gradient's reward.
+_REWARD_FIELDS = (
+    "reward", "reward_policy", "clip_reward_low", "clip_reward_high", "task_weight",
+    "reward_filter",
+)  # fmt: skip
 
 
 @lru_cache(maxsize=256)

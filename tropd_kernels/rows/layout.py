@@ -89,14 +89,15 @@ class RowOptions:
 class TokenInputs:
     """What is known of each of n tokens besides logits and label, None where it is not.
 
-    token_weight, old_log_probs, advantages, uniforms, mixing: (n,). teacher_prefix: (n,) bool. Of a
-    top-k or sampled teacher: ids and topk_log_probs (n, K), label_log_probs (n,), teacher_entropy
-    (n,).
+    token_weight, old_log_probs, advantages, task_advantages, uniforms, mixing: (n,).
+    teacher_prefix: (n,) bool. Of a top-k or sampled teacher: ids and topk_log_probs (n, K),
+    label_log_probs (n,), teacher_entropy (n,).
     """
 
     token_weight: Tensor | None = None
     old_log_probs: Tensor | None = None
     advantages: Tensor | None = None
+    task_advantages: Tensor | None = None
     teacher_prefix: Tensor | None = None
     uniforms: Tensor | None = None
     mixing: Tensor | None = None

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ..objectives import TokenRule
 from .layout import Coef, RowBatch, RowOptions, Stat
+from .rewards import transformed
 
 
 @dataclass
@@ -60,7 +61,8 @@ def as_matrix(sums: Sums) -> Tensor:
 class Gate:
     """trust: M. reward: R. forward_kl_weight: the weight of KL_K. on_policy, kept: bool. All (n,).
 
-    on_policy: not written by the teacher. kept: passed the gate and the entropy filter."""
+    reward: transformed and clipped. on_policy: not written by the teacher. kept: passed the gate
+    and the entropy filter."""
 
     trust: Tensor
     reward: Tensor
@@ -74,12 +76,13 @@ def gate(stats: Tensor, batch: RowBatch, options: RowOptions) -> Gate:
     rule = options.rule
     lp, lq = stats[Stat.LOG_PROB], stats[Stat.TEACHER_LOG_PROB]
     lo = lp if batch.old_log_probs is None else batch.old_log_probs.to(lp.dtype)
-    reward = lq - lo
-    if rule.divergence == "topk_jsd":
-        c = rule.divergence_parameter
-        reward = torch.logaddexp(lq + math.log(c), lo + math.log1p(-c)) - lo
+    base = lp if rule.reward_policy == "current" else lo
+    reward = transformed(*rule.reward_transform, lq, base)
+    level = reward if rule.gates_transformed else lq - base
     if batch.advantages is not None:
-        reward = batch.advantages.to(lp.dtype)
+        level = reward = batch.advantages.to(lp.dtype)
+    if rule.clips_reward:
+        reward = reward.clamp(rule.clip_reward_low, rule.clip_reward_high)
 
     acceptance = (lq - lo).clamp_max(0).exp()
     if rule.gate == "bernoulli":
@@ -88,7 +91,7 @@ def gate(stats: Tensor, batch: RowBatch, options: RowOptions) -> Gate:
     elif rule.gate == "expected":
         trust = acceptance
     elif rule.gate == "threshold":
-        trust = (reward > rule.threshold).to(lp.dtype)
+        trust = (level > rule.threshold).to(lp.dtype)
     else:
         trust = torch.ones_like(lp)
 
@@ -226,8 +229,10 @@ def _policy_gradient(stats, gated, kl, batch, rule):
         ratios = (lp - batch.old_log_probs.to(lp.dtype)).exp()
     low = -math.inf if rule.clip_ratio_low is None else 1 - rule.clip_ratio_low
     high = math.inf if rule.clip_ratio_high is None else 1 + rule.clip_ratio_high
+    task = None if batch.task_advantages is None else batch.task_advantages.to(lp.dtype)
 
     def surrogate(reward, weight):
+        reward = _with_task(reward, task, rule)
         ratio = torch.where(torch.isinf(reward), 1.0, ratios)  # infinite, whatever the ratio
         objective = torch.minimum(reward * ratio, reward * ratio.clamp(low, high))
         # The clip applies where it lowers the objective: above for a gain, below for a loss.
@@ -241,10 +246,22 @@ def _policy_gradient(stats, gated, kl, batch, rule):
         outside = gated.reward.clamp_min(rule.threshold)
     elif rule.gate != "always" and rule.outlier == "forward_kl_reward":
         outside = -kl
+    elif rule.gate != "always" and rule.task_weight:
+        outside = torch.zeros_like(lp)
     if outside is not None:
         more_value, more_slope = surrogate(outside, 1 - gated.trust)
         value, slope = value + more_value, slope + more_slope
     return rule.policy_gradient * value, rule.policy_gradient * slope
+
+
+def _with_task(reward: Tensor, task: Tensor | None, rule: TokenRule) -> Tensor:
+    """The reward, where the sign of the task's advantages keeps it, and the weighted advantages."""
+    if task is None:
+        return reward
+    if rule.reward_filter is not None:
+        keeps = task > 0 if rule.reward_filter == "positive" else task < 0
+        reward = torch.where(keeps, reward, 0 * task)  # of NaN it is NaN
+    return reward + rule.task_weight * task if rule.task_weight else reward
 
 
 def forward_kl(sums: Sums, rule: TokenRule) -> tuple[Tensor, Tensor, Tensor, Tensor]:

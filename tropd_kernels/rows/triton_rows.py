@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import math
 from functools import cached_property
 from types import ModuleType
 
@@ -14,6 +13,7 @@ from ..objectives import TokenRule
 from . import triton_launch
 from .engine import RowEngine, Statistics
 from .layout import LogitTransform, Matrices, RowBatch, RowOptions, matrices
+from .rewards import log_shares
 from .rule import Sums
 from .topk_teacher import topk_teacher_least
 from .torch_rows import row_squares
@@ -55,10 +55,11 @@ class TritonRows(RowEngine):
         elif batch.ids is not None:
             sums = self._topk_teacher_sums(batch, options, stats, coefs)
         self.kernels.rule_kernel[(-(-n // RULE_BLOCK),)](
-            *_gate_inputs(batch, rule), batch.mixing, batch.token_weight, options.loss_scale,
-            options.entropy_threshold, stats, coefs, sums, n, _columns(stats, coefs),
-            ACC=self._acc(stats), **_gate_constants(rule), **_rule_constants(rule),
-            DENSE=dense, BLOCK=RULE_BLOCK, **FUSION_OFF,
+            *_gate_inputs(batch, rule), batch.mixing, batch.task_advantages, batch.token_weight,
+            options.loss_scale, options.entropy_threshold, stats, coefs, sums, n,
+            _columns(stats, coefs),
+            ACC=self._acc(stats), **_gate_constants(rule), **_reward_constants(rule),
+            **_rule_constants(rule), DENSE=dense, BLOCK=RULE_BLOCK, **FUSION_OFF,
         )  # fmt: skip
         return stats, coefs
 
@@ -253,9 +254,16 @@ def _generator_constants(rule: TokenRule) -> dict:
     return {"GENERATOR": rule.generator, "PARAMETER": rule.divergence_parameter}
 
 
+def _log_shares(rule: TokenRule) -> tuple[float | None, float | None]:
+    kind, parameter = rule.reward_transform
+    if kind != "proximal":
+        return None, None
+    assert parameter is not None
+    return log_shares(parameter)
+
+
 def _gate_constants(rule: TokenRule) -> dict:
-    c = rule.divergence_parameter
-    mixes = rule.divergence == "topk_jsd"  # teacher and student, in the reward
+    log_share, log_rest = _log_shares(rule) if rule.gates_transformed else (None, None)
     return {
         "GATE": rule.gate,
         "OUTLIER": rule.outlier,
@@ -263,9 +271,25 @@ def _gate_constants(rule: TokenRule) -> dict:
         "KL_ENTROPY": rule.forward_kl_entropy,
         "KL_WEIGHT": rule.kl_weights[0],
         "SUMS_OF_EVERY_ROW": rule.sums_of_every_row,
-        "LOG_PARAMETER": math.log(c) if mixes else None,
-        "LOG_ONE_MINUS_PARAMETER": math.log1p(-c) if mixes else None,
+        "FROM_CURRENT": rule.reward_policy == "current",
+        "MIX_LOG_SHARE": log_share,
+        "MIX_LOG_REST": log_rest,
         "BY_GAPS": rule.weighs_by_gaps,
+    }
+
+
+def _reward_constants(rule: TokenRule) -> dict:
+    kind, parameter = rule.reward_transform
+    log_share, log_rest = _log_shares(rule)
+    return {
+        "TRANSFORM": kind,
+        "TRANSFORM_PARAMETER": parameter,
+        "LOG_SHARE": log_share,
+        "LOG_REST": log_rest,
+        "REWARD_LOW": rule.clip_reward_low,
+        "REWARD_HIGH": rule.clip_reward_high,
+        "TASK_WEIGHT": rule.task_weight,
+        "REWARD_FILTER": rule.reward_filter,
     }
 
 

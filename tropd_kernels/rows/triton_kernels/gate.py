@@ -5,21 +5,11 @@ import triton.language as tl
 
 from .constants import (
     ENTROPY,
-    INF,
     LOG_PROB,
     TEACHER_ENTROPY,
     TEACHER_LOG_PROB,
 )
-
-
-@triton.jit
-def _log_mix(lq, lp, LOG_PARAMETER: tl.constexpr, LOG_ONE_MINUS_PARAMETER: tl.constexpr):
-    """log(c q + (1 - c) p) with the parameter c, -inf where both are."""
-    a = lq + LOG_PARAMETER
-    b = lp + LOG_ONE_MINUS_PARAMETER
-    top = tl.maximum(a, b)
-    base = tl.where(top == -INF, 0.0, top)
-    return base + tl.log(tl.exp(a - base) + tl.exp(b - base))
+from .rewards import _log_mix
 
 
 @triton.jit
@@ -27,15 +17,16 @@ def _gate(
     lp, lq, lo, advantage, uniform, prefix, entropy, teacher_entropy, entropy_threshold,
     HAS_ADVANTAGES: tl.constexpr, HAS_PREFIX: tl.constexpr, HAS_ENTROPY_THRESHOLD: tl.constexpr,
     GATE: tl.constexpr, OUTLIER: tl.constexpr, THRESHOLD: tl.constexpr, KL_ENTROPY: tl.constexpr,
-    KL_WEIGHT: tl.constexpr, SUMS_OF_EVERY_ROW: tl.constexpr, LOG_PARAMETER: tl.constexpr,
-    LOG_ONE_MINUS_PARAMETER: tl.constexpr,
+    KL_WEIGHT: tl.constexpr, SUMS_OF_EVERY_ROW: tl.constexpr, FROM_CURRENT: tl.constexpr,
+    MIX_LOG_SHARE: tl.constexpr, MIX_LOG_REST: tl.constexpr,
 ):  # fmt: skip
-    """Twin of `rule.gate` and `rule.rows_with_sums`, for one row or many."""
-    reward = lq - lo
-    if LOG_PARAMETER is not None:
-        reward = _log_mix(lq, lo, LOG_PARAMETER, LOG_ONE_MINUS_PARAMETER) - lo
+    """Twin of `rule.gate`, all but the reward, and `rule.rows_with_sums`, for one row or many."""
+    base = lp if FROM_CURRENT else lo
+    level = lq - base
+    if MIX_LOG_SHARE is not None:
+        level = _log_mix(lq, base, MIX_LOG_SHARE, MIX_LOG_REST) - base
     if HAS_ADVANTAGES:
-        reward = advantage
+        level = advantage
     ratio = lq - lo
     # Not minimum(), which of NaN and 0 is 0: what both sides exclude would be accepted.
     acceptance = tl.exp(tl.where(ratio > 0, 0.0, ratio))
@@ -45,7 +36,7 @@ def _gate(
     elif GATE == "expected":
         trust = acceptance
     elif GATE == "threshold":
-        trust = tl.where(reward > THRESHOLD, 1.0, 0.0).to(lp.dtype)
+        trust = tl.where(level > THRESHOLD, 1.0, 0.0).to(lp.dtype)
 
     on_policy = lp == lp
     if HAS_PREFIX:
@@ -71,15 +62,15 @@ def _gate(
     if OUTLIER == "mask":
         kept = kept & (trust > 0)
     kept = kept | (on_policy == 0)
-    return trust, reward, weight, on_policy, kept, needs_sums
+    return trust, weight, on_policy, kept, needs_sums
 
 
 @triton.jit
 def _row_gate(
     row, old_log_probs, advantages, uniforms, prefix, entropy_threshold, stats, columns,
     GATE: tl.constexpr, OUTLIER: tl.constexpr, THRESHOLD: tl.constexpr, KL_ENTROPY: tl.constexpr,
-    KL_WEIGHT: tl.constexpr, SUMS_OF_EVERY_ROW: tl.constexpr, LOG_PARAMETER: tl.constexpr,
-    LOG_ONE_MINUS_PARAMETER: tl.constexpr,
+    KL_WEIGHT: tl.constexpr, SUMS_OF_EVERY_ROW: tl.constexpr, FROM_CURRENT: tl.constexpr,
+    MIX_LOG_SHARE: tl.constexpr, MIX_LOG_REST: tl.constexpr,
 ):  # fmt: skip
     """`_gate` with its inputs loaded: `row` is one index or a block of them in range."""
     lp = tl.load(stats + LOG_PROB * columns + row)
@@ -103,6 +94,6 @@ def _row_gate(
         lp, lq, lo, advantage, uniform, is_prefix, tl.load(stats + ENTROPY * columns + row),
         tl.load(stats + TEACHER_ENTROPY * columns + row), limit,
         advantages is not None, prefix is not None, entropy_threshold is not None,
-        GATE, OUTLIER, THRESHOLD, KL_ENTROPY, KL_WEIGHT, SUMS_OF_EVERY_ROW, LOG_PARAMETER,
-        LOG_ONE_MINUS_PARAMETER,
+        GATE, OUTLIER, THRESHOLD, KL_ENTROPY, KL_WEIGHT, SUMS_OF_EVERY_ROW, FROM_CURRENT,
+        MIX_LOG_SHARE, MIX_LOG_REST,
     )  # fmt: skip

@@ -38,6 +38,7 @@ from .constants import (
     TRUST,
 )
 from .gate import _row_gate
+from .rewards import _transformed, _with_task
 
 
 @triton.jit
@@ -66,11 +67,14 @@ def _weigh(weight, value):
 
 @triton.jit
 def rule_kernel(
-    old_log_probs, advantages, uniforms, prefix, mixing, token_weight, loss_scale,
+    old_log_probs, advantages, uniforms, prefix, mixing, task_advantages, token_weight, loss_scale,
     entropy_threshold, stats, coefs, sums, n, columns,
     ACC: tl.constexpr, GATE: tl.constexpr, OUTLIER: tl.constexpr, THRESHOLD: tl.constexpr,
     KL_ENTROPY: tl.constexpr, KL_WEIGHT: tl.constexpr, SUMS_OF_EVERY_ROW: tl.constexpr,
-    LOG_PARAMETER: tl.constexpr, LOG_ONE_MINUS_PARAMETER: tl.constexpr,
+    FROM_CURRENT: tl.constexpr, MIX_LOG_SHARE: tl.constexpr, MIX_LOG_REST: tl.constexpr,
+    TRANSFORM: tl.constexpr, TRANSFORM_PARAMETER: tl.constexpr, LOG_SHARE: tl.constexpr,
+    LOG_REST: tl.constexpr, REWARD_LOW: tl.constexpr, REWARD_HIGH: tl.constexpr,
+    TASK_WEIGHT: tl.constexpr, REWARD_FILTER: tl.constexpr,
     REVERSE_KL_WEIGHT: tl.constexpr, BY_GAPS: tl.constexpr, GENERATOR: tl.constexpr,
     TAIL: tl.constexpr, POLICY: tl.constexpr, CLIP_LOW: tl.constexpr, CLIP_HIGH: tl.constexpr,
     PREFIX_WEIGHT: tl.constexpr, NLL: tl.constexpr, ENTROPY_COEF: tl.constexpr,
@@ -83,14 +87,28 @@ def rule_kernel(
     row = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = row < n
     row = tl.where(inside, row, 0)
-    trust, reward, kl_weight, on_policy, kept, _ = _row_gate(
+    trust, kl_weight, on_policy, kept, _ = _row_gate(
         row, old_log_probs, advantages, uniforms, prefix, entropy_threshold, stats, columns,
-        GATE, OUTLIER, THRESHOLD, KL_ENTROPY, KL_WEIGHT, SUMS_OF_EVERY_ROW, LOG_PARAMETER,
-        LOG_ONE_MINUS_PARAMETER,
+        GATE, OUTLIER, THRESHOLD, KL_ENTROPY, KL_WEIGHT, SUMS_OF_EVERY_ROW, FROM_CURRENT,
+        MIX_LOG_SHARE, MIX_LOG_REST,
     )  # fmt: skip
     lp = tl.load(stats + LOG_PROB * columns + row)
     lq = tl.load(stats + TEACHER_LOG_PROB * columns + row)
     zero = tl.zeros((BLOCK,), ACC)
+    ratio = zero + 1
+    lo = lp
+    if old_log_probs is not None:
+        lo = tl.load(old_log_probs + row).to(ACC)
+        ratio = tl.exp(lp - lo)
+    if advantages is not None:
+        reward = tl.load(advantages + row).to(ACC)
+    else:
+        base = lp if FROM_CURRENT else lo
+        reward = _transformed(lq, base, TRANSFORM, TRANSFORM_PARAMETER, LOG_SHARE, LOG_REST)
+    if REWARD_LOW is not None:
+        reward = tl.where(reward < REWARD_LOW, REWARD_LOW, reward)
+    if REWARD_HIGH is not None:
+        reward = tl.where(reward > REWARD_HIGH, REWARD_HIGH, reward)
     loss = zero
     label = zero + NLL
     p_coef = zero
@@ -141,20 +159,22 @@ def rule_kernel(
         tl.store(stats + FORWARD_KL * columns + row, kl, mask=inside)
 
     if POLICY != 0:
-        ratio = zero + 1
-        if old_log_probs is not None:
-            ratio = tl.exp(lp - tl.load(old_log_probs + row).to(ACC))
-        value, slope = _surrogate(reward, ratio, trust, CLIP_LOW, CLIP_HIGH)
-        if GATE != "always":
+        task = zero
+        if task_advantages is not None:
+            task = tl.load(task_advantages + row).to(ACC)
+        inner = _with_task(reward, task, TASK_WEIGHT, REWARD_FILTER)
+        value, slope = _surrogate(inner, ratio, trust, CLIP_LOW, CLIP_HIGH)
+        rewarded = (OUTLIER == "clip") | (OUTLIER == "forward_kl_reward")
+        if (GATE != "always") & (rewarded | (TASK_WEIGHT != 0)):
+            outside = zero
             if OUTLIER == "clip":
                 outside = tl.where(reward < THRESHOLD, THRESHOLD, reward)
-                value_out, slope_out = _surrogate(outside, ratio, 1 - trust, CLIP_LOW, CLIP_HIGH)
-                value += value_out
-                slope += slope_out
             elif OUTLIER == "forward_kl_reward":
-                value_out, slope_out = _surrogate(-kl, ratio, 1 - trust, CLIP_LOW, CLIP_HIGH)
-                value += value_out
-                slope += slope_out
+                outside = -kl
+            outside = _with_task(outside, task, TASK_WEIGHT, REWARD_FILTER)
+            value_out, slope_out = _surrogate(outside, ratio, 1 - trust, CLIP_LOW, CLIP_HIGH)
+            value += value_out
+            slope += slope_out
         loss += POLICY * value
         label += POLICY * slope
     if NLL != 0:

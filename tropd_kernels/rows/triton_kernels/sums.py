@@ -35,8 +35,8 @@ def dense_sums_kernel(
     ACC: tl.constexpr, SCALE: tl.constexpr, CAP: tl.constexpr, TEACHER_SCALE: tl.constexpr,
     TEACHER_CAP: tl.constexpr, TEMPERATURE: tl.constexpr,
     GATE: tl.constexpr, OUTLIER: tl.constexpr, THRESHOLD: tl.constexpr, KL_ENTROPY: tl.constexpr,
-    KL_WEIGHT: tl.constexpr, SUMS_OF_EVERY_ROW: tl.constexpr, LOG_PARAMETER: tl.constexpr,
-    LOG_ONE_MINUS_PARAMETER: tl.constexpr, BY_GAPS: tl.constexpr,
+    KL_WEIGHT: tl.constexpr, SUMS_OF_EVERY_ROW: tl.constexpr, FROM_CURRENT: tl.constexpr,
+    MIX_LOG_SHARE: tl.constexpr, MIX_LOG_REST: tl.constexpr, BY_GAPS: tl.constexpr,
     PARAMETER: tl.constexpr, GENERATOR: tl.constexpr, TOP_K: tl.constexpr, TAIL: tl.constexpr,
     HAS_KL: tl.constexpr,
     THRESHOLD_GIVEN: tl.constexpr, BY_LANES: tl.constexpr,
@@ -50,10 +50,10 @@ def dense_sums_kernel(
     row = tl.program_id(0).to(tl.int64)
     gate = _row_gate(
         row, old_log_probs, advantages, uniforms, prefix, entropy_threshold, stats, columns,
-        GATE, OUTLIER, THRESHOLD, KL_ENTROPY, KL_WEIGHT, SUMS_OF_EVERY_ROW, LOG_PARAMETER,
-        LOG_ONE_MINUS_PARAMETER,
+        GATE, OUTLIER, THRESHOLD, KL_ENTROPY, KL_WEIGHT, SUMS_OF_EVERY_ROW, FROM_CURRENT,
+        MIX_LOG_SHARE, MIX_LOG_REST,
     )  # fmt: skip
-    needed = gate[5]
+    needed = gate[4]
     coefs += row
     rows = tl.num_programs(0)
     sums += row

@@ -1,0 +1,413 @@
+"""The policy gradient's reward: transforms, clips, policies, the task's advantages, their filter.
+Against the reference, against numbers made by hand, and at their ends."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from itertools import product
+
+import pytest
+import torch
+from pairs import covering
+from problems import K, loss_and_gradient, make_problem, relative_error, with_everything
+
+from tropd_kernels import (
+    OPD,
+    LogitsTeacher,
+    SampledTeacher,
+    TokenRule,
+    TopKJSD,
+    TrOPD,
+    distillation_loss,
+)
+from tropd_kernels.objectives import GATES, OUTLIERS, REWARDS
+
+FAST = ("torch", "native", "triton")
+BACKENDS = ("reference", *FAST)
+backends = pytest.mark.parametrize("backend", BACKENDS)
+
+PARAMETERS = {"power": (5.0, 0.5), "proximal": (0.4, 1.0)}
+TRANSFORMS = [(name, a) for name in REWARDS for a in PARAMETERS.get(name, (None,))]
+#: What shapes the reward besides its transform.
+SHAPES = {
+    "plain": {},
+    "clipped": dict(clip_reward_low=-0.7, clip_reward_high=0.2),
+    "current": dict(reward_policy="current", clip_ratio_low=0.2, clip_ratio_high=0.3),
+    "task": dict(task_weight=0.6, clip_ratio_low=0.2, clip_ratio_high=0.3),
+    "positive": dict(reward_filter="positive"),
+    "negative": dict(reward_filter="negative", task_weight=-1.5, clip_reward_high=0.1),
+}
+
+
+def cases():
+    """Every two values meet."""
+    forms = ("hidden", "top_k", "sampled")
+    every = [
+        each
+        for each in product(TRANSFORMS, GATES, OUTLIERS, forms, SHAPES, (None, 0.3), FAST)
+        if each[3] != "sampled" or each[1] == "always" or not each[2].startswith("forward_kl")
+    ]
+    return [every[i] for i in covering(every)]
+
+
+def shaped(transform, shape="plain", **more):
+    reward, parameter = transform
+    return TokenRule(reward=reward, reward_parameter=parameter, **SHAPES[shape], **more)
+
+
+def with_task(problem):
+    n, device = problem.labels.shape[0], problem.labels.device
+    task = torch.linspace(-1.5, 2.0, n, dtype=torch.float64, device=device)
+    problem.options["task_advantages"] = task.roll(2)
+    return problem
+
+
+@pytest.mark.parametrize(
+    ("transform", "gate", "outlier", "form", "shape", "prefix_weight", "backend"), cases()
+)
+def test_every_reward_against_the_reference(
+    transform, gate, outlier, form, shape, prefix_weight, backend, device
+):
+    rule = shaped(
+        transform, shape, gate=gate, outlier=outlier, prefix_weight=prefix_weight, top_k=K
+    )
+    problem = with_everything(make_problem(tokens=9, device=device))
+    if rule.uses_task_advantages:
+        with_task(problem)
+    for name in ("hidden", "weight", "bias", "teacher_hidden", "teacher_weight", "teacher_bias"):
+        setattr(problem, name, getattr(problem, name).float().double())
+    loss, gradients, stats = problem.call(rule, form, "reference", torch.float64)
+    ours, found, our_stats = problem.call(rule, form, backend)
+    assert relative_error(ours, loss) <= 1e-5
+    for name, gradient in gradients.items():
+        assert relative_error(found[name], gradient) <= 1e-5, name
+    for name in ("reward", "trust", "kept", "token_loss"):
+        mine, theirs = getattr(our_stats, name), getattr(stats, name)
+        torch.testing.assert_close(mine.double(), theirs.double(), rtol=2e-4, atol=2e-4, msg=name)
+
+
+# --- by hand ------------------------------------------------------------------------------------
+
+#: T at q/p = 2 and at q/p = 1/2 for the probabilities 1/4 and 1/2: 2^-5 - 2^-10, log(0.4 * 2 +
+#: 0.6), log(0.4 / 2 + 0.6), log(1 + log 2), and (2 - 1/2) / (2 + 1/2).
+BY_HAND = {
+    ("log_ratio", None): (0.6931471806, -0.6931471806),
+    ("power", 5.0): (0.0302734375, -0.0302734375),
+    ("power", 0.5): (0.2071067812, -0.2071067812),
+    ("proximal", 0.4): (0.3364722366, -0.2231435513),
+    ("proximal", 1.0): (0.6931471806, -0.6931471806),
+    ("log1p", None): (0.5265890341, -0.5265890341),
+    ("tanh", None): (0.6, -0.6),
+    ("sign", None): (1.0, -1.0),
+}
+
+
+def two_tokens(device, dtype=torch.float64):
+    """Logits of student and teacher: p(y) is 1/4 and 1/2, q(y) 1/2 and 1/4."""
+    low = torch.tensor([1 / 4, 1 / 2, 1 / 4], dtype=dtype, device=device).log()
+    high = torch.tensor([1 / 2, 1 / 4, 1 / 4], dtype=dtype, device=device).log()
+    return torch.stack([low, high]), torch.stack([high, low]), torch.tensor([0, 0], device=device)
+
+
+@backends
+@pytest.mark.parametrize("transform", TRANSFORMS)
+def test_values_by_hand(transform, backend, device):
+    """Sources: the table of `objectives.rewards`. The gradient of -R rho is -R (1[y] - p)."""
+    z, t, labels = two_tokens(device)
+    loss, gradient, stats = loss_and_gradient(
+        z, labels, LogitsTeacher(t), shaped(transform), backend, reduction="none"
+    )
+    exact = torch.tensor(BY_HAND[transform], dtype=torch.float64, device=device)
+    torch.testing.assert_close(stats.reward, exact, rtol=1e-9, atol=0)
+    torch.testing.assert_close(loss, -exact, rtol=1e-9, atol=0)
+    one_hot = torch.eye(3, dtype=torch.float64, device=device)[0]
+    torch.testing.assert_close(gradient, -exact[:, None] * (one_hot - z.exp()), rtol=1e-9, atol=0)
+
+
+@backends
+def test_clips_of_the_reward_by_hand(backend, device):
+    z, t, labels = two_tokens(device)
+    teacher = LogitsTeacher(t)
+    rule = TokenRule(clip_reward_low=-0.25, clip_reward_high=0.5)
+    loss, _, stats = loss_and_gradient(z, labels, teacher, rule, backend, reduction="none")
+    assert stats.reward.tolist() == [0.5, -0.25] and loss.tolist() == [-0.5, 0.25]
+    # The caller's advantages are clipped, and not transformed.
+    rule = TokenRule(reward="sign", clip_reward_low=-0.25)
+    given = torch.tensor([0.75, -2.0], dtype=torch.float64, device=device)
+    loss, _, stats = loss_and_gradient(
+        z, labels, teacher, rule, backend, reduction="none", advantages=given
+    )
+    assert stats.reward.tolist() == [0.75, -0.25] and loss.tolist() == [-0.75, 0.25]
+
+
+#: At M = 1/2 (q/p = 1/2), R = -log 2, w A = 0.5 * 3, KL(q || p) = 1/4 log(1/2) + 1/2 log 2: the two
+#: halves' rewards.
+OUTSIDE = {"mask": 0.0, "clip": -0.5, "forward_kl": 0.0, "forward_kl_reward": -0.1732867951}
+
+
+@backends
+@pytest.mark.parametrize("outlier", OUTLIERS)
+@pytest.mark.parametrize("reward_filter", [None, "positive", "negative"])
+def test_the_task_counts_on_both_sides_of_the_gate(reward_filter, outlier, backend, device):
+    """KDRL adds A to the reward; OPDVR and RA-OPD keep the reward by A's sign. Here A > 0."""
+    z, t, labels = two_tokens(device)
+    rule = TokenRule(
+        gate="expected", outlier=outlier, threshold=-0.5, task_weight=0.5,
+        reward_filter=reward_filter, policy_gradient=2.0,
+    )  # fmt: skip
+    task = torch.tensor([-1.0, 3.0], dtype=torch.float64, device=device)
+    loss, gradient, stats = loss_and_gradient(
+        z, labels, LogitsTeacher(t), rule, backend, reduction="none", task_advantages=task
+    )
+    kept = 0.0 if reward_filter == "negative" else 1.0
+    inside, outside = -0.6931471806 * kept + 1.5, OUTSIDE[outlier] * kept + 1.5
+    total = 2 * (0.5 * inside + 0.5 * outside)
+    kl = 0.5 * 0.1732867951 if outlier == "forward_kl" else 0.0  # which no filter drops
+    assert loss[1].item() == pytest.approx(-total + kl, rel=1e-9)
+    one_hot = torch.eye(3, dtype=torch.float64, device=device)[0]
+    exact = -total * (one_hot - z[1].exp())
+    if outlier == "forward_kl":
+        exact = exact + 0.5 * (z[1].exp() - t[1].exp())
+    torch.testing.assert_close(gradient[1], exact, rtol=1e-8, atol=1e-10)
+    # Before the floor, the filter and A: what a next call takes as advantages.
+    assert stats.reward[1].item() == pytest.approx(-0.6931471806)
+
+
+@backends
+def test_ppo_clips_the_sum_of_reward_and_task(backend, device):
+    """rho = 2, clipped to 1.2 for a gain: of R < 0 beside A > 0 the sum's sign decides."""
+    z, t, labels = two_tokens(device)
+    rule = TokenRule(task_weight=1.0, clip_ratio_low=0.2, clip_ratio_high=0.2)
+    options = dict(
+        reduction="none", old_log_probs=z[:, 0] - math.log(2),
+        advantages=torch.tensor([-1.0, -1.0], dtype=torch.float64, device=device),
+        task_advantages=torch.tensor([3.0, 0.5], dtype=torch.float64, device=device),
+    )  # fmt: skip
+    loss, gradient, _ = loss_and_gradient(z, labels, LogitsTeacher(t), rule, backend, **options)
+    torch.testing.assert_close(loss, loss.new_tensor([-2.4, 1.0]))
+    assert not gradient[0].any() and gradient[1].any()
+
+
+@backends
+def test_the_current_policys_reward(backend, device):
+    """AsyncOPD: R0 = lq - sg(lp), while rho and the acceptance go on to read lo."""
+    z, t, labels = two_tokens(device)
+    old = torch.tensor([1 / 2, 1 / 8], dtype=torch.float64, device=device).log()
+    rule = TokenRule(reward_policy="current", gate="expected")
+    loss, _, stats = loss_and_gradient(
+        z, labels, LogitsTeacher(t), rule, backend, reduction="none", old_log_probs=old
+    )
+    ln2 = math.log(2)
+    torch.testing.assert_close(stats.reward, loss.new_tensor([ln2, -ln2]))
+    torch.testing.assert_close(stats.trust, loss.new_tensor([1.0, 1.0]))
+    torch.testing.assert_close(loss, loss.new_tensor([-0.5 * ln2, 4 * ln2]))
+    # A static gate compares the same R0: here lq - lo would be 0 and log 2.
+    rule = replace(rule, gate="threshold", threshold=-0.5)
+    stats = distillation_loss(
+        z, labels, LogitsTeacher(t), rule, backend=backend, old_log_probs=old
+    ).stats
+    assert stats.trust.tolist() == [1, 0]
+
+
+# --- what stays ---------------------------------------------------------------------------------
+
+
+def same_bits(problem, form, backend, rule, neutral, **more):
+    loss, gradients, stats = problem.call(rule, form, backend)
+    ours, found, our_stats = problem.call(neutral, form, backend, **more)
+    assert torch.equal(ours, loss)
+    for name, gradient in gradients.items():
+        assert torch.equal(found[name], gradient), name
+    for name, value in vars(stats).items():
+        mine = getattr(our_stats, name)
+        assert mine is value or torch.equal(mine.nan_to_num(), value.nan_to_num()), name
+
+
+@backends
+@pytest.mark.parametrize("gate", GATES)
+@pytest.mark.parametrize("outlier", ["clip", "forward_kl"])
+def test_neutral_settings_change_no_bit(gate, outlier, backend, device):
+    problem = with_everything(make_problem(tokens=6, vocab_size=23, device=device))
+    rule = TokenRule(gate=gate, outlier=outlier, top_k=K, prefix_weight=0.01)
+    one, n = torch.ones(6, dtype=torch.float64, device=device), 1e30
+    same_bits(
+        problem, "hidden", backend, rule, replace(rule, reward="proximal", reward_parameter=1.0)
+    )
+    same_bits(
+        problem, "hidden", backend, rule, replace(rule, clip_reward_low=-n, clip_reward_high=n)
+    )
+    keep = replace(rule, reward_filter="positive")
+    same_bits(problem, "hidden", backend, rule, keep, task_advantages=one)
+    zero = replace(rule, task_weight=1.0)
+    same_bits(problem, "hidden", backend, rule, zero, task_advantages=0 * one)
+    problem.options["old_log_probs"] = None  # the sample is the student's own
+    same_bits(problem, "hidden", backend, rule, replace(rule, reward_policy="current"))
+
+
+@backends
+def test_top_k_jsd_has_the_proximal_reward(backend, device):
+    """... to the bit, also for another policy, and its static gate compares that reward."""
+    problem = with_everything(make_problem(device=device))
+    for policy in ("old", "current"):
+        rule = replace(TopKJSD(top_k=K, beta=0.3), reward_policy=policy)
+        proximal = TokenRule(reward="proximal", reward_parameter=0.3, reward_policy=policy)
+        mixed, alone = (problem.call(r, "hidden", backend)[2] for r in (rule, proximal))
+        assert torch.equal(mixed.reward, alone.reward)
+        gated = replace(rule, gate="threshold", threshold=-0.2)
+        stats = problem.call(gated, "hidden", backend)[2]
+        counts = (problem.labels >= 0) & (problem.options["token_weight"] != 0)
+        assert torch.equal(stats.trust.bool()[counts], (stats.reward > -0.2)[counts])
+        assert 0 < stats.trust.sum() < counts.sum()
+
+
+@backends
+@pytest.mark.parametrize("gate", ["bernoulli", "expected", "threshold"])
+def test_no_gate_sees_the_transform(gate, backend, device):
+    """A static gate at -0.5 nats would reject no reward of PowerOPD."""
+    problem = with_everything(make_problem(device=device))
+    rule = TokenRule(gate=gate, threshold=-0.5)
+    plain = problem.call(rule, "sampled", backend)[2]
+    assert 0 < plain.trust.sum() < problem.labels.shape[0]
+    for reward, parameter in TRANSFORMS:
+        other = replace(rule, reward=reward, reward_parameter=parameter, clip_reward_low=-0.1)
+        assert torch.equal(problem.call(other, "sampled", backend)[2].trust, plain.trust)
+
+
+# --- infinities ---------------------------------------------------------------------------------
+
+#: T where only the teacher excludes the token, p = 1/4; and where only the student does, q = 1/4.
+ENDS = {
+    ("log_ratio", None): (-math.inf, math.inf),
+    ("power", 5.0): (-(2.0**-10), 2.0**-10),
+    ("power", 0.5): (-0.5, 0.5),
+    ("proximal", 0.4): (math.log(0.6), math.inf),
+    ("proximal", 1.0): (-math.inf, math.inf),
+    ("log1p", None): (-math.inf, math.inf),
+    ("tanh", None): (-1.0, 1.0),
+    ("sign", None): (-1.0, 1.0),
+}
+
+
+@backends
+@pytest.mark.parametrize("transform", TRANSFORMS)
+def test_tokens_that_a_side_excludes(transform, backend, device):
+    """A bounded transform makes the reward finite, with a gradient. One that both exclude is
+    undefined, but for the power, 0 - 0."""
+    z, t = (torch.zeros(4, 4, device=device) for _ in "zt")
+    quarter = torch.zeros(4, device=device)
+    t[0], z[1] = (torch.tensor([-math.inf, 0, 0, 0], device=device) for _ in "tz")
+    t[2, 0] = z[2, 0] = -math.inf
+    t[1], z[0] = quarter, quarter
+    labels = torch.zeros(4, dtype=torch.long, device=device)
+    loss, gradient, stats = loss_and_gradient(
+        z, labels, LogitsTeacher(t), shaped(transform), backend, reduction="none"
+    )
+    ends = torch.tensor(ENDS[transform], device=device)
+    torch.testing.assert_close(stats.reward[:2], ends)
+    torch.testing.assert_close(loss[:2], -ends)
+    assert gradient[:2].isfinite().all()
+    assert gradient[0].any() == ends[0].isfinite() and stats.reward[3] == 0
+    if transform[0] == "power":
+        assert stats.reward[2] == 0
+    else:
+        assert stats.reward[2].isnan()
+
+
+@backends
+@pytest.mark.parametrize("transform", TRANSFORMS)
+def test_what_is_not_a_number_says_so(transform, backend, device):
+    z, t = torch.randn(2, 2, 5, device=device)
+    t[1, 2] = math.nan
+    label = torch.tensor([1, 1], device=device)
+    rule = shaped(transform, clip_reward_low=-1.0, clip_reward_high=1.0)
+    loss, _, stats = loss_and_gradient(z, label, LogitsTeacher(t), rule, backend, reduction="none")
+    assert stats.reward.isnan().tolist() == loss.isnan().tolist() == [False, True]
+
+
+@backends
+def test_a_clip_or_a_filter_bounds_an_infinite_reward(backend, device):
+    z, t, labels = two_tokens(device)
+    t[0] = torch.tensor([-math.inf, 0, 0], dtype=torch.float64, device=device)
+    teacher = LogitsTeacher(t)
+
+    def run(rule, **more):
+        return loss_and_gradient(z, labels, teacher, rule, backend, reduction="none", **more)
+
+    loss, gradient, _ = run(TokenRule(clip_reward_low=-4.0))
+    assert loss[0] == 4 and gradient[0].any()
+    task = torch.tensor([2.0, 2.0], dtype=torch.float64, device=device)
+    rule = TokenRule(reward_filter="negative", task_weight=1.0)
+    loss, gradient, stats = run(rule, task_advantages=task)
+    assert stats.reward[0] == -math.inf and loss[0] == -2 and gradient[0].any()
+    # Rejected, it leaves the task's advantage; trusted, it is infinite all the same.
+    rule = TrOPD(top_k=2, outlier="mask")
+    rule = replace(rule, task_weight=1.0)
+    uniforms = torch.zeros(2, dtype=torch.float64, device=device)
+    loss, gradient, _ = run(rule, task_advantages=task, uniforms=uniforms)
+    assert loss[0] == -2 and gradient[0].any()
+    loss, gradient, _ = run(replace(OPD(), task_weight=1.0), task_advantages=task)
+    assert loss[0] == math.inf and not gradient[0].any()
+
+
+@backends
+def test_the_task_keeps_out_of_a_teachers_prefix(backend, device):
+    z, t, labels = two_tokens(device)
+    task = torch.tensor([5.0, 5.0], dtype=torch.float64, device=device)
+    options = dict(reduction="none", teacher_prefix=torch.tensor([True, False], device=device))
+    rule = OPD(prefix_weight=0.1)
+    plain, _, _ = loss_and_gradient(z, labels, LogitsTeacher(t), rule, backend, **options)
+    rule = replace(rule, task_weight=1.0)
+    loss, _, _ = loss_and_gradient(
+        z, labels, LogitsTeacher(t), rule, backend, task_advantages=task, **options
+    )
+    torch.testing.assert_close(plain - loss, torch.tensor([0.0, 5.0], dtype=z.dtype, device=device))
+    # Without a prefix term they are the student's as any other.
+    rule = replace(rule, prefix_weight=None)
+    loss, _, _ = loss_and_gradient(
+        z, labels, LogitsTeacher(t), rule, backend, task_advantages=task, **options
+    )
+    torch.testing.assert_close(loss[0], -(loss.new_tensor(2.0).log() + 5))
+
+
+@pytest.mark.parametrize("backend", FAST)
+def test_gradcheck_of_reward_and_task(backend, device):
+    """Finite differences: with lo given, R is a constant of the student."""
+    n = 4
+    z, t = torch.randn(2, n, 7, dtype=torch.float64, device=device)
+    labels = torch.arange(n, device=device)
+    teacher = SampledTeacher(t.log_softmax(-1).gather(-1, labels[:, None])[:, 0])
+    rule = TokenRule(
+        reward="power", reward_parameter=2.0, gate="expected", task_weight=0.5,
+        reward_filter="positive", clip_ratio_low=0.9,
+    )  # fmt: skip
+
+    def run(z):
+        return distillation_loss(
+            z, labels, teacher, rule, backend=backend, reduction="none",
+            old_log_probs=torch.linspace(-3.0, -1.0, n, dtype=torch.float64, device=device),
+            task_advantages=torch.linspace(-1, 2, n, dtype=torch.float64, device=device),
+        ).loss  # fmt: skip
+
+    assert torch.autograd.gradcheck(run, z.requires_grad_(), fast_mode=True)
+
+
+def test_torch_compile_takes_the_tasks_advantages(device):
+    """One graph, for two batches of another size."""
+    rule = TokenRule(
+        reward="proximal", reward_parameter=0.4, task_weight=0.5, reward_filter="negative"
+    )
+
+    def run(z, t, labels, task):
+        return distillation_loss(
+            z, labels, LogitsTeacher(t), rule, backend="torch", task_advantages=task
+        ).loss
+
+    compiled = torch.compile(run, fullgraph=True, backend="aot_eager", dynamic=True)
+    for n in (3, 5):
+        z, t = torch.randn(2, n, 11, device=device)
+        given = t, torch.arange(n, device=device), torch.linspace(-1, 1, n, device=device)
+        leaves = [z.clone().requires_grad_() for _ in range(2)]
+        for leaf, call in zip(leaves, (run, compiled), strict=True):
+            call(leaf, *given).backward()
+        assert torch.equal(leaves[0].grad, leaves[1].grad)
