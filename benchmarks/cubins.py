@@ -188,6 +188,12 @@ CASES = {
     "todi": _call(Divergence("todi")),
     "mopd": _call(MOPD()),
     "topk_jsd": _call(TopKJSD(), "top_k"),
+    "topk_reverse_kl_bucket": _call(
+        Divergence("reverse_kl", top_k=64, top_k_tail="bucket"), "top_k"
+    ),
+    "topk_reverse_kl_both": _call(
+        Divergence("reverse_kl", top_k=64, top_k_tail="renormalize_both")
+    ),
     "eopd": _call(EOPD()),
     "reopold_2": _call(REOPOLD(stage=2)),
     "sft": _call(SFT(), None),

@@ -95,7 +95,7 @@ void statistics(
 void sums(
     Tensor student, Tensor teacher, std::optional<Tensor> bias, std::optional<Tensor> teacher_bias,
     std::vector<double> scales, Tensor labels, Tensor needed, Tensor coefs, Tensor sums, int64_t top_k,
-    bool k_alone, int64_t kind, double c, bool threshold_given) {
+    bool k_alone, int64_t kind, double c, bool threshold_given, bool on_renormalized) {
   Rows rows = read_rows(student, teacher, bias, teacher_bias, scales, labels);
   const int64_t n = student.size(0);
   check_accumulator(coefs, "coefs", rows, COEFS, n);
@@ -111,6 +111,7 @@ void sums(
   o.top_k = top_k;
   o.k_alone = k_alone;
   o.threshold_given = threshold_given;
+  o.on_renormalized = on_renormalized;
   o.generator = generator(kind, c);
   o.c = c;
   const Kernels& kernels = *chosen();
@@ -369,7 +370,7 @@ STABLE_TORCH_LIBRARY(tropd_native, m) {
   m.def(
       "sums(Tensor student, Tensor teacher, Tensor? bias, Tensor? teacher_bias, float[] scales, "
       "Tensor labels, Tensor needed, Tensor(a!) coefs, Tensor(b!) sums, int top_k, bool k_alone, "
-      "int generator, float c, bool threshold_given=False) -> ()");
+      "int generator, float c, bool threshold_given=False, bool on_renormalized=False) -> ()");
   m.def(("gradient" + rows +
          "Tensor coefs, Tensor? ids, Tensor? added, Tensor(a!) out, bool top_k, int generator, "
          "float c) -> ()")

@@ -61,6 +61,10 @@ TROPD_INLINE Terms<T> terms(
       Vector<T> reverse = product<T>(p, lp - lq);
       return {reverse - p + q, reverse};
     }
+    case TOPK_REVERSE_KL: {
+      Vector<T> reverse = product<T>(p, lp - lq);
+      return {reverse, reverse};
+    }
     case TODI: {
       Vector<T> reverse = product<T>(p, lp - lq);
       Vector<T> share = T(1) / (exp<T>(lp - lq) + T(1));

@@ -24,7 +24,7 @@ void row_sums(
     c[THRESHOLD * cs] = threshold = with_margin<T>((kth - t_high) - t_log, rows.teacher.cap);
   }
   const Divergence<T> divergence(o.generator, o.c);
-  std::vector<T>& on_k = buffer;  // log-probs of the student on K
+  std::vector<T>& on_k = buffer;  // log-probs on K, of the student and of the teacher in turn
   on_k.clear();
   typename Types<T>::wide sum[SUMS]{};
   auto pass = [&](auto whole) __attribute__((always_inline)) {
@@ -59,7 +59,9 @@ void row_sums(
         }
         if (!WHOLE && o.top_k > 0) {
           for (int j = 0; j < count; ++j) {
-            if (member[j]) on_k.push_back(lp[j]);
+            if (!member[j]) continue;
+            on_k.push_back(lp[j]);
+            on_k.push_back(lq[j]);
           }
         }
       });
@@ -80,10 +82,17 @@ void row_sums(
   }
   result[STUDENT_LOG_MASS] = std::log(result[STUDENT_MASS]);
   if (!on_k.empty()) {  // exact where the mass itself underflows
-    const double high = *std::max_element(on_k.begin(), on_k.end());
-    double mass = 0;
-    for (T lp : on_k) mass += std::exp(lp - high);
-    if (high > -infinity) result[STUDENT_LOG_MASS] = high + std::log(mass);
+    double high = -infinity, mass = 0, value = 0;
+    for (size_t j = 0; j < on_k.size(); j += 2) high = std::max(high, double(on_k[j]));
+    if (high > -infinity) {
+      for (size_t j = 0; j < on_k.size(); j += 2) {
+        const double share = std::exp(on_k[j] - high);
+        mass += share;
+        if (share > 0) value += share * (on_k[j] - on_k[j + 1]);
+      }
+      result[STUDENT_LOG_MASS] = high + std::log(mass);
+      if (o.on_renormalized) result[VALUE] = value / mass;
+    }
   }
   T* out = static_cast<T*>(o.sums) + i;
   for (int j = 0; j < SUMS; ++j) out[j * o.sums_stride] = T(result[j]);

@@ -25,7 +25,7 @@ enum Sum {
 #define TROPD_GENERATORS(of) \
   of(NONE, none) of(JSD, jsd) of(SKEW_FORWARD, skew_forward) of(SKEW_REVERSE, skew_reverse) \
   of(TOPK_JSD, topk_jsd) of(ALPHA, alpha) of(CHI2, chi2) of(TOTAL_VARIATION, total_variation) \
-  of(TODI, todi) of(MOPD, mopd) of(AKL, akl)
+  of(TODI, todi) of(MOPD, mopd) of(AKL, akl) of(TOPK_REVERSE_KL, topk_reverse_kl)
 #define TROPD_ENUMERATOR(kind, name) kind,
 enum Generator { TROPD_GENERATORS(TROPD_ENUMERATOR) };
 
@@ -57,6 +57,7 @@ struct SumOptions {
   int64_t top_k = 0;             // 0: K is the whole vocabulary
   bool threshold_given = false;  // K, or the head of AKL, is lq >= THRESHOLD as coefs have it
   bool k_alone = false;          // nothing outside K is asked for: tails are 1 - mass
+  bool on_renormalized = false;  // VALUE of TOPK_REVERSE_KL is a mean under the student on K
   Generator generator = NONE;
   double c = 0.5;                // its parameter; of AKL, the head's mass
 };

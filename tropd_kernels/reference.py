@@ -12,7 +12,8 @@ task's advantages; K the teacher's top-k ids.
 Conventions: 0 log 0 = 0 (ids that either side excludes with a logit of -inf). A divergence that is
 infinite (p > 0 where q = 0, or the other way round) has loss +inf and gradient 0, and so has a K1
 reward that no gate rejects, so one such token cannot spoil a batch's gradient. KL terms are never
-clamped, except that the student's mass off K in a "bucket" is at least the square of the precision.
+clamped, except for the mass off K that a "bucket" takes the logarithm of: of a forward KL's student
+it is at least the square of the precision, of a reverse KL's top-k teacher the precision.
 """
 
 from __future__ import annotations
@@ -158,7 +159,7 @@ def token_losses(
         if rule.divergence == "mixed":
             loss = loss + _weigh(mixing, kl) + _weigh(1 - mixing, reverse_kl(log_p, log_q))
         if rule.divergence not in (None, "forward_kl", "reverse_kl", "jeffreys", "akl", "mixed"):
-            loss = loss + generator_divergence(log_p, log_q, rule, on_k)
+            loss = loss + generator_divergence(log_p, log_q, rule, on_k, teacher.dense)
 
     if rule.nll_weight:
         loss = loss - rule.nll_weight * lp
@@ -301,6 +302,33 @@ def reverse_kl(log_p: Tensor, log_q: Tensor) -> Tensor:
     return _expect(log_p, log_p - log_q)
 
 
+def reverse_kl_on_k(log_p: Tensor, log_q: Tensor, on_k: Tensor, tail: str, dense: bool) -> Tensor:
+    """KL_K(p || q) (N,). Raw, it may be negative: p on K does not sum to 1."""
+    raw = _expect(log_p, log_p - log_q, on_k)
+    q_k = _mass(log_q, on_k)
+    log_q_k = torch.where(q_k == 0, 1.0, q_k).log()
+    if tail == "renormalize_teacher":
+        return torch.where(raw == math.inf, math.inf, raw + _mass(log_p, on_k) * log_q_k)
+    if tail == "renormalize_both":
+        # A student without any mass on K has no distribution there: infinite.
+        empty = ~(on_k & (log_p > -math.inf)).any(-1)
+        infinite = (raw == math.inf) | (empty & on_k.any(-1))
+        of_k = log_p.masked_fill(~on_k, -math.inf).masked_fill(empty.unsqueeze(-1), 0.0)
+        share = log_p - of_k.logsumexp(-1, keepdim=True)
+        kl = _expect(share, share - (log_q - log_q_k.unsqueeze(-1)), on_k)
+        return torch.where(infinite, math.inf, kl)
+    if tail == "bucket":
+        p_tail = _mass(log_p, ~on_k)
+        # q off K directly, where it is known.
+        least = torch.finfo(log_q.dtype).eps
+        q_tail = _mass(log_q, ~on_k) if dense else (1 - q_k).clamp_min(least)
+        infinite = (raw == math.inf) | ((p_tail > 0) & (q_tail == 0))
+        some = (p_tail > 0) & ~infinite
+        excess = torch.where(some, p_tail, 1.0).log() - torch.where(some, q_tail, 1.0).log()
+        return torch.where(infinite, math.inf, raw + torch.where(some, p_tail, 0.0) * excess)
+    return raw
+
+
 def adaptive_kl(log_p: Tensor, log_q: Tensor, head_mass: float) -> Tensor:
     """AKL (N,): forward KL weighted by the gap on the head, reverse KL by the gap on the tail. The
     head is the smallest set of the teacher's likeliest ids with mass at least `head_mass`."""
@@ -318,7 +346,9 @@ def adaptive_kl(log_p: Tensor, log_q: Tensor, head_mass: float) -> Tensor:
     return share * _expect(log_q, log_q - log_p) + (1 - share) * reverse_kl(log_p, log_q)
 
 
-def generator_divergence(log_p: Tensor, log_q: Tensor, rule: TokenRule, on_k: Tensor) -> Tensor:
+def generator_divergence(
+    log_p: Tensor, log_q: Tensor, rule: TokenRule, on_k: Tensor, dense: bool
+) -> Tensor:
     """The divergences that are a sum of q f(p/q) (N,), each from its definition."""
     kind, c = rule.divergence, rule.divergence_parameter
     if kind == "jsd":
@@ -330,6 +360,8 @@ def generator_divergence(log_p: Tensor, log_q: Tensor, rule: TokenRule, on_k: Te
         return _expect(log_p, log_p - _log_mix(c, log_q, log_p))
     if kind == "topk_jsd":  # the other half of it is a policy gradient
         return c * _expect(log_q, log_q - _log_mix(c, log_q, log_p), on_k)
+    if kind == "topk_reverse_kl":
+        return reverse_kl_on_k(log_p, log_q, on_k, rule.top_k_tail, dense)
     if kind == "mopd":
         inside = _expect(log_p, log_p - log_q, on_k)
         return inside - _mass(log_p, on_k) + _mass(log_q, on_k)

@@ -37,7 +37,7 @@ ops = torch.ops.tropd_native
 INT64_MIN, INT64_MAX = -(2**63), 2**63 - 1
 FLOAT32, FLOAT64, BFLOAT16 = torch.float32, torch.float64, torch.bfloat16
 #: Numbers of csrc/rows.h's generators, and parameters at which the logits drawn here stay finite.
-NONE, ALPHA, CHI2, AKL = 0, 5, 6, 10
+NONE, ALPHA, CHI2, AKL, TOPK_REVERSE_KL = 0, 5, 6, 10, 11
 PARAMETERS = {ALPHA: [-0.5, 0.3, 1.5], AKL: [0.0, 0.5, 0.999, 1.0]}
 SUMS = 8
 #: What the kernels write of stats and coefs.
@@ -237,11 +237,11 @@ class Case:
             memory.sprinkle(coefs, [math.inf, -math.inf, math.nan, 1e38, 0.0])
         return coefs
 
-    def generator(self, last: int) -> dict:
-        kind = self.draw.randint(NONE, last)
+    def generator(self) -> dict:
+        kind = self.draw.randint(NONE, TOPK_REVERSE_KL)
         parameter = self.draw.choice(PARAMETERS.get(kind, [0.1, 0.5, 0.9]))
         if not self.sane and self.draw.random() < 0.3:
-            kind = self.draw.choice([kind, -1, 11, INT64_MIN, INT64_MAX])
+            kind = self.draw.choice([kind, -1, TOPK_REVERSE_KL + 1, INT64_MIN, INT64_MAX])
             parameter = self.draw.choice([0.0, 1.0, -3.0, math.inf, math.nan])
         return {"generator": kind, "c": parameter}
 
@@ -275,7 +275,8 @@ class Case:
         if not self.sane and self.draw.random() < 0.1:
             top_k = self.draw.choice([-1, INT64_MIN])
         arguments |= {"needed": needed, "coefs": coefs, "sums": made, "top_k": top_k}
-        arguments |= {"k_alone": self.draw.random() < 0.5, **self.generator(AKL)}
+        arguments |= {"k_alone": self.draw.random() < 0.5, **self.generator()}
+        arguments["on_renormalized"] = self.draw.random() < 0.5
         self.operator, self.arguments = "sums", arguments
         self.outputs = ["coefs", "sums"]
 
@@ -298,7 +299,7 @@ class Case:
             memory.sprinkle(arguments["ids"], [-1, self.vocab, INT64_MIN, INT64_MAX])
             arguments["added"] = memory.normal(self.n, k, dtype=self.accumulator, dense=True)
         arguments["out"] = out = self.gradient_out(arguments["student"])
-        arguments |= {"top_k": draw.random() < 0.5, **self.generator(AKL)}
+        arguments |= {"top_k": draw.random() < 0.5, **self.generator()}
         self.operator, self.arguments, self.outputs = "gradient", arguments, ["out"]
 
         def check():

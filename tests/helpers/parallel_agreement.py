@@ -182,7 +182,10 @@ def corners(ranks, backend):
     tied.teacher_weight[[1, 8, 17, 26, 33]] = 3 * tied.teacher_weight[0]
     yield f"{backend} ties", partial(compare, tied, "tropd_expected", "hidden", backend)
     bounds = ends(37, ranks)
-    for name in ("tropd_expected", "gkd", "jeffreys", "akl", "mopd"):
+    for name in (
+        "tropd_expected", "gkd", "jeffreys", "akl", "mopd", "topk_reverse_kl_bucket",
+        "topk_reverse_kl_renormalize_both",
+    ):  # fmt: skip
         cut = bare()  # the last shard has no id left, on both sides
         cut.labels = cut.labels % bounds[-2]
         cut.bias, cut.teacher_bias = (torch.zeros(n, dtype=torch.float64) for n in (37, 41))

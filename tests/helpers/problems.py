@@ -69,6 +69,14 @@ OBJECTIVES = {
     "forward_kl": Divergence("forward_kl"),
     "forward_kl_top_k": Divergence("forward_kl", top_k=K),
     "reverse_kl": Divergence("reverse_kl"),
+    "topk_reverse_kl": Divergence("reverse_kl", top_k=K - 1),
+    "topk_reverse_kl_bucket": Divergence("reverse_kl", top_k=K, top_k_tail="bucket"),
+    "topk_reverse_kl_renormalize_teacher": Divergence(
+        "reverse_kl", top_k=K, top_k_tail="renormalize_teacher"
+    ),
+    "topk_reverse_kl_renormalize_both": Divergence(
+        "reverse_kl", top_k=K, top_k_tail="renormalize_both"
+    ),
     "jeffreys": Divergence("jeffreys"),
     "jeffreys_top_k": TokenRule(policy_gradient=0.0, divergence="jeffreys", top_k=K),
     "mixed": Divergence("mixed"),

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from fuzz_native import AKL, INT64_MAX, INT64_MIN
+from fuzz_native import INT64_MAX, INT64_MIN, TOPK_REVERSE_KL
 from native_arguments import OPERATORS, ops, right_arguments
 
 from tropd_kernels import native
@@ -63,8 +63,8 @@ def bad_arguments():
     for top_k in (-1, INT64_MIN):
         yield "sums", "top_k", top_k, "top_k must be at least 0"
     for operator in ("sums", "gradient"):
-        for generator in (-1, AKL + 1, INT64_MIN, INT64_MAX):
-            yield operator, "generator", generator, "generator must lie between 0 and 10"
+        for generator in (-1, TOPK_REVERSE_KL + 1, INT64_MIN, INT64_MAX):
+            yield operator, "generator", generator, "generator must lie between 0 and 11"
     for generator in (1, 2, 3, 4, 5):
         for c in (0.0, 1.0):
             spoil = {"generator": generator, "c": c}

@@ -138,6 +138,9 @@ def test_leading_batch_dimensions_and_frozen_sides(backend, device):
 DIFFERENTIABLE = [
     ("tropd_ppo", "logits"), ("tropd_expected", "top_k"), ("tropd_bucket", "logits"),
     ("tropd_renormalize_both", "hidden"), ("opd", "sampled"), ("gkd", "hidden"), ("mopd", "top_k"),
+    ("topk_reverse_kl", "logits"), ("topk_reverse_kl_bucket", "top_k"),
+    ("topk_reverse_kl_renormalize_teacher", "top_k"),
+    ("topk_reverse_kl_renormalize_both", "hidden"),
     ("reverse_kl", "hidden"), ("skew_forward", "logits"), ("skew_reverse", "logits"),
     ("alpha", "hidden"), ("jeffreys", "hidden"), ("mixed", "logits"), ("sft", "sampled"),
 ]  # fmt: skip

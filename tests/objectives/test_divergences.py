@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from fuzz_native import AKL, ALPHA, CHI2, NONE
+from fuzz_native import AKL, ALPHA, CHI2, NONE, TOPK_REVERSE_KL
 from problems import OBJECTIVES, make_problem
 
 from tropd_kernels import Divergence, LogitsTeacher, TokenRule, distillation_loss, native
@@ -91,7 +91,9 @@ def test_csrc_has_the_table_s_generators():
     names = native.GENERATORS
     assert set(names) == {"none", "akl", *generators}
     # Those that the native tests know by number.
-    assert [names[i] for i in (NONE, ALPHA, CHI2, AKL)] == ["none", "alpha", "chi2", "akl"]
+    numbered = {NONE: "none", ALPHA: "alpha", CHI2: "chi2", AKL: "akl"}
+    numbered[TOPK_REVERSE_KL] = "topk_reverse_kl"
+    assert {i: names[i] for i in numbered} == numbered and len(names) == TOPK_REVERSE_KL + 1
 
 
 def test_a_generator_without_a_formula_in_csrc_does_not_compile(tmp_path, monkeypatch):

@@ -34,7 +34,7 @@ ON_POLICY = (
 )  # fmt: skip
 DIVERGENCES = (
     "gkd", "gkd_logits", "forward_kl_bucket", "reverse_kl", "akl", "mixed", "todi", "mopd",
-    "topk_jsd", "eopd",
+    "topk_jsd", "eopd", "topk_reverse_kl_bucket", "topk_reverse_kl_both",
 )  # fmt: skip
 #: Small enough for a slow processor to compile one in a test's time.
 LOTS = {

@@ -33,7 +33,11 @@ class DivergenceSpec:
     by_mixing: bool = False
     """Each token weighs the two by the call's `mixing` and 1 - `mixing`."""
     ids: Literal["vocabulary", "top_k", "either"] = "vocabulary"
-    """The ids that it sums over: all, the teacher's top-k, or what the rule's `top_k` says."""
+    """The ids that it sums over: all, those of K, or what the rule's `top_k` says."""
+    has_tails: bool = False
+    """A divergence on K whose value and gradient depend on the rule's `top_k_tail`."""
+    on_k: str | None = None
+    """The divergence that `Divergence` takes instead where it is given a set K."""
     parameter: str | None = None
     """Name of its parameter: an argument of `Divergence`, a knob of a config."""
     default: float = 0.5
@@ -69,7 +73,12 @@ class DivergenceSpec:
     def knobs(self) -> tuple[str, ...]:
         """The arguments that `Divergence` takes for it."""
         own = () if self.parameter is None else (self.parameter,)
-        return (*own, "top_k", "top_k_tail") if self.ids == "either" else own
+        return (*own, "top_k", "top_k_tail") if self.takes_top_k else own
+
+    @property
+    def takes_top_k(self) -> bool:
+        """`Divergence` may be told to sum over a set K."""
+        return self.ids == "either" or self.on_k is not None
 
 
 _KLS = (0.0, "forward_kl"), (1.0, "reverse_kl")
@@ -78,7 +87,7 @@ _SHARE = (0.0, 1.0)
 
 DIVERGENCES: dict[str, DivergenceSpec] = {
     "forward_kl": DivergenceSpec(kl_weights=(1.0, 0.0), ids="either"),
-    "reverse_kl": DivergenceSpec(kl_weights=(0.0, 1.0)),
+    "reverse_kl": DivergenceSpec(kl_weights=(0.0, 1.0), on_k="topk_reverse_kl"),
     "jeffreys": DivergenceSpec(kl_weights=(1.0, 1.0)),
     "mixed": DivergenceSpec(by_mixing=True),
     "akl": DivergenceSpec(by_gaps=True, parameter="head_mass", bounds=_SHARE, limits=_NOTHING),
@@ -93,6 +102,7 @@ DIVERGENCES: dict[str, DivergenceSpec] = {
     "topk_jsd": DivergenceSpec(
         ids="top_k", parameter="beta", bounds=_SHARE, limits=_NOTHING, mixes_reward=True
     ),
+    "topk_reverse_kl": DivergenceSpec(ids="top_k", has_tails=True),
 }
 #: Of a rule that names none.
 NO_DIVERGENCE = DivergenceSpec(kl_weights=(0.0, 0.0))

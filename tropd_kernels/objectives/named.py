@@ -180,7 +180,8 @@ def Divergence(
     """An exact divergence between student p and teacher q on every token, with u = p/q:
 
     "forward_kl"       KL(q || p); with `top_k`, on the teacher's top-k ids
-    "reverse_kl"       KL(p || q)
+    "reverse_kl"       KL(p || q); with `top_k`, on the teacher's top-k ids ("topk_reverse_kl" in a
+                       rule)
     "jeffreys"         KL(q || p) + KL(p || q)
     "mixed"            w KL(q || p) + (1 - w) KL(p || q), each token's w from the call's `mixing`
     "jsd"              beta KL(q || M) + (1 - beta) KL(p || M), M = beta q + (1 - beta) p, with
@@ -201,10 +202,10 @@ def Divergence(
     for argument, value in given.items():
         if value is not None and argument != spec.parameter:
             raise ValueError(f"Divergence({name!r}) takes no {argument}; got {argument}={value!r}")
-    if top_k is not None and spec.ids != "either":
+    if top_k is not None and not spec.takes_top_k:
         raise ValueError(
-            f"Divergence({name!r}) covers the whole vocabulary; top_k goes with 'forward_kl' "
-            "(for a Jensen-Shannon divergence or a reverse KL on K see TopKJSD and MOPD)"
+            f"Divergence({name!r}) covers the whole vocabulary; top_k goes with 'forward_kl' and "
+            "'reverse_kl' (see TopKJSD for a Jensen-Shannon divergence on K, and MOPD)"
         )
     value = spec.default
     if spec.parameter is not None:
@@ -214,6 +215,8 @@ def Divergence(
         for limit, instead in spec.limits:
             if value == limit and instead is not None:
                 name, value = instead, DIVERGENCES[instead].default
+    if top_k is not None:
+        name = DIVERGENCES[name].on_k or name
     return TokenRule(
         policy_gradient=0.0,
         divergence=name,

@@ -74,9 +74,11 @@ class TokenRule:
     top_k: size of K; None is the whole vocabulary. Ids that tie with the k-th largest belong to K,
         to within the rounding of a logit that is made twice.
     top_k_tail: what is done with the mass outside K: "raw", "bucket", "renormalize_teacher" or
-        "renormalize_both". With a top-k teacher both masses of a bucket are differences from 1,
-        good to about 1e-6, and the student's is at least the precision, 1.2e-7: the loss is
-        underestimated for a student with less mass than that outside K.
+        "renormalize_both". The masses of a bucket are summed over the ids outside K, but the
+        teacher's, with a top-k teacher, is a difference from 1, good to about 1e-6 (in float32),
+        and in a reverse KL at least the precision, 1.2e-7: the loss is underestimated for a teacher
+        with less mass than that outside K. In a forward KL a student's is at least the square of
+        the precision.
         In the gradient of "renormalize_both" a student with less than e^-80 on K counts as having
         nothing there.
     prefix_weight: weight of the K1 forward KL on teacher-written tokens; None treats them as any
@@ -371,7 +373,12 @@ class TokenRule:
     @property
     def p_differs_on_k(self) -> bool:
         """The student's own term of the gradient has another coefficient on K than off it."""
-        return self.top_k_tail in ("bucket", "renormalize_both")
+        return self._divergence.has_tails or self.top_k_tail in ("bucket", "renormalize_both")
+
+    @property
+    def value_on_renormalized(self) -> bool:
+        """The generator's value is a mean under the student renormalised on K."""
+        return self._divergence.has_tails and self.top_k_tail == "renormalize_both"
 
     @property
     def reads_teacher_rows(self) -> bool:

@@ -15,8 +15,10 @@ that u itself, which overflows, is never formed. 0 log 0 = 0.
 | total_variation | abs(p - q) / 2                                 | p sign(p - q) / 2             |
 | todi            | s q (lq - lp) + (1-s) p (lp - lq), s = q/(p+q) | -s q + (1-s) p (lp - lq + 1)  |
 | mopd            | p (lp - lq) - p + q                            | p (lp - lq)                   |
+| topk_reverse_kl | p (lp - lq)                                    | p (lp - lq)                   |
 
-with m = c q + (1-c) p, lm = log m. Agarwal et al. (2306.13649) for jsd, Ko et al. (2402.03898) for
+with m = c q + (1-c) p, lm = log m. The last is no f-divergence: what its tails add to value and
+gradient is in `rule.reverse_kl`. Agarwal et al. (2306.13649) for jsd, Ko et al. (2402.03898) for
 the skewed KLs, ToDi (2505.16297), the survey (2606.22793) for mopd.
 """
 
@@ -53,6 +55,8 @@ def generator_terms(kind: str, c: float, lp: Tensor, lq: Tensor) -> tuple[Tensor
     reverse = _product(p, lp - lq)
     if kind == "mopd":
         return reverse - p + q, reverse
+    if kind == "topk_reverse_kl":
+        return reverse, reverse
     if kind == "todi":
         to_teacher = torch.sigmoid(lq - lp).nan_to_num_(nan=0.5)
         away = (1 - to_teacher) * reverse

@@ -17,7 +17,7 @@ from .engine import RowEngine, Statistics
 from .layout import Coef, LogitTransform, Matrices, RowBatch, RowOptions, matrices
 from .rule import SUMS, Sums
 from .topk_teacher import topk_teacher_ids
-from .torch_rows import on_top_k, row_squares, sum_terms, transform
+from .torch_rows import on_top_k, row_squares, topk_student_tail, topk_sums, transform
 
 ops = torch.ops.tropd_native
 
@@ -42,12 +42,15 @@ class NativeRows(RowEngine):
     ) -> Sums:
         rule, coefs = options.rule, found.coefs
         if needed is None:
-            _, lq, lp = _topk_ids(batch, options, coefs)
-            return sum_terms(lp, lq, lq > -math.inf, rule, dense=False)
+            ids, lq, lp = _topk_ids(batch, options, coefs)
+            on_k = lq > -math.inf
+            return topk_sums(
+                lp, lq, on_k, rule, lambda: topk_student_tail(batch, options, coefs, ids, on_k)
+            )
         made = coefs.new_empty((len(SUMS), coefs.shape[1]))  # in the order of csrc/rows.h
         ops.sums(
             *found.read, batch.labels, needed, coefs, made, rule.top_k if rule.uses_top_k else 0,
-            rule.sums_only_on_k, *_generator(rule), options.sharded,
+            rule.sums_only_on_k, *_generator(rule), options.sharded, rule.value_on_renormalized,
         )  # fmt: skip
         return Sums(*made)
 

@@ -27,7 +27,8 @@ class Sums:
     teacher_mass, student_mass: probability on K. teacher_tail, student_tail: off K.
     student_log_mass: log of student_mass, also where that underflows. forward_kl: sum_K q (lq -
     lp). value, slope: the generator's sums of q f(u) and p g (see `generators`), for "akl" the sums
-    of abs(p - q) on head and tail; None for other rules.
+    of abs(p - q) on head and tail; None for other rules. For "topk_reverse_kl" with both sides
+    renormalised, value is the sum with p / p(K) in place of p, also where p underflows.
     """
 
     teacher_mass: Tensor
@@ -167,7 +168,11 @@ def apply_rule(
         kl = stats[Stat.REVERSE_KL]
         loss = loss + _weigh(reverse_weight, kl)
         reverse = torch.where(kl == math.inf, 0.0, reverse_weight)
-    if rule.generator:
+    if rule.generator == "topk_reverse_kl":
+        assert sums is not None
+        value, more_p, more_p_top_k, generator = reverse_kl(sums, rule)
+        loss, p, p_top_k = loss + value, p + more_p, p_top_k + more_p_top_k
+    elif rule.generator:
         assert sums is not None
         value, slope = sums.terms
         loss = loss + value
@@ -288,11 +293,40 @@ def forward_kl(sums: Sums, rule: TokenRule) -> tuple[Tensor, Tensor, Tensor, Ten
     return torch.where(known, kl, 0.0), zero, on_k, share
 
 
-def tails_by_mass(student_mass: Tensor, teacher_mass: Tensor) -> tuple[Tensor, Tensor]:
-    """The student's and the teacher's mass off K, where only the mass on K is known. The student's
-    is divided by, so it is at least the precision of a difference from 1."""
-    least = torch.finfo(student_mass.dtype).eps
-    return (1 - student_mass).clamp_min(least), (1 - teacher_mass).clamp_min(0)
+def reverse_kl(sums: Sums, rule: TokenRule) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """KL_K(p || q), and its gradient as coefficients of p off K, of p on K and of p (lp - lq)."""
+    value, (p_k, q_k) = sums.terms[0], (sums.student_mass, sums.teacher_mass)
+    share = torch.ones_like(value)
+    # A token without any known id has no distribution to renormalise.
+    known = q_k > 0
+    log_q_k = torch.where(known, q_k, 1.0).log()
+    if rule.top_k_tail == "bucket":
+        p_tail = sums.student_tail
+        excess = torch.where(p_tail > 0, p_tail.log() - sums.teacher_tail.log(), 0.0)
+        value = value + _weigh(p_tail, excess)
+        p, p_top_k = excess - value, -value
+    elif rule.top_k_tail == "renormalize_both":
+        # As for the forward KL: a mass below e^-80 counts as none in the gradient, and a student
+        # without any mass on K is infinite.
+        value = torch.where(known, value + log_q_k - sums.student_log_mass, 0.0)
+        share = (-sums.student_log_mass).clamp_max(80).exp()
+        p, p_top_k = torch.zeros_like(value), share * (log_q_k - sums.student_log_mass - value)
+    else:
+        if rule.top_k_tail == "raw":
+            log_q_k = torch.zeros_like(value)
+        value = value + p_k * log_q_k
+        p = -(value + p_k)
+        p_top_k = log_q_k + 1 + p
+    finite = torch.isfinite(value)
+    p, p_top_k, share = (torch.where(finite & known, each, 0.0) for each in (p, p_top_k, share))
+    return value, p, p_top_k, share
+
+
+def teacher_tail(teacher_mass: Tensor, rule: TokenRule) -> Tensor:
+    """The teacher's mass off K, where only that on K is known. A reverse KL takes its logarithm, so
+    there it is at least the precision of a difference from 1."""
+    least = torch.finfo(teacher_mass.dtype).eps if rule.generator == "topk_reverse_kl" else 0.0
+    return (1 - teacher_mass).clamp_min(least)
 
 
 def least_tail(dtype: torch.dtype) -> float:

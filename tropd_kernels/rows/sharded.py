@@ -31,7 +31,7 @@ from torch import Tensor
 
 from .engine import RowEngine, Statistics
 from .layout import Coef, Matrices, RowBatch, RowOptions, Stat
-from .rule import SUMS, Sums, as_matrix, tails_by_mass, topk_entropy
+from .rule import SUMS, Sums, as_matrix, teacher_tail, topk_entropy
 from .sharded_search import head_threshold, top_k_threshold
 from .topk_teacher import topk_teacher_ids
 
@@ -135,14 +135,15 @@ class ShardRows(RowEngine):
         made = as_matrix(self.engine.sums(part, options, needed, found))
         gathered = self.shard.gather(made).double()
         total = gathered.sum(0)
-        log_mass = SUMS.index("student_log_mass")
+        log_mass, value = SUMS.index("student_log_mass"), SUMS.index("value")
         total[log_mass] = gathered[:, log_mass].logsumexp(0)
+        if rule.value_on_renormalized:
+            share = (gathered[:, log_mass] - total[log_mass]).exp().nan_to_num(nan=0.0)
+            total[value] = torch.where(share == 0, 0.0, share * gathered[:, value]).sum(0)
         sums = Sums(*total.to(made.dtype))
-        if needed is None or rule.sums_only_on_k:
-            sums.student_tail, sums.teacher_tail = tails_by_mass(
-                sums.student_mass, sums.teacher_mass
-            )
-        if needed is not None:  # other rows ignore their sums, but divide by their masses
+        if needed is None:
+            sums.teacher_tail = teacher_tail(sums.teacher_mass, rule)
+        else:  # other rows ignore their sums, but divide by their masses
             sums.teacher_mass = sums.teacher_mass.masked_fill(~needed, 1.0)
             sums.student_mass = sums.student_mass.masked_fill(~needed, 1.0)
         return sums

@@ -14,8 +14,9 @@ it would be a host sync, so everything is computed and masked.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import fields, replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -33,7 +34,7 @@ from .layout import (
     Stat,
     matrices,
 )
-from .rule import SUMS, Sums, as_matrix, tails_by_mass
+from .rule import SUMS, Sums, as_matrix, teacher_tail
 from .top_k import columns_reaching, kth_largest, with_margin
 from .topk_teacher import topk_teacher_ids
 
@@ -86,7 +87,9 @@ class TorchRows(RowEngine):
         lp, lq = found.read
         if needed is None:
             ids, lq, on_k = _topk_ids(batch, options.rule.top_k, lp.shape[-1], lp.dtype)
-            return sum_terms(lp.gather(-1, ids), lq, on_k, options.rule, dense=False)
+            return topk_sums(
+                lp.gather(-1, ids), lq, on_k, options.rule, partial(_mass_off, lp, ids, on_k)
+            )
         return _dense_sums(lp, lq, options, needed, found.coefs)
 
     def gradient(self, batch: RowBatch, coefs: Tensor, options: RowOptions, out: Tensor) -> None:
@@ -253,7 +256,7 @@ def _sums_of_part(
         lp = _log_p(transform(part.student[picked], options.student, c.dtype), c, options)
         if part.teacher is None:
             ids, lq, on_k = _topk_ids(part, rule.top_k, lp.shape[-1], c.dtype)
-            found = sum_terms(lp.gather(-1, ids), lq, on_k, rule, dense=False)
+            found = topk_sums(lp.gather(-1, ids), lq, on_k, rule, partial(_mass_off, lp, ids, on_k))
         else:
             masked = rule.uses_top_k or rule.weighs_by_gaps
             lq = _log_q(part.teacher[picked], c, options)
@@ -266,29 +269,49 @@ def _sums_of_part(
 def _dense_terms(lp: Tensor, lq: Tensor, threshold: Tensor | None, rule: TokenRule) -> Sums:
     """Sums over the entries that reach the row's threshold; None: over all."""
     if threshold is None:
-        return sum_terms(lp, lq, None, rule, dense=True)
+        return sum_terms(lp, lq, None, rule)
     if rule.uses_top_k and rule.sums_only_on_k and lp.device.type == "cpu":
         columns = columns_reaching(lq, threshold)
         lp, lq = lp.gather(-1, columns), lq.gather(-1, columns)
-    return sum_terms(lp, lq, lq >= threshold.unsqueeze(-1), rule, dense=True)
+    return sum_terms(lp, lq, lq >= threshold.unsqueeze(-1), rule)
 
 
-def sum_terms(lp: Tensor, lq: Tensor, on_k: Tensor | None, rule: TokenRule, dense: bool) -> Sums:
-    """Sums over the entries on K; None: over all."""
+def topk_sums(
+    lp: Tensor, lq: Tensor, on_k: Tensor, rule: TokenRule, student_tail: Callable[[], Tensor]
+) -> Sums:
+    """Sums (n,) over a top-k teacher's ids (n, K). student_tail: gives the mass outside K."""
+    sums = sum_terms(lp, lq, on_k, rule)
+    if rule.top_k_tail == "bucket":
+        sums.student_tail = student_tail()
+        sums.teacher_tail = teacher_tail(sums.teacher_mass, rule)
+    return sums
+
+
+def topk_student_tail(
+    batch: RowBatch, options: RowOptions, coefs: Tensor, ids: Tensor, on_k: Tensor
+) -> Tensor:
+    """The student's mass (n,) outside the ids (n, K) that are on K, by the normalisers in coefs."""
+    tails = coefs.new_empty(coefs.shape[1])
+    for rows, part in blocks(batch):
+        z = transform(part.student, options.student, coefs.dtype)
+        c = coefs[:, rows].unsqueeze(-1)
+        lp = (z - c[Coef.STUDENT_MAX]) - c[Coef.STUDENT_LOG_SUM]
+        tails[rows] = _mass_off(lp, ids[rows], on_k[rows])
+    return tails
+
+
+def sum_terms(lp: Tensor, lq: Tensor, on_k: Tensor | None, rule: TokenRule) -> Sums:
+    """Sums over the entries on K, and the tails over the others; None: over all."""
     p, q = lp.exp(), lq.exp()
     p_k, q_k = (p, q) if on_k is None else (p.where(on_k, 0.0), q.where(on_k, 0.0))
     student_mass, teacher_mass = p_k.sum(-1), q_k.sum(-1)
-    if dense and not rule.sums_only_on_k:
-        # Summed off K: a difference from 1 has no digits left where the mass is near 1.
-        student_tail, teacher_tail = (p - p_k).sum(-1), (q - q_k).sum(-1)
-    else:
-        student_tail, teacher_tail = tails_by_mass(student_mass, teacher_mass)
     lp_k = lp if on_k is None else lp.where(on_k, -math.inf)
     sums = Sums(
         teacher_mass,
         student_mass,
-        teacher_tail,
-        student_tail,
+        # Summed off K: a difference from 1 has no digits left where the mass is near 1.
+        (q - q_k).sum(-1),
+        (p - p_k).sum(-1),
         lp_k.logsumexp(-1) if rule.top_k_tail == "renormalize_both" else student_mass.log(),
         _dot(q_k, lq - lp),
     )
@@ -297,6 +320,8 @@ def sum_terms(lp: Tensor, lq: Tensor, on_k: Tensor | None, rule: TokenRule, dens
         if on_k is not None:
             value, slope = value.where(on_k, 0.0), slope.where(on_k, 0.0)
         sums.value, sums.slope = value.sum(-1), slope.sum(-1)
+        if rule.value_on_renormalized:
+            sums.value = _dot(softmax(lp_k), lp - lq)
     elif rule.weighs_by_gaps:
         assert on_k is not None
         gap = (p - q).abs()
@@ -351,7 +376,8 @@ def _gradient(part: RowBatch, c: Tensor, options: RowOptions, out: Tensor) -> No
             on_k = lq >= c[Coef.THRESHOLD, picked]
             weight[picked] = torch.where(on_k, c[Coef.P_TOP_K, picked], weight[picked])
         elif part.ids is not None:
-            weight = torch.where(_is_on_k(part, rule, d), c[Coef.P_TOP_K], weight)
+            ids, _, on_k = _topk_ids(part, rule.top_k, d.shape[-1], d.dtype)
+            weight = torch.where(_is_on_k(ids, on_k, d), c[Coef.P_TOP_K], weight)
     if rule.entropy_coef:
         inner = _log_p(z, c, options).add_(c[Coef.ENTROPY]).where(d > 0, 0.0)
         weight = weight - c[Coef.ENTROPY_WEIGHT] * inner
@@ -378,11 +404,15 @@ def _gradient(part: RowBatch, c: Tensor, options: RowOptions, out: Tensor) -> No
     out.copy_(d)
 
 
-def _is_on_k(part: RowBatch, rule: TokenRule, like: Tensor) -> Tensor:
-    """(n, V), bool: the ids of a top-k teacher's K."""
-    ids, _, given = _topk_ids(part, rule.top_k, like.shape[-1], like.dtype)
+def _is_on_k(ids: Tensor, on_k: Tensor, like: Tensor) -> Tensor:
+    """(n, V), bool, shaped like a row's block: the ids (n, K) that are on K."""
     counts = torch.zeros(like.shape, dtype=torch.int16, device=like.device)
-    return counts.scatter_add_(-1, ids, given.to(torch.int16)) > 0  # padding adds nothing
+    return counts.scatter_add_(-1, ids, on_k.to(torch.int16)) > 0  # padding adds nothing
+
+
+def _mass_off(lp: Tensor, ids: Tensor, on_k: Tensor) -> Tensor:
+    """(n,): the mass of lp (n, V) outside the ids (n, K) that are on K."""
+    return lp.exp().masked_fill_(_is_on_k(ids, on_k, lp), 0.0).sum(-1)
 
 
 def _add_teacher_terms(d: Tensor, lp: Tensor, lq: Tensor, c: Tensor, picked, rule) -> None:

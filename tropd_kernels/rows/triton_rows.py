@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import math
 from functools import cached_property
 from types import ModuleType
 
@@ -15,7 +16,7 @@ from .engine import RowEngine, Statistics
 from .layout import LogitTransform, Matrices, RowBatch, RowOptions, matrices
 from .rewards import log_shares
 from .rule import Sums
-from .topk_teacher import topk_teacher_least
+from .topk_teacher import topk_teacher_ids, topk_teacher_least
 from .torch_rows import row_squares
 from .triton_launch import (
     COLUMNS,
@@ -140,11 +141,16 @@ class TritonRows(RowEngine):
             return None
         sums = coefs.new_empty((self.kernels.SUMS, n)) if rule.uses_sums else None
         k = batch.topk[0].shape[1]
+        ids, ordered = _topk_ids(batch, rule, vocab_size), None
+        if rule.uses_sums and rule.top_k_tail == "bucket":
+            ordered = _sorted_ids(batch, rule, vocab_size)
+        launch = {} if ordered is None else block_options(vocab_size, coefs.dtype)
         self.kernels.topk_teacher_sums_kernel[(n,)](
-            z, _bias(options.student), *_topk_ids(batch, rule, vocab_size), stats, coefs, sums,
+            z, _bias(options.student), *ids, ordered, stats, coefs, sums,
             vocab_size, z.stride(0), k, _columns(stats, coefs), ACC=self._acc(coefs),
-            **_transform("", options.student), **_generator_constants(rule),
-            ENTROPY_UNKNOWN=unknown, BLOCK=power_of_two(k), **FUSION_OFF,
+            **_transform("", options.student), **_generator_constants(rule), TAIL=rule.top_k_tail,
+            ENTROPY_UNKNOWN=unknown, BLOCK=power_of_two(k), TILE=launch.pop("BLOCK", None),
+            **(launch or FUSION_OFF),
         )  # fmt: skip
         return sums
 
@@ -211,6 +217,12 @@ def _topk_ids(
     ids, log_probs = (each.contiguous() for each in batch.topk)
     least = topk_teacher_least(ids, log_probs, rule.top_k, vocab_size) if rule.uses_sums else None
     return ids, log_probs, least
+
+
+def _sorted_ids(batch: RowBatch, rule: TokenRule, vocab_size: int) -> Tensor:
+    """The ids of a top-k teacher's K (n, K) in ascending order, vocab_size at padding."""
+    ids, log_probs = topk_teacher_ids(*batch.topk, rule.top_k, vocab_size)
+    return ids.masked_fill(log_probs == -math.inf, vocab_size).sort(-1).values
 
 
 def _gate_inputs(batch: RowBatch, rule: TokenRule) -> tuple[Tensor | None, ...]:

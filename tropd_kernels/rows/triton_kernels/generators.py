@@ -47,12 +47,15 @@ def _generator(lp, lq, p, q, KIND: tl.constexpr, C: tl.constexpr, GUARDED: tl.co
     elif KIND == "total_variation":
         value = tl.abs(p - q) * 0.5
         slope = p * tl.where(p > q, 0.5, tl.where(p < q, -0.5, 0.0))
-    elif (KIND == "mopd") | (KIND == "todi"):
+    elif (KIND == "mopd") | (KIND == "todi") | (KIND == "topk_reverse_kl"):
         reverse = p * (lp - lq)
         if GUARDED:
             reverse = tl.where(p > 0, reverse, 0.0)
         if KIND == "mopd":
             value = reverse - p + q
+            slope = reverse
+        elif KIND == "topk_reverse_kl":
+            value = reverse
             slope = reverse
         else:  # todi
             to_teacher = tl.where((p == 0) & (q == 0), 0.5, 1 / (1 + _exp(lp - lq)))

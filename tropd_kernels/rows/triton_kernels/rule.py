@@ -66,6 +66,41 @@ def _weigh(weight, value):
 
 
 @triton.jit
+def _reverse_kl(sums, row, n, ACC: tl.constexpr, TAIL: tl.constexpr):
+    """Twin of `rule.reverse_kl`."""
+    value = tl.load(sums + SUM_VALUE * n + row)
+    q_k = tl.load(sums + TEACHER_MASS * n + row)
+    share = tl.full(value.shape, 1.0, ACC)
+    known = q_k > 0
+    log_q_k = tl.log(tl.where(known, q_k, 1.0))
+    if TAIL == "bucket":
+        p_tail = tl.load(sums + STUDENT_TAIL * n + row)
+        excess = tl.log(p_tail) - tl.log(tl.load(sums + TEACHER_TAIL * n + row))
+        excess = tl.where(p_tail > 0, excess, 0.0)
+        value += p_tail * excess
+        p_coef = excess - value
+        p_top_k = -value
+    elif TAIL == "renormalize_both":
+        log_mass = tl.load(sums + STUDENT_LOG_MASS * n + row)
+        value = tl.where(known, value + log_q_k - log_mass, 0.0)
+        share = tl.exp(tl.minimum(-log_mass, 80.0))
+        p_coef = tl.zeros_like(value)
+        p_top_k = share * (log_q_k - log_mass - value)
+    else:
+        if TAIL == "raw":
+            log_q_k = tl.zeros_like(value)
+        p_k = tl.load(sums + STUDENT_MASS * n + row)
+        value += p_k * log_q_k
+        p_coef = -(value + p_k)
+        p_top_k = log_q_k + 1 + p_coef
+    counts = (tl.abs(value) < INF) & known
+    return (
+        value, tl.where(counts, p_coef, 0.0), tl.where(counts, p_top_k, 0.0),
+        tl.where(counts, share, 0.0),
+    )  # fmt: skip
+
+
+@triton.jit
 def rule_kernel(
     old_log_probs, advantages, uniforms, prefix, mixing, task_advantages, token_weight, loss_scale,
     entropy_threshold, stats, coefs, sums, n, columns,
@@ -205,7 +240,12 @@ def rule_kernel(
         exact = tl.load(stats + REVERSE_KL * columns + row)
         loss += _weigh(reverse, exact)
         reverse = tl.where(exact == INF, 0.0, reverse)
-    if GENERATOR is not None:
+    if GENERATOR == "topk_reverse_kl":
+        value, more_p, more_p_top_k, generator = _reverse_kl(sums, row, n, ACC, TAIL)
+        loss += value
+        p_coef += more_p
+        p_top_k += more_p_top_k
+    elif GENERATOR is not None:
         value = tl.load(sums + SUM_VALUE * n + row)
         loss += value
         generator = tl.where(tl.abs(value) < INF, 1.0, 0.0).to(ACC)

@@ -188,6 +188,8 @@ def _sums(
         highest = tl.max(k_top, 0)
         mass = tl.sum(k_mass * tl.exp(k_top - highest), 0)
         log_mass = tl.where(mass > 0, highest, -INF) + tl.log(mass)
+        if GENERATOR == "topk_reverse_kl":
+            values *= tl.exp(k_top - highest) / tl.where(mass > 0, mass, 1.0)
     return (
         tl.sum(p_on, 0), tl.sum(q_on, 0), tl.sum(p_off, 0), tl.sum(q_off, 0), log_mass,
         tl.sum(kl, 0), tl.sum(values, 0), tl.sum(slopes, 0), tl.sum(above, 0),
@@ -214,7 +216,9 @@ def _add_tile(
     )
     lp = (z - top) - log_sum
     lq = (t - t_top) - t_log_sum
-    p = tl.exp(lp) if GUARDED else _exp(lp)
+    OF_K: tl.constexpr = (GENERATOR == "topk_reverse_kl") & (TAIL == "renormalize_both")
+    # Weights on K reach e^80, which makes a subnormal p count.
+    p = tl.exp(lp) if GUARDED or OF_K else _exp(lp)
     q = tl.exp(lq) if GUARDED else _exp(lq)
     on_k = lq >= threshold  # never padding, nor an id that the teacher excludes
     p_on += _sum_where(on_k, p, ON_K)
@@ -233,9 +237,13 @@ def _add_tile(
     if TAIL == "renormalize_both":
         on_lp = tl.where(on_k, lp, -INF)
         new = tl.maximum(k_top, tl.max(on_lp, 0))
-        k_mass = k_mass * _exp(k_top - new) + tl.sum(_exp(on_lp - new[None, :]), 0)
+        shrink = _exp(k_top - new)
+        share = _exp(on_lp - new[None, :])
+        k_mass = k_mass * shrink + tl.sum(share, 0)
         k_top = new
-    if GENERATOR is not None:
+    if OF_K:  # relative to k_top, as k_mass
+        values = values * shrink + tl.sum(tl.where(share > 0, share * (lp - lq), 0.0), 0)
+    elif GENERATOR is not None:
         value, slope = _generator(lp, lq, p, q, GENERATOR, PARAMETER, GUARDED)
         if GUARDED:
             value = tl.where(mask, value, 0.0)
