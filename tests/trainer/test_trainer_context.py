@@ -13,7 +13,12 @@ pytest.importorskip("trl", reason="the trainer needs trl")
 import tiny
 from training import make
 
-from tropd_kernels.trainer.context import context_of, padded_context_of, scale_changes_at
+from tropd_kernels.trainer.context import (
+    context_of,
+    padded_context_of,
+    scale_changes_at,
+    scale_warning,
+)
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
 YARN = dict(rope_type="yarn", rope_theta=10000.0, factor=4.0, original_max_position_embeddings=64)
@@ -278,6 +283,36 @@ def test_rows_that_are_scaled_by_the_longest(tmp_path):
             warnings.simplefilter("always")
             trainer.train()
         assert sum(words in str(one.message) for one in caught) == warns
+
+
+@pytest.mark.parametrize(
+    ("rope", "prompts", "rows", "warns"),
+    [
+        (LONG, [2, 30], [4, 32], True),
+        (LONG, [2, 3], [4, 16], False),
+        (LONG, [17, 30], [18, 40], False),
+        (LONG, [10, 10], [20, 20], True),  # generated over the length, all of them
+        (DYNAMIC, [2, 3], [4, 64], False),
+        (DYNAMIC, [70, 80], [75, 85], True),  # each length has a scale of its own
+        (DYNAMIC, [70], [75], True),  # and transformers keeps the largest so far
+        (YARN, [2, 200], [4, 210], False),
+        (LONG, [], [], False),
+    ],
+    ids=str,
+)
+def test_where_rows_have_another_scale_than_alone(rope, prompts, rows, warns):
+    config = llama(rope_parameters=rope, max_position_embeddings=64).config
+    warning = scale_warning(prompts, rows, {"student": config})
+    assert (warning is not None) == warns
+    assert not warns or warning.startswith("the student scales the positions of a whole batch")
+
+
+def test_dynamic_scales_are_those_of_the_longest_so_far():
+    """What the warning is for: a row alone, and after a longer batch."""
+    model, ids = llama(rope_parameters=DYNAMIC), torch.randint(5, tiny.VOCAB, (1, 70))
+    alone = model(ids).logits
+    model(torch.randint(5, tiny.VOCAB, (1, 120)))
+    assert not torch.allclose(model(ids).logits, alone, atol=1e-4)
 
 
 def test_a_model_without_a_backbone(tmp_path):

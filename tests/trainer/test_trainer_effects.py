@@ -21,22 +21,19 @@ pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
 #: What transformers' loop, accelerate, or TRL's trainer around our loss looks at. Before a name is
 #: added here, see in their source that it reaches a run of TrOPDTrainer.
 _EFFECTIVE = """
-output_dir per_device_train_batch_size num_train_epochs max_steps learning_rate
+output_dir per_device_train_batch_size max_steps learning_rate
 lr_scheduler_type warmup_ratio optim weight_decay gradient_accumulation_steps
 max_grad_norm bf16 fp16 tf32 activation_checkpointing
 activation_checkpointing_kwargs gradient_checkpointing use_liger_kernel neftune_noise_alpha
 torch_empty_cache_steps logging_strategy logging_first_step log_on_each_node
-logging_dir log_level log_level_replica disable_tqdm report_to run_name
-project trackio_space_id trackio_bucket_id trackio_static_space_id eval_strategy
+logging_dir log_level log_level_replica disable_tqdm report_to run_name eval_strategy
 per_device_eval_batch_size eval_on_start eval_use_gather_object
-save_only_model save_strategy save_on_each_node
-save_total_limit save_safetensors enable_jit_checkpoint push_to_hub hub_token hub_private_repo
-hub_model_id hub_strategy hub_always_push hub_revision load_best_model_at_end
-metric_for_best_model greater_is_better ignore_data_skip
+save_strategy save_on_each_node save_safetensors enable_jit_checkpoint push_to_hub hub_token
+hub_private_repo hub_model_id hub_revision ignore_data_skip
 restore_callback_states_from_checkpoint full_determinism seed use_cpu
 accelerator_config parallelism_config dataloader_drop_last dataloader_num_workers
 dataloader_pin_memory dataloader_persistent_workers dataloader_prefetch_factor
-dataloader_multiprocessing_context dataloader_in_order remove_unused_columns
+dataloader_multiprocessing_context remove_unused_columns
 ddp_find_unused_parameters ddp_bucket_cap_mb ddp_broadcast_buffers ddp_static_graph ddp_backend
 ddp_timeout fsdp fsdp_config deepspeed debug skip_memory_metrics model_init_kwargs
 trust_remote_code teacher_model_name_or_path teacher_model_revision teacher_model_init_kwargs
@@ -49,6 +46,8 @@ GUIDED = dict(prefix_schedule="linear", prefix_length=4)
 _PRECOMPUTED = dict(precomputed_teacher=True)
 _URL = dict(teacher_model_server_url="http://127.0.0.1:1")
 _SGD = dict(optim="sgd")
+_SERVER, _AT = dict(use_vllm=True, vllm_mode="server"), dict(vllm_server_base_url="http://a")
+_TRACKIO = dict(report_to=["trackio"])
 SOMETIMES = {
     "top_p": (0.5, _PRECOMPUTED, {}), "top_k": (5, _PRECOMPUTED, {}),
     "min_p": (0.1, _PRECOMPUTED, {}), "repetition_penalty": (1.3, _PRECOMPUTED, {}),
@@ -73,6 +72,23 @@ SOMETIMES = {
                      dict(lr_scheduler_type="constant", optim="schedule_free_adamw")),
     "ds3_gather_for_generation": (False, {}, None),  # DeepSpeed would have to be there
     "logging_steps": (3, dict(logging_strategy="epoch"), dict(logging_strategy="steps")),
+    "num_train_epochs": (2, dict(max_steps=3), {}),
+    "dataloader_in_order": (False, {}, dict(dataloader_num_workers=1)),
+    "vllm_server_host": ("a", _SERVER | _AT, _SERVER),
+    "vllm_server_port": (9, dict(use_vllm=True), _SERVER),
+    "save_total_limit": (2, dict(save_strategy="no"), {}),
+    "save_only_model": (True, dict(save_strategy="no"), {}),
+    "load_best_model_at_end": (True, dict(save_strategy="no"),
+                               dict(save_strategy="epoch", eval_strategy="epoch")),
+    "metric_for_best_model": ("eval_loss", {}, dict(eval_strategy="epoch")),
+    "greater_is_better": (False, dict(eval_strategy="epoch"),
+                          dict(eval_strategy="epoch", metric_for_best_model="eval_loss")),
+    "hub_strategy": ("end", {}, dict(push_to_hub=True)),
+    "hub_always_push": (True, {}, dict(push_to_hub=True)),
+    "log_unique_prompts": (True, dict(log_completions=True),
+                           dict(log_completions=True, report_to=["wandb"])),
+    "project": ("a", {}, _TRACKIO), "trackio_space_id": ("a", dict(report_to=["wandb"]), _TRACKIO),
+    "trackio_bucket_id": ("a", {}, _TRACKIO), "trackio_static_space_id": ("a", {}, _TRACKIO),
     "eval_steps": (3, dict(eval_strategy="epoch"), dict(eval_strategy="steps")),
     "eval_delay": (2, {}, dict(eval_strategy="epoch")),
     "save_steps": (3, dict(save_strategy="no"), dict(save_strategy="steps")),
@@ -94,10 +110,10 @@ VALUES = {
     "label_names": ["labels"], "include_for_metrics": ["inputs"], "batch_eval_metrics": True,
     "eval_do_concat_batches": False, "liger_kernel_config": {"rope": True},
     "gradient_checkpointing_kwargs": {"use_reentrant": False}, "num_completions_to_print": 2,
-    "log_unique_prompts": True, "vllm_mode": "server",
+    "vllm_mode": "server",
     "vllm_model_impl": "transformers", "vllm_enable_sleep_mode": True,
     "vllm_structured_outputs_regex": "a", "vllm_server_base_url": "http://a",
-    "vllm_server_host": "a", "vllm_server_port": 9, "vllm_server_timeout": 9.0,
+    "vllm_server_timeout": 9.0,
     "vllm_group_port": 9, "vllm_gpu_memory_utilization": 0.5, "vllm_max_model_length": 99,
     "vllm_tensor_parallel_size": 2,
 }  # fmt: skip
@@ -225,6 +241,28 @@ def test_steps_that_evaluation_takes_over():
     assert replace(config(eval_strategy="steps"), eval_strategy="no").eval_strategy == "no"
 
 
+@pytest.mark.parametrize(
+    ("key", "value", "settings", "reason"),
+    [
+        ("cache_implementation", "static", dict(use_vllm=True), "vLLM has a cache of its own"),
+        ("vllm_server_port", 9, _SERVER | _AT, "vllm_server_base_url has both, 'http://a'"),
+        ("vllm_server_host", "a", {}, "there is no server of vLLM's"),
+        ("log_unique_prompts", True, {}, "log_completions is False"),
+        ("metric_for_best_model", "loss", {}, "eval_strategy is 'no'"),
+        ("num_train_epochs", 2, dict(max_steps=3), "max_steps, 3, say where training ends"),
+    ],
+)
+def test_other_reasons_to_have_no_effect(key, value, settings, reason):
+    with pytest.raises(ValueError, match=f"^{key}: it would have no effect: {reason}: "):
+        config(**settings, **{key: value})
+
+
+def test_a_cache_beside_vllm_that_the_teacher_has():
+    """It writes by transformers' generate."""
+    args = config(use_vllm=True, cache_implementation="static", **GUIDED)
+    assert args.cache_implementation == "static"
+
+
 def test_vllm_mode():
     with pytest.raises(ValueError, match="^vllm_mode: must be server or colocate, got 'sever'"):
         config(use_vllm=True, vllm_mode="sever")
@@ -232,7 +270,7 @@ def test_vllm_mode():
 
 def test_settings_with_what_they_belong_to():
     config(gradient_checkpointing=True, gradient_checkpointing_kwargs={"use_reentrant": False})
-    config(log_completions=True, num_completions_to_print=2, log_unique_prompts=True)
+    config(log_completions=True, num_completions_to_print=2)
     vllm = config(use_vllm=True, vllm_mode="server", vllm_server_port=9)
     for args in (vllm, config(eval_strategy="steps", include_num_input_tokens_seen=False)):
         assert replace(args) == args
@@ -254,6 +292,16 @@ def test_settings_of_a_teacher_that_is_not_loaded(key, value):
         return
     with pytest.raises(ValueError, match=f"^{key}: with teacher_model_server_url no teacher"):
         config(**served, **{key: value})
+
+
+def test_settings_of_a_teacher_that_is_not_given(tmp_path):
+    """SFT goes without one."""
+    for key, value in (("teacher_model_init_kwargs", {"dtype": "auto"}),
+                       ("teacher_model_revision", "main")):  # fmt: skip
+        args = config(objective="sft", **{key: value})
+        with pytest.raises(ValueError, match=f"^{key}: it would have no effect: there is no teach"):
+            TrOPDTrainer(tiny.model(0), None, args, tiny.prompts(),
+                         processing_class=tiny.tokenizer())  # fmt: skip
 
 
 def test_how_to_load_a_model_that_is_loaded(tmp_path):

@@ -161,6 +161,31 @@ def test_prompt_lookup(tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ({"typical_p": 1.5}, "must be in"), ({"typical_p": -1.0}, "must be in"),
+        ({"top_h": 2.0}, "must be in"), ({"epsilon_cutoff": 2.0}, "must be in"),
+        ({"eta_cutoff": -1}, "must be in"), ({"no_repeat_ngram_size": -2}, "must be in"),
+        ({"no_repeat_ngram_size": 1.5}, "expected a whole number, got 1.5"),
+        ({"num_beams": 0}, "must be in"), ({"min_new_tokens": -3}, "must be in"),
+        ({"min_new_tokens": 2.5}, "expected a whole number"),
+        ({"encoder_repetition_penalty": -1.0}, "must be in"),
+        ({"encoder_no_repeat_ngram_size": -1}, "must be in"),
+        ({"prefill_chunk_size": 0}, "must be in"), ({"prompt_lookup_num_tokens": 0}, "must be in"),
+        ({"do_sample": "no"}, "expected true or false, got 'no'"), ({"use_cache": 3}, "expected t"),
+        ({"num_beams": 2, "length_penalty": "a"}, "expected a number, got 'a'"),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_values_beyond_their_bounds(given, words):
+    """They change nothing, or fail when the first prompt is generated from."""
+    name = list(given)[-1]
+    with pytest.raises(ValueError, match=f"^generation_kwargs: {name}: {words}"):
+        config(given)
+    config({key: None if key == name else value for key, value in given.items()})
+
+
+@pytest.mark.parametrize(
     ("setting", "given", "words"),
     [
         ({"top_p": 0.8}, {"top_p": 0.5}, "^top_p: it is 0.8, and 0.5 in generation_kwargs"),
@@ -196,6 +221,27 @@ def test_a_setting_with_two_values(setting, given, words):
 )
 def test_a_setting_given_twice_that_is_no_conflict(setting, given):
     assert config(given, **setting).generation_kwargs == given
+
+
+def test_a_cache_that_cannot_be_made(tmp_path):
+    """Said before the first step; one that can be is used."""
+    student = tiny.model(0, kind=transformers.RwkvForCausalLM, config=transformers.RwkvConfig)
+    with pytest.raises(
+        ValueError, match="^cache_implementation: 'static' would have no effect: a R"
+    ):
+        make(tmp_path, student, **STATIC)
+    for given, words in (
+        ({"backend": "of tomorrow"}, "of tomorrow"),
+        ({"backend": "fp8", "bits": 3}, "bits"),
+    ):
+        settings = dict(generation_kwargs={"cache_config": given}, objective="gkd", **QUANTIZED)
+        with pytest.raises(ValueError, match=f"^cache_implementation: 'quantized' .*{words}"):
+            make(tmp_path, **settings)
+    if not transformers.utils.is_optimum_quanto_available():
+        with pytest.raises(
+            ValueError, match="^cache_implementation: 'quantized' .* optimum-quanto"
+        ):
+            make(tmp_path, objective="gkd", **QUANTIZED)
 
 
 def test_two_temperatures(tmp_path):

@@ -73,8 +73,27 @@ def check_trainer(config: Config) -> None:
         _within("router_aux_loss_coef", config.router_aux_loss_coef, 0.0, 1e9)
 
 
+#: Bounds of transformers' own keys, beyond which most do nothing and some fail at the first step.
+_BOUNDS: dict[str, tuple[type, float, float]] = {
+    "typical_p": (float, 1e-9, 1.0), "top_h": (float, 1e-9, 1.0),
+    "epsilon_cutoff": (float, 0.0, 1.0), "eta_cutoff": (float, 0.0, 1.0),
+    "encoder_repetition_penalty": (float, 1e-9, 1e9), "length_penalty": (float, -1e9, 1e9),
+    "num_beams": (int, 1, 1e9), "no_repeat_ngram_size": (int, 0, 1e9),
+    "encoder_no_repeat_ngram_size": (int, 0, 1e9), "min_new_tokens": (int, 0, 1e9),
+    "prefill_chunk_size": (int, 1, 1e9), "prompt_lookup_num_tokens": (int, 1, 1e9),
+    "max_matching_ngram_size": (int, 1, 1e9), "max_cache_len": (int, 1, 1e9),
+    **dict.fromkeys(("do_sample", "use_cache", "remove_invalid_values", "renormalize_logits"),
+                    (bool, 0, 1)),
+}  # fmt: skip
+
+
 def _check_generation(config: Config, given: dict[str, Any]) -> None:
     check_generation_keys(given, config.use_vllm)
+    for name in () if config.use_vllm else given.keys() & _BOUNDS.keys():
+        kind, low, high = _BOUNDS[name]
+        if given[name] is not None:
+            check_type(f"generation_kwargs: {name}", given[name], [kind])
+            _within(f"generation_kwargs: {name}", given[name], low, high)
     hints = get_type_hints(type(config))
     if given.get("top_k", 0) is None or (config.use_vllm and given.get("top_k") == -1):
         given["top_k"] = 0  # of None transformers makes its default, 50

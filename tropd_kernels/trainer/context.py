@@ -4,7 +4,7 @@
 model without positions has no such limit.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
@@ -62,19 +62,25 @@ def padded_context_of(config: Any) -> int | None:
 def scale_changes_at(config: Any) -> int | None:
     """The length above which a row of a batch changes the rotary scale of all its rows, as in
     LongRoPE; None where no length does. Of several kinds of layers the first to change counts."""
+    return min((length for _, length in _changing_scales(config)), default=None)
+
+
+def _changing_scales(config: Any) -> Iterator[tuple[str, int]]:
+    """The rotary scalings that depend on the text's length, "longrope" or "dynamic", and the length
+    at which each begins to differ."""
     config = config.get_text_config()
     limit = getattr(config, "max_position_embeddings", None)
-    changes = []
     for rope in _rope_parameters(config):
-        kind = _rope_type(rope)
+        kind, length = _rope_type(rope), None
         if kind in ("longrope", "su"):
-            changes.append(rope.get("original_max_position_embeddings") or limit)
+            kind, length = "longrope", rope.get("original_max_position_embeddings") or limit
         # HunYuan's alpha stands for one scale at all lengths.
         elif kind == "dynamic" and not (
             config.model_type.startswith("hunyuan") and rope.get("alpha")
         ):
-            changes.append(limit)
-    return min((length for length in changes if length is not None), default=None)
+            length = limit
+        if length is not None:
+            yield kind, length
 
 
 def _rope_parameters(config: Any) -> list[Mapping[str, Any]]:
@@ -169,16 +175,36 @@ def check_width(width: int, config: Any) -> None:
         )
 
 
-def scale_warning(lengths: Sequence[int], configs: Mapping[str, Any]) -> str | None:
-    """The warning, if any, where the longest of these rows (in tokens) rescales the others."""
+def scale_warning(
+    prompts: Sequence[int], rows: Sequence[int], configs: Mapping[str, Any]
+) -> str | None:
+    """The warning, if any, where positions of these rows are scaled by something else than the row.
+
+    LongRoPE has one scale up to a length and another beyond, dynamic scaling one for each length
+    beyond. transformers takes that of the longest row of a batch (dynamic: also of the batches
+    before), and a text that grows over the length in generation keeps the keys of its beginning.
+    A second forward for rows on the other side would mend the first of these alone, and hang where
+    processes share parameters.
+
+    Args:
+        prompts: Lengths of the prompts, in tokens.
+        rows: Of prompts and completions.
+        configs: By side.
+    """
+    if not rows:
+        return None
     for side, config in configs.items():
-        change = scale_changes_at(config)
-        if change is not None and lengths and min(lengths) <= change < max(lengths):
+        for kind, change in _changing_scales(config):
+            if max(rows) <= change or (kind == "longrope" and min(prompts) > change):
+                continue
+            apart = "otherwise than up to them" if kind == "longrope" else "by each length"
+            remedy = " on one side" if kind == "longrope" else " within it"
             return (
                 f"the {side} scales the positions of a whole batch by its longest row, beyond "
-                f"{change} tokens otherwise than up to them, and this one has rows of "
-                f"{min(lengths)} to {max(lengths)}: the shorter ones' losses are not those of the "
-                "rows alone. Keep all rows on one side, or set per_device_train_batch_size 1 for "
-                "the loss"
+                f"{change} tokens {apart}, and this one has rows of {min(rows)} to {max(rows)} and "
+                f"prompts from {min(prompts)} on: the others' losses are not those of the rows "
+                "alone, and what was generated across that length was read at another scale. Keep "
+                f"prompts and completions{remedy}, or choose a scaling that is the same at all "
+                "lengths (YaRN)"
             )
     return None

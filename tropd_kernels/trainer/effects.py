@@ -40,14 +40,11 @@ BELONGS_TO = {
     "liger_kernel_config": ("use_liger_kernel", True),
     "gradient_checkpointing_kwargs": ("gradient_checkpointing", True),
     "num_completions_to_print": ("log_completions", True),
-    "log_unique_prompts": ("log_completions", True),
     "vllm_mode": ("use_vllm", True),
     "vllm_model_impl": ("vllm_mode", "colocate"),
     "vllm_enable_sleep_mode": ("vllm_mode", "colocate"),
     "vllm_structured_outputs_regex": ("use_vllm", True),
     "vllm_server_base_url": ("vllm_mode", "server"),
-    "vllm_server_host": ("vllm_mode", "server"),
-    "vllm_server_port": ("vllm_mode", "server"),
     "vllm_server_timeout": ("vllm_mode", "server"),
     "vllm_group_port": ("vllm_mode", "server"),
     "vllm_gpu_memory_utilization": ("vllm_mode", "colocate"),
@@ -127,6 +124,14 @@ CONDITIONS = (
     Condition(("cache_implementation",),
               lambda a: (a.generation_kwargs or {}).get("use_cache") is not False,
               "with use_cache False in generation_kwargs there is no cache"),
+    Condition(("cache_implementation",),
+              lambda a: not a.use_vllm or (a.is_guided and a.loads_teacher),
+              "vLLM has a cache of its own"),
+    Condition(("vllm_server_host", "vllm_server_port"),
+              lambda a: a.use_vllm and a.vllm_mode == "server", "there is no server of vLLM's",
+              "set use_vllm and vllm_mode 'server'"),
+    Condition(("vllm_server_host", "vllm_server_port"), lambda a: a.vllm_server_base_url is None,
+              "vllm_server_base_url has both, {!r}", of="vllm_server_base_url"),
     Condition(_SERVED, lambda a: a.teacher_model_server_url is not None,
               "there is no teacher_model_server_url"),
     Condition(("prefix_weight", "prefix_column"), lambda a: a.is_guided,
@@ -153,6 +158,10 @@ CONDITIONS = (
     Condition(("adam_epsilon",), lambda a: _deepspeed(a) or _text(a.optim) not in _NOT_ADAM | _LION,
               "the optimizer {!r} does not take it", "choose one of Adam's kind", of="optim"),
     Condition(("ds3_gather_for_generation",), _zero_3, "there is no DeepSpeed of ZeRO's stage 3"),
+    Condition(("num_train_epochs",), lambda a: a.max_steps <= 0,
+              "max_steps, {}, say where training ends", "leave those out", of="max_steps"),
+    Condition(("dataloader_in_order",), lambda a: a.dataloader_num_workers > 0,
+              "there are no workers that could be overtaken", "set dataloader_num_workers"),
     Condition(("logging_steps",),
               # eval_steps are these where they are not given.
               lambda a: "steps" in (a.logging_strategy, a.eval_strategy),
@@ -165,6 +174,24 @@ CONDITIONS = (
               "eval_strategy is {!r}", "set that", of="eval_strategy"),
     Condition(("save_steps",), lambda a: a.save_strategy == "steps",
               "save_strategy is {!r}", "set that to 'steps'", of="save_strategy"),
+    Condition(("save_total_limit", "save_only_model"),
+              lambda a: a.save_strategy != "no" or getattr(a, "enable_jit_checkpoint", False),
+              "save_strategy is {!r}", "set that", of="save_strategy"),
+    # In this order, for transformers sets the later of them by the earlier.
+    Condition(("load_best_model_at_end", "metric_for_best_model"),
+              lambda a: a.eval_strategy != "no", "eval_strategy is {!r}", "set that",
+              of="eval_strategy"),
+    Condition(("greater_is_better",), lambda a: a.metric_for_best_model is not None,
+              "no metric_for_best_model compares checkpoints", "set that"),
+    Condition(("hub_strategy", "hub_always_push"), lambda a: a.push_to_hub,
+              "push_to_hub is False", "set that"),
+    Condition(("log_unique_prompts",), lambda a: a.log_completions,
+              "log_completions is False", "set that"),
+    Condition(("log_unique_prompts",), lambda a: not {"wandb", "trackio"}.isdisjoint(a.report_to),
+              "only the tables of wandb and trackio leave repeated prompts out",
+              "name one of them in report_to"),
+    Condition(("project", "trackio_space_id", "trackio_bucket_id", "trackio_static_space_id"),
+              lambda a: "trackio" in a.report_to, "report_to does not name trackio", "add it"),
     Condition(("optim_args",), lambda a: _deepspeed(a) or _text(a.optim) not in _NO_OPTIM_ARGS,
               "the optimizer {!r} takes none", of="optim"),
     Condition(("optim_target_modules",),
@@ -181,7 +208,7 @@ CONDITIONS = (
               "lr_scheduler_type {!r} takes none", of="lr_scheduler_type"),
 )  # fmt: skip
 #: Settings of a teacher that is loaded into this process.
-_OF_LOADED_TEACHER = ("teacher_model_init_kwargs", "teacher_model_revision")
+OF_LOADED_TEACHER = ("teacher_model_init_kwargs", "teacher_model_revision")
 
 
 def check_effects(args: Any) -> None:
@@ -200,7 +227,7 @@ def check_effects(args: Any) -> None:
     if not args.loads_teacher:
         source = "precomputed_teacher" if args.precomputed_teacher else "teacher_model_server_url"
         also = ("teacher_model_name_or_path",) if args.precomputed_teacher else ()
-        for key in (*_OF_LOADED_TEACHER, *also):
+        for key in (*OF_LOADED_TEACHER, *also):
             if getattr(args, key) is not None:
                 raise ValueError(
                     f"{key}: with {source} no teacher is loaded, and it would have no effect: "

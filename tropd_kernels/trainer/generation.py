@@ -121,13 +121,16 @@ class PrefixedGeneration(MetricLogs):
         output["prefix_lengths"] = torch.tensor(self._prefix_lengths, device=device)
         prompts, completions = (_unpadded(output, part) for part in ("prompt", "completion"))
         self._log_lengths(output, completions)
-        self._warn_of_scale([len(p) + len(c) for p, c in zip(prompts, completions)])
+        self._warn_of_scale([len(p) for p in prompts], [len(c) for c in completions])
         width = output["completion_ids"].shape[1]
         output |= self.teacher_tensors(inputs, prompts, completions, width)
         return output
 
-    def _warn_of_scale(self, lengths: list[int]) -> None:
-        warning = None if self._warned_of_scale else scale_warning(lengths, self._contexts)
+    def _warn_of_scale(self, prompts: list[int], completions: list[int]) -> None:
+        if self._warned_of_scale:
+            return
+        rows = [prompt + own for prompt, own in zip(prompts, completions)]
+        warning = scale_warning(prompts, rows, self._contexts)
         if warning is not None:
             self._warned_of_scale = True
             warnings.warn(warning, stacklevel=3)

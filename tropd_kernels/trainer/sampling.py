@@ -26,6 +26,7 @@ from torch import Tensor
 from transformers import (
     GenerationConfig,
     MinPLogitsWarper,
+    QuantizedCache,
     TopKLogitsWarper,
     TopPLogitsWarper,
 )
@@ -149,6 +150,30 @@ def truncating_warpers(args: Any) -> list[Any]:
         found["min_p"] = MinPLogitsWarper(float(given["min_p"]))
     order = ("min_p", "top_k", "top_p") if args.use_vllm else ("top_k", "top_p", "min_p")
     return [found[name] for name in order if name in found]
+
+
+def check_cache(model: Any, config: GenerationConfig) -> None:
+    """Raises ValueError for a cache_implementation that this model, or this machine, does not have.
+
+    transformers would ignore it, or fail at the first step. model: without PEFT's wrapper.
+    """
+    kind = config.cache_implementation
+    if kind is None:
+        return
+    takes = getattr(model, "_supports_default_dynamic_cache", None)
+    if takes is not None and not takes():
+        raise ValueError(
+            f"cache_implementation: {kind!r} would have no effect: a {type(model).__name__} has a "
+            "state of its own: leave it out"
+        )
+    if kind == "quantized":
+        given: dict[str, Any] = {"backend": "quanto"} | dict(config.cache_config or {})
+        try:
+            QuantizedCache(**({"config": model.config.get_text_config(decoder=True)} | given))
+        except (ImportError, TypeError, ValueError) as error:
+            raise ValueError(
+                f"cache_implementation: 'quantized' with cache_config {given} fails: {error}"
+            ) from error
 
 
 @torch.no_grad()

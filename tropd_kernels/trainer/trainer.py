@@ -42,10 +42,11 @@ from .data_checks import (
     check_rows,
     missing_guide_error,
 )
-from .effects import check_inputs
+from .effects import OF_LOADED_TEACHER, check_inputs
 from .generation_keys import check_lookup
 from .guidance import GuidedTrainer
 from .loaded_teacher import check_quantization
+from .patching import base_of
 from .prefix import prefix_mask
 from .regions import Sample, samples, show, write_page
 from .served_teacher import ServedTeacher
@@ -156,6 +157,8 @@ class TrOPDTrainer(GuidedTrainer):
                 self.share_vocabulary(self._server.count_ids(self._shared_vocab_size))
         each = args.per_device_train_batch_size * args.gradient_accumulation_steps
         check_rows(train_dataset, each * self.accelerator.num_processes)
+        if not self.use_vllm:
+            sampling.check_cache(base_of(self.model), self.generation_config)
         self._warpers = sampling.truncating_warpers(args)
         self._kept_mass: Tensor | None = None  # of a micro-batch: sum and count
         for warning in (sampling.sampling_warning(args), sampling.temperature_warning(args)):
@@ -433,6 +436,12 @@ def _teacher_to_load(teacher_model: Any, args: TrOPDConfig) -> Any:
             f"teacher_model: objective {args.objective!r} needs a teacher: give a model, "
             "teacher_model_server_url, or precomputed_teacher"
         )
+    if loaded is None:
+        for key in OF_LOADED_TEACHER:
+            if getattr(args, key) is not None:
+                raise ValueError(
+                    f"{key}: it would have no effect: there is no teacher_model: leave {key} out"
+                )
     return loaded
 
 
