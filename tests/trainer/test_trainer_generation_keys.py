@@ -131,7 +131,7 @@ def test_keys_that_count_from_where_the_student_begins(given, neutral):
 
 
 def test_the_same_of_vllm():
-    for name in ("min_tokens", "presence_penalty", "frequency_penalty"):
+    for name in ("min_tokens", "presence_penalty", "frequency_penalty", "thinking_token_budget"):
         with pytest.raises(ValueError, match=f"^generation_kwargs: '{name}' goes by where"):
             config({name: 1}, use_vllm=True, **PREFIX)
         config({name: 1}, use_vllm=True)
@@ -173,6 +173,8 @@ def test_prompt_lookup(tmp_path):
         ({"encoder_no_repeat_ngram_size": -1}, "must be in"),
         ({"prefill_chunk_size": 0}, "must be in"), ({"prompt_lookup_num_tokens": 0}, "must be in"),
         ({"do_sample": "no"}, "expected true or false, got 'no'"), ({"use_cache": 3}, "expected t"),
+        ({"suppress_tokens": 5}, "expected a list of ids, got 5"),
+        ({"begin_suppress_tokens": "5"}, "expected a list of ids, got '5'"),
         ({"num_beams": 2, "length_penalty": "a"}, "expected a number, got 'a'"),
     ],
     ids=str,
@@ -221,6 +223,32 @@ def test_a_setting_with_two_values(setting, given, words):
 )
 def test_a_setting_given_twice_that_is_no_conflict(setting, given):
     assert config(given, **setting).generation_kwargs == given
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"sequence_bias": {}}, {"bad_words_ids": []}, {"bad_words_ids": [5]},
+        {"exponential_decay_length_penalty": 5},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_values_of_which_no_sampler_is_made(tmp_path, given):
+    with pytest.raises(ValueError, match="^generation_kwargs: transformers refuses them: "):
+        make(tmp_path, objective="gkd", generation_kwargs=given)
+
+
+def test_values_of_which_a_sampler_is_made(tmp_path):
+    """Each key that acts, together, so that the check refuses none of them."""
+    given = {
+        "sequence_bias": {(5,): 1.0}, "bad_words_ids": [[5, 6]], "suppress_tokens": [7],
+        "exponential_decay_length_penalty": (2, 1.1), "guidance_scale": 1.5, "min_new_tokens": 2,
+        "encoder_repetition_penalty": 1.1, "no_repeat_ngram_size": 3, "num_beams": 2,
+        "begin_suppress_tokens": [8], "typical_p": 0.9, "epsilon_cutoff": 0.01, "eta_cutoff": 0.01,
+        "encoder_no_repeat_ngram_size": 3, "renormalize_logits": True, "watermarking_config": {},
+        "top_h": 0.9, "min_p": 0.1, "repetition_penalty": 1.1, "remove_invalid_values": True,
+    }  # fmt: skip
+    make(tmp_path, objective="gkd", generation_kwargs=given)
 
 
 def test_a_cache_that_cannot_be_made(tmp_path):

@@ -94,6 +94,11 @@ def _check_generation(config: Config, given: dict[str, Any]) -> None:
         if given[name] is not None:
             check_type(f"generation_kwargs: {name}", given[name], [kind])
             _within(f"generation_kwargs: {name}", given[name], low, high)
+    for name in given.keys() & {"suppress_tokens", "begin_suppress_tokens"}:
+        if not isinstance(given[name], (Sequence, type(None))) or isinstance(given[name], str):
+            raise ValueError(
+                f"generation_kwargs: {name}: expected a list of ids, got {given[name]!r:.80}"
+            )
     hints = get_type_hints(type(config))
     if given.get("top_k", 0) is None or (config.use_vllm and given.get("top_k") == -1):
         given["top_k"] = 0  # of None transformers makes its default, 50

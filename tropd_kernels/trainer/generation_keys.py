@@ -108,6 +108,7 @@ _FROM_THE_FIRST_TOKEN = (
     "min_new_tokens", "begin_suppress_tokens", "exponential_decay_length_penalty",
     "guidance_scale", "encoder_repetition_penalty", "encoder_no_repeat_ngram_size",
     "min_tokens", "presence_penalty", "frequency_penalty", "structured_outputs", "guided_decoding",
+    "thinking_token_budget",
 )  # fmt: skip
 
 

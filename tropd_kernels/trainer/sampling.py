@@ -18,6 +18,7 @@ distributions at each token, whichever id was sampled.
 """
 
 import contextlib
+import copy
 from collections.abc import Iterator
 from typing import Any
 
@@ -174,6 +175,22 @@ def check_cache(model: Any, config: GenerationConfig) -> None:
             raise ValueError(
                 f"cache_implementation: 'quantized' with cache_config {given} fails: {error}"
             ) from error
+
+
+def check_processors(model: Any, config: GenerationConfig) -> None:
+    """Raises ValueError for values of generation_kwargs of which transformers makes no sampler.
+
+    It would refuse them when the first prompt is generated from. model: without PEFT's wrapper.
+    """
+    config = copy.deepcopy(config)
+    config._eos_token_tensor = torch.tensor(config.eos_token_id)
+    some = torch.ones(1, 1, dtype=torch.long)
+    try:
+        model._get_logits_processor(
+            config, input_ids_seq_length=1, encoder_input_ids=some, device="cpu", model_kwargs={}
+        )
+    except (AttributeError, IndexError, TypeError, ValueError) as error:
+        raise ValueError(f"generation_kwargs: transformers refuses them: {error}") from error
 
 
 @torch.no_grad()

@@ -159,6 +159,8 @@ class TrOPDTrainer(GuidedTrainer):
         check_rows(train_dataset, each * self.accelerator.num_processes)
         if not self.use_vllm:
             sampling.check_cache(base_of(self.model), self.generation_config)
+            if args.generation_kwargs:
+                sampling.check_processors(base_of(self.model), self.generation_config)
         self._warpers = sampling.truncating_warpers(args)
         self._kept_mass: Tensor | None = None  # of a micro-batch: sum and count
         for warning in (sampling.sampling_warning(args), sampling.temperature_warning(args)):
