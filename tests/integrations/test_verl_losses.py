@@ -11,13 +11,18 @@ from tropd_kernels import (
     AOPD,
     EOPD,
     GKD,
+    KDRL,
     MOPD,
     OPD,
     REOPOLD,
+    TOPD,
+    TVOPD,
     ClipOutlier,
     Divergence,
     EntropyOPD,
+    Log1pOPD,
     MaskOutlier,
+    PowerOPD,
     SampledTeacher,
     TokenRule,
     TopKJSD,
@@ -181,6 +186,8 @@ def test_draws_depend_on_the_sequence_alone():
         (TokenRule(z_loss=1e-4), "sampled", "z_loss.*teacher='top_k'"),
         (EOPD(), "top_k", "outside the top k"),
         (OPD(), "top_k", "teacher='sampled'"),
+        (Log1pOPD(), "top_k", "unbounded"),
+        (KDRL(task_weight=1.0), "sampled", "task_advantages"),
         (REOPOLD(), "sampled", "mean is over the tokens kept"),
         (OPD(), "dense", "'sampled' or 'top_k'"),
     ],
@@ -188,6 +195,21 @@ def test_draws_depend_on_the_sequence_alone():
 def test_what_cannot_be_served_is_refused_with_the_reason(rule, teacher, why):
     with pytest.raises(ValueError, match=why):
         integration.check_rule("mine", rule, teacher)
+
+
+@pytest.mark.parametrize(
+    "rule", [PowerOPD(), TOPD(alpha=0.5), TVOPD(scale=1.0), TokenRule(clip_reward_low=-5.0)]
+)
+def test_a_bounded_reward_goes_with_the_top_k(rule):
+    """A label outside the k ids is one that the teacher rules out: the reward's least."""
+    integration.check_rule("mine", rule, "top_k")
+    logits, labels, log_q, _, _ = logits_and_teacher()
+    top = log_q.topk(K)
+    found = integration.top_k_losses(logits, labels, top.values, top.indices.int(), rule)
+    outside = found["tropd_label_in_topk"] == 0
+    assert outside.any() and found["distillation_losses"].isfinite().all()
+    assert (found["distillation_losses"][outside] > 0).all()
+    integration.check_rule("mine", rule, "sampled")
 
 
 def test_every_name_can_be_served():

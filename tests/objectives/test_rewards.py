@@ -13,8 +13,14 @@ from pairs import covering
 from problems import K, loss_and_gradient, make_problem, relative_error, with_everything
 
 from tropd_kernels import (
+    KDRL,
     OPD,
+    TOPD,
+    TVOPD,
+    Divergence,
+    Log1pOPD,
     LogitsTeacher,
+    PowerOPD,
     SampledTeacher,
     TokenRule,
     TopKJSD,
@@ -208,6 +214,36 @@ def test_the_current_policys_reward(backend, device):
         z, labels, LogitsTeacher(t), rule, backend=backend, old_log_probs=old
     ).stats
     assert stats.trust.tolist() == [1, 0]
+
+
+def test_the_named_objectives_are_their_papers():
+    """Fields by hand; the weights of KDRL are those of A + beta R at beta 0.002."""
+    task = TokenRule(policy_gradient=0.002, task_weight=500.0, reward_filter="negative")
+    assert replace(PowerOPD(), prefix_weight=None) == shaped(("power", 5.0))
+    assert TOPD(alpha=0.3, prefix_weight=None) == shaped(("proximal", 0.3))
+    assert Log1pOPD(prefix_weight=None) == shaped(("log1p", None))
+    assert TVOPD(scale=0.1, prefix_weight=None) == shaped(("sign", None), policy_gradient=0.1)
+    named = KDRL(
+        task_weight=500.0, kl_penalty_coef=0.002, reward_filter="negative", prefix_weight=None
+    )
+    assert named == task
+    assert PowerOPD().prefix_weight == OPD().prefix_weight
+
+
+@backends
+def test_tv_opd_expects_the_gradient_of_the_total_variation(backend, device):
+    """Its reward's source: sum_y p(y) of the gradients with label y is 2 scale times TV's."""
+    z, t = torch.randn(2, 6, dtype=torch.float64, device=device)
+    rows = lambda row: row.expand(6, 6).contiguous()  # every id is one token's label
+    labels, teacher = torch.arange(6, device=device), LogitsTeacher(rows(t))
+    _, sampled, _ = loss_and_gradient(
+        rows(z), labels, teacher, TVOPD(scale=0.5), backend, token_weight=z.softmax(-1),
+        reduction="sum",
+    )  # fmt: skip
+    _, exact, _ = loss_and_gradient(
+        rows(z), labels, teacher, Divergence("total_variation"), backend, reduction="mean"
+    )
+    torch.testing.assert_close(sampled.sum(0), exact.sum(0), rtol=1e-9, atol=1e-12)
 
 
 # --- what stays ---------------------------------------------------------------------------------

@@ -16,7 +16,7 @@ import transformers
 from training import Spy, make, resume_and_compare, rewards_by_hand, step_and_compare
 from trl import DistillationConfig, DistillationTrainer
 
-from tropd_kernels.objectives.registry import OBJECTIVES
+from tropd_kernels.objectives.registry import OBJECTIVES, required_knobs
 from tropd_kernels.trainer import TrOPDConfig, TrOPDTrainer, hooks
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
@@ -244,7 +244,10 @@ def test_empty_completions(tmp_path):
 
 @pytest.mark.parametrize("objective", OBJECTIVES)
 def test_every_objective_trains(tmp_path, objective):
-    trainer = make(tmp_path, objective=objective, prefix_schedule="constant", prefix_length=3)
+    settings: dict = dict(prefix_schedule="constant", prefix_length=3)
+    if needed := required_knobs(objective):
+        settings["objective_kwargs"] = dict.fromkeys(needed, 0.5)
+    trainer = make(tmp_path, objective=objective, **settings)
     before = copy.deepcopy(trainer.model.state_dict())
     trainer.train()
     assert all(map(math.isfinite, trainer.losses))

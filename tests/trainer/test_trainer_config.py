@@ -13,8 +13,8 @@ import pytest
 pytest.importorskip("trl", reason="the trainer needs trl")
 
 
-from tropd_kernels import AOPD, EOPD, GKD, OPD, SFT, Divergence, TrOPD, trainer
-from tropd_kernels.objectives.registry import OBJECTIVES, build_rule, knobs
+from tropd_kernels import AOPD, EOPD, GKD, OPD, SFT, TOPD, Divergence, PowerOPD, TrOPD, trainer
+from tropd_kernels.objectives.registry import OBJECTIVES, build_rule, knobs, required_knobs
 from tropd_kernels.trainer import TrOPDConfig
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
@@ -44,6 +44,8 @@ def config(**settings) -> TrOPDConfig:
          Divergence("forward_kl", top_k=4)),
         ({"objective": "eopd"}, EOPD()),
         ({"objective": "aopd"}, AOPD()),
+        ({"objective": "power_opd"}, PowerOPD(alpha=5.0)),
+        ({"objective": "topd", "objective_kwargs": {"alpha": 0.3}}, TOPD(alpha=0.3)),
         ({"objective": "sft"}, SFT()),
         ({"objective": "sft", "objective_kwargs": {"z_loss": 1e-4}}, SFT(z_loss=1e-4)),
     ],
@@ -55,19 +57,22 @@ def test_settings_make_the_rule(settings, rule):
 @pytest.mark.parametrize("name", OBJECTIVES)
 def test_knobs_are_the_constructor_s(name):
     """A knob that is listed and not taken, or taken and not listed, would mislead."""
-    for knob in knobs(name):
+    needed = dict.fromkeys(required_knobs(name), 0.5)
+    for knob in set(knobs(name)) - needed.keys():
         value = inspect.signature(OBJECTIVES[name]).parameters[knob].default
-        build_rule(name, {} if value is inspect.Parameter.empty else {knob: value})
+        build_rule(name, needed | ({} if value is inspect.Parameter.empty else {knob: value}))
     others = {k for other in OBJECTIVES for k in knobs(other)} - set(knobs(name))
     for knob in others:
         with pytest.raises((TypeError, ValueError)):
-            build_rule(name, {knob: 0.25})
+            build_rule(name, needed | {knob: 0.25})
 
 
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
         ({"objective": "tropdd"}, "unknown 'tropdd' (did you mean 'tropd'?)"),
+        ({"objective": "topd"}, "objective_kwargs: objective 'topd' needs alpha, which has no"),
+        ({"objective": "kdrl"}, "objective: 'kdrl' reads task_advantages= in every call"),
         ({"objective": "TrOPD"}, "unknown 'TrOPD' (did you mean 'tropd'?)"),
         ({"objective_kwargs": "{top_k: 8}"}, "objective_kwargs: '{top_k: 8}' is no JSON: Expect"),
         ({"model_init_kwargs": "{x"}, "model_init_kwargs: '{x' is no JSON"),
@@ -134,7 +139,7 @@ def test_knobs_are_the_constructor_s(name):
         ({"torch_compile_backend": "eager"}, "torch_compile: it would compile nothing"),
         ({"objective_kwargs": {"topk": 8}}, "objective_kwargs: no objective has a knob 'topk'"),
         ({"objective_kwargs": {"alpha": 0.1}},
-         "'tropd' takes no 'alpha'; it belongs to skew_forward, skew_reverse, alpha"),
+         "'tropd' takes no 'alpha'; it belongs to power_opd, topd, skew_forward, skew_reverse"),
         ({"objective_kwargs": {"beta": 0.1}}, "objective_kwargs: 'beta' is a key of its own"),
         ({"objective_kwargs": {"gate": "never"}}, "objective_kwargs: tropd: gate must be one of"),
         ({"objective_kwargs": [1]}, "objective_kwargs: expected a mapping"),

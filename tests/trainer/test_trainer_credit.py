@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,9 +13,10 @@ pytest.importorskip("trl", reason="the trainer needs trl")
 import tiny
 from training import make
 
-from tropd_kernels import SampledTeacher, TopKTeacher, distillation_loss
+from tropd_kernels import SampledTeacher, TokenRule, TopKTeacher, distillation_loss
 from tropd_kernels.credit import importance_weights, return_to_go
 from tropd_kernels.draws import bernoulli_uniforms
+from tropd_kernels.trainer import rewards
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
 CREDIT = dict(kl_discount_factor=0.9, importance_gamma=0.5)
@@ -70,6 +72,39 @@ def test_excluded_token_stays_local(tmp_path, objective, credit):
     assert trainer.losses[0] == pytest.approx(true.item(), rel=1e-5)
     plain = run(tmp_path, theirs, **settings)
     assert plain.losses[0] != pytest.approx(true.item(), rel=1e-2)
+
+
+def test_a_bounded_reward_is_discounted_as_the_objective_has_it(tmp_path):
+    """PowerOPD's returns are of q^5 - p^5, of which an excluded token's is finite; the discrepancy
+    that importance weights count is the log-ratio all the same."""
+    theirs = [-0.1, -math.inf, -0.2, -0.05]
+    trainer = run(tmp_path, theirs, objective="power_opd", **CREDIT)
+    with torch.no_grad():
+        logits = tiny.model(0)(torch.tensor([PROMPT + COMPLETION])).logits[:, 1:-1].double()
+    labels, lq = torch.tensor([COMPLETION]), torch.tensor([theirs]).double()
+    lp = logits.log_softmax(-1).gather(2, labels[..., None])[..., 0]
+    returns = return_to_go((5 * lq).exp() - (5 * lp).exp(), discount=0.9)
+    assert returns.isfinite().all()
+    true = -(returns * importance_weights(lq - lp, gamma=0.5)).mean()
+    assert trainer.losses[0] == pytest.approx(true.item(), rel=1e-5)
+
+
+def test_a_bounded_reward_stays_outside_a_static_gate():
+    """... where its token is excluded, however well the later ones are rewarded; the earlier ones
+    answer for it as the transform has it."""
+    theirs = torch.tensor([[-1.0, -math.inf, -0.1, -0.1]])
+    rule = TokenRule(reward="tanh", gate="threshold", outlier="mask", threshold=-0.5)
+    logits, labels = torch.randn(1, 4, 9), torch.zeros(1, 4, dtype=torch.long)
+    stats = distillation_loss(
+        logits, labels, SampledTeacher(theirs), rewards.reward_rule(rule)
+    ).stats
+    args = SimpleNamespace(kl_discount_factor=0.9, importance_gamma=None, drift_tau=None)
+    own = torch.ones(1, 4, dtype=torch.bool)
+    made = rewards.token_credit(args, rule, stats, own, None)["advantages"]
+    returns = return_to_go((theirs - stats.log_probs).tanh(), discount=0.9)
+    assert returns[0, 1] > rule.threshold
+    returns[0, 1] = rule.threshold
+    torch.testing.assert_close(made, returns)
 
 
 @pytest.mark.parametrize("objective", ["opd", "entropy_opd"])

@@ -31,8 +31,9 @@ verl/workers/rollout/vllm_rollout/utils.py), n being the tokens of a packed micr
 * Under a top-k loss verl drops the teacher's log-prob of a token outside the k. Such a token counts
   as one that the teacher rules out: log q = -inf, R = -inf. A gate then calls it an outlier. The
   gate of TrOPD errs on at most a share 1 - (teacher's mass on k) of the student's tokens, since the
-  sum over those ids of p min(q/p, 1) is at most that. Rules that have K1 without a gate (OPD, EOPD)
-  would be infinite there and are refused.
+  sum over those ids of p min(q/p, 1) is at most that. Rules that have an unbounded reward without a
+  gate (OPD, EOPD) would be infinite there and are refused; those of bounded ones (PowerOPD) count
+  it as their least.
 * No step and no sample index arrive. The Bernoulli gate's draws are a function of
   (`actor.data_loader_seed`, a hash of the sequence's token ids, position): the same for a token in
   any micro-batch and on any rank, and again when the same sequence is trained on once more.
@@ -132,11 +133,14 @@ def check_rule(name: str, rule: TokenRule, teacher: str) -> None:
             "its z_loss reads the logits, of which a sampled loss gets log-probs alone: leave it "
             "at 0, or register the rule with teacher='top_k'"
         )
+    elif rule.uses_task_advantages:
+        why = "verl gives a distillation loss no task_advantages: leave task_weight 0, no filter"
     elif teacher == "top_k" and rule.policy_gradient and rule.gate == "always":
-        if rule.divergence != "topk_jsd":
+        if not rule.bounds_reward:
             why = (
-                "it has K1 on every token, and verl drops the teacher's log-prob of a token "
-                "outside the top k: take a rule with a gate, or teacher='sampled'"
+                "it has an unbounded K1 on every token, and verl drops the teacher's log-prob of a "
+                "token outside the top k: take a rule with a gate, a bounded reward such as "
+                "PowerOPD's, or teacher='sampled'"
             )
     if why:
         raise ValueError(f"{name}: {rule!r} cannot be served: {why}")

@@ -6,6 +6,7 @@ import math
 
 from .checks import number, one_of
 from .divergences import DIVERGENCES, check_parameter
+from .rewards import check_reward_parameter
 from .rule import STATIC_THRESHOLD, TokenRule
 
 # --- on-policy distillation and its relatives --------------------------------------------------
@@ -155,6 +156,71 @@ def AOPD(
         threshold=0.0,
         top_k=top_k,
         top_k_tail=top_k_tail,
+        prefix_weight=prefix_weight,
+    )
+
+
+# --- OPD with another reward -------------------------------------------------------------------
+
+
+def PowerOPD(*, alpha: float = 5.0, prefix_weight: float | None = 0.001) -> TokenRule:
+    """PowerOPD (arXiv 2606.17199): OPD with the bounded reward q(y)^alpha - p(y)^alpha; `alpha` 5
+    is the paper's. For a small `alpha` it is about alpha times K1, so the gradient shrinks, too."""
+    check_reward_parameter("power", alpha, "alpha")
+    return TokenRule(reward="power", reward_parameter=alpha, prefix_weight=prefix_weight)
+
+
+def TOPD(
+    *,
+    alpha: float,
+    clip_ratio_low: float | None = None,
+    clip_ratio_high: float | None = None,
+    prefix_weight: float | None = 0.001,
+) -> TokenRule:
+    """TOP-D, Trust Region Policy Distillation (arXiv 2607.04751): OPD with the reward
+    log(alpha q/p + 1 - alpha), the log-ratio to a proximal teacher between student and teacher. It
+    is at least log(1 - alpha); `alpha` lies in (0, 1], and 1 is OPD. The paper also bounds rho,
+    and gives as `advantages` the returns that `credit.reward_plus_future_mean` makes."""
+    check_reward_parameter("proximal", alpha, "alpha")
+    return TokenRule(
+        reward="proximal",
+        reward_parameter=alpha,
+        clip_ratio_low=clip_ratio_low,
+        clip_ratio_high=clip_ratio_high,
+        prefix_weight=prefix_weight,
+    )
+
+
+def Log1pOPD(*, prefix_weight: float | None = 0.001) -> TokenRule:
+    """OPD with the reward sign(R) log(1 + abs(R)) ("Demystifying OPD", arXiv 2607.13399), which
+    grows as the logarithm of K1. Its other cure is
+    `TokenRule(clip_reward_low=..., clip_reward_high=...)`."""
+    return TokenRule(reward="log1p", prefix_weight=prefix_weight)
+
+
+def TVOPD(*, scale: float, prefix_weight: float | None = 0.001) -> TokenRule:
+    """TV-OPD (arXiv 2609.08341): OPD with the reward `scale` * sign(R), whose expected gradient on
+    the student's own tokens is that of twice `scale` times the total variation."""
+    number("scale", scale)
+    return TokenRule(policy_gradient=scale, reward="sign", prefix_weight=prefix_weight)
+
+
+def KDRL(
+    *,
+    task_weight: float,
+    kl_penalty_coef: float = 1.0,
+    reward_filter: str | None = None,
+    prefix_weight: float | None = 0.001,
+) -> TokenRule:
+    """KDRL (arXiv 2506.02208): the policy gradient of kl_penalty_coef * (R + task_weight * A), with
+    the call's `task_advantages` A, such as GRPO's. The paper's A + beta R has `task_weight` 1/beta
+    and `kl_penalty_coef` beta. reward_filter="negative" distils only where A < 0, as its
+    reward-guided masking does on answers."""
+    number("kl_penalty_coef", kl_penalty_coef)
+    return TokenRule(
+        policy_gradient=kl_penalty_coef,
+        task_weight=task_weight,
+        reward_filter=reward_filter,
         prefix_weight=prefix_weight,
     )
 

@@ -22,7 +22,7 @@ from .rule import TokenRule
 T = TypeVar("T")
 
 #: Objectives that read a tensor which no config holds, and the call's argument for it.
-OF_A_CALL = {"mixed": "mixing", "cadence": "mixing"}
+OF_A_CALL = {"mixed": "mixing", "cadence": "mixing", "kdrl": "task_advantages"}
 #: Divergences over the vocabulary, each an objective by its own name, and the knobs of each.
 _DIVERGENCE_KNOBS = {
     name: spec.knobs
@@ -40,6 +40,10 @@ _NAMED: dict[str, Callable[..., TokenRule]] = {
     "clip_outlier": named.ClipOutlier,
     "mask_outlier": named.MaskOutlier,
     "aopd": named.AOPD,
+    "power_opd": named.PowerOPD,
+    "topd": named.TOPD,
+    "log1p_opd": named.Log1pOPD,
+    "tv_opd": named.TVOPD,
     "mopd": named.MOPD,
     "topk_jsd": named.TopKJSD,
     "sft": named.SFT,
@@ -53,6 +57,18 @@ def knobs(objective: str) -> tuple[str, ...]:
     if objective in _DIVERGENCE_KNOBS:
         return _DIVERGENCE_KNOBS[objective]
     return tuple(inspect.signature(OBJECTIVES[objective]).parameters)
+
+
+def required_knobs(objective: str) -> tuple[str, ...]:
+    """Those without a default: the paper's value is not known here."""
+    parameters = inspect.signature(OBJECTIVES[objective]).parameters
+    return tuple(k for k in knobs(objective) if parameters[k].default is inspect.Parameter.empty)
+
+
+def rewarded() -> list[str]:
+    """The objectives that have a K1 reward."""
+    some = {name: dict.fromkeys(required_knobs(name), 0.5) for name in OBJECTIVES}
+    return [name for name in OBJECTIVES if build_rule(name, some[name]).policy_gradient]
 
 
 def objectives_taking(knob: str) -> list[str]:
@@ -76,6 +92,15 @@ def check_knobs(objective: str, given: Iterable[str], where: str) -> None:
         raise ValueError(
             f"{where}: no objective has a knob {knob!r}{nearest(knob, every)}. {objective!r} takes "
             f"{', '.join(knobs(objective)) or 'none'}"
+        )
+
+
+def check_required(objective: str, given: Iterable[str], where: str) -> None:
+    """Raises ValueError for knobs that have no default and were not given."""
+    missing = [knob for knob in required_knobs(objective) if knob not in given]
+    if missing:
+        raise ValueError(
+            f"{where}: objective {objective!r} needs {' and '.join(missing)}, which has no default"
         )
 
 

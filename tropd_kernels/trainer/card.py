@@ -87,6 +87,15 @@ _AOPD = Source(
     "Nan Jia and Haojin Yang and Xing Ma and Jiesong Lian and Shuailiang Zhang and Weipeng Zhang "
     "and Ke Zeng and Xunliang Cai", 2026, "2605.06387",
 )  # fmt: skip
+_POWER_OPD = Source(
+    "PowerOPD: Stabilizing On-Policy Distillation with Bounded Power Transformation",
+    "Anhao Zhao and Junlong Tong and Yingqi Fan and Ping Nie and Wenjie Li and Xiaoyu Shen",
+    2026, "2606.17199",
+)  # fmt: skip
+_TOPD = Source(
+    "Trust Region Policy Distillation",
+    "Zhengpeng Xie and Li Lyna Zhang and Zeke Xie and Mao Yang", 2026, "2607.04751",
+)  # fmt: skip
 _TODI = Source(
     "ToDi: Token-wise Distillation via Fine-Grained Divergence Control",
     "Seongryong Jung and Suwan Yoon and DongGeon Kim and Hwanhee Lee", 2025, "2505.16297",
@@ -113,6 +122,10 @@ OBJECTIVES: Mapping[str, tuple[str, str, Source | None]] = {
     "eopd": ("EOPD", "PPO-clipped K1, and forward KL where the teacher is unsure", _EOPD),
     "entropy_opd": ("Entropy OPD", "K1 on the student's most uncertain tokens", _SURVEY),
     "aopd": ("AOPD", "K1 where it rewards, forward KL where it punishes", _AOPD),
+    "power_opd": ("PowerOPD", "K1 with a bounded reward, a difference of powers", _POWER_OPD),
+    "topd": ("TOP-D", "K1 against a proximal teacher, mixed with the student", _TOPD),
+    "log1p_opd": ("OPD with compressed rewards", "the logarithm of K1, with its sign", None),
+    "tv_opd": ("TV-OPD", "the sign of K1, a policy gradient of the total variation", None),
     "gkd": (
         "GKD",
         "the Jensen-Shannon divergence, of which beta 0 is the forward KL and 1 the reverse KL",

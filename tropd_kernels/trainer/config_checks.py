@@ -8,7 +8,7 @@ from numbers import Integral, Real
 from typing import Any, get_args, get_type_hints
 
 from ..arguments import check_sampling
-from ..objectives.registry import OBJECTIVES, build_rule, check_knobs, check_objective
+from ..objectives.registry import check_knobs, check_objective, check_required, rewarded
 from .credentials import check_address
 from .effects import check_effects
 from .generation_keys import check_generation_keys
@@ -118,6 +118,7 @@ def check_objective_keys(config: Config) -> None:
         if own in arguments:
             raise ValueError(f"objective_kwargs: {own!r} is a key of its own: set {own} itself")
     check_knobs(config.objective, arguments, "objective_kwargs")
+    check_required(config.objective, arguments, "objective_kwargs")
     if config.beta is not None:
         check_knobs(config.objective, ["beta"], "beta")
     if config.prefix_weight != PREFIX_WEIGHT:
@@ -221,10 +222,9 @@ def check_credit(config: Config) -> None:
     _within("kl_discount_factor", config.kl_discount_factor, 0.0, 1.0)
     rule = config.rule()
     if config.kl_discount_factor and rule.policy_gradient == 0:
-        rewarded = [name for name in OBJECTIVES if build_rule(name, {}).policy_gradient]
         raise ValueError(
             f"kl_discount_factor: objective {config.objective!r} has no K1 reward to discount; "
-            f"{', '.join(rewarded)} have"
+            f"{', '.join(rewarded())} have"
         )
     if config.importance_gamma is not None:
         _within("importance_gamma", config.importance_gamma, 0.0, 1e6)

@@ -31,7 +31,7 @@ from trl.trainer.utils import get_config_model_id
 
 from ..draws import bernoulli_uniforms
 from ..functional import DistillationOutput, TokenStats, linear_distillation_loss
-from ..objectives import OPD, SFT, TokenRule
+from ..objectives import SFT, TokenRule
 from ..teachers import Teacher
 from . import card, metrics, progress, rewards, sampling, signals
 from .config import TrOPDConfig
@@ -349,7 +349,7 @@ class TrOPDTrainer(GuidedTrainer):
         old_log_probs: Tensor | None,
     ) -> dict[str, Tensor]:
         """`advantages` and `token_weight` (B, C); the rewards take one more pass over the heads."""
-        k1 = OPD() if teacher is not None else SFT()
+        k1 = rewards.reward_rule(rule) if teacher is not None else SFT()
         stats = self._compare(
             student, teacher, labels, k1, reduction="sum", old_log_probs=old_log_probs
         ).stats
