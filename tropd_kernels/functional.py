@@ -23,7 +23,7 @@ from .objectives import TokenRule
 from .outputs import DistillationOutput, TokenStats, output_of
 from .parallel import group_of
 from .rows.layout import Stat
-from .teachers import Teacher
+from .teachers import HiddenTeacher, LogitsTeacher, Teacher
 
 if TYPE_CHECKING:  # a torch without distributed has no such name
     from torch.distributed import ProcessGroup
@@ -55,6 +55,7 @@ def linear_distillation_loss(
     teacher_prefix: Tensor | None = None,  # (*)
     uniforms: Tensor | None = None,  # (*)
     mixing: Tensor | None = None,  # (*)
+    reference_teacher: HiddenTeacher | LogitsTeacher | None = None,
     seed: int | Tensor | None = None,
     ignore_index: int | None = -100,
     normalizer: float | Tensor | None = None,
@@ -76,12 +77,12 @@ def linear_distillation_loss(
             sums to the head's own dtype. An input that does not require grad costs no GEMM.
         labels: int64. Tokens with `ignore_index` or weight 0 are dropped before the first GEMM.
         teacher: A HiddenTeacher, LogitsTeacher, TopKTeacher or SampledTeacher; None for `SFT()`. If
-            the two vocabularies differ in size, the ids that both have are used.
+            the vocabularies differ in size, the ids that all have are used.
         objective: A `TokenRule`, such as `TrOPD()` (the default), `OPD()` or `GKD()`.
         bias: Added to the logits.
         logit_scale: Factor on the logits.
         softcap: Bound of the tanh that caps the logits.
-        temperature: Divides both sides' logits.
+        temperature: Divides all sides' logits.
         old_log_probs: Log-probs of the labels under the policy that sampled them; by default the
             student's own. Detached, as are the next four.
         advantages: Replace the reward R; taken as they are, but for the rule's clip_reward_*.
@@ -99,6 +100,9 @@ def linear_distillation_loss(
             every micro-batch, and for every rank that has tokens of its own, for instance
             (step * micro_batches + i) * ranks + rank. Equal seeds give equal draws, and the errors
             of their samples do not cancel.
+        reference_teacher: A HiddenTeacher or LogitsTeacher r, for an objective with a
+            `reference_power`, such as `ExOPD`. Costs a product with its head, and one more chunk of
+            logits.
         ignore_index: Label of tokens that do not count. None: all tokens count. On a GPU this saves
             the call's one host sync, and with it the checks of values: a label out of range then
             makes its row NaN. A CPU checks anyway.
@@ -111,7 +115,7 @@ def linear_distillation_loss(
         max_workspace_bytes: Makes the chunks smaller; see `plan_chunks`.
         process_group: The ranks over which the heads are sharded by vocabulary. `weight` and
             `bias`, and a teacher's `weight` and `bias` or logits, then hold this rank's consecutive
-            ids, in the order of the ranks; the two sides may be cut differently. All other
+            ids, in the order of the ranks; the sides may be cut differently. All other
             arguments are the same on every rank, and so are the loss, the statistics and the
             gradient of `hidden`, which is the complete one: add no all-reduce. A weight that is a
             DTensor with Shard(0) brings its group along. (One that FSDP shards has to be gathered:
@@ -148,6 +152,7 @@ def linear_distillation_loss(
             per_token=dict(old_log_probs=old_log_probs, advantages=advantages, uniforms=uniforms,
                            token_weight=token_weight, teacher_prefix=teacher_prefix,
                            mixing=mixing, task_advantages=task_advantages),
+            reference=reference_teacher,
             temperature=temperature, seed=seed, ignore_index=ignore_index, normalizer=normalizer,
             reduction=reduction, backend=backend, group=group,
             max_workspace_bytes=max_workspace_bytes, gradient_tolerance=gradient_tolerance,
@@ -171,6 +176,7 @@ def distillation_loss(
     teacher_prefix: Tensor | None = None,  # (*)
     uniforms: Tensor | None = None,  # (*)
     mixing: Tensor | None = None,  # (*)
+    reference_teacher: HiddenTeacher | LogitsTeacher | None = None,
     seed: int | Tensor | None = None,
     ignore_index: int | None = -100,
     normalizer: float | Tensor | None = None,
@@ -195,6 +201,7 @@ def distillation_loss(
             per_token=dict(old_log_probs=old_log_probs, advantages=advantages, uniforms=uniforms,
                            token_weight=token_weight, teacher_prefix=teacher_prefix,
                            mixing=mixing, task_advantages=task_advantages),
+            reference=reference_teacher,
             temperature=temperature, seed=seed, ignore_index=ignore_index, normalizer=normalizer,
             reduction=reduction, backend=backend, group=group,
         )  # fmt: skip

@@ -25,7 +25,7 @@ Communication, each rank to all others, in numbers of 4 bytes (8 in float64):
     sums         8 per token if the rule needs more than the statistics
     d_hidden     H per token, one all-reduce per super-chunk, if hidden requires grad
     sample       5 numbers of 8 bytes per call, with gradient_tolerance or gradient_sampling
-    checks       64 numbers of 8 bytes per call
+    checks       96 numbers of 8 bytes per call
 
 and 4 more per token for a rule that ranks the batch by entropy. Nothing grows with V.
 """
@@ -46,13 +46,15 @@ class Shard:
     """This rank's part of the vocabulary, and the way to the other ranks.
 
     bounds: (R + 1) first ids of the student's shards, and V; teacher_bounds: of the teacher's rows
-    or columns, None without a dense teacher. vocab_size: the ids V that both sides have.
+    or columns, None without a dense teacher; reference_bounds: of a reference teacher's.
+    vocab_size: the ids V that all sides have.
     """
 
     group: dist.ProcessGroup
     bounds: tuple[int, ...]
     teacher_bounds: tuple[int, ...] | None
     vocab_size: int
+    reference_bounds: tuple[int, ...] | None = None
 
     @property
     def rank(self) -> int:
@@ -87,11 +89,10 @@ class Shard:
         """Adds up every rank's tensor, in place; the same bits on all."""
         exchange(self.group, lambda: dist.all_reduce(tensor, group=self.group))
 
-    def reshard(self, rows: Tensor) -> tuple[Tensor, ...]:
-        """The teacher's rows (T_r, *) of the student's ids [low, low + width), in order, as views
-        of `rows` and pieces that other ranks sent."""
-        have, ours = self.teacher_bounds, self.rank
-        assert have is not None
+    def reshard(self, rows: Tensor, have: tuple[int, ...]) -> tuple[Tensor, ...]:
+        """A teacher's rows (T_r, *) of the student's ids [low, low + width), in order, as views of
+        `rows` and pieces that other ranks sent. have: the first ids of the ranks' rows."""
+        ours = self.rank
 
         def common(owner: int, user: int) -> range:
             low = max(have[owner], self.bounds[user])

@@ -25,12 +25,14 @@ from .objectives import (
     ClipOutlier,
     Divergence,
     EntropyOPD,
+    ExOPD,
     Log1pOPD,
     MaskOutlier,
     PowerOPD,
     TokenRule,
     TopKJSD,
     TrOPD,
+    Veto,
 )
 from .teachers import HiddenTeacher, LogitsTeacher, SampledTeacher, TopKTeacher
 
@@ -67,6 +69,8 @@ __all__ = [
     "GKD",
     "Divergence",
     "CADENCE",
+    "Veto",
+    "ExOPD",
     "MOPD",
     "TopKJSD",
     "SFT",

@@ -57,6 +57,19 @@ def dense_teacher(t: Tensor, labels: Tensor) -> ReferenceTeacher:
     return ReferenceTeacher(log_q, _pick(log_q, labels), _entropy(log_q), dense=True)
 
 
+def target_logits(t: Tensor, z: Tensor, r: Tensor | None, rule: TokenRule) -> Tensor:
+    """Logits (N, V) of the target that stands in for the teacher, of the transformed logits of
+    teacher, student and reference teacher: q^a sg(p)^b r^c, -inf where one of them excludes."""
+    sides = (rule.teacher_power, t), (rule.student_power, z.detach()), (rule.reference_power, r)
+    total, excluded = torch.zeros_like(t), torch.zeros_like(t, dtype=torch.bool)
+    for power, logits in sides:
+        if power != 0:
+            log_prob = logits.log_softmax(-1)
+            here = log_prob == -math.inf
+            total, excluded = total + power * torch.where(here, 0.0, log_prob), excluded | here
+    return total.masked_fill(excluded, -math.inf)
+
+
 def sampled_teacher(label_log_probs: Tensor) -> ReferenceTeacher:
     """From lq (N,) alone."""
     return ReferenceTeacher(None, label_log_probs, None, dense=False)

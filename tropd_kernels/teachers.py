@@ -154,6 +154,12 @@ def check_serves(teacher: Teacher | None, rule: TokenRule) -> None:
     if isinstance(teacher, (HiddenTeacher, LogitsTeacher)):
         return
     dense = "HiddenTeacher or LogitsTeacher"
+    if rule.reshapes_target:
+        raise ValueError(
+            f"{rule!r} multiplies powers of distributions and renormalises over the vocabulary, "
+            f"which a {form} does not hold: use a {dense}, or leave teacher_power, student_power "
+            "and reference_power at 1, 0 and 0"
+        )
     if rule.uses_dense_teacher:
         remedy = " or set top_k" if rule.uses_forward_kl and not rule.uses_reverse_kl else ""
         raise ValueError(
@@ -172,6 +178,27 @@ def check_serves(teacher: Teacher | None, rule: TokenRule) -> None:
         raise ValueError(
             f"top_k={rule.top_k}, but the TopKTeacher holds {teacher.ids.shape[-1]} ids a token: "
             f"ask the teacher for more, or set top_k={teacher.ids.shape[-1]}"
+        )
+
+
+def check_reference(reference: Teacher | None, rule: TokenRule) -> None:
+    """Raises where a reference teacher is missing, not asked for, or not dense."""
+    if reference is None:
+        if rule.reference_power:
+            raise ValueError(
+                f"reference_power={rule.reference_power} is the power of a reference teacher's "
+                "distribution: pass reference_teacher=<a HiddenTeacher or LogitsTeacher>"
+            )
+        return
+    if not isinstance(reference, (HiddenTeacher, LogitsTeacher)):
+        raise TypeError(
+            "reference_teacher must be a HiddenTeacher or a LogitsTeacher, whose whole "
+            f"distribution enters the target; got {type(reference).__name__}"
+        )
+    if not rule.reference_power:
+        raise ValueError(
+            f"{rule!r} has no reference_power, so a reference_teacher would have no effect: leave "
+            "it out, or choose an objective with one, such as ExOPD"
         )
 
 

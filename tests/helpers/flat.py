@@ -22,12 +22,14 @@ def flat_problem(
     backend: str,
     inputs: dict[str, Tensor] | None = None,
     needs: GradNeeds = BOTH,
+    reference: Side | None = None,
     **options,
 ) -> Problem:
     """Of flat tensors, with a loss scale of 1. options: other fields of `LossOptions`."""
     return Problem(
         student=student,
         teacher=teacher,
+        reference=reference,
         labels=labels,
         inputs=TokenInputs(**(inputs or {})),
         options=LossOptions(rule=rule, backend=backend, **(OPTIONS | options)),

@@ -28,7 +28,8 @@ BACKENDS = ("torch",) if native.WHY_NOT else ("torch", "native")
 
 def compare(
     problem, rule, form, backend, bound=FLOAT32, dtype=torch.float32, incoming=1.0,
-    cuts=None, teacher_cuts=None, trained=("hidden", "weight", "bias"), only_stats=False, **more,
+    cuts=None, teacher_cuts=None, trained=("hidden", "weight", "bias"), only_stats=False,
+    beside=None, beside_cuts=None, **more,
 ):  # fmt: skip
     """Loss, statistics and gradients of the sharded call against the whole head's, on this rank."""
     rule = OBJECTIVES.get(rule, rule)
@@ -44,6 +45,7 @@ def compare(
         out = linear_distillation_loss(
             leaves["hidden"], leaves["weight"], problem.labels,
             shard_of(teacher, teacher_cuts) if sharded else teacher, rule, backend=backend,
+            reference_teacher=shard_of(beside, beside_cuts) if sharded else beside,
             bias=leaves.get("bias"), process_group=dist.group.WORLD if sharded else None,
             **(options | more),
         )  # fmt: skip

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 
@@ -29,6 +29,7 @@ from tropd_kernels import (
     TopKJSD,
     TopKTeacher,
     TrOPD,
+    Veto,
     distillation_loss,
     linear_distillation_loss,
 )
@@ -86,6 +87,10 @@ OBJECTIVES = {
     "jeffreys": Divergence("jeffreys"),
     "jeffreys_top_k": TokenRule(policy_gradient=0.0, divergence="jeffreys", top_k=K),
     "mixed": Divergence("mixed"),
+    "veto": Veto(student_power=0.4, divergence="reverse_kl"),
+    "tropd_target": replace(
+        TrOPD(gate="expected", top_k=K), teacher_power=1.3, student_power=-0.2
+    ),
     "skew_forward": Divergence("skew_forward"),
     "skew_reverse": Divergence("skew_reverse"),
     "alpha": Divergence("alpha", alpha=0.3),
@@ -217,6 +222,22 @@ def make_problem(
         teacher_weight=normal(teacher_vocab_size, teacher_width, scale=spread / teacher_width**0.5),
         options={"uniforms": torch.rand(tokens, generator=draw).to(device)},
     )
+
+
+def reference_of(problem: Problem, form: str, dtype: torch.dtype, vocab_size: int | None = None):
+    """A reference teacher of its own width, vocabulary and head, or the logits of one."""
+    draw = torch.Generator().manual_seed(5)
+    n, (v, g) = len(problem.labels), problem.teacher_weight.shape
+    v, g = vocab_size or v + 2, g + 3
+
+    def normal(*shape):
+        drawn = torch.randn(*shape, generator=draw, dtype=torch.float64)
+        return drawn.to(problem.hidden.device, dtype)
+
+    hidden, weight, bias = normal(n, g), normal(v, g) / 2, normal(v)
+    if form == "hidden":
+        return HiddenTeacher(hidden, weight, bias, 1.1, 12.0)
+    return LogitsTeacher(hidden @ weight.T)
 
 
 def with_everything(problem: Problem, seed: int = 1) -> Problem:

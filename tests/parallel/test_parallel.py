@@ -19,6 +19,7 @@ import torch.distributed as dist
 from flat import flat_problem
 from parallel_agreement import agreement
 from parallel_bad_input import bad_inputs
+from parallel_target import targets
 from problems import OBJECTIVES, K
 from sharding import PATIENCE, arguments, bare, ends, mine, run, shard_of
 
@@ -82,7 +83,7 @@ def communication(ranks):
             sent = sent_by(bare(vocab_size=v, teacher_vocab_size=v), OBJECTIVES[name], form,
                            reduction=reduction)  # fmt: skip
             assert sent == {
-                "all_gather": 4 * numbers * n + 64 * 8,
+                "all_gather": 4 * numbers * n + 96 * 8,
                 "all_reduce": 4 * 16 * n,
                 "batch_isend_irecv": 0,
             }, f"{v}: {sent}"
@@ -106,7 +107,7 @@ def communication(ranks):
             patch.setattr(checks, "may_look", lambda problem: False)
             calls = [sent_by(bare(), OPD(), "sampled")["all_gather"] for _ in range(3)]
             calls.append(sent_by(bare(), OPD(), "sampled", temperature=2.0)["all_gather"])
-        first, second = 4 * 4 * n + 64 * 8, 4 * 4 * n
+        first, second = 4 * 4 * n + 96 * 8, 4 * 4 * n
         assert calls == [first, second, second, first], calls
 
     yield "differently cut", differently_cut
@@ -149,7 +150,7 @@ def sequence_parallel(ranks):
 
 
 def all_cases(ranks):
-    for cases in (agreement, communication, sequence_parallel, bad_inputs):
+    for cases in (agreement, targets, communication, sequence_parallel, bad_inputs):
         yield from ((f"{cases.__name__}: {name}", case) for name, case in cases(ranks))
 
 

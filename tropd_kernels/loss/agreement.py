@@ -1,6 +1,6 @@
 """Checks that the ranks of a process group make the same call, and finds which ids each one holds.
 
-There is one exchange of 64 int64 numbers before anything else: whether the rank's own checks
+There is one exchange of 96 int64 numbers before anything else: whether the rank's own checks
 passed, the sizes of its shards, digests that tell shards from copies of one head, and a digest of
 every argument that must be the same everywhere. All ranks see all numbers, so an error is raised on
 every rank, and names the rank and the argument. Only in that case do ranks exchange text as well.
@@ -29,7 +29,7 @@ from ..backends import engine_for
 from ..parallel import Shard, bounds, gather
 from ..rows.layout import TOKEN_INPUTS
 from .ops import NUMBERS, numbers_of
-from .problem import Problem
+from .problem import Problem, Side
 from .values import may_look
 
 #: Errors that a rank can pass on to the others, by their code.
@@ -37,7 +37,7 @@ ERRORS: tuple[type[Exception], ...] = (
     ValueError, TypeError, NotImplementedError, RuntimeError
 )  # fmt: skip
 #: Numbers that a rank sends to the others.
-MESSAGE_NUMBERS = 64
+MESSAGE_NUMBERS = 96
 #: Values that a digest is made of at once, in several int64 tensors as long.
 PIECE = 2**20
 #: Bytes of a message between ranks.
@@ -54,16 +54,16 @@ PUBLIC = {
 Facts = list[tuple[str, str, Tensor | None]]
 
 #: By group and call, the heights of all ranks' shards. No Shard, which would keep the group alive.
-_seen: WeakKeyDictionary[dist.ProcessGroup, dict[Any, tuple[list[int], list[int]]]]
+_seen: WeakKeyDictionary[dist.ProcessGroup, dict[Any, list[list[int]]]]
 _seen = WeakKeyDictionary()
 
 
 class _Call(NamedTuple):
-    """What this rank compares with the others'. heights: ids of the student's shard, and of the
-    teacher's, -1 where there is none."""
+    """What this rank compares with the others'. heights: ids of the shards of student, teacher and
+    reference teacher, -1 where there is none."""
 
     problem: Problem
-    heights: tuple[int, int]
+    heights: tuple[int, ...]
     facts: Facts
 
 
@@ -86,29 +86,29 @@ def check_agreement(
         key = (call.heights, tuple(words for _, words, _ in call.facts))
         known = _seen.setdefault(group, {}).get(key)
         if known is not None:
-            return call.problem, _layout(group, *known)
+            return call.problem, _layout(group, known)
     table = gather(group, _numbers(group, call, error)).tolist()
     _raise_errors(group, error, [row[0] for row in table])
     assert call is not None  # or there was an error
-    _raise_copies([row[1:5] for row in table])
-    _raise_differences(group, call.facts, [row[5:] for row in table])
-    every = [row[1] for row in table], [row[2] for row in table]
+    sides = len(call.heights)
+    _raise_copies([row[1 : 1 + 2 * sides] for row in table])
+    _raise_differences(group, call.facts, [row[1 + 2 * sides :] for row in table])
+    every = [[row[1 + side] for row in table] for side in range(sides)]
     if key is not None:
         _seen[group][key] = every
-    return call.problem, _layout(group, *every)
+    return call.problem, _layout(group, every)
 
 
 # --- what is compared ----------------------------------------------------------------------------
 
 
-def _heights(problem: Problem) -> tuple[int, int]:
-    ours, theirs = (-1 if side is None else side.vocab_size for side in problem.sides)
-    return ours, theirs
+def _heights(problem: Problem) -> tuple[int, ...]:
+    return tuple(-1 if side is None else side.vocab_size for side in problem.sides)
 
 
 def _first_rows(problem: Problem) -> list[Tensor]:
-    """0-d digests of the first row of the student's shard, or of the first token's logits, and of
-    the teacher's; 0 where it tells nothing, being one number throughout."""
+    """0-d digests of the first row of each side's shard, or of the first token's logits; 0 where it
+    tells nothing, being one number throughout."""
     digests = []
     for side in problem.sides:
         rows = None if side is None else side.source if side.weight is None else side.weight
@@ -122,7 +122,7 @@ def _first_rows(problem: Problem) -> list[Tensor]:
 
 def _facts(problem: Problem, reduction: str) -> Facts:
     """The same list of arguments on every rank, whatever they are."""
-    student, teacher, options = problem.student, problem.teacher, problem.options
+    student, options = problem.student, problem.options
     named = {f.name: repr(getattr(options, f.name)) for f in fields(options)}
     named["objective"] = named.pop("rule")
     del named["sampling"]  # its numbers and its seed follow
@@ -142,10 +142,20 @@ def _facts(problem: Problem, reduction: str) -> Facts:
         return name, words, tensor
 
     hidden, weight, bias = student.source, student.weight, student.bias
-    t_hidden = t_logits = t_weight = t_bias = rows = None
-    if teacher is not None:
-        t_weight, t_bias, rows = teacher.weight, teacher.bias, teacher.source.shape[0]
-        t_hidden, t_logits = (None, teacher.source) if t_weight is None else (teacher.source, None)
+
+    def of_teacher(name: str, side: Side | None) -> Facts:
+        t_hidden = t_logits = t_weight = t_bias = rows = None
+        if side is not None:
+            t_weight, t_bias, rows = side.weight, side.bias, side.source.shape[0]
+            t_hidden, t_logits = (None, side.source) if t_weight is None else (side.source, None)
+        return [
+            (f"{name}'s weight", head(t_weight), None),
+            (f"{name}'s hidden", kind(t_hidden), None),
+            (f"{name}'s logits", kind(t_logits), None),
+            (name, f"{rows} rows", None),
+            (f"{name}'s bias", kind(t_bias), None),
+        ]
+
     wants = [
         name
         for name, tensor in (("hidden", hidden), ("weight", weight), ("bias", bias))
@@ -157,11 +167,8 @@ def _facts(problem: Problem, reduction: str) -> Facts:
         (name, f"{hidden.dtype} {shape}", None),
         ("bias", kind(bias), None),
         ("requires_grad", f"of {' and '.join(wants) or 'nothing'}", None),
-        ("the teacher's weight", head(t_weight), None),
-        ("the teacher's hidden", kind(t_hidden), None),
-        ("the teacher's logits", kind(t_logits), None),
-        ("the teacher", f"{rows} rows", None),
-        ("the teacher's bias", kind(t_bias), None),
+        *of_teacher("the teacher", problem.teacher),
+        *of_teacher("the reference teacher", problem.reference),
         *[(name, words, None) for name, words in named.items()],
         ("reduction", repr(reduction), None),
         values("labels", problem.labels),
@@ -175,17 +182,19 @@ def _facts(problem: Problem, reduction: str) -> Facts:
 
 
 def _numbers(group: dist.ProcessGroup, call: _Call | None, error: Exception | None) -> Tensor:
-    """(MESSAGE_NUMBERS,): the error's code or 0, two heights, two first rows, each fact's words and
-    values."""
+    """(MESSAGE_NUMBERS,): the error's code or 0, the sides' heights and first rows, each fact's
+    words and values."""
     home = _home(group)
     if call is None:
         code = next((i for i, e in enumerate(ERRORS) if isinstance(error, e)), len(ERRORS) - 1)
         return torch.tensor([code + 1, *[0] * (MESSAGE_NUMBERS - 1)], device=home)
     numbers = torch.zeros(MESSAGE_NUMBERS, dtype=torch.int64)
-    words = torch.tensor([0, *call.heights, 0, 0, *[_hash(words) for _, words, _ in call.facts]])
+    firsts = [first.to(home) for first in _first_rows(call.problem)]
+    facts = [_hash(words) for _, words, _ in call.facts]
+    words = torch.tensor([0, *call.heights, *[0] * len(firsts), *facts])
     numbers[: len(words)] = words
     numbers = numbers.to(home)
-    numbers[3:5] = torch.stack([first.to(home) for first in _first_rows(call.problem)])
+    numbers[1 + len(firsts) : 1 + 2 * len(firsts)] = torch.stack(firsts)
     digests = [digest(value).to(home) for _, _, value in call.facts if value is not None]
     numbers[len(words) : len(words) + len(digests)] = torch.stack(digests)
     return numbers
@@ -240,15 +249,16 @@ def _raise_errors(group: dist.ProcessGroup, error: Exception | None, codes: list
 def _raise_copies(table: list[list[int]]) -> None:
     """For a head that is whole on every rank: its ids would count once a rank."""
     ranks = len(table)
-    for side, name in enumerate(("the head (or logits)", "the teacher's head (or logits)")):
-        height, first = table[0][side], table[0][side + 2]
-        same = all((row[side], row[side + 2]) == (height, first) for row in table)
+    names = "the head", "the teacher's head", "the reference teacher's head"
+    for side, name in enumerate(names):
+        height, first = table[0][side], table[0][side + len(names)]
+        same = all((row[side], row[side + len(names)]) == (height, first) for row in table)
         if ranks > 1 and first and same:
             raise ValueError(
-                f"every rank of process_group begins {name} with the same numbers, of {height} ids "
-                f"on each of the {ranks} ranks: with process_group a rank passes its own ids "
-                "alone, those behind the ids of the rank before it; where each holds all of them, "
-                "cut them, or leave process_group out"
+                f"every rank of process_group begins {name} (or logits) with the same numbers, of "
+                f"{height} ids on each of the {ranks} ranks: with process_group a rank passes its "
+                "own ids alone, those behind the ids of the rank before it; where each holds all "
+                "of them, cut them, or leave process_group out"
             )
 
 
@@ -272,22 +282,19 @@ def _raise_differences(group: dist.ProcessGroup, facts: Facts, table: list[list[
         )
 
 
-def _layout(group: dist.ProcessGroup, heights: list[int], teacher_heights: list[int]) -> Shard:
-    dense = teacher_heights[0] >= 0
-    v = min(sum(heights), sum(teacher_heights)) if dense else sum(heights)
-    shard = Shard(
-        group=group,
-        bounds=bounds(heights, v),
-        teacher_bounds=bounds(teacher_heights, sum(teacher_heights)) if dense else None,
-        vocab_size=v,
-    )
+def _layout(group: dist.ProcessGroup, every: list[list[int]]) -> Shard:
+    """every: each side's heights, by rank."""
+    heights, *teachers = every
+    v = min(sum(each) for each in every if each[0] >= 0)
+    teacher, reference = (bounds(e, sum(e)) if e[0] >= 0 else None for e in teachers)
+    shard = Shard(group, bounds(heights, v), teacher, v, reference)
     for rank, (low, high) in enumerate(zip(shard.bounds, shard.bounds[1:])):
         if low == high:
             raise ValueError(
                 f"rank {rank} of {len(heights)} holds none of the {v} ids that student and teacher "
                 f"share: the student's shards have {heights} rows, the teacher's "
-                f"{teacher_heights}; pass a process_group that covers the heads, or shard the "
-                "student's more evenly"
+                f"{' and '.join(str(each) for each in teachers if each[0] >= 0)}; pass a "
+                "process_group that covers the heads, or shard the student's more evenly"
             )
     return shard
 

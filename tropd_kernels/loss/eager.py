@@ -29,7 +29,7 @@ def reference_loss(problem: Problem) -> tuple[Tensor, Tensor, Tensor]:
     token_loss, found = reference.token_losses(
         z,
         labels,
-        _teacher(problem, inputs, labels, tokens),
+        _teacher(problem, inputs, labels, tokens, z),
         problem.options.rule,
         old_log_probs=inputs.old_log_probs,
         advantages=inputs.advantages,
@@ -125,10 +125,15 @@ def _logits(side: Side, problem: Problem, tokens: slice | Tensor) -> Tensor:
 
 
 def _teacher(
-    problem: Problem, inputs: TokenInputs, labels: Tensor, tokens: slice | Tensor
+    problem: Problem, inputs: TokenInputs, labels: Tensor, tokens: slice | Tensor, z: Tensor
 ) -> reference.ReferenceTeacher | None:
     if problem.teacher is not None:
-        return reference.dense_teacher(_logits(problem.teacher, problem, tokens), labels)
+        t, rule, other = _logits(problem.teacher, problem, tokens), problem.options.rule, None
+        if problem.reference is not None:
+            other = _logits(problem.reference, problem, tokens)
+        if rule.reshapes_target:
+            t = reference.target_logits(t, z, other, rule)
+        return reference.dense_teacher(t, labels)
     known = inputs.label_log_probs
     if known is None:
         return None

@@ -8,6 +8,7 @@ from torch import Tensor
 from ..dtypes import result_dtype
 from ..products import products_for
 from ..rows.engine import RowEngine
+from ..rows.layout import LogitTransform
 from .problem import Side
 
 #: Shape and dtype of a buffer.
@@ -21,6 +22,11 @@ class ChunkLogits:
 
     def __init__(self, side: Side, engine: RowEngine, columns: int, stride: int):
         self.side, self.engine, self.columns, self.stride = side, engine, columns, stride
+
+    @property
+    def transform(self) -> LogitTransform:
+        """What happens to these logits before the temperature."""
+        return self.side.transform(1.0, self.columns)
 
     def size(self, rows: int) -> Size | None:
         """Of so many rows, with their padding, where a GEMM makes them."""

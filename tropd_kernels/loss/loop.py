@@ -3,7 +3,8 @@
     for each super-chunk of tokens:
         for each sub-chunk of it:
             student logits = hidden @ weight.T           float32, (rows, V)
-            teacher logits likewise, or a slice of those given
+            teacher logits likewise, or a slice of those given; and a reference teacher's
+            target         = a sum of the three          where the rule has powers (`target.py`)
             engine.forward(...)                          stats and coefs: a few numbers per token
             engine.gradient(...)                         d_logits, (super_rows, V), inputs' dtype
         d_hidden   = d_logits @ weight                   one GEMM per super-chunk
@@ -27,7 +28,7 @@ costs less than keeping their gradient.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 
@@ -46,6 +47,7 @@ from .logits import ChunkLogits, Size, Tokens
 from .plan import ChunkPlan, plan_chunks
 from .problem import GradNeeds, Problem, Side
 from .sampling import ColumnSampler
+from .target import write_target
 from .values import tokens_that_count, with_repeats_marked
 
 
@@ -145,6 +147,7 @@ class _Walk:
 
         self.student = logits(problem.student)
         self.teacher = None if problem.teacher is None else logits(problem.teacher)
+        self.reference = None if problem.reference is None else logits(problem.reference)
         self.plan = self._plan()
 
     def run(
@@ -154,7 +157,8 @@ class _Walk:
         which is this slice of the tokens that count."""
         head, existing = self._gradients(result.stats)
         rows = min(self.plan.rows, self.n)
-        sizes = [self.student.size(rows), None if self.teacher is None else self.teacher.size(rows)]
+        sizes = [self.student.size(rows), self._teacher_size(rows)]
+        sizes.append(None if self.reference is None else self.reference.size(rows))
         if head is not None:
             sizes += [self._d_logits_size(), head.accumulator_size()]
         nbytes = sum(buffers.bytes_for(*size) for size in sizes if size is not None)
@@ -164,9 +168,10 @@ class _Walk:
             room = [None if size is None else arena.empty(like, *size) for size in sizes]
             if head is not None:
                 head.accumulate_in(room.pop())
-                self._with_products(coefficients, options, head, arena, *room)
+                d_logits = room.pop()
+                self._with_products(coefficients, options, head, arena, room, d_logits)
             else:
-                self._without_products(coefficients, options, existing, *room)
+                self._without_products(coefficients, options, existing, room)
         if head is not None:
             result.report = head.finish()
             result.d_hidden, result.d_weight = head.d_hidden, head.d_weight
@@ -181,13 +186,12 @@ class _Walk:
         options: RowOptions,
         gradients: HeadGradients,
         arena: buffers.Arena,
-        z_buffer: Tensor | None,
-        t_buffer: Tensor | None,
+        room: Sequence[Tensor | None],  # of the chunk's logits, as `_batch` takes it
         d_logits: Tensor | None,
     ) -> None:
         """For a head: two products per super-chunk."""
         in_place = self.plan.in_place
-        d_logits = z_buffer if in_place else d_logits
+        d_logits = room[0] if in_place else d_logits
         assert d_logits is not None
         for start, stop, parts in self._super_chunks():
             tokens = self._tokens(start, stop)
@@ -195,7 +199,7 @@ class _Walk:
             for low, high in parts:
                 part = slice(low, high)
                 ours = hidden[low - start : high - start]
-                batch = self._batch(part, z_buffer, t_buffer, ours)
+                batch = self._batch(part, room, ours)
                 coefs = coefficients(batch, part)
                 first = 0 if in_place else low - start
                 out = d_logits[first : first + high - low, : self.columns]
@@ -203,7 +207,7 @@ class _Walk:
             last = stop == self.n
             if last and gradients.accumulator_size() is not None:
                 # The rounded d_weight takes their pages.
-                arena.drop(t_buffer, None if in_place else z_buffer)
+                arena.drop(*room[1:], None if in_place else room[0])
             chunk = d_logits[: stop - start, : self.columns]
             gradients.add(chunk, hidden, tokens, start, last)
 
@@ -212,14 +216,13 @@ class _Walk:
         coefficients: Callable[[RowBatch, slice], Tensor],
         options: RowOptions,
         gradients: LogitsGradients | None,
-        z_buffer: Tensor | None,
-        t_buffer: Tensor | None,
+        room: Sequence[Tensor | None],
     ) -> None:
         """Coefficients only, or the gradients of existing logits."""
         for _, _, parts in self._super_chunks():
             for low, high in parts:
                 part = slice(low, high)
-                batch = self._batch(part, z_buffer, t_buffer)
+                batch = self._batch(part, room)
                 coefs = coefficients(batch, part)
                 if gradients is not None:
                     tokens = self._tokens(low, high)
@@ -248,15 +251,14 @@ class _Walk:
 
     def _plan(self) -> ChunkPlan:
         problem, needs, options = self.problem, self.needs, self.problem.options
-        student, teacher, shard = problem.student, problem.teacher, problem.shard
-        teacher_head = None if teacher is None else teacher.weight
+        student, shard = problem.student, problem.shard
         planned = problem.backward_grads if problem.backward_grads.any else needs
         return plan_chunks(
             self.n,
             # Ranks exchange numbers chunk by chunk, so all use the plan of the largest shard.
             self.columns if shard is None else shard.largest,
             student.source.shape[-1],
-            None if teacher_head is None else teacher_head.shape[1],
+            _width(problem.teacher),
             dtype=student.source.dtype,
             device=student.source.device,
             backend=options.backend,
@@ -266,7 +268,9 @@ class _Walk:
             samples_gradient=options.sampling.on,
             wide_weight_grad=needs.fp32_weight,
             weight_dtype=student.weight_dtype,
-            teacher_weight_dtype=None if teacher is None else teacher.weight_dtype,
+            teacher_weight_dtype=_weight_dtype(problem.teacher),
+            reference_hidden_size=_width(problem.reference),
+            reference_weight_dtype=_weight_dtype(problem.reference),
             objective=options.rule,
             vocab_parallel=shard is not None,
         )
@@ -288,6 +292,14 @@ class _Walk:
             )
         return gradients, None
 
+    def _teacher_size(self, rows: int) -> Size | None:
+        """A target is written into a buffer of ours, not into logits that a caller gave."""
+        if self.teacher is None:
+            return None
+        if self.problem.options.rule.reshapes_target:
+            return (rows, self.teacher.stride), self.problem.dtype
+        return self.teacher.size(rows)
+
     def _d_logits_size(self) -> Size | None:
         """Of a super-chunk, with padding; None if d_logits overwrites the logits."""
         if self.plan.in_place:
@@ -308,15 +320,17 @@ class _Walk:
     def _batch(
         self,
         part: slice,
-        z_buffer: Tensor | None,
-        t_buffer: Tensor | None,
+        room: Sequence[Tensor | None],  # for the logits of student, teacher and reference teacher
         hidden: Tensor | None = None,
     ) -> RowBatch:
         """A sub-chunk of the tokens that count."""
         tokens = self._tokens(part.start, part.stop)
-        t = None if self.teacher is None else self.teacher.of(tokens, t_buffer)
+        t = None if self.teacher is None else self.teacher.of(tokens, room[1])
+        z = self.student.of(tokens, room[0], hidden)
+        if t is not None and self.problem.options.rule.reshapes_target:
+            t = self._target(tokens, z, t, room)
         return RowBatch(
-            student=self.student.of(tokens, z_buffer, hidden),
+            student=z,
             teacher=t,
             labels=self.labels[part],
             **{
@@ -324,3 +338,28 @@ class _Walk:
                 for name, value in self.inputs.items()
             },
         )
+
+    def _target(
+        self, tokens: Tokens, z: Tensor, t: Tensor, room: Sequence[Tensor | None]
+    ) -> Tensor:
+        """What stands in for the teacher's logits t, in the teacher's buffer."""
+        assert self.teacher is not None and room[1] is not None
+        rule = self.problem.options.rule
+        sides = [(rule.teacher_power, t, self.teacher.transform)]
+        if rule.student_power:
+            sides.append((rule.student_power, z, self.student.transform))
+        if self.reference is not None:
+            r = self.reference.of(tokens, room[2])
+            sides.append((rule.reference_power, r, self.reference.transform))
+        out = room[1][: t.shape[0], : self.columns]
+        write_target(out, *sides)
+        return out
+
+
+def _width(side: Side | None) -> int | None:
+    """Of a teacher's hidden states, where it has a head."""
+    return None if side is None or side.weight is None else side.weight.shape[1]
+
+
+def _weight_dtype(side: Side | None) -> torch.dtype | None:
+    return None if side is None else side.weight_dtype

@@ -33,7 +33,8 @@ from .sampling import GradientSampling, SamplingReport
 #: Numbers that torch.compile may not know, in the order in which the op gets them as `numbers`, or
 #: as the tensor `symbols` if it does not know them (see `symbolic`). 0: no softcap, no sampling.
 NUMBERS = (
-    "logit_scale", "softcap", "the teacher's logit_scale", "the teacher's softcap", "temperature",
+    "logit_scale", "softcap", "the teacher's logit_scale", "the teacher's softcap",
+    "the reference teacher's logit_scale", "the reference teacher's softcap", "temperature",
     "gradient_tolerance", "gradient_sampling",
 )  # fmt: skip
 #: What `flatten` makes, as the ops' schemas name it. needs: `forward_grads` and `backward_grads`.
@@ -49,23 +50,21 @@ COEFS, GRADIENTS = 3, slice(4, 7)
 
 def numbers_of(problem: Problem) -> list[float]:
     """In the order of `NUMBERS`."""
-    student, teacher, options = problem.student, problem.teacher, problem.options
-    return [
-        student.scale, student.softcap or 0.0,
-        *((1.0, 0.0) if teacher is None else (teacher.scale, teacher.softcap or 0.0)),
-        options.temperature, options.sampling.tolerance, options.sampling.share or 0.0,
-    ]  # fmt: skip
+    options, numbers = problem.options, []
+    for side in problem.sides:
+        numbers += [1.0, 0.0] if side is None else [side.scale, side.softcap or 0.0]
+    sampling = options.sampling
+    return [*numbers, options.temperature, sampling.tolerance, sampling.share or 0.0]
 
 
 def flatten(problem: Problem) -> tuple[Any, ...]:
     """The arguments of `distill`."""
-    student, teacher, options = problem.student, problem.teacher, problem.options
+    student, options = problem.student, problem.options
     numbers = numbers_of(problem)
     symbols = symbols_of(numbers)
     tensors = [
-        problem.labels, problem.loss_scale,
-        *((None,) * 3 if teacher is None else (teacher.source, teacher.weight, teacher.bias)),
-        options.sampling.seed, symbols, *problem.inputs.tensors(),
+        problem.labels, problem.loss_scale, *_tensors(problem.teacher), options.sampling.seed,
+        symbols, *_tensors(problem.reference), *problem.inputs.tensors(),
     ]  # fmt: skip
     return (
         student.source, student.weight, student.bias, tensors,
@@ -73,6 +72,15 @@ def flatten(problem: Problem) -> tuple[Any, ...]:
         numbers if symbols is None else [], options.backend, options.ignore_index,
         options.max_workspace_bytes,
     )  # fmt: skip
+
+
+def _tensors(side: Side | None) -> tuple[Tensor | None, ...]:
+    return (None,) * 3 if side is None else (side.source, side.weight, side.bias)
+
+
+def _side(tensors: Sequence[Tensor | None], scale: float, softcap: float) -> Side | None:
+    source, weight, bias = tensors
+    return None if source is None else Side(source, weight, bias, scale, softcap or None)
 
 
 def unflatten(
@@ -88,19 +96,19 @@ def unflatten(
     max_workspace_bytes: int | None,
 ) -> Problem:
     """The problem whose `flatten` these are, without its shard."""
-    labels, loss_scale, teacher, teacher_weight, teacher_bias, seed, symbols, *inputs = tensors
+    labels, loss_scale, *teacher = tensors[:SEED]
+    seed, symbols, *rest = tensors[SEED:]
     if symbols is not None:
         numbers = values_of(symbols, NUMBERS)
-    scale, cap, teacher_scale, teacher_cap, temperature, tolerance, share = numbers
+    scale, cap, *of_teachers, temperature, tolerance, share = numbers
     assert labels is not None
     assert loss_scale is not None
     return Problem(
         student=Side(student, weight, bias, scale, cap or None),
-        teacher=None
-        if teacher is None
-        else Side(teacher, teacher_weight, teacher_bias, teacher_scale, teacher_cap or None),
+        teacher=_side(teacher, *of_teachers[:2]),
+        reference=_side(rest[:3], *of_teachers[2:]),
         labels=labels,
-        inputs=TokenInputs.of(inputs),
+        inputs=TokenInputs.of(rest[3:]),
         options=LossOptions(
             rule=decode_rule(rule),
             backend=backend,

@@ -21,7 +21,8 @@ there, so that the rows of an odd vocabulary start at multiples of 32 bytes as w
 
 GEMM work, with S = 2 N V H (student head) and T = 2 N V G (teacher head): 3 S + T if the forward
 forms the gradients; 3 S without a dense teacher; one S less for each frozen input; 4 S + 2 T if
-`reduction="none"` recomputes; one S more for a rule that ranks the batch by entropy. A gradient
+`reduction="none"` recomputes; one S more for a rule that ranks the batch by entropy; T' = 2 N V G'
+more for every T with a reference teacher's head. A gradient
 tolerance or sampling saves a part of the last two S that depends on the batch: the plan counts all
 ids.
 """
@@ -65,7 +66,8 @@ class ChunkPlan:
     in_place: d_logits overwrites the student's logits. rounds_d_weight: the last product gives
     d_weight in the weight's dtype, the only one where super_rows holds all tokens.
     workspace: bytes by name, over the inputs and the returned gradients.
-    student_gemms, teacher_gemms: GEMM work in units of S and T; gemm_flop: in FLOP.
+    student_gemms, teacher_gemms, reference_gemms: GEMM work in units of S, T and T'; gemm_flop: in
+    FLOP.
     work: launches, bytes and FLOP of each operation, at the least (see `work.py`).
     """
 
@@ -78,6 +80,7 @@ class ChunkPlan:
     workspace: dict[str, int]
     student_gemms: int
     teacher_gemms: int
+    reference_gemms: int
     gemm_flop: int
     work: tuple[Work, ...]
 
@@ -131,6 +134,7 @@ class ChunkPlan:
         work = f"{self.student_gemms} S" + (
             f" + {self.teacher_gemms} T" if self.teacher_gemms else ""
         )
+        work += f" + {self.reference_gemms} T'" if self.reference_gemms else ""
         lines = [
             f"{self.tokens} tokens, vocabulary {self.vocab_size}",
             f"  chunks     {self.rows} tokens of logits, {self.super_rows} of gradients"
@@ -162,10 +166,13 @@ def plan_chunks(
     vocab_parallel: bool = False,
     weight_dtype: torch.dtype | None = None,
     teacher_weight_dtype: torch.dtype | None = None,
+    reference_hidden_size: int | None = None,
+    reference_weight_dtype: torch.dtype | None = None,
 ) -> ChunkPlan:
     """The chunk sizes, GEMM work and workspace of one call of `linear_distillation_loss`.
 
-    tokens: tokens that count. teacher_hidden_size: width of a `HiddenTeacher`; None for the others.
+    tokens: tokens that count. teacher_hidden_size, reference_hidden_size: width of a
+        `HiddenTeacher`, and of one that is the `reference_teacher`; None for the others.
     device, backend: those of the call, neither of which has to be here; backend None takes the one
         that a call on such a device takes by itself.
     max_workspace_bytes: on a CPU, shrinks super_rows first, then rows, in steps of 128 tokens; rows
@@ -175,8 +182,8 @@ def plan_chunks(
     wide_weight_grad: d_weight stays in float32, for a weight with `main_grad`; the accumulator then
         is the gradient.
     vocab_parallel: `vocab_size` is that of the largest shard, with `process_group`.
-    weight_dtype, teacher_weight_dtype: of the heads, where they differ from that of the hidden
-        states, `dtype`: the call copies them into it.
+    weight_dtype, teacher_weight_dtype, reference_weight_dtype: of the heads, where they differ from
+        that of the hidden states, `dtype`: the call copies them into it.
 
     Raises ValueError where even one step does not fit the budget, and for sizes or a backend that
     no call has.
@@ -185,6 +192,8 @@ def plan_chunks(
     sizes_given += [("hidden_size", hidden_size, 1)]
     if teacher_hidden_size is not None:
         sizes_given += [("teacher_hidden_size", teacher_hidden_size, 1)]
+    if reference_hidden_size is not None:
+        sizes_given += [("reference_hidden_size", reference_hidden_size, 1)]
     for name, value, least in sizes_given:
         if not is_int(value) or value < least:
             raise ValueError(f"{name} must be an int, at least {least}, got {short(value)}")
@@ -201,9 +210,11 @@ def plan_chunks(
         vocab_size=vocab_size,
         hidden_size=hidden_size,
         teacher_hidden_size=teacher_hidden_size,
+        reference_hidden_size=reference_hidden_size,
         dtype=dtype,
         weight_dtype=weight_dtype or dtype,
         teacher_weight_dtype=teacher_weight_dtype or dtype,
+        reference_weight_dtype=reference_weight_dtype or dtype,
         products=products_for(ENGINES[backend], dtype, device_type),
         device_type=device_type,
         engine=ENGINES[backend],
@@ -226,6 +237,7 @@ def plan_chunks(
         workspace=call.workspace(rows, super_rows),
         student_gemms=call.student_gemms,
         teacher_gemms=call.teacher_gemms,
+        reference_gemms=call.reference_gemms,
         gemm_flop=call.gemm_flop,
         work=tuple(call.work(rows, super_rows)),
     )

@@ -31,6 +31,7 @@ from ..teachers import (
     Teacher,
     TopKTeacher,
     check_head,
+    check_reference,
     check_scale,
     check_serves,
 )
@@ -73,6 +74,7 @@ def distillation_problem(
     objective: TokenRule | None,
     *,
     per_token: dict[str, Tensor | None],  # fields of `TokenInputs` that the caller gave
+    reference: Teacher | None,
     temperature: float,
     seed: int | Tensor | None,
     ignore_index: int | None,
@@ -91,6 +93,7 @@ def distillation_problem(
     check_call(source, labels, rule, temperature, ignore_index, reduction, max_workspace_bytes)
     backend = _backend(backend, source, group)
     check_serves(teacher, rule)
+    check_reference(reference, rule)
     check_plain({"labels": labels} | per_token)
     check_devices(source, {"weight": weight, "bias": bias, "labels": labels} | per_token)
     check_unbatched(
@@ -98,6 +101,7 @@ def distillation_problem(
         | {"labels": labels, "seed": seed, "normalizer": normalizer}
         | per_token
         | ({} if teacher is None else _named(teacher))
+        | ({} if reference is None else _named(reference, "reference_teacher"))
     )
     _check_mixing(rule, per_token["mixing"])
     _check_task_advantages(rule, per_token["task_advantages"])
@@ -110,6 +114,7 @@ def distillation_problem(
             )
         per_token = per_token | {"uniforms": uniforms_like(labels, seed)}
     dense, known = _teacher(teacher, labels, source, group)
+    beside, _ = _teacher(reference, labels, source, group, "reference_teacher")
     flat = {name: flat_per_token(name, value, labels) for name, value in per_token.items()}
     inputs = TokenInputs(**flat, **known)
     flat_labels = labels.reshape(-1)
@@ -128,6 +133,7 @@ def distillation_problem(
         Problem(
             student=replace(student, source=_rows(source)),
             teacher=dense,
+            reference=beside,
             labels=flat_labels,
             inputs=inputs,
             options=LossOptions(
@@ -246,32 +252,39 @@ def _wanted(student: Side) -> GradNeeds:
 
 
 def _teacher(
-    teacher: Teacher | None, labels: Tensor, student: Tensor, group: ProcessGroup | None
+    teacher: Teacher | None,
+    labels: Tensor,
+    student: Tensor,
+    group: ProcessGroup | None,
+    name: str = "teacher",
 ) -> tuple[Side | None, dict[str, Tensor]]:
-    """A dense teacher's side, and what other forms know of each token: fields of `TokenInputs`."""
+    """A dense teacher's side, and what other forms know of each token: fields of `TokenInputs`.
+    name: in errors."""
     if teacher is None:
         return None, {}
     if teacher.tokens_shape != labels.shape:
+        whose = "" if name == "teacher" else f" {name}"
         raise ValueError(
-            f"the {type(teacher).__name__} covers tokens of shape {tuple(teacher.tokens_shape)}, "
-            f"labels are {tuple(labels.shape)}: give one teacher entry per label"
+            f"the {type(teacher).__name__}{whose} covers tokens of shape "
+            f"{tuple(teacher.tokens_shape)}, labels are {tuple(labels.shape)}: give one teacher "
+            "entry per label"
         )
-    check_devices(student, _named(teacher))
+    check_devices(student, _named(teacher, name))
     if isinstance(teacher, HiddenTeacher):
         if result_dtype(teacher.hidden.dtype) != result_dtype(student.dtype):
             raise TypeError(
-                f"teacher hidden is {teacher.hidden.dtype}, student {student.dtype}: float64 on "
+                f"{name} hidden is {teacher.hidden.dtype}, student {student.dtype}: float64 on "
                 "one side alone; cast one of them"
             )
-        hidden = whole_tensor("the teacher's hidden", teacher.hidden, group)
-        weight = local_part("the teacher's weight", teacher.weight, group)
+        hidden = whole_tensor(f"the {name}'s hidden", teacher.hidden, group)
+        weight = local_part(f"the {name}'s weight", teacher.weight, group)
         bias = teacher.bias
         if bias is not None:
-            bias = local_part("the teacher's bias", bias, group)
+            bias = local_part(f"the {name}'s bias", bias, group)
         softcap = _softcap(teacher.softcap)
         return Side(_rows(hidden), weight, bias, float(teacher.logit_scale), softcap), {}
     if isinstance(teacher, LogitsTeacher):
-        return Side(_rows(local_part("the teacher's logits", teacher.logits, group, -1))), {}
+        return Side(_rows(local_part(f"the {name}'s logits", teacher.logits, group, -1))), {}
     check_plain(_named(teacher))
     dtype = result_dtype(student.dtype)
     known = {"label_log_probs": teacher.label_log_probs.reshape(-1).to(dtype)}
@@ -283,9 +296,9 @@ def _teacher(
     return None, known
 
 
-def _named(teacher: Teacher) -> dict[str, Any]:
+def _named(teacher: Teacher, name: str = "teacher") -> dict[str, Any]:
     """Its fields, by the names that errors give them. (torch 2.10 cannot compile vars().)"""
-    return {f"teacher {name}": getattr(teacher, name) for name in teacher.__match_args__}
+    return {f"{name} {field}": getattr(teacher, field) for field in teacher.__match_args__}
 
 
 # --- normalisation -------------------------------------------------------------------------------
@@ -349,16 +362,18 @@ def _saveable(problem: Problem) -> Problem:
     reads them. (A traced call is left to torch.)"""
     if not torch.is_grad_enabled() or torch.compiler.is_compiling():
         return problem
-    student, teacher = problem.student, problem.teacher
-    reference = not has_row_engine(problem.options.backend)
-    if problem.backward_grads.any or (reference and problem.forward_grads.any):
+    student, teacher, beside = problem.sides
+    eager = not has_row_engine(problem.options.backend)
+    if problem.backward_grads.any or (eager and problem.forward_grads.any):
         _check_saveable("student", student)
-        if teacher is not None and not reference:  # which saves the teacher's log-probs
-            _check_saveable("teacher", teacher)
+        for name, side in (("teacher", teacher), ("reference_teacher", beside)):
+            if side is not None and not eager:  # which saves the teacher's log-probs
+                _check_saveable(name, side)
     return replace(
         problem,
         student=_with_saved_bias(student),
         teacher=None if teacher is None else _with_saved_bias(teacher),
+        reference=None if beside is None else _with_saved_bias(beside),
         labels=_saved(problem.labels),
         inputs=problem.inputs.map(_saved),
     )

@@ -95,6 +95,7 @@ class Problem:
 
     student: Side
     teacher: Side | None  # of a dense teacher
+    reference: Side | None = None  # of a reference teacher
     labels: Tensor  # (N,), int64
     inputs: TokenInputs
     options: LossOptions
@@ -110,8 +111,8 @@ class Problem:
     shard: Shard | None = None
 
     @property
-    def sides(self) -> tuple[Side, Side | None]:
-        return self.student, self.teacher
+    def sides(self) -> tuple[Side, Side | None, Side | None]:
+        return self.student, self.teacher, self.reference
 
     @property
     def dtype(self) -> torch.dtype:
@@ -120,7 +121,7 @@ class Problem:
 
     @property
     def vocab_size(self) -> int:
-        """The ids that both sides have."""
+        """The ids that all sides have."""
         if self.shard is not None:
             return self.shard.vocab_size
         return min(side.vocab_size for side in self.sides if side is not None)
@@ -133,8 +134,9 @@ class Problem:
     def row_options(self) -> RowOptions:
         """What a row engine reads of the options."""
         columns, temperature = self.columns, self.options.temperature
-        plain = LogitTransform(temperature=temperature)
-        teacher = plain if self.teacher is None else self.teacher.transform(temperature, columns)
+        teacher = LogitTransform(temperature=temperature)
+        if self.teacher is not None and not self.options.rule.reshapes_target:  # see `target`
+            teacher = self.teacher.transform(temperature, columns)
         return RowOptions(
             rule=self.options.rule,
             student=self.student.transform(temperature, columns),
@@ -156,6 +158,7 @@ class Problem:
             self,
             student=side(self.student),
             teacher=None if self.teacher is None else side(self.teacher),
+            reference=None if self.reference is None else side(self.reference),
             labels=self.labels.contiguous(),
             inputs=self.inputs.map(Tensor.contiguous),
         )

@@ -28,21 +28,25 @@ from .problem import GradNeeds, Problem, Side
 def sharded_loss(problem: Problem, shard: Shard) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(loss, token_loss, stats, report), as `ops.distill` gives them, of the problem with this
     rank's part of the heads."""
-    teacher = None if problem.teacher is None else _aligned(shard, problem.teacher)
-    pieces = () if teacher is None else teacher.pieces
-    arguments = ops.flatten(replace(problem, teacher=teacher))
+    teacher = _aligned(shard, problem.teacher, shard.teacher_bounds)
+    reference = _aligned(shard, problem.reference, shard.reference_bounds)
+    pieces = [() if side is None else side.pieces for side in (teacher, reference)]
+    arguments = ops.flatten(replace(problem, teacher=teacher, reference=reference))
     return _ShardedLoss.apply(*arguments[:3], arguments[3:], pieces, shard)
 
 
-def _aligned(shard: Shard, teacher: Side) -> Side:
-    """The teacher's logits, or its head, for the ids of this shard."""
+def _aligned(shard: Shard, teacher: Side | None, have: tuple[int, ...] | None) -> Side | None:
+    """A teacher's logits, or its head, for the ids of this shard. have: the first ids of what the
+    ranks hold of it."""
+    if teacher is None or have is None:
+        return None
     if teacher.weight is None:
-        pieces = tuple(part.t() for part in shard.reshard(teacher.source.t()))
+        pieces = tuple(part.t() for part in shard.reshard(teacher.source.t(), have))
         return Side(pieces[0], pieces=pieces if len(pieces) > 1 else ())
-    pieces = shard.reshard(teacher.weight)
+    pieces = shard.reshard(teacher.weight, have)
     bias = teacher.bias
     if bias is not None:
-        bias = torch.cat(shard.reshard(bias))
+        bias = torch.cat(shard.reshard(bias, have))
     more = pieces if len(pieces) > 1 else ()
     return replace(teacher, weight=pieces[0], bias=bias, pieces=more)
 
@@ -50,7 +54,8 @@ def _aligned(shard: Shard, teacher: Side) -> Side:
 class _ShardedLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx, student, weight, bias, arguments, pieces, shard):
-        ctx.shard, ctx.n_pieces = shard, len(pieces)
+        ctx.shard, ctx.n_pieces = shard, [len(of_side) for of_side in pieces]
+        pieces = [piece for of_side in pieces for piece in of_side]
         tensors, *ctx.settings = arguments
         problem = _problem(ctx, [student, weight, bias, *pieces, *tensors])
         loss, token_loss, result = autograd.compute(problem)
@@ -81,11 +86,15 @@ def _recomputed(ctx, saved: Sequence[Any], *incoming: Tensor | None) -> list[Ten
 
 
 def _problem(ctx, tensors: Sequence[Any]) -> Problem:
-    """Of student, weight and bias, the teacher's pieces, and the other tensors of `ops.flatten`."""
-    pieces, rest = tensors[3 : 3 + ctx.n_pieces], tensors[3 + ctx.n_pieces :]
-    student, weight, bias = tensors[:3]
+    """Of student, weight and bias, the teachers' pieces, and the other tensors of `ops.flatten`."""
+    student, weight, bias, *rest = tensors
+    found = []
+    for count in ctx.n_pieces:
+        found.append(tuple(rest[:count]))
+        rest = rest[count:]
     problem = ops.unflatten(student, weight, bias, rest, *ctx.settings)
-    teacher = problem.teacher
-    if teacher is not None:
-        teacher = replace(teacher, pieces=tuple(pieces))
-    return replace(problem, teacher=teacher, shard=ctx.shard)
+    teacher, reference = (
+        None if side is None else replace(side, pieces=pieces)
+        for side, pieces in zip(problem.sides[1:], found, strict=True)
+    )
+    return replace(problem, teacher=teacher, reference=reference, shard=ctx.shard)

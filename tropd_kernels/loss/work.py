@@ -25,6 +25,7 @@ from ..products import TorchProducts
 from ..rows.engine import RowEngine
 from ..rows.layout import Coef, Stat
 from .sampling import workspace_bytes as selection_workspace
+from .target import scratch_bytes as target_scratch
 
 
 @dataclass(frozen=True)
@@ -49,9 +50,11 @@ class Call:
     vocab_size: int
     hidden_size: int
     teacher_hidden_size: int | None  # of a teacher's hidden states
+    reference_hidden_size: int | None  # of a reference teacher's
     dtype: torch.dtype  # of the hidden states
     weight_dtype: torch.dtype
     teacher_weight_dtype: torch.dtype
+    reference_weight_dtype: torch.dtype
     products: TorchProducts
     device_type: str
     engine: RowEngine
@@ -101,6 +104,11 @@ class Call:
         """Another pass over the student's logits goes before."""
         return self.rule is not None and self.rule.entropy_top_fraction is not None
 
+    @property
+    def reshapes_target(self) -> bool:
+        """A pass makes the target of the logits of all sides."""
+        return self.rule is not None and self.rule.reshapes_target
+
     # --- bytes held ------------------------------------------------------------------------------
 
     def workspace(self, rows: int, super_rows: int) -> dict[str, int]:
@@ -112,7 +120,8 @@ class Call:
         searches = self.vocab_parallel and self.rule is not None and self.rule.weighs_by_gaps
         return {
             "student logits": logits,
-            "teacher logits": logits if self.teacher_hidden_size else 0,
+            "teacher logits": logits if self.teacher_hidden_size or self.reshapes_target else 0,
+            "reference logits": logits if self.reference_hidden_size else 0,
             "d_logits": self.gradient_size * super_rows * self.columns
             if self.forms_gradients and not self.in_place
             else 0,
@@ -123,7 +132,7 @@ class Call:
             "statistics and coefficients": self.logit_size * self.tokens * (len(Stat) + len(Coef)),
             "heads in the hidden states' dtype": self.dtype.itemsize
             * self.vocab_size
-            * sum(width for width, dtype in self._heads if dtype != self.dtype),
+            * sum(width for _, width, dtype in self._heads if dtype != self.dtype),
             "temporaries": self._temporaries(rows, super_rows)
             + (self.products.sums_bytes(self.hidden_size) if adds else 0),
             "sample of ids": selection_workspace(
@@ -138,16 +147,22 @@ class Call:
         }  # fmt: skip
 
     @property
-    def _heads(self) -> list[tuple[int, torch.dtype]]:
-        heads = [(self.hidden_size, self.weight_dtype)]
+    def _heads(self) -> list[tuple[str, int, torch.dtype]]:
+        """Whose, width and dtype."""
+        heads = [("", self.hidden_size, self.weight_dtype)]
         if self.teacher_hidden_size:
-            heads.append((self.teacher_hidden_size, self.teacher_weight_dtype))
+            heads.append(("teacher's ", self.teacher_hidden_size, self.teacher_weight_dtype))
+        if self.reference_hidden_size:
+            heads.append(("reference's ", self.reference_hidden_size, self.reference_weight_dtype))
         return heads
 
     def _temporaries(self, rows: int, super_rows: int) -> int:
-        scratch = self.products.scratch_bytes(rows, super_rows, [width for width, _ in self._heads])
+        scratch = self.products.scratch_bytes(
+            rows, super_rows, [width for _, width, _ in self._heads]
+        )
         sizes = (rows, self.vocab_size, self.logit_size, self.device_type)
-        return scratch + self.engine.scratch_bytes(*sizes)
+        target = target_scratch(*sizes) if self.reshapes_target else 0
+        return scratch + max(self.engine.scratch_bytes(*sizes), target)
 
     # --- work done -------------------------------------------------------------------------------
 
@@ -163,9 +178,15 @@ class Call:
         return self.repeats if self.teacher_hidden_size else 0
 
     @property
+    def reference_gemms(self) -> int:
+        """In units of T'."""
+        return self.repeats if self.reference_hidden_size else 0
+
+    @property
     def gemm_flop(self) -> int:
         widths = self.student_gemms * self.hidden_size
         widths += self.teacher_gemms * (self.teacher_hidden_size or 0)
+        widths += self.reference_gemms * (self.reference_hidden_size or 0)
         return 2 * self.tokens * self.vocab_size * widths
 
     def work(self, rows: int, super_rows: int) -> Iterator[Work]:
@@ -174,17 +195,29 @@ class Call:
             return
         whole, rest = divmod(self.tokens, super_rows)
         chunks = whole * -(-super_rows // rows) + -(-rest // rows)
-        for (width, dtype), whose in zip(self._heads, ("", "teacher's "), strict=False):
+        for whose, width, dtype in self._heads:
             if dtype != self.dtype:
                 moved = self.vocab_size * width * (dtype.itemsize + self.dtype.itemsize)
                 yield Work(f"copy of the {whose}head", 1, moved)
         yield self._logits("student logits", self.hidden_size, chunks, self.student_repeats)
         if self.teacher_hidden_size:
             yield self._logits("teacher logits", self.teacher_hidden_size, chunks, self.repeats)
+        if self.reference_hidden_size:
+            yield self._logits("reference logits", self.reference_hidden_size, chunks, self.repeats)
+        if self.reshapes_target:
+            moved = self.tokens * self.vocab_size * self._target_bytes
+            yield Work("target", self.repeats * chunks, self.repeats * moved)
         for name, id_bytes in self._passes():
             yield Work(name, chunks, self.tokens * self.vocab_size * id_bytes)
         if not self.samples_gradient:
             yield from self._gradient_products(super_rows, whole + (rest > 0))
+
+    @property
+    def _target_bytes(self) -> int:
+        """Of an id: the logits that products made and the target is made of, and the target."""
+        assert self.rule is not None
+        read = bool(self.teacher_hidden_size) + (self.rule.student_power != 0)
+        return self.logit_size * (read + bool(self.reference_hidden_size) + 1)
 
     @property
     def student_repeats(self) -> int:

@@ -23,11 +23,13 @@ from .named import (
     ClipOutlier,
     Divergence,
     EntropyOPD,
+    ExOPD,
     Log1pOPD,
     MaskOutlier,
     PowerOPD,
     TopKJSD,
     TrOPD,
+    Veto,
 )
 from .rewards import REWARDS
 from .rule import GATES, NORMALIZE, OUTLIERS, STATIC_THRESHOLD, TAILS, TokenRule, decode_rule
@@ -55,11 +57,13 @@ __all__ = [
     "Divergence",
     "DivergenceSpec",
     "EntropyOPD",
+    "ExOPD",
     "Log1pOPD",
     "MaskOutlier",
     "PowerOPD",
     "TokenRule",
     "TopKJSD",
     "TrOPD",
+    "Veto",
     "decode_rule",
 ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 from .checks import number, one_of
 from .divergences import DIVERGENCES, check_parameter
@@ -303,6 +304,43 @@ def CADENCE() -> TokenRule:
     (2606.28562) mix them: `Divergence("mixed")`. Their schedules of the weight are the caller's,
     who passes it as `mixing`; tokens that SEAD skips have `token_weight` 0."""
     return Divergence("mixed")
+
+
+def Veto(*, student_power: float, divergence: str = "forward_kl") -> TokenRule:
+    """Veto (arXiv 2601.07155): a divergence of `Divergence` to a target between both models,
+    q sg(p)^student_power, renormalised. student_power is the paper's beta, whose schedule is the
+    caller's; at 0 the target is the teacher."""
+    number("student_power", student_power, low=0.0)
+    return replace(Divergence(divergence), student_power=student_power)
+
+
+def ExOPD(
+    *,
+    extrapolation: float,
+    kl_penalty_coef: float = 1.0,
+    clip_ratio_low: float | None = None,
+    clip_ratio_high: float | None = None,
+    prefix_weight: float | None = 0.001,
+) -> TokenRule:
+    """OPD beyond the teacher (ExOPD, arXiv 2602.12125; OPD^2, 2607.15161): the teacher's log-ratio
+    to the call's `reference_teacher` r, a model before the teacher's training, counts
+    `extrapolation` times (lambda; above 1 extrapolates, below 1 interpolates). That is OPD to the
+    target q^lambda r^(1 - lambda). The sampled reward is that of the renormalised target: it
+    differs from the paper's by a constant of each position, which changes no expected gradient."""
+    number("extrapolation", extrapolation, low=0.0)
+    if extrapolation in (0, 1):
+        raise ValueError(
+            f"extrapolation={extrapolation!r} is OPD to "
+            f"{'the teacher' if extrapolation else 'the reference teacher'} alone: use OPD(), with "
+            "that model as the teacher"
+        )
+    rule = OPD(
+        kl_penalty_coef=kl_penalty_coef,
+        clip_ratio_low=clip_ratio_low,
+        clip_ratio_high=clip_ratio_high,
+        prefix_weight=prefix_weight,
+    )
+    return replace(rule, teacher_power=extrapolation, reference_power=1 - extrapolation)
 
 
 def MOPD(*, top_k: int = 64) -> TokenRule:

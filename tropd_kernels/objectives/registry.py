@@ -22,7 +22,12 @@ from .rule import TokenRule
 T = TypeVar("T")
 
 #: Objectives that read a tensor which no config holds, and the call's argument for it.
-OF_A_CALL = {"mixed": "mixing", "cadence": "mixing", "kdrl": "task_advantages"}
+OF_A_CALL = {
+    "mixed": "mixing",
+    "cadence": "mixing",
+    "kdrl": "task_advantages",
+    "exopd": "reference_teacher",
+}
 #: Divergences over the vocabulary, each an objective by its own name, and the knobs of each.
 _DIVERGENCE_KNOBS = {
     name: spec.knobs
@@ -46,6 +51,7 @@ _NAMED: dict[str, Callable[..., TokenRule]] = {
     "tv_opd": named.TVOPD,
     "mopd": named.MOPD,
     "topk_jsd": named.TopKJSD,
+    "veto": named.Veto,
     "sft": named.SFT,
 }
 #: What builds the rule of each objective.

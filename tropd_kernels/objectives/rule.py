@@ -100,6 +100,11 @@ class TokenRule:
     entropy_coef: entropy bonus: subtracts entropy_coef * H(p).
     z_loss: weight on lse^2, at least 0: keeps the log of the softmax's normaliser near 0 (PaLM,
         arXiv 2204.02311, with 1e-4). lse is of the logits after scale, softcap and temperature.
+    teacher_power, student_power, reference_power: the target q', proportional to q^teacher_power
+        sg(p)^student_power r^reference_power with r the call's `reference_teacher`, renormalised
+        over the vocabulary, stands in for q everywhere: reward, gate, divergences, entropy, K and
+        the teacher's statistics. An id that a side with a power other than 0 excludes has
+        probability 0. Dense teachers only.
     normalize: what the mean divides by: every token that counts, or the tokens "kept" by gate and
         entropy filter (REOPOLD); one of which a part is trusted (gate "expected") is kept.
     reward: the transform T of R0, one of `REWARDS`: "log_ratio" (none), "power", "proximal",
@@ -145,6 +150,9 @@ class TokenRule:
     clip_reward_high: float | None = None
     task_weight: float = 0.0
     reward_filter: str | None = None
+    teacher_power: float = 1.0
+    student_power: float = 0.0
+    reference_power: float = 0.0
 
     def __post_init__(self):
         one_of("gate", self.gate, GATES)
@@ -157,6 +165,13 @@ class TokenRule:
         for name in ("policy_gradient", "nll_weight", "entropy_coef", "divergence_parameter"):
             number(name, getattr(self, name))
         number("z_loss", self.z_loss, low=0.0)
+        for name in ("teacher_power", "student_power", "reference_power"):
+            number(name, getattr(self, name))
+        if self.teacher_power <= 0:
+            raise ValueError(
+                f"teacher_power must be above 0, got {self.teacher_power}: the target is the "
+                "teacher's, moved by the other powers"
+            )
         for name in ("prefix_weight", "clip_ratio_low", "clip_ratio_high", "forward_kl_entropy"):
             number(name, getattr(self, name), low=0.0, optional=True)
         if self.clip_ratio_low is not None and self.clip_ratio_low > 1:
@@ -183,6 +198,12 @@ class TokenRule:
             raise ValueError(
                 "this rule has no term, so that every loss would be 0: give a policy_gradient, a "
                 "divergence, an nll_weight, or outlier='forward_kl' with a gate that rejects tokens"
+            )
+        if self.reshapes_target and not self.uses_teacher:
+            raise ValueError(
+                "teacher_power, student_power and reference_power change the teacher's "
+                f"distribution, and no term of this rule reads it; got {self.teacher_power}, "
+                f"{self.student_power} and {self.reference_power}: leave them at 1, 0 and 0"
             )
         if self.divergence is not None:
             check_parameter(self.divergence, self.divergence_parameter)
@@ -390,7 +411,12 @@ class TokenRule:
         """The loss needs the teacher's whole distribution."""
         whole = self.uses_forward_kl and self.top_k is None
         generator = self.generator is not None and self._divergence.ids != "top_k"
-        return whole or generator or self.uses_reverse_kl
+        return whole or generator or self.uses_reverse_kl or self.reshapes_target
+
+    @property
+    def reshapes_target(self) -> bool:
+        """Another distribution stands in for the teacher's."""
+        return (self.teacher_power, self.student_power, self.reference_power) != (1.0, 0.0, 0.0)
 
     @property
     def uses_teacher(self) -> bool:

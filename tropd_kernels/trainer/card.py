@@ -106,6 +106,11 @@ _AKL = Source(
     2024, "2404.02657",
 )  # fmt: skip
 
+_VETO = Source(
+    "Stable On-Policy Distillation through Adaptive Target Reformulation",
+    "Ijun Jang and Jewon Yeom and Juan Yeo and Hyunggu Lim and Taesup Kim", 2026, "2601.07155",
+)  # fmt: skip
+
 _WHOLE = "over the whole vocabulary, on every token"
 #: Each objective's name, what it does on a token, and its publication.
 OBJECTIVES: Mapping[str, tuple[str, str, Source | None]] = {
@@ -133,6 +138,7 @@ OBJECTIVES: Mapping[str, tuple[str, str, Source | None]] = {
     ),
     "mopd": ("MOPD", "a mass-corrected reverse KL on the teacher's top-k", _SURVEY),
     "topk_jsd": ("Top-k JSD", "a Jensen-Shannon divergence on the teacher's top-k", _TROPD),
+    "veto": ("Veto", "a divergence to a target between the teacher and the student", _VETO),
     "sft": ("SFT", "cross-entropy", None),
     "forward_kl": ("Forward KL", f"KL(teacher || student) {_WHOLE}", None),
     "reverse_kl": ("Reverse KL", f"KL(student || teacher) {_WHOLE}", None),
