@@ -100,11 +100,6 @@ class TokenRule:
     entropy_coef: entropy bonus: subtracts entropy_coef * H(p).
     z_loss: weight on lse^2, at least 0: keeps the log of the softmax's normaliser near 0 (PaLM,
         arXiv 2204.02311, with 1e-4). lse is of the logits after scale, softcap and temperature.
-    teacher_power, student_power, reference_power: the target q', proportional to q^teacher_power
-        sg(p)^student_power r^reference_power with r the call's `reference_teacher`, renormalised
-        over the vocabulary, stands in for q everywhere: reward, gate, divergences, entropy, K and
-        the teacher's statistics. An id that a side with a power other than 0 excludes has
-        probability 0. Dense teachers only.
     normalize: what the mean divides by: every token that counts, or the tokens "kept" by gate and
         entropy filter (REOPOLD); one of which a part is trusted (gate "expected") is kept.
     reward: the transform T of R0, one of `REWARDS`: "log_ratio" (none), "power", "proximal",
@@ -122,6 +117,11 @@ class TokenRule:
     reward_filter: "positive" keeps R' only where A > 0, "negative" only where A < 0; elsewhere R'
         is 0, the floored one and minus the KL as well. Back-propagated divergences stay. None keeps
         all.
+    teacher_power, student_power, reference_power: the target q', proportional to q^teacher_power
+        sg(p)^student_power r^reference_power with r the call's `reference_teacher`, renormalised
+        over the vocabulary, stands in for q everywhere: reward, gate, divergences, entropy, K and
+        the teacher's statistics. An id that a side with a power other than 0 excludes has
+        probability 0. Dense teachers only.
 
     Raises ValueError or TypeError naming the argument.
     """
