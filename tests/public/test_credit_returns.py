@@ -204,6 +204,15 @@ def test_gae_carries_minus_infinity_back_within_its_sequence(gae_lambda):
     assert torch.equal(targets == -INF, advantages == -INF)
 
 
+@pytest.mark.parametrize(("discount", "gae_lambda"), [(0.0, 0.9), (0.9, 0.0)])
+def test_gae_of_one_step_keeps_minus_infinity_to_its_token(discount, gae_lambda):
+    rewards = torch.tensor([[1.0, -INF, 1.0]])
+    advantages, _ = credit.generalized_advantages(
+        rewards, torch.zeros(1, 3), None, discount, gae_lambda
+    )
+    assert torch.equal(advantages, rewards)
+
+
 def test_gae_with_an_infinite_value_is_nan_before_it():
     values = torch.tensor([[1.0, INF, 1.0]])
     advantages, _ = credit.generalized_advantages(torch.zeros(1, 3), values)

@@ -26,10 +26,10 @@ def return_to_go(
     mean; that is left to the caller.
 
     With `window` this is the K-step return without a bootstrap: 1 gives the immediate reward, the
-    sequence's length the whole return. KETCHUP (2504.19024) sums K steps, with rewards induced from
-    the teacher's Q-values and a bootstrap from the Bellman optimality equation; TOPD (2606.00305)
-    uses a near-future window. Neither defines a window over K1 rewards, so two choices are this
-    library's: nothing stands for what follows the window, and the window counts positions.
+    sequence's length the whole return. KETCHUP (2504.19024) takes K-step returns of rewards that it
+    induces from the teacher by the Bellman optimality equation; TOPD (2606.00305) spreads guidance
+    over the near future. Their abstracts define no window over K1 rewards, so two choices are this
+    library's: rewards after the window are dropped, and the window counts positions.
 
     A reward of -inf (the teacher gives the token probability 0) makes every earlier return that
     reaches it -inf. To keep it local, floor the rewards first (`rewards.clamp(min=...)`, as REOPOLD
@@ -66,10 +66,11 @@ def reward_plus_future_mean(
 ) -> Tensor:
     """TOP-D's credit (2607.04751, Eq. 8): the token's reward plus the mean of the later rewards.
 
-    A_t = R_t + mean of R_j over the tokens j > t of the sequence that count; the last token keeps
-    R_t. The mean makes the weight of the future independent of its length. TOP-D transforms the
-    rewards first, R = log(alpha q/p + 1 - alpha), and then z-normalises the advantages over the
-    tokens of a group of rollouts. Both are left to the caller.
+    A_t = R_t + mean of R_j over the tokens j > t of the sequence that count. The mean makes the
+    weight of the future independent of its length. TOP-D transforms the rewards first,
+    R = log(alpha q/p + 1 - alpha), and z-normalizes the result over the tokens of a group of
+    rollouts (prime-rl#2966). Both are left to the caller. Two choices are this library's: the last
+    token keeps R_t, and masked tokens do not count in the mean.
 
     A reward of -inf makes every earlier advantage of its sequence -inf. TOP-D's transform bounds
     rewards from below by log(1 - alpha).
@@ -142,27 +143,21 @@ def generalized_advantages(
     check_number("gae_lambda", gae_lambda, 0.0, 1.0)
     starts = sequence_starts(sequence_ids, rewards)
     values = torch.where(counted, values, 0.0)
-    following = torch.zeros_like(values)
+    # Runs that end with a token that counts hold its value alone: the sum over the rest of a run is
+    # that value, discounted by the distance to it.
+    after_counted = torch.zeros_like(counted)
+    after_counted[:, 1:] = counted[:, :-1]
+    nearest = future_sum(values, starts | after_counted, float(discount))
+    following = next_in_run(nearest, starts)
     if bootstrap_values is not None:
         bootstrap = float_matrix("bootstrap_values", bootstrap_values, like=rewards)
         last = counted & (future_sum(counted.to(values.dtype), starts) == 1)
         following = torch.where(last, bootstrap, following)
-    if discount > 0:  # 0 * inf would be NaN
-        # Runs that end with a token that counts hold its value alone: the sum over the rest of a
-        # run is that value, discounted by the distance to it.
-        after_counted = torch.zeros_like(counted)
-        after_counted[:, 1:] = counted[:, :-1]
-        nearest = future_sum(values, starts | after_counted, float(discount))
-        following = discount * (following + next_in_run(nearest, starts))
-    else:
-        following = torch.zeros_like(following)
 
-    advantages = torch.where(counted, rewards + following - values, 0.0)
+    advantages = torch.where(counted, rewards + discount * following - values, 0.0)
     if gae_lambda > 0:
-        decay = None
-        if gae_lambda < 1:
-            smallest = max(gae_lambda, torch.finfo(advantages.dtype).tiny)
-            decay = torch.ones_like(advantages).masked_fill(counted, smallest)
+        smallest = max(gae_lambda, torch.finfo(advantages.dtype).tiny)
+        decay = torch.ones_like(advantages).masked_fill(counted, smallest)
         advantages = future_sum(advantages, starts, float(discount), decay=decay)
         advantages = torch.where(counted, advantages, 0.0)
     return advantages, torch.where(counted, advantages + values, 0.0)

@@ -74,9 +74,10 @@ def turn_weights(
 
     w_t = tokens / (turns * tokens of t's turn), where tokens and turns are those of t's sequence
     that count. The mean over a sequence's tokens is 1, so the weights move weight between turns and
-    change neither the size of the loss nor the share of a sequence: it is the mean over turns of
-    the mean over a turn's tokens. (Turn-level methods differ in the score by which they weigh turns
-    further, such as ATOD, 2606.27814, and SAGE-OPD, 2606.19659; multiply a score of your own in.)
+    change neither the size of the loss nor the share of a sequence. The mean over its tokens
+    becomes the mean over its turns of the mean over a turn's tokens: verl's "seq-mean-token-mean",
+    with turns for sequences. ATOD (2606.27814) and SAGE-OPD (2606.19659) weigh turns by a score as
+    well; multiply such a score into the result.
 
     Args:
         turn_ids: Integer ids; a turn is a run of equal ids within a sequence. A turn without a
