@@ -36,11 +36,13 @@ DIVERGENCES = (
     "gkd", "gkd_logits", "forward_kl_bucket", "reverse_kl", "akl", "mixed", "todi", "mopd",
     "topk_jsd", "eopd", "topk_reverse_kl_bucket", "topk_reverse_kl_both",
 )  # fmt: skip
+REWARDS = ("rewards", "power_opd", "log1p_opd", "tanh", "tv_opd")
 #: Small enough for a slow processor to compile one in a test's time.
 LOTS = {
     "sm_90": (["cuda:90"], FULLEST),
     "sm_90-on_policy-1": (["cuda:90"], ON_POLICY[:5]),
     "sm_90-on_policy-2": (["cuda:90"], ON_POLICY[5:]),
+    "sm_90-rewards": (["cuda:90"], REWARDS),
     "sm_90-divergences-1": (["cuda:90"], DIVERGENCES[:5]),
     "sm_90-divergences-2": (["cuda:90"], DIVERGENCES[5:]),
     "sm_80": (["cuda:80"], FULLEST),
