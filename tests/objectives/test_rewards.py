@@ -181,6 +181,29 @@ def test_the_task_counts_on_both_sides_of_the_gate(reward_filter, outlier, backe
 
 
 @backends
+@pytest.mark.parametrize("reward_filter", ["positive", "negative"])
+def test_an_advantage_of_0_has_neither_sign(reward_filter, backend, device):
+    z, t, labels = two_tokens(device)
+    zero = torch.zeros(2, dtype=torch.float64, device=device)
+    rule = TokenRule(reward_filter=reward_filter)
+    loss, gradient, _ = loss_and_gradient(
+        z, labels, LogitsTeacher(t), rule, backend, task_advantages=zero
+    )
+    assert loss == 0 and not gradient.any()
+
+
+@backends
+def test_a_static_gate_compares_the_callers_advantages_before_the_clip(backend, device):
+    z, t, labels = two_tokens(device)
+    rule = TokenRule(reward="sign", gate="threshold", threshold=-0.5, clip_reward_low=-0.25)
+    given = torch.tensor([-1.0, 0.75], dtype=torch.float64, device=device)  # R0 is log 2, -log 2
+    stats = distillation_loss(
+        z, labels, LogitsTeacher(t), rule, backend=backend, advantages=given
+    ).stats
+    assert stats.trust.tolist() == [0, 1] and stats.reward.tolist() == [-0.25, 0.75]
+
+
+@backends
 def test_ppo_clips_the_sum_of_reward_and_task(backend, device):
     """rho = 2, clipped to 1.2 for a gain: of R < 0 beside A > 0 the sum's sign decides."""
     z, t, labels = two_tokens(device)
@@ -428,21 +451,23 @@ def test_gradcheck_of_reward_and_task(backend, device):
     assert torch.autograd.gradcheck(run, z.requires_grad_(), fast_mode=True)
 
 
-def test_torch_compile_takes_the_tasks_advantages(device):
-    """One graph, for two batches of another size."""
-    rule = TokenRule(
-        reward="proximal", reward_parameter=0.4, task_weight=0.5, reward_filter="negative"
-    )
+def test_torch_compile_takes_rewards_and_the_tasks_advantages(device):
+    """One graph, for batches of another size; a number that it knows by a symbol makes the rule."""
 
-    def run(z, t, labels, task):
-        return distillation_loss(
-            z, labels, LogitsTeacher(t), rule, backend="torch", task_advantages=task
-        ).loss
+    def run(z, t, labels, task, number):
+        teacher = LogitsTeacher(t)
+        rule = replace(
+            TOPD(alpha=number), clip_reward_low=-number, task_weight=number,
+            reward_filter="negative",
+        )  # fmt: skip
+        out = distillation_loss(z, labels, teacher, rule, backend="torch", task_advantages=task)
+        return out.loss
 
     compiled = torch.compile(run, fullgraph=True, backend="aot_eager", dynamic=True)
-    for n in (3, 5):
+    for n, number in ((3, 0.25), (5, 0.5)):
         z, t = torch.randn(2, n, 11, device=device)
-        given = t, torch.arange(n, device=device), torch.linspace(-1, 1, n, device=device)
+        task = torch.linspace(-1, 1, n, device=device)
+        given = t, torch.arange(n, device=device), task, number
         leaves = [z.clone().requires_grad_() for _ in range(2)]
         for leaf, call in zip(leaves, (run, compiled), strict=True):
             call(leaf, *given).backward()
