@@ -165,18 +165,25 @@ def _column_sums(dtype: torch.dtype = torch.bfloat16) -> Callable[[], object]:
     return lambda: rows.column_sums(_floats(TOKENS, VOCAB, dtype=dtype), _floats(2, TOKENS))
 
 
+_CROSS_ENTROPY = dict(nll_weight=0.1, label_smoothing=0.1, z_loss=1e-4)
 #: Calls whose launches are compiled, by name. Launches that come out the same are compiled once.
 CASES = {
     "tropd": _call(TrOPD()),
     "tropd_top_k_teacher": _call(TrOPD(), "top_k"),
     "tropd_everything": _call(
-        TrOPD(gate="expected", top_k_tail="bucket", clip_ratio_low=0.2, clip_ratio_high=0.3,
-              entropy_coef=0.01),
+        replace(
+            TrOPD(gate="expected", top_k_tail="bucket", clip_ratio_low=0.2, clip_ratio_high=0.3,
+                  entropy_coef=0.01),
+            **_CROSS_ENTROPY,
+        ),
         bias=True, everything=True, temperature=0.7,
     ),
     "tropd_top_k_teacher_everything": _call(
-        TrOPD(gate="expected", top_k_tail="renormalize_both", entropy_coef=0.01), "top_k",
-        bias=True, everything=True,
+        replace(
+            TrOPD(gate="expected", top_k_tail="renormalize_both", entropy_coef=0.01),
+            **_CROSS_ENTROPY,
+        ),
+        "top_k", bias=True, everything=True,
     ),
     "tropd_logits": _call(TrOPD(), "logits", logits=True),
     "tropd_odd_vocabulary": _call(TrOPD(), vocab_size=ODD_VOCAB, n=509),

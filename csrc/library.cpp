@@ -78,7 +78,7 @@ std::string use_instruction_set(std::string name) {
 void statistics(
     Tensor student, std::optional<Tensor> teacher, std::optional<Tensor> bias,
     std::optional<Tensor> teacher_bias, std::vector<double> scales, Tensor labels, Tensor stats,
-    Tensor coefs) {
+    Tensor coefs, bool mean_gap) {
   Rows rows = read_rows(student, teacher, bias, teacher_bias, scales, labels);
   const int64_t n = student.size(0);
   check_accumulator(stats, "stats", rows, STATS, n);
@@ -87,6 +87,7 @@ void statistics(
   rows.coefs = coefs.mutable_data_ptr();
   rows.stats_stride = stride(stats);
   rows.coefs_stride = stride(coefs);
+  rows.mean_gap = mean_gap;
   const Kernels& kernels = *chosen();
   torch::stable::parallel_for(
       0, n, 1, [&](int64_t begin, int64_t end) { kernels.statistics(rows, begin, end); });
@@ -366,7 +367,8 @@ void op_gemm_tn(Tensor a, Tensor b, Tensor out, bool add, std::optional<Tensor> 
 STABLE_TORCH_LIBRARY(tropd_native, m) {
   const std::string rows =
       "(Tensor student, Tensor? teacher, Tensor? bias, Tensor? teacher_bias, float[] scales, Tensor labels, ";
-  m.def(("statistics" + rows + "Tensor(a!) stats, Tensor(b!) coefs) -> ()").c_str());
+  m.def(("statistics" + rows + "Tensor(a!) stats, Tensor(b!) coefs, bool mean_gap=False) -> ()")
+            .c_str());
   m.def(
       "sums(Tensor student, Tensor teacher, Tensor? bias, Tensor? teacher_bias, float[] scales, "
       "Tensor labels, Tensor needed, Tensor(a!) coefs, Tensor(b!) sums, int top_k, bool k_alone, "

@@ -8,7 +8,7 @@ namespace {
 template <class T>
 struct RowCoefs {
   T c[COEFS];
-  bool idle, needs_teacher, generator_alone;
+  bool idle, needs_teacher, generator_alone, rare;
 
   RowCoefs(const Rows& rows, int64_t i) {
     for (int j = 0; j < COEFS; ++j) c[j] = static_cast<const T*>(rows.coefs)[j * rows.coefs_stride + i];
@@ -16,7 +16,8 @@ struct RowCoefs {
     for (int j = P; j < COEFS; ++j) idle = idle && c[j] == 0;
     const bool others = c[P_TOP_K] != c[P] || c[REVERSE] != 0 || c[Q] != 0;
     needs_teacher = others || c[GENERATOR] != 0;
-    generator_alone = c[GENERATOR] != 0 && c[ENTROPY_WEIGHT] == 0 && !others;
+    rare = c[ENTROPY_WEIGHT] != 0 || c[UNIFORM] != 0;
+    generator_alone = c[GENERATOR] != 0 && !rare && !others;
   }
 };
 
@@ -40,7 +41,10 @@ TROPD_INLINE Vector<T> gradient_at(
   Vector<T> weight = all<T>(c[P]);
   if (on_k && o.top_k) weight = member ? all<T>(c[P_TOP_K]) : weight;
   Vector<T> d = p * weight;
-  if (c[ENTROPY_WEIGHT] != 0) d -= product<T>(p, (lp + c[MEAN_ENTROPY]) * c[ENTROPY_WEIGHT]);
+  if (row.rare) {  // one test in place of one each
+    if (c[ENTROPY_WEIGHT] != 0) d -= product<T>(p, (lp + c[MEAN_ENTROPY]) * c[ENTROPY_WEIGHT]);
+    d -= c[UNIFORM];
+  }
   if (!TEACHER) return d;
   if (on_k) {
     const Vector<T> q = exp<T>(lq);

@@ -69,6 +69,9 @@ void statistics(const Rows& rows, int64_t begin, int64_t end) {
         both_statistics<T>(z, Teacher(rows.teacher, i), rows.vocab, s, rows.stats_stride, c,
                            rows.coefs_stride, rows.labels[i]);
       }
+      if (rows.mean_gap) {
+        c[MEAN_GAP * rows.coefs_stride] = mean_gap<T>(z, rows.vocab, c[STUDENT_MAX * rows.coefs_stride]);
+      }
     }
   });
 }

@@ -162,6 +162,23 @@ void both_statistics(
   s[TEACHER_LOG_PROB * ss] = inside ? (t.one(label)[0] - t_high) - T(t_log) : nan;
 }
 
+// Mean over the ids of z - high. A pass of its own, over a row that the cache still holds: rows that are
+// not asked for it pay nothing.
+template <class T, class S>
+T mean_gap(const S& z, int64_t vocab, T high) {
+  typename Types<T>::wide sum{};
+  for_blocks<T>(vocab, [&](int64_t low, int64_t end) __attribute__((always_inline)) {
+    Vector<T> gaps{};
+    for_vectors<T>(low, end, [&](int64_t v, int count) __attribute__((always_inline)) {
+      Vector<T> a = get<T>(z, v, count) - high;
+      for (int i = count; i < Types<T>::lanes; ++i) a[i] = 0;  // behind the row's end
+      gaps += a;
+    });
+    flush<T>(sum, gaps);
+  });
+  return T(total<T>(sum) / double(vocab));
+}
+
 }  // namespace
 }  // namespace TROPD_ISA
 }  // namespace tropd

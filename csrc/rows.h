@@ -12,7 +12,7 @@ namespace tropd {
 enum Stat { LOG_PROB, TEACHER_LOG_PROB, ENTROPY, TEACHER_ENTROPY, FORWARD_KL, REVERSE_KL, STATS = 14 };
 enum Coef {
   STUDENT_MAX, STUDENT_LOG_SUM, TEACHER_MAX, TEACHER_LOG_SUM, MEAN_ENTROPY, MEAN_REVERSE_KL,
-  THRESHOLD, P, P_TOP_K, REVERSE, ENTROPY_WEIGHT, Q, LABEL, GENERATOR, COEFS
+  THRESHOLD, MEAN_GAP, P, P_TOP_K, REVERSE, ENTROPY_WEIGHT, Q, LABEL, GENERATOR, UNIFORM, COEFS
 };
 // Rows of the sums, in the order of rule.Sums.
 enum Sum {
@@ -48,6 +48,7 @@ struct Rows {
   void* stats = nullptr;  // (STATS, n), stride_stats from statistic to statistic
   void* coefs = nullptr;
   int64_t stats_stride = 0, coefs_stride = 0;
+  bool mean_gap = false;  // the statistics include MEAN_GAP
 };
 
 struct SumOptions {

@@ -174,8 +174,12 @@ def token_losses(
         if rule.divergence not in (None, "forward_kl", "reverse_kl", "jeffreys", "akl", "mixed"):
             loss = loss + generator_divergence(log_p, log_q, rule, on_k, teacher.dense)
 
-    if rule.nll_weight:
-        loss = loss - rule.nll_weight * lp
+    nll, smoothed = rule.label_weights
+    if nll:
+        loss = loss - nll * lp
+    if smoothed:
+        log_uniform = torch.full_like(log_p, -math.log(log_p.shape[-1]))
+        loss = loss + smoothed * _expect(log_uniform, -log_p)
     if rule.entropy_coef:
         loss = loss - rule.entropy_coef * entropy
     if rule.z_loss:

@@ -250,6 +250,7 @@ class Case:
         self.drop_teacher(arguments)
         new = lambda height: self.memory.empty(height, self.n, dtype=self.accumulator)
         arguments |= {"stats": new(len(Stat)), "coefs": new(len(Coef))}
+        arguments["mean_gap"] = self.draw.random() < 0.5
         self.operator, self.arguments = "statistics", arguments
         self.outputs = ["stats", "coefs"]
 
@@ -263,6 +264,7 @@ class Case:
                 expected = inside if "LOG_PROB" in stat.name else torch.ones_like(inside)
                 assert torch.equal(stats[stat].isfinite(), expected), stat.name
             assert coefs[: Coef.TEACHER_MAX].isfinite().all()
+            assert not arguments["mean_gap"] or coefs[Coef.MEAN_GAP].isfinite().all()
 
         self.check = check
 

@@ -13,6 +13,7 @@ from sharding import arguments, bare, ends, everything, mine, shard_of
 
 from tropd_kernels import (
     OPD,
+    SFT,
     TokenRule,
     TrOPD,
     distillation_loss,
@@ -107,6 +108,22 @@ def every_objective(ranks):
                 f"{backend} {name} {form} {make.__name__}",
                 partial(compare, make(), name, form, backend),
             )
+
+
+def cross_entropy(ranks):
+    """Without a teacher, and with a shard of which every id is excluded by its bias."""
+    rule = SFT(label_smoothing=0.2, z_loss=0.05)
+    for backend in BACKENDS:
+        for make in (bare, everything):
+            yield f"{backend} SFT {make.__name__}", partial(compare, make(), rule, None, backend)
+        excluded = bare()
+        excluded.bias = torch.zeros(37, dtype=torch.float64)
+        excluded.bias[:3] = -torch.inf
+        cuts = ragged([0, 2, 30, 33, 37], ranks)
+        yield (
+            f"{backend} SFT of excluded ids",
+            partial(compare, excluded, rule, None, backend, cuts=cuts, only_stats=True),
+        )
 
 
 def every_option(ranks):
@@ -348,7 +365,11 @@ def a_nan_shows(backend):
 def agreement(ranks):
     yield from every_objective(ranks)
     # The other cases in turns: each runs on two ranks or on four.
-    rest = chain(every_option(ranks), *(corners(ranks, backend) for backend in BACKENDS))
+    rest = chain(
+        every_option(ranks),
+        cross_entropy(ranks),
+        *(corners(ranks, backend) for backend in BACKENDS),
+    )
     yield from (case for i, case in enumerate(rest) if i % 2 == ranks % 4 // 2)
     if ranks == 2:
         yield "compiled", compiled

@@ -105,7 +105,7 @@ OBJECTIVES = {
     ),
     "gkd_cross_entropy": TokenRule(
         policy_gradient=0.0, divergence="jsd", divergence_parameter=0.3, nll_weight=0.5,
-        z_loss=0.02,
+        label_smoothing=0.1, z_loss=0.02,
     ),
 }  # fmt: skip
 

@@ -184,6 +184,7 @@ def test_draws_depend_on_the_sequence_alone():
         (TrOPD(), "sampled", "teacher='top_k'"),
         (MOPD(), "sampled", "teacher='top_k'"),
         (TokenRule(z_loss=1e-4), "sampled", "z_loss.*teacher='top_k'"),
+        (TokenRule(nll_weight=0.1, label_smoothing=0.1), "sampled", "smoothing.*teacher='top_k'"),
         (EOPD(), "top_k", "outside the top k"),
         (OPD(), "top_k", "teacher='sampled'"),
         (Log1pOPD(), "top_k", "unbounded"),

@@ -51,6 +51,11 @@ def samples():
     for name in ("tropd", "entropy_opd", "mask_outlier", "reopold_2", "gkd"):
         for options in ({"gradient_tolerance": 0.3}, {"gradient_sampling": 0.1}):
             yield from (("torch", name, options), ("native", name, options))
+    # A uniform term is on every id, however little of the gradient it is.
+    yield from (
+        ("torch", "gkd_cross_entropy", SAMPLING),
+        ("native", "gkd_cross_entropy", TOLERANCE),
+    )
     yield ("torch", "tropd", {"gradient_tolerance": 0.05})
     yield ("torch", "tropd", {"gradient_tolerance": 0.95})
     yield ("native", "tropd", {"gradient_sampling": 0.01})

@@ -242,6 +242,27 @@ def test_statistics_do_not_depend_on_where_the_maximum_stands(name, instruction_
     torch.testing.assert_close(ours[:, 0], ours[:, 1], rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("vocab", [1, 7, 20, 3172])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("scales", [PLAIN, TRANSFORMED], ids=["plain", "transformed"])
+def test_the_mean_gap_is_of_every_id(scales, dtype, vocab, instruction_set):
+    """... and of none behind the row's end, and is only there where it is asked for."""
+    arguments = row_arguments(vocab=vocab, dtype=dtype, scales=scales)
+    wide = torch.promote_types(dtype, torch.float32)
+    z = arguments["student"].double()
+    if scales is TRANSFORMED:
+        z = 9.0 * torch.tanh(1.3 * (z + arguments["bias"].double()) / 9.0) / 1.2
+    for teacher in (arguments["teacher"], None):
+        for asked in (True, False):
+            stats = torch.zeros(len(Stat), 3, dtype=wide)
+            coefs = torch.zeros(len(Coef), 3, dtype=wide)
+            ops.statistics(
+                **arguments | {"teacher": teacher}, stats=stats, coefs=coefs, mean_gap=asked
+            )
+            mean = (z - z.amax(-1, keepdim=True)).mean(-1) if asked else torch.zeros(3)
+            torch.testing.assert_close(coefs[Coef.MEAN_GAP], mean.to(wide), rtol=1e-5, atol=1e-6)
+
+
 @pytest.mark.parametrize("wrong", [-1, 20, 21, 2**40, INT64_MIN, INT64_MAX])
 def test_labels_outside_the_vocabulary_are_read_and_written_nowhere(wrong, instruction_set):
     arguments = gradient_arguments(n=3, vocab=20)

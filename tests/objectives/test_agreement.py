@@ -173,6 +173,25 @@ def test_liger_fused_jsd(beta, backend, device):
     agree(batch.gradients(1.75 * ours.loss), batch.gradients(1.75 * theirs), torch.float32)
 
 
+@backends
+@pytest.mark.parametrize(("smoothing", "z_loss"), [(0.1, 0.0), (0.2, 0.05), (0.0, 0.05)])
+def test_liger_fused_cross_entropy(smoothing, z_loss, backend, device):
+    """Its `label_smoothing` and `lse_square_scale`."""
+    liger = pytest.importorskip("liger_kernel.ops.fused_linear_cross_entropy")
+    batch = Batch(device, torch.float32)
+    made = liger.LigerFusedLinearCrossEntropyFunction.apply(
+        batch.hidden, batch.weight, batch.labels, batch.bias, None, IGNORED, z_loss, smoothing,
+        "mean",
+    )  # fmt: skip
+    theirs = made[0] if isinstance(made, tuple) else made
+    ours = linear_distillation_loss(
+        batch.hidden, batch.weight, batch.labels, None,
+        SFT(label_smoothing=smoothing, z_loss=z_loss), bias=batch.bias, backend=backend,
+    )  # fmt: skip
+    agree([ours.loss], [theirs], torch.float32)
+    agree(batch.gradients(1.75 * ours.loss), batch.gradients(1.75 * theirs), torch.float32)
+
+
 # --- PyTorch -----------------------------------------------------------------------------------
 
 

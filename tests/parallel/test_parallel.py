@@ -73,6 +73,7 @@ def communication(ranks):
         ("gkd", "logits"): 11 + 8,
         ("reverse_kl", "hidden"): 11,
         ("akl", "hidden"): 11 + 120 + 8,
+        ("gkd_cross_entropy", "hidden"): 12 + 8,
         ("tropd", "top_k"): 4 + 8,
         ("opd", "sampled"): 4,
         ("entropy_opd", "sampled"): 4 + 4,

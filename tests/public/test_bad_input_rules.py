@@ -223,6 +223,15 @@ RULES = {
     "prefix weight": (lambda: TrOPD(prefix_weight=-1), ValueError, "prefix_weight", "-1"),
     "z loss": (lambda: SFT(z_loss=-1e-4), ValueError, "z_loss", "[0, inf]", "-0.0001"),
     "z loss no number": (lambda: SFT(z_loss="1e-4"), TypeError, "z_loss", "number"),
+    "smoothing": (
+        lambda: SFT(label_smoothing=1.5), ValueError, "label_smoothing", "[0, 1]", "1.5",
+    ),
+    "smoothing no number": (
+        lambda: SFT(label_smoothing=None), TypeError, "label_smoothing", "number", "None",
+    ),
+    "smoothing of no labels": (
+        lambda: TokenRule(label_smoothing=0.1), ValueError, "label_smoothing=0.1", "nll_weight",
+    ),
     "clip low above 1": (
         lambda: TrOPD(clip_ratio_low=1.5), ValueError, "clip_ratio_low", "[0, 1]", "1.5",
     ),

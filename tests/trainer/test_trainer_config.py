@@ -47,7 +47,8 @@ def config(**settings) -> TrOPDConfig:
         ({"objective": "power_opd"}, PowerOPD(alpha=5.0)),
         ({"objective": "topd", "objective_kwargs": {"alpha": 0.3}}, TOPD(alpha=0.3)),
         ({"objective": "sft"}, SFT()),
-        ({"objective": "sft", "objective_kwargs": {"z_loss": 1e-4}}, SFT(z_loss=1e-4)),
+        ({"objective": "sft", "objective_kwargs": {"label_smoothing": 0.1, "z_loss": 1e-4}},
+         SFT(label_smoothing=0.1, z_loss=1e-4)),
     ],
 )  # fmt: skip
 def test_settings_make_the_rule(settings, rule):

@@ -142,6 +142,14 @@ def test_settings_without_effect(key):
         config(**{key: VALUES[key]})
 
 
+def test_label_smoothing_is_a_knob_of_sft():
+    """... as the refusal of TRL's field says."""
+    with pytest.raises(ValueError, match="with objective 'sft' set label_smoothing"):
+        config(objective="sft", label_smoothing_factor=0.1)
+    rule = config(objective="sft", objective_kwargs={"label_smoothing": 0.1}).rule()
+    assert rule.label_smoothing == 0.1
+
+
 @pytest.mark.parametrize("key", SOMETIMES)
 def test_settings_without_effect_beside_others(key):
     """... are refused there, accepted elsewhere, and so is their default anywhere."""

@@ -128,10 +128,10 @@ def check_rule(name: str, rule: TokenRule, teacher: str) -> None:
         why = "it needs the teacher's whole distribution, and verl's teachers send log-probs of ids"
     elif teacher == "sampled" and (rule.uses_top_k or rule.uses_forward_kl):
         why = "it needs the teacher's top-k log-probs: register it with teacher='top_k'"
-    elif teacher == "sampled" and rule.z_loss:
+    elif teacher == "sampled" and (rule.z_loss or rule.label_smoothing):
         why = (
-            "its z_loss reads the logits, of which a sampled loss gets log-probs alone: leave it "
-            "at 0, or register the rule with teacher='top_k'"
+            "its z_loss or label_smoothing reads the logits, and a sampled loss gets log-probs "
+            "alone: leave both at 0, or register the rule with teacher='top_k'"
         )
     elif rule.uses_task_advantages:
         why = "verl gives a distillation loss no task_advantages: leave task_weight 0, no filter"

@@ -142,6 +142,7 @@ class Problem:
             student=self.student.transform(temperature, columns),
             teacher=teacher,
             sharded=self.shard is not None,
+            vocab_size=self.vocab_size,
         )
 
     def laid_out(self) -> Problem:

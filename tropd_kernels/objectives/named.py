@@ -226,10 +226,12 @@ def KDRL(
     )
 
 
-def SFT(*, z_loss: float = 0.0) -> TokenRule:
-    """Cross-entropy on the labels, through the same kernels. `z_loss`: weight on lse^2, as Liger's
-    `lse_square_scale`."""
-    return TokenRule(policy_gradient=0.0, nll_weight=1.0, z_loss=z_loss)
+def SFT(*, label_smoothing: float = 0.0, z_loss: float = 0.0) -> TokenRule:
+    """Cross-entropy on the labels, through the same kernels. `label_smoothing` is PyTorch's, as
+    Liger has it, and `z_loss`, a weight on lse^2, Liger's `lse_square_scale`."""
+    return TokenRule(
+        policy_gradient=0.0, nll_weight=1.0, label_smoothing=label_smoothing, z_loss=z_loss
+    )
 
 
 # --- divergences -------------------------------------------------------------------------------

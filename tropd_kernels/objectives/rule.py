@@ -16,7 +16,7 @@ On a token that the student sampled, a rule's loss is
                                     K1 as a policy gradient; PPO-clipped if asked
   + KL_K(q || p)                    where `outlier` or `forward_kl_entropy` choose it
   + divergence(p, q)                `divergence`: exact, over the vocabulary (or on K)
-  - nll_weight * lp
+  - nll_weight * ((1 - label_smoothing) * lp + label_smoothing * mean of log p over all ids)
   - entropy_coef * H(p)
   + z_loss * lse^2                lse = logsumexp of the student's transformed logits
 
@@ -97,6 +97,10 @@ class TokenRule:
         agree: at 4e-4 nats of KL a token a "skew_reverse" of 0.1 has its gradient to 1e-3, one of
         0.01 to a tenth.
     nll_weight: weight on -log p(y).
+    label_smoothing: share in [0, 1] of the NLL's weight that is on the mean of -log p over all ids
+        (that student and teacher share) in place of -log p(y), as in PyTorch's cross-entropy (arXiv
+        1512.00567); needs an nll_weight. An id that the student excludes (logit -inf) makes the
+        mean infinite, without a gradient; the rest of the NLL keeps its own.
     entropy_coef: entropy bonus: subtracts entropy_coef * H(p).
     z_loss: weight on lse^2, at least 0: keeps the log of the softmax's normaliser near 0 (PaLM,
         arXiv 2204.02311, with 1e-4). lse is of the logits after scale, softcap and temperature.
@@ -140,6 +144,7 @@ class TokenRule:
     divergence: str | None = None
     divergence_parameter: float = 0.5
     nll_weight: float = 0.0
+    label_smoothing: float = 0.0
     entropy_coef: float = 0.0
     z_loss: float = 0.0
     normalize: str = "tokens"
@@ -165,6 +170,12 @@ class TokenRule:
         for name in ("policy_gradient", "nll_weight", "entropy_coef", "divergence_parameter"):
             number(name, getattr(self, name))
         number("z_loss", self.z_loss, low=0.0)
+        number("label_smoothing", self.label_smoothing, 0.0, 1.0)
+        if self.label_smoothing and not self.nll_weight:
+            raise ValueError(
+                f"label_smoothing={self.label_smoothing} smooths the labels of the NLL, and this "
+                "rule has none: give an nll_weight, or leave label_smoothing at 0"
+            )
         for name in ("teacher_power", "student_power", "reference_power"):
             number(name, getattr(self, name))
         if self.teacher_power <= 0:
@@ -301,6 +312,12 @@ class TokenRule:
     @property
     def _divergence(self) -> DivergenceSpec:
         return NO_DIVERGENCE if self.divergence is None else DIVERGENCES[self.divergence]
+
+    @property
+    def label_weights(self) -> tuple[float, float]:
+        """Weights of -log p(y), and of the mean of -log p over all ids, in every token's loss."""
+        smoothed = self.nll_weight * self.label_smoothing
+        return self.nll_weight - smoothed, smoothed
 
     # What a rule needs: for the check of teachers, the chunk plan and the row engines.
 

@@ -6,7 +6,7 @@ all objectives. With p = softmax(z), q = softmax(t), lp = log p, lq = log q and 
 set (the ids with lq >= THRESHOLD, or a top-k teacher's),
 
     dL/dz = p (P + REVERSE ((lp - lq) - KL(p||q)) - ENTROPY_WEIGHT (lp + H(p)))
-            - Q q 1_K - LABEL 1[v = y] + GENERATOR pg 1_K
+            - Q q 1_K - LABEL 1[v = y] - UNIFORM + GENERATOR pg 1_K
 
 with P_TOP_K in place of P on K: the two differ by up to q(off K)/p(off K), next to which a sum of
 them would lose the smaller. pg = p f'(p/q) belongs to the rule's generator (P already holds minus

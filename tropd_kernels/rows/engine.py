@@ -38,7 +38,7 @@ class Statistics(NamedTuple):
     """What the first pass found in a batch of n rows."""
 
     stats: Tensor  # (Stat, n), filled up to REVERSE_KL
-    coefs: Tensor  # (Coef, n), filled up to REVERSE_KL
+    coefs: Tensor  # (Coef, n), filled up to REVERSE_KL, and MEAN_GAP where the rule smooths labels
     #: Of the engine's own choice, for its `sums`: what would otherwise be made twice.
     read: Any = None
 

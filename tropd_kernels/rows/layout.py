@@ -48,14 +48,16 @@ class Coef(IntEnum):
     # would leave a multiple of p in the gradient, which may be large next to the rest.
     REVERSE_KL = 5
     THRESHOLD = 6  # K is lq >= THRESHOLD, for a dense teacher
+    MEAN_GAP = 7  # mean over the ids of z - MAX, for a rule that smooths labels
     # from here on linear in the row's weight
-    P = 7
-    P_TOP_K = 8  # in place of P on K
-    REVERSE = 9
-    ENTROPY_WEIGHT = 10
-    Q = 11
-    LABEL = 12
-    GENERATOR = 13
+    P = 8
+    P_TOP_K = 9  # in place of P on K
+    REVERSE = 10
+    ENTROPY_WEIGHT = 11
+    Q = 12
+    LABEL = 13
+    GENERATOR = 14
+    UNIFORM = 15  # on every id, for a rule that smooths labels
 
 
 #: First coefficient that scales with the row's weight.
@@ -83,6 +85,7 @@ class RowOptions:
     entropy_threshold: Tensor | None = None  # 0-dim: rows with a lower H(p) do not count
     loss_scale: Tensor | None = None  # 0-dim: a factor on the coefficients from FIRST_WEIGHT on
     sharded: bool = False  # the columns are a part of each row (see `engine`)
+    vocab_size: int | None = None  # of whole rows; None: their columns
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -32,7 +32,7 @@ class NativeRows(RowEngine):
     ) -> Statistics:
         stats, coefs = matrices(batch, into)
         sides = _sides(batch, options)
-        ops.statistics(*sides, batch.labels, stats, coefs)
+        ops.statistics(*sides, batch.labels, stats, coefs, options.rule.label_smoothing > 0)
         if options.sharded:
             _mark_undefined(batch, options, coefs)
         return Statistics(stats, coefs, sides)

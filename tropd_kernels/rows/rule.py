@@ -137,15 +137,22 @@ def apply_rule(
     rule = options.rule
     lp, lq = stats[Stat.LOG_PROB], stats[Stat.TEACHER_LOG_PROB]
     zero = torch.zeros_like(lp)
-    loss, label = zero, zero + rule.nll_weight  # label: weight on -log p(y)
-    p, p_top_k, reverse, q, generator = zero, zero, zero, zero, zero
+    nll, smoothed = rule.label_weights
+    loss, label = zero, zero + nll  # label: weight on -log p(y)
+    p, p_top_k, reverse, q, generator, uniform = (zero,) * 6
 
     kl, kl_p, kl_p_top_k, kl_q = forward_kl(sums, rule) if sums else (zero,) * 4
     if rule.policy_gradient:
         value, slope = _policy_gradient(stats, gated, kl, batch, rule)
         loss, label = loss + value, label + slope
-    if rule.nll_weight:
-        loss = loss - rule.nll_weight * lp
+    if nll:
+        loss = loss - nll * lp
+    if smoothed:
+        mean_nll = coefs[Coef.STUDENT_LOG_SUM] - coefs[Coef.MEAN_GAP]
+        loss = loss + smoothed * mean_nll
+        live = torch.where(mean_nll == math.inf, 0.0, zero + smoothed)
+        p, p_top_k = p + live, p_top_k + live
+        uniform = live / (options.vocab_size or batch.student.shape[-1])
 
     kl_weight, reverse_weight = gated.forward_kl_weight, zero + rule.kl_weights[1]
     if rule.weighs_by_gaps:
@@ -191,17 +198,17 @@ def apply_rule(
 
     if options.entropy_threshold is not None:
         off = ~(stats[Stat.ENTROPY] >= options.entropy_threshold)
-        loss, label, p, q, p_top_k, reverse, generator, entropy_weight = (
+        loss, label, p, q, p_top_k, reverse, generator, entropy_weight, uniform = (
             torch.where(off, 0.0, each)
-            for each in (loss, label, p, q, p_top_k, reverse, generator, entropy_weight)
+            for each in (loss, label, p, q, p_top_k, reverse, generator, entropy_weight, uniform)
         )
     if batch.teacher_prefix is not None and rule.prefix_weight is not None:
         ours = gated.on_policy
         loss = torch.where(ours, loss, rule.prefix_weight * (lq - lp))
         label = torch.where(ours, label, rule.prefix_weight)
-        p, q, p_top_k, reverse, generator, entropy_weight = (
+        p, q, p_top_k, reverse, generator, entropy_weight, uniform = (
             torch.where(ours, each, 0.0)
-            for each in (p, q, p_top_k, reverse, generator, entropy_weight)
+            for each in (p, q, p_top_k, reverse, generator, entropy_weight, uniform)
         )
 
     # A label outside the vocabulary has lp = NaN, which must show in the loss and the gradient, as
@@ -222,6 +229,7 @@ def apply_rule(
     for row, value in (
         (Coef.P, p), (Coef.P_TOP_K, p_top_k), (Coef.REVERSE, reverse), (Coef.Q, q),
         (Coef.ENTROPY_WEIGHT, entropy_weight), (Coef.LABEL, label), (Coef.GENERATOR, generator),
+        (Coef.UNIFORM, uniform),
     ):  # fmt: skip
         coefs[row] = value * weight * scale
 

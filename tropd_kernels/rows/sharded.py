@@ -14,16 +14,18 @@ shards' numbers are merged into those of the whole rows:
     rule         the same on every rank, from the same numbers
     gradient     of the shard's columns, without an exchange
 
-The exchanges gather a few numbers a token from every rank, 4 or 11 statistics and 8 sums, and each
-rank adds them up in float64 in the order of ranks: all get the same bits, whatever the collective's
-own order. The size of an exchange depends on the batch's shape and on the rule, never on values, so
-ranks whose arithmetic differs in a last bit still meet in the same collective.
+The exchanges gather a few numbers a token from every rank, 4 or 11 statistics (one more where the
+rule smooths labels) and 8 sums, and each rank adds them up in float64 in the order of ranks: all
+get the same bits, whatever the collective's own order. The size of an exchange depends on the
+batch's shape and on the rule, never on values, so ranks whose arithmetic differs in a last bit
+still meet in the same collective.
 """
 
 from __future__ import annotations
 
 import math
 from dataclasses import replace
+from itertools import pairwise
 from typing import TYPE_CHECKING
 
 import torch
@@ -115,12 +117,16 @@ class ShardRows(RowEngine):
             empty = (coefs[high] == -math.inf) & (coefs[log_sum] == -math.inf)
             stats[log_prob] = stats[log_prob].masked_fill(empty & inside, -math.inf)
         which = list(STUDENT_COEFS + (TEACHER_COEFS if dense else ()))
+        if options.rule.label_smoothing:
+            which.append(Coef.MEAN_GAP)
         what = list(STUDENT_STATS + (TEACHER_STATS if dense else ()))
         gathered = self.shard.gather(torch.cat([coefs[which], stats[what]])).double()
         # In two dictionaries: members of Coef and Stat are equal as keys.
         of_coefs = dict(zip(which, gathered[:, : len(which)].unbind(1), strict=True))
         of_stats = dict(zip(what, gathered[:, len(which) :].unbind(1), strict=True))
         _merge(of_coefs, of_stats, stats, coefs, dense)
+        if options.rule.label_smoothing:
+            coefs[Coef.MEAN_GAP] = _mean_gap(of_coefs, coefs[Coef.STUDENT_MAX], self.shard)
         return found
 
     def sums(
@@ -176,6 +182,16 @@ def _merge(c: dict, s: dict, stats: Tensor, coefs: Tensor, dense: bool) -> None:
     # E_p of the log-ratio relative to the rows' maxima, from those relative to the shards'.
     moved = (c[Coef.STUDENT_MAX] - high) - (c[Coef.TEACHER_MAX] - t_high)
     coefs[Coef.REVERSE_KL] = _expect(share, c[Coef.REVERSE_KL] + moved, stats.dtype)
+
+
+def _mean_gap(c: dict, high: Tensor, shard: Shard) -> Tensor:
+    """Mean over all ids of z - high (n,), from the shards' means relative to their own maxima."""
+    gap = c[Coef.MEAN_GAP] + (c[Coef.STUDENT_MAX] - high)
+    gap = gap.masked_fill(c[Coef.STUDENT_MAX] == -math.inf, -math.inf)  # all of its ids excluded
+    sums = [
+        ours * (end - low) for ours, (low, end) in zip(gap, pairwise(shard.bounds)) if end > low
+    ]
+    return torch.stack(sums).sum(0) / shard.vocab_size
 
 
 def _normaliser(high: Tensor, log_sum: Tensor) -> tuple[Tensor, Tensor, Tensor]:

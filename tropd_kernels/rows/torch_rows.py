@@ -201,6 +201,8 @@ def _statistics(
     p = lp.exp()
     s[Stat.LOG_PROB] = _pick(lp, part.labels)
     s[Stat.ENTROPY] = c[Coef.ENTROPY] = -_dot(p, lp)
+    if options.rule.label_smoothing:
+        c[Coef.MEAN_GAP] = lp.mean(-1) + c[Coef.STUDENT_LOG_SUM]
     if part.teacher is None:
         return lp, None
     lq = _log_probs(part.teacher, options.teacher, c, Coef.TEACHER_MAX)
@@ -382,6 +384,8 @@ def _gradient(part: RowBatch, c: Tensor, options: RowOptions, out: Tensor) -> No
         inner = _log_p(z, c, options).add_(c[Coef.ENTROPY]).where(d > 0, 0.0)
         weight = weight - c[Coef.ENTROPY_WEIGHT] * inner
     d *= weight
+    if rule.label_smoothing:
+        d -= c[Coef.UNIFORM]
     if teacher is not None:
         on_k_alone = rule.uses_top_k and not rule.uses_reverse_kl
         add = _add_on_top_k if on_k_alone and on_cpu else _add_teacher_terms

@@ -60,7 +60,8 @@ class TritonRows(RowEngine):
             options.loss_scale, options.entropy_threshold, stats, coefs, sums, n,
             _columns(stats, coefs),
             ACC=self._acc(stats), **_gate_constants(rule), **_reward_constants(rule),
-            **_rule_constants(rule), DENSE=dense, BLOCK=RULE_BLOCK, **FUSION_OFF,
+            **_rule_constants(rule, batch.student.shape[1]), DENSE=dense, BLOCK=RULE_BLOCK,
+            **FUSION_OFF,
         )  # fmt: skip
         return stats, coefs
 
@@ -77,13 +78,16 @@ class TritonRows(RowEngine):
             vocab_size, stats.dtype, z.element_size(), triton_launch.STATISTICS_UNROLL
         )
         parts = parts_of_row(n, vocab_size, launch["UNROLL"] * launch["LANES"])
-        scratch = None if parts == 1 else stats.new_empty((8, parts, n))
+        has_mean = options.rule.label_smoothing != 0
+        scratch = None if parts == 1 else stats.new_empty((10 if has_mean else 8, parts, n))
         arguments = (
             z, t, _bias(options.student), _bias(options.teacher), batch.labels,
             batch.label_log_probs, batch.teacher_entropy, stats, coefs, scratch, vocab_size,
             z.stride(0), 0 if t is None else t.stride(0), _columns(stats, coefs),
         )  # fmt: skip
-        constants = dict(ACC=self._acc(stats), **_transforms(options), PARTS=parts, **launch)
+        constants = dict(
+            ACC=self._acc(stats), **_transforms(options), HAS_MEAN=has_mean, PARTS=parts, **launch
+        )
         self.kernels.statistics_kernel[(n, parts)](*arguments, **constants)
         if parts > 1:
             self.kernels.join_kernel[(n,)](*arguments, **constants)
@@ -166,6 +170,7 @@ class TritonRows(RowEngine):
             ACC=self._acc(coefs),
             HAS_ENTROPY=rule.entropy_coef != 0,
             HAS_P_TOP_K=rule.uses_top_k and rule.p_differs_on_k,
+            HAS_UNIFORM=rule.label_smoothing != 0,
             **_generator_constants(rule),
         )
         topk_ids = id_logits = None
@@ -305,7 +310,8 @@ def _reward_constants(rule: TokenRule) -> dict:
     }
 
 
-def _rule_constants(rule: TokenRule) -> dict:
+def _rule_constants(rule: TokenRule, vocab_size: int) -> dict:
+    nll, smoothed = rule.label_weights
     return {
         "GENERATOR": rule.generator,
         "TAIL": rule.top_k_tail,
@@ -314,7 +320,9 @@ def _rule_constants(rule: TokenRule) -> dict:
         "CLIP_LOW": rule.clip_ratio_low,
         "CLIP_HIGH": rule.clip_ratio_high,
         "PREFIX_WEIGHT": rule.prefix_weight,
-        "NLL": rule.nll_weight,
+        "NLL": nll,
+        "SMOOTHED": smoothed,
+        "UNIFORM": smoothed / vocab_size,
         "ENTROPY_COEF": rule.entropy_coef,
         "Z_LOSS": rule.z_loss,
         "USES_TEACHER": rule.uses_teacher,

@@ -96,7 +96,8 @@ class TrOPDConfig(DistillationConfig):
         "clip_outlier, mask_outlier: threshold -1.386. power_opd: alpha 5. topd: alpha in (0, 1], "
         "which has to be given. tv_opd: scale, likewise. aopd, mopd, topk_jsd: top_k 64. skew_*: "
         'alpha 0.1. akl: head_mass 0.5. veto: student_power, to be given, divergence "forward_kl". '
-        "sft: z_loss 0. A `top_k` here is the teacher's; the field `top_k` samples."
+        "sft: label_smoothing 0, z_loss 0. A `top_k` here is the teacher's; the field `top_k` "
+        "samples."
     )
     beta: float | None = _setting(
         "interpolation of gkd, jsd and topk_jsd: 0 is the forward KL, 1 the reverse KL. None "

@@ -19,7 +19,8 @@ _CASTS = (
 _ONE_SAMPLER = "rows come in TRL's own order: leave it out, or set shuffle_dataset"
 #: Settings that nothing here reads.
 WITHOUT_EFFECT = {
-    "label_smoothing_factor": "the loss compares distributions and smooths no labels: leave it out",
+    "label_smoothing_factor": "the loss is the objective's alone: leave it out, and with objective "
+    "'sft' set label_smoothing in objective_kwargs",
     "average_tokens_across_devices": "the loss is always divided by the tokens of all processes: "
     "leave it out",
     "include_num_input_tokens_seen": "num_tokens is logged in any case: leave it out",

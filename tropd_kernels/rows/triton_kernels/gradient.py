@@ -18,6 +18,7 @@ from .constants import (
     C_REVERSE,
     C_REVERSE_KL,
     C_THRESHOLD,
+    C_UNIFORM,
     INF,
     STUDENT_LOG_SUM,
     STUDENT_MAX,
@@ -31,7 +32,7 @@ from .topk_teacher import _given, _on_k
 
 
 @triton.jit
-def _coefs(coefs, columns, HAS_P_TOP_K: tl.constexpr):
+def _coefs(coefs, columns, HAS_P_TOP_K: tl.constexpr, HAS_UNIFORM: tl.constexpr):
     """A row's coefficients, and whether any weight, or any weight on the teacher's terms, is not 0.
     Loaded once: the compiler would not move a load past the stores to `out`, out of the loop."""
     p = tl.load(coefs + C_P * columns)
@@ -45,16 +46,21 @@ def _coefs(coefs, columns, HAS_P_TOP_K: tl.constexpr):
     if HAS_P_TOP_K:
         teacher_weights += tl.abs(p_top_k - p)
     weights = teacher_weights + tl.abs(p) + tl.abs(label) + tl.abs(entropy_weight)
+    uniform = tl.zeros_like(p)
+    if HAS_UNIFORM:
+        uniform = tl.load(coefs + C_UNIFORM * columns)
+        weights += tl.abs(uniform)
     return (
-        p, p_top_k, reverse, entropy_weight, q, label, generator,
+        p, p_top_k, reverse, entropy_weight, q, label, generator, uniform,
         weights != 0, teacher_weights != 0,
     )  # fmt: skip
 
 
 @triton.jit
 def _student_terms(
-    z, top, log_sum, p_weight, entropy, entropy_weight, SCALE: tl.constexpr, CAP: tl.constexpr,
-    TEMPERATURE: tl.constexpr, HAS_ENTROPY: tl.constexpr, HAS_P_TOP_K: tl.constexpr,
+    z, top, log_sum, p_weight, entropy, entropy_weight, uniform, SCALE: tl.constexpr,
+    CAP: tl.constexpr, TEMPERATURE: tl.constexpr, HAS_ENTROPY: tl.constexpr,
+    HAS_P_TOP_K: tl.constexpr, HAS_UNIFORM: tl.constexpr,
 ):  # fmt: skip
     """lp, p, the part of the gradient that needs no teacher, and the chain factor to raw logits."""
     lp = (z - top) - log_sum
@@ -64,6 +70,8 @@ def _student_terms(
     if HAS_ENTROPY:
         inner = tl.where(p > 0, lp + entropy, 0.0)
         d -= entropy_weight * p * inner
+    if HAS_UNIFORM:
+        d -= uniform
     chain = tl.zeros_like(z) + SCALE / TEMPERATURE
     if CAP is not None:  # 1 - tanh^2, from the capped logits
         tanh = z * (TEMPERATURE / CAP)
@@ -89,8 +97,9 @@ def gradient_kernel(
     vocab_size, student_stride, teacher_stride, coef_stride, out_stride,
     ACC: tl.constexpr, SCALE: tl.constexpr, CAP: tl.constexpr, TEACHER_SCALE: tl.constexpr,
     TEACHER_CAP: tl.constexpr, TEMPERATURE: tl.constexpr, HAS_ENTROPY: tl.constexpr,
-    HAS_REVERSE: tl.constexpr, HAS_P_TOP_K: tl.constexpr, HAS_TOP_K: tl.constexpr,
-    PARAMETER: tl.constexpr, GENERATOR: tl.constexpr, PARTS: tl.constexpr, BLOCK: tl.constexpr,
+    HAS_REVERSE: tl.constexpr, HAS_P_TOP_K: tl.constexpr, HAS_UNIFORM: tl.constexpr,
+    HAS_TOP_K: tl.constexpr, PARAMETER: tl.constexpr, GENERATOR: tl.constexpr,
+    PARTS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """d_logits of one part of a row. Each element is written once, by the program that has read it
     before, so `out` may be `student`. A row without weight is not read, nor a teacher row that no
@@ -106,8 +115,8 @@ def gradient_kernel(
     entropy = tl.load(coefs + C_ENTROPY * coef_stride)
     (
         p_weight, p_top_k_weight, reverse_weight, entropy_weight, q_weight, label_weight,
-        generator_weight, active, needs_teacher,
-    ) = _coefs(coefs, coef_stride, HAS_P_TOP_K)  # fmt: skip
+        generator_weight, uniform, active, needs_teacher,
+    ) = _coefs(coefs, coef_stride, HAS_P_TOP_K, HAS_UNIFORM)  # fmt: skip
     if teacher is not None:
         teacher += row * teacher_stride
         # A row that is not asked for looks as if the teacher excluded all ids: none is on K.
@@ -138,8 +147,8 @@ def gradient_kernel(
             if HAS_P_TOP_K:
                 weight = tl.where(lq >= threshold, p_top_k_weight, p_weight)
         lp, p, d, chain = _student_terms(
-            z, top, log_sum, weight, entropy, entropy_weight, SCALE, CAP, TEMPERATURE, HAS_ENTROPY,
-            HAS_P_TOP_K,
+            z, top, log_sum, weight, entropy, entropy_weight, uniform, SCALE, CAP, TEMPERATURE,
+            HAS_ENTROPY, HAS_P_TOP_K, HAS_UNIFORM,
         )  # fmt: skip
         if teacher is not None:
             more = _top_k_terms(lp, p, lq, q_weight, generator_weight, GENERATOR, PARAMETER)
@@ -163,8 +172,8 @@ def topk_teacher_grad_kernel(
     ids, topk_log_probs, least, student, id_logits, student_bias, labels, coefs, out, vocab_size,
     k, student_stride, coef_stride, out_stride,
     ACC: tl.constexpr, SCALE: tl.constexpr, CAP: tl.constexpr, TEMPERATURE: tl.constexpr,
-    HAS_ENTROPY: tl.constexpr, HAS_P_TOP_K: tl.constexpr, PARAMETER: tl.constexpr,
-    GENERATOR: tl.constexpr, BLOCK: tl.constexpr,
+    HAS_ENTROPY: tl.constexpr, HAS_P_TOP_K: tl.constexpr, HAS_UNIFORM: tl.constexpr,
+    PARAMETER: tl.constexpr, GENERATOR: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """d_logits at a top-k teacher's ids. Replaces what `gradient_kernel` wrote there: adding to it
     would round twice. id_logits (n, k): the raw student logits at the ids, where `out` has
@@ -172,9 +181,9 @@ def topk_teacher_grad_kernel(
     row = tl.program_id(0).to(tl.int64)
     coefs += row
     (
-        p_weight, p_top_k_weight, _, entropy_weight, q_weight, label_weight, generator_weight, _,
-        needs_teacher,
-    ) = _coefs(coefs, coef_stride, HAS_P_TOP_K)  # fmt: skip
+        p_weight, p_top_k_weight, _, entropy_weight, q_weight, label_weight, generator_weight,
+        uniform, _, needs_teacher,
+    ) = _coefs(coefs, coef_stride, HAS_P_TOP_K, HAS_UNIFORM)  # fmt: skip
     id_, lq = _given(row, ids, topk_log_probs, vocab_size, k, ACC, BLOCK)
     lq = _on_k(row, lq, least)
     on_k = lq > tl.where(needs_teacher, -INF, INF)
@@ -190,8 +199,8 @@ def topk_teacher_grad_kernel(
         z, tl.load(coefs + STUDENT_MAX * coef_stride),
         tl.load(coefs + STUDENT_LOG_SUM * coef_stride),
         p_top_k_weight if HAS_P_TOP_K else p_weight,
-        tl.load(coefs + C_ENTROPY * coef_stride), entropy_weight,
-        SCALE, CAP, TEMPERATURE, HAS_ENTROPY, HAS_P_TOP_K,
+        tl.load(coefs + C_ENTROPY * coef_stride), entropy_weight, uniform,
+        SCALE, CAP, TEMPERATURE, HAS_ENTROPY, HAS_P_TOP_K, HAS_UNIFORM,
     )  # fmt: skip
     d += _top_k_terms(lp, p, lq, q_weight, generator_weight, GENERATOR, PARAMETER)
     d -= tl.where(id_ == tl.load(labels + row), label_weight, 0.0)

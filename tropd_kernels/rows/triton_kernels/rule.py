@@ -7,11 +7,13 @@ from .constants import (
     C_ENTROPY_WEIGHT,
     C_GENERATOR,
     C_LABEL,
+    C_MEAN_GAP,
     C_P,
     C_P_TOP_K,
     C_Q,
     C_REVERSE,
     C_THRESHOLD,
+    C_UNIFORM,
     ENTROPY,
     FORWARD_KL,
     INF,
@@ -113,9 +115,9 @@ def rule_kernel(
     REVERSE_KL_WEIGHT: tl.constexpr, BY_GAPS: tl.constexpr, GENERATOR: tl.constexpr,
     TAIL: tl.constexpr, POLICY: tl.constexpr, CLIP_LOW: tl.constexpr, CLIP_HIGH: tl.constexpr,
     PREFIX_WEIGHT: tl.constexpr, NLL: tl.constexpr, ENTROPY_COEF: tl.constexpr,
-    Z_LOSS: tl.constexpr, USES_TEACHER: tl.constexpr, USES_FORWARD_KL: tl.constexpr,
-    USES_REVERSE_KL: tl.constexpr, USES_TOP_K: tl.constexpr, DENSE: tl.constexpr,
-    BLOCK: tl.constexpr,
+    SMOOTHED: tl.constexpr, UNIFORM: tl.constexpr, Z_LOSS: tl.constexpr,
+    USES_TEACHER: tl.constexpr, USES_FORWARD_KL: tl.constexpr, USES_REVERSE_KL: tl.constexpr,
+    USES_TOP_K: tl.constexpr, DENSE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Twin of `rule.apply_rule`: makes loss and coefficients of statistics and sums (SUMS, n).
     columns: the row stride of stats and coefs."""
@@ -152,6 +154,7 @@ def rule_kernel(
     reverse = zero
     generator = zero
     entropy_weight = zero
+    uniform = zero
 
     kl = zero
     kl_p = zero
@@ -214,6 +217,13 @@ def rule_kernel(
         label += POLICY * slope
     if NLL != 0:
         loss -= NLL * lp
+    if SMOOTHED != 0:
+        mean_nll = tl.load(coefs + STUDENT_LOG_SUM * columns + row)
+        mean_nll -= tl.load(coefs + C_MEAN_GAP * columns + row)
+        loss += SMOOTHED * mean_nll
+        p_coef += tl.where(mean_nll == INF, 0.0, zero + SMOOTHED)
+        p_top_k += tl.where(mean_nll == INF, 0.0, zero + SMOOTHED)
+        uniform = tl.where(mean_nll == INF, 0.0, zero + UNIFORM)
 
     reverse += REVERSE_KL_WEIGHT
     if BY_GAPS:
@@ -308,3 +318,6 @@ def rule_kernel(
     tl.store(coefs + C_Q * columns + row, q_coef * weight * scale, mask=inside)
     tl.store(coefs + C_LABEL * columns + row, label * weight * scale, mask=inside)
     tl.store(coefs + C_GENERATOR * columns + row, generator * weight * scale, mask=inside)
+    if SMOOTHED != 0:
+        uniform = tl.where(counts, uniform, 0.0)
+        tl.store(coefs + C_UNIFORM * columns + row, uniform * weight * scale, mask=inside)

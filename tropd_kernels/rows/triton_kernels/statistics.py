@@ -3,7 +3,7 @@
 Every lane of a program (`logits.py`) keeps an online softmax of both rows, with first moments of
 z - max and of the difference of the two. The entropies and both KLs follow from them without the
 cancellation of E[z] - E[t]. Lanes are joined at the end of the row; where several programs share a
-row, `join_kernel` joins their sums.
+row, `join_kernel` joins their sums. HAS_MEAN: they also sum z - max without weights.
 
 The sums of weight * value have no guard against ids that one side excludes, where the product is
 0 * inf. A row whose sums come out infinite or NaN is read once more, relative to its final maxima,
@@ -17,6 +17,7 @@ import triton.language as tl
 
 from .constants import (
     C_ENTROPY,
+    C_MEAN_GAP,
     C_REVERSE_KL,
     ENTROPY,
     FORWARD_KL,
@@ -39,11 +40,11 @@ def statistics_kernel(
     student, teacher, student_bias, teacher_bias, labels, label_log_probs, teacher_entropy,
     stats, coefs, parts, vocab_size, student_stride, teacher_stride, columns,
     ACC: tl.constexpr, SCALE: tl.constexpr, CAP: tl.constexpr, TEACHER_SCALE: tl.constexpr,
-    TEACHER_CAP: tl.constexpr, TEMPERATURE: tl.constexpr, PARTS: tl.constexpr,
-    UNROLL: tl.constexpr, LANES: tl.constexpr,
+    TEACHER_CAP: tl.constexpr, TEMPERATURE: tl.constexpr, HAS_MEAN: tl.constexpr,
+    PARTS: tl.constexpr, UNROLL: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
-    """One part of a row of student logits, and of the teacher's. parts (8, PARTS, rows) receives
-    the parts' maxima and sums where PARTS > 1."""
+    """One part of a row of student logits, and of the teacher's. parts (8, PARTS, rows), or with
+    HAS_MEAN (10, PARTS, rows), receives the parts' maxima and sums where PARTS > 1."""
     row = tl.program_id(0).to(tl.int64)
     part = tl.program_id(1)
     student += row * student_stride
@@ -53,6 +54,8 @@ def statistics_kernel(
     top = tl.full((LANES,), lowest, ACC)
     mass = tl.zeros((LANES,), ACC)
     moment = tl.zeros((LANES,), ACC)
+    gaps = tl.zeros((LANES,), ACC)
+    count = tl.zeros((LANES,), ACC)
     t_top = tl.full((LANES,), lowest, ACC)
     t_mass = tl.zeros((LANES,), ACC)
     t_moment = tl.zeros((LANES,), ACC)
@@ -64,27 +67,28 @@ def statistics_kernel(
     end = tl.minimum(begin + width, vocab_size)
     whole = tl.minimum(end, vocab_size // TILE * TILE)
     for start in range(begin, whole, TILE):
-        top, mass, moment, t_top, t_mass, t_moment, reverse, forward = _add_tile(
-            top, mass, moment, t_top, t_mass, t_moment, reverse, forward, start,
+        top, mass, moment, gaps, count, t_top, t_mass, t_moment, reverse, forward = _add_tile(
+            top, mass, moment, gaps, count, t_top, t_mass, t_moment, reverse, forward, start,
             student, teacher, student_bias, teacher_bias, vocab_size, False, ACC, SCALE, CAP,
-            TEACHER_SCALE, TEACHER_CAP, TEMPERATURE, UNROLL, LANES,
+            TEACHER_SCALE, TEACHER_CAP, TEMPERATURE, HAS_MEAN, UNROLL, LANES,
         )  # fmt: skip
     if (begin <= whole) & (whole < end):
-        top, mass, moment, t_top, t_mass, t_moment, reverse, forward = _add_tile(
-            top, mass, moment, t_top, t_mass, t_moment, reverse, forward, whole,
+        top, mass, moment, gaps, count, t_top, t_mass, t_moment, reverse, forward = _add_tile(
+            top, mass, moment, gaps, count, t_top, t_mass, t_moment, reverse, forward, whole,
             student, teacher, student_bias, teacher_bias, vocab_size, True, ACC, SCALE, CAP,
-            TEACHER_SCALE, TEACHER_CAP, TEMPERATURE, UNROLL, LANES,
+            TEACHER_SCALE, TEACHER_CAP, TEMPERATURE, HAS_MEAN, UNROLL, LANES,
         )  # fmt: skip
 
-    top, mass, moment, t_top, t_mass, t_moment, reverse, forward = _join(
-        top, mass, moment, t_top, t_mass, t_moment, reverse, forward
+    top, mass, moment, gaps, count, t_top, t_mass, t_moment, reverse, forward = _join(
+        top, mass, moment, gaps, count, t_top, t_mass, t_moment, reverse, forward
     )
     if PARTS == 1:
         _finish(
-            top, mass, moment, t_top, t_mass, t_moment, reverse, forward,
+            top, mass, moment, gaps, t_top, t_mass, t_moment, reverse, forward,
             row, student, teacher, student_bias, teacher_bias, labels, label_log_probs,
             teacher_entropy, stats, coefs, vocab_size, columns,
-            ACC, SCALE, CAP, TEACHER_SCALE, TEACHER_CAP, TEMPERATURE, UNROLL, LANES,
+            ACC, SCALE, CAP, TEACHER_SCALE, TEACHER_CAP, TEMPERATURE, HAS_MEAN,
+            UNROLL, LANES,
         )  # fmt: skip
     else:
         rows = tl.num_programs(0)
@@ -98,15 +102,18 @@ def statistics_kernel(
         tl.store(parts + 5 * step, t_moment)
         tl.store(parts + 6 * step, reverse)
         tl.store(parts + 7 * step, forward)
+        if HAS_MEAN:
+            tl.store(parts + 8 * step, gaps)
+            tl.store(parts + 9 * step, count)
 
 
 @triton.jit
 def _add_tile(
-    top, mass, moment, t_top, t_mass, t_moment, reverse, forward, start,
+    top, mass, moment, gaps, count, t_top, t_mass, t_moment, reverse, forward, start,
     student, teacher, student_bias, teacher_bias, vocab_size, PADDED: tl.constexpr,
     ACC: tl.constexpr, SCALE: tl.constexpr, CAP: tl.constexpr, TEACHER_SCALE: tl.constexpr,
-    TEACHER_CAP: tl.constexpr, TEMPERATURE: tl.constexpr, UNROLL: tl.constexpr,
-    LANES: tl.constexpr,
+    TEACHER_CAP: tl.constexpr, TEMPERATURE: tl.constexpr, HAS_MEAN: tl.constexpr,
+    UNROLL: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
     """Adds a tile to the lanes' maxima and sums. PADDED: it may reach beyond the row."""
     cols = _tile(start, UNROLL, LANES)
@@ -116,6 +123,14 @@ def _add_tile(
     shift, shrink = _raise_to(top, new, PADDED)
     top = new
     z = z - top[None, :]
+    if HAS_MEAN:
+        gaps = _shifted(gaps, count, shift)
+        if PADDED:
+            gaps += tl.sum(tl.where(mask, z, 0.0), 0)
+            count += tl.sum((cols < vocab_size).to(ACC), 0)
+        else:
+            gaps += tl.sum(z, 0)
+            count += UNROLL
     e = tl.exp(z) if PADDED else _exp(z)
     moment = _moved(moment, mass, shift, shrink, PADDED) + _weighed(e, z, PADDED)
     if teacher is not None:
@@ -135,7 +150,14 @@ def _add_tile(
         t_moment = _moved(t_moment, t_mass, t_shift, t_shrink, PADDED) + _weighed(t_e, t, PADDED)
         t_mass = t_mass * t_shrink + tl.sum(t_e, 0)
     mass = mass * shrink + tl.sum(e, 0)
-    return top, mass, moment, t_top, t_mass, t_moment, reverse, forward
+    return top, mass, moment, gaps, count, t_top, t_mass, t_moment, reverse, forward
+
+
+@triton.jit
+def _shifted(gaps, count, shift):
+    """Sums of `count` gaps to a maximum that has risen by -shift. Before the first id it rises from
+    the lowest number."""
+    return gaps + tl.where(count > 0, shift * count, 0.0)
 
 
 @triton.jit
@@ -143,8 +165,8 @@ def join_kernel(
     student, teacher, student_bias, teacher_bias, labels, label_log_probs, teacher_entropy,
     stats, coefs, parts, vocab_size, student_stride, teacher_stride, columns,
     ACC: tl.constexpr, SCALE: tl.constexpr, CAP: tl.constexpr, TEACHER_SCALE: tl.constexpr,
-    TEACHER_CAP: tl.constexpr, TEMPERATURE: tl.constexpr, PARTS: tl.constexpr,
-    UNROLL: tl.constexpr, LANES: tl.constexpr,
+    TEACHER_CAP: tl.constexpr, TEMPERATURE: tl.constexpr, HAS_MEAN: tl.constexpr,
+    PARTS: tl.constexpr, UNROLL: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
     """A row's statistics from those of its parts."""
     row = tl.program_id(0).to(tl.int64)
@@ -154,21 +176,27 @@ def join_kernel(
     rows = tl.num_programs(0)
     parts += tl.arange(0, PARTS) * rows + row
     step = PARTS * rows
-    top, mass, moment, t_top, t_mass, t_moment, reverse, forward = _join(
-        tl.load(parts), tl.load(parts + step), tl.load(parts + 2 * step),
+    gaps = tl.zeros((PARTS,), ACC)
+    count = tl.zeros((PARTS,), ACC)
+    if HAS_MEAN:
+        gaps = tl.load(parts + 8 * step)
+        count = tl.load(parts + 9 * step)
+    top, mass, moment, gaps, _, t_top, t_mass, t_moment, reverse, forward = _join(
+        tl.load(parts), tl.load(parts + step), tl.load(parts + 2 * step), gaps, count,
         tl.load(parts + 3 * step), tl.load(parts + 4 * step), tl.load(parts + 5 * step),
         tl.load(parts + 6 * step), tl.load(parts + 7 * step),
     )  # fmt: skip
     _finish(
-        top, mass, moment, t_top, t_mass, t_moment, reverse, forward,
+        top, mass, moment, gaps, t_top, t_mass, t_moment, reverse, forward,
         row, student, teacher, student_bias, teacher_bias, labels, label_log_probs,
         teacher_entropy, stats, coefs, vocab_size, columns,
-        ACC, SCALE, CAP, TEACHER_SCALE, TEACHER_CAP, TEMPERATURE, UNROLL, LANES,
+        ACC, SCALE, CAP, TEACHER_SCALE, TEACHER_CAP, TEMPERATURE, HAS_MEAN,
+        UNROLL, LANES,
     )  # fmt: skip
 
 
 @triton.jit
-def _join(top, mass, moment, t_top, t_mass, t_moment, reverse, forward):
+def _join(top, mass, moment, gaps, count, t_top, t_mass, t_moment, reverse, forward):
     """Joins the maxima and sums of lanes, or of parts, into one each."""
     shift, shrink = _raise_to(top, tl.max(top, 0), True)
     t_shift, t_shrink = _raise_to(t_top, tl.max(t_top, 0), True)
@@ -176,6 +204,8 @@ def _join(top, mass, moment, t_top, t_mass, t_moment, reverse, forward):
         tl.max(top, 0),
         tl.sum(mass * shrink, 0),
         tl.sum(_moved(moment, mass, shift, shrink, True), 0),
+        tl.sum(_shifted(gaps, count, shift), 0),
+        tl.sum(count, 0),
         tl.max(t_top, 0),
         tl.sum(t_mass * t_shrink, 0),
         tl.sum(_moved(t_moment, t_mass, t_shift, t_shrink, True), 0),
@@ -186,12 +216,12 @@ def _join(top, mass, moment, t_top, t_mass, t_moment, reverse, forward):
 
 @triton.jit
 def _finish(
-    top, total, moment, t_top, t_total, t_moment, reverse, forward,
+    top, total, moment, gaps, t_top, t_total, t_moment, reverse, forward,
     row, student, teacher, student_bias, teacher_bias, labels, label_log_probs, teacher_entropy,
     stats, coefs, vocab_size, columns,
     ACC: tl.constexpr, SCALE: tl.constexpr, CAP: tl.constexpr, TEACHER_SCALE: tl.constexpr,
-    TEACHER_CAP: tl.constexpr, TEMPERATURE: tl.constexpr, UNROLL: tl.constexpr,
-    LANES: tl.constexpr,
+    TEACHER_CAP: tl.constexpr, TEMPERATURE: tl.constexpr, HAS_MEAN: tl.constexpr,
+    UNROLL: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
     """A row's numbers from its maxima and sums."""
     finite = tl.abs(moment) < INF
@@ -222,6 +252,8 @@ def _finish(
     tl.store(coefs + STUDENT_MAX * columns, top)
     tl.store(coefs + STUDENT_LOG_SUM * columns, log_sum)
     tl.store(coefs + C_ENTROPY * columns, entropy)
+    if HAS_MEAN:
+        tl.store(coefs + C_MEAN_GAP * columns, gaps / vocab_size)
     if teacher is not None:
         t_top = tl.where(t_total == 0, -INF, t_top)
         t_log_sum = tl.log(t_total)
