@@ -166,3 +166,13 @@ def test_traces_as_one_graph():
     )
     compiled = torch.compile(every, fullgraph=True, backend="eager")(*inputs)
     assert all(torch.equal(a, b) for a, b in zip(compiled, every(*inputs), strict=True))
+
+
+@pytest.mark.parametrize("name", ["window", "drift_gates"])
+def test_traces_with_symbolic_lengths(name):
+    """One doubling more at another length, and no number formatted on the way."""
+    compiled = torch.compile(CALLS[name], fullgraph=True, backend="eager", dynamic=True)
+    for length in (5, 9):
+        values, mask = torch.randn(2, length), torch.rand(2, length) < 0.7
+        ids = (torch.arange(length) > 2).long().expand(2, -1)
+        assert torch.equal(compiled(values, mask, ids), CALLS[name](values, mask, ids))

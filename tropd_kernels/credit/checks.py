@@ -36,12 +36,15 @@ def check_ids(name: str, ids: Tensor, like: Tensor | None, one_per: str) -> None
 
 
 def check_number(name: str, value: float, low: float, high: float) -> None:
-    wanted = f"in [{low:g}, {high:g}]"
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         given = type(value).__name__
-        raise TypeError(f"{name} must be a number {wanted}, got {given}: pass a Python float")
+        raise TypeError(
+            f"{name} must be a number in [{low:g}, {high:g}], got {given}: pass a Python float"
+        )
     if not low <= value <= high:  # written so that NaN fails
-        raise ValueError(f"{name} must be {wanted}, got {value}: pass a number in that range")
+        raise ValueError(
+            f"{name} must be in [{low:g}, {high:g}], got {value}: pass a number in that range"
+        )
 
 
 def check_length(name: str, value: int) -> None:
