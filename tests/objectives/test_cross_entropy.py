@@ -99,15 +99,18 @@ def test_sft_is_pytorch_s_cross_entropy(rule, reduction, dtype, backend, device)
 
 @pytest.mark.pairs
 @pytest.mark.parametrize("tail", TAILS)
+@pytest.mark.parametrize("kl", ["forward", "reverse"])
 @pytest.mark.parametrize("form", ["hidden", "top_k"])
 @both
-def test_beside_the_forward_kl_of_every_tail(tail, form, backend, device):
+def test_beside_the_kl_of_every_tail(tail, kl, form, backend, device):
     """Their terms are in the coefficients of p on K and off it; with both sides renormalised the
     one off K is otherwise 0."""
     rule = TokenRule(
         gate="expected", outlier="forward_kl", top_k=K, top_k_tail=tail, prefix_weight=0.001,
         nll_weight=0.3, label_smoothing=0.2, z_loss=0.05,
     )  # fmt: skip
+    if kl == "reverse":
+        rule = replace(rule, gate="always", outlier="mask", divergence="topk_reverse_kl")
     problem = with_everything(make_problem(tokens=7, device=device))
     truth = problem.call(rule, form, "reference", torch.float64)
     found = problem.call(rule, form, backend)
