@@ -348,12 +348,12 @@ BAD = {
     "a sampled teacher": (
         lambda: head_loss(objective=Veto(student_power=0.5),
                           teacher=sampled_teacher()),
-        ValueError, "SampledTeacher", "HiddenTeacher or LogitsTeacher", "student_power",
+        ValueError, "SampledTeacher", "HiddenTeacher or LogitsTeacher", "renormalises over the",
     ),
     "a top-k teacher": (
         lambda: head_loss(objective=replace(TopKJSD(top_k=2), teacher_power=2.0),
                           teacher=top_k_teacher()),
-        ValueError, "TopKTeacher", "HiddenTeacher or LogitsTeacher", "teacher_power",
+        ValueError, "TopKTeacher", "HiddenTeacher or LogitsTeacher", "renormalises over the",
     ),
     "teacher_power 0": (
         lambda: TokenRule(teacher_power=0.0), ValueError, "teacher_power", "above 0",
