@@ -43,6 +43,7 @@ SHAPES = {
     "task": dict(task_weight=0.6, clip_ratio_low=0.2, clip_ratio_high=0.3),
     "positive": dict(reward_filter="positive"),
     "negative": dict(reward_filter="negative", task_weight=-1.5, clip_reward_high=0.1),
+    "target": dict(teacher_power=0.7, student_power=0.4, task_weight=0.3),  # dense teachers only
 }
 
 
@@ -52,7 +53,8 @@ def cases():
     every = [
         each
         for each in product(TRANSFORMS, GATES, OUTLIERS, forms, SHAPES, (None, 0.3), FAST)
-        if each[3] != "sampled" or each[1] == "always" or not each[2].startswith("forward_kl")
+        if (each[3] != "sampled" or each[1] == "always" or not each[2].startswith("forward_kl"))
+        and (each[3] == "hidden" or each[4] != "target")
     ]
     return [every[i] for i in covering(every)]
 
