@@ -26,9 +26,9 @@ class TokenStats(Summarized):
         forward_kl, reverse_kl: Exact, over the vocabulary, for a dense teacher. For a TopKTeacher
             forward_kl is another quantity: on its ids, or where the rule uses K on the likeliest
             `top_k` of them, with the rule's `top_k_tail`.
-        reward: R, transformed and clipped to the rule's clip_reward_*, or the caller's advantages in
-            its place, clipped. Before an outlier's floor and the filter, and without the task's
-            advantages, so that what a credit function makes of it can be passed as `advantages`.
+        reward: R, transformed and clipped to the rule's clip_reward_*, or the caller's advantages,
+            clipped. Before an outlier's floor and the filter, and without the task's advantages, so
+            that what a credit function makes of it can be passed as `advantages`.
         trust, outlier: The gate's M, and 1 - M; both 0 on a prefix.
         teacher_topk_mass, student_topk_mass: Of K; for a dense teacher only at the tokens at which
             the rule looks at K, for a TopKTeacher at all tokens.
