@@ -53,6 +53,7 @@ def linear_distillation_loss(
     task_advantages: Tensor | None = None,  # (*)
     token_weight: Tensor | None = None,  # (*)
     teacher_prefix: Tensor | None = None,  # (*)
+    scores: Tensor | None = None,  # (*)
     uniforms: Tensor | None = None,  # (*)
     mixing: Tensor | None = None,  # (*)
     reference_teacher: HiddenTeacher | LogitsTeacher | None = None,
@@ -91,6 +92,7 @@ def linear_distillation_loss(
             (`reward_filter`). For objectives that have one of the two, which need it.
         token_weight: Factor on each token's loss.
         teacher_prefix: bool, whether the teacher wrote the token.
+        scores: What a rule with select_by="scores" selects tokens by: the highest count.
         uniforms: Draws in [0, 1) for a Bernoulli gate.
         mixing: Each token's weight w in [0, 1] of `Divergence("mixed")`, w KL(q || p) +
             (1 - w) KL(p || q). For example `torch.sigmoid((entropy - 0.8) / 0.1)` of the
@@ -151,7 +153,7 @@ def linear_distillation_loss(
             labels, teacher, objective,
             per_token=dict(old_log_probs=old_log_probs, advantages=advantages, uniforms=uniforms,
                            token_weight=token_weight, teacher_prefix=teacher_prefix,
-                           mixing=mixing, task_advantages=task_advantages),
+                           mixing=mixing, task_advantages=task_advantages, scores=scores),
             reference=reference_teacher,
             temperature=temperature, seed=seed, ignore_index=ignore_index, normalizer=normalizer,
             reduction=reduction, backend=backend, group=group,
@@ -174,6 +176,7 @@ def distillation_loss(
     task_advantages: Tensor | None = None,  # (*)
     token_weight: Tensor | None = None,  # (*)
     teacher_prefix: Tensor | None = None,  # (*)
+    scores: Tensor | None = None,  # (*)
     uniforms: Tensor | None = None,  # (*)
     mixing: Tensor | None = None,  # (*)
     reference_teacher: HiddenTeacher | LogitsTeacher | None = None,
@@ -200,7 +203,7 @@ def distillation_loss(
             student_logits(logits, group), labels, teacher, objective,
             per_token=dict(old_log_probs=old_log_probs, advantages=advantages, uniforms=uniforms,
                            token_weight=token_weight, teacher_prefix=teacher_prefix,
-                           mixing=mixing, task_advantages=task_advantages),
+                           mixing=mixing, task_advantages=task_advantages, scores=scores),
             reference=reference_teacher,
             temperature=temperature, seed=seed, ignore_index=ignore_index, normalizer=normalizer,
             reduction=reduction, backend=backend, group=group,

@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -103,6 +104,7 @@ def token_losses(
     teacher_prefix: Tensor | None = None,
     uniforms: Tensor | None = None,
     mixing: Tensor | None = None,
+    scores: Tensor | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Loss (N,) of each token and its statistics (N,), differentiable in z (N, V)."""
     log_p = z.log_softmax(-1)
@@ -186,8 +188,10 @@ def token_losses(
         loss = loss + rule.z_loss * lse**2
 
     kept = torch.ones_like(lp, dtype=torch.bool)
-    if rule.entropy_top_fraction is not None:
-        kept = top_entropy(entropy, rule.entropy_top_fraction, among=on_policy)
+    if rule.score is not None:
+        stats["scores"] = scores
+        stats["disagreement"] = (stats["teacher_log_probs"] - lo).abs() if teacher else None
+        kept = selected(stats[rule.score], rule, among=on_policy)
         loss = torch.where(kept, loss, 0.0)
     if rule.outlier == "mask":
         kept = kept & (trust > 0)
@@ -270,12 +274,16 @@ def policy_gradient_loss(reward: Tensor, ratio: Tensor, rule: TokenRule) -> Tens
     return -torch.minimum(reward * ratio, reward * ratio.clamp(low, high))
 
 
-def top_entropy(entropy: Tensor, fraction: float, among: Tensor) -> Tensor:
-    """Which tokens' entropy is in the top `fraction` of those `among` (linear quantile)."""
-    if entropy.numel() == 0:
-        return among
-    threshold = torch.nanquantile(torch.where(among, entropy, math.nan).detach(), 1 - fraction)
-    return entropy.detach() >= threshold
+def selected(score: Tensor, rule: TokenRule, among: Tensor) -> Tensor:
+    """Which tokens' score is in the top fraction of those `among` (linear quantile), or reaches the
+    rule's threshold. A NaN does, so that it shows."""
+    most = torch.finfo(score.dtype).max / 4
+    score = score.detach().clamp(-most, most)  # there is nothing between two infinite ones
+    level: Any = rule.select_threshold
+    if level is None:
+        fraction = rule.entropy_top_fraction or rule.select_fraction
+        level = torch.nanquantile(score[among], 1 - fraction) if among.any() else math.nan
+    return ~among | ~(score < level)
 
 
 # --- the vocabulary side -----------------------------------------------------------------------

@@ -161,12 +161,18 @@ def check_serves(teacher: Teacher | None, rule: TokenRule) -> None:
             "and reference_power at 1, 0 and 0"
         )
     if rule.uses_dense_teacher:
-        remedy = " or set top_k" if rule.uses_forward_kl and not rule.uses_reverse_kl else ""
+        exact = rule.uses_reverse_kl or rule.score == "reverse_kl"
+        remedy = " or set top_k" if rule.uses_forward_kl and not exact else ""
         raise ValueError(
             f"{rule!r} needs the teacher's whole distribution, which a {form} does not hold: "
             f"use a {dense}{remedy}"
         )
     if isinstance(teacher, SampledTeacher):
+        if rule.score == "teacher_entropy":
+            raise ValueError(
+                "select_by='teacher_entropy' ranks tokens by H(q), which a SampledTeacher does not "
+                f"hold: use a TopKTeacher or a {dense}, or select_by='entropy'"
+            )
         if rule.uses_top_k:
             raise ValueError(
                 f"{rule!r} needs the teacher's top-k log-probs, which a SampledTeacher does not "

@@ -152,9 +152,13 @@ class Sample:
     kept: list
 
 
-def sample(problem, d_logits, options, chunk=CHUNK, trained=ALL, cuts=None, given=None):
+def sample(problem, d_logits, options, chunk=CHUNK, trained=ALL, cuts=None, given=None,
+           left_out=None):  # fmt: skip
     """As documented, in float64, from every token's d_logits (N, V). cuts: first ids of shards,
-    and V. given: every super-chunk's probabilities, for calls in which a last bit may decide."""
+    and V. given: every super-chunk's probabilities, for calls in which a last bit may decide.
+    left_out (N,): the tokens that the rule does not select."""
+    count = counted(problem)
+    count = count if left_out is None else count[~left_out[count]]
     seed = torch.tensor(options["seed"])
     selects = GradientSampling(
         options.get("gradient_tolerance", 0.0), options.get("gradient_sampling")
@@ -164,7 +168,7 @@ def sample(problem, d_logits, options, chunk=CHUNK, trained=ALL, cuts=None, give
     d_hidden, d_weight = torch.zeros_like(problem.hidden), torch.zeros_like(problem.weight)
     stated, variance = ({"hidden": 0.0, "weight": 0.0} for _ in range(2))
     probabilities, kept, seen = [], [], 0
-    for i, tokens in enumerate(counted(problem).split(chunk)):
+    for i, tokens in enumerate(count.split(chunk)):
         g, hidden = d_logits[tokens, :v], problem.hidden[tokens]
         if given is None:
             parts = [(g[:, low:high], hidden, weight[low:high]) for low, high in shards]
@@ -194,7 +198,7 @@ def sample(problem, d_logits, options, chunk=CHUNK, trained=ALL, cuts=None, give
         for name in stated
         if name in trained
     ]
-    share = seen / (len(counted(problem)) * v)
+    share = seen / (len(count) * v)
     return Sample(gradients, share, max(errors), variance, probabilities, kept)
 
 

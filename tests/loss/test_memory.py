@@ -1,6 +1,7 @@
 """What the plan promises: no (tokens, V) tensor, its own figure of the workspace, and results that
 do not depend on the chunks."""
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -165,7 +166,13 @@ def test_plan_counts_the_gemms():
     assert work() == (3, 0)
     assert work(needs_weight_grad=False, teacher_hidden_size=4096) == (2, 1)
     assert work(teacher_hidden_size=4096, reduction="none") == (4, 2)
-    assert work(objective=EntropyOPD()) == (4, 0)
+    # Of 8192 tokens 1639 reach the quantile at 0.8.
+    assert work(objective=EntropyOPD()) == (1 + 3 * 1639 / 8192, 0)
+    by_kl = replace(GKD(), select_by="reverse_kl", select_fraction=0.2)
+    both = work(objective=by_kl, teacher_hidden_size=4096)
+    assert both == (1 + 3 * 1639 / 8192, 1 + 1639 / 8192)
+    by_scores = replace(GKD(), select_by="scores", select_fraction=0.2)
+    assert work(objective=by_scores, teacher_hidden_size=4096) == (3 * 1639 / 8192, 1639 / 8192)
     assert work(objective=OPD(), needs_weight_grad=False, needs_hidden_grad=False) == (1, 0)
     plan = plan_chunks(**shape, teacher_hidden_size=4096)
     assert plan.gemm_flop == 2 * 8192 * 151_936 * (3 * 2048 + 4096)

@@ -1,12 +1,13 @@
 """What `plan_chunks` chooses for a GPU, which need not be here, and what it says of the work."""
 
+import math
 import re
 
 import pytest
 import torch
 from problems import OBJECTIVES, make_problem
 
-from tropd_kernels import GKD, OPD, EntropyOPD, TrOPD, plan_chunks, products
+from tropd_kernels import GKD, OPD, EntropyOPD, TokenRule, TrOPD, plan_chunks, products
 from tropd_kernels.backends import engine_for
 from tropd_kernels.loss import plan as chunking
 
@@ -232,7 +233,10 @@ def test_what_depends_on_the_batch_is_not_counted():
     assert moved(TrOPD(top_k=64), "sums").bytes == 0 < moved(GKD(), "sums").bytes
     d_logits = 2 * 8192 * 151_936
     assert moved(TrOPD(outlier="mask"), "gradient").bytes == d_logits
-    assert moved(EntropyOPD(), "gradient").bytes == d_logits
     assert moved(OPD(), "gradient").bytes == 3 * d_logits
+    selected = 8192 - math.ceil(0.8 * 8191)  # with a score at or above the linear quantile at 0.8
+    assert moved(EntropyOPD(), "gradient").bytes == 3 * d_logits * selected // 8192
+    by_threshold = TokenRule(select_by="entropy", select_threshold=1.0)
+    assert moved(by_threshold, "gradient") is None
     assert moved(GKD(), "d_hidden", samples_gradient=True) is None
     assert plan_chunks(**QWEN | {"tokens": 0}).bytes_moved == 0

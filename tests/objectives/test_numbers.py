@@ -2,7 +2,6 @@
 cure."""
 
 import math
-from dataclasses import replace
 
 import pytest
 import torch
@@ -212,34 +211,6 @@ def test_two_runs_are_bitwise_equal(name, backend, device):
     first, second = (problem.call(OBJECTIVES[name], "hidden", backend) for _ in range(2))
     assert torch.equal(first[0], second[0])
     assert all(torch.equal(first[1][k], second[1][k]) for k in first[1])
-
-
-def test_entropies_are_ranked_in_the_loop_s_own_chunks(monkeypatch):
-    """13. A product of another height rounds otherwise: the entropy at the quantile would miss
-    itself."""
-    from tropd_kernels.rows.torch_rows import TorchRows
-
-    seen = {"entropy": [], "forward": []}
-    for name, heights in seen.items():
-        whole = getattr(TorchRows, name)
-        monkeypatch.setattr(
-            TorchRows, name,
-            lambda engine, batch, *a, whole=whole, heights=heights: (
-                heights.append(len(batch.labels)) or whole(engine, batch, *a)
-            ),
-        )  # fmt: skip
-    plan = chunking.plan_chunks
-    monkeypatch.setattr(
-        "tropd_kernels.loss.loop.plan_chunks",
-        lambda *a, **k: replace(plan(*a, **k), rows=4, super_rows=6),
-    )
-    problem = make_problem(tokens=13)
-    with torch.no_grad():
-        linear_distillation_loss(
-            problem.hidden.float(), problem.weight.float(), problem.labels,
-            problem.teacher("hidden", torch.float32), OBJECTIVES["entropy_opd"], backend="torch",
-        )  # fmt: skip
-    assert seen["entropy"] == seen["forward"] == [4, 2, 4, 2, 1]
 
 
 @both

@@ -37,6 +37,7 @@ def reference_loss(problem: Problem) -> tuple[Tensor, Tensor, Tensor]:
         teacher_prefix=inputs.teacher_prefix,
         uniforms=inputs.uniforms,
         mixing=inputs.mixing,
+        scores=inputs.scores,
     )
     weight = inputs.token_weight
     if weight is not None:

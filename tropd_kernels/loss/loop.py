@@ -40,14 +40,23 @@ from ..backends import engine_for
 from ..dtypes import without_autocast
 from ..products import products_for
 from ..rows.engine import RowEngine
-from ..rows.layout import RowBatch, RowOptions, new_matrices
+from ..rows.layout import Coef, Matrices, RowBatch, RowOptions, Stat, TokenInputs, new_matrices
 from ..rows.sharded import ShardRows
 from .gradients import HeadGradients, LogitsGradients
 from .logits import ChunkLogits, Size, Tokens
 from .plan import ChunkPlan, plan_chunks
-from .problem import GradNeeds, Problem, Side
+from .problem import NO_GRADIENTS, GradNeeds, Problem, Side
 from .sampling import ColumnSampler
 from .target import write_target
+from .token_selection import (
+    LEFT_OUT,
+    keep_given,
+    keep_known,
+    scores,
+    selected,
+    sides_read,
+    without_left_out,
+)
 from .values import tokens_that_count, with_repeats_marked
 
 
@@ -76,29 +85,34 @@ def forward(problem: Problem) -> Result:
     with without_autocast(source.device.type):
         index = tokens_that_count(problem)
         problem = with_repeats_marked(problem)
+        counted, whole, chosen = index, None, None
+        if problem.options.rule.score is not None:
+            whole, chosen = _Walk(problem, index, NO_GRADIENTS, None).select()
+            index = chosen if index is None else index[chosen]
+            problem = replace(problem, options=problem.options.of_all_tokens())
         n = problem.labels.shape[0] if index is None else index.shape[0]
         stats, coefs = new_matrices(source, n)
         walk = _Walk(problem, index, needs, problem.loss_scale)
         options = problem.row_options()
         if needs.any:
             options = replace(options, loss_scale=walk.row_scale)
-        fraction = options.rule.entropy_top_fraction
-        if fraction is not None:
-            threshold = walk.entropy_threshold(fraction, options)
-            options = replace(options, entropy_threshold=threshold)
 
         def coefficients(batch: RowBatch, part: slice) -> Tensor:
             return walk.engine.forward(batch, options, (stats[:, part], coefs[:, part]))[1]
 
         result = walk.run(coefficients, options, Result(stats, coefs))
-        if index is not None:
-            result.stats, result.coefs = (
-                found.new_zeros((found.shape[0], problem.labels.shape[0])).index_copy_(
-                    1, index, found
-                )
-                for found in (stats, coefs)
-            )
+        found: Matrices = (stats, coefs)
+        if whole is not None and chosen is not None:
+            found = whole[0].index_copy_(1, chosen, stats), whole[1].index_copy_(1, chosen, coefs)
+        if counted is not None:
+            found = spread(found[0], counted, problem), spread(found[1], counted, problem)
+        result.stats, result.coefs = found
         return result
+
+
+def spread(rows: Tensor, tokens: Tensor, problem: Problem) -> Tensor:
+    """Rows (R, n) of these tokens as (R, N), 0 elsewhere."""
+    return rows.new_zeros((rows.shape[0], problem.labels.shape[0])).index_copy_(1, tokens, rows)
 
 
 def backward(problem: Problem, coefs: Tensor, needs: GradNeeds) -> Result:
@@ -106,6 +120,9 @@ def backward(problem: Problem, coefs: Tensor, needs: GradNeeds) -> Result:
     problem = problem.laid_out()
     made = any(side is not None and side.weight is not None for side in problem.sides)
     index = tokens_that_count(problem) if made else None
+    if made and problem.options.rule.score is not None:
+        index = without_left_out(coefs, index)
+        problem = replace(problem, options=problem.options.of_all_tokens())
     walk = _Walk(problem, index, needs, None)
     result = Result(stats=coefs, coefs=coefs)
     of_these = coefs if index is None else coefs[:, index]
@@ -156,9 +173,7 @@ class _Walk:
         """Adds the gradients to the result. `coefficients(batch, part)` gives those of a sub-chunk,
         which is this slice of the tokens that count."""
         head, existing = self._gradients(result.stats)
-        rows = min(self.plan.rows, self.n)
-        sizes = [self.student.size(rows), self._teacher_size(rows)]
-        sizes.append(None if self.reference is None else self.reference.size(rows))
+        sizes = self._sizes()
         if head is not None:
             sizes += [self._d_logits_size(), head.accumulator_size()]
         nbytes = sum(buffers.bytes_for(*size) for size in sizes if size is not None)
@@ -230,24 +245,44 @@ class _Walk:
                     self.engine.gradient(batch, coefs, options, rows)
                     gradients.store(tokens, rows)
 
-    def entropy_threshold(self, fraction: float, options: RowOptions) -> Tensor:
-        """The batch's entropy quantile, from a pass over the student's logits."""
-        source = self.problem.student.source
-        size = self.student.size(min(self.plan.rows, self.n))
-        buffer = None if size is None else source.new_empty(size[0], dtype=size[1])
-        entropy = source.new_empty((self.n,), dtype=self.problem.dtype)
-        # In the chunks of the loop: other chunks would change the last bit of some logits, and so
-        # of the entropies that are compared with this quantile.
+    def select(self) -> tuple[Matrices, Tensor]:
+        """The tokens that the rule selects: statistics and coefficients of all, as far as the
+        selection knows them, and the indices of the selected ones."""
+        problem, options = self.problem, self.problem.row_options()
+        source = problem.student.source
+        stats, coefs = new_matrices(source, self.n)
+        score = stats.new_empty(self.n)
+        student, teacher = sides_read(problem)
+        room = [
+            None if size is None else source.new_empty(size[0], dtype=size[1])
+            for size in self._sizes(student, teacher)
+        ]
+        how = options if student else replace(options, student=options.teacher)
         for low, high in (part for _, _, parts in self._super_chunks() for part in parts):
-            rows = self.student.of(self._tokens(low, high), buffer)
-            batch = RowBatch(rows, None, self.labels[low:high])
-            entropy[low:high] = self.engine.entropy(batch, options)
-        if self.n == 0:
-            return entropy.new_zeros(())
+            part, tokens = slice(low, high), self._tokens(low, high)
+            known, inputs = stats[:, part], self._inputs(part, tokens)
+            read = []
+            if student:
+                read.append(self.student.of(tokens, room[0]))
+            if teacher:
+                read.append(self._teacher_logits(tokens, read[0] if student else None, room))
+            keep_given(known, inputs, problem.vocab_size)
+            if read:
+                both = read[1] if len(read) > 1 else None
+                batch = RowBatch(student=read[0], teacher=both, labels=self.labels[part])
+                made = self.engine.before_selection(batch, how)
+                keep_known(known, made, student, teacher)
+            score[part] = scores(known, inputs, options)
+            if read:  # a row that holds NaN has it in the label's log-prob, and is to show it
+                score[part].masked_fill_(made[Stat.LOG_PROB].isnan(), torch.nan)
+            if len(read) > 1:
+                score[part].masked_fill_(made[Stat.TEACHER_LOG_PROB].isnan(), torch.nan)
         prefix = self.inputs.get("teacher_prefix")
-        if prefix is not None and options.rule.prefix_weight is not None:
-            entropy = entropy.masked_fill(prefix, torch.nan)
-        return torch.nanquantile(entropy, 1 - fraction)
+        chosen = selected(score, options.rule, prefix)
+        left = (~chosen).nonzero().squeeze(-1)
+        stats[Stat.TOKEN_LOSS, left] = stats[Stat.KEPT, left] = 0.0
+        coefs[Coef.STUDENT_LOG_SUM, left] = LEFT_OUT
+        return (stats, coefs), chosen.nonzero().squeeze(-1)
 
     def _plan(self) -> ChunkPlan:
         problem, needs, options = self.problem, self.needs, self.problem.options
@@ -292,13 +327,17 @@ class _Walk:
             )
         return gradients, None
 
-    def _teacher_size(self, rows: int) -> Size | None:
-        """A target is written into a buffer of ours, not into logits that a caller gave."""
-        if self.teacher is None:
-            return None
-        if self.problem.options.rule.reshapes_target:
-            return (rows, self.teacher.stride), self.problem.dtype
-        return self.teacher.size(rows)
+    def _sizes(self, student: bool = True, teacher: bool = True) -> list[Size | None]:
+        """Of a chunk's logits of student, teacher and reference teacher, of the sides read."""
+        rows = min(self.plan.rows, self.n)
+        sizes: list[Size | None] = [self.student.size(rows) if student else None, None, None]
+        if teacher and self.teacher is not None:
+            sizes[1] = self.teacher.size(rows)
+            if self.problem.options.rule.reshapes_target:  # into no logits that a caller gave
+                sizes[1] = (rows, self.teacher.stride), self.problem.dtype
+        if teacher and self.reference is not None:
+            sizes[2] = self.reference.size(rows)
+        return sizes
 
     def _d_logits_size(self) -> Size | None:
         """Of a super-chunk, with padding; None if d_logits overwrites the logits."""
@@ -325,35 +364,38 @@ class _Walk:
     ) -> RowBatch:
         """A sub-chunk of the tokens that count."""
         tokens = self._tokens(part.start, part.stop)
-        t = None if self.teacher is None else self.teacher.of(tokens, room[1])
         z = self.student.of(tokens, room[0], hidden)
-        if t is not None and self.problem.options.rule.reshapes_target:
-            t = self._target(tokens, z, t, room)
         return RowBatch(
             student=z,
-            teacher=t,
+            teacher=None if self.teacher is None else self._teacher_logits(tokens, z, room),
             labels=self.labels[part],
-            **{
-                name: value[part if value.dim() == 1 else tokens]
-                for name, value in self.inputs.items()
-            },
+            **self._inputs(part, tokens).given(),
         )
 
-    def _target(
-        self, tokens: Tokens, z: Tensor, t: Tensor, room: Sequence[Tensor | None]
+    def _teacher_logits(
+        self, tokens: Tokens, z: Tensor | None, room: Sequence[Tensor | None]
     ) -> Tensor:
-        """What stands in for the teacher's logits t, in the teacher's buffer."""
-        assert self.teacher is not None and room[1] is not None
+        """The teacher's logits, or what stands in for them, in the teacher's buffer."""
+        assert self.teacher is not None
         rule = self.problem.options.rule
+        t = self.teacher.of(tokens, room[1])
+        if not rule.reshapes_target:
+            return t
         sides = [(rule.teacher_power, t, self.teacher.transform)]
         if rule.student_power:
+            assert z is not None
             sides.append((rule.student_power, z, self.student.transform))
         if self.reference is not None:
             r = self.reference.of(tokens, room[2])
             sides.append((rule.reference_power, r, self.reference.transform))
+        assert room[1] is not None
         out = room[1][: t.shape[0], : self.columns]
         write_target(out, *sides)
         return out
+
+    def _inputs(self, part: slice, tokens: Tokens) -> TokenInputs:
+        given = self.inputs.items()
+        return TokenInputs(**{k: t[part if t.dim() == 1 else tokens] for k, t in given})
 
 
 def _width(side: Side | None) -> int | None:

@@ -21,10 +21,10 @@ there, so that the rows of an odd vocabulary start at multiples of 32 bytes as w
 
 GEMM work, with S = 2 N V H (student head) and T = 2 N V G (teacher head): 3 S + T if the forward
 forms the gradients; 3 S without a dense teacher; one S less for each frozen input; 4 S + 2 T if
-`reduction="none"` recomputes; one S more for a rule that ranks the batch by entropy; T' = 2 N V G'
-more for every T with a reference teacher's head. A gradient
-tolerance or sampling saves a part of the last two S that depends on the batch: the plan counts all
-ids.
+`reduction="none"` recomputes; T' = 2 N V G' more for every T with a reference teacher's head. A
+rule that selects a share f of the tokens takes f of that, and what the score reads
+(`token_selection`): one S for the student's entropy. A gradient tolerance or sampling saves a part
+of the last two S that depends on the batch: the plan counts all ids.
 """
 
 from __future__ import annotations
@@ -67,7 +67,8 @@ class ChunkPlan:
     d_weight in the weight's dtype, the only one where super_rows holds all tokens.
     workspace: bytes by name, over the inputs and the returned gradients.
     student_gemms, teacher_gemms, reference_gemms: GEMM work in units of S, T and T'; gemm_flop: in
-    FLOP.
+    FLOP. Of a rule that selects tokens by a threshold, without that of the selected ones. rows,
+    super_rows and rounds_d_weight are those of the selected tokens.
     work: launches, bytes and FLOP of each operation, at the least (see `work.py`).
     """
 
@@ -78,9 +79,9 @@ class ChunkPlan:
     in_place: bool
     rounds_d_weight: bool
     workspace: dict[str, int]
-    student_gemms: int
-    teacher_gemms: int
-    reference_gemms: int
+    student_gemms: float
+    teacher_gemms: float
+    reference_gemms: float
     gemm_flop: int
     work: tuple[Work, ...]
 
@@ -131,10 +132,10 @@ class ChunkPlan:
         return "\n".join(lines)
 
     def __repr__(self):
-        work = f"{self.student_gemms} S" + (
-            f" + {self.teacher_gemms} T" if self.teacher_gemms else ""
+        work = f"{self.student_gemms:.3g} S" + (
+            f" + {self.teacher_gemms:.3g} T" if self.teacher_gemms else ""
         )
-        work += f" + {self.reference_gemms} T'" if self.reference_gemms else ""
+        work += f" + {self.reference_gemms:.3g} T'" if self.reference_gemms else ""
         lines = [
             f"{self.tokens} tokens, vocabulary {self.vocab_size}",
             f"  chunks     {self.rows} tokens of logits, {self.super_rows} of gradients"
@@ -226,21 +227,32 @@ def plan_chunks(
         wide_weight_grad=wide_weight_grad,
         vocab_parallel=vocab_parallel,
     )
-    rows, super_rows = _sizes(call, max_workspace_bytes)
+    calls = [call] if call.scores is None else [call.selected, call.scores]
+    sizes = [_sizes(each, max_workspace_bytes) for each in calls]
+
+    def gemms(name: str) -> float:
+        """Relative to all tokens."""
+        return sum(getattr(each, name) * each.tokens for each in calls) / max(tokens, 1)
+
     return ChunkPlan(
         tokens=tokens,
         vocab_size=vocab_size,
-        rows=rows,
-        super_rows=super_rows,
+        rows=sizes[0][0],
+        super_rows=sizes[0][1],
         in_place=call.in_place,
-        rounds_d_weight=call.rounds_d_weight(super_rows),
-        workspace=call.workspace(rows, super_rows),
-        student_gemms=call.student_gemms,
-        teacher_gemms=call.teacher_gemms,
-        reference_gemms=call.reference_gemms,
-        gemm_flop=call.gemm_flop,
-        work=tuple(call.work(rows, super_rows)),
+        rounds_d_weight=calls[0].rounds_d_weight(sizes[0][1]),
+        workspace=_larger([each.workspace(*of) for each, of in zip(calls, sizes, strict=True)]),
+        student_gemms=gemms("student_gemms"),
+        teacher_gemms=gemms("teacher_gemms"),
+        reference_gemms=gemms("reference_gemms"),
+        gemm_flop=sum(each.gemm_flop for each in calls),
+        work=tuple(work for each, of in zip(calls, sizes, strict=True) for work in each.work(*of)),
     )
+
+
+def _larger(workspaces: list[dict[str, int]]) -> dict[str, int]:
+    """Of passes one after the other: each part's bytes in the pass that needs the most of it."""
+    return {name: max(each[name] for each in workspaces) for name in workspaces[0]}
 
 
 # --- sizes ---------------------------------------------------------------------------------------

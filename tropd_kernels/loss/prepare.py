@@ -113,6 +113,7 @@ def distillation_problem(
                 "gate='expected', which draws nothing"
             )
         per_token = per_token | {"uniforms": uniforms_like(labels, seed)}
+    _check_scores(rule, per_token["scores"])
     dense, known = _teacher(teacher, labels, source, group)
     beside, _ = _teacher(reference, labels, source, group, "reference_teacher")
     flat = {name: flat_per_token(name, value, labels) for name, value in per_token.items()}
@@ -217,6 +218,19 @@ def _check_task_advantages(rule: TokenRule, given: Any) -> None:
         raise ValueError(
             f"task_advantages have no effect with {rule!r}: leave them out, or give the rule a "
             "task_weight or a reward_filter"
+        )
+
+
+def _check_scores(rule: TokenRule, scores: Tensor | None) -> None:
+    if rule.select_by == "scores" and scores is None:
+        raise ValueError(
+            "this objective selects tokens by scores of the caller's: pass scores=<a number for "
+            "each token, shaped like labels>, or choose another select_by"
+        )
+    if rule.select_by != "scores" and scores is not None:
+        raise ValueError(
+            f"scores have no effect with select_by={rule.select_by!r}: choose select_by='scores', "
+            "or leave them out"
         )
 
 

@@ -28,8 +28,9 @@ def may_look(problem: Problem) -> bool:
 
 def tokens_that_count(problem: Problem) -> Tensor | None:
     """Indices of the tokens that count, or None where all do. Raises ValueError on values that
-    cannot be right: labels outside the vocabulary, weights or advantages that are not finite,
-    draws or mixing weights out of range, a teacher's log-probs above 0 or NaN, ids that repeat."""
+    cannot be right: labels outside the vocabulary, weights, advantages or scores that are not
+    finite, draws or mixing weights out of range, a teacher's log-probs above 0 or NaN, ids that
+    repeat."""
     labels, inputs, ignore_index = problem.labels, problem.inputs, problem.options.ignore_index
     if not may_look(problem):
         return None  # it would wait for the GPU
@@ -40,7 +41,7 @@ def tokens_that_count(problem: Problem) -> Tensor | None:
             counts &= inputs.token_weight != 0
     outside = ((labels < 0) | (labels >= problem.vocab_size)) & counts
     checks = {"label": outside.any()}
-    for name in ("token_weight", "advantages", "task_advantages", "old_log_probs"):
+    for name in ("token_weight", "advantages", "task_advantages", "old_log_probs", "scores"):
         values = getattr(inputs, name)
         if values is not None:
             checks[name] = (~values.isfinite() & counts).any()

@@ -7,15 +7,16 @@ is written once, as if no cache kept anything between two operations, which hold
 larger than the cache. Left out, so that the count can only be too low:
 
     a few numbers per token (statistics, coefficients, the batch's inputs) and operations on them
-    rows that a gate or an entropy filter asks about, and products of sampled ids: both depend on
-    the batch
+    rows that a gate asks about, tokens that a threshold selects, and products of sampled ids: all
+    depend on the batch
     logits that a teacher brings along, and what the backward does with the gradients
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -65,6 +66,8 @@ class Call:
     samples_gradient: bool
     wide_weight_grad: bool
     vocab_parallel: bool
+    reads_student: bool = True
+    selects: bool = False  # it is the pass before a selection
 
     @property
     def logit_size(self) -> int:
@@ -99,10 +102,38 @@ class Call:
         """The last product does."""
         return self.can_round and (self.products.rounds_sums or super_rows >= self.tokens)
 
+    # --- a selection of tokens -------------------------------------------------------------------
+
     @property
-    def ranks_entropies(self) -> bool:
-        """Another pass over the student's logits goes before."""
-        return self.rule is not None and self.rule.entropy_top_fraction is not None
+    def scores(self) -> Call | None:
+        """The pass by which the rule selects tokens, over the logits of the sides that it reads."""
+        rule = self.rule
+        if rule is None or rule.score is None:
+            return None
+        teacher = rule.score_reads_teacher
+        return replace(
+            self,
+            rule=rule.of_all() if teacher else None,
+            selects=True,
+            reads_student=rule.score_reads_student or (teacher and rule.student_power != 0),
+            teacher_hidden_size=self.teacher_hidden_size if teacher else None,
+            reference_hidden_size=self.reference_hidden_size if teacher else None,
+            repeats=1,
+            needs_hidden_grad=False,
+            needs_weight_grad=False,
+            samples_gradient=False,
+        )
+
+    @property
+    def selected(self) -> Call:
+        """The rest, over the tokens that are selected: of a threshold's at least none."""
+        rule = self.rule
+        if rule is None or rule.score is None:
+            return self
+        count = 0
+        if rule.share is not None:  # those that reach a linear quantile
+            count = self.tokens - math.ceil((1 - rule.share) * max(self.tokens - 1, 0))
+        return replace(self, rule=rule.of_all(), tokens=count)
 
     @property
     def reshapes_target(self) -> bool:
@@ -170,7 +201,7 @@ class Call:
     def student_gemms(self) -> int:
         """In units of S."""
         gradients = self.needs_hidden_grad + self.needs_weight_grad
-        return self.repeats + gradients + self.ranks_entropies
+        return self.repeats * self.reads_student + gradients
 
     @property
     def teacher_gemms(self) -> int:
@@ -190,16 +221,17 @@ class Call:
         return 2 * self.tokens * self.vocab_size * widths
 
     def work(self, rows: int, super_rows: int) -> Iterator[Work]:
-        """Of the call's operations, in chunks of these sizes."""
-        if self.tokens == 0:
+        """Of the operations over all tokens, in chunks of these sizes."""
+        if self.tokens == 0 or not (self.reads_student or self.teacher_hidden_size):
             return
         whole, rest = divmod(self.tokens, super_rows)
         chunks = whole * -(-super_rows // rows) + -(-rest // rows)
         for whose, width, dtype in self._heads:
-            if dtype != self.dtype:
+            if dtype != self.dtype and not self.selects:
                 moved = self.vocab_size * width * (dtype.itemsize + self.dtype.itemsize)
                 yield Work(f"copy of the {whose}head", 1, moved)
-        yield self._logits("student logits", self.hidden_size, chunks, self.student_repeats)
+        if self.reads_student:
+            yield self._logits("student logits", self.hidden_size, chunks, self.repeats)
         if self.teacher_hidden_size:
             yield self._logits("teacher logits", self.teacher_hidden_size, chunks, self.repeats)
         if self.reference_hidden_size:
@@ -219,10 +251,6 @@ class Call:
         read = bool(self.teacher_hidden_size) + (self.rule.student_power != 0)
         return self.logit_size * (read + bool(self.reference_hidden_size) + 1)
 
-    @property
-    def student_repeats(self) -> int:
-        return self.repeats + self.ranks_entropies
-
     def _logits(self, name: str, width: int, chunks: int, times: int) -> Work:
         n, v, size = self.tokens, self.vocab_size, self.dtype.itemsize
         moved = chunks * v * width * size + n * width * size + n * v * self.logit_size
@@ -232,16 +260,16 @@ class Call:
         """Names of the passes over rows, and the bytes of an id that each of them moves."""
         rule, one = self.rule, self.logit_size
         dense = bool(self.teacher_hidden_size)
-        if self.ranks_entropies:
-            yield "entropies", one
-        yield "statistics", one * (1 + dense)
+        yield "statistics", one * (self.reads_student + dense)
+        if self.selects:
+            return
         if rule is not None and dense and rule.uses_sums and not rule.sums_from_statistics:
             yield "sums", 2 * one if rule.sums_of_every_row else 0
         yield "rule", 0
         if self.forms_gradients:
             # A row without a weight is not read, nor a teacher's row that no coefficient asks for.
             drops = rule is not None and rule.gate != "always" and rule.outlier == "mask"
-            read = 0 if drops or self.ranks_entropies else 1
+            read = 0 if drops else 1
             if read and dense and rule is not None and rule.divergence is not None:
                 read = 2
             yield "gradient", one * read + self.gradient_size

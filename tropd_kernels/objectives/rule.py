@@ -35,7 +35,7 @@ from __future__ import annotations
 
 import math
 from ast import literal_eval
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import lru_cache
 
 from .checks import number, one_of
@@ -52,6 +52,7 @@ GATES = ("always", "bernoulli", "expected", "threshold")
 OUTLIERS = ("mask", "clip", "forward_kl", "forward_kl_reward")
 TAILS = ("raw", "bucket", "renormalize_teacher", "renormalize_both")
 NORMALIZE = ("tokens", "kept")
+SCORES = ("entropy", "teacher_entropy", "reverse_kl", "disagreement", "reward", "scores")
 
 #: log(0.2 / 0.8): the static threshold of REOPOLD and of TrOPD's clipping ablation.
 STATIC_THRESHOLD = math.log(0.25)
@@ -86,10 +87,17 @@ class TokenRule:
     clip_ratio_low, clip_ratio_high: PPO clip of rho to [1 - low, 1 + high]; None leaves a side
         open.
     forward_kl_entropy: adds the forward KL on K where H(q) exceeds this many nats; None: nowhere.
-    entropy_top_fraction: only tokens whose H(p) reaches the batch's quantile at 1 - this fraction
-        (linear between tokens) count, with all that tie there; None: all. Teacher-written tokens
-        are not ranked, and count. Costs one more student GEMM, since the batch's entropies must be
-        known beforehand. `credit.entropy_quantile_mask` takes an exact number instead.
+    select_by: the score by which tokens are selected; None selects all. Only the selected tokens
+        enter the loss, and only they cost a gradient. "entropy": H(p). "teacher_entropy": H(q).
+        "reverse_kl": KL(p || q), exact. "reward": R. "disagreement": abs(lq - lo). "scores": the
+        call's `scores`. A score that reads one side's logits costs that side's product for every
+        token, and "scores" costs nothing. Teacher-written tokens (where `prefix_weight` is given)
+        are not ranked, and count. So does a token whose score is NaN, which has to show.
+    select_fraction: the tokens whose score reaches the call's quantile at 1 - this fraction (linear
+        between tokens), with all that tie there.
+    select_threshold: in place of a fraction, the tokens whose score is at least this.
+    entropy_top_fraction: short for select_by="entropy" with this `select_fraction`.
+        `credit.entropy_quantile_mask` takes an exact number instead.
     divergence: one of `DIVERGENCES`, on every token; None: none.
     divergence_parameter: its parameter: beta of "jsd" and "topk_jsd", alpha of "skew_*" and
         "alpha", the head's teacher mass of "akl"; unused elsewhere. Near a limit ("jsd" at 0
@@ -105,7 +113,7 @@ class TokenRule:
     z_loss: weight on lse^2, at least 0: keeps the log of the softmax's normaliser near 0 (PaLM,
         arXiv 2204.02311, with 1e-4). lse is of the logits after scale, softcap and temperature.
     normalize: what the mean divides by: every token that counts, or the tokens "kept" by gate and
-        entropy filter (REOPOLD); one of which a part is trusted (gate "expected") is kept.
+        selection (REOPOLD); one of which a part is trusted (gate "expected") is kept.
     reward: the transform T of R0, one of `REWARDS`: "log_ratio" (none), "power", "proximal",
         "log1p", "tanh" or "sign" (formulas in `rewards`). The caller's advantages are not
         transformed. The divergence "topk_jsd" brings its own, "proximal" with its beta.
@@ -117,7 +125,7 @@ class TokenRule:
     clip_reward_low, clip_reward_high: bounds of R, and of the caller's advantages, before the
         floor of `outlier` and before A; None leaves a side open.
     task_weight: weight of A, the call's `task_advantages`, on every token that the student sampled,
-        inside and outside the gate; an entropy filter still drops it.
+        inside and outside the gate; a token that is not selected has none.
     reward_filter: "positive" keeps R' only where A > 0, "negative" only where A < 0; elsewhere R'
         is 0, the floored one and minus the KL as well. Back-propagated divergences stay. None keeps
         all.
@@ -140,6 +148,9 @@ class TokenRule:
     clip_ratio_low: float | None = None
     clip_ratio_high: float | None = None
     forward_kl_entropy: float | None = None
+    select_by: str | None = None
+    select_fraction: float | None = None
+    select_threshold: float | None = None
     entropy_top_fraction: float | None = None
     divergence: str | None = None
     divergence_parameter: float = 0.5
@@ -187,9 +198,7 @@ class TokenRule:
             number(name, getattr(self, name), low=0.0, optional=True)
         if self.clip_ratio_low is not None and self.clip_ratio_low > 1:
             raise ValueError(f"clip_ratio_low must lie in [0, 1], got {self.clip_ratio_low}")
-        number("entropy_top_fraction", self.entropy_top_fraction, 0.0, 1.0, optional=True)
-        if self.entropy_top_fraction == 0:
-            raise ValueError("entropy_top_fraction must be above 0: no token would count")
+        self._check_selection()
         if self.top_k is not None:
             if isinstance(self.top_k, bool) or not isinstance(self.top_k, int):
                 raise TypeError(f"top_k must be an int or None, got {self.top_k!r}")
@@ -225,6 +234,32 @@ class TokenRule:
         # An f-string rather than json, which torch.compile cannot trace.
         given = [_known(getattr(self, name)) for name in _FIELDS]
         object.__setattr__(self, "_key", ";".join([f"{value!r}" for value in given]))
+
+    def _check_selection(self):
+        for name in ("select_fraction", "entropy_top_fraction"):
+            number(name, getattr(self, name), 0.0, 1.0, optional=True)
+            if getattr(self, name) == 0:
+                raise ValueError(f"{name} must be above 0: no token would count")
+        number("select_threshold", self.select_threshold, optional=True)
+        given = self.select_fraction, self.select_threshold
+        if self.entropy_top_fraction is not None and (self.select_by, *given) != (None,) * 3:
+            raise ValueError(
+                "entropy_top_fraction selects tokens by their entropy: leave select_by, "
+                "select_fraction and select_threshold None beside it"
+            )
+        if self.select_by is None:
+            if given != (None, None):
+                raise ValueError(
+                    "select_fraction and select_threshold need a score: give select_by, one of "
+                    f"{', '.join(map(repr, SCORES))}"
+                )
+            return
+        one_of("select_by", self.select_by, SCORES)
+        if (self.select_fraction is None) == (self.select_threshold is None):
+            raise ValueError(
+                f"select_by={self.select_by!r} needs either a select_fraction or a "
+                f"select_threshold, got {self.select_fraction} and {self.select_threshold}"
+            )
 
     def _check_sets(self):
         """Refuses rules that need sums over two sets of ids, or with two weights: one pass makes
@@ -347,6 +382,38 @@ class TokenRule:
         return self.task_weight != 0 or self.reward_filter is not None
 
     @property
+    def score(self) -> str | None:
+        """The score that selects tokens; None where all are."""
+        if self.entropy_top_fraction is not None:
+            return None if self.entropy_top_fraction == 1 else "entropy"
+        return None if self.select_fraction == 1 else self.select_by
+
+    @property
+    def share(self) -> float | None:
+        """The fraction that is selected, where the rule says it."""
+        return self.select_fraction or self.entropy_top_fraction
+
+    @property
+    def score_reads_student(self) -> bool:
+        """It is made of every token's student logits (relative to lo: unless that is given)."""
+        return self.score in ("entropy", "reverse_kl", "disagreement", "reward")
+
+    @property
+    def score_reads_teacher(self) -> bool:
+        """... and of what the teacher knows of every token."""
+        return self.score in ("teacher_entropy", "reverse_kl", "disagreement", "reward")
+
+    def of_all(self) -> TokenRule:
+        """The same rule for all tokens."""
+        return replace(
+            self,
+            select_by=None,
+            select_fraction=None,
+            select_threshold=None,
+            entropy_top_fraction=None,
+        )
+
+    @property
     def uses_forward_kl(self) -> bool:
         """The forward KL (on K) may enter a token's loss."""
         return self._chooses_forward_kl or self._divergence.forward_kl
@@ -428,7 +495,8 @@ class TokenRule:
         """The loss needs the teacher's whole distribution."""
         whole = self.uses_forward_kl and self.top_k is None
         generator = self.generator is not None and self._divergence.ids != "top_k"
-        return whole or generator or self.uses_reverse_kl or self.reshapes_target
+        exact = self.uses_reverse_kl or self.score == "reverse_kl"
+        return whole or generator or exact or self.reshapes_target
 
     @property
     def reshapes_target(self) -> bool:
@@ -439,7 +507,8 @@ class TokenRule:
     def uses_teacher(self) -> bool:
         reward = self.policy_gradient != 0 or self.gate != "always"
         label = reward or self.prefix_weight is not None
-        return label or self.uses_forward_kl or self.divergence is not None
+        ranked = self.score is not None and self.score_reads_teacher
+        return label or ranked or self.uses_forward_kl or self.divergence is not None
 
 
 _FIELDS = tuple(f.name for f in fields(TokenRule))

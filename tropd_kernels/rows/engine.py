@@ -29,7 +29,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .layout import Coef, Matrices, RowBatch, RowOptions, Stat, empty_matrices
+from .layout import Coef, Matrices, RowBatch, RowOptions, Stat
 from .rule import Gate, Sums, apply_rule, forward_kl, gate, rows_with_sums
 from .topk_teacher import topk_teacher_statistics
 
@@ -83,11 +83,9 @@ class RowEngine(ABC):
             stats[Stat.FORWARD_KL] = forward_kl(sums, options.rule)[0]
         return stats, coefs
 
-    def entropy(self, batch: RowBatch, options: RowOptions) -> Tensor:
-        """H(p) (n,) of the student, for rules that rank the batch by it."""
-        alone = RowBatch(batch.student, None, batch.labels)
-        into = empty_matrices(batch.student, batch.student.shape[0])
-        return self.statistics(alone, options, into).stats[Stat.ENTROPY]
+    def before_selection(self, batch: RowBatch, options: RowOptions) -> Tensor:
+        """Statistics (Stat, n) of the first pass, by which tokens are selected."""
+        return self.statistics(batch, options).stats
 
     @abstractmethod
     def statistics(

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ..objectives import TokenRule
-from .layout import Coef, RowBatch, RowOptions, Stat
+from .layout import Coef, RowBatch, RowOptions, Stat, TokenInputs
 from .rewards import transformed
 
 
@@ -72,7 +72,7 @@ class Gate:
     kept: Tensor
 
 
-def gate(stats: Tensor, batch: RowBatch, options: RowOptions) -> Gate:
+def gate(stats: Tensor, batch: TokenInputs, options: RowOptions) -> Gate:
     """Which rows are trusted. Reads LOG_PROB, TEACHER_LOG_PROB and the entropies."""
     rule = options.rule
     lp, lq = stats[Stat.LOG_PROB], stats[Stat.TEACHER_LOG_PROB]

@@ -68,8 +68,8 @@ class ShardRows(RowEngine):
     ) -> Matrices:
         return super().forward(self._part(batch, options), options, into)
 
-    def entropy(self, batch: RowBatch, options: RowOptions) -> Tensor:
-        return super().entropy(self._part(batch, options), options)
+    def before_selection(self, batch: RowBatch, options: RowOptions) -> Tensor:
+        return super().before_selection(self._part(batch, options), options)
 
     def gradient(self, batch: RowBatch, coefs: Tensor, options: RowOptions, out: Tensor) -> None:
         self.engine.gradient(self._part(batch, options), coefs, options, out)

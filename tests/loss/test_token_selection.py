@@ -1,0 +1,278 @@
+"""Rules that select tokens by a score: only those enter the loss, and cost a gradient."""
+
+import itertools
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from problems import OBJECTIVES, make_problem, relative_error
+
+from tropd_kernels import (
+    GKD,
+    OPD,
+    SFT,
+    HiddenTeacher,
+    LogitsTeacher,
+    SampledTeacher,
+    TokenRule,
+    TrOPD,
+    distillation_loss,
+    linear_distillation_loss,
+    plan_chunks,
+    products,
+)
+from tropd_kernels.objectives.rule import SCORES
+
+BACKENDS = ("torch", "native", "triton")
+#: The forms of teacher that can give a score.
+FORMS = {
+    "entropy": ("hidden", "logits", "top_k", "sampled"),
+    "teacher_entropy": ("hidden", "logits", "top_k"),
+    "reverse_kl": ("hidden", "logits"),
+    "disagreement": ("hidden", "logits", "top_k", "sampled"),
+    "reward": ("hidden", "logits", "top_k", "sampled"),
+    "scores": ("hidden", "logits", "top_k", "sampled"),
+}
+WHOLE = ("gkd", "akl", "mixed")
+
+
+def cases():
+    objectives = ("tropd", "opd", "gkd", "akl", "mixed", "tropd_bucket", "topk_jsd", "aopd")
+    for name, by, old in itertools.product(objectives, SCORES, (False, True)):
+        for form in FORMS[by]:
+            sparse = form in ("top_k", "sampled")
+            if sparse and (name in WHOLE or (form == "sampled" and name != "opd")):
+                continue
+            yield name, by, form, old
+
+
+def arguments(problem, by, old):
+    """What the call takes besides: scores, and the policy that sampled."""
+    n, given = len(problem.labels), {}
+    draw = torch.Generator().manual_seed(5)
+    if by == "scores":
+        given["scores"] = torch.rand(n, generator=draw, dtype=torch.float64)
+    if old:
+        given["old_log_probs"] = -3 * torch.rand(n, generator=draw, dtype=torch.float64)
+    return given
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize(("name", "by", "form", "old"), list(cases()))
+@pytest.mark.pairs(more=lambda name, by, form, old, reduction, backend: (by, form, old))
+def test_as_the_reference(name, by, form, old, reduction, backend):
+    problem = make_problem(tokens=17, vocab_size=61)
+    problem.labels[4] = -100
+    rule = replace(OBJECTIVES[name], select_by=by, select_fraction=0.4)
+    options = arguments(problem, by, old) | {"reduction": reduction}
+    if reduction == "none":
+        options["incoming"] = torch.linspace(-1, 2, 17, dtype=torch.float64)
+    truth = problem.call(rule, form, "reference", torch.float64, **options)
+    found = problem.call(rule, form, backend, torch.float64, **options)
+    assert 0 < truth[2].kept.sum() < 16
+    torch.testing.assert_close(found[0], truth[0], rtol=1e-10, atol=1e-10)
+    for key, gradient in truth[1].items():
+        assert relative_error(found[1][key], gradient) < 1e-10, key
+    for key, value in vars(truth[2]).items():
+        if value is not None:  # of a token that is left out only what the score is made of
+            ours = getattr(found[2], key)
+            known = ~ours.isnan()
+            of_all = key in ("log_probs", "entropy", "teacher_log_probs", "reward", "trust")
+            assert not of_all or known[truth[2].kept > 0].all(), key
+            torch.testing.assert_close(ours[known], value[known], rtol=1e-9, atol=1e-9, msg=key)
+
+
+@pytest.mark.parametrize("backend", ["reference", *BACKENDS])
+@pytest.mark.parametrize("by", SCORES)
+def test_all_tokens_are_no_selection(by, backend):
+    """A fraction of 1, and a threshold that every score reaches, to the bit."""
+    problem = make_problem(tokens=9)
+    given = arguments(problem, by, False)
+    plain = problem.call(TrOPD(top_k=5), "hidden", backend)
+    for how in ({"select_fraction": 1.0}, {"select_threshold": -1e9}):
+        rule = replace(TrOPD(top_k=5), select_by=by, **how)
+        found = problem.call(rule, "hidden", backend, **given)
+        assert torch.equal(found[0], plain[0])
+        for key, gradient in plain[1].items():
+            assert torch.equal(found[1][key], gradient), key
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_what_is_left_out_is_not_looked_at(reduction, backend):
+    """Its hidden states, and its teacher's, may hold anything where the scores are the caller's."""
+    problem = make_problem(tokens=8)
+    scores = torch.tensor([3.0, 1, 4, 1, 5, 9, 2, 6])
+    rule = replace(GKD(), select_by="scores", select_threshold=4.0)
+    options = {"scores": scores, "reduction": reduction}
+    if reduction == "none":
+        options["incoming"] = torch.ones(8)
+    whole = problem.call(rule, "hidden", backend, **options)
+    left = scores < 4
+    problem.hidden[left] = problem.teacher_hidden[left] = math.nan
+    found = problem.call(rule, "hidden", backend, **options)
+    assert torch.equal(found[0], whole[0])
+    assert found[1]["hidden"].isfinite().all() and not found[1]["hidden"][left].any()
+    assert torch.equal(found[1]["weight"], whole[1]["weight"])
+
+
+@pytest.mark.parametrize("by", SCORES)
+@pytest.mark.parametrize("form", ["hidden", "sampled"])
+def test_the_products_are_those_of_the_plan(by, form, monkeypatch):
+    if form not in FORMS[by]:
+        pytest.skip("this teacher cannot give the score")
+    rows = {"student": 0, "teacher": 0}
+    into = products.TorchProducts.logits_into
+
+    def counting(self, out, hidden, weight):
+        rows["student" if hidden.shape[1] == 16 else "teacher"] += len(hidden)
+        return into(self, out, hidden, weight)
+
+    monkeypatch.setattr(products.TorchProducts, "logits_into", counting)
+    problem = make_problem(tokens=40)
+    rule = replace(OPD(), select_by=by, select_fraction=0.25)
+    problem.call(rule, form, "torch", **arguments(problem, by, False))
+    teacher = 24 if form == "hidden" else None
+    plan = plan_chunks(
+        40, 37, 16, teacher, dtype=torch.float32, device="cpu", backend="torch", objective=rule
+    )
+    gradients = 2 * 10  # of the ten tokens that are selected
+    assert rows["student"] + gradients == 40 * plan.student_gemms
+    assert rows["teacher"] == 40 * plan.teacher_gemms
+
+
+@pytest.mark.parametrize("backend", ["reference", *BACKENDS])
+def test_equal_scores_are_all_selected(backend):
+    problem = make_problem(tokens=6)
+    rule = replace(SFT(), select_by="scores", select_fraction=0.1)
+    _, _, stats = problem.call(rule, "hidden", backend, scores=torch.full((6,), 2.0))
+    assert stats.kept.all()
+    _, _, stats = make_problem(tokens=1).call(rule, "hidden", backend, scores=torch.zeros(1))
+    assert stats.kept.all()
+
+
+@pytest.mark.parametrize("backend", ["reference", *BACKENDS])
+def test_prefixes_and_ignored_tokens_are_not_ranked(backend):
+    problem = make_problem(tokens=8)
+    problem.labels[0] = -100
+    prefix = torch.tensor([0, 1, 1, 0, 0, 0, 0, 0]).bool()
+    scores = torch.tensor([9.0, 8, -8, 1, 2, 3, 4, 5])
+    rule = replace(TrOPD(top_k=5), select_by="scores", select_fraction=0.5)
+    _, _, stats = problem.call(rule, "hidden", backend, scores=scores, teacher_prefix=prefix)
+    assert stats.kept.tolist() == [0, 1, 1, 0, 0, 1, 1, 1]
+    ranked = replace(rule, prefix_weight=None)
+    _, _, stats = problem.call(ranked, "hidden", backend, scores=scores, teacher_prefix=prefix)
+    assert stats.kept.tolist() == [0, 1, 0, 0, 0, 1, 1, 1]
+
+
+@pytest.mark.parametrize("backend", ["reference", *BACKENDS])
+def test_infinite_scores(backend):
+    """Two tokens whose teacher excludes an id: an infinite reverse KL is the highest score."""
+    torch.manual_seed(0)
+    z, t = torch.randn(2, 6, 20)
+    t[[1, 4], 3] = -math.inf
+    labels = torch.tensor([1, 2, 0, 5, 6, 7])
+    for fraction, kept in ((0.01, 2), (0.3, 2), (0.5, 3)):
+        rule = replace(OPD(), select_by="reverse_kl", select_fraction=fraction)
+        stats = distillation_loss(z, labels, LogitsTeacher(t), rule, backend=backend).stats
+        assert stats.kept.sum() == kept and stats.kept[[1, 4]].all()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_score_of_nan_shows(backend):
+    problem = make_problem(tokens=6)
+    problem.hidden[2] = math.nan
+    rule = replace(OPD(), select_by="entropy", select_fraction=0.2)
+    loss, _, _ = problem.call(rule, "hidden", backend)
+    assert loss.isnan()
+
+
+def test_the_mean_is_over_all_tokens_or_over_the_selected():
+    problem = make_problem(tokens=8)
+    rule = replace(GKD(), select_by="entropy", select_fraction=0.25)
+    total = problem.call(rule, "hidden", "torch", reduction="sum")[0]
+    assert torch.isclose(problem.call(rule, "hidden", "torch")[0], total / 8)
+    kept = replace(rule, normalize="kept")
+    assert torch.isclose(problem.call(kept, "hidden", "torch")[0], total / 2)
+
+
+def test_entropy_top_fraction_is_a_selection_by_entropy():
+    problem = make_problem(tokens=12)
+    short = problem.call(TokenRule(entropy_top_fraction=0.3), "hidden", "torch")
+    long = problem.call(TokenRule(select_by="entropy", select_fraction=0.3), "hidden", "torch")
+    assert torch.equal(short[0], long[0])
+    assert torch.equal(short[1]["weight"], long[1]["weight"])
+
+
+def test_compiled():
+    problem = make_problem(tokens=12)
+    rule = replace(TrOPD(top_k=5), select_by="scores", select_fraction=0.3)
+    tensors = [problem.hidden.float(), problem.weight.float(), problem.labels]
+    teacher = [problem.teacher_hidden.float(), problem.teacher_weight.float()]
+
+    def loss(hidden, weight, labels, t, head, scores):
+        return linear_distillation_loss(
+            hidden, weight, labels, HiddenTeacher(t, head), rule, scores=scores, seed=1,
+            backend="torch",
+        ).loss  # fmt: skip
+
+    inputs = [*tensors, *teacher, torch.arange(12.0)]
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(*inputs), loss(*inputs))
+
+
+# --- bad input -----------------------------------------------------------------------------------
+
+RULES = {
+    "a fraction of 0": (dict(select_by="entropy", select_fraction=0.0), "above 0"),
+    "a fraction above 1": (dict(select_by="entropy", select_fraction=1.5), "1.5"),
+    "both": (
+        dict(select_by="entropy", select_fraction=0.5, select_threshold=1.0), "select_by='entropy'",
+        "either a select_fraction or a select_threshold", "0.5 and 1.0",
+    ),
+    "neither": (dict(select_by="entropy"), "either a select_fraction or a select_threshold"),
+    "no score": (dict(select_fraction=0.5), "select_by", "'reverse_kl'"),
+    "another score": (dict(select_by="loss", select_fraction=0.5), "select_by", "'loss'"),
+    "twice": (
+        dict(select_by="reward", select_fraction=0.5, entropy_top_fraction=0.5),
+        "entropy_top_fraction", "leave select_by",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", RULES)
+def test_rules_that_select_nothing_sensible(case):
+    fields, *words = RULES[case]
+    with pytest.raises(ValueError) as error:
+        TokenRule(**fields)
+    assert all(word in str(error.value) for word in words), error.value
+
+
+@pytest.mark.parametrize("backend", ["reference", *BACKENDS])
+def test_scores_that_do_not_fit(backend):
+    problem = make_problem(tokens=5)
+    rule = replace(SFT(), select_by="scores", select_fraction=0.5)
+
+    def fails(rule, *words, **given):
+        with pytest.raises((ValueError, TypeError)) as error:
+            problem.call(rule, "hidden", backend, **given)
+        assert all(word in str(error.value) for word in words), error.value
+
+    fails(rule, "pass scores=", "select_by")
+    fails(SFT(), "scores have no effect", "select_by='scores'", scores=torch.zeros(5))
+    fails(rule, "scores", "(5,)", "(4,)", scores=torch.zeros(4))
+    fails(rule, "scores", "not finite", scores=torch.tensor([0.0, 1, math.nan, 3, 4]))
+
+
+@pytest.mark.parametrize(("by", "words"), [
+    ("reverse_kl", ("whole distribution", "HiddenTeacher or LogitsTeacher")),
+    ("teacher_entropy", ("select_by='teacher_entropy'", "TopKTeacher")),
+])  # fmt: skip
+def test_a_score_that_the_teacher_cannot_give(by, words):
+    z, labels = torch.randn(4, 9), torch.arange(4)
+    rule = replace(OPD(), select_by=by, select_fraction=0.5)
+    with pytest.raises(ValueError) as error:
+        distillation_loss(z, labels, SampledTeacher(-torch.ones(4)), rule)
+    assert all(word in str(error.value) for word in words), error.value

@@ -1,0 +1,103 @@
+"""Which tokens enter the loss: those that a rule selects by a score.
+
+The scores of all tokens come first, from the logits of the sides that the score is made of. The
+loop then walks over the selected tokens alone, so a token that is left out costs no other product:
+
+    entropy                    S + f (3 S + T)
+    teacher_entropy            T + f (3 S + T), nothing more than f (3 S + T) where it is given
+    reverse_kl                 S + T + f (3 S + T)
+    reward, disagreement       likewise, without S where `old_log_probs` are given, and without T of
+                               a teacher that gives log-probs
+    scores, advantages         f (3 S + T)
+
+with f the share that is selected, S and T as in `plan`.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..objectives import TokenRule
+from ..rows.layout import Coef, RowOptions, Stat, TokenInputs
+from ..rows.rule import gate, topk_entropy
+from ..rows.topk_teacher import topk_teacher_ids
+from .problem import Problem
+
+#: STUDENT_LOG_SUM of a token that was left out, by which a backward knows it: no row has one below
+#: 0.
+LEFT_OUT = -1.0
+
+
+def sides_read(problem: Problem) -> tuple[bool, bool]:
+    """Whether the rule's score is made of the student's logits, and of the teacher's."""
+    rule, inputs = problem.options.rule, problem.inputs
+    if rule.score == "reward" and inputs.advantages is not None:
+        return False, False
+    relative = rule.score == "disagreement" or (
+        rule.score == "reward" and rule.reward_policy == "old"
+    )
+    student = rule.score_reads_student and not (relative and inputs.old_log_probs is not None)
+    teacher = rule.score_reads_teacher and problem.teacher is not None
+    return student or (teacher and rule.student_power != 0), teacher
+
+
+def keep_known(stats: Tensor, made: Tensor, student: bool, teacher: bool) -> None:
+    """Copies what a first pass made (Stat, n) of the sides read. A teacher that is read alone is
+    read as if it were the student."""
+    own, other = (Stat.LOG_PROB, Stat.ENTROPY), (Stat.TEACHER_LOG_PROB, Stat.TEACHER_ENTROPY)
+    if student:
+        rows = [*own, *other, Stat.FORWARD_KL, Stat.REVERSE_KL] if teacher else [*own]
+        stats[rows] = made[rows]
+    else:
+        stats[[*other]] = made[[*own]]
+
+
+def keep_given(stats: Tensor, inputs: TokenInputs, vocab_size: int) -> None:
+    """Fills in what a teacher gives that is not dense."""
+    if inputs.label_log_probs is not None:
+        stats[Stat.TEACHER_LOG_PROB] = inputs.label_log_probs
+    if inputs.teacher_entropy is not None:
+        stats[Stat.TEACHER_ENTROPY] = inputs.teacher_entropy
+    elif inputs.ids is not None:
+        ids, log_probs = inputs.topk
+        known = topk_teacher_ids(ids, log_probs.to(stats.dtype), None, vocab_size)[1]
+        stats[Stat.TEACHER_ENTROPY] = topk_entropy(known)
+
+
+def scores(stats: Tensor, batch: TokenInputs, options: RowOptions) -> Tensor:
+    """(n,), from statistics (Stat, n) that hold what the sides read give."""
+    score = options.rule.score
+    if score == "scores":
+        assert batch.scores is not None
+        return batch.scores.to(stats.dtype)
+    if score == "disagreement":
+        lo = stats[Stat.LOG_PROB] if batch.old_log_probs is None else batch.old_log_probs
+        return (stats[Stat.TEACHER_LOG_PROB] - lo).abs()
+    if score == "reward":
+        return gate(stats, batch, options).reward
+    named = {"entropy": Stat.ENTROPY, "teacher_entropy": Stat.TEACHER_ENTROPY}
+    return stats[named.get(str(score), Stat.REVERSE_KL)]
+
+
+def selected(score: Tensor, rule: TokenRule, prefix: Tensor | None) -> Tensor:
+    """Which tokens (n,) the rule selects by their scores."""
+    # Between two infinite scores there is nothing to interpolate.
+    most = torch.finfo(score.dtype).max / 4
+    ranked = score.clamp(-most, most)
+    if prefix is not None and rule.prefix_weight is not None:
+        ranked = ranked.masked_fill(prefix, torch.nan)
+    if rule.select_threshold is not None:
+        return ~(ranked < rule.select_threshold)
+    if rule.share is None or ranked.numel() == 0:
+        return torch.ones_like(ranked, dtype=torch.bool)
+    return ~(ranked < torch.nanquantile(ranked, 1 - rule.share))
+
+
+def without_left_out(coefs: Tensor, index: Tensor | None) -> Tensor:
+    """Of the tokens `index` (None: all), those that were selected, by their coefficients (Coef,
+    N)."""
+    log_sums = coefs[Coef.STUDENT_LOG_SUM]
+    if index is None:
+        return (log_sums != LEFT_OUT).nonzero().squeeze(-1)
+    return index[log_sums[index] != LEFT_OUT]
