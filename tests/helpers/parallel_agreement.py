@@ -127,7 +127,8 @@ def cross_entropy(ranks):
 
 
 def every_option(ranks):
-    some = ("tropd", "opd", "gkd", "akl", "entropy_opd", "tropd_renormalize_both", "tropd_bucket")
+    some = ("tropd", "opd", "gkd", "akl", "entropy_opd", "gkd_selected", "tropd_bucket",
+            "tropd_renormalize_both")  # fmt: skip
     for backend, name in product(BACKENDS, some):
         case = partial(compare, everything(), name, "hidden", backend)
         incoming = torch.linspace(-1, 2, 7)

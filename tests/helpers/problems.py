@@ -73,6 +73,7 @@ OBJECTIVES = {
     "mopd": MOPD(top_k=K),
     "topk_jsd": TopKJSD(top_k=K),
     "gkd": GKD(0.3),
+    "gkd_selected": replace(GKD(0.3), select_by="reverse_kl", select_fraction=0.5),
     "forward_kl": Divergence("forward_kl"),
     "forward_kl_top_k": Divergence("forward_kl", top_k=K),
     "reverse_kl": Divergence("reverse_kl"),

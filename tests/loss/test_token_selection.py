@@ -167,6 +167,19 @@ def test_prefixes_and_ignored_tokens_are_not_ranked(backend):
     assert stats.kept.tolist() == [0, 1, 0, 0, 0, 1, 1, 1]
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("by", ["teacher_entropy", "reverse_kl", "disagreement"])
+@pytest.mark.parametrize("student_power", [0.0, 0.3])
+def test_scores_are_of_the_target_that_stands_in_for_the_teacher(student_power, by, backend):
+    powers = dict(teacher_power=1.4, student_power=student_power)
+    rule = replace(GKD(), select_by=by, select_fraction=0.3, **powers)
+    problem = make_problem(tokens=11)
+    truth = problem.call(rule, "hidden", "reference", torch.float64)
+    found = problem.call(rule, "hidden", backend, torch.float64)
+    assert torch.equal(found[2].kept, truth[2].kept)
+    assert relative_error(found[1]["weight"], truth[1]["weight"]) < 1e-10
+
+
 @pytest.mark.parametrize("backend", ["reference", *BACKENDS])
 def test_infinite_scores(backend):
     """Two tokens whose teacher excludes an id: an infinite reverse KL is the highest score."""
