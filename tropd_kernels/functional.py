@@ -56,6 +56,7 @@ def linear_distillation_loss(
     scores: Tensor | None = None,  # (*)
     uniforms: Tensor | None = None,  # (*)
     mixing: Tensor | None = None,  # (*)
+    ids: Tensor | None = None,  # (*, K)
     reference_teacher: HiddenTeacher | LogitsTeacher | None = None,
     seed: int | Tensor | None = None,
     ignore_index: int | None = -100,
@@ -97,6 +98,8 @@ def linear_distillation_loss(
         mixing: Each token's weight w in [0, 1] of `Divergence("mixed")`, w KL(q || p) +
             (1 - w) KL(p || q). For example `torch.sigmoid((entropy - 0.8) / 0.1)` of the
             `teacher_entropy` in an earlier call's statistics, a soft form of EOPD's gate.
+        ids: int64, the set K of an objective with `top_k_ids="given"`: distinct within a token,
+            -1 at padding.
         seed: An integer from which the draws are derived instead, per token
             (`draws.uniforms_like`), and those of a sampled gradient. Change it for every step, for
             every micro-batch, and for every rank that has tokens of its own, for instance
@@ -154,7 +157,7 @@ def linear_distillation_loss(
             per_token=dict(old_log_probs=old_log_probs, advantages=advantages, uniforms=uniforms,
                            token_weight=token_weight, teacher_prefix=teacher_prefix,
                            mixing=mixing, task_advantages=task_advantages, scores=scores),
-            reference=reference_teacher,
+            reference=reference_teacher, ids=ids,
             temperature=temperature, seed=seed, ignore_index=ignore_index, normalizer=normalizer,
             reduction=reduction, backend=backend, group=group,
             max_workspace_bytes=max_workspace_bytes, gradient_tolerance=gradient_tolerance,
@@ -179,6 +182,7 @@ def distillation_loss(
     scores: Tensor | None = None,  # (*)
     uniforms: Tensor | None = None,  # (*)
     mixing: Tensor | None = None,  # (*)
+    ids: Tensor | None = None,  # (*, K)
     reference_teacher: HiddenTeacher | LogitsTeacher | None = None,
     seed: int | Tensor | None = None,
     ignore_index: int | None = -100,
@@ -204,7 +208,7 @@ def distillation_loss(
             per_token=dict(old_log_probs=old_log_probs, advantages=advantages, uniforms=uniforms,
                            token_weight=token_weight, teacher_prefix=teacher_prefix,
                            mixing=mixing, task_advantages=task_advantages, scores=scores),
-            reference=reference_teacher,
+            reference=reference_teacher, ids=ids,
             temperature=temperature, seed=seed, ignore_index=ignore_index, normalizer=normalizer,
             reduction=reduction, backend=backend, group=group,
         )  # fmt: skip

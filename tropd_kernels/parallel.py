@@ -20,7 +20,9 @@ r.) The teacher's logits are computed from the pieces, without a copy of the hea
 Communication, each rank to all others, in numbers of 4 bytes (8 in float64):
 
     statistics   11 per token with a dense teacher, 4 without; 1 more with label_smoothing
-    K            top_k per token if the rule has one and the teacher is dense
+    K            top_k per token if the rule has one and the teacher is dense; for the student's own
+                 4 top_k wherever they are sought, which a recomputing backward does again; for
+                 those and given ids 2 more, and 3 for a bucket
     AKL's head   120 per token
     sums         8 per token if the rule needs more than the statistics
     d_hidden     H per token, one all-reduce per super-chunk, if hidden requires grad

@@ -7,7 +7,7 @@ float64. Read it next to the paper (TrOPD, arXiv 2606.01249; the other sources a
 Notation, at one position: z, t logits of student and teacher after scale, soft cap and temperature;
 p = softmax(z), q = softmax(t); y the token; lp = log p(y), lq = log q(y); lo = log-probability of y
 under the policy that sampled it; R0 = sg(lq - lo); R = T(R0), clipped; rho = exp(lp - lo); A the
-task's advantages; K the teacher's top-k ids.
+task's advantages; K the teacher's top-k ids, or those of `top_k_ids`.
 
 Conventions: 0 log 0 = 0 (ids that either side excludes with a logit of -inf). A divergence that is
 infinite (p > 0 where q = 0, or the other way round) has loss +inf and gradient 0, and so has a K1
@@ -105,6 +105,7 @@ def token_losses(
     uniforms: Tensor | None = None,
     mixing: Tensor | None = None,
     scores: Tensor | None = None,
+    ids: Tensor | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Loss (N,) of each token and its statistics (N,), differentiable in z (N, V)."""
     log_p = z.log_softmax(-1)
@@ -132,7 +133,7 @@ def token_losses(
         stats |= {"teacher_log_probs": lq, "reward": reward}
         if teacher.entropy is not None:
             stats["teacher_entropy"] = teacher.entropy
-        on_k = None if log_q is None else top_k_mask(log_q, rule.top_k if rule.uses_top_k else None)
+        on_k = None if log_q is None else chosen_ids(rule, log_p.detach(), log_q, ids)
         if on_k is not None:
             kl = forward_kl(log_p, log_q, on_k, rule.top_k_tail)
             stats["forward_kl"] = kl if not teacher.dense else _expect(log_q, log_q - log_p)
@@ -289,6 +290,21 @@ def selected(score: Tensor, rule: TokenRule, among: Tensor) -> Tensor:
 # --- the vocabulary side -----------------------------------------------------------------------
 
 
+def chosen_ids(rule: TokenRule, log_p: Tensor, log_q: Tensor, ids: Tensor | None) -> Tensor:
+    """K (N, V) of a rule, or all ids. ids: (N, K) of the caller, -1 at padding."""
+    if rule.top_k_ids == "given":
+        spare = torch.zeros_like(log_q[:, :1], dtype=torch.bool)  # which takes the padding
+        on_k = torch.cat([torch.zeros_like(log_q, dtype=torch.bool), spare], -1)
+        outside = (ids < 0) | (ids >= log_q.shape[-1])
+        return on_k.scatter(-1, ids.masked_fill(outside, log_q.shape[-1]), True)[:, :-1]
+    if rule.top_k_ids == "student":  # of ids that tie the first ones, as far as there are places
+        order = log_p.sort(dim=-1, descending=True, stable=True).indices[:, : rule.top_k]
+        return torch.zeros_like(log_p, dtype=torch.bool).scatter(-1, order, True) & (
+            log_p > -math.inf
+        )
+    return top_k_mask(log_q, rule.top_k if rule.uses_top_k else None)
+
+
 def top_k_mask(log_q: Tensor, k: int | None) -> Tensor:
     """K (N, V): ids whose teacher log-prob is at least the k-th largest, ties and all."""
     possible = log_q > -math.inf
@@ -314,8 +330,8 @@ def _with_tail(raw: Tensor, log_p: Tensor, log_q: Tensor, on_k: Tensor, tail: st
         least = torch.finfo(log_p.dtype).eps ** 2
         q_tail, p_tail = (1 - q_k).clamp_min(0), _mass(log_p, ~on_k).clamp_min(least)
         return raw + torch.special.xlogy(q_tail, q_tail) - torch.special.xlogy(q_tail, p_tail)
-    # Of a token of which no id is known there is nothing to make a distribution of.
-    q_k, on_k = torch.where(q_k == 0, 1.0, q_k), on_k | ~on_k.any(-1, keepdim=True)
+    # Of a token of which no id is known, or none with mass, there is no distribution to make.
+    q_k, on_k = torch.where(q_k == 0, 1.0, q_k), on_k | (q_k == 0).unsqueeze(-1)
     kl = raw / q_k - q_k.log()
     if tail == "renormalize_both":
         kl = kl + log_p.masked_fill(~on_k, -math.inf).logsumexp(-1)

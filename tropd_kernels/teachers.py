@@ -4,7 +4,7 @@
 |----------------|---------------------------------------|----------------------------------------|
 | HiddenTeacher  | last hidden state, and the head       | every objective; no logits ever stored |
 | LogitsTeacher  | the whole row of logits               | every objective                        |
-| TopKTeacher    | k ids with log-probs, and the label's | K1, forward KL on K, MOPD, top-k JSD   |
+| TopKTeacher    | k ids with log-probs, and the label's | K1, KLs on its ids, MOPD, top-k JSD    |
 | SampledTeacher | the label's log-prob                  | K1 alone                               |
 
 A teacher is frozen: a tensor that requires grad is an error. Compute it under torch.no_grad():
@@ -159,6 +159,13 @@ def check_serves(teacher: Teacher | None, rule: TokenRule) -> None:
             f"{rule!r} multiplies powers of distributions and renormalises over the vocabulary, "
             f"which a {form} does not hold: use a {dense}, or leave teacher_power, student_power "
             "and reference_power at 1, 0 and 0"
+        )
+    if rule.top_k_ids != "teacher":
+        whose = "the student's top-k" if rule.top_k_ids == "student" else "ids that are given"
+        raise ValueError(
+            f"{rule!r} takes {whose} for K, which a {form} does not score: use a {dense}; or ask "
+            "the served teacher for the log-probs of those ids, pass them as a TopKTeacher's own, "
+            "and set top_k_ids='teacher' and top_k to their number"
         )
     if rule.uses_dense_teacher:
         exact = rule.uses_reverse_kl or rule.score == "reverse_kl"

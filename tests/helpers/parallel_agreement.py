@@ -14,6 +14,7 @@ from sharding import arguments, bare, ends, everything, mine, shard_of
 from tropd_kernels import (
     OPD,
     SFT,
+    Divergence,
     TokenRule,
     TrOPD,
     distillation_loss,
@@ -22,6 +23,7 @@ from tropd_kernels import (
     native,
     parallel,
 )
+from tropd_kernels.objectives import TAILS
 
 FLOAT32 = 1e-5
 BACKENDS = ("torch",) if native.WHY_NOT else ("torch", "native")
@@ -204,7 +206,7 @@ def corners(ranks, backend):
     bounds = ends(37, ranks)
     for name in (
         "tropd_expected", "gkd", "jeffreys", "akl", "mopd", "topk_reverse_kl_bucket",
-        "topk_reverse_kl_renormalize_both",
+        "lsm",
     ):  # fmt: skip
         cut = bare()  # the last shard has no id left, on both sides
         cut.labels = cut.labels % bounds[-2]
@@ -221,6 +223,7 @@ def corners(ranks, backend):
             f"{backend} {name} excluded by the teacher",
             partial(compare, less, name, "hidden", backend, only_stats=name != "forward_kl"),
         )
+    yield from ids_of_k(ranks, backend)
     yield f"{backend} a NaN shows", partial(a_nan_shows, backend)
     yield f"{backend} log-probs", partial(log_probs, backend)
     yield f"{backend} second derivative", partial(second_derivative, backend)
@@ -231,6 +234,37 @@ def corners(ranks, backend):
         yield (
             f"{backend} existing logits {name} {form} {reduction}",
             partial(existing_logits, name, form, backend, reduction),
+        )
+
+
+def ids_of_k(ranks, backend):
+    """Those of the student, and given ones: each shard has some of them, or none."""
+    problem = everything()
+    draw = torch.Generator().manual_seed(0)
+    ids = torch.stack([torch.randperm(37, generator=draw)[:6] for _ in problem.labels])
+    ids[0], ids[1, 1:], ids[2, 2:] = torch.arange(6), -1, -1
+    for name, tail in product(("forward_kl", "reverse_kl"), TAILS):
+        given = Divergence(name, top_k_tail=tail, top_k_ids="given")
+        yield (
+            f"{backend} given ids {given}",
+            partial(compare, problem, given, "hidden", backend, ids=ids),
+        )
+        for k in (3, 20):  # more than one shard holds
+            own = Divergence(name, top_k=k, top_k_tail=tail, top_k_ids="student")
+            case = partial(compare, everything(), own, "logits", backend)
+            incoming = torch.linspace(-1, 2, 7)
+            yield f"{backend} {own} none", partial(case, reduction="none", incoming=incoming)
+    tied, excluded = bare(), bare()
+    tied.weight[[1, 8, 17, 26, 33]] = 3 * tied.weight[0]
+    excluded.teacher_bias = torch.zeros(41, dtype=torch.float64)
+    excluded.teacher_bias[ends(37, ranks)[1] :] = -torch.inf
+    excluded.labels = excluded.labels % ends(37, ranks)[1]
+    for tail in TAILS:
+        rule = Divergence("reverse_kl", top_k=4, top_k_tail=tail, top_k_ids="student")
+        yield f"{backend} tied {rule}", partial(compare, tied, rule, "hidden", backend)
+        yield (
+            f"{backend} excluded by the teacher {rule}",
+            partial(compare, excluded, rule, "hidden", backend, only_stats=True),
         )
 
 

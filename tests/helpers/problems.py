@@ -11,6 +11,7 @@ from tropd_kernels import (
     AOPD,
     EOPD,
     GKD,
+    LSM,
     MOPD,
     OPD,
     REOPOLD,
@@ -70,6 +71,7 @@ OBJECTIVES = {
         reward="tanh", gate="expected", outlier="clip", threshold=-0.5, clip_reward_high=0.4
     ),
     "tv_opd": TVOPD(scale=0.5),
+    "lsm": LSM(top_k=K),
     "mopd": MOPD(top_k=K),
     "topk_jsd": TopKJSD(top_k=K),
     "gkd": GKD(0.3),
@@ -82,8 +84,8 @@ OBJECTIVES = {
     "topk_reverse_kl_renormalize_teacher": Divergence(
         "reverse_kl", top_k=K, top_k_tail="renormalize_teacher"
     ),
-    "topk_reverse_kl_renormalize_both": Divergence(
-        "reverse_kl", top_k=K, top_k_tail="renormalize_both"
+    "student_top_k": Divergence(
+        "reverse_kl", top_k=K, top_k_tail="bucket", top_k_ids="student"
     ),
     "jeffreys": Divergence("jeffreys"),
     "jeffreys_top_k": TokenRule(policy_gradient=0.0, divergence="jeffreys", top_k=K),

@@ -140,7 +140,7 @@ DIFFERENTIABLE = [
     ("tropd_renormalize_both", "hidden"), ("opd", "sampled"), ("gkd", "hidden"), ("mopd", "top_k"),
     ("topk_reverse_kl", "logits"), ("topk_reverse_kl_bucket", "top_k"),
     ("topk_reverse_kl_renormalize_teacher", "top_k"),
-    ("topk_reverse_kl_renormalize_both", "hidden"),
+    ("lsm", "hidden"),
     ("reverse_kl", "hidden"), ("skew_forward", "logits"), ("skew_reverse", "logits"),
     ("alpha", "hidden"), ("jeffreys", "hidden"), ("mixed", "logits"), ("sft", "sampled"),
 ]  # fmt: skip

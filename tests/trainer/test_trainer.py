@@ -162,7 +162,9 @@ def test_step_with_prefix_and_credit(tmp_path, backend, prefix_weight):
     assert all((b["prefix_lengths"] == 4).all() for b in trainer.batches)
 
 
-@pytest.mark.parametrize("objective", ["opd", "gkd", "eopd", "aopd", "mopd", "reopold", "sft"])
+@pytest.mark.parametrize(
+    "objective", ["opd", "gkd", "eopd", "aopd", "lsm", "mopd", "reopold", "sft"]
+)
 def test_step_of_other_objectives(tmp_path, objective):
     """reopold's mean is over the tokens that its gate keeps."""
     teacher = tiny.model(1, spread=1.5)

@@ -45,6 +45,7 @@ def made(trainer) -> tuple[ModelCard, str]:
         ({"objective": "tropd"}, "Objective: TrOPD (", ["2606.01249"]),
         ({"objective": "reverse_kl"}, "Objective: Reverse KL: KL(student || teacher)", []),
         ({"objective": "reopold"}, "Objective: REOPOLD (", ["2603.11137"]),
+        ({"objective": "lsm"}, "Objective: Local support matching (LSM) (", ["2603.25562"]),
         ({"objective": "opd"}, "Objective: OPD ([On-Policy Distillation](https://think", []),
     ],
     ids=lambda given: given.get("objective") if isinstance(given, dict) else "",

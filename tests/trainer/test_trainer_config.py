@@ -13,7 +13,19 @@ import pytest
 pytest.importorskip("trl", reason="the trainer needs trl")
 
 
-from tropd_kernels import AOPD, EOPD, GKD, OPD, SFT, TOPD, Divergence, PowerOPD, TrOPD, trainer
+from tropd_kernels import (
+    AOPD,
+    EOPD,
+    GKD,
+    LSM,
+    OPD,
+    SFT,
+    TOPD,
+    Divergence,
+    PowerOPD,
+    TrOPD,
+    trainer,
+)
 from tropd_kernels.objectives.registry import OBJECTIVES, build_rule, knobs, required_knobs
 from tropd_kernels.trainer import TrOPDConfig
 
@@ -42,6 +54,9 @@ def config(**settings) -> TrOPDConfig:
         ({"objective": "jsd", "beta": 0.0}, Divergence("forward_kl")),
         ({"objective": "forward_kl", "objective_kwargs": {"top_k": 4}},
          Divergence("forward_kl", top_k=4)),
+        ({"objective": "reverse_kl", "objective_kwargs": {"top_k": 4, "top_k_ids": "student"}},
+         Divergence("reverse_kl", top_k=4, top_k_ids="student")),
+        ({"objective": "lsm"}, LSM()),
         ({"objective": "eopd"}, EOPD()),
         ({"objective": "aopd"}, AOPD()),
         ({"objective": "power_opd"}, PowerOPD(alpha=5.0)),
@@ -183,6 +198,11 @@ def test_knobs_are_the_constructor_s(name):
          "teacher_model_server_url: objective 'gkd': TokenRule"),
         ({"teacher_model_server_url": URL, "objective_kwargs": {"top_k": None}},
          "or set top_k. A HiddenTeacher is a teacher_model that is loaded"),
+        ({"teacher_model_server_url": URL, "objective": "reverse_kl",
+          "objective_kwargs": {"top_k": 4, "top_k_ids": "student"}},
+         "which a TopKTeacher does not score"),
+        ({"objective": "reverse_kl", "objective_kwargs": {"top_k_ids": "given"}},
+         "which no config holds"),
         ({"teacher_model_server_url": URL, "temperature": 0.7}, "temperature: a server gives"),
         ({"teacher_model_server_url": URL, "precomputed_teacher": True}, "give one of them"),
         ({"teacher_server_retries": -1}, "teacher_server_retries: must be a whole number"),

@@ -61,6 +61,7 @@ from ..draws import bernoulli_uniforms, philox4x32
 from ..functional import distillation_loss
 from ..objectives import (
     AOPD,
+    LSM,
     MOPD,
     OPD,
     ClipOutlier,
@@ -87,6 +88,7 @@ TOP_K = {
     "tropd": TrOPD(),
     "tropd_aopd": AOPD(),
     "tropd_forward_kl": Divergence("forward_kl", top_k=64),
+    "tropd_lsm": LSM(),
     "tropd_mopd": MOPD(),
     "tropd_topk_jsd": TopKJSD(),
 }

@@ -173,7 +173,10 @@ def _facts(problem: Problem, reduction: str) -> Facts:
         ("reduction", repr(reduction), None),
         values("labels", problem.labels),
         *[
-            values(PUBLIC.get(name, name), tensor)
+            values(
+                name if name == "ids" and problem.teacher is not None else PUBLIC.get(name, name),
+                tensor,
+            )
             for name, tensor in zip(TOKEN_INPUTS, problem.inputs.tensors(), strict=True)
         ],
         values("normalizer", problem.loss_scale),

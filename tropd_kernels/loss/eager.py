@@ -38,6 +38,7 @@ def reference_loss(problem: Problem) -> tuple[Tensor, Tensor, Tensor]:
         uniforms=inputs.uniforms,
         mixing=inputs.mixing,
         scores=inputs.scores,
+        ids=inputs.ids if problem.teacher is not None else None,
     )
     weight = inputs.token_weight
     if weight is not None:

@@ -40,6 +40,7 @@ from ..backends import engine_for
 from ..dtypes import without_autocast
 from ..products import products_for
 from ..rows.engine import RowEngine
+from ..rows.id_rows import IdRows
 from ..rows.layout import Coef, Matrices, RowBatch, RowOptions, Stat, TokenInputs, new_matrices
 from ..rows.sharded import ShardRows
 from .gradients import HeadGradients, LogitsGradients
@@ -142,7 +143,9 @@ class _Walk:
     ):
         self.problem, self.index, self.needs = problem, index, needs
         self.engine: RowEngine = engine_for(problem.options.backend)
-        if problem.shard is not None:
+        if problem.options.rule.top_k_ids != "teacher":
+            self.engine = IdRows(self.engine, problem.shard)
+        elif problem.shard is not None:
             self.engine = ShardRows(self.engine, problem.shard)
         self.labels, self.inputs = problem.labels, problem.inputs.given()
         if index is not None:

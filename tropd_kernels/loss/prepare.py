@@ -74,6 +74,7 @@ def distillation_problem(
     objective: TokenRule | None,
     *,
     per_token: dict[str, Tensor | None],  # fields of `TokenInputs` that the caller gave
+    ids: Tensor | None,
     reference: Teacher | None,
     temperature: float,
     seed: int | Tensor | None,
@@ -94,15 +95,17 @@ def distillation_problem(
     backend = _backend(backend, source, group)
     check_serves(teacher, rule)
     check_reference(reference, rule)
-    check_plain({"labels": labels} | per_token)
-    check_devices(source, {"weight": weight, "bias": bias, "labels": labels} | per_token)
+    check_plain({"labels": labels, "ids": ids} | per_token)
+    given = {"weight": weight, "bias": bias, "labels": labels, "ids": ids}
+    check_devices(source, given | per_token)
     check_unbatched(
         {"logits" if weight is None else "hidden": source, "weight": weight, "bias": bias}
-        | {"labels": labels, "seed": seed, "normalizer": normalizer}
+        | {"labels": labels, "ids": ids, "seed": seed, "normalizer": normalizer}
         | per_token
         | ({} if teacher is None else _named(teacher))
         | ({} if reference is None else _named(reference, "reference_teacher"))
     )
+    _check_ids(rule, ids, labels)
     _check_mixing(rule, per_token["mixing"])
     _check_task_advantages(rule, per_token["task_advantages"])
     if rule.gate == "bernoulli" and per_token["uniforms"] is None:
@@ -115,6 +118,8 @@ def distillation_problem(
         per_token = per_token | {"uniforms": uniforms_like(labels, seed)}
     _check_scores(rule, per_token["scores"])
     dense, known = _teacher(teacher, labels, source, group)
+    if ids is not None:
+        known["ids"] = _rows(ids).long()
     beside, _ = _teacher(reference, labels, source, group, "reference_teacher")
     flat = {name: flat_per_token(name, value, labels) for name, value in per_token.items()}
     inputs = TokenInputs(**flat, **known)
@@ -192,6 +197,26 @@ def log_probs_problem(
             backward_grads=_wanted(student),
         )
     )
+
+
+def _check_ids(rule: TokenRule, ids: Any, labels: Tensor) -> None:
+    wants = f"an int64 tensor of shape {(*labels.shape, 'K')} with -1 at padding"
+    if rule.top_k_ids == "given" and ids is None:
+        raise ValueError(f"{rule!r} sums over ids that are given: pass ids=<{wants}>")
+    if ids is None:
+        return
+    if rule.top_k_ids != "given":
+        raise ValueError(
+            f"ids are the set K of an objective with top_k_ids='given', and {rule!r} does not read "
+            "them: leave ids out, or take Divergence('reverse_kl', top_k_ids='given') (ids that a "
+            "TopKTeacher scored are its own)"
+        )
+    if not isinstance(ids, Tensor):
+        raise TypeError(f"ids must be {wants}, got {type(ids).__name__}")
+    if ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
+        raise TypeError(f"ids must be {wants}, got {ids.dtype}")
+    if ids.shape[:-1] != labels.shape or ids.dim() == 0 or ids.shape[-1] == 0:
+        raise ValueError(f"ids must be {wants}, got shape {tuple(ids.shape)}")
 
 
 def _check_mixing(rule: TokenRule, mixing: Any) -> None:

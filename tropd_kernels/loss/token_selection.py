@@ -59,7 +59,7 @@ def keep_given(stats: Tensor, inputs: TokenInputs, vocab_size: int) -> None:
         stats[Stat.TEACHER_LOG_PROB] = inputs.label_log_probs
     if inputs.teacher_entropy is not None:
         stats[Stat.TEACHER_ENTROPY] = inputs.teacher_entropy
-    elif inputs.ids is not None:
+    elif inputs.topk_log_probs is not None:
         ids, log_probs = inputs.topk
         known = topk_teacher_ids(ids, log_probs.to(stats.dtype), None, vocab_size)[1]
         stats[Stat.TEACHER_ENTROPY] = topk_entropy(known)

@@ -14,6 +14,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from ..rows.topk_teacher import repeats
 from .problem import Problem
 
 #: How far above 0 a log-prob may lie: a logit of up to 64, rounded to bf16, less the log-sum-exp
@@ -30,7 +31,7 @@ def tokens_that_count(problem: Problem) -> Tensor | None:
     """Indices of the tokens that count, or None where all do. Raises ValueError on values that
     cannot be right: labels outside the vocabulary, weights, advantages or scores that are not
     finite, draws or mixing weights out of range, a teacher's log-probs above 0 or NaN, ids that
-    repeat."""
+    repeat, or that the vocabulary does not have."""
     labels, inputs, ignore_index = problem.labels, problem.inputs, problem.options.ignore_index
     if not may_look(problem):
         return None  # it would wait for the GPU
@@ -55,6 +56,8 @@ def tokens_that_count(problem: Problem) -> Tensor | None:
         checks[name] = (~(values <= LOG_PROB_MARGIN)).any()  # NaN, too
     if inputs.ids is not None:
         checks["ids"] = (repeated(problem) & counts).any()
+        if inputs.topk_log_probs is None:
+            checks["a given id"] = (_no_ids(problem) & counts.unsqueeze(-1)).any()
     count, *bad = torch.stack([counts.sum(), *checks.values()]).tolist()
     for name, found in zip(checks, bad, strict=True):
         if found:
@@ -65,20 +68,18 @@ def tokens_that_count(problem: Problem) -> Tensor | None:
     return torch.argsort(~counts, stable=True)[:count]
 
 
-def repeats(ids: Tensor, log_probs: Tensor, vocab_size: int) -> Tensor:
-    """(N, K) of ids and their log-probs (N, K): in the order of the ids, those equal to the one
-    before them; padding equals nothing."""
-    usable = (ids >= 0) & (ids < vocab_size) & (log_probs != -torch.inf)
-    apart = torch.arange(-ids.shape[-1], 0, device=ids.device)
-    ordered = torch.where(usable, ids, apart).sort(-1).values
-    same = torch.zeros_like(usable)
-    same[:, 1:] = ordered[:, 1:] == ordered[:, :-1]
-    return same
-
-
 def repeated(problem: Problem) -> Tensor:
-    """(N,): tokens of which a top-k teacher gives an id twice."""
-    return repeats(*problem.inputs.topk, problem.vocab_size).any(-1)
+    """(N,): tokens of which a top-k teacher, or the caller, gives an id twice."""
+    inputs = problem.inputs
+    assert inputs.ids is not None
+    return repeats(inputs.ids, inputs.topk_log_probs, problem.vocab_size).any(-1)
+
+
+def _no_ids(problem: Problem) -> Tensor:
+    """(N, K): the caller's ids that are neither ids of the vocabulary nor padding."""
+    ids = problem.inputs.ids
+    assert ids is not None
+    return (ids < -1) | (ids >= problem.vocab_size)
 
 
 def with_repeats_marked(problem: Problem) -> Problem:
@@ -94,10 +95,19 @@ def with_repeats_marked(problem: Problem) -> Problem:
 def _raise_repeated(problem: Problem, counts: Tensor) -> None:
     """For a token that counts (N,)."""
     token = int((repeated(problem) & counts).nonzero()[0])
-    ids, log_probs = (t[[token]] for t in problem.inputs.topk)
+    inputs = problem.inputs
+    assert inputs.ids is not None
+    ids, log_probs = inputs.ids[[token]], inputs.topk_log_probs
+    if log_probs is not None:
+        log_probs = log_probs[[token]]
+        ids = torch.where(log_probs != -torch.inf, ids, -1)
     same = repeats(ids, log_probs, problem.vocab_size)
-    usable = torch.where(log_probs != -torch.inf, ids, -1)
-    twice = next(int(i) for i in usable[0] if (usable[0] == i).sum() > 1)
+    twice = next(int(i) for i in ids[0] if i >= 0 and (ids[0] == i).sum() > 1)
+    if log_probs is None:
+        raise ValueError(
+            f"ids hold {twice} twice at token {token} (of the flat batch): the ids of a token must "
+            "be distinct, padding is -1"
+        )
     raise ValueError(
         f"teacher ids hold {twice} twice at token {token} (of the flat batch), and "
         f"{int(same.sum())} repeats in all there: the ids of a token must be distinct, padding has "
@@ -111,7 +121,7 @@ def _given_log_probs(problem: Problem, counts: Tensor) -> dict[str, Tensor]:
     inputs, found = problem.inputs, {}
     if inputs.label_log_probs is not None:
         found["label_log_probs"] = torch.where(counts, inputs.label_log_probs, -torch.inf)
-    if inputs.ids is not None:
+    if inputs.topk_log_probs is not None:
         ids, log_probs = inputs.topk
         valid = (ids >= 0) & (ids < problem.vocab_size) & counts[:, None]
         found["topk_log_probs"] = torch.where(valid, log_probs, -torch.inf)
@@ -130,6 +140,15 @@ def _raise_bad_value(name: str, problem: Problem, outside: Tensor, counts: Tenso
         )
     if name == "ids":
         _raise_repeated(problem, counts)
+    if name == "a given id":
+        wrong = _no_ids(problem) & counts.unsqueeze(-1)
+        ids = problem.inputs.ids
+        assert ids is not None
+        raise ValueError(
+            f"ids hold {int(ids[wrong][0])} at token {int(wrong.any(-1).nonzero()[0])} (of the "
+            f"flat batch), which is none of the {problem.vocab_size} ids that student and teacher "
+            "share, nor -1, the padding"
+        )
     if name == "uniforms":
         raise ValueError("uniforms must lie in [0, 1), as torch.rand draws them")
     if name == "mixing":

@@ -25,8 +25,13 @@ from ..objectives import TokenRule
 from ..products import TorchProducts
 from ..rows.engine import RowEngine
 from ..rows.layout import Coef, Stat
+from ..rows.torch_rows import block_rows
 from .sampling import workspace_bytes as selection_workspace
 from .target import scratch_bytes as target_scratch
+
+#: Of a block of rows, while the student's ids are found or a mass off given ids is summed: logits,
+#: twice while they are transformed, their exponentials, and flags.
+ID_TEMPORARIES = 4
 
 
 @dataclass(frozen=True)
@@ -140,6 +145,16 @@ class Call:
         """A pass makes the target of the logits of all sides."""
         return self.rule is not None and self.rule.reshapes_target
 
+    @property
+    def reads_by_ids(self) -> bool:
+        """Blocks of rows are copied to find the ids of K, or to sum a mass outside given ids."""
+        rule = self.rule
+        if rule is None or rule.top_k_ids != "teacher":
+            return rule is not None
+        on_cpu = self.device_type == "cpu"  # elsewhere a kernel does without
+        bucket = rule.uses_top_k and rule.top_k_tail == "bucket"
+        return on_cpu and bucket and not self.teacher_hidden_size
+
     # --- bytes held ------------------------------------------------------------------------------
 
     def workspace(self, rows: int, super_rows: int) -> dict[str, int]:
@@ -149,6 +164,7 @@ class Call:
         accumulates = not (self.rounds_d_weight(super_rows) and super_rows >= self.tokens)
         adds = self.needs_weight_grad and super_rows < self.tokens
         searches = self.vocab_parallel and self.rule is not None and self.rule.weighs_by_gaps
+        block = min(rows, block_rows(self.vocab_size, self.device_type)) * self.vocab_size
         return {
             "student logits": logits,
             "teacher logits": logits if self.teacher_hidden_size or self.reshapes_target else 0,
@@ -175,6 +191,7 @@ class Call:
             "the search for the head": 2 * self.logit_size * rows * (self.vocab_size + 1)
             if searches
             else 0,
+            "the ids of K": ID_TEMPORARIES * self.logit_size * block if self.reads_by_ids else 0,
         }  # fmt: skip
 
     @property

@@ -73,7 +73,7 @@ class DivergenceSpec:
     def knobs(self) -> tuple[str, ...]:
         """The arguments that `Divergence` takes for it."""
         own = () if self.parameter is None else (self.parameter,)
-        return (*own, "top_k", "top_k_tail") if self.takes_top_k else own
+        return (*own, "top_k", "top_k_tail", "top_k_ids") if self.takes_top_k else own
 
     @property
     def takes_top_k(self) -> bool:

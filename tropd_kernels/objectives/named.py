@@ -245,12 +245,12 @@ def Divergence(
     head_mass: float | None = None,
     top_k: int | None = None,
     top_k_tail: str = "raw",
+    top_k_ids: str = "teacher",
 ) -> TokenRule:
     """An exact divergence between student p and teacher q on every token, with u = p/q:
 
-    "forward_kl"       KL(q || p); with `top_k`, on the teacher's top-k ids
-    "reverse_kl"       KL(p || q); with `top_k`, on the teacher's top-k ids ("topk_reverse_kl" in a
-                       rule)
+    "forward_kl"       KL(q || p); with `top_k`, or ids that are given, on the ids of `top_k_ids`
+    "reverse_kl"       KL(p || q); on such ids likewise, then "topk_reverse_kl" in the rule
     "jeffreys"         KL(q || p) + KL(p || q)
     "mixed"            w KL(q || p) + (1 - w) KL(p || q), each token's w from the call's `mixing`
     "jsd"              beta KL(q || M) + (1 - beta) KL(p || M), M = beta q + (1 - beta) p, with
@@ -271,10 +271,12 @@ def Divergence(
     for argument, value in given.items():
         if value is not None and argument != spec.parameter:
             raise ValueError(f"Divergence({name!r}) takes no {argument}; got {argument}={value!r}")
-    if top_k is not None and not spec.takes_top_k:
+    on_k = top_k is not None or top_k_ids != "teacher"
+    if on_k and not spec.takes_top_k:
+        given_k = "top_k" if top_k is not None else "top_k_ids"
         raise ValueError(
-            f"Divergence({name!r}) covers the whole vocabulary; top_k goes with 'forward_kl' and "
-            "'reverse_kl' (see TopKJSD for a Jensen-Shannon divergence on K, and MOPD)"
+            f"Divergence({name!r}) covers the whole vocabulary; {given_k} goes with 'forward_kl' "
+            "and 'reverse_kl' (see TopKJSD for a Jensen-Shannon divergence on K, and MOPD)"
         )
     value = spec.default
     if spec.parameter is not None:
@@ -284,7 +286,7 @@ def Divergence(
         for limit, instead in spec.limits:
             if value == limit and instead is not None:
                 name, value = instead, DIVERGENCES[instead].default
-    if top_k is not None:
+    if on_k:
         name = DIVERGENCES[name].on_k or name
     return TokenRule(
         policy_gradient=0.0,
@@ -292,6 +294,7 @@ def Divergence(
         divergence_parameter=value,
         top_k=top_k,
         top_k_tail=top_k_tail,
+        top_k_ids=top_k_ids,
     )
 
 
@@ -343,6 +346,13 @@ def ExOPD(
         prefix_weight=prefix_weight,
     )
     return replace(rule, teacher_power=extrapolation, reference_power=1 - extrapolation)
+
+
+def LSM(*, top_k: int = 32) -> TokenRule:
+    """Teacher top-K local support matching (arXiv 2603.25562): the reverse KL on the teacher's
+    top-k, both sides renormalised there, without which training collapses. The paper samples with
+    top-p 0.9 and masks special tokens, both of which are the caller's."""
+    return Divergence("reverse_kl", top_k=top_k, top_k_tail="renormalize_both")
 
 
 def MOPD(*, top_k: int = 64) -> TokenRule:

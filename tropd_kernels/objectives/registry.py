@@ -49,6 +49,7 @@ _NAMED: dict[str, Callable[..., TokenRule]] = {
     "topd": named.TOPD,
     "log1p_opd": named.Log1pOPD,
     "tv_opd": named.TVOPD,
+    "lsm": named.LSM,
     "mopd": named.MOPD,
     "topk_jsd": named.TopKJSD,
     "veto": named.Veto,
@@ -128,6 +129,11 @@ def check_objective(objective: str) -> None:
 
 def build_rule(objective: str, arguments: Mapping[str, Any]) -> TokenRule:
     """The `TokenRule` of a checked name with checked knobs; a wrong value of one raises."""
+    if arguments.get("top_k_ids") == "given":
+        raise ValueError(
+            "top_k_ids='given' reads ids= in every call, which no config holds: choose 'teacher' "
+            "or 'student', or call linear_distillation_loss in a training loop of your own"
+        )
     return OBJECTIVES[objective](**arguments)
 
 

@@ -8,7 +8,7 @@ and its `repr` can be pasted back.
 Symbols, at one position: p student, q teacher, y the token, lp = log p(y), lq = log q(y),
 lo = log-probability of y under the policy that sampled it (lp, detached, where none is given),
 rho = exp(lp - lo), R0 = sg(lq - lo), R = T(R0), clipped, or the caller's advantages, A the caller's
-task advantages, K the teacher's top-k ids.
+task advantages, K the teacher's top-k ids, or those of `top_k_ids`.
 
 On a token that the student sampled, a rule's loss is
 
@@ -50,6 +50,7 @@ from .rewards import (
 
 GATES = ("always", "bernoulli", "expected", "threshold")
 OUTLIERS = ("mask", "clip", "forward_kl", "forward_kl_reward")
+TOP_K_IDS = ("teacher", "student", "given")
 TAILS = ("raw", "bucket", "renormalize_teacher", "renormalize_both")
 NORMALIZE = ("tokens", "kept")
 SCORES = ("entropy", "teacher_entropy", "reverse_kl", "disagreement", "reward", "scores")
@@ -82,6 +83,12 @@ class TokenRule:
         the precision.
         In the gradient of "renormalize_both" a student with less than e^-80 on K counts as having
         nothing there.
+    top_k_ids: whose ids K holds. "teacher": its top-k. "student": the student's own top-k, exactly
+        `top_k` ids; of those that tie for the last places the lowest on a CPU, any on a GPU.
+        "given": the call's `ids`, whatever their number; leave top_k None. The last two want a
+        HiddenTeacher or LogitsTeacher: a top-k teacher that was asked for the student's ids has
+        them as its own, "teacher". There K holds ids that the teacher excludes, too, with which a
+        reverse KL is infinite.
     prefix_weight: weight of the K1 forward KL on teacher-written tokens; None treats them as any
         other.
     clip_ratio_low, clip_ratio_high: PPO clip of rho to [1 - low, 1 + high]; None leaves a side
@@ -169,6 +176,7 @@ class TokenRule:
     teacher_power: float = 1.0
     student_power: float = 0.0
     reference_power: float = 0.0
+    top_k_ids: str = "teacher"
 
     def __post_init__(self):
         one_of("gate", self.gate, GATES)
@@ -206,11 +214,13 @@ class TokenRule:
                 raise ValueError(
                     f"top_k must be at least 1, or None for the whole vocabulary; got {self.top_k}"
                 )
-        if self.top_k is None and self.top_k_tail != "raw":
+        self._check_ids()
+        has_k = self.top_k is not None or self.top_k_ids == "given"
+        if not has_k and self.top_k_tail != "raw":
             raise ValueError(
                 f"top_k_tail={self.top_k_tail!r} needs a top_k: without one there is no tail"
             )
-        if self._divergence.ids == "top_k" and self.top_k is None:
+        if self._divergence.ids == "top_k" and not has_k:
             raise ValueError(f"divergence={self.divergence!r} lives on the top-k ids: give a top_k")
         self._check_sets()
         self._check_reward()
@@ -259,6 +269,32 @@ class TokenRule:
             raise ValueError(
                 f"select_by={self.select_by!r} needs either a select_fraction or a "
                 f"select_threshold, got {self.select_fraction} and {self.select_threshold}"
+            )
+
+    def _check_ids(self):
+        """Refuses a choice of ids that has no effect, or that a term beside those on K forbids."""
+        one_of("top_k_ids", self.top_k_ids, TOP_K_IDS)
+        if self.top_k_ids == "teacher":
+            return
+        choice = f"top_k_ids={self.top_k_ids!r}"
+        if self.top_k_ids == "given" and self.top_k is not None:
+            raise ValueError(
+                f"{choice} takes all of the call's ids: leave top_k None, got {self.top_k}"
+            )
+        if self.top_k_ids == "student" and self.top_k is None:
+            raise ValueError(
+                f"{choice} needs a top_k: how many of the student's likeliest ids K holds"
+            )
+        if not self.uses_top_k:
+            raise ValueError(
+                f"{choice} has no effect, as no term is a sum over K: give a divergence on K, such "
+                "as 'topk_reverse_kl', or an outlier='forward_kl' with a gate that rejects tokens"
+            )
+        if self.uses_reverse_kl or (self.generator and self._divergence.ids == "vocabulary"):
+            raise ValueError(
+                f"divergence={self.divergence!r} is over the whole vocabulary, and the forward KL "
+                f"beside it over the ids of {choice}: leave top_k_ids 'teacher', or choose a "
+                "divergence on K"
             )
 
     def _check_sets(self):
@@ -453,7 +489,7 @@ class TokenRule:
     def uses_top_k(self) -> bool:
         """A set K smaller than the vocabulary has to be found."""
         on_k = self.uses_forward_kl or self._divergence.ids == "top_k"
-        return self.top_k is not None and on_k
+        return (self.top_k is not None or self.top_k_ids == "given") and on_k
 
     @property
     def uses_sums(self) -> bool:
@@ -493,10 +529,11 @@ class TokenRule:
     @property
     def uses_dense_teacher(self) -> bool:
         """The loss needs the teacher's whole distribution."""
-        whole = self.uses_forward_kl and self.top_k is None
+        whole = self.uses_forward_kl and not self.uses_top_k
         generator = self.generator is not None and self._divergence.ids != "top_k"
         exact = self.uses_reverse_kl or self.score == "reverse_kl"
-        return whole or generator or exact or self.reshapes_target
+        other = self.reshapes_target or self.top_k_ids != "teacher"
+        return whole or generator or exact or other
 
     @property
     def reshapes_target(self) -> bool:

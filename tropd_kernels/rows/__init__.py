@@ -15,5 +15,6 @@ multiplies only these.
 
 Files: `layout` (what goes in and comes out), `rule` (gate and rule on vectors of rows, in torch),
 `generators` (the f-divergences), `topk_teacher`, `torch_rows` (the twin to read), `native_rows`,
-`triton_rows` and `triton_kernels`, `sharded` and `sharded_search` (the vocabulary over ranks).
+`triton_rows` and `triton_kernels`, `id_rows` (K of the student's or of given ids), `sharded` and
+`sharded_search` (the vocabulary over ranks).
 """

@@ -7,6 +7,7 @@ logits are upcast, one chunk at a time.
 from __future__ import annotations
 
 import math
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -17,7 +18,7 @@ from .engine import RowEngine, Statistics
 from .layout import Coef, LogitTransform, Matrices, RowBatch, RowOptions, matrices
 from .rule import SUMS, Sums
 from .topk_teacher import topk_teacher_ids
-from .torch_rows import on_top_k, row_squares, topk_student_tail, topk_sums, transform
+from .torch_rows import mass_off, on_top_k, row_squares, topk_sums, transform
 
 ops = torch.ops.tropd_native
 
@@ -44,9 +45,9 @@ class NativeRows(RowEngine):
         if needed is None:
             ids, lq, lp = _topk_ids(batch, options, coefs)
             on_k = lq > -math.inf
-            return topk_sums(
-                lp, lq, on_k, rule, lambda: topk_student_tail(batch, options, coefs, ids, on_k)
-            )
+            high, log_sum = coefs[Coef.STUDENT_MAX], coefs[Coef.STUDENT_LOG_SUM]
+            tail = partial(mass_off, batch.student, options.student, high, log_sum, ids, on_k)
+            return topk_sums(lp, lq, on_k, rule, tail)
         made = coefs.new_empty((len(SUMS), coefs.shape[1]))  # in the order of csrc/rows.h
         ops.sums(
             *found.read, batch.labels, needed, coefs, made, rule.top_k if rule.uses_top_k else 0,

@@ -295,7 +295,7 @@ def forward_kl(sums: Sums, rule: TokenRule) -> tuple[Tensor, Tensor, Tensor, Ten
         one = known.to(raw.dtype)
         return kl, one, one, share
     # Where p(K) underflows, p / p(K) would be 0/0: a mass below e^-80 counts as none.
-    on_k = (-sums.student_log_mass).clamp_max(80).exp()
+    on_k = torch.where(known, (-sums.student_log_mass).clamp_max(80).exp(), 0.0)
     # A student without any mass on K: infinite, not inf - inf.
     kl = torch.where(raw == math.inf, math.inf, kl + sums.student_log_mass)
     return torch.where(known, kl, 0.0), zero, on_k, share
@@ -316,7 +316,7 @@ def reverse_kl(sums: Sums, rule: TokenRule) -> tuple[Tensor, Tensor, Tensor, Ten
     elif rule.top_k_tail == "renormalize_both":
         # As for the forward KL: a mass below e^-80 counts as none in the gradient, and a student
         # without any mass on K is infinite.
-        value = torch.where(known, value + log_q_k - sums.student_log_mass, 0.0)
+        value = torch.where(known, value + log_q_k - sums.student_log_mass, value)
         share = (-sums.student_log_mass).clamp_max(80).exp()
         p, p_top_k = torch.zeros_like(value), share * (log_q_k - sums.student_log_mass - value)
     else:

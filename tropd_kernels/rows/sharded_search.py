@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from .layout import Coef, RowBatch, RowOptions
-from .top_k import largest, with_margin
+from .top_k import largest, largest_ids, with_margin
 from .torch_rows import blocks, transform
 
 if TYPE_CHECKING:
@@ -46,6 +46,27 @@ def top_k_threshold(
     kth = candidates.topk(k, dim=0).values[-1]
     threshold = with_margin(kth, options.teacher.softcap)
     coefs[Coef.THRESHOLD] = torch.where(needed, threshold, -math.inf)
+
+
+def student_top_k(
+    shard: Shard, batch: RowBatch, options: RowOptions, like: Tensor, k: int
+) -> Tensor:
+    """The student's own top-k (n, k) in the whole rows, as columns of this shard: below 0 or beyond
+    its width where another shard has the id; all below 0 that the student excludes. Of those that
+    tie for the last places the first are taken, where `largest_ids` does so."""
+    n, k = batch.student.shape[0], min(k, shard.vocab_size)
+    ours = min(k, shard.width)
+    best = like.new_full((2, n, k), -math.inf, dtype=torch.float64)  # logits and their ids
+    for rows, part in blocks(batch):
+        z = transform(part.student, options.student, like.dtype)
+        columns = largest_ids(z, ours)
+        best[0, rows, :ours] = z.gather(-1, columns).double()
+        best[1, rows, :ours] = (columns + shard.low).double()
+    # In the order of ranks, hence of ids where logits tie.
+    logits, ids = shard.gather(best).permute(1, 2, 0, 3).flatten(2)
+    logits, order = logits.sort(dim=-1, descending=True, stable=True)
+    ids = ids.gather(-1, order)[:, :k].masked_fill(logits[:, :k] == -math.inf, -1.0)
+    return torch.where(ids < 0, -1.0, ids - shard.low).long()
 
 
 def head_threshold(shard: Shard, part: RowBatch, options: RowOptions, coefs: Tensor) -> None:

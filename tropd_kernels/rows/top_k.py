@@ -32,6 +32,20 @@ def largest(values: Tensor, k: int) -> Tensor:
     return _candidates(values, k).topk(k, dim=-1, sorted=False).values
 
 
+def largest_ids(values: Tensor, k: int) -> Tensor:
+    """(rows, k): columns of the k largest of each row of (rows, V), k <= V. Of those that tie for
+    the last places a CPU takes the first; NaN counts as the smallest there."""
+    if values.device.type != "cpu":
+        return values.topk(k, dim=-1).indices
+    kth = kth_largest(values, k)
+    if bool(kth.isnan().any()):
+        values = values.masked_fill(values.isnan(), -math.inf)
+        kth = kth_largest(values, k)
+    columns = columns_reaching(values, kth).sort(-1).values
+    order = values.gather(-1, columns).sort(dim=-1, descending=True, stable=True).indices[:, :k]
+    return columns.gather(-1, order)
+
+
 def with_margin(threshold: Tensor, softcap: float | None) -> Tensor:
     """A threshold slightly below the k-th largest log-prob (rows,). The gradient pass may read
     recomputed logits, from a GEMM of another height that rounds differently: a margin of a few last

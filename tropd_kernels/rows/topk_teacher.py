@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import torch
 from torch import Tensor
 
 from .layout import RowBatch, Stat
@@ -45,3 +46,16 @@ def topk_teacher_statistics(batch: RowBatch, stats: Tensor) -> None:
         width = batch.student.shape[-1]
         _, known = topk_teacher_ids(ids, log_probs.to(stats.dtype), None, width)
         stats[Stat.TEACHER_ENTROPY] = topk_entropy(known)
+
+
+def repeats(ids: Tensor, log_probs: Tensor | None, vocab_size: int) -> Tensor:
+    """(N, K) of ids and their log-probs (N, K), where there are some: in the order of the ids,
+    those equal to the one before them; padding equals nothing."""
+    usable = (ids >= 0) & (ids < vocab_size)
+    if log_probs is not None:
+        usable &= log_probs != -math.inf
+    apart = torch.arange(-ids.shape[-1], 0, device=ids.device)
+    ordered = torch.where(usable, ids, apart).sort(-1).values
+    same = torch.zeros_like(usable)
+    same[:, 1:] = ordered[:, 1:] == ordered[:, :-1]
+    return same

@@ -289,17 +289,17 @@ def topk_sums(
     return sums
 
 
-def topk_student_tail(
-    batch: RowBatch, options: RowOptions, coefs: Tensor, ids: Tensor, on_k: Tensor
+def mass_off(
+    logits: Tensor, how: LogitTransform, high: Tensor, log_sum: Tensor, ids: Tensor, on_k: Tensor
 ) -> Tensor:
-    """The student's mass (n,) outside the ids (n, K) that are on K, by the normalisers in coefs."""
-    tails = coefs.new_empty(coefs.shape[1])
-    for rows, part in blocks(batch):
-        z = transform(part.student, options.student, coefs.dtype)
-        c = coefs[:, rows].unsqueeze(-1)
-        lp = (z - c[Coef.STUDENT_MAX]) - c[Coef.STUDENT_LOG_SUM]
-        tails[rows] = _mass_off(lp, ids[rows], on_k[rows])
-    return tails
+    """The mass (n,) of logits (n, V), with the normalisers `high` and `log_sum`, outside the ids
+    (n, K) that are on K."""
+    tails = []
+    size = block_rows(logits.shape[1], logits.device.type)
+    per_row = (logits, high.unsqueeze(-1), log_sum.unsqueeze(-1), ids, on_k)
+    for z, top, total, *on in zip(*(each.split(size) for each in per_row), strict=True):
+        tails.append(_mass_off((transform(z, how, high.dtype) - top) - total, *on))
+    return torch.cat(tails)
 
 
 def sum_terms(lp: Tensor, lq: Tensor, on_k: Tensor | None, rule: TokenRule) -> Sums:

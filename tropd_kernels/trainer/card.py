@@ -96,6 +96,11 @@ _TOPD = Source(
     "Trust Region Policy Distillation",
     "Zhengpeng Xie and Li Lyna Zhang and Zeke Xie and Mao Yang", 2026, "2607.04751",
 )  # fmt: skip
+_LSM = Source(
+    "Revisiting On-Policy Distillation: Empirical Failure Modes and Simple Fixes",
+    "Yuqian Fu and Haohuan Huang and Kaiwen Jiang and Yuanheng Zhu and Dongbin Zhao",
+    2026, "2603.25562",
+)  # fmt: skip
 _TODI = Source(
     "ToDi: Token-wise Distillation via Fine-Grained Divergence Control",
     "Seongryong Jung and Suwan Yoon and DongGeon Kim and Hwanhee Lee", 2025, "2505.16297",
@@ -135,6 +140,11 @@ OBJECTIVES: Mapping[str, tuple[str, str, Source | None]] = {
         "GKD",
         "the Jensen-Shannon divergence, of which beta 0 is the forward KL and 1 the reverse KL",
         _GKD,
+    ),
+    "lsm": (
+        "Local support matching (LSM)",
+        "the reverse KL on the teacher's top-k, renormalised on both sides",
+        _LSM,
     ),
     "mopd": ("MOPD", "a mass-corrected reverse KL on the teacher's top-k", _SURVEY),
     "topk_jsd": ("Top-k JSD", "a Jensen-Shannon divergence on the teacher's top-k", _TROPD),

@@ -84,7 +84,7 @@ def _reverse_kl(sums, row, n, ACC: tl.constexpr, TAIL: tl.constexpr):
         p_top_k = -value
     elif TAIL == "renormalize_both":
         log_mass = tl.load(sums + STUDENT_LOG_MASS * n + row)
-        value = tl.where(known, value + log_q_k - log_mass, 0.0)
+        value = tl.where(known, value + log_q_k - log_mass, value)
         share = tl.exp(tl.minimum(-log_mass, 80.0))
         p_coef = tl.zeros_like(value)
         p_top_k = share * (log_q_k - log_mass - value)
@@ -192,7 +192,7 @@ def rule_kernel(
                 log_mass = tl.load(sums + STUDENT_LOG_MASS * n + row)
                 # A student without any mass on K: infinite, not inf - inf.
                 kl = tl.where(infinite, INF, tl.where(known, kl + log_mass, 0.0))
-                kl_p_top_k = tl.exp(tl.minimum(-log_mass, 80.0))
+                kl_p_top_k = tl.where(known, tl.exp(tl.minimum(-log_mass, 80.0)), 0.0)
     if not DENSE and sums is not None:
         tl.store(stats + FORWARD_KL * columns + row, kl, mask=inside)
 
