@@ -175,8 +175,24 @@ def test_both_buckets_are_summed(whose, backend, device):
     exact_z = z.float().double().requires_grad_()
     log_p, log_q = exact_z.log_softmax(-1), t.float().double().log_softmax(-1)
     exact = torch.stack([formula(*row, "bucket") for row in zip(log_p, log_q, on_k, strict=True)])
+    gradient = torch.autograd.grad(exact.sum(), exact_z)[0]
     assert relative_error(found[0], exact.detach()) < 2e-6
-    assert relative_error(found[1], torch.autograd.grad(exact.sum(), exact_z)[0]) < 2e-6
+    assert relative_error(found[1], gradient) < 2e-6
+    assert relative_error(found[1][~on_k], gradient[~on_k]) < 1e-5  # where the tails are
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("tail", TAILS)
+def test_a_teacher_whose_mass_on_k_underflows(tail, backend, device):
+    """Of e^-200 there is no q to renormalise: infinite, with gradient 0, not a loss of 0."""
+    z, t = torch.randn(2, 2, 37, device=device)
+    t[0, ids_of(z, "student")[0]] -= 200
+    loss, gradient, _ = call("student", z, t, rule(tail), backend)
+    if tail.startswith("renormalize"):
+        assert loss.isinf().tolist() == [True, False]
+        assert gradient.any(-1).tolist() == [False, True]
+    else:
+        assert loss[0] > 50 and gradient[0].any()
 
 
 @all_backends

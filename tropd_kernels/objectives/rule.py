@@ -88,7 +88,8 @@ class TokenRule:
         "given": the call's `ids`, whatever their number; leave top_k None. The last two want a
         HiddenTeacher or LogitsTeacher: a top-k teacher that was asked for the student's ids has
         them as its own, "teacher". There K holds ids that the teacher excludes, too, with which a
-        reverse KL is infinite.
+        reverse KL is infinite; where it renormalises the teacher, a mass on K that underflows
+        counts as none.
     prefix_weight: weight of the K1 forward KL on teacher-written tokens; None treats them as any
         other.
     clip_ratio_low, clip_ratio_high: PPO clip of rho to [1 - low, 1 + high]; None leaves a side

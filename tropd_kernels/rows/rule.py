@@ -317,8 +317,8 @@ def reverse_kl(sums: Sums, rule: TokenRule) -> tuple[Tensor, Tensor, Tensor, Ten
         # As for the forward KL: a mass below e^-80 counts as none in the gradient, and a student
         # without any mass on K is infinite.
         value = torch.where(known, value + log_q_k - sums.student_log_mass, value)
-        share = (-sums.student_log_mass).clamp_max(80).exp()
-        p, p_top_k = torch.zeros_like(value), share * (log_q_k - sums.student_log_mass - value)
+        share = torch.where(known, (-sums.student_log_mass).clamp_max(80).exp(), 0.0)
+        p, p_top_k = torch.zeros_like(value), _weigh(share, log_q_k - sums.student_log_mass - value)
     else:
         if rule.top_k_tail == "raw":
             log_q_k = torch.zeros_like(value)
@@ -326,7 +326,7 @@ def reverse_kl(sums: Sums, rule: TokenRule) -> tuple[Tensor, Tensor, Tensor, Ten
         p = -(value + p_k)
         p_top_k = log_q_k + 1 + p
     finite = torch.isfinite(value)
-    p, p_top_k, share = (torch.where(finite & known, each, 0.0) for each in (p, p_top_k, share))
+    p, p_top_k, share = (torch.where(finite, each, 0.0) for each in (p, p_top_k, share))
     return value, p, p_top_k, share
 
 

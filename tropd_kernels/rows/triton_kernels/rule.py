@@ -85,9 +85,9 @@ def _reverse_kl(sums, row, n, ACC: tl.constexpr, TAIL: tl.constexpr):
     elif TAIL == "renormalize_both":
         log_mass = tl.load(sums + STUDENT_LOG_MASS * n + row)
         value = tl.where(known, value + log_q_k - log_mass, value)
-        share = tl.exp(tl.minimum(-log_mass, 80.0))
+        share = tl.where(known, tl.exp(tl.minimum(-log_mass, 80.0)), 0.0)
         p_coef = tl.zeros_like(value)
-        p_top_k = share * (log_q_k - log_mass - value)
+        p_top_k = _weigh(share, log_q_k - log_mass - value)
     else:
         if TAIL == "raw":
             log_q_k = tl.zeros_like(value)
@@ -95,7 +95,7 @@ def _reverse_kl(sums, row, n, ACC: tl.constexpr, TAIL: tl.constexpr):
         value += p_k * log_q_k
         p_coef = -(value + p_k)
         p_top_k = log_q_k + 1 + p_coef
-    counts = (tl.abs(value) < INF) & known
+    counts = tl.abs(value) < INF
     return (
         value, tl.where(counts, p_coef, 0.0), tl.where(counts, p_top_k, 0.0),
         tl.where(counts, share, 0.0),
