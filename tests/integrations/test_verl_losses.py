@@ -1,7 +1,9 @@
 """verl's distillation losses on plain tensors, against the reference."""
 
 import math
+import sys
 from dataclasses import replace
+from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
@@ -33,6 +35,7 @@ from tropd_kernels import (
 from tropd_kernels.draws import bernoulli_uniforms, philox4x32
 from tropd_kernels.integrations import verl as integration
 
+HALF = dict(select_fraction=0.5)
 SAMPLED = {
     "opd": OPD(),
     "opd_ppo": OPD(kl_penalty_coef=0.7, clip_ratio_low=0.2, clip_ratio_high=0.2),
@@ -44,6 +47,9 @@ SAMPLED = {
     "clip": TrOPD(gate="expected", outlier="clip"),
     "entropy_opd": EntropyOPD(top_fraction=0.4),
     "nll": TokenRule(nll_weight=0.3),
+    "by_reward": replace(OPD(entropy_coef=0.05), select_by="reward", **HALF),
+    "by_disagreement": replace(MaskOutlier(), select_by="disagreement", **HALF),
+    "by_entropy": replace(TrOPD(outlier="mask"), select_by="entropy", select_threshold=1.5),
 }
 TOP_K = {
     "tropd": TrOPD(top_k=3),
@@ -54,6 +60,8 @@ TOP_K = {
     "forward_kl": Divergence("forward_kl", top_k=1000),
     "mopd": MOPD(),
     "topk_jsd": TopKJSD(),
+    "by_teacher_entropy": replace(AOPD(), select_by="teacher_entropy", **HALF),
+    "by_disagreement": replace(TrOPD(), select_by="disagreement", **HALF),
 }
 
 
@@ -138,7 +146,9 @@ def test_a_top_k_loss_is_the_reference_s_with_labels_outside_k_ruled_out(name):
         assert torch.equal(found["tropd_label_in_topk"] > 0, inside)
         if rule.uses_sums:
             mass = found["teacher_mass"].double()
-            torch.testing.assert_close(mass, truth.stats.teacher_topk_mass)
+            known = ~mass.isnan() if rule.score else torch.ones_like(inside)
+            assert known.any()
+            torch.testing.assert_close(mass[known], truth.stats.teacher_topk_mass[known])
 
 
 def test_the_gate_errs_on_no_more_than_the_teacher_s_tail():
@@ -189,6 +199,10 @@ def test_draws_depend_on_the_sequence_alone():
         (OPD(), "top_k", "teacher='sampled'"),
         (Log1pOPD(), "top_k", "unbounded"),
         (KDRL(task_weight=1.0), "sampled", "task_advantages"),
+        (replace(OPD(), select_by="teacher_entropy", **HALF), "sampled", "teacher='top_k'"),
+        (replace(OPD(), select_by="reverse_kl", **HALF), "sampled", "whole distribution"),
+        (replace(OPD(), select_by="scores", **HALF), "sampled", "no scores"),
+        (replace(AOPD(), select_by="scores", **HALF), "top_k", "no scores"),
         (REOPOLD(), "sampled", "mean is over the tokens kept"),
         (OPD(), "dense", "'sampled' or 'top_k'"),
     ],
@@ -218,3 +232,15 @@ def test_every_name_can_be_served():
         for name, rule in rules.items():
             integration.check_rule(name, rule, teacher)
             assert name.startswith("tropd")
+
+
+def test_a_mean_is_over_the_tokens_that_have_the_value(monkeypatch):
+    """A selection leaves the others without a gate; a rule without sums has no masses at all."""
+    for name in ("verl", "verl.utils", "verl.utils.metric"):
+        monkeypatch.setitem(sys.modules, name, ModuleType(name))
+    sys.modules["verl.utils.metric"].AggregationType = SimpleNamespace(MEAN="mean")
+    sys.modules["verl.utils.metric"].Metric = lambda kind, value: value
+    some = torch.tensor([1.0, math.nan, 0.0, 1.0])
+    counted = torch.tensor([True, True, True, False])
+    found = integration._metrics(counted, tropd_trust=some, student_mass=some * math.nan)
+    assert found == {"distillation/trust": 0.5}

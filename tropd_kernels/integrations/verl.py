@@ -37,7 +37,7 @@ verl/workers/rollout/vllm_rollout/utils.py), n being the tokens of a packed micr
 * No step and no sample index arrive. The Bernoulli gate's draws are a function of
   (`actor.data_loader_seed`, a hash of the sequence's token ids, position): the same for a token in
   any micro-batch and on any rank, and again when the same sequence is trained on once more.
-* Ranks by entropy (EntropyOPD) are within the micro-batch.
+* A fraction of the tokens (`select_by`, EntropyOPD) is of those of the micro-batch.
 
 Not served: `use_policy_gradient`, under which verl would take these losses as rewards, and
 `log_prob_min_clamp`, which nothing here reads, raise ValueError; rules whose mean is over the kept
@@ -59,6 +59,7 @@ from torch import Tensor
 
 from ..draws import bernoulli_uniforms, philox4x32
 from ..functional import distillation_loss
+from ..loss.token_selection import scores, selected
 from ..objectives import (
     AOPD,
     LSM,
@@ -135,6 +136,13 @@ def check_rule(name: str, rule: TokenRule, teacher: str) -> None:
             "its z_loss or label_smoothing reads the logits, and a sampled loss gets log-probs "
             "alone: leave both at 0, or register the rule with teacher='top_k'"
         )
+    elif rule.score == "scores":
+        why = "verl gives a distillation loss no scores: take another select_by"
+    elif teacher == "sampled" and rule.score == "teacher_entropy":
+        why = (
+            "its select_by='teacher_entropy' needs more of the teacher than a token's log-prob: "
+            "take select_by 'entropy', 'reward' or 'disagreement', or teacher='top_k'"
+        )
     elif rule.uses_task_advantages:
         why = "verl gives a distillation loss no task_advantages: leave task_weight 0, no filter"
     elif teacher == "top_k" and rule.policy_gradient and rule.gate == "always":
@@ -161,12 +169,13 @@ def sampled_losses(
     entropy: Tensor | None = None,  # (*)
     uniforms: Tensor | None = None,  # (*)
 ) -> tuple[Tensor, Tensor]:
-    """Loss of each token and the gate's M, 0 where `counted` is not, from log-probs alone.
+    """Loss of each token and the gate's M, 0 where `counted` is not, from log-probs alone. The loss
+    is 0 at a token that the rule does not select, too; M is known there.
 
     Those of a sampled teacher in `distillation_loss`; differentiable in log_probs, and in entropy
     where the rule has an entropy bonus.
     """
-    if entropy is None and (rule.entropy_coef or rule.entropy_top_fraction is not None):
+    if entropy is None and (rule.entropy_coef or rule.score == "entropy"):
         raise ValueError(
             f"{rule!r} reads the student's entropy: set "
             "actor_rollout_ref.actor.calculate_entropy=true"
@@ -177,28 +186,28 @@ def sampled_losses(
 
     stats, coefs = new_matrices(log_probs.detach(), log_probs.numel())
     stats[Stat.LOG_PROB], stats[Stat.TEACHER_LOG_PROB] = rows(log_probs), rows(teacher_log_probs)
-    least = None
     if entropy is not None:
         stats[Stat.ENTROPY] = rows(entropy)
-        if rule.entropy_top_fraction is not None and entropy.numel():
-            ranked = stats[Stat.ENTROPY].masked_fill(~rows(counted), math.nan)
-            least = torch.nanquantile(ranked, 1 - rule.entropy_top_fraction)
     known = {"old_log_probs": rows(old_log_probs), "uniforms": rows(uniforms)}
     batch = RowBatch(student=None, teacher=None, labels=None, **known)
-    options = RowOptions(rule, LogitTransform(), LogitTransform(), entropy_threshold=least)
+    options = RowOptions(rule, LogitTransform(), LogitTransform())
+    enters = counted
+    if rule.score is not None:
+        ranked = scores(stats, batch, options).masked_fill(~counted.reshape(-1), math.nan)
+        enters = counted & selected(ranked, rule, None).view(counted.shape)
     apply_rule(stats, coefs, gate(stats, batch, options), None, batch, options)
 
-    def where_counted(row: Tensor) -> Tensor:
-        return torch.where(counted, row.view(counted.shape), 0.0)
+    def where(mask: Tensor, row: Tensor) -> Tensor:
+        return torch.where(mask, row.view(counted.shape), 0.0)
 
-    losses = where_counted(stats[Stat.TOKEN_LOSS])
+    losses = where(enters, stats[Stat.TOKEN_LOSS])
     # Their gradients are known: each enters by its difference from itself, times its gradient.
     by = {Coef.LABEL: -log_probs, Coef.ENTROPY_WEIGHT: entropy}
     for coef, values in by.items():
         if values is not None:
             finite = torch.where(counted & ~values.isinf(), values, 0.0)
-            losses = losses + where_counted(coefs[coef]) * (finite - finite.detach())
-    return losses, where_counted(stats[Stat.TRUST])
+            losses = losses + where(enters, coefs[coef]) * (finite - finite.detach())
+    return losses, where(counted, stats[Stat.TRUST])
 
 
 def top_k_losses(
@@ -381,10 +390,10 @@ def _padded(tensor: Tensor) -> Tensor:
 
 
 def _metrics(counted: Tensor, **values: Tensor) -> dict[str, Any]:
-    """Means over the tokens that count, as verl averages them."""
+    """Means over the tokens that count and have the value, as verl averages them."""
     from verl.utils.metric import AggregationType, Metric
 
-    means = {name: value.detach()[counted].double().mean() for name, value in values.items()}
+    means = {name: value.detach()[counted].double().nanmean() for name, value in values.items()}
     return {
         f"distillation/{name.removeprefix('tropd_')}": Metric(AggregationType.MEAN, float(mean))
         for name, mean in means.items()
