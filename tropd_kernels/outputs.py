@@ -33,7 +33,7 @@ class TokenStats(Summarized):
         teacher_topk_mass, student_topk_mass: Of K; for a dense teacher only at the tokens at which
             the rule looks at K, for a TopKTeacher at all tokens.
         token_loss: Before `token_weight`.
-        kept: Whether the token passed gate and entropy filter.
+        kept: Whether the token passed gate and selection.
     """
 
     log_probs: Tensor

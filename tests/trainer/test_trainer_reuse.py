@@ -23,6 +23,12 @@ CASES = {
         drift_tau=3.0, drift_block_size=4, prefix_schedule="constant", prefix_length=3,
         prefix_weight=0.5,
     ),
+    # The first step does not make the log-probs of what it leaves out; drift is of all tokens.
+    "by the teacher's entropy": dict(
+        objective="opd", select_by="teacher_entropy", select_fraction=0.5, drift_tau=3.0,
+        drift_block_size=4,
+    ),
+    "by returns": dict(objective="opd", select_by="reward", select_fraction=0.5, **CREDIT),
 }  # fmt: skip
 
 

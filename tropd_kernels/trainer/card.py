@@ -171,10 +171,11 @@ IN_WORDS = {
 #: Others that influence the loss or the completions: a card has those not at their defaults.
 SHAPING = {
     "stage_fraction", "prefix_fraction", "prefix_steps", "prefix_weight", "num_iterations",
-    "drift_block_size", "router_aux_loss_coef", "gradient_tolerance", "gradient_sampling",
-    "disable_dropout", "max_completion_length", "temperature", "top_k", "top_p", "min_p",
-    "repetition_penalty", "generation_kwargs", "chat_template_kwargs", "use_vllm",
-    "vllm_structured_outputs_regex", "max_tool_calling_iterations",
+    "drift_block_size", "select_by", "select_fraction", "select_threshold", "router_aux_loss_coef",
+    "gradient_tolerance", "gradient_sampling", "disable_dropout", "max_completion_length",
+    "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "generation_kwargs",
+    "chat_template_kwargs", "use_vllm", "vllm_structured_outputs_regex",
+    "max_tool_calling_iterations",
 }  # fmt: skip
 #: Those that influence neither: where models and data are, how a step is computed, what is shown.
 #: Settings of the optimizer and of transformers do not appear in a card.

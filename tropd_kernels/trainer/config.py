@@ -8,7 +8,7 @@ What is wrong raises here, with the key's name, before any model is loaded.
 import json
 import os
 import textwrap
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from enum import EnumMeta
 from typing import Any, get_args, get_type_hints
 
@@ -20,12 +20,14 @@ from ..objectives.registry import build_rule, knobs, names_unknown_keys
 from ..once import parse_json
 from .config_checks import (
     PREFIX_WEIGHT,
+    SELECTION,
     TYPES,
     check_credit,
     check_numbers,
     check_objective_keys,
     check_prefix,
     check_sample,
+    check_selection,
     check_teacher,
     check_trainer,
     check_type,
@@ -192,6 +194,23 @@ class TrOPDConfig(DistillationConfig):
         "IW-OPD's gamma (the paper's 0.5): early tokens have weights of up to 1 + gamma. None "
         "(default) weighs all alike."
     )
+    select_by: str | None = _setting(
+        'trains only on the tokens with the highest scores: "entropy" (the student\'s), '
+        '"teacher_entropy", "reverse_kl", "disagreement" (abs(lq - lo)) or "reward" (with '
+        "kl_discount_factor the return), as in `TokenRule`. The others cost no gradient; the mean "
+        "stays over all. Goes with select_fraction or select_threshold. The teacher's prefix is "
+        "not ranked where the objective weighs it by prefix_weight, and counts. An evaluation "
+        'selects likewise. A server or data set gives no "reverse_kl", and "teacher_entropy" as '
+        "the lower bound that the objective's top-k gives. None (default): all tokens. entropy_opd "
+        "and reopold select by themselves."
+    )
+    select_fraction: float | None = _setting(
+        "share of the tokens of each micro-batch on each process that select_by selects."
+    )
+    select_threshold: float | None = _setting(
+        "least score that select_by selects, whatever the micro-batch, in nats; a reward in its "
+        "own unit."
+    )
     router_aux_loss_coef: float | None = _setting(
         "weight of a mixture-of-experts student's load-balancing loss, over prompts and "
         "completions, as in TRL's GRPO; logged as aux_loss. None (default) takes the model's own, "
@@ -236,6 +255,7 @@ class TrOPDConfig(DistillationConfig):
         self._check_mappings()
         check_trainer(self)
         check_objective_keys(self)
+        check_selection(self)
         check_prefix(self)
         check_credit(self)
         check_teacher(self)
@@ -263,7 +283,14 @@ class TrOPDConfig(DistillationConfig):
             cls.__repr__ = TrOPDConfig.__repr__  # type: ignore[method-assign]
 
     def rule(self, progress: float = 0.0) -> TokenRule:
-        """The objective's rule at this share of training, 0 to 1; only reopold's depends on it."""
+        """The objective's rule, for the tokens that the config selects, at this share of training,
+        0 to 1; only reopold's depends on it."""
+        rule = self.rule_of_all(progress)
+        selection = {name: getattr(self, name) for name in SELECTION}
+        return rule if selection["select_by"] is None else replace(rule, **selection)
+
+    def rule_of_all(self, progress: float = 0.0) -> TokenRule:
+        """The same without the config's selection."""
         arguments: dict[str, Any] = dict(self.objective_kwargs or {})  # type: ignore[arg-type]
         takes = knobs(self.objective)
         if self.beta is not None:

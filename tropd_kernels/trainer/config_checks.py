@@ -8,7 +8,9 @@ from numbers import Integral, Real
 from typing import Any, get_args, get_type_hints
 
 from ..arguments import check_sampling
+from ..objectives import TokenRule
 from ..objectives.registry import check_knobs, check_objective, check_required, rewarded
+from ..objectives.rule import SCORES
 from .credentials import check_address
 from .effects import check_effects
 from .generation_keys import check_generation_keys
@@ -20,6 +22,8 @@ from .vllm_keys import check_vllm_keys
 Config = Any
 #: The paper's `prefix_weight`.
 PREFIX_WEIGHT = 0.001
+#: The fields that select tokens, named as in `TokenRule`.
+SELECTION = "select_by", "select_fraction", "select_threshold"
 #: For each annotation the type that a field takes, and its name in errors.
 TYPES: dict[type, tuple[type, str]] = {
     bool: (bool, "true or false"),
@@ -132,10 +136,31 @@ def check_objective_keys(config: Config) -> None:
                 ": give one of the two"
             )
     try:
-        config.rule(progress=0.0)
-        config.rule(progress=1.0)
+        config.rule_of_all(progress=0.0)
+        config.rule_of_all(progress=1.0)
     except (TypeError, ValueError) as error:
         raise ValueError(f"objective_kwargs: {config.objective}: {error}") from error
+
+
+def check_selection(config: Config) -> None:
+    given = {name: getattr(config, name) for name in SELECTION}
+    if config.select_by == "scores":
+        raise ValueError(
+            "select_by: 'scores' reads scores= in every call, which no config holds: choose one of "
+            f"{', '.join(repr(score) for score in SCORES if score != 'scores')}, or call "
+            "linear_distillation_loss in a training loop of your own"
+        )
+    try:
+        TokenRule(**given)
+    except ValueError as error:
+        key = next(name for name in SELECTION if str(error).startswith(name))
+        raise ValueError(f"{key}: {error}") from error
+    rules = config.rule_of_all(0.0), config.rule_of_all(1.0)
+    if config.select_by is not None and any(r.entropy_top_fraction is not None for r in rules):
+        raise ValueError(
+            f"select_by: objective {config.objective!r} selects tokens by their entropy itself: "
+            f"leave {', '.join(SELECTION)} out, or take another objective"
+        )
 
 
 def check_prefix(config: Config) -> None:
@@ -188,12 +213,15 @@ def check_teacher(config: Config) -> None:
             )
     if source:
         try:
-            check_served(config.rule(0.0))
-            check_served(config.rule(1.0))
+            what = f"{source}: objective {config.objective!r}"
+            check_served(config.rule_of_all(0.0))
+            check_served(config.rule_of_all(1.0))
+            what = f"select_by: with {source}"
+            check_served(config.rule())
         except ValueError as error:
             raise ValueError(
-                f"{source}: objective {config.objective!r}: {error}. A HiddenTeacher is a "
-                "teacher_model that is loaded in this process"
+                f"{what}: {error}. A HiddenTeacher is a teacher_model that is loaded in this "
+                "process"
             ) from error
     url = config.teacher_model_server_url
     if url is not None:

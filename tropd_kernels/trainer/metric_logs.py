@@ -1,5 +1,6 @@
 """Which values a log reports: quotients of sums, extremes, and exact means of an evaluation."""
 
+import math
 from typing import Any
 
 import torch
@@ -47,6 +48,9 @@ class MetricLogs(DistillationTrainer):
             if values := reported.get(name):
                 reported[name] = [extreme(values)]
         reported |= {name: [total / count] for name, (total, count) in sums.items() if count}
+        for name in sums.keys() & reported.keys():  # TRL's mean over tokens of which one is unknown
+            if math.isnan(sum(reported[name])):
+                del reported[name]
         sums.clear()
         if self.mode == "eval" and self._eval_set:
             # TRL gives every data set's metrics the same names: evaluate() would return the last's.

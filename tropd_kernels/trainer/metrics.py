@@ -21,6 +21,7 @@ means over tokens (entropy) or completions (their lengths).
 | prefix_nll           | teacher's tokens  | -log p of the prefix, nats                            |
 | sampling_mass        | student's tokens  | p's mass on the ids that top_k, top_p, min_p keep; of |
 |                      |                   | 256 tokens a micro-batch, where K1 takes part         |
+| selected_share       | ranked tokens     | of which `select_by` selects these, or the objective  |
 | prefix_length        | completions       | tokens                                                |
 | gradient_error       | micro-batches     | of a sampled gradient, relative to its norm           |
 | gradient_share       | micro-batches     | of the vocabulary's columns that made it              |
@@ -29,7 +30,9 @@ A teacher in this process has whole distributions: the exact quantities are logg
 precomputed one has only the top-k: forward_kl_topk and teacher_entropy_topk are logged instead,
 which are other quantities. Everything else is the same for both. "Chosen" are the tokens at which
 the objective uses the top-k: TrOPD's outliers, EOPD's tokens of high entropy, all of a
-divergence's.
+divergence's. Of a token that is not selected only what its score is made of is known: means,
+and reward_min, are over the tokens at which the value is known, in an evaluation as well. Neither
+the loss of those tokens nor the level that a fraction amounts to is known.
 """
 
 import resource
@@ -82,9 +85,13 @@ def token_sums(
         reward = reward - (stats.log_probs if old_log_probs is None else old_log_probs)
     whole = stats.reverse_kl is not None  # a teacher with k ids does not have it
     chosen = student & _uses_top_k(stats, rule)
+    ranked = counted if rule.prefix_weight is None else student
+    # The gate is made for selected tokens alone.
+    selected = None if rule.score is None else (~stats.trust.isnan()).to(stats.trust.dtype)
     sums = {
         "trust_ratio": _sum(stats.trust, student),
         "outlier_ratio": _sum(stats.outlier, student),
+        "selected_share": _sum(selected, ranked),
         "reward_mean": _sum(reward, student),
         "reverse_kl": _sum(stats.reverse_kl, student),
         "forward_kl": _sum(stats.forward_kl if whole else None, student),
@@ -100,7 +107,8 @@ def token_sums(
     sums["entropy"] = _sum(stats.entropy, counted)  # TRL's metric
     lowest = torch.full((1,), float("inf"), device=counted.device)
     if reward is not None and student.any():
-        lowest = reward[student].min().float().reshape(1)
+        known = reward[student]
+        lowest = known.masked_fill(known.isnan(), torch.inf).min().float().reshape(1)
     return sums, lowest
 
 

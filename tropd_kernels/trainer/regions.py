@@ -3,12 +3,14 @@
     prefix    the teacher wrote it
     trusted   inside the gate
     outlier   outside
+    left out  the objective's or the config's selection did not take it
 
 In the terminal if rich is installed, and as a self-contained HTML file.
 """
 
 import html
 import importlib.util
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +25,7 @@ STYLES = {
     "prefix": ("blue", "#cfe2ff"),
     "trusted": ("green", "#d1e7dd"),
     "outlier": ("bold red", "#f8c9cd"),
+    "left_out": ("dim", "#e9ecef"),
 }
 #: Completions that are kept of a micro-batch.
 SHOWN = 4
@@ -53,10 +56,16 @@ def samples(
             counted[i].tolist(),
         ):  # fmt: skip
             if counts:
-                region = "prefix" if guided else "trusted" if inside >= 0.5 else "outlier"
+                region = "prefix" if guided else _region(inside)
                 parts.append((tokenizer.decode([token]), region))
         result.append(Sample(tokenizer.decode(prompt), tuple(parts)))
     return result
+
+
+def _region(trust: float) -> str:
+    if math.isnan(trust):
+        return "left_out"
+    return "trusted" if trust >= 0.5 else "outlier"
 
 
 def show(shown: Sequence[Sample]) -> None:

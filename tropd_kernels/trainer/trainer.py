@@ -13,6 +13,7 @@ import random
 import sys
 import warnings
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -294,7 +295,20 @@ class TrOPDTrainer(GuidedTrainer):
         if out.gradient_error is not None:
             sampled = torch.stack([out.gradient_error, out.gradient_share])
             self.log_values(metrics.sample_means(self.accelerator, sampled))
-        return out.loss * share, out.stats
+        stats = out.stats
+        read = rule.score_reads_student and not (rule.score == "reward" and "advantages" in credit)
+        if rule.score is not None and not read and self._keeps_log_probs(old):
+            # Known of the selected tokens alone, and later steps may select others.
+            stats = replace(stats, log_probs=self._log_probs(student, labels))
+        return out.loss * share, stats
+
+    def _keeps_log_probs(self, old: Tensor | None) -> bool:
+        """Whether the log-probs of this step are the sampling policy's of those that follow."""
+        return old is None and self.model.training and self.args.num_iterations > 1
+
+    @torch.no_grad()
+    def _log_probs(self, student: ModelSide, labels: Tensor) -> Tensor:
+        return self._compare(student, None, labels, SFT(), reduction="sum").stats.log_probs
 
     def _rule(self) -> TokenRule:
         return self.args.rule(self.state.global_step / max(self.state.max_steps, 1))
