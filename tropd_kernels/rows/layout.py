@@ -82,7 +82,6 @@ class RowOptions:
     rule: TokenRule
     student: LogitTransform
     teacher: LogitTransform
-    entropy_threshold: Tensor | None = None  # 0-dim: rows with a lower H(p) do not count
     loss_scale: Tensor | None = None  # 0-dim: a factor on the coefficients from FIRST_WEIGHT on
     sharded: bool = False  # the columns are a part of each row (see `engine`)
     vocab_size: int | None = None  # of whole rows; None: their columns

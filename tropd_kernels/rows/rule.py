@@ -62,8 +62,8 @@ def as_matrix(sums: Sums) -> Tensor:
 class Gate:
     """trust: M. reward: R. forward_kl_weight: the weight of KL_K. on_policy, kept: bool. All (n,).
 
-    reward: transformed and clipped. on_policy: not written by the teacher. kept: passed the gate
-    and the entropy filter."""
+    reward: transformed and clipped. on_policy: not written by the teacher. kept: passed the
+    gate."""
 
     trust: Tensor
     reward: Tensor
@@ -73,7 +73,7 @@ class Gate:
 
 
 def gate(stats: Tensor, batch: TokenInputs, options: RowOptions) -> Gate:
-    """Which rows are trusted. Reads LOG_PROB, TEACHER_LOG_PROB and the entropies."""
+    """Which rows are trusted. Reads LOG_PROB, TEACHER_LOG_PROB and TEACHER_ENTROPY."""
     rule = options.rule
     lp, lq = stats[Stat.LOG_PROB], stats[Stat.TEACHER_LOG_PROB]
     lo = lp if batch.old_log_probs is None else batch.old_log_probs.to(lp.dtype)
@@ -99,20 +99,17 @@ def gate(stats: Tensor, batch: TokenInputs, options: RowOptions) -> Gate:
     on_policy = torch.ones_like(lp, dtype=torch.bool)
     if batch.teacher_prefix is not None and rule.prefix_weight is not None:
         on_policy = ~batch.teacher_prefix
-    kept = torch.ones_like(on_policy)
-    if options.entropy_threshold is not None:
-        kept = stats[Stat.ENTROPY] >= options.entropy_threshold
-
     weight = torch.zeros_like(lp)
     if rule.outlier == "forward_kl":
         weight = weight + (1 - trust)
     if rule.forward_kl_entropy is not None:
         weight = weight + (stats[Stat.TEACHER_ENTROPY] > rule.forward_kl_entropy)
     weight = weight + rule.kl_weights[0]
-    weight = torch.where(on_policy & kept, weight, 0.0)
+    weight = torch.where(on_policy, weight, 0.0)
+    kept = torch.ones_like(on_policy)
     if rule.outlier == "mask":
-        kept = kept & (trust > 0)
-    return Gate(trust, reward, weight, on_policy, kept | ~on_policy)
+        kept = (trust > 0) | ~on_policy
+    return Gate(trust, reward, weight, on_policy, kept)
 
 
 def rows_with_sums(gated: Gate, rule: TokenRule) -> Tensor:
@@ -196,12 +193,6 @@ def apply_rule(
         loss = loss + rule.z_loss * lse.square()
         p, p_top_k = p + 2 * rule.z_loss * lse, p_top_k + 2 * rule.z_loss * lse
 
-    if options.entropy_threshold is not None:
-        off = ~(stats[Stat.ENTROPY] >= options.entropy_threshold)
-        loss, label, p, q, p_top_k, reverse, generator, entropy_weight, uniform = (
-            torch.where(off, 0.0, each)
-            for each in (loss, label, p, q, p_top_k, reverse, generator, entropy_weight, uniform)
-        )
     if batch.teacher_prefix is not None and rule.prefix_weight is not None:
         ours = gated.on_policy
         loss = torch.where(ours, loss, rule.prefix_weight * (lq - lp))

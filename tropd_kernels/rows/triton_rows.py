@@ -57,7 +57,7 @@ class TritonRows(RowEngine):
             sums = self._topk_teacher_sums(batch, options, stats, coefs)
         self.kernels.rule_kernel[(-(-n // RULE_BLOCK),)](
             *_gate_inputs(batch, rule), batch.mixing, batch.task_advantages, batch.token_weight,
-            options.loss_scale, options.entropy_threshold, stats, coefs, sums, n,
+            options.loss_scale, stats, coefs, sums, n,
             _columns(stats, coefs),
             ACC=self._acc(stats), **_gate_constants(rule), **_reward_constants(rule),
             **_rule_constants(rule, batch.student.shape[1]), DENSE=dense, BLOCK=RULE_BLOCK,
@@ -122,8 +122,7 @@ class TritonRows(RowEngine):
         )  # fmt: skip
         self.kernels.dense_sums_kernel[(n,)](
             z, t, _bias(options.student), _bias(options.teacher), *_gate_inputs(batch, rule),
-            options.entropy_threshold, stats, coefs, sums, vocab_size, z.stride(0), t.stride(0),
-            _columns(stats, coefs),
+            stats, coefs, sums, vocab_size, z.stride(0), t.stride(0), _columns(stats, coefs),
             ACC=self._acc(coefs), **_transforms(options), **_gate_constants(rule),
             **_generator_constants(rule), TOP_K=k,
             TAIL=rule.top_k_tail, HAS_KL=rule.uses_forward_kl and not rule.weighs_by_gaps,

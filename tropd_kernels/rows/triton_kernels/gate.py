@@ -4,7 +4,6 @@ import triton
 import triton.language as tl
 
 from .constants import (
-    ENTROPY,
     LOG_PROB,
     TEACHER_ENTROPY,
     TEACHER_LOG_PROB,
@@ -14,9 +13,9 @@ from .rewards import _log_mix
 
 @triton.jit
 def _gate(
-    lp, lq, lo, advantage, uniform, prefix, entropy, teacher_entropy, entropy_threshold,
-    HAS_ADVANTAGES: tl.constexpr, HAS_PREFIX: tl.constexpr, HAS_ENTROPY_THRESHOLD: tl.constexpr,
-    GATE: tl.constexpr, OUTLIER: tl.constexpr, THRESHOLD: tl.constexpr, KL_ENTROPY: tl.constexpr,
+    lp, lq, lo, advantage, uniform, prefix, teacher_entropy,
+    HAS_ADVANTAGES: tl.constexpr, HAS_PREFIX: tl.constexpr, GATE: tl.constexpr,
+    OUTLIER: tl.constexpr, THRESHOLD: tl.constexpr, KL_ENTROPY: tl.constexpr,
     KL_WEIGHT: tl.constexpr, SUMS_OF_EVERY_ROW: tl.constexpr, FROM_CURRENT: tl.constexpr,
     MIX_LOG_SHARE: tl.constexpr, MIX_LOG_REST: tl.constexpr,
 ):  # fmt: skip
@@ -43,9 +42,6 @@ def _gate(
         on_policy = prefix == 0
     else:
         on_policy = on_policy | True
-    kept = on_policy | True
-    if HAS_ENTROPY_THRESHOLD:
-        kept = entropy >= entropy_threshold
     weight = trust * 0
     if OUTLIER == "forward_kl":
         weight = weight + (1 - trust)
@@ -53,21 +49,21 @@ def _gate(
         weight = weight + tl.where(teacher_entropy > KL_ENTROPY, 1.0, 0.0)
     if KL_WEIGHT != 0:
         weight = weight + KL_WEIGHT
-    weight = tl.where(on_policy & kept, weight, 0.0)
+    weight = tl.where(on_policy, weight, 0.0)
     needs_sums = weight > 0
     if OUTLIER == "forward_kl_reward":
         needs_sums = needs_sums | ((trust < 1) & on_policy)
     if SUMS_OF_EVERY_ROW:
         needs_sums = needs_sums | True
+    kept = on_policy | True
     if OUTLIER == "mask":
-        kept = kept & (trust > 0)
-    kept = kept | (on_policy == 0)
+        kept = (trust > 0) | (on_policy == 0)
     return trust, weight, on_policy, kept, needs_sums
 
 
 @triton.jit
 def _row_gate(
-    row, old_log_probs, advantages, uniforms, prefix, entropy_threshold, stats, columns,
+    row, old_log_probs, advantages, uniforms, prefix, stats, columns,
     GATE: tl.constexpr, OUTLIER: tl.constexpr, THRESHOLD: tl.constexpr, KL_ENTROPY: tl.constexpr,
     KL_WEIGHT: tl.constexpr, SUMS_OF_EVERY_ROW: tl.constexpr, FROM_CURRENT: tl.constexpr,
     MIX_LOG_SHARE: tl.constexpr, MIX_LOG_REST: tl.constexpr,
@@ -79,7 +75,6 @@ def _row_gate(
     advantage = lp
     uniform = lp
     is_prefix = 0
-    limit = 0.0
     if old_log_probs is not None:
         lo = tl.load(old_log_probs + row).to(lp.dtype)
     if advantages is not None:
@@ -88,12 +83,10 @@ def _row_gate(
         uniform = tl.load(uniforms + row).to(lp.dtype)
     if prefix is not None:
         is_prefix = tl.load(prefix + row).to(tl.int32)
-    if entropy_threshold is not None:
-        limit = tl.load(entropy_threshold)
     return _gate(
-        lp, lq, lo, advantage, uniform, is_prefix, tl.load(stats + ENTROPY * columns + row),
-        tl.load(stats + TEACHER_ENTROPY * columns + row), limit,
-        advantages is not None, prefix is not None, entropy_threshold is not None,
+        lp, lq, lo, advantage, uniform, is_prefix,
+        tl.load(stats + TEACHER_ENTROPY * columns + row), advantages is not None,
+        prefix is not None,
         GATE, OUTLIER, THRESHOLD, KL_ENTROPY, KL_WEIGHT, SUMS_OF_EVERY_ROW, FROM_CURRENT,
         MIX_LOG_SHARE, MIX_LOG_REST,
     )  # fmt: skip

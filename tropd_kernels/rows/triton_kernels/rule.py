@@ -105,7 +105,7 @@ def _reverse_kl(sums, row, n, ACC: tl.constexpr, TAIL: tl.constexpr):
 @triton.jit
 def rule_kernel(
     old_log_probs, advantages, uniforms, prefix, mixing, task_advantages, token_weight, loss_scale,
-    entropy_threshold, stats, coefs, sums, n, columns,
+    stats, coefs, sums, n, columns,
     ACC: tl.constexpr, GATE: tl.constexpr, OUTLIER: tl.constexpr, THRESHOLD: tl.constexpr,
     KL_ENTROPY: tl.constexpr, KL_WEIGHT: tl.constexpr, SUMS_OF_EVERY_ROW: tl.constexpr,
     FROM_CURRENT: tl.constexpr, MIX_LOG_SHARE: tl.constexpr, MIX_LOG_REST: tl.constexpr,
@@ -125,7 +125,7 @@ def rule_kernel(
     inside = row < n
     row = tl.where(inside, row, 0)
     trust, kl_weight, on_policy, kept, _ = _row_gate(
-        row, old_log_probs, advantages, uniforms, prefix, entropy_threshold, stats, columns,
+        row, old_log_probs, advantages, uniforms, prefix, stats, columns,
         GATE, OUTLIER, THRESHOLD, KL_ENTROPY, KL_WEIGHT, SUMS_OF_EVERY_ROW, FROM_CURRENT,
         MIX_LOG_SHARE, MIX_LOG_REST,
     )  # fmt: skip
@@ -275,10 +275,6 @@ def rule_kernel(
         p_top_k += 2 * Z_LOSS * lse
 
     counts = inside
-    if entropy_threshold is not None:
-        counts = tl.load(stats + ENTROPY * columns + row) >= tl.load(entropy_threshold)
-        loss = tl.where(counts, loss, 0.0)
-        label = tl.where(counts, label, 0.0)
     if prefix is not None:
         counts = counts & on_policy
         loss = tl.where(on_policy, loss, PREFIX_WEIGHT * (lq - lp))

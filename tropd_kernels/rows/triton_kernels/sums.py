@@ -31,7 +31,7 @@ from .search import _lanes_search, _search
 @triton.jit
 def dense_sums_kernel(
     student, teacher, student_bias, teacher_bias, old_log_probs, advantages, uniforms, prefix,
-    entropy_threshold, stats, coefs, sums, vocab_size, student_stride, teacher_stride, columns,
+    stats, coefs, sums, vocab_size, student_stride, teacher_stride, columns,
     ACC: tl.constexpr, SCALE: tl.constexpr, CAP: tl.constexpr, TEACHER_SCALE: tl.constexpr,
     TEACHER_CAP: tl.constexpr, TEMPERATURE: tl.constexpr,
     GATE: tl.constexpr, OUTLIER: tl.constexpr, THRESHOLD: tl.constexpr, KL_ENTROPY: tl.constexpr,
@@ -49,7 +49,7 @@ def dense_sums_kernel(
     too many above it. Sums that come out infinite or NaN are made again with guards."""
     row = tl.program_id(0).to(tl.int64)
     gate = _row_gate(
-        row, old_log_probs, advantages, uniforms, prefix, entropy_threshold, stats, columns,
+        row, old_log_probs, advantages, uniforms, prefix, stats, columns,
         GATE, OUTLIER, THRESHOLD, KL_ENTROPY, KL_WEIGHT, SUMS_OF_EVERY_ROW, FROM_CURRENT,
         MIX_LOG_SHARE, MIX_LOG_REST,
     )  # fmt: skip
