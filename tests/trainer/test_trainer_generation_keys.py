@@ -9,6 +9,7 @@ import pytest
 pytest.importorskip("trl", reason="the trainer needs trl")
 
 import tiny
+import torch
 import transformers
 from training import make
 
@@ -236,6 +237,44 @@ def test_a_setting_given_twice_that_is_no_conflict(setting, given):
 def test_values_of_which_no_sampler_is_made(tmp_path, given):
     with pytest.raises(ValueError, match="^generation_kwargs: transformers refuses them: "):
         make(tmp_path, objective="gkd", generation_kwargs=given)
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ({"bad_words_ids": [[2]]}, r"\[2\] would have no effect: 2 ends a completion"),
+        ({"bad_words_ids": [[9], [3]]}, r"\[3\] would have no effect: .*: use 'suppress_tokens'"),
+        ({"bad_words_ids": [[9, 96]]}, "96 is none of the student's ids, 0 to 95"),
+        ({"suppress_tokens": [5, 96]}, "96 is none of the student's ids"),
+        ({"suppress_tokens": (-1,)}, "-1 is none of the student's ids"),
+        ({"suppress_tokens": [5.5]}, "5.5 is none of the student's ids"),
+        ({"begin_suppress_tokens": [96]}, "96 is none of the student's ids"),
+        ({"sequence_bias": {(5, 96): 1.0}}, "96 is none of the student's ids"),
+        ({"sequence_bias": [[[96], 1.0]]}, "96 is none of the student's ids"),
+        ({"sequence_bias": [[[], 1.0]]}, "an entry without ids has no effect"),
+        ({"sequence_bias": [[[5], 1.0], [[5], 2.0]]}, r"\[5\] has two biases, 1.0 and 2.0"),
+        ({"sequence_bias": {(5,): 0.0}}, r"\[5\] has the bias 0, which has no effect"),
+    ],
+    ids=str,
+)
+def test_ids_that_transformers_drops(tmp_path, given, words):
+    """Or, of a bias, refuses when the first prompt is generated from."""
+    (name,) = given
+    with pytest.raises(ValueError, match=f"^generation_kwargs: '{name}': {words}"):
+        make(tmp_path, generation_kwargs=given)
+
+
+def test_ends_that_are_not_written(tmp_path):
+    """By the key that the refusal of bad_words_ids names, and by words that end in an end."""
+    for given in (
+        {"suppress_tokens": [2, 3], "begin_suppress_tokens": [0]},
+        {"sequence_bias": [[[2], -1e9], [[3], -1e9]], "bad_words_ids": [[5, 2], [95]]},
+    ):
+        trainer = make(tmp_path, objective="gkd", generation_kwargs=given)
+        trainer.train()
+        for batch in trainer.batches:
+            assert batch["completion_mask"].bool().all()  # none ended early
+            assert not torch.isin(batch["completion_ids"], torch.tensor([2, 3])).any()
 
 
 def test_values_of_which_a_sampler_is_made(tmp_path):

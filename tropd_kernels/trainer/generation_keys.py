@@ -4,8 +4,9 @@ They are those of transformers' GenerationConfig, or of vLLM's SamplingParams wi
 the ones that would break the trainer.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import fields
+from numbers import Integral
 from typing import Any
 
 from transformers import GenerationConfig
@@ -197,6 +198,56 @@ def check_lookup(args: Any, evaluates: bool) -> None:
                 "generation_kwargs: 'prompt_lookup_num_tokens' goes with one prompt at a time, not "
                 f"with {rows}: set {keys} to 1, or leave it out"
             )
+
+
+def check_generation_ids(given: Mapping[str, Any], ends: Collection[int], vocab_size: int) -> None:
+    """Raises ValueError for entries of which transformers drops a part without a word.
+
+    given: `generation_kwargs` of which a sampler can be made. ends: Ids that end a completion.
+    vocab_size: The student has the ids below.
+    """
+    for name, ids in _id_lists(given):
+        key = f"generation_kwargs: {name!r}"
+        if not ids:
+            raise ValueError(f"{key}: an entry without ids has no effect: leave it out")
+        for one in ids:
+            if not isinstance(one, Integral) or not 0 <= int(one) < vocab_size:
+                raise ValueError(
+                    f"{key}: {one!r} is none of the student's ids, 0 to {vocab_size - 1}: leave it "
+                    "out"
+                )
+        if name == "bad_words_ids" and len(ids) == 1 and ids[0] in ends:
+            raise ValueError(
+                f"{key}: {list(ids)} would have no effect: {ids[0]} ends a completion, and "
+                "transformers lets an end pass: use 'suppress_tokens'"
+            )
+    biases = given.get("sequence_bias") or {}
+    pairs = biases.items() if isinstance(biases, Mapping) else biases
+    seen: dict[tuple[int, ...], float] = {}
+    for ids, bias in pairs:
+        if tuple(ids) in seen:
+            raise ValueError(
+                f"generation_kwargs: 'sequence_bias': {list(ids)} has two biases, "
+                f"{seen[tuple(ids)]} and {bias}: give one of the two"
+            )
+        if bias == 0:
+            raise ValueError(
+                f"generation_kwargs: 'sequence_bias': {list(ids)} has the bias 0, which has no "
+                "effect: leave it out"
+            )
+        seen[tuple(ids)] = bias
+
+
+def _id_lists(given: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    """Each key's lists of ids, with the key."""
+    for name in ("suppress_tokens", "begin_suppress_tokens"):
+        if given.get(name):
+            yield name, given[name]
+    for ids in given.get("bad_words_ids") or ():
+        yield "bad_words_ids", ids
+    biases = given.get("sequence_bias") or ()
+    for entry in biases:
+        yield "sequence_bias", entry if isinstance(biases, Mapping) else entry[0]
 
 
 def _neutral(name: str) -> tuple[Any, ...]:

@@ -44,7 +44,7 @@ from .data_checks import (
     missing_guide_error,
 )
 from .effects import OF_LOADED_TEACHER, check_inputs
-from .generation_keys import check_lookup
+from .generation_keys import check_generation_ids, check_lookup
 from .guidance import GuidedTrainer
 from .loaded_teacher import check_quantization
 from .patching import base_of
@@ -162,6 +162,10 @@ class TrOPDTrainer(GuidedTrainer):
             sampling.check_cache(base_of(self.model), self.generation_config)
             if args.generation_kwargs:
                 sampling.check_processors(base_of(self.model), self.generation_config)
+                check_generation_ids(
+                    args.generation_kwargs,  # type: ignore[arg-type]
+                    self.eos_token_ids, self._student_head.vocab_size,
+                )  # fmt: skip
         self._warpers = sampling.truncating_warpers(args)
         self._kept_mass: Tensor | None = None  # of a micro-batch: sum and count
         for warning in (sampling.sampling_warning(args), sampling.temperature_warning(args)):
