@@ -208,6 +208,14 @@ CONDITIONS = (
               lambda a: _text(a.lr_scheduler_type) not in ("constant", "constant_with_warmup"),
               "lr_scheduler_type {!r} takes none", of="lr_scheduler_type"),
 )  # fmt: skip
+#: Settings that an optimizer, and a scheduler, given to the trainer has itself.
+_OF_AN_OPTIMIZER = (
+    "learning_rate", "weight_decay", "optim", "optim_args", "optim_target_modules", "adam_beta1",
+    "adam_beta2", "adam_epsilon",
+)  # fmt: skip
+_OF_A_SCHEDULER = ("lr_scheduler_type", "lr_scheduler_kwargs", "warmup_ratio", "warmup_steps")
+#: transformers' loop asks for these by `optim`, whoever made them.
+_STEP_WITH_THE_LOSS = {"lomo", "adalomo"}
 #: Settings of a teacher that is loaded into this process.
 OF_LOADED_TEACHER = ("teacher_model_init_kwargs", "teacher_model_revision")
 
@@ -258,6 +266,31 @@ def check_inputs(args: Any, tools: Any, datasets: Sequence[Any | None]) -> None:
             "chat_template_kwargs: it would have no effect: the prompts are text, and no template "
             "is applied: write them as messages, or leave chat_template_kwargs out"
         )
+
+
+def check_optimizers(args: Any, optimizers: tuple[Any, Any]) -> None:
+    """Raises ValueError for settings of which a given optimizer or scheduler has its own, and for
+    a scheduler of another optimizer."""
+    optimizer, scheduler = optimizers
+    scheduled = getattr(scheduler, "optimizer", optimizer)
+    if scheduler is not None and (optimizer is None or scheduled is not optimizer):
+        other = "none is given" if optimizer is None else "another one is given"
+        raise ValueError(
+            f"optimizers: the {type(scheduler).__name__} would have no effect: it schedules an "
+            f"optimizer of its own, and {other}: give that optimizer with it, or None for both"
+        )
+    if _deepspeed(args):  # its config takes them from here, and has to agree with them
+        return
+    for what, given, keys in (
+        ("optimizer", optimizer, _OF_AN_OPTIMIZER), ("scheduler", scheduler, _OF_A_SCHEDULER),
+    ):  # fmt: skip
+        for key in _given(args, keys) if given is not None else ():
+            if key == "optim" and _text(args.optim) in _STEP_WITH_THE_LOSS:
+                continue
+            raise ValueError(
+                f"{key}: it would have no effect: the {what} given to the trainer, a "
+                f"{type(given).__name__}, decides: set it there, or leave {key} out"
+            )
 
 
 def _prompts_are_text(data: Any) -> bool:

@@ -1,4 +1,5 @@
-"""Students that are refused before training: none to train, or adapters with a further loss."""
+"""Students that are refused before training: nothing to train, an optimizer of other parameters, or
+adapters with a further loss."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -19,6 +20,20 @@ def check_trainable(model: torch.nn.Module) -> None:
             "model: none of its parameters requires a gradient, so that nothing would be trained: "
             "an adapter is loaded for training by PeftModel.from_pretrained(..., "
             "is_trainable=True), other weights by requires_grad_(True)"
+        )
+
+
+def check_optimized(model: torch.nn.Module, optimizer: torch.optim.Optimizer | None) -> None:
+    """Raises ValueError for a given optimizer without any of the parameters to train."""
+    if optimizer is None:
+        return
+    trained = {id(parameter) for parameter in model.parameters() if parameter.requires_grad}
+    held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    if trained and trained.isdisjoint(held):
+        raise ValueError(
+            f"optimizers: the {type(optimizer).__name__} has none of the student's parameters that "
+            "require a gradient: make it from the model that is given, with its adapter if there "
+            "is one"
         )
 
 

@@ -43,7 +43,7 @@ from .data_checks import (
     check_rows,
     missing_guide_error,
 )
-from .effects import OF_LOADED_TEACHER, check_inputs
+from .effects import OF_LOADED_TEACHER, check_inputs, check_optimizers
 from .generation_keys import check_generation_ids, check_lookup
 from .guidance import GuidedTrainer
 from .loaded_teacher import check_quantization
@@ -54,7 +54,7 @@ from .served_teacher import ServedTeacher
 from .sides import ModelSide
 from .sources import check_one_teacher, check_sources, find_processor, find_tokenizer
 from .stops import raise_nonfinite
-from .student_checks import check_adapters, check_trainable
+from .student_checks import check_adapters, check_optimized, check_trainable
 from .vocabulary import check_server_tokenizer, check_tokenizers
 
 _IGNORED = -100
@@ -85,11 +85,11 @@ class TrOPDTrainer(GuidedTrainer):
     Raises:
         ValueError, TypeError: Before training: a head that cannot be read (an adapter on it,
             quantized, logits that no scale and cap express), a teacher with another tokenizer or
-            with the student's own tensors, an end of completions or padding that a model does not
-            have, a student with nothing to train, an empty data set, a served teacher whose
-            context is shorter than a completion. While training: a prompt that is empty or exceeds
-            the context, a prefix that does not continue its prompt, columns that are no log-probs,
-            or a resume that cannot go on with its generation batch.
+            with the student's own tensors, an optimizer of other parameters, an end of completions
+            or padding that a model does not have, a student with nothing to train, an empty data
+            set, a served teacher whose context is shorter than a completion. While training: a
+            prompt that is empty or exceeds the context, a prefix that does not continue its prompt,
+            columns that are no log-probs, or a resume that cannot go on with its generation batch.
         TeacherServerError: A served teacher does not answer, gives less than the objective needs,
             or cuts its text.
         NotImplementedError: FSDP's first version (FSDP2 and ZeRO-3 are supported), and models of
@@ -133,6 +133,7 @@ class TrOPDTrainer(GuidedTrainer):
         if args.precomputed_teacher and tools:
             raise ValueError("tools: precomputed_teacher fixes the completions: leave tools out")
         check_inputs(args, tools, (train_dataset, eval_dataset))
+        check_optimizers(args, optimizers)
         check_lookup(args, evaluates=eval_dataset is not None)
         _check_datasets(train_dataset, eval_dataset, args, loaded)
         if args.teacher_model_server_url:
@@ -152,6 +153,7 @@ class TrOPDTrainer(GuidedTrainer):
             model, loaded, args, train_dataset, eval_dataset, processing_class, callbacks,
             optimizers, quantization_config, peft_config, tools,
         )  # fmt: skip
+        check_optimized(self.model, self.optimizer)
         if self._server is not None:
             check_server_tokenizer(self._tokenizer, self._server.tokenize)
             if self._server.is_asked:

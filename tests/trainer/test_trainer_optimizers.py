@@ -1,0 +1,116 @@
+"""An optimizer and a scheduler that are given: what they decide, the config's settings do not."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+pytest.importorskip("trl", reason="the trainer needs trl")
+
+import tiny
+from training import Spy
+
+from tropd_kernels.trainer import TrOPDConfig
+
+pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
+
+
+def given(folder, optimizers, student=None, peft=None, **settings):
+    """A trainer with these optimizers, or with those that a function makes of the student."""
+    student = tiny.model(0) if student is None else student
+    args = TrOPDConfig(
+        str(folder), max_steps=2, per_device_train_batch_size=4, max_completion_length=6,
+        bf16=False, use_cpu=True, report_to="none", save_strategy="no", disable_tqdm=True,
+        gradient_checkpointing=False, **settings,
+    )  # fmt: skip
+    if callable(optimizers):
+        optimizers = optimizers(student)
+    return Spy(
+        student, tiny.model(1), args, tiny.prompts(), processing_class=tiny.tokenizer(),
+        optimizers=optimizers, peft_config=peft,
+    )  # fmt: skip
+
+
+def sgd(student):
+    return torch.optim.SGD(student.parameters(), lr=0.05)
+
+
+def optimizer_alone(student):
+    return sgd(student), None
+
+
+def both(student):
+    optimizer = sgd(student)
+    return optimizer, torch.optim.lr_scheduler.ConstantLR(optimizer)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("learning_rate", 0.5), ("weight_decay", 0.3), ("optim", "adafactor"),
+        ("adam_beta1", 0.5), ("adam_beta2", 0.5), ("adam_epsilon", 1e-3),
+    ],
+)  # fmt: skip
+def test_settings_of_an_optimizer_beside_one(tmp_path, key, value):
+    words = f"^{key}: it would have no effect: the optimizer given to the trainer, a SGD, decides"
+    with pytest.raises(ValueError, match=words):
+        given(tmp_path, optimizer_alone, **{key: value})
+    given(tmp_path, (None, None), **{key: value})
+
+
+def test_optimizers_with_arguments_beside_one(tmp_path):
+    """The argument is named even where `optim` is, too."""
+    for settings in (
+        dict(optim="rmsprop", optim_args="momentum=0.9"),
+        dict(optim="galore_adamw", optim_target_modules=["attn"]),
+    ):
+        with pytest.raises(ValueError, match="^optim: .* the optimizer given to the trainer, a SG"):
+            given(tmp_path, optimizer_alone, **settings)
+    # What transformers' loop asks LOMO's optimizers for goes by this name, whoever made them.
+    given(tmp_path, optimizer_alone, optim="lomo")
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        dict(lr_scheduler_type="cosine"), dict(warmup_steps=2), dict(warmup_steps=0.5),
+        dict(lr_scheduler_type="cosine_with_restarts", lr_scheduler_kwargs={"num_cycles": 2}),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_settings_of_a_scheduler_beside_one(tmp_path, settings):
+    key = next(iter(settings))
+    with pytest.raises(
+        ValueError, match=f"^{key}: .* the scheduler given to the trainer, a ConstantLR, decides"
+    ):
+        given(tmp_path, both, **settings)
+    given(tmp_path, optimizer_alone, **settings)  # of which transformers makes the scheduler
+
+
+def test_schedulers_of_another_optimizer(tmp_path):
+    """Nothing would step by them."""
+    with pytest.raises(ValueError, match="^optimizers: the ConstantLR would .* none is given"):
+        given(tmp_path, lambda student: (None, both(student)[1]))
+    with pytest.raises(ValueError, match="^optimizers: the ConstantLR would .* another one is gi"):
+        given(tmp_path, lambda student: (sgd(student), both(student)[1]))
+
+
+def test_optimizers_of_other_parameters(tmp_path):
+    """A run would leave the student as it was."""
+    words = "^optimizers: the SGD has none of the student's parameters that require a gradient"
+    with pytest.raises(ValueError, match=words):
+        given(tmp_path, (sgd(tiny.model(0)), None))
+    peft = pytest.importorskip("peft")
+    adapter = peft.LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"])
+    with pytest.raises(ValueError, match=words):
+        given(tmp_path, optimizer_alone, peft=adapter)  # made before the adapter
+    adapted = peft.get_peft_model(tiny.model(0), adapter)
+    given(tmp_path, optimizer_alone, adapted)
+
+
+def test_what_is_given_trains(tmp_path):
+    trainer = given(tmp_path, both)
+    before = trainer.model.lm_head.weight.detach().clone()
+    trainer.train()
+    assert isinstance(getattr(trainer.optimizer, "optimizer", trainer.optimizer), torch.optim.SGD)
+    assert not torch.equal(trainer.model.lm_head.weight, before)
