@@ -22,7 +22,7 @@ from tropd_kernels import (
     plan_chunks,
     products,
 )
-from tropd_kernels.objectives.rule import SCORES
+from tropd_kernels.objectives.rule_checks import SCORES
 
 BACKENDS = ("torch", "native", "triton")
 #: The forms of teacher that can give a score.
@@ -178,6 +178,27 @@ def test_scores_are_of_the_target_that_stands_in_for_the_teacher(student_power, 
     found = problem.call(rule, "hidden", backend, torch.float64)
     assert torch.equal(found[2].kept, truth[2].kept)
     assert relative_error(found[1]["weight"], truth[1]["weight"]) < 1e-10
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("by", ["entropy", "teacher_entropy", "reverse_kl", "scores"])
+@pytest.mark.parametrize("ids", ["student", "given"])
+def test_sums_on_other_ids_than_the_teacher_s(ids, by, backend):
+    top_k = 5 if ids == "student" else None
+    rule = TokenRule(
+        policy_gradient=0.0, divergence="topk_reverse_kl", top_k=top_k, top_k_tail="bucket",
+        top_k_ids=ids, select_by=by, select_fraction=0.3,
+    )  # fmt: skip
+    problem = make_problem(tokens=11)
+    given = arguments(problem, by, False)
+    if ids == "given":
+        given["ids"] = torch.arange(44).reshape(11, 4) % 37
+    truth = problem.call(rule, "hidden", "reference", torch.float64, **given)
+    share = torch.full((11,), 1 / 11, dtype=torch.float64)
+    for options in ({}, {"reduction": "none", "incoming": share}):
+        found = problem.call(rule, "hidden", backend, torch.float64, **options, **given)
+        assert torch.equal(found[2].kept, truth[2].kept)
+        assert relative_error(found[1]["weight"], truth[1]["weight"]) < 1e-10
 
 
 @pytest.mark.parametrize("backend", ["reference", *BACKENDS])

@@ -3,6 +3,7 @@
 rule         TokenRule: how one token's statistics become its loss
 divergences  the table of divergences that a rule may name
 rewards      the table of transforms of the reward
+rule_checks  what a rule refuses when it is made
 named        TrOPD() ... SFT(): published objectives as rules
 registry     objectives and their knobs by name, for a config or a command line
 """
@@ -33,7 +34,8 @@ from .named import (
     Veto,
 )
 from .rewards import REWARDS
-from .rule import GATES, NORMALIZE, OUTLIERS, STATIC_THRESHOLD, TAILS, TokenRule, decode_rule
+from .rule import STATIC_THRESHOLD, TokenRule, decode_rule
+from .rule_checks import GATES, NORMALIZE, OUTLIERS, TAILS
 
 __all__ = [
     "AOPD",

@@ -38,22 +38,9 @@ from ast import literal_eval
 from dataclasses import dataclass, fields, replace
 from functools import lru_cache
 
-from .checks import number, one_of
-from .divergences import DIVERGENCES, NO_DIVERGENCE, DivergenceSpec, check_parameter
-from .rewards import (
-    REWARD_FILTERS,
-    REWARD_POLICIES,
-    REWARDS,
-    check_reward_parameter,
-    is_bounded,
-)
-
-GATES = ("always", "bernoulli", "expected", "threshold")
-OUTLIERS = ("mask", "clip", "forward_kl", "forward_kl_reward")
-TOP_K_IDS = ("teacher", "student", "given")
-TAILS = ("raw", "bucket", "renormalize_teacher", "renormalize_both")
-NORMALIZE = ("tokens", "kept")
-SCORES = ("entropy", "teacher_entropy", "reverse_kl", "disagreement", "reward", "scores")
+from .divergences import DIVERGENCES, NO_DIVERGENCE, DivergenceSpec
+from .rewards import is_bounded
+from .rule_checks import check_rule
 
 #: log(0.2 / 0.8): the static threshold of REOPOLD and of TrOPD's clipping ablation.
 STATIC_THRESHOLD = math.log(0.25)
@@ -180,64 +167,7 @@ class TokenRule:
     top_k_ids: str = "teacher"
 
     def __post_init__(self):
-        one_of("gate", self.gate, GATES)
-        one_of("outlier", self.outlier, OUTLIERS)
-        one_of("top_k_tail", self.top_k_tail, TAILS)
-        one_of("normalize", self.normalize, NORMALIZE)
-        if self.divergence is not None:
-            one_of("divergence", self.divergence, DIVERGENCES)
-        number("threshold", self.threshold, high=0.0)
-        for name in ("policy_gradient", "nll_weight", "entropy_coef", "divergence_parameter"):
-            number(name, getattr(self, name))
-        number("z_loss", self.z_loss, low=0.0)
-        number("label_smoothing", self.label_smoothing, 0.0, 1.0)
-        if self.label_smoothing and not self.nll_weight:
-            raise ValueError(
-                f"label_smoothing={self.label_smoothing} smooths the labels of the NLL, and this "
-                "rule has none: give an nll_weight, or leave label_smoothing at 0"
-            )
-        for name in ("teacher_power", "student_power", "reference_power"):
-            number(name, getattr(self, name))
-        if self.teacher_power <= 0:
-            raise ValueError(
-                f"teacher_power must be above 0, got {self.teacher_power}: the target is the "
-                "teacher's, moved by the other powers"
-            )
-        for name in ("prefix_weight", "clip_ratio_low", "clip_ratio_high", "forward_kl_entropy"):
-            number(name, getattr(self, name), low=0.0, optional=True)
-        if self.clip_ratio_low is not None and self.clip_ratio_low > 1:
-            raise ValueError(f"clip_ratio_low must lie in [0, 1], got {self.clip_ratio_low}")
-        self._check_selection()
-        if self.top_k is not None:
-            if isinstance(self.top_k, bool) or not isinstance(self.top_k, int):
-                raise TypeError(f"top_k must be an int or None, got {self.top_k!r}")
-            if self.top_k < 1:
-                raise ValueError(
-                    f"top_k must be at least 1, or None for the whole vocabulary; got {self.top_k}"
-                )
-        self._check_ids()
-        has_k = self.top_k is not None or self.top_k_ids == "given"
-        if not has_k and self.top_k_tail != "raw":
-            raise ValueError(
-                f"top_k_tail={self.top_k_tail!r} needs a top_k: without one there is no tail"
-            )
-        if self._divergence.ids == "top_k" and not has_k:
-            raise ValueError(f"divergence={self.divergence!r} lives on the top-k ids: give a top_k")
-        self._check_sets()
-        self._check_reward()
-        if not self._has_a_term:
-            raise ValueError(
-                "this rule has no term, so that every loss would be 0: give a policy_gradient, a "
-                "divergence, an nll_weight, or outlier='forward_kl' with a gate that rejects tokens"
-            )
-        if self.reshapes_target and not self.uses_teacher:
-            raise ValueError(
-                "teacher_power, student_power and reference_power change the teacher's "
-                f"distribution, and no term of this rule reads it; got {self.teacher_power}, "
-                f"{self.student_power} and {self.reference_power}: leave them at 1, 0 and 0"
-            )
-        if self.divergence is not None:
-            check_parameter(self.divergence, self.divergence_parameter)
+        check_rule(self)
         for f in fields(self):  # a NumPy number is a float, but is not written like one
             value = getattr(self, f.name)
             if isinstance(value, float) and type(value) is not float:
@@ -245,118 +175,6 @@ class TokenRule:
         # An f-string rather than json, which torch.compile cannot trace.
         given = [_known(getattr(self, name)) for name in _FIELDS]
         object.__setattr__(self, "_key", ";".join([f"{value!r}" for value in given]))
-
-    def _check_selection(self):
-        for name in ("select_fraction", "entropy_top_fraction"):
-            number(name, getattr(self, name), 0.0, 1.0, optional=True)
-            if getattr(self, name) == 0:
-                raise ValueError(f"{name} must be above 0: no token would count")
-        number("select_threshold", self.select_threshold, optional=True)
-        given = self.select_fraction, self.select_threshold
-        if self.entropy_top_fraction is not None and (self.select_by, *given) != (None,) * 3:
-            raise ValueError(
-                "entropy_top_fraction selects tokens by their entropy: leave select_by, "
-                "select_fraction and select_threshold None beside it"
-            )
-        if self.select_by is None:
-            if given != (None, None):
-                raise ValueError(
-                    "select_fraction and select_threshold need a score: give select_by, one of "
-                    f"{', '.join(map(repr, SCORES))}"
-                )
-            return
-        one_of("select_by", self.select_by, SCORES)
-        if (self.select_fraction is None) == (self.select_threshold is None):
-            raise ValueError(
-                f"select_by={self.select_by!r} needs either a select_fraction or a "
-                f"select_threshold, got {self.select_fraction} and {self.select_threshold}"
-            )
-
-    def _check_ids(self):
-        """Refuses a choice of ids that has no effect, or that a term beside those on K forbids."""
-        one_of("top_k_ids", self.top_k_ids, TOP_K_IDS)
-        if self.top_k_ids == "teacher":
-            return
-        choice = f"top_k_ids={self.top_k_ids!r}"
-        if self.top_k_ids == "given" and self.top_k is not None:
-            raise ValueError(
-                f"{choice} takes all of the call's ids: leave top_k None, got {self.top_k}"
-            )
-        if self.top_k_ids == "student" and self.top_k is None:
-            raise ValueError(
-                f"{choice} needs a top_k: how many of the student's likeliest ids K holds"
-            )
-        if not self.uses_top_k:
-            raise ValueError(
-                f"{choice} has no effect, as no term is a sum over K: give a divergence on K, such "
-                "as 'topk_reverse_kl', or an outlier='forward_kl' with a gate that rejects tokens"
-            )
-        if self.uses_reverse_kl or (self.generator and self._divergence.ids == "vocabulary"):
-            raise ValueError(
-                f"divergence={self.divergence!r} is over the whole vocabulary, and the forward KL "
-                f"beside it over the ids of {choice}: leave top_k_ids 'teacher', or choose a "
-                "divergence on K"
-            )
-
-    def _check_sets(self):
-        """Refuses rules that need sums over two sets of ids, or with two weights: one pass makes
-        one."""
-        spec = self._divergence
-        whole = spec.generator and spec.ids == "vocabulary"
-        if spec.by_gaps and self.top_k is not None:
-            raise ValueError(
-                f"divergence={self.divergence!r} weighs the head of the teacher's distribution, "
-                f"whose mass is divergence_parameter: leave top_k None, got {self.top_k}"
-            )
-        if spec.by_mixing and self.top_k is not None:
-            raise ValueError(
-                f"divergence={self.divergence!r} mixes forward and reverse KL over the whole "
-                f"vocabulary: leave top_k None, got {self.top_k}"
-            )
-        if spec.by_gaps and self._chooses_forward_kl:
-            raise ValueError(
-                f"divergence={self.divergence!r} weighs the forward KL of every token: leave "
-                "forward_kl_entropy None and the gate 'always', or choose an outlier other than "
-                f"'forward_kl' and 'forward_kl_reward'; got gate={self.gate!r}, "
-                f"outlier={self.outlier!r}, forward_kl_entropy={self.forward_kl_entropy}"
-            )
-        if whole and self._chooses_forward_kl and self.top_k is not None:
-            raise ValueError(
-                f"divergence={self.divergence!r} is over the whole vocabulary, and the forward KL "
-                f"beside it over the top_k={self.top_k} ids: leave top_k None, so that both are "
-                "over the whole"
-            )
-
-    def _check_reward(self):
-        """Refuses rewards that have no value, and fields that shape a reward that no term reads."""
-        one_of("reward", self.reward, REWARDS)
-        one_of("reward_policy", self.reward_policy, REWARD_POLICIES)
-        if self.reward_filter is not None:
-            one_of("reward_filter", self.reward_filter, REWARD_FILTERS)
-        check_reward_parameter(self.reward, self.reward_parameter)
-        number("task_weight", self.task_weight)
-        low, high = self.clip_reward_low, self.clip_reward_high
-        number("clip_reward_low", low, optional=True)
-        number("clip_reward_high", high, optional=True)
-        if low is not None and high is not None and low > high:
-            raise ValueError(f"clip_reward_low={low!r} must not exceed clip_reward_high={high!r}")
-        if self._divergence.mixes_reward and self.reward != "log_ratio":
-            raise ValueError(
-                f"divergence={self.divergence!r} has a reward of its own, the log-ratio of its "
-                f"mixture and the student: leave reward 'log_ratio', got {self.reward!r}"
-            )
-        if self.policy_gradient:
-            return
-        idle = set(_REWARD_FIELDS)
-        if self.gate == "threshold":  # which reads R0
-            idle.remove("reward_policy")
-        for f in fields(self):
-            if f.name in idle and getattr(self, f.name) != f.default:
-                raise ValueError(
-                    f"{f.name}={getattr(self, f.name)!r} has no effect with policy_gradient=0: it "
-                    f"shapes the policy gradient's reward; leave it {f.default!r}, or give a "
-                    "policy_gradient"
-                )
 
     def __repr__(self):
         changed = (
@@ -373,7 +191,7 @@ class TokenRule:
         return self._key  # type: ignore[attr-defined]
 
     @property
-    def _has_a_term(self) -> bool:
+    def has_a_term(self) -> bool:
         rejected = self.gate != "always" and self.outlier == "forward_kl"
         weights = self.policy_gradient, self.nll_weight, self.entropy_coef, self.prefix_weight
         chosen = self.divergence, self.forward_kl_entropy
@@ -382,7 +200,7 @@ class TokenRule:
         )
 
     @property
-    def _divergence(self) -> DivergenceSpec:
+    def divergence_spec(self) -> DivergenceSpec:
         return NO_DIVERGENCE if self.divergence is None else DIVERGENCES[self.divergence]
 
     @property
@@ -396,14 +214,14 @@ class TokenRule:
     @property
     def reward_transform(self) -> tuple[str, float | None]:
         """Name and parameter of the reward's transform."""
-        if self._divergence.mixes_reward:
+        if self.divergence_spec.mixes_reward:
             return "proximal", self.divergence_parameter
         return self.reward, self.reward_parameter
 
     @property
     def gates_transformed(self) -> bool:
         """The static gate sees the transformed reward."""
-        return self._divergence.mixes_reward
+        return self.divergence_spec.mixes_reward
 
     @property
     def clips_reward(self) -> bool:
@@ -453,10 +271,10 @@ class TokenRule:
     @property
     def uses_forward_kl(self) -> bool:
         """The forward KL (on K) may enter a token's loss."""
-        return self._chooses_forward_kl or self._divergence.forward_kl
+        return self.chooses_forward_kl or self.divergence_spec.forward_kl
 
     @property
-    def _chooses_forward_kl(self) -> bool:
+    def chooses_forward_kl(self) -> bool:
         """... where the gate or the teacher's entropy says so."""
         outside = self.gate != "always" and self.outlier.startswith("forward_kl")
         return outside or self.forward_kl_entropy is not None
@@ -464,32 +282,32 @@ class TokenRule:
     @property
     def uses_reverse_kl(self) -> bool:
         """The exact reverse KL may enter a token's loss."""
-        return self._divergence.reverse_kl
+        return self.divergence_spec.reverse_kl
 
     @property
     def kl_weights(self) -> tuple[float, float]:
         """Weights of the forward KL (on K) and of the reverse KL in every token's loss."""
-        return self._divergence.kl_weights or (0.0, 0.0)
+        return self.divergence_spec.kl_weights or (0.0, 0.0)
 
     @property
     def weighs_by_gaps(self) -> bool:
         """... which each token has of its own, from its gaps abs(p - q) on head and tail (AKL)."""
-        return self._divergence.by_gaps
+        return self.divergence_spec.by_gaps
 
     @property
     def weighs_by_mixing(self) -> bool:
         """... which the call's `mixing` gives each token."""
-        return self._divergence.by_mixing
+        return self.divergence_spec.by_mixing
 
     @property
     def generator(self) -> str | None:
         """The divergence's generator, where it needs one."""
-        return self.divergence if self._divergence.generator else None
+        return self.divergence if self.divergence_spec.generator else None
 
     @property
     def uses_top_k(self) -> bool:
         """A set K smaller than the vocabulary has to be found."""
-        on_k = self.uses_forward_kl or self._divergence.ids == "top_k"
+        on_k = self.uses_forward_kl or self.divergence_spec.ids == "top_k"
         return (self.top_k is not None or self.top_k_ids == "given") and on_k
 
     @property
@@ -500,7 +318,7 @@ class TokenRule:
     @property
     def sums_of_every_row(self) -> bool:
         """... of every token; else of those alone that the gate or the teacher's entropy picks."""
-        return self._divergence.forward_kl or self.generator is not None
+        return self.divergence_spec.forward_kl or self.generator is not None
 
     @property
     def sums_from_statistics(self) -> bool:
@@ -515,12 +333,12 @@ class TokenRule:
     @property
     def p_differs_on_k(self) -> bool:
         """The student's own term of the gradient has another coefficient on K than off it."""
-        return self._divergence.has_tails or self.top_k_tail in ("bucket", "renormalize_both")
+        return self.divergence_spec.has_tails or self.top_k_tail in ("bucket", "renormalize_both")
 
     @property
     def value_on_renormalized(self) -> bool:
         """The generator's value is a mean under the student renormalised on K."""
-        return self._divergence.has_tails and self.top_k_tail == "renormalize_both"
+        return self.divergence_spec.has_tails and self.top_k_tail == "renormalize_both"
 
     @property
     def reads_teacher_rows(self) -> bool:
@@ -531,7 +349,7 @@ class TokenRule:
     def uses_dense_teacher(self) -> bool:
         """The loss needs the teacher's whole distribution."""
         whole = self.uses_forward_kl and not self.uses_top_k
-        generator = self.generator is not None and self._divergence.ids != "top_k"
+        generator = self.generator is not None and self.divergence_spec.ids != "top_k"
         exact = self.uses_reverse_kl or self.score == "reverse_kl"
         other = self.reshapes_target or self.top_k_ids != "teacher"
         return whole or generator or exact or other
@@ -550,11 +368,6 @@ class TokenRule:
 
 
 _FIELDS = tuple(f.name for f in fields(TokenRule))
-#: Fields that shape the policy gradient's reward.
-_REWARD_FIELDS = (
-    "reward", "reward_policy", "clip_reward_low", "clip_reward_high", "task_weight",
-    "reward_filter",
-)  # fmt: skip
 
 
 @lru_cache(maxsize=256)

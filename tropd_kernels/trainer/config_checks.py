@@ -10,7 +10,7 @@ from typing import Any, get_args, get_type_hints
 from ..arguments import check_sampling
 from ..objectives import TokenRule
 from ..objectives.registry import check_knobs, check_objective, check_required, rewarded
-from ..objectives.rule import SCORES
+from ..objectives.rule_checks import SCORES
 from .credentials import check_address
 from .effects import check_effects
 from .generation_keys import check_generation_keys
