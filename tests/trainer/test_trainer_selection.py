@@ -13,7 +13,7 @@ import tiny
 from training import make, resume_and_compare, step_and_compare
 
 from tropd_kernels import OPD, TokenRule
-from tropd_kernels.trainer import TrOPDConfig
+from tropd_kernels.trainer import TrOPDConfig, TrOPDTrainer
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
 HERE = dict(use_cpu=True, bf16=False, report_to="none")
@@ -141,8 +141,35 @@ def test_a_step_without_a_selected_token(tmp_path):
         assert torch.equal(old, new)
 
 
-def config(**settings) -> TrOPDConfig:
-    return TrOPDConfig("unused", **(HERE | settings))
+def test_a_teacher_that_only_ranks_is_asked_too(tmp_path):
+    """... for what the score needs, in columns of the data; and without one the setting is
+    named."""
+    label = [-1.0, -9.0, -0.5, -8.0]
+    row = dict(prompt="w1 w2", completion_ids=[8, 9, 10, 11], teacher_label_log_probs=label)
+    settings = dict(objective="sft", select_by="disagreement", **HALF)
+    trainer = make(
+        tmp_path, data=tiny.Dataset.from_list([row]), precomputed_teacher=True,
+        per_device_train_batch_size=1, **settings,
+    )  # fmt: skip
+    trainer.train()
+    with torch.no_grad():
+        logits = tiny.model(0)(torch.tensor([[6, 7, *row["completion_ids"]]])).logits[0, 1:-1]
+    lp = logits.log_softmax(-1).gather(1, torch.tensor(row["completion_ids"])[:, None])[:, 0]
+    most = (torch.tensor(label) - lp).abs().topk(2).indices
+    assert trainer.losses[0] == pytest.approx(-lp[most].sum().item() / 4, rel=1e-5)
+
+    del row["teacher_label_log_probs"]
+    with pytest.raises(ValueError, match="teacher_label_log_probs"):
+        make(tmp_path, data=tiny.Dataset.from_list([row]), precomputed_teacher=True, **settings)
+    with pytest.raises(ValueError, match="objective 'sft' with select_by 'disagreement' needs a t"):
+        TrOPDTrainer(
+            tiny.model(0), None, config(output_dir=str(tmp_path), **settings), tiny.prompts(),
+            processing_class=tiny.tokenizer(),
+        )  # fmt: skip
+
+
+def config(output_dir="unused", **settings) -> TrOPDConfig:
+    return TrOPDConfig(output_dir, **(HERE | settings))
 
 
 def test_the_settings_join_the_objective_s_rule():
@@ -166,6 +193,7 @@ ENTROPY = dict(select_by="entropy", **HALF)
         ({"select_by": "entropy", "select_fraction": 1.5}, "select_fraction: "),
         ({"select_by": "entropy", "select_threshold": math.nan}, "select_threshold: "),
         ({"select_by": "entropy", "select_fraction": "half"}, "select_fraction: expected a number"),
+        ({"lmbda": 0.0, **ENTROPY}, "select_by: it would have no effect: with lmbda 0 every token"),
         ({"objective": "entropy_opd", **ENTROPY}, "select_by: objective 'entropy_opd' selects"),
         ({"objective": "reopold", **ENTROPY}, "select_by: objective 'reopold' selects tokens"),
         ({"select_by": "reverse_kl", **HALF, "precomputed_teacher": True},
@@ -185,3 +213,4 @@ def test_what_a_served_teacher_s_scores_are_of_is_taken():
     for more in ({"select_by": "teacher_entropy"}, {"select_by": "reward"}):
         config(**more, **HALF, precomputed_teacher=True)
     config(objective="opd", select_by="disagreement", **HALF, precomputed_teacher=True)
+    config(prefix_weight=None, lmbda=0.0, **ENTROPY)

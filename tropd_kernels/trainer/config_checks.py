@@ -155,8 +155,16 @@ def check_selection(config: Config) -> None:
     except ValueError as error:
         key = next(name for name in SELECTION if str(error).startswith(name))
         raise ValueError(f"{key}: {error}") from error
+    if config.select_by is None:
+        return
     rules = config.rule_of_all(0.0), config.rule_of_all(1.0)
-    if config.select_by is not None and any(r.entropy_top_fraction is not None for r in rules):
+    if config.lmbda == 0 and rules[0].prefix_weight is not None:
+        raise ValueError(
+            "select_by: it would have no effect: with lmbda 0 every token is the teacher's, and "
+            "prefix_weight keeps those from the ranks: raise lmbda, or leave "
+            f"{', '.join(SELECTION)} out"
+        )
+    if any(rule.entropy_top_fraction is not None for rule in rules):
         raise ValueError(
             f"select_by: objective {config.objective!r} selects tokens by their entropy itself: "
             f"leave {', '.join(SELECTION)} out, or take another objective"

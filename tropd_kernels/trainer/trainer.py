@@ -454,8 +454,9 @@ def _teacher_to_load(teacher_model: Any, args: TrOPDConfig) -> Any:
     check_one_teacher(teacher_model, args)
     loaded = args.teacher_model_name_or_path if teacher_model is None else teacher_model
     if loaded is None and args.rule().uses_teacher:
+        by = "" if args.rule_of_all().uses_teacher else f" with select_by {args.select_by!r}"
         raise ValueError(
-            f"teacher_model: objective {args.objective!r} needs a teacher: give a model, "
+            f"teacher_model: objective {args.objective!r}{by} needs a teacher: give a model, "
             "teacher_model_server_url, or precomputed_teacher"
         )
     if loaded is None:
