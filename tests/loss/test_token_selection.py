@@ -295,7 +295,7 @@ def test_scores_that_do_not_fit(backend):
         assert all(word in str(error.value) for word in words), error.value
 
     fails(rule, "pass scores=", "select_by")
-    fails(SFT(), "scores have no effect", "select_by='scores'", scores=torch.zeros(5))
+    fails(SFT(), "scores has no effect", "select_by='scores'", scores=torch.zeros(5))
     fails(rule, "scores", "(5,)", "(4,)", scores=torch.zeros(4))
     fails(rule, "scores", "not finite", scores=torch.tensor([0.0, 1, math.nan, 3, 4]))
 

@@ -117,7 +117,7 @@ def test_ignored_tokens_may_hold_anything(device):
 def test_bad_calls():
     assert CADENCE() == MIXED
     refused(lambda: head_loss(objective=MIXED), ValueError, "'mixed'", "mixing=", "[0, 1]")
-    refused(lambda: head_loss(mixing=torch.ones(2, 3)), ValueError, "mixing", "does not read it")
+    refused(lambda: head_loss(mixing=torch.ones(2, 3)), ValueError, "mixing", "has no effect")
     for teacher in (sampled_teacher(), top_k_teacher()):
         refused(lambda t=teacher: head_loss(objective=MIXED, teacher=t, mixing=torch.ones(2, 3)),
                 ValueError, "whole distribution", "HiddenTeacher or LogitsTeacher")  # fmt: skip

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -106,8 +107,7 @@ def distillation_problem(
         | ({} if reference is None else _named(reference, "reference_teacher"))
     )
     _check_ids(rule, ids, labels)
-    _check_mixing(rule, per_token["mixing"])
-    _check_task_advantages(rule, per_token["task_advantages"])
+    _check_read(rule, per_token)
     if rule.gate == "bernoulli" and per_token["uniforms"] is None:
         if seed is None:
             raise ValueError(
@@ -116,7 +116,6 @@ def distillation_problem(
                 "gate='expected', which draws nothing"
             )
         per_token = per_token | {"uniforms": uniforms_like(labels, seed)}
-    _check_scores(rule, per_token["scores"])
     dense, known = _teacher(teacher, labels, source, group)
     if ids is not None:
         known["ids"] = _rows(ids).long()
@@ -219,44 +218,37 @@ def _check_ids(rule: TokenRule, ids: Any, labels: Tensor) -> None:
         raise ValueError(f"ids must be {wants}, got shape {tuple(ids.shape)}")
 
 
-def _check_mixing(rule: TokenRule, mixing: Any) -> None:
-    """Given where the rule reads it, and only there."""
-    if rule.weighs_by_mixing and mixing is None:
-        raise ValueError(
-            f"divergence={rule.divergence!r} weighs forward and reverse KL token by token: pass "
-            "mixing=<numbers in [0, 1] shaped like labels>, 1 for the forward KL, 0 for the reverse"
-        )
-    if mixing is not None and not rule.weighs_by_mixing:
-        raise ValueError(
-            f"mixing weighs the two KLs of Divergence('mixed'), and {rule!r} does not read it: "
-            "leave it out, or choose that divergence"
-        )
+#: Arguments that some rules read and others do not: which, what to give, and what reads it.
+_READ_BY_SOME: dict[str, tuple[Callable[[TokenRule], bool], str, str]] = {
+    "mixing": (
+        lambda rule: rule.weighs_by_mixing,
+        "numbers in [0, 1], 1 for the forward KL, 0 for the reverse",
+        "Divergence('mixed')",
+    ),
+    "task_advantages": (
+        lambda rule: rule.uses_task_advantages, "numbers", "a task_weight or a reward_filter",
+    ),
+    "scores": (
+        lambda rule: rule.select_by == "scores", "numbers, the highest of which count",
+        "select_by='scores'",
+    ),
+}  # fmt: skip
 
 
-def _check_task_advantages(rule: TokenRule, given: Any) -> None:
-    if rule.uses_task_advantages and given is None:
-        raise ValueError(
-            f"{rule!r} reads the task's advantages: pass task_advantages=<one number a token, "
-            "shaped like labels>, or leave the rule's task_weight 0 and its reward_filter None"
-        )
-    if given is not None and not rule.uses_task_advantages:
-        raise ValueError(
-            f"task_advantages have no effect with {rule!r}: leave them out, or give the rule a "
-            "task_weight or a reward_filter"
-        )
-
-
-def _check_scores(rule: TokenRule, scores: Tensor | None) -> None:
-    if rule.select_by == "scores" and scores is None:
-        raise ValueError(
-            "this objective selects tokens by scores of the caller's: pass scores=<a number for "
-            "each token, shaped like labels>, or choose another select_by"
-        )
-    if rule.select_by != "scores" and scores is not None:
-        raise ValueError(
-            f"scores have no effect with select_by={rule.select_by!r}: choose select_by='scores', "
-            "or leave them out"
-        )
+def _check_read(rule: TokenRule, per_token: dict[str, Tensor | None]) -> None:
+    """Each of them is given with a rule that reads it, and with no other."""
+    for name, (reads, what, reader) in _READ_BY_SOME.items():
+        given = per_token[name] is not None
+        if reads(rule) and not given:
+            raise ValueError(
+                f"{rule!r} reads {name}: pass {name}=<{what}, shaped like labels>, or choose an "
+                f"objective without {reader}"
+            )
+        if given and not reads(rule):
+            raise ValueError(
+                f"{name} has no effect with {rule!r}: leave it out, or choose an objective with "
+                f"{reader}"
+            )
 
 
 def _rows(tensor: Tensor) -> Tensor:
