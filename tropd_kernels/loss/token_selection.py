@@ -10,7 +10,8 @@ loop then walks over the selected tokens alone, so a token that is left out cost
                                a teacher that gives log-probs
     scores, advantages         f (3 S + T)
 
-with f the share that is selected, S and T as in `plan`.
+with f the share that is selected, S and T as in `plan`. On a GPU a selection waits for the device
+once, to know how many tokens there are.
 """
 
 from __future__ import annotations
