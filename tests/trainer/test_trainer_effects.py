@@ -221,7 +221,7 @@ def test_galore_takes_no_settings_of_adam(name):
 def test_settings_of_what_is_not_there(tmp_path):
     with pytest.raises(ValueError, match="^max_tool_calling_iterations: it would have no effect"):
         make(tmp_path, max_tool_calling_iterations=2)
-    options = dict(chat_template_kwargs={"enable_thinking": False})
+    options = dict(chat_template_kwargs={"padding": False})
     words = "^chat_template_kwargs: it would have no effect: the prompts are text"
     with pytest.raises(ValueError, match=words):
         make(tmp_path, **options)

@@ -59,12 +59,16 @@ def test_settings_of_an_optimizer_beside_one(tmp_path, key, value):
 
 
 def test_optimizers_with_arguments_beside_one(tmp_path):
-    """The argument is named even where `optim` is, too."""
+    """`optim_args` and `optim_target_modules` come with another optim, which is refused."""
     for settings in (
         dict(optim="rmsprop", optim_args="momentum=0.9"),
         dict(optim="galore_adamw", optim_target_modules=["attn"]),
     ):
         with pytest.raises(ValueError, match="^optim: .* the optimizer given to the trainer, a SG"):
+            given(tmp_path, optimizer_alone, **settings)
+        del settings["optim"]
+        (key,) = settings
+        with pytest.raises(ValueError, match=f"^{key}: it would have no effect"):
             given(tmp_path, optimizer_alone, **settings)
     # What transformers' loop asks LOMO's optimizers for goes by this name, whoever made them.
     given(tmp_path, optimizer_alone, optim="lomo")
@@ -73,6 +77,7 @@ def test_optimizers_with_arguments_beside_one(tmp_path):
 @pytest.mark.parametrize(
     "settings",
     [
+        dict(lr_scheduler_kwargs={"last_epoch": -1}),
         dict(lr_scheduler_type="cosine"), dict(warmup_steps=2), dict(warmup_steps=0.5),
         dict(lr_scheduler_type="cosine_with_restarts", lr_scheduler_kwargs={"num_cycles": 2}),
     ],

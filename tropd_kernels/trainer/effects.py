@@ -208,10 +208,10 @@ CONDITIONS = (
               lambda a: _text(a.lr_scheduler_type) not in ("constant", "constant_with_warmup"),
               "lr_scheduler_type {!r} takes none", of="lr_scheduler_type"),
 )  # fmt: skip
-#: Settings that an optimizer, and a scheduler, given to the trainer has itself.
+#: Settings that an optimizer, and a scheduler, given to the trainer has itself. The other ones of
+#: optimizers are refused with the default optim already.
 _OF_AN_OPTIMIZER = (
-    "learning_rate", "weight_decay", "optim", "optim_args", "optim_target_modules", "adam_beta1",
-    "adam_beta2", "adam_epsilon",
+    "learning_rate", "weight_decay", "optim", "adam_beta1", "adam_beta2", "adam_epsilon",
 )  # fmt: skip
 _OF_A_SCHEDULER = ("lr_scheduler_type", "lr_scheduler_kwargs", "warmup_ratio", "warmup_steps")
 #: transformers' loop asks for these by `optim`, whoever made them.

@@ -35,6 +35,7 @@ from ..functional import DistillationOutput, TokenStats, linear_distillation_los
 from ..objectives import SFT, TokenRule
 from ..teachers import Teacher
 from . import card, metrics, progress, rewards, sampling, signals
+from .chat_templates import check_template_keys
 from .config import TrOPDConfig
 from .data_checks import (
     check_dataset,
@@ -153,6 +154,9 @@ class TrOPDTrainer(GuidedTrainer):
             model, loaded, args, train_dataset, eval_dataset, processing_class, callbacks,
             optimizers, quantization_config, peft_config, tools,
         )  # fmt: skip
+        check_template_keys(
+            self.chat_template_kwargs, self.processing_class, self.chat_template, self.tools
+        )
         check_optimized(self.model, self.optimizer)
         if self._server is not None:
             check_server_tokenizer(self._tokenizer, self._server.tokenize)

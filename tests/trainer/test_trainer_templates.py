@@ -1,0 +1,133 @@
+"""Keys of `chat_template_kwargs`: those that no template reads are refused by name."""
+
+from __future__ import annotations
+
+import pytest
+
+pytest.importorskip("trl", reason="the trainer needs trl")
+
+import tiny
+from training import Spy
+
+from tropd_kernels.trainer import TrOPDConfig
+from tropd_kernels.trainer.chat_templates import check_template_keys
+
+pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
+#: Reads a switch, as Qwen3's does, a date with a default, as Llama 3's does, and documents.
+READS = tiny.TEMPLATE + (
+    "{% if enable_thinking is defined and not enable_thinking %} w90{% endif %}"
+    "{% if not date_string is defined %}{% set date_string = 'w89' %}{% endif %} {{ date_string }}"
+    "{% set seen = namespace(any=false) %}{% for d in documents or [] %}{% break %}{% endfor %}"
+    "{% generation %}{% endgeneration %}"
+)
+THINKS = {"enable_thinking": False}
+
+
+def check(given, template, tools=(), used=None):
+    tokenizer = tiny.tokenizer()
+    tokenizer.chat_template = template
+    check_template_keys(given, tokenizer, used, tools)
+
+
+def test_keys_that_are_read():
+    for given in (
+        THINKS, {"date_string": "w3"}, {"documents": []}, {"padding": False, "truncation": True},
+        {"tokenizer_kwargs": {}}, {"continue_final_message": False}, {}, None,
+    ):  # fmt: skip
+        check(given, READS)
+
+
+@pytest.mark.parametrize(
+    ("given", "template", "words"),
+    [
+        ({"enable_thinkng": False}, READS, r"reads date_string, .*did you mean 'enable_thinking'"),
+        (THINKS | {"date": "w1"}, READS, "reads date_string, documents, enable_thinking besides"),
+        (THINKS, tiny.TEMPLATE, "reads no variable besides messages and tools: leave it out"),
+        ({"documents": []}, tiny.TEMPLATE, "reads no variable"),
+        ({"seen": 3}, READS, "reads"),  # set before it is read
+        ({"trunctation": True}, tiny.TEMPLATE, "did you mean 'truncation'"),
+    ],
+    ids=str,
+)
+def test_keys_that_are_not_read(given, template, words):
+    key = list(given)[-1]
+    with pytest.raises(
+        ValueError, match=f"^chat_template_kwargs: '{key}' would have no effect: .*{words}"
+    ):
+        check(given, template)
+
+
+def test_the_template_in_use():
+    """One of several by name, that for tools, and one that TRL puts in the tokenizer's place."""
+    several = {"default": tiny.TEMPLATE, "tool_use": READS, "rag": READS}
+    check(THINKS, several, tools=[print])
+    check(THINKS, {"default": READS, "rag": tiny.TEMPLATE})
+    check(THINKS, tiny.TEMPLATE, used=READS)
+    for template, used in ((several, None), (READS, tiny.TEMPLATE)):
+        with pytest.raises(ValueError, match="^chat_template_kwargs: 'enable_thinking' would have"):
+            check(THINKS, template, used=used)
+
+
+def test_templates_that_cannot_be_looked_into():
+    """Whoever applies them says more; a tokenizer's own code may read any key."""
+
+    class Own(type(tiny.tokenizer())):
+        def apply_chat_template(self, *arguments, **keywords):
+            return super().apply_chat_template(*arguments, **keywords)
+
+    check(THINKS, "{% if %}")
+    check(THINKS, None)
+    check(THINKS, {"rag": tiny.TEMPLATE})
+    tokenizer = tiny.tokenizer()
+    tokenizer.__class__ = Own
+    check_template_keys(THINKS, tokenizer, None, ())
+
+
+def test_keys_that_are_set_already():
+    """They would fail as an argument given twice, when the first prompt is tokenized."""
+    for key, remedy in (
+        ("chat_template", "set the chat_template of processing_class"),
+        ("tools", "give tools to TrOPDTrainer"), ("messages", "leave it out"),
+        ("add_generation_prompt", "leave it out"), ("return_dict", "leave it out"),
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match=f"^chat_template_kwargs: '{key}' is the.*: {remedy}$"):
+            check({key: None}, READS)
+
+
+def test_processors():
+    """Their own template counts, not the tokenizer's, and they take keys for images as well."""
+    pytest.importorskip("PIL", reason="images need pillow")
+    import vision
+
+    processor = vision.processor("qwen2_vl")
+    processor.tokenizer.chat_template = READS
+    for given in ({"padding": True}, {"min_pixels": 4}, {"do_resize": False}, {"images_kwargs": {}},
+                  {"processor_kwargs": {}}):  # fmt: skip
+        check_template_keys(given, processor, None, ())
+    with pytest.raises(ValueError, match="^chat_template_kwargs: 'enable_thinking' would have no "):
+        check_template_keys(THINKS, processor, None, ())
+    processor.chat_template = READS
+    check_template_keys(THINKS, processor, None, ())
+
+
+@pytest.mark.parametrize("template", [READS, tiny.TEMPLATE])
+def test_the_trainer_checks_them(tmp_path, template):
+    tokenizer = tiny.tokenizer()
+    tokenizer.chat_template = template
+    talk = tiny.Dataset.from_dict({"prompt": [[{"role": "user", "content": "w1"}]] * 4})
+    args = TrOPDConfig(
+        str(tmp_path), max_steps=1, per_device_train_batch_size=4, max_completion_length=4,
+        bf16=False, use_cpu=True, report_to="none", save_strategy="no", disable_tqdm=True,
+        gradient_checkpointing=False, chat_template_kwargs=THINKS,
+    )  # fmt: skip
+
+    def made():
+        return Spy(tiny.model(0), tiny.model(1), args, talk, processing_class=tokenizer)
+
+    if template != READS:
+        with pytest.raises(ValueError, match="^chat_template_kwargs: 'enable_thinking' would have"):
+            made()
+        return
+    trainer = made()
+    trainer.train()
+    assert (trainer.batches[0]["prompt_ids"] == tokenizer.convert_tokens_to_ids("w90")).any()

@@ -1,0 +1,91 @@
+"""Which keys `chat_template_kwargs` takes: what the template reads, and its caller's arguments.
+
+A template is given every key, and says nothing of one that it never reads: a typo, or a switch of
+another family of models.
+"""
+
+import inspect
+from collections.abc import Collection, Iterator, Mapping
+from typing import Any
+
+from jinja2 import TemplateError, meta  # which torch brings
+from transformers import ProcessorMixin
+from transformers.utils import chat_template_utils
+
+from ..objectives.registry import nearest
+
+#: What TRL, or transformers, passes to each template itself, and what to do instead.
+_SET_ALREADY = {
+    "chat_template": "set the chat_template of processing_class",
+    "tools": "give tools to TrOPDTrainer",
+    **dict.fromkeys(
+        ("conversation", "messages", "add_generation_prompt", "tokenize", "return_dict"),
+        "leave it out",
+    ),
+}
+
+
+def check_template_keys(
+    given: Mapping[str, Any] | None, processor: Any, template: str | None, tools: Collection[Any]
+) -> None:
+    """Raises ValueError for keys of `chat_template_kwargs` that the chat template does not read.
+
+    Nothing is said of a template that cannot be parsed, nor of a processor with code of its own.
+
+    Args:
+        given: The `chat_template_kwargs`.
+        processor: A tokenizer or a processor.
+        template: The template that is used instead of the processor's own.
+        tools: As the trainer takes them.
+    """
+    for key in given or ():
+        if key in _SET_ALREADY:
+            raise ValueError(
+                f"chat_template_kwargs: {key!r} is the trainer's own: {_SET_ALREADY[key]}"
+            )
+    # transformers_modules, for instance, comes from the hub.
+    if not given or not type(processor).apply_chat_template.__module__.startswith("transformers."):
+        return
+    used = list(_templates(template or processor.chat_template, tools))
+    try:
+        read = set().union(*map(_variables, used))
+    except (ImportError, TemplateError):  # of an old jinja2, of no template
+        return
+    takes = read | _arguments(processor)
+    for key in given if used else ():
+        if key not in takes:
+            own = sorted(read - _SET_ALREADY.keys())
+            raise ValueError(
+                f"chat_template_kwargs: {key!r} would have no effect: the chat template reads "
+                f"{', '.join(own) or 'no variable'} besides messages and tools"
+                f"{nearest(key, takes - _SET_ALREADY.keys())}: leave it out"
+            )
+
+
+def _templates(own: Any, tools: Collection[Any]) -> Iterator[str]:
+    """The template, or those of several by name that transformers may choose."""
+    if isinstance(own, str):
+        yield own
+    elif isinstance(own, Mapping):
+        names = ("default", "tool_use") if tools else ("default",)
+        yield from (own[name] for name in names if name in own)
+
+
+def _variables(template: str) -> set[str]:
+    """Names that the template reads without setting them first."""
+    environment = chat_template_utils._compile_jinja_template(template).environment
+    return set(meta.find_undeclared_variables(environment.parse(template)))
+
+
+def _arguments(processor: Any) -> set[str]:
+    """What `apply_chat_template` takes itself, or passes to a processor's parts."""
+    takes = set(inspect.signature(processor.apply_chat_template).parameters)
+    takes -= {"kwargs", "documents"}  # documents are read by the template alone
+    if isinstance(processor, ProcessorMixin):
+        takes |= set(inspect.signature(processor.__call__).parameters)
+        groups = [getattr(processor, "valid_processor_kwargs", None)]
+        groups += [getattr(part, "valid_kwargs", None) for part in vars(processor).values()]
+        for group in groups:
+            for name, kind in getattr(group, "__annotations__", {}).items():
+                takes |= {name, *getattr(kind, "__annotations__", {})}
+    return takes
