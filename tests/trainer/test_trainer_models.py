@@ -106,3 +106,15 @@ def test_a_student_without_a_head(tmp_path):
     backbone = transformers.LlamaModel(tiny.model(0).config)
     with pytest.raises(TypeError, match="model: a LlamaModel writes no text: load it with Auto"):
         make(tmp_path, backbone)
+
+
+def test_options_with_which_a_student_cannot_be_loaded(tmp_path):
+    """transformers' own error, of an exponent, names neither the model nor the options."""
+    tiny.model(0).save_pretrained(tmp_path)
+    yarn = {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
+    words = r"^model: .* with these model_init_kwargs cannot be loaded: unsupported operand"
+    with pytest.raises(TypeError, match=words):
+        make(tmp_path / "run", str(tmp_path), model_init_kwargs={"rope_scaling": yarn})
+    yarn["rope_theta"] = 10000.0
+    made = make(tmp_path / "run", str(tmp_path), model_init_kwargs={"rope_parameters": yarn})
+    assert made.model.config.rope_parameters["factor"] == 4.0

@@ -8,10 +8,8 @@ from transformers import PreTrainedModel
 from transformers.utils.quantization_config import QuantizationConfigMixin
 from trl.trainer.utils import create_model_from_path
 
-from .sources import model_class, teacher_options
+from .sources import model_class, named_errors, teacher_options
 
-#: Errors of transformers that say what is wrong, but not with which model.
-_CLEAR = (ImportError, ModuleNotFoundError, OSError, RuntimeError, TypeError, ValueError)
 _DTYPES = ("bfloat16", "float16", "float32", "float64")
 
 
@@ -65,12 +63,8 @@ def load_teacher(name: str, args: Any) -> PreTrainedModel:
     # A device map does not work with several processes.
     if args.distributed_state.distributed_type in ("MULTI_GPU", "DEEPSPEED"):
         options["device_map"] = None
-    try:
+    with named_errors(f"teacher_model: {name}"):
         return create_model_from_path(name, model_class(name, options), **options)
-    except _CLEAR as error:
-        if type(error) not in _CLEAR:  # a subclass may take other arguments than a message
-            raise
-        raise type(error)(f"teacher_model: {name} cannot be loaded: {error}") from error
 
 
 def check_own_weights(student: torch.nn.Module, teacher: torch.nn.Module) -> None:

@@ -8,6 +8,7 @@ the same place, so all of them take their options from here.
 import contextlib
 import json
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,8 @@ PLACE = ("cache_dir", "local_files_only", "revision", "subfolder", "token")
 _CODE = ("code_revision", "trust_remote_code")
 #: What transformers raises for missing files, or files of neither a tokenizer nor a config.
 _NOT_FOUND = (OSError, ValueError, KeyError)
+#: Errors of transformers that say what is wrong, but not with which model.
+_CLEAR = (ImportError, ModuleNotFoundError, OSError, RuntimeError, TypeError, ValueError)
 
 
 def student_options(args: Any) -> dict[str, Any]:
@@ -152,16 +155,40 @@ def adapter_base(name: str, options: Mapping[str, Any]) -> str | None:
 
 
 @contextlib.contextmanager
-def class_of_student(student: Any, args: Any) -> Iterator[None]:
-    """Inside, `args.model_init_kwargs` hold the student's class if they say where its config is.
+def named_errors(what: str) -> Iterator[None]:
+    """Raises what transformers raises inside, with `what` cannot be loaded in front."""
+    try:
+        yield
+    except _CLEAR as error:
+        if type(error) not in _CLEAR:  # a subclass may take other arguments than a message
+            raise
+        raise type(error)(f"{what} cannot be loaded: {error}") from error
 
-    TRL's loader would look for the config without these options.
+
+@dataclass
+class _WithNamedErrors:
+    """A student's class as TRL's loader uses it."""
+
+    architecture: Any
+
+    def from_pretrained(self, name: str, **options: Any) -> Any:
+        with named_errors(f"model: {name} with these model_init_kwargs"):
+            return self.architecture.from_pretrained(name, **options)
+
+
+@contextlib.contextmanager
+def class_of_student(student: Any, args: Any) -> Iterator[None]:
+    """Inside, `args.model_init_kwargs` hold the student's class, if there are any.
+
+    TRL's loader would look for the config without these options, and not name them in an error.
     """
     given = args.model_init_kwargs or {}
-    if not isinstance(student, str) or not pick(given, (*PLACE, "code_revision", "gguf_file")):
+    if not isinstance(student, str) or not given:
         yield
         return
-    architecture = model_class(student, student_options(args))
+    elsewhere = pick(given, (*PLACE, "code_revision", "gguf_file"))
+    own = None if elsewhere else given.get("architecture")
+    architecture = _WithNamedErrors(own or model_class(student, student_options(args)))
     with replaced(args, model_init_kwargs=given | {"architecture": architecture}):
         yield
 
