@@ -1,6 +1,7 @@
 """Command line: runs what is missing, one file a run, and writes the report.
 
 python -m benchmarks.learning --mismatch near far --seeds 5 --workers 2
+python -m benchmarks.learning --selection    on the tokens of the highest entropy alone
 python -m benchmarks.learning --sweep        the learning rates that were tried
 python -m benchmarks.learning --report-only
 """
@@ -24,7 +25,10 @@ CACHE = ROOT / "build" / "learning"
 def main(given: list[str] | None = None) -> int:
     options = _parse(given)
     if not options.report_only:
-        run_all(_sweep() if options.sweep else _planned(options), options.workers, CACHE)
+        runs = _planned(options)
+        if options.sweep or options.selection:
+            runs = _sweep() if options.sweep else _selection()
+        run_all(runs, options.workers, CACHE)
     from . import report  # matplotlib, which a worker does not need
 
     report.write(CACHE / "runs", steps=options.steps, learning_rate=options.learning_rate)
@@ -40,6 +44,7 @@ def _parse(given: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--learning-rate", type=float, default=arms.LEARNING_RATE)
     parser.add_argument("--workers", type=int, default=1, help="processes of one thread each")
     parser.add_argument("--sweep", action="store_true", help="the learning rates instead")
+    parser.add_argument("--selection", action="store_true", help="shares of the tokens instead")
     parser.add_argument("--report-only", action="store_true")
     return parser.parse_args(given)
 
@@ -52,6 +57,11 @@ def _planned(options: argparse.Namespace) -> list[Run]:
         for mismatch in options.mismatch
         for arm in options.arms
     ]
+
+
+def _selection() -> list[Run]:
+    seeds = range(1, arms.SELECTION_SEEDS + 1)
+    return [Run("far", arm, seed) for seed in seeds for arm in arms.SELECTIONS]
 
 
 def _sweep() -> list[Run]:

@@ -39,10 +39,20 @@ ARMS: dict[str, dict[str, Any]] = {
     "reverse_kl": {"objective": "reverse_kl"},
 }
 
+#: What a selection of tokens costs: two objectives on all tokens, and on those of the highest
+#: entropy (`--selection`). Runs of their own, also where an arm above has the same settings.
+SELECTIONS: dict[str, dict[str, Any]] = {
+    f"{arm}, {share:.0%} of the tokens": ARMS[arm]
+    | ({} if share == 1 else {"select_by": "entropy", "select_fraction": share})
+    for arm in ("opd", "gkd")
+    for share in (1.0, 0.3, 0.1)
+}
+SELECTION_SEEDS = 8
+
 
 def settings(arm: str, seed: int, steps: int, learning_rate: float) -> dict[str, Any]:
     """Arguments of `TrOPDConfig` for one run."""
-    return ARMS[arm] | {
+    return (ARMS | SELECTIONS)[arm] | {
         "seed": seed,
         "max_steps": steps,
         "learning_rate": learning_rate,

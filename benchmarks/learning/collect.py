@@ -17,20 +17,24 @@ from . import arms, models
 
 THIN = 5
 _RATE = "_lr"
+SELECTION = "selection"
 _WHOLE = ("grad_norm", "entropy")
 _THINNED = ("loss", "trust_ratio", "reverse_kl", "reward_mean")
 _SAME = ("mismatch", "steps", "learning_rate", "versions", "eval_steps", "hardware")
 
 
 def collect(runs: Path, results: Path, steps: int, learning_rate: float) -> None:
-    """Writes `results`/<mismatch>.json, the same with _lr<rate> for other learning rates, and
-    `results`/sweep.json. What has no runs here keeps the file that it has."""
+    """Writes `results`/<mismatch>.json, the same with _lr<rate> for other learning rates,
+    `results`/selection.json and `results`/sweep.json. What has no runs here keeps the file that it
+    has."""
     results.mkdir(parents=True, exist_ok=True)
     groups = defaultdict(list)
     for path in sorted(runs.glob("*/*.json")):
         run = json.loads(path.read_text(encoding="utf-8"))
         if run["seed"] in arms.SWEEP_SEEDS:
             groups["sweep"].append(run)
+        elif run["arm"] in arms.SELECTIONS:
+            groups[SELECTION].append(run)
         elif run["steps"] == steps:
             rate = run["learning_rate"]
             same = rate == learning_rate
@@ -41,8 +45,8 @@ def collect(runs: Path, results: Path, steps: int, learning_rate: float) -> None
 
 
 def read(results: Path) -> dict[str, dict[str, Any]]:
-    """The collected files by name, in the order of `models.STUDENTS`; the sweep's is last."""
-    order = [*models.STUDENTS, "sweep"]
+    """The collected files by name, in the order of `models.STUDENTS`; then the others."""
+    order = [*models.STUDENTS, SELECTION, "sweep"]
     paths = sorted(results.glob("*.json"), key=lambda path: path.stem)
     paths.sort(key=lambda path: order.index(path.stem.split(_RATE)[0]))
     return {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in paths}

@@ -1,6 +1,7 @@
 """Tables in Markdown, generated between two marks of the README, and the plots beside the data."""
 
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from benchmarks import markdown
@@ -33,7 +34,7 @@ def write(
     """Collects the runs into `results`, plots them there, and renews the README's tables."""
     collect.collect(runs, results, steps, learning_rate)
     data = collect.read(results)
-    sweep = data.pop("sweep", None)
+    sweep, selection = (data.pop(name, None) for name in ("sweep", collect.SELECTION))
     blocks = []
     for name, mismatch in data.items():
         if _is_whole(mismatch):
@@ -43,6 +44,8 @@ def write(
     if data:
         blocks.append("### Accuracy at the end, by mismatch\n\n" + accuracies(data))
         blocks.append("### Claims\n\n" + claims(data))
+    if selection:
+        blocks.append("### The tokens of the highest entropy\n\n" + selection_table(selection))
     if sweep:
         blocks.append("### Learning rates tried\n\n" + sweep_table(sweep))
     _insert(readme, "\n\n".join(blocks))
@@ -122,6 +125,20 @@ def sweep_table(sweep: dict[str, Any]) -> str:
     titles = ["learning rate", "`opd`", "`tropd`", "mean of both"]
     head = f'Mismatch "{sweep["mismatch"]}", accuracy at the end.'
     return f"{head}\n\n{markdown.table(titles, rows)}"
+
+
+def selection_table(selection: dict[str, Any]) -> str:
+    """One share of the tokens a row."""
+    runs, rows = selection["runs"], []
+    for arm in arms.SELECTIONS:
+        accuracy = measures.over_seeds(runs, arm, measures.final_accuracy)
+        seconds = [run["seconds"] / selection["steps"] for run in runs if run["arm"] == arm]
+        rows.append([arm, accuracy.text(), f"{median(seconds):.3f} s"])
+    head = (
+        f'Mismatch "{selection["mismatch"]}", {len({run["seed"] for run in runs})} seeds, '
+        f"{selection['steps']} steps. {selection['hardware']}; {_versions(selection)}."
+    )
+    return f"{head}\n\n{markdown.table(['', 'accuracy, end', 'a step, median'], rows)}"
 
 
 def _is_whole(mismatch: dict[str, Any]) -> bool:

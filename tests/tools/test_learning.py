@@ -62,6 +62,9 @@ def test_a_run_becomes_a_report(tmp_path, monkeypatch):
     for arm in ("opd", "tropd"):
         for seed in (1, 2):
             path = train_to_file(Run("near", arm, seed, steps=5), tmp_path)
+    share = "gkd, 30% of the tokens"
+    monkeypatch.setattr(arms, "SELECTIONS", {share: arms.SELECTIONS[share]})
+    train_to_file(Run("near", share, 1, steps=5), tmp_path)
     before = path.stat().st_mtime_ns
     train_to_file(Run("near", "tropd", 2, steps=5), tmp_path)
     assert path.stat().st_mtime_ns == before
@@ -77,4 +80,5 @@ def test_a_run_becomes_a_report(tmp_path, monkeypatch):
     page = readme.read_text(encoding="utf-8")
     assert page.startswith("before\n") and page.endswith("\nafter\n") and "old" not in page
     assert "| `opd` " in page and "### Claims" in page and "not run" in page
+    assert f"| {share} " in page and f"`{share}`" not in page  # in a table of its own
     assert "2 seeds, 5 steps" in page and (tmp_path / "results" / "near.png").exists()
