@@ -108,7 +108,9 @@ def test_every_option_as_the_reference(name, whose, form, reduction, backend, de
     options = dict(incoming=incoming, reduction=reduction)
     truth = problem.call(objective, form, "reference", torch.float64, **options)
     found = problem.call(objective, form, backend, **options)
-    assert relative_error(found[0], truth[0]) < 1e-5
+    # Relative to the tokens' losses: their mean may be near 0 by cancelling.
+    size = max(truth[0].norm(), truth[2].token_loss.nan_to_num().abs().mean())
+    assert (found[0] - truth[0]).norm() < 1e-5 * size
     for key, gradient in truth[1].items():
         assert relative_error(found[1][key], gradient) < 1e-5, key
     for key, value in vars(truth[2]).items():
