@@ -86,14 +86,14 @@ def linear_distillation_loss(
         softcap: Bound of the tanh that caps the logits.
         temperature: Divides all sides' logits.
         old_log_probs: Log-probs of the labels under the policy that sampled them; by default the
-            student's own. Detached, as are the next four.
+            student's own. All per-token tensors are constants.
         advantages: Replace the reward R; taken as they are, but for the rule's clip_reward_*.
         task_advantages: Of a verifier, or another reward of the task, at each token: added to R
             with the objective's `task_weight`, or its sign decides which rewards count
             (`reward_filter`). For objectives that have one of the two, which need it.
         token_weight: Factor on each token's loss.
         teacher_prefix: bool, whether the teacher wrote the token.
-        scores: What a rule with select_by="scores" selects tokens by: the highest count.
+        scores: Scores for select_by="scores"; the tokens with the highest are selected.
         uniforms: Draws in [0, 1) for a Bernoulli gate.
         mixing: Each token's weight w in [0, 1] of `Divergence("mixed")`, w KL(q || p) +
             (1 - w) KL(p || q). For example `torch.sigmoid((entropy - 0.8) / 0.1)` of the
@@ -110,7 +110,7 @@ def linear_distillation_loss(
             logits.
         ignore_index: Label of tokens that do not count. None: all tokens count. On a GPU this saves
             the call's one host sync, and with it the checks of values: a label out of range then
-            makes its row NaN. A CPU checks anyway.
+            makes its row NaN. A CPU checks anyway. (An objective that selects tokens waits once.)
         normalizer: Divisor of the sum for reduction="mean"; by default the number of tokens that
             count. The host does not read a tensor: it may be 0 only if no token counts, and the
             loss is then 0.

@@ -20,16 +20,17 @@ r.) The teacher's logits are computed from the pieces, without a copy of the hea
 Communication, each rank to all others, in numbers of 4 bytes (8 in float64):
 
     statistics   11 per token with a dense teacher, 4 without; 1 more with label_smoothing
-    K            top_k per token if the rule has one and the teacher is dense; for the student's own
-                 4 top_k wherever they are sought, which a recomputing backward does again; for
-                 those and given ids 2 more, and 3 for a bucket
+    K            top_k per token if the rule has one and the teacher is dense; 4 top_k per search
+                 for the student's own (again in a recomputing backward); 2 more for those and given
+                 ids, 3 with a bucket
     AKL's head   120 per token
     sums         8 per token if the rule needs more than the statistics
     d_hidden     H per token, one all-reduce per super-chunk, if hidden requires grad
     sample       5 numbers of 8 bytes per call, with gradient_tolerance or gradient_sampling
     checks       96 numbers of 8 bytes per call
 
-and 4 more per token for a rule that ranks the batch by entropy. Nothing grows with V.
+and before a selection of tokens 4 per token for a score of one side, 11 for one of both; the rest
+is then per selected token. Nothing grows with V.
 """
 
 from __future__ import annotations

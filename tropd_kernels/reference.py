@@ -188,11 +188,11 @@ def token_losses(
     if rule.z_loss:
         loss = loss + rule.z_loss * lse**2
 
-    kept = torch.ones_like(lp, dtype=torch.bool)
+    kept = chosen = torch.ones_like(lp, dtype=torch.bool)
     if rule.score is not None:
         stats["scores"] = scores
         stats["disagreement"] = (stats["teacher_log_probs"] - lo).abs() if teacher else None
-        kept = selected(stats[rule.score], rule, among=on_policy)
+        kept = chosen = selected(stats[rule.score], rule, among=on_policy)
         loss = torch.where(kept, loss, 0.0)
     if rule.outlier == "mask":
         kept = kept & (trust > 0)
@@ -202,8 +202,8 @@ def token_losses(
     invalid = lp.isnan() | (rule.uses_teacher & lq.isnan() if teacher is not None else False)
     loss = torch.where(invalid, math.nan * torch.where(invalid, lp, 0.0), loss)
     stats |= {
-        "trust": torch.where(on_policy, trust, 0.0),
-        "outlier": torch.where(on_policy, 1 - trust, 0.0),
+        "trust": torch.where(on_policy, trust, 0.0).where(chosen, math.nan),
+        "outlier": torch.where(on_policy, 1 - trust, 0.0).where(chosen, math.nan),
         "kept": (kept | ~on_policy).to(lp.dtype),
         "token_loss": loss,
     }
@@ -283,8 +283,9 @@ def selected(score: Tensor, rule: TokenRule, among: Tensor) -> Tensor:
     level: Any = rule.select_threshold
     if level is None:
         fraction = rule.entropy_top_fraction or rule.select_fraction
-        level = torch.nanquantile(score[among], 1 - fraction) if among.any() else math.nan
-    return ~among | ~(score < level)
+        ranked = score[among].double()
+        level = torch.nanquantile(ranked, 1 - fraction) if among.any() else math.nan
+    return ~among | ~(score.double() < level)
 
 
 # --- the vocabulary side -----------------------------------------------------------------------

@@ -167,9 +167,13 @@ def check_serves(teacher: Teacher | None, rule: TokenRule) -> None:
             "the served teacher for the log-probs of those ids, pass them as a TopKTeacher's own, "
             "and set top_k_ids='teacher' and top_k to their number"
         )
+    if rule.score == "reverse_kl":
+        raise ValueError(
+            "select_by='reverse_kl' needs the teacher's whole distribution, which a "
+            f"{form} does not hold: use a {dense}, or select_by='disagreement'"
+        )
     if rule.uses_dense_teacher:
-        exact = rule.uses_reverse_kl or rule.score == "reverse_kl"
-        remedy = " or set top_k" if rule.uses_forward_kl and not exact else ""
+        remedy = " or set top_k" if rule.uses_forward_kl and not rule.uses_reverse_kl else ""
         raise ValueError(
             f"{rule!r} needs the teacher's whole distribution, which a {form} does not hold: "
             f"use a {dense}{remedy}"

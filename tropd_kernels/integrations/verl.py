@@ -11,7 +11,7 @@ verl asks the teacher accordingly:
 | teacher | names                                                                            |
 |---------|----------------------------------------------------------------------------------|
 | sampled | tropd_opd, tropd_clip_outlier, tropd_mask_outlier, tropd_mask, tropd_entropy_opd |
-| top-k   | tropd, tropd_aopd, tropd_forward_kl, tropd_mopd, tropd_topk_jsd                  |
+| top-k   | tropd, tropd_aopd, tropd_forward_kl, tropd_mopd, tropd_topk_jsd, tropd_lsm       |
 
 What verl gives at its plug-in point (verl 0.9.1: verl/trainer/distillation/losses.py,
 verl/workers/engine/fsdp/transformer_impl.py, verl/experimental/teacher_loop/teacher_manager.py,

@@ -16,7 +16,8 @@ accumulator to the head's own dtype.
 
 Tokens that do not count are dropped before the first GEMM. That costs the one host sync of the
 call, and the checks of values use the same one. With `ignore_index=None` the caller says that all
-tokens count, and there is no sync.
+tokens count, and there is no sync. A selection of tokens (`token_selection`) comes before, and
+costs one on a GPU.
 
 `forward` forms the gradients named in the problem's `forward_grads` on the way (3 S + T). Without
 any it returns the coefficients from which `backward` recomputes them for any incoming gradient.
@@ -65,7 +66,8 @@ from .values import tokens_that_count, with_repeats_marked
 class Result:
     """What a walk over the tokens gives.
 
-    stats (Stat, N), coefs (Coef, N): 0 for tokens that do not count. The gradients include the
+    stats (Stat, N), coefs (Coef, N): 0 for tokens that do not count. A token that is not selected
+    has NaN where nothing is known of it, and LEFT_OUT as STUDENT_LOG_SUM. The gradients include the
     problem's `loss_scale`, and have the dtype in which they wait for the backward. If gradients
     were formed, coefs include that scale as well, except for float16 inputs. report:
     (SamplingReport,) if the gradients were sampled.
@@ -86,9 +88,9 @@ def forward(problem: Problem) -> Result:
     with without_autocast(source.device.type):
         index = tokens_that_count(problem)
         problem = with_repeats_marked(problem)
-        counted, whole, chosen = index, None, None
+        counted, known, chosen = index, None, None
         if problem.options.rule.score is not None:
-            whole, chosen = _Walk(problem, index, NO_GRADIENTS, None).select()
+            known, chosen = _Walk(problem, index, NO_GRADIENTS, None).select()
             index = chosen if index is None else index[chosen]
             problem = replace(problem, options=problem.options.of_all_tokens())
         n = problem.labels.shape[0] if index is None else index.shape[0]
@@ -103,8 +105,8 @@ def forward(problem: Problem) -> Result:
 
         result = walk.run(coefficients, options, Result(stats, coefs))
         found: Matrices = (stats, coefs)
-        if whole is not None and chosen is not None:
-            found = whole[0].index_copy_(1, chosen, stats), whole[1].index_copy_(1, chosen, coefs)
+        if known is not None and chosen is not None:
+            found = known[0].index_copy_(1, chosen, stats), known[1].index_copy_(1, chosen, coefs)
         if counted is not None:
             found = spread(found[0], counted, problem), spread(found[1], counted, problem)
         result.stats, result.coefs = found
@@ -121,7 +123,7 @@ def backward(problem: Problem, coefs: Tensor, needs: GradNeeds) -> Result:
     problem = problem.laid_out()
     made = any(side is not None and side.weight is not None for side in problem.sides)
     index = tokens_that_count(problem) if made else None
-    if made and problem.options.rule.score is not None:
+    if problem.options.rule.score is not None:
         index = without_left_out(coefs, index)
         problem = replace(problem, options=problem.options.of_all_tokens())
     walk = _Walk(problem, index, needs, None)
@@ -282,9 +284,9 @@ class _Walk:
                 score[part].masked_fill_(made[Stat.TEACHER_LOG_PROB].isnan(), torch.nan)
         prefix = self.inputs.get("teacher_prefix")
         chosen = selected(score, options.rule, prefix)
-        left = (~chosen).nonzero().squeeze(-1)
-        stats[Stat.TOKEN_LOSS, left] = stats[Stat.KEPT, left] = 0.0
-        coefs[Coef.STUDENT_LOG_SUM, left] = LEFT_OUT
+        # Of the tokens that are left out; the others' numbers are still to come.
+        stats[Stat.TOKEN_LOSS] = stats[Stat.KEPT] = 0.0
+        coefs[Coef.STUDENT_LOG_SUM] = LEFT_OUT
         return (stats, coefs), chosen.nonzero().squeeze(-1)
 
     def _plan(self) -> ChunkPlan:

@@ -67,8 +67,9 @@ class ChunkPlan:
     d_weight in the weight's dtype, the only one where super_rows holds all tokens.
     workspace: bytes by name, over the inputs and the returned gradients.
     student_gemms, teacher_gemms, reference_gemms: GEMM work in units of S, T and T'; gemm_flop: in
-    FLOP. Of a rule that selects tokens by a threshold, without that of the selected ones. rows,
-    super_rows and rounds_d_weight are those of the selected tokens.
+    FLOP. Of a rule that selects tokens by a threshold, without that of the selected ones, and of a
+    score relative to the sampling policy as if `old_log_probs` were not given. Chunk sizes and
+    workspace are those of a call on all tokens, which a selection does not exceed.
     work: launches, bytes and FLOP of each operation, at the least (see `work.py`).
     """
 
@@ -227,32 +228,29 @@ def plan_chunks(
         wide_weight_grad=wide_weight_grad,
         vocab_parallel=vocab_parallel,
     )
-    calls = [call] if call.scores is None else [call.selected, call.scores]
-    sizes = [_sizes(each, max_workspace_bytes) for each in calls]
+    rows, super_rows = _sizes(call, max_workspace_bytes)
+    passes = [call] if call.scoring_pass is None else [call.scoring_pass, call.selected_pass]
 
     def gemms(name: str) -> float:
         """Relative to all tokens."""
-        return sum(getattr(each, name) * each.tokens for each in calls) / max(tokens, 1)
+        return sum(getattr(each, name) * each.tokens for each in passes) / max(tokens, 1)
 
     return ChunkPlan(
         tokens=tokens,
         vocab_size=vocab_size,
-        rows=sizes[0][0],
-        super_rows=sizes[0][1],
+        rows=rows,
+        super_rows=super_rows,
         in_place=call.in_place,
-        rounds_d_weight=calls[0].rounds_d_weight(sizes[0][1]),
-        workspace=_larger([each.workspace(*of) for each, of in zip(calls, sizes, strict=True)]),
+        rounds_d_weight=call.rounds_d_weight(super_rows),
+        workspace=call.workspace(rows, super_rows),
         student_gemms=gemms("student_gemms"),
         teacher_gemms=gemms("teacher_gemms"),
         reference_gemms=gemms("reference_gemms"),
-        gemm_flop=sum(each.gemm_flop for each in calls),
-        work=tuple(work for each, of in zip(calls, sizes, strict=True) for work in each.work(*of)),
+        gemm_flop=sum(each.gemm_flop for each in passes),
+        work=tuple(
+            work for each in passes for work in each.work(*_sizes(each, max_workspace_bytes))
+        ),
     )
-
-
-def _larger(workspaces: list[dict[str, int]]) -> dict[str, int]:
-    """Of passes one after the other: each part's bytes in the pass that needs the most of it."""
-    return {name: max(each[name] for each in workspaces) for name in workspaces[0]}
 
 
 # --- sizes ---------------------------------------------------------------------------------------

@@ -44,14 +44,18 @@ def sides_read(problem: Problem) -> tuple[bool, bool]:
 
 
 def keep_known(stats: Tensor, made: Tensor, student: bool, teacher: bool) -> None:
-    """Copies what a first pass made (Stat, n) of the sides read. A teacher that is read alone is
-    read as if it were the student."""
-    own, other = (Stat.LOG_PROB, Stat.ENTROPY), (Stat.TEACHER_LOG_PROB, Stat.TEACHER_ENTROPY)
-    if student:
-        rows = [*own, *other, Stat.FORWARD_KL, Stat.REVERSE_KL] if teacher else [*own]
-        stats[rows] = made[rows]
-    else:
-        stats[[*other]] = made[[*own]]
+    """Copies what a first pass made (Stat, n) of the sides read. If only the teacher is
+    read, the engine got its logits as the student's."""
+    rows = {Stat.LOG_PROB: Stat.LOG_PROB, Stat.ENTROPY: Stat.ENTROPY}
+    if student and teacher:
+        others = (
+            Stat.TEACHER_LOG_PROB, Stat.TEACHER_ENTROPY, Stat.FORWARD_KL, Stat.REVERSE_KL
+        )  # fmt: skip
+        rows |= {row: row for row in others}
+    elif teacher:
+        rows = {Stat.TEACHER_LOG_PROB: Stat.LOG_PROB, Stat.TEACHER_ENTROPY: Stat.ENTROPY}
+    for row, source in rows.items():  # one by one: a list of rows would be copied to the device
+        stats[row] = made[source]
 
 
 def keep_given(stats: Tensor, inputs: TokenInputs, vocab_size: int) -> None:
@@ -85,14 +89,15 @@ def selected(score: Tensor, rule: TokenRule, prefix: Tensor | None) -> Tensor:
     """Which tokens (n,) the rule selects by their scores."""
     # Between two infinite scores there is nothing to interpolate.
     most = torch.finfo(score.dtype).max / 4
-    ranked = score.clamp(-most, most)
+    # In float64, so that every dtype selects as many.
+    ranked = score.clamp(-most, most).double()
     if prefix is not None and rule.prefix_weight is not None:
         ranked = ranked.masked_fill(prefix, torch.nan)
     if rule.select_threshold is not None:
         return ~(ranked < rule.select_threshold)
-    if rule.share is None or ranked.numel() == 0:
+    if rule.fraction is None or ranked.numel() == 0:
         return torch.ones_like(ranked, dtype=torch.bool)
-    return ~(ranked < torch.nanquantile(ranked, 1 - rule.share))
+    return ~(ranked < torch.nanquantile(ranked, 1 - rule.fraction))
 
 
 def without_left_out(coefs: Tensor, index: Tensor | None) -> Tensor:

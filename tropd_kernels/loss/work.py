@@ -72,7 +72,7 @@ class Call:
     wide_weight_grad: bool
     vocab_parallel: bool
     reads_student: bool = True
-    selects: bool = False  # it is the pass before a selection
+    scores: bool = False  # it is the pass before a selection
 
     @property
     def logit_size(self) -> int:
@@ -110,7 +110,7 @@ class Call:
     # --- a selection of tokens -------------------------------------------------------------------
 
     @property
-    def scores(self) -> Call | None:
+    def scoring_pass(self) -> Call | None:
         """The pass by which the rule selects tokens, over the logits of the sides that it reads."""
         rule = self.rule
         if rule is None or rule.score is None:
@@ -119,7 +119,7 @@ class Call:
         return replace(
             self,
             rule=rule.of_all() if teacher else None,
-            selects=True,
+            scores=True,
             reads_student=rule.score_reads_student or (teacher and rule.student_power != 0),
             teacher_hidden_size=self.teacher_hidden_size if teacher else None,
             reference_hidden_size=self.reference_hidden_size if teacher else None,
@@ -130,14 +130,15 @@ class Call:
         )
 
     @property
-    def selected(self) -> Call:
-        """The rest, over the tokens that are selected: of a threshold's at least none."""
+    def selected_pass(self) -> Call:
+        """The rest, over the tokens that are selected: a threshold's number is unknown, and counted
+        as 0."""
         rule = self.rule
         if rule is None or rule.score is None:
             return self
         count = 0
-        if rule.share is not None:  # those that reach a linear quantile
-            count = self.tokens - math.ceil((1 - rule.share) * max(self.tokens - 1, 0))
+        if rule.fraction is not None:  # those that reach a linear quantile
+            count = self.tokens - math.ceil((1 - rule.fraction) * max(self.tokens - 1, 0))
         return replace(self, rule=rule.of_all(), tokens=count)
 
     @property
@@ -244,7 +245,7 @@ class Call:
         whole, rest = divmod(self.tokens, super_rows)
         chunks = whole * -(-super_rows // rows) + -(-rest // rows)
         for whose, width, dtype in self._heads:
-            if dtype != self.dtype and not self.selects:
+            if dtype != self.dtype and not self.scores:
                 moved = self.vocab_size * width * (dtype.itemsize + self.dtype.itemsize)
                 yield Work(f"copy of the {whose}head", 1, moved)
         if self.reads_student:
@@ -278,7 +279,7 @@ class Call:
         rule, one = self.rule, self.logit_size
         dense = bool(self.teacher_hidden_size)
         yield "statistics", one * (self.reads_student + dense)
-        if self.selects:
+        if self.scores:
             return
         if rule is not None and dense and rule.uses_sums and not rule.sums_from_statistics:
             yield "sums", 2 * one if rule.sums_of_every_row else 0

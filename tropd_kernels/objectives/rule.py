@@ -85,11 +85,12 @@ class TokenRule:
     select_by: the score by which tokens are selected; None selects all. Only the selected tokens
         enter the loss, and only they cost a gradient. "entropy": H(p). "teacher_entropy": H(q).
         "reverse_kl": KL(p || q), exact. "reward": R. "disagreement": abs(lq - lo). "scores": the
-        call's `scores`. A score that reads one side's logits costs that side's product for every
-        token, and "scores" costs nothing. Teacher-written tokens (where `prefix_weight` is given)
-        are not ranked, and count. So does a token whose score is NaN, which has to show.
+        call's `scores`. Computing a score costs one logits GEMM over all tokens for each side that
+        it reads; "scores" reads none. Teacher-written tokens (where `prefix_weight` is given) are
+        not ranked, and always enter the loss; so do tokens with a NaN score, so that the NaN
+        reaches the loss.
     select_fraction: the tokens whose score reaches the call's quantile at 1 - this fraction (linear
-        between tokens), with all that tie there.
+        between tokens), with all that tie there: many, where a reward is a sign or is clipped.
     select_threshold: in place of a fraction, the tokens whose score is at least this.
     entropy_top_fraction: short for select_by="entropy" with this `select_fraction`.
         `credit.entropy_quantile_mask` takes an exact number instead.
@@ -244,7 +245,7 @@ class TokenRule:
         return None if self.select_fraction == 1 else self.select_by
 
     @property
-    def share(self) -> float | None:
+    def fraction(self) -> float | None:
         """The fraction that is selected, where the rule says it."""
         return self.select_fraction or self.entropy_top_fraction
 

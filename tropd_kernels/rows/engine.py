@@ -1,6 +1,7 @@
 """The interface of a row engine, and the parts of it that are the same for every backend.
 
-The chunk loop makes two calls on a chunk of rows, one row being one token's logits:
+The chunk loop makes two calls on a chunk of rows, one row being one token's logits, and before a
+selection of tokens a third, `before_selection`:
 
     forward(batch, options, into)          stats (Stat, n) and coefs (Coef, n)
     gradient(batch, coefs, options, out)   writes d_logits (n, V)

@@ -3,7 +3,7 @@
 The teacher is dense, so it can score any id. A first pass of any backend's engine reads both rows;
 from its normalisers the ids' log-probs under the teacher follow, and with them the batch is one of
 a top-k teacher whose ids those are, for which the engine makes the sums and the gradient. Three
-numbers a top-k teacher could not give: K holds ids that the teacher excludes, where a reverse KL is
+things differ from a top-k teacher: K holds ids that the teacher excludes, where a reverse KL is
 infinite; the teacher's mass off K is summed; the statistics are those of the whole distribution.
 
 The student's ids are exactly k. Of those that tie for the last places a CPU takes the lowest, a GPU

@@ -197,9 +197,10 @@ class TrOPDConfig(DistillationConfig):
     select_by: str | None = _setting(
         'trains only on the tokens with the highest scores: "entropy" (the student\'s), '
         '"teacher_entropy", "reverse_kl", "disagreement" (abs(lq - lo)) or "reward" (with '
-        "kl_discount_factor the return), as in `TokenRule`. The others cost no gradient; the mean "
-        "stays over all. Goes with select_fraction or select_threshold. The teacher's prefix is "
-        "not ranked where the objective weighs it by prefix_weight, and counts. An evaluation "
+        "kl_discount_factor the return), as in `TokenRule`. The others cost no gradient, and the "
+        "mean is over all (reopold's over the tokens kept). Goes with select_fraction or "
+        "select_threshold. The teacher's prefix is not ranked where the objective weighs it by "
+        "prefix_weight, and counts. An evaluation "
         'selects likewise. A server or data set gives no "reverse_kl", and "teacher_entropy" as '
         "the lower bound that the objective's top-k gives. None (default): all tokens. entropy_opd "
         "and reopold select by themselves."
@@ -208,8 +209,8 @@ class TrOPDConfig(DistillationConfig):
         "share of the tokens of each micro-batch on each process that select_by selects."
     )
     select_threshold: float | None = _setting(
-        "least score that select_by selects, whatever the micro-batch, in nats; a reward in its "
-        "own unit."
+        "selects the tokens whose score is at least this, in nats (a reward in its own unit), "
+        "independent of the micro-batch."
     )
     router_aux_loss_coef: float | None = _setting(
         "weight of a mixture-of-experts student's load-balancing loss, over prompts and "

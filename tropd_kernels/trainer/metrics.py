@@ -21,7 +21,7 @@ means over tokens (entropy) or completions (their lengths).
 | prefix_nll           | teacher's tokens  | -log p of the prefix, nats                            |
 | sampling_mass        | student's tokens  | p's mass on the ids that top_k, top_p, min_p keep; of |
 |                      |                   | 256 tokens a micro-batch, where K1 takes part         |
-| selected_share       | ranked tokens     | of which `select_by` selects these, or the objective  |
+| selected_share       | ranked tokens     | share that `select_by`, or the objective, selects     |
 | prefix_length        | completions       | tokens                                                |
 | gradient_error       | micro-batches     | of a sampled gradient, relative to its norm           |
 | gradient_share       | micro-batches     | of the vocabulary's columns that made it              |
@@ -31,8 +31,8 @@ precomputed one has only the top-k: forward_kl_topk and teacher_entropy_topk are
 which are other quantities. Everything else is the same for both. "Chosen" are the tokens at which
 the objective uses the top-k: TrOPD's outliers, EOPD's tokens of high entropy, all of a
 divergence's. Of a token that is not selected only what its score is made of is known: means,
-and reward_min, are over the tokens at which the value is known, in an evaluation as well. Neither
-the loss of those tokens nor the level that a fraction amounts to is known.
+and reward_min, are over the tokens at which the value is known, in an evaluation as well. The loss
+of left-out tokens and the threshold behind a fraction are not logged.
 """
 
 import resource
