@@ -332,7 +332,8 @@ def _with_tail(raw: Tensor, log_p: Tensor, log_q: Tensor, on_k: Tensor, tail: st
         q_tail, p_tail = (1 - q_k).clamp_min(0), _mass(log_p, ~on_k).clamp_min(least)
         return raw + torch.special.xlogy(q_tail, q_tail) - torch.special.xlogy(q_tail, p_tail)
     # Of a token of which no id is known, or none with mass, there is no distribution to make.
-    q_k, on_k = torch.where(q_k == 0, 1.0, q_k), on_k | (q_k == 0).unsqueeze(-1)
+    none = q_k < torch.finfo(q_k.dtype).tiny
+    q_k, on_k = torch.where(none, 1.0, q_k), on_k | none.unsqueeze(-1)
     kl = raw / q_k - q_k.log()
     if tail == "renormalize_both":
         kl = kl + log_p.masked_fill(~on_k, -math.inf).logsumexp(-1)

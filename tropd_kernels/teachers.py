@@ -143,7 +143,7 @@ def check_serves(teacher: Teacher | None, rule: TokenRule) -> None:
     can."""
     if teacher is None:
         if rule.uses_teacher:
-            raise ValueError(f"{rule!r} needs a teacher; only SFT() goes without one")
+            raise ValueError(f"{rule!r} needs a teacher: pass one, or choose SFT()")
         return
     form = type(teacher).__name__
     if not isinstance(teacher, FORMS):

@@ -101,7 +101,8 @@ def test_a_sampled_loss_from_log_probs_is_the_reference_s(name):
     )
     (found,) = torch.autograd.grad(losses.sum(), logits)
     torch.testing.assert_close(losses, truth.loss)
-    torch.testing.assert_close(trust, truth.stats.trust)
+    selected = ~truth.stats.trust.isnan()  # M is known of the others, too
+    torch.testing.assert_close(trust[selected], truth.stats.trust[selected])
     torch.testing.assert_close(found, expected)
     assert found.abs().sum() > 0
 

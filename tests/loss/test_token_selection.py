@@ -257,6 +257,17 @@ def test_compiled():
     assert torch.equal(compiled(*inputs), loss(*inputs))
 
 
+@pytest.mark.parametrize("backend", ["reference", *BACKENDS])
+def test_a_target_that_only_the_score_reads(backend):
+    rule = replace(SFT(), select_by="reverse_kl", select_fraction=0.4, teacher_power=1.3)
+    problem = make_problem(tokens=9)
+    loss, gradients, stats = problem.call(rule, "hidden", backend, torch.float64)
+    truth = problem.call(rule, "hidden", "reference", torch.float64)
+    assert 0 < stats.kept.sum() < 9
+    assert torch.isclose(loss, truth[0])
+    assert relative_error(gradients["weight"], truth[1]["weight"]) < 1e-10
+
+
 # --- bad input -----------------------------------------------------------------------------------
 
 RULES = {

@@ -1,6 +1,7 @@
 """Whose ids K holds: the teacher's top-k, the student's own, or those of the call."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ from problems import loss_and_gradient, make_problem, relative_error, with_every
 from test_reverse_kl_on_k import formula
 
 from tropd_kernels import (
+    MOPD,
     Divergence,
     LogitsTeacher,
     TokenRule,
@@ -395,3 +397,29 @@ def test_a_repeated_id_is_nan_where_nobody_looks(backend, device):
     options = RowOptions(rule("raw", "given"), LogitTransform(), LogitTransform())
     stats, _ = IdRows(engine_for(backend), None).forward(batch, options)
     assert stats[Stat.TOKEN_LOSS].isnan().tolist() == [False, True, False]
+
+
+@pytest.mark.parametrize("backend", ["reference", *BACKENDS])
+@pytest.mark.parametrize("z0", [2.0, -8.0, -60.0])
+def test_a_mass_corrected_reverse_kl_on_an_id_that_the_teacher_excludes(z0, backend):
+    """Infinite, without a gradient, as every reverse KL; it was 1e11 to 1e38."""
+    z = torch.tensor([[z0, 1.0, 0.5, 0.0]], requires_grad=True)
+    teacher = LogitsTeacher(torch.tensor([[-math.inf, 0.3, 0.0, 1.0]]))
+    rule = replace(MOPD(top_k=4), top_k_ids="student")
+    loss = distillation_loss(z, torch.tensor([1]), teacher, rule, backend=backend).loss
+    loss.backward()
+    assert loss == math.inf
+    assert z.grad.abs().max() < 1e-6  # the reference rounds
+
+
+@pytest.mark.parametrize("backend", ["reference", *BACKENDS])
+@pytest.mark.parametrize("tail", ["renormalize_teacher", "renormalize_both"])
+def test_a_mass_of_the_teacher_whose_inverse_overflows(tail, backend):
+    """Subnormal in float32: nothing to renormalise. The gradient was infinite or NaN."""
+    z = torch.tensor([[95.0, 0.0, 0.0]], requires_grad=True)
+    teacher = LogitsTeacher(torch.tensor([[-95.0, 0.0, 0.0]]))
+    rule = Divergence("forward_kl", top_k=1, top_k_tail=tail, top_k_ids="student")
+    loss = distillation_loss(z, torch.tensor([1]), teacher, rule, backend=backend).loss
+    loss.backward()
+    assert loss.isfinite() and abs(loss) < 1e-3
+    assert z.grad.abs().max() < 1e-3

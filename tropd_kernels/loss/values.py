@@ -155,7 +155,10 @@ def _raise_bad_value(name: str, problem: Problem, outside: Tensor, counts: Tenso
         raise ValueError("mixing must lie in [0, 1]: 1 is the forward KL, 0 the reverse KL")
     if name in ("label_log_probs", "topk_log_probs"):
         _raise_not_log_probs(name, _given_log_probs(problem, counts)[name])
-    raise ValueError(f"{name} holds values that are not finite, at tokens that count")
+    raise ValueError(
+        f"{name} holds values that are not finite, at tokens that count: leave such tokens out by "
+        "a label of ignore_index or a token_weight of 0"
+    )
 
 
 def _raise_not_log_probs(name: str, values: Tensor) -> None:

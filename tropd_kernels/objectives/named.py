@@ -203,6 +203,8 @@ def TVOPD(*, scale: float, prefix_weight: float | None = 0.001) -> TokenRule:
     """TV-OPD (arXiv 2609.08341): OPD with the reward `scale` * sign(R), whose expected gradient on
     the student's own tokens is that of twice `scale` times the total variation."""
     number("scale", scale)
+    if scale == 0:
+        raise ValueError("scale must not be 0: the objective would have no term")
     return TokenRule(policy_gradient=scale, reward="sign", prefix_weight=prefix_weight)
 
 

@@ -66,8 +66,8 @@ class TokenRule:
         "renormalize_both". The masses of a bucket are summed over the ids outside K, but the
         teacher's, with a top-k teacher, is a difference from 1, good to about 1e-6 (in float32),
         and in a reverse KL at least the precision, 1.2e-7: the loss is underestimated for a teacher
-        with less mass than that outside K. In a forward KL a student's is at least the square of
-        the precision.
+        with less mass than that outside K, and infinite where a dense teacher's underflows (e^-103
+        in float32). In a forward KL a student's is at least the square of the precision.
         In the gradient of "renormalize_both" a student with less than e^-80 on K counts as having
         nothing there.
     top_k_ids: whose ids K holds. "teacher": its top-k. "student": the student's own top-k, exactly
@@ -261,13 +261,13 @@ class TokenRule:
 
     def of_all(self) -> TokenRule:
         """The same rule for all tokens."""
-        return replace(
-            self,
-            select_by=None,
-            select_fraction=None,
-            select_threshold=None,
-            entropy_top_fraction=None,
+        nothing = dict.fromkeys(
+            ("select_by", "select_fraction", "select_threshold", "entropy_top_fraction")
         )
+        powers = {}
+        if not self._terms_use_teacher:  # only the score did
+            powers = {"teacher_power": 1.0, "student_power": 0.0, "reference_power": 0.0}
+        return replace(self, **nothing, **powers)  # type: ignore[arg-type]
 
     @property
     def uses_forward_kl(self) -> bool:
@@ -362,10 +362,13 @@ class TokenRule:
 
     @property
     def uses_teacher(self) -> bool:
+        return self._terms_use_teacher or self.score_reads_teacher
+
+    @property
+    def _terms_use_teacher(self) -> bool:
         reward = self.policy_gradient != 0 or self.gate != "always"
         label = reward or self.prefix_weight is not None
-        ranked = self.score is not None and self.score_reads_teacher
-        return label or ranked or self.uses_forward_kl or self.divergence is not None
+        return label or self.uses_forward_kl or self.divergence is not None
 
 
 _FIELDS = tuple(f.name for f in fields(TokenRule))

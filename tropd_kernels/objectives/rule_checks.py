@@ -113,7 +113,8 @@ def _check_selection(rule: TokenRule) -> None:
     if (rule.select_fraction is None) == (rule.select_threshold is None):
         raise ValueError(
             f"select_by={rule.select_by!r} needs either a select_fraction or a "
-            f"select_threshold, got {rule.select_fraction} and {rule.select_threshold}"
+            f"select_threshold, got {rule.select_fraction} and {rule.select_threshold}: leave one "
+            "of them None"
         )
 
 

@@ -76,7 +76,7 @@ class IdRows(RowEngine):
         some, excluded, *tail = self._total(torch.stack([each.to(coefs.dtype) for each in facts]))
         if tail:
             sums.teacher_tail = tail[0]
-        if rule.generator == "topk_reverse_kl":
+        if rule.generator in ("topk_reverse_kl", "mopd"):  # with p (lp - lq) of every id of K
             infinite = excluded > 0
             if rule.top_k_tail.startswith("renormalize"):  # by what underflows
                 infinite |= (some > 0) & (sums.teacher_mass == 0)

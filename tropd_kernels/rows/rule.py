@@ -278,8 +278,9 @@ def forward_kl(sums: Sums, rule: TokenRule) -> tuple[Tensor, Tensor, Tensor, Ten
         q_tail, p_tail = sums.teacher_tail, sums.student_tail.clamp_min(least_tail(raw.dtype))
         value = raw + torch.special.xlogy(q_tail, q_tail) - torch.special.xlogy(q_tail, p_tail)
         return value, 1 - q_tail / p_tail, one, one
-    # A token without any known id has no distribution to renormalise.
-    known = sums.teacher_mass > 0
+    # A token without any known id has no distribution to renormalise, nor has one whose mass
+    # underflows: its inverse would be infinite.
+    known = sums.teacher_mass >= torch.finfo(raw.dtype).tiny
     mass = torch.where(known, sums.teacher_mass, 1.0)
     kl, share = raw / mass - mass.log(), 1 / mass
     if rule.top_k_tail == "renormalize_teacher":

@@ -50,6 +50,8 @@ SUMS = 8
 # `rule.least_tail`.
 LEAST_TAIL_32 = tl.constexpr(_least_tail(torch.float32))
 LEAST_TAIL_64 = tl.constexpr(_least_tail(torch.float64))
+TINY_32 = tl.constexpr(torch.finfo(torch.float32).tiny)
+TINY_64 = tl.constexpr(torch.finfo(torch.float64).tiny)
 INF = tl.constexpr(float("inf"))
 
 

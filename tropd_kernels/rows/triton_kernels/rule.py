@@ -36,6 +36,8 @@ from .constants import (
     TEACHER_LOG_PROB,
     TEACHER_MASS,
     TEACHER_TAIL,
+    TINY_32,
+    TINY_64,
     TOKEN_LOSS,
     TRUST,
 )
@@ -180,7 +182,9 @@ def rule_kernel(
         else:
             infinite = kl == INF
             # A token without any known id has no distribution to renormalise.
-            known = teacher_mass > 0
+            # Nor has one whose mass underflows: its inverse would be infinite.
+            TINY: tl.constexpr = TINY_64 if ACC == tl.float64 else TINY_32
+            known = teacher_mass >= TINY
             teacher_mass = tl.where(known, teacher_mass, 1.0)
             kl = kl / teacher_mass - tl.log(teacher_mass)
             kl_q = 1 / teacher_mass
