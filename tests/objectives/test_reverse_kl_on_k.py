@@ -119,6 +119,7 @@ def test_k_of_the_whole_vocabulary_is_the_reverse_kl(tail, backend, device):
     torch.testing.assert_close(on_k[:2], whole[:2])
 
 
+@pytest.mark.pairs
 @all_backends
 @both_forms
 @pytest.mark.parametrize("lead", [-100.0, -85.0, -40.0, 10.0, 18.0, 40.0])

@@ -285,6 +285,7 @@ def same_bits(problem, form, backend, rule, neutral, **more):
         assert mine is value or torch.equal(mine.nan_to_num(), value.nan_to_num()), name
 
 
+@pytest.mark.pairs
 @backends
 @pytest.mark.parametrize("gate", GATES)
 @pytest.mark.parametrize("outlier", ["clip", "forward_kl"])

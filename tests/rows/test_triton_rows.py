@@ -240,6 +240,7 @@ def test_a_call_is_given_columns_of_its_matrices(device):
         assert (whole[:, [0, 1, 2, 8]] == 7).all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("excluded", ["none", "by the student", "by the teacher"])
 def test_entropies_are_the_same_bits_with_and_without_a_teacher(excluded, device):
     """A row whose teacher excludes an id is read a second time, for its KLs alone. (Beside a
