@@ -1,6 +1,7 @@
 """Distillation objectives as data: nothing here computes a loss.
 
 rule         TokenRule: how one token's statistics become its loss
+rule_fields  its fields, and what follows from them
 divergences  the table of divergences that a rule may name
 rewards      the table of transforms of the reward
 rule_checks  what a rule refuses when it is made
@@ -34,8 +35,9 @@ from .named import (
     Veto,
 )
 from .rewards import REWARDS
-from .rule import STATIC_THRESHOLD, TokenRule, decode_rule
+from .rule import TokenRule, decode_rule
 from .rule_checks import GATES, NORMALIZE, OUTLIERS, TAILS
+from .rule_fields import STATIC_THRESHOLD
 
 __all__ = [
     "AOPD",

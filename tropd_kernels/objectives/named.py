@@ -8,7 +8,8 @@ from dataclasses import replace
 from .checks import number, one_of
 from .divergences import DIVERGENCES, check_parameter
 from .rewards import check_reward_parameter
-from .rule import STATIC_THRESHOLD, TokenRule
+from .rule import TokenRule
+from .rule_fields import STATIC_THRESHOLD
 
 # --- on-policy distillation and its relatives --------------------------------------------------
 

@@ -5,14 +5,11 @@ of ids that no pass serves. Each check raises ValueError or TypeError naming the
 from __future__ import annotations
 
 from dataclasses import fields
-from typing import TYPE_CHECKING
 
 from .checks import number, one_of
 from .divergences import DIVERGENCES, check_parameter
 from .rewards import REWARD_FILTERS, REWARD_POLICIES, REWARDS, check_reward_parameter
-
-if TYPE_CHECKING:
-    from .rule import TokenRule
+from .rule_fields import RuleFields
 
 GATES = ("always", "bernoulli", "expected", "threshold")
 OUTLIERS = ("mask", "clip", "forward_kl", "forward_kl_reward")
@@ -28,7 +25,7 @@ _REWARD_FIELDS = (
 )  # fmt: skip
 
 
-def check_rule(rule: TokenRule) -> None:
+def check_rule(rule: RuleFields) -> None:
     """Everything that a rule is checked for."""
     one_of("gate", rule.gate, GATES)
     one_of("outlier", rule.outlier, OUTLIERS)
@@ -90,7 +87,7 @@ def check_rule(rule: TokenRule) -> None:
         check_parameter(rule.divergence, rule.divergence_parameter)
 
 
-def _check_selection(rule: TokenRule) -> None:
+def _check_selection(rule: RuleFields) -> None:
     for name in ("select_fraction", "entropy_top_fraction"):
         number(name, getattr(rule, name), 0.0, 1.0, optional=True)
         if getattr(rule, name) == 0:
@@ -118,7 +115,7 @@ def _check_selection(rule: TokenRule) -> None:
         )
 
 
-def _check_ids(rule: TokenRule) -> None:
+def _check_ids(rule: RuleFields) -> None:
     """Refuses a choice of ids that has no effect, or that a term beside those on K forbids."""
     one_of("top_k_ids", rule.top_k_ids, TOP_K_IDS)
     if rule.top_k_ids == "teacher":
@@ -143,7 +140,7 @@ def _check_ids(rule: TokenRule) -> None:
         )
 
 
-def _check_sets(rule: TokenRule) -> None:
+def _check_sets(rule: RuleFields) -> None:
     """Refuses rules that need sums over two sets of ids, or with two weights: one pass makes
     one."""
     spec = rule.divergence_spec
@@ -173,7 +170,7 @@ def _check_sets(rule: TokenRule) -> None:
         )
 
 
-def _check_reward(rule: TokenRule) -> None:
+def _check_reward(rule: RuleFields) -> None:
     """Refuses rewards that have no value, and fields that shape a reward that no term reads."""
     one_of("reward", rule.reward, REWARDS)
     one_of("reward_policy", rule.reward_policy, REWARD_POLICIES)
