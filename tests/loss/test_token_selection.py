@@ -22,6 +22,7 @@ from tropd_kernels import (
     plan_chunks,
     products,
 )
+from tropd_kernels.loss import plan as chunking
 from tropd_kernels.objectives.rule_checks import SCORES
 
 BACKENDS = ("torch", "native", "triton")
@@ -142,6 +143,30 @@ def test_the_products_are_those_of_the_plan(by, form, monkeypatch):
     gradients = 2 * 10  # of the ten tokens that are selected
     assert rows["student"] + gradients == 40 * plan.student_gemms
     assert rows["teacher"] == 40 * plan.teacher_gemms
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_the_selected_tokens_take_no_more_memory_than_all(reduction, monkeypatch):
+    """By themselves they would be given more here: one product without an accumulator."""
+    plans = []
+    whole = chunking.plan_chunks
+
+    def as_on_a_gpu(*args, **options):
+        plans.append(whole(*args, **options | {"device": "cuda"}))
+        return replace(plans[-1], rounds_d_weight=False)  # which no product of a CPU does
+
+    monkeypatch.setattr("tropd_kernels.loss.loop.plan_chunks", as_on_a_gpu)
+    monkeypatch.setattr(chunking, "CHUNK_BYTES", 2**17)
+    problem = make_problem(tokens=700, vocab_size=61, width=64, teacher_width=48)
+    rule = replace(GKD(), select_by="entropy", select_fraction=0.7)
+    incoming = torch.ones(700) if reduction == "none" else None
+    problem.call(rule, "hidden", "torch", torch.bfloat16, reduction=reduction, incoming=incoming)
+    assert [plan.tokens for plan in plans] == [700, 490] * (2 if reduction == "none" else 1)
+    for of_all, selected in zip(plans[::2], plans[1::2]):
+        alone = whole(490, 61, 64, 48, objective=rule.of_all(), backend="torch")
+        # What the plan of all says of the work is what came.
+        assert of_all.work[-len(selected.work) :] == selected.work
+        assert selected.workspace_bytes <= of_all.workspace_bytes < alone.workspace_bytes
 
 
 @pytest.mark.parametrize("backend", ["reference", *BACKENDS])

@@ -363,7 +363,7 @@ def test_ids_that_are_no_ids(backend, device):
 
     assert run(good).loss.isfinite()
     for ids, error, message in [
-        (None, ValueError, r"pass ids=<an int64 tensor of shape \(3, 'K'\)"),
+        (None, ValueError, r"pass ids=<an int64 tensor of shape \(3, K\)"),
         ([[0, 1]], TypeError, "got list"),
         (good.float(), TypeError, "torch.float32"),
         (good > 0, TypeError, "torch.bool"),

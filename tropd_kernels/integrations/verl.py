@@ -169,8 +169,8 @@ def sampled_losses(
     entropy: Tensor | None = None,  # (*)
     uniforms: Tensor | None = None,  # (*)
 ) -> tuple[Tensor, Tensor]:
-    """Loss of each token and the gate's M, 0 where `counted` is not, from log-probs alone. The loss
-    is 0 at a token that the rule does not select, too; M is known there.
+    """Loss of each token and the gate's M, 0 where `counted` is not, from log-probs alone. At a
+    token that the rule does not select the loss is 0 and M is NaN.
 
     Those of a sampled teacher in `distillation_loss`; differentiable in log_probs, and in entropy
     where the rule has an entropy bonus.
@@ -207,7 +207,8 @@ def sampled_losses(
         if values is not None:
             finite = torch.where(counted & ~values.isinf(), values, 0.0)
             losses = losses + where(enters, coefs[coef]) * (finite - finite.detach())
-    return losses, where(counted, stats[Stat.TRUST])
+    trust = where(counted, stats[Stat.TRUST])
+    return losses, trust.masked_fill(counted & ~enters, math.nan)
 
 
 def top_k_losses(

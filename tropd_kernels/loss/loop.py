@@ -47,7 +47,7 @@ from ..rows.sharded import ShardRows
 from .gradients import HeadGradients, LogitsGradients
 from .logits import ChunkLogits, Size, Tokens
 from .plan import ChunkPlan, plan_chunks
-from .problem import NO_GRADIENTS, GradNeeds, Problem, Side
+from .problem import GradNeeds, Problem, Side
 from .sampling import ColumnSampler
 from .target import write_target
 from .token_selection import (
@@ -90,9 +90,10 @@ def forward(problem: Problem) -> Result:
         problem = with_repeats_marked(problem)
         counted, known, chosen = index, None, None
         if problem.options.rule.score is not None:
-            known, chosen = _Walk(problem, index, NO_GRADIENTS, None).select()
+            of_all = _Walk(problem, index, needs, None)
+            known, chosen = of_all.select()
             index = chosen if index is None else index[chosen]
-            problem = replace(problem, options=problem.options.of_all_tokens())
+            problem = of_all.problem_of_selected()
         n = problem.labels.shape[0] if index is None else index.shape[0]
         stats, coefs = new_matrices(source, n)
         walk = _Walk(problem, index, needs, problem.loss_scale)
@@ -124,8 +125,8 @@ def backward(problem: Problem, coefs: Tensor, needs: GradNeeds) -> Result:
     made = any(side is not None and side.weight is not None for side in problem.sides)
     index = tokens_that_count(problem) if made else None
     if problem.options.rule.score is not None:
-        index = without_left_out(coefs, index)
-        problem = replace(problem, options=problem.options.of_all_tokens())
+        of_all = _Walk(problem, index, needs, None)
+        index, problem = without_left_out(coefs, index), of_all.problem_of_selected()
     walk = _Walk(problem, index, needs, None)
     result = Result(stats=coefs, coefs=coefs)
     of_these = coefs if index is None else coefs[:, index]
@@ -288,6 +289,14 @@ class _Walk:
         stats[Stat.TOKEN_LOSS] = stats[Stat.KEPT] = 0.0
         coefs[Coef.STUDENT_LOG_SUM] = LEFT_OUT
         return (stats, coefs), chosen.nonzero().squeeze(-1)
+
+    def problem_of_selected(self) -> Problem:
+        """The problem for the tokens that are selected, in no more memory than all would take."""
+        options = self.problem.options
+        selected = replace(
+            options, rule=options.rule.of_all(), max_workspace_bytes=self.plan.workspace_bytes
+        )
+        return replace(self.problem, options=selected)
 
     def _plan(self) -> ChunkPlan:
         problem, needs, options = self.problem, self.needs, self.problem.options

@@ -69,7 +69,7 @@ class ChunkPlan:
     student_gemms, teacher_gemms, reference_gemms: GEMM work in units of S, T and T'; gemm_flop: in
     FLOP. Of a rule that selects tokens by a threshold, without that of the selected ones, and of a
     score relative to the sampling policy as if `old_log_probs` were not given. Chunk sizes and
-    workspace are those of a call on all tokens, which a selection does not exceed.
+    workspace are those of a call on all tokens: the selected ones are given no more.
     work: launches, bytes and FLOP of each operation, at the least (see `work.py`).
     """
 
@@ -229,7 +229,11 @@ def plan_chunks(
         vocab_parallel=vocab_parallel,
     )
     rows, super_rows = _sizes(call, max_workspace_bytes)
-    passes = [call] if call.scoring_pass is None else [call.scoring_pass, call.selected_pass]
+    workspace = call.workspace(rows, super_rows)
+    passes, sizes = [call], [(rows, super_rows)]
+    if call.scoring_pass is not None:
+        passes = [call.scoring_pass, call.selected_pass]
+        sizes.append(_sizes(call.selected_pass, sum(workspace.values())))
 
     def gemms(name: str) -> float:
         """Relative to all tokens."""
@@ -242,14 +246,12 @@ def plan_chunks(
         super_rows=super_rows,
         in_place=call.in_place,
         rounds_d_weight=call.rounds_d_weight(super_rows),
-        workspace=call.workspace(rows, super_rows),
+        workspace=workspace,
         student_gemms=gemms("student_gemms"),
         teacher_gemms=gemms("teacher_gemms"),
         reference_gemms=gemms("reference_gemms"),
         gemm_flop=sum(each.gemm_flop for each in passes),
-        work=tuple(
-            work for each in passes for work in each.work(*_sizes(each, max_workspace_bytes))
-        ),
+        work=tuple(work for each, of_it in zip(passes, sizes) for work in each.work(*of_it)),
     )
 
 

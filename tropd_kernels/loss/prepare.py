@@ -199,7 +199,8 @@ def log_probs_problem(
 
 
 def _check_ids(rule: TokenRule, ids: Any, labels: Tensor) -> None:
-    wants = f"an int64 tensor of shape {(*labels.shape, 'K')} with -1 at padding"
+    shape = ", ".join(map(str, (*labels.shape, "K")))
+    wants = f"an int64 tensor of shape ({shape}) with -1 at padding"
     if rule.top_k_ids == "given" and ids is None:
         raise ValueError(f"{rule!r} sums over ids that are given: pass ids=<{wants}>")
     if ids is None:

@@ -88,10 +88,6 @@ class LossOptions:
     max_workspace_bytes: int | None
     sampling: GradientSampling
 
-    def of_all_tokens(self) -> LossOptions:
-        """Without a selection of tokens."""
-        return self if self.rule.score is None else replace(self, rule=self.rule.of_all())
-
 
 @dataclass(frozen=True, kw_only=True)
 class Problem:
