@@ -218,7 +218,7 @@ def parse_run(arguments: Sequence[str]) -> tuple[Run, Any]:
     except ValueError as error:
         raise UsageError(str(error)) from error
     teacher = run.teacher_model or config.teacher_model_name_or_path
-    if teacher is None and config.loads_teacher and config.rule().uses_teacher:
+    if teacher is None and config.loads_teacher and config.uses_teacher:
         check_names(run, ["teacher_model"])
     check_data_keys(run, config)
     lora(run.peft)

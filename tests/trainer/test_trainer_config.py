@@ -105,7 +105,7 @@ def test_knobs_are_the_constructor_s(name):
         ({"seed": None}, "seed: expected a whole number, got None"),
         ({"max_grad_norm": None}, "max_grad_norm: expected a number, got None"),
         ({"log_regions": "no"}, "log_regions: expected true or false, got 'no'"),
-        ({"objective": ["tropd"]}, "objective: expected text, got ['tropd']"),
+        ({"objective": ["tropd"]}, "objective: expected a name, a TokenRule, a mapping of its"),
         ({"prefix_column": 3}, "prefix_column: expected text, got 3"),
         ({"eval_strategy": True}, "eval_strategy: True is not a valid IntervalStrategy"),
         ({"lr_scheduler_type": "cosin"}, "lr_scheduler_type: cosin is not a valid"),

@@ -3,6 +3,7 @@
 | file               | content                                                               |
 |--------------------|-----------------------------------------------------------------------|
 | config.py          | `TrOPDConfig`: every setting, checked before a model is loaded        |
+| own_rule.py        | a rule of one's own as the objective, or a schedule of rules          |
 | config_checks.py   | checks of its values, and of how they go together                     |
 | effects.py         | settings without effect, which are refused                            |
 | generation_keys.py | the keys of `generation_kwargs`                                       |

@@ -103,7 +103,7 @@ class DistillationAdapter(BatchReuse, PrefixedGeneration):
 
     def needs_teacher(self) -> bool:
         """Whether the loss depends on the teacher at all; if not, its forward is skipped."""
-        return self.args.rule().uses_teacher
+        return self.args.uses_teacher
 
     def after_loss(self, loss: Tensor, stats: TokenStats, inputs: dict[str, Any]) -> None:
         """Called after each loss, where collectives are safe."""

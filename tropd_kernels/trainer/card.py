@@ -289,11 +289,12 @@ def write(
     dataset: name on the hub, or a file. chat: the model takes messages. badges: links to the run's
     trackers, in Markdown. peft: the model is an adapter. images: it sees images.
     """
-    title, words, source = OBJECTIVES[args.objective]
+    name, words, source = _objective(args)
+    title = name
     if source:
         title = f"{title} ({source.link})"
     data = f" on {named(dataset).link('datasets/')}" if dataset else ""
-    taught = f" to match {about.teacher}" if about.teacher and args.rule().uses_teacher else ""
+    taught = f" to match {about.teacher}" if about.teacher and args.uses_teacher else ""
     sections = [
         f"# Model Card for {model_name}",
         f"This model is a fine-tuned version of {about.student.link()}, trained{taught}{data}.\n"
@@ -309,10 +310,21 @@ def write(
         "## Citations",
     ]
     if source:
-        sections.append(_cite(OBJECTIVES[args.objective][0], source.bibtex))
+        sections.append(_cite(name, source.bibtex))
     if args.prefix_schedule != "none" and not _is_tropd(args):
         sections.append(_cite("TrOPD", _TROPD.bibtex))
     return "\n\n".join([*sections, _cite("TRL", _TRL_BIBTEX)]) + "\n"
+
+
+def _objective(args: TrOPDConfig) -> tuple[str, str, Source | None]:
+    """Name, words and publication of the config's objective; a rule of one's own is written out."""
+    if isinstance(args.objective, str):
+        return OBJECTIVES[args.objective]
+    rules = args.rules_of_all()
+    if len(rules) == 1:
+        return "a rule of one's own", f"`{rules[0]!r}`", None
+    first, last = (args.rule_of_all(progress) for progress in (0.0, 1.0))
+    return "a schedule of rules", f"from `{first!r}` to `{last!r}`", None
 
 
 def _settings(args: TrOPDConfig) -> list[str]:
@@ -349,7 +361,7 @@ def _settings(args: TrOPDConfig) -> list[str]:
 
 def _is_tropd(args: TrOPDConfig) -> bool:
     """Whether TrOPD's paper is the objective's publication."""
-    return OBJECTIVES[args.objective][2] is _TROPD
+    return _objective(args)[2] is _TROPD
 
 
 def _shaping(args: TrOPDConfig) -> dict[str, Any]:

@@ -36,6 +36,7 @@ from .credentials import redacted, shown
 from .effects import check_conditions
 from .generation_keys import check_generation_conditions
 from .loaded_teacher import check_quantization, dtype_option
+from .own_rule import Objective, RuleSchedule, read_objective, saved_form
 from .sources import check_revisions
 
 STAGE_FRACTION = 0.5
@@ -79,15 +80,22 @@ class TrOPDConfig(DistillationConfig):
             key.
     """
 
-    _VALID_DICT_FIELDS = DistillationConfig._VALID_DICT_FIELDS + ["objective_kwargs"]
+    _VALID_DICT_FIELDS = DistillationConfig._VALID_DICT_FIELDS + [
+        "objective", "objective_kwargs",
+    ]  # fmt: skip
 
-    objective: str = _setting(
+    objective: Objective = _setting(  # noqa: RUF009
+        "the name of one, or a rule of one's own. The names: "
         '"tropd" (default), "opd", "gkd", "eopd", "entropy_opd", "reopold", "clip_outlier", '
         '"mask_outlier", "aopd", "power_opd", "topd", "log1p_opd", "tv_opd", "lsm", "mopd", '
         '"topk_jsd", "veto", "sft", or a divergence: "forward_kl", '
         '"reverse_kl", "jeffreys", "jsd", "skew_forward", "skew_reverse", "alpha", "chi2", '
         '"total_variation", "todi", "akl". `tropd_kernels.objectives` says what each is and where '
-        'from. Quantiles and means over "the batch" (entropy_opd, reopold) are over a micro-batch.',
+        'from. Quantiles and means over "the batch" (entropy_opd, reopold) are over a micro-batch. '
+        "A rule of one's own: a `TokenRule`, or a mapping of its fields (in YAML, or JSON as a "
+        "flag); or, in Python, a function from the share of training so far, 0 to 1, to the "
+        "`TokenRule` of a step, which depends on that share alone: it is not saved, and a resumed "
+        "run is given it again.",
         "tropd",
     )
     objective_kwargs: dict | str | None = _setting(  # noqa: RUF009
@@ -254,6 +262,7 @@ class TrOPDConfig(DistillationConfig):
         super().__post_init__()
         self.beta = given
         self._check_mappings()
+        self.objective = read_objective(self.objective)
         check_trainer(self)
         check_objective_keys(self)
         check_selection(self)
@@ -269,8 +278,9 @@ class TrOPDConfig(DistillationConfig):
         check_generation_conditions(self)
 
     def to_dict(self) -> dict[str, Any]:
-        """As transformers' `to_dict`, but secrets in a model's arguments are hidden, too."""
-        return redacted(super().to_dict())
+        """As transformers' `to_dict`, but secrets in a model's arguments are hidden, too, and a
+        rule of one's own is a mapping, which makes the same rule."""
+        return redacted(super().to_dict() | {"objective": saved_form(self.objective)})
 
     def __repr__(self) -> str:
         given = redacted({one.name: getattr(self, one.name) for one in fields(self)})
@@ -285,13 +295,34 @@ class TrOPDConfig(DistillationConfig):
 
     def rule(self, progress: float = 0.0) -> TokenRule:
         """The objective's rule, for the tokens that the config selects, at this share of training,
-        0 to 1; only reopold's depends on it."""
-        rule = self.rule_of_all(progress)
+        0 to 1; only reopold's and a schedule's depend on it."""
+        return self._selecting(self.rule_of_all(progress))
+
+    def rules(self) -> tuple[TokenRule, ...]:
+        """The different rules of a run, the first first; a schedule's at each hundredth of it."""
+        return tuple(dict.fromkeys(map(self._selecting, self.rules_of_all())))
+
+    def rules_of_all(self) -> tuple[TokenRule, ...]:
+        """The same without the config's selection."""
+        if isinstance(self.objective, RuleSchedule):
+            return self.objective.rules
+        return tuple(dict.fromkeys(map(self.rule_of_all, (0.0, 1.0))))
+
+    @property
+    def uses_teacher(self) -> bool:
+        """Whether the loss of any step reads a teacher."""
+        return any(rule.uses_teacher for rule in self.rules())
+
+    def _selecting(self, rule: TokenRule) -> TokenRule:
         selection = {name: getattr(self, name) for name in SELECTION}
         return rule if selection["select_by"] is None else replace(rule, **selection)
 
     def rule_of_all(self, progress: float = 0.0) -> TokenRule:
         """The same without the config's selection."""
+        if isinstance(self.objective, TokenRule):
+            return self.objective
+        if not isinstance(self.objective, str):
+            return self.objective(progress)  # type: ignore[misc, operator]
         arguments: dict[str, Any] = dict(self.objective_kwargs or {})  # type: ignore[arg-type]
         takes = knobs(self.objective)
         if self.beta is not None:

@@ -116,6 +116,9 @@ def _check_generation(config: Config, given: dict[str, Any]) -> None:
 
 
 def check_objective_keys(config: Config) -> None:
+    if not isinstance(config.objective, str):
+        _check_own_rule(config)
+        return
     check_objective(config.objective)
     arguments: Any = config.objective_kwargs or {}
     for own in ("beta", "prefix_weight"):
@@ -142,6 +145,21 @@ def check_objective_keys(config: Config) -> None:
         raise ValueError(f"objective_kwargs: {config.objective}: {error}") from error
 
 
+def _check_own_rule(config: Config) -> None:
+    """Refuses knobs of named objectives beside a rule of one's own, which has them as fields."""
+    for key, default, instead in (
+        ("objective_kwargs", None, "the rule has its knobs as fields"),
+        ("beta", None, "the rule has it as divergence_parameter"),
+        ("prefix_weight", PREFIX_WEIGHT, "the rule has a prefix_weight"),
+        ("stage_fraction", None, "a function of progress, as objective, can change the rule"),
+    ):
+        if getattr(config, key) not in (default, {}):
+            raise ValueError(
+                f"{key}: it would have no effect: the objective is a rule of one's own: {instead}: "
+                f"leave {key} out"
+            )
+
+
 def check_selection(config: Config) -> None:
     given = {name: getattr(config, name) for name in SELECTION}
     if config.select_by == "scores":
@@ -157,16 +175,16 @@ def check_selection(config: Config) -> None:
         raise ValueError(f"{key}: {error}") from error
     if config.select_by is None:
         return
-    rules = config.rule_of_all(0.0), config.rule_of_all(1.0)
-    if config.lmbda == 0 and rules[0].prefix_weight is not None:
+    rules = config.rules_of_all()
+    if config.lmbda == 0 and all(rule.prefix_weight is not None for rule in rules):
         raise ValueError(
             "select_by: it would have no effect: with lmbda 0 every token is the teacher's, and "
             "prefix_weight keeps those from the ranks: raise lmbda, or leave "
             f"{', '.join(SELECTION)} out"
         )
-    if any(rule.entropy_top_fraction is not None for rule in rules):
+    if any(rule.select_by is not None or rule.entropy_top_fraction is not None for rule in rules):
         raise ValueError(
-            f"select_by: objective {config.objective!r} selects tokens by their entropy itself: "
+            f"select_by: objective {config.objective!r} selects tokens itself: "
             f"leave {', '.join(SELECTION)} out, or take another objective"
         )
 
@@ -222,10 +240,11 @@ def check_teacher(config: Config) -> None:
     if source:
         try:
             what = f"{source}: objective {config.objective!r}"
-            check_served(config.rule_of_all(0.0))
-            check_served(config.rule_of_all(1.0))
+            for rule in config.rules_of_all():
+                check_served(rule)
             what = f"select_by: with {source}"
-            check_served(config.rule())
+            for rule in config.rules():
+                check_served(rule)
         except ValueError as error:
             raise ValueError(
                 f"{what}: {error}. A HiddenTeacher is a teacher_model that is loaded in this "
@@ -256,15 +275,15 @@ def check_credit(config: Config) -> None:
                 "sampled, so every gate is 1: set num_iterations to 2 or more"
             )
     _within("kl_discount_factor", config.kl_discount_factor, 0.0, 1.0)
-    rule = config.rule()
-    if config.kl_discount_factor and rule.policy_gradient == 0:
+    rules = config.rules()
+    if config.kl_discount_factor and not any(rule.policy_gradient for rule in rules):
         raise ValueError(
             f"kl_discount_factor: objective {config.objective!r} has no K1 reward to discount; "
             f"{', '.join(rewarded())} have"
         )
     if config.importance_gamma is not None:
         _within("importance_gamma", config.importance_gamma, 0.0, 1e6)
-        if not rule.uses_teacher:
+        if not config.uses_teacher:
             raise ValueError(
                 f"importance_gamma: objective {config.objective!r} asks no teacher, so there is "
                 "no discrepancy to weigh tokens by"

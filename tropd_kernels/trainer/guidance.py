@@ -119,7 +119,7 @@ class GuidedTrainer(DistillationAdapter):
     ) -> dict[str, Tensor]:
         if not self.needs_teacher():
             return {}
-        top_k = signals.required_top_k(self.args.rule())
+        top_k = max(map(signals.required_top_k, self.args.rules()))
         if self.args.precomputed_teacher:
             scores = signals.column_scores(rows, self.max_completion_length, top_k)
         elif self._server is not None:

@@ -109,7 +109,8 @@ def _is_greedy(args: Any) -> bool:
 def sampling_warning(args: Any) -> str | None:
     """The warning, if any, of K1 on completions that another distribution sampled."""
     sampled = args.lmbda > 0 and not args.precomputed_teacher
-    off = off_policy_settings(args) if sampled and args.rule().policy_gradient else {}
+    rewarded = sampled and any(rule.policy_gradient for rule in args.rules())
+    off = off_policy_settings(args) if rewarded else {}
     if not off:
         return None
     given = ", ".join(f"{name} {value!r:.40}" for name, value in off.items())

@@ -35,14 +35,12 @@ class ServedTeacher(TeacherServer):
             concurrency=args.teacher_server_concurrency,
         )  # fmt: skip
         self._args = args
-        rule = args.rule()
-        self.scores, self.is_asked = rule.uses_teacher, rule.uses_teacher or writes
+        self.scores, self.is_asked = args.uses_teacher, args.uses_teacher or writes
         if self.is_asked:
             self._check_room(1, args.max_completion_length or 0, "the shortest prompt, of 1 token,")
         if self.scores:
-            self.check_scores(
-                signals.required_top_k(rule), min(args.max_completion_length or 1, _PROBE_TOKENS)
-            )
+            top_k = max(map(signals.required_top_k, args.rules()))
+            self.check_scores(top_k, min(args.max_completion_length or 1, _PROBE_TOKENS))
         if writes:
             self.check_text(**self._sampling())
 

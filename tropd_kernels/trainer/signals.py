@@ -28,11 +28,12 @@ LABEL, IDS, LOG_PROBS = "teacher_label_log_probs", "teacher_ids", "teacher_log_p
 _RELATIVE, _ABSOLUTE = 0.02, 0.05
 
 
-def columns_of(rule: TokenRule) -> tuple[str, ...]:
-    """Columns that a data set needs for this objective."""
-    if not rule.uses_teacher:
+def columns_of(rules: Sequence[TokenRule]) -> tuple[str, ...]:
+    """Columns that a data set needs for an objective with these rules."""
+    if not any(rule.uses_teacher for rule in rules):
         return (COMPLETION,)
-    return (COMPLETION, LABEL) + ((IDS, LOG_PROBS) if rule.uses_top_k else ())
+    on_k = any(rule.uses_top_k for rule in rules)
+    return (COMPLETION, LABEL) + ((IDS, LOG_PROBS) if on_k else ())
 
 
 def check_served(rule: TokenRule) -> None:

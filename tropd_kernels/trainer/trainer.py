@@ -144,7 +144,8 @@ class TrOPDTrainer(GuidedTrainer):
             self._server = ServedTeacher(args, writes=args.is_guided and not has_text)
         served = self._server.model if self._server else None
         self._card_subject = card.subject(model, loaded, served, args)
-        self._tag_names = [*self._tag_names, args.objective]
+        if isinstance(args.objective, str):
+            self._tag_names = [*self._tag_names, args.objective]
         if processing_class is None:
             processing_class = find_processor(model, args)
         if isinstance(processing_class, ProcessorMixin):
@@ -193,7 +194,7 @@ class TrOPDTrainer(GuidedTrainer):
         super()._set_signature_columns_if_needed()
         columns = [self.args.prefix_column] if self.args.prefix_column else []
         if self.args.precomputed_teacher:
-            columns += signals.columns_of(self.args.rule())
+            columns += signals.columns_of(self.args.rules())
         self._signature_columns += [c for c in columns if c not in self._signature_columns]
 
     def get_train_dataloader(self):
@@ -457,8 +458,9 @@ def _teacher_to_load(teacher_model: Any, args: TrOPDConfig) -> Any:
         )
     check_one_teacher(teacher_model, args)
     loaded = args.teacher_model_name_or_path if teacher_model is None else teacher_model
-    if loaded is None and args.rule().uses_teacher:
-        by = "" if args.rule_of_all().uses_teacher else f" with select_by {args.select_by!r}"
+    if loaded is None and args.uses_teacher:
+        own = any(rule.uses_teacher for rule in args.rules_of_all())
+        by = "" if own else f" with select_by {args.select_by!r}"
         raise ValueError(
             f"teacher_model: objective {args.objective!r}{by} needs a teacher: give a model, "
             "teacher_model_server_url, or precomputed_teacher"
@@ -474,7 +476,7 @@ def _teacher_to_load(teacher_model: Any, args: TrOPDConfig) -> Any:
 
 def _check_datasets(train: Any, evaluate: Any, args: TrOPDConfig, loaded_teacher: Any) -> None:
     """Raises ValueError for data sets without the columns that the config's settings need."""
-    columns = signals.columns_of(args.rule()) if args.precomputed_teacher else ()
+    columns = signals.columns_of(args.rules()) if args.precomputed_teacher else ()
     named = args.is_guided and args.prefix_column not in (None, "teacher_completion")
     check_no_splits(train)
     check_dataset("train_dataset", train, [*columns, *([args.prefix_column] if named else [])])
