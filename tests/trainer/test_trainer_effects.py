@@ -58,6 +58,7 @@ SOMETIMES = {
     "prefix_column": ("answer", {}, dict(lmbda=0.5)),
     "prefix_steps": (3, GUIDED | dict(prefix_schedule="constant"), GUIDED),
     "prefix_fraction": (0.5, GUIDED | dict(prefix_steps=3), GUIDED),
+    "num_generations": (2, _PRECOMPUTED, {}),
     "kl_discount_factor": (0.5, dict(lmbda=0.0), dict(lmbda=0.5)),
     "importance_gamma": (0.5, dict(lmbda=0.0), dict(lmbda=0.5)),
     "data_seed": (99, dict(shuffle_dataset=False), {}),

@@ -165,12 +165,14 @@ OBJECTIVES: Mapping[str, tuple[str, str, Source | None]] = {
 
 #: Fields of the config, our own and TRL's, with their own sentence or place in a card.
 IN_WORDS = {
-    "objective", "objective_kwargs", "beta", "prefix_schedule", "prefix_length", "lmbda",
+    "objective", "objective_kwargs", "beta", "prefix_schedule", "prefix_length", "prefix_relative",
+    "lmbda",
     "kl_discount_factor", "importance_gamma", "drift_tau",
 }  # fmt: skip
 #: Others that influence the loss or the completions: a card has those not at their defaults.
 SHAPING = {
     "stage_fraction", "prefix_fraction", "prefix_steps", "prefix_weight", "num_iterations",
+    "num_generations",
     "drift_block_size", "select_by", "select_fraction", "select_threshold", "router_aux_loss_coef",
     "gradient_tolerance", "gradient_sampling", "disable_dropout", "max_completion_length",
     "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "generation_kwargs",
@@ -339,10 +341,10 @@ def _settings(args: TrOPDConfig) -> list[str]:
         given = ", ".join(f"`{key}={value!r}`" for key, value in knobs.items())
         lines.append(f"Knobs of `{args.objective}`: {given}.")
     if args.prefix_schedule != "none":
+        first = "all" if args.prefix_relative else f"{args.prefix_length} tokens"
         lines.append(
-            f"Guidance prefix: `{args.prefix_schedule}` schedule, {args.prefix_length} tokens at "
-            "first, of the teacher's text."
-            + ("" if _is_tropd(args) else f" It is TrOPD's ({_TROPD.link}).")
+            f"Guidance prefix: `{args.prefix_schedule}` schedule, {first} at first, of the "
+            "teacher's text." + ("" if _is_tropd(args) else f" It is TrOPD's ({_TROPD.link}).")
         )
     if args.lmbda < 1:
         lines.append(

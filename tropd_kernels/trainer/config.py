@@ -23,6 +23,7 @@ from .config_checks import (
     SELECTION,
     TYPES,
     check_credit,
+    check_generations,
     check_numbers,
     check_objective_keys,
     check_prefix,
@@ -124,6 +125,12 @@ class TrOPDConfig(DistillationConfig):
         "none",
     )
     prefix_length: int = _setting("length l of the prefix at the first step, in tokens.", 0)
+    prefix_relative: bool = _setting(
+        "the paper's length instead: l is the schedule's share of the tokens of that row's answer "
+        "(as far as max_completion_length reaches), rounded down, at the first step all of it. An "
+        "answer that is not in prefix_column is written whole by the teacher, and then cut.",
+        False,
+    )
     prefix_fraction: float = _setting(
         "share of training over which l falls to 0; the paper's 1.", 1.0
     )
@@ -175,6 +182,12 @@ class TrOPDConfig(DistillationConfig):
         "`teacher_ids` and `teacher_log_probs` (C, K), at this temperature. No teacher is loaded "
         "and nothing is generated.",
         False,
+    )
+    num_generations: int = _setting(
+        "completions of each prompt in a generation batch, as in GRPO (default 1). It divides "
+        "per_device_train_batch_size x gradient_accumulation_steps x processes, which counts "
+        "completions. An evaluation writes one.",
+        1,
     )
     num_iterations: int = _setting(
         "optimizer steps on each generation batch, as in GRPO (default 1). From the second step "
@@ -267,6 +280,7 @@ class TrOPDConfig(DistillationConfig):
         check_objective_keys(self)
         check_selection(self)
         check_prefix(self)
+        check_generations(self)
         check_credit(self)
         check_teacher(self)
         try:

@@ -196,10 +196,22 @@ def check_prefix(config: Config) -> None:
             f"{config.prefix_schedule!r}"
         )
     _at_least("prefix_length", config.prefix_length, 0)
-    if (config.prefix_schedule == "none") != (config.prefix_length == 0):
+    if config.prefix_relative and (config.prefix_length or config.prefix_schedule == "none"):
+        raise ValueError(
+            f"prefix_relative: the prefix is the whole answer at first, and the schedule's share "
+            f"of it later, but prefix_schedule is {config.prefix_schedule!r} and prefix_length "
+            f"{config.prefix_length}: choose a schedule, and leave prefix_length out"
+        )
+    if config.prefix_relative and config.lmbda == 0:
+        raise ValueError(
+            "prefix_relative: it would have no effect: with lmbda 0 every completion is a whole "
+            "answer: raise lmbda, or leave prefix_relative and prefix_schedule out"
+        )
+    given = config.prefix_relative or config.prefix_length > 0
+    if (config.prefix_schedule != "none") != given:
         raise ValueError(
             f"prefix_length: {config.prefix_length} with prefix_schedule "
-            f"{config.prefix_schedule!r}: give both, or neither"
+            f"{config.prefix_schedule!r}: give both, or neither; or prefix_relative with a schedule"
         )
     if config.prefix_length > config.max_completion_length:
         raise ValueError(
@@ -211,6 +223,20 @@ def check_prefix(config: Config) -> None:
         _at_least("prefix_steps", config.prefix_steps, 0)
     if config.max_workspace_bytes is not None:
         _at_least("max_workspace_bytes", config.max_workspace_bytes, 1)
+
+
+def check_generations(config: Config) -> None:
+    _at_least("num_generations", config.num_generations, 1)
+    each = config.per_device_train_batch_size * config.gradient_accumulation_steps
+    batch = each * config.world_size
+    if batch % config.num_generations:
+        raise ValueError(
+            f"num_generations: {config.num_generations} completions of a prompt do not divide the "
+            f"{batch} of an optimizer step (per_device_train_batch_size "
+            f"{config.per_device_train_batch_size} x gradient_accumulation_steps "
+            f"{config.gradient_accumulation_steps} x {config.world_size} processes): set one of "
+            f"them so that the product is a multiple of {config.num_generations}"
+        )
 
 
 def check_sample(config: Config) -> None:
@@ -231,8 +257,9 @@ def check_teacher(config: Config) -> None:
         if source:
             raise ValueError(f"precomputed_teacher: goes without {source}: give one of them")
         source = "precomputed_teacher"
-        if config.prefix_length or config.lmbda != 1:
-            key = "prefix_length" if config.prefix_length else "lmbda"
+        if config.is_guided:
+            length = "prefix_relative" if config.prefix_relative else "prefix_length"
+            key = "lmbda" if config.prefix_schedule == "none" else length
             raise ValueError(
                 f"{key}: with precomputed_teacher the completions are those of the data set; "
                 f"leave {key} out"

@@ -1,6 +1,6 @@
 """Data sets and prompts that are refused, each with what is wrong and what to do."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence, Sized
 from typing import Any
 
 
@@ -95,13 +95,39 @@ def missing_guide_error(column: str | None) -> ValueError:
     )
 
 
-def check_rows(dataset: Any, batch: int) -> None:
-    """Raises ValueError for fewer rows than a generation batch has: a run would take no step."""
-    if dataset is not None and hasattr(dataset, "__len__") and len(dataset) < batch:
+def check_answers(
+    rows: Sequence[Mapping[str, Any]], answers: Iterable[Sized | None], column: str
+) -> None:
+    """Raises ValueError for a teacher's answer without text or tokens: a share of it is nothing."""
+    for place, answer in enumerate(answers):
+        if not answer:
+            raise ValueError(
+                f"{column}: prefix_relative takes a share of each answer, and the one to the "
+                f"prompt {rows[place]['prompt']!r:.80} is empty: drop such rows, or give a "
+                "prefix_length instead"
+            )
+
+
+def check_guides(dataset: Any, args: Any) -> None:
+    """Raises ValueError for a column of the teacher's text that does not go with the config."""
+    if args.prefix_relative and hasattr(dataset, "__len__"):
+        check_answers(dataset, dataset[args.prefix_column], args.prefix_column)
+    if args.lmbda == 0 and args.num_generations > 1:
         raise ValueError(
-            f"train_dataset: {len(dataset)} rows are fewer than one optimiser step takes, {batch} "
-            "(per_device_train_batch_size x gradient_accumulation_steps x processes): lower one of "
-            "them, or add rows"
+            f"num_generations: with lmbda 0 all {args.num_generations} completions of a prompt "
+            f"would be its text in {args.prefix_column}: raise lmbda, or leave num_generations out"
+        )
+
+
+def check_rows(dataset: Any, batch: int, generations: int) -> None:
+    """Raises ValueError for fewer rows than a generation batch has: a run would take no step."""
+    prompts = batch // generations
+    if dataset is not None and hasattr(dataset, "__len__") and len(dataset) < prompts:
+        over = f" / num_generations {generations}" if generations > 1 else ""
+        raise ValueError(
+            f"train_dataset: {len(dataset)} rows are fewer than one optimiser step takes, {prompts}"
+            f" (per_device_train_batch_size x gradient_accumulation_steps x processes{over}): lower"
+            " one of them, or add rows"
         )
 
 

@@ -53,7 +53,7 @@ BELONGS_TO = {
     "vllm_tensor_parallel_size": ("vllm_mode", "colocate"),
 }
 _SAMPLING = ("top_p", "top_k", "min_p", "repetition_penalty", "generation_kwargs",
-             "cache_implementation", "use_vllm")  # fmt: skip
+             "cache_implementation", "use_vllm", "num_generations")  # fmt: skip
 _CREDIT = ("kl_discount_factor", "importance_gamma", "drift_tau")
 _SERVED = ("teacher_server_timeout", "teacher_server_retries", "teacher_server_concurrency")
 # As transformers creates optimizers and schedules. DeepSpeed's own have other rules.
@@ -119,7 +119,7 @@ def _text(setting: Any) -> str:
 CONDITIONS = (
     Condition(_SAMPLING, lambda a: not a.precomputed_teacher,
               "with precomputed_teacher nothing is generated"),
-    Condition(("top_p", "top_k", "min_p"),
+    Condition(("top_p", "top_k", "min_p", "num_generations"),
               lambda a: a.use_vllm or (a.generation_kwargs or {}).get("do_sample", True),
               "with do_sample False in generation_kwargs nothing is drawn"),
     Condition(("cache_implementation",),
@@ -137,7 +137,7 @@ CONDITIONS = (
               "there is no teacher_model_server_url"),
     Condition(("prefix_weight", "prefix_column"), lambda a: a.is_guided,
               "no completion begins with the teacher's text",
-              "set prefix_schedule and prefix_length, or lmbda below 1"),
+              "set prefix_schedule and its length, or lmbda below 1"),
     Condition(("prefix_steps", "prefix_fraction"),
               lambda a: a.prefix_schedule not in ("none", "constant"),
               "with prefix_schedule {!r} no prefix shrinks", "choose another schedule",

@@ -15,7 +15,7 @@ from trl.data_utils import prepare_multimodal_messages
 
 from . import signals
 from .adapter import DistillationAdapter
-from .data_checks import missing_guide_error, refuse_images
+from .data_checks import check_answers, missing_guide_error, refuse_images
 from .prefix import column_ids, cut, have_column, is_complete, row_images, scheduled_length
 from .served_teacher import ServedTeacher
 from .server import TeacherServerError
@@ -27,12 +27,17 @@ class GuidedTrainer(DistillationAdapter):
 
     _server: ServedTeacher | None = None
 
-    def prefix_length(self) -> int:
-        """Length of the prefix at the current optimizer step, in tokens."""
+    def prefix_length(self, answer: int) -> int:
+        """Length of the prefix at the current optimizer step, in tokens.
+
+        Args:
+            answer: Tokens of the teacher's answer, which count with `prefix_relative`.
+        """
         args, step, steps = self.args, self.state.global_step, self.args.prefix_steps
         if steps is None:
             steps = round(args.prefix_fraction * self.state.max_steps)
-        return scheduled_length(args.prefix_schedule, args.prefix_length, step, steps)
+        initial = answer if args.prefix_relative else args.prefix_length
+        return scheduled_length(args.prefix_schedule, initial, step, steps)
 
     def write_prefixes(
         self, rows: list[dict], prompt_ids: list[list[int]], images: Any, multimodal_fields: dict
@@ -52,9 +57,12 @@ class GuidedTrainer(DistillationAdapter):
             whole = True
         else:
             return None
-        length = self.max_completion_length if whole else self.prefix_length()
+        limit = self.max_completion_length
+        length = limit if whole else self.prefix_length(limit)
         if length == 0:
             return None
+        relative = self.args.prefix_relative and not whole
+        length = limit if relative else length
         if has_text:
             written = [
                 column_ids(
@@ -62,6 +70,8 @@ class GuidedTrainer(DistillationAdapter):
                 )
                 for row, ids in zip(rows, prompt_ids)
             ]
+            if relative:
+                check_answers(rows, written, column)
         elif self._server is not None:
             refuse_images(rows)
             written = self._serve_prefixes(self._server, prompt_ids, length)
@@ -70,6 +80,8 @@ class GuidedTrainer(DistillationAdapter):
         else:
             raise missing_guide_error(column)
         prefixes = [cut(ids, length, self.eos_token_ids) for ids in written]
+        if relative:
+            prefixes = [ids[: self.prefix_length(len(ids))] for ids in prefixes]
         if whole:
             end = [self._tokenizer.eos_token_id]
             prefixes = [

@@ -1,6 +1,7 @@
 """Off-policy guidance: the teacher writes the first l tokens of a completion, the student goes on.
 
-    l(step) = floor(alpha(step / steps) * L)         alpha from 1 to 0, L the initial length
+    l(step) = floor(alpha(step / steps) * L)         alpha from 1 to 0; L the initial length, or
+                                                     that of the row's answer, as in the paper
 
     "cosine"    alpha(x) = (1 + cos(pi x)) / 2       TrOPD (arXiv 2606.01249)
     "linear"    alpha(x) = 1 - x

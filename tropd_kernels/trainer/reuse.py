@@ -1,7 +1,8 @@
 """Which rows each optimizer step trains on: their order, and batches that serve several steps.
 
-As in GRPO, a generation batch may serve `num_iterations` optimizer steps. A run that is resumed
-between them goes on with the same batch, which each process saves with the checkpoint.
+As in GRPO, a generation batch has `num_generations` completions of each prompt, and may serve
+`num_iterations` optimizer steps. A run that is resumed between those goes on with the same batch,
+which each process saves with the checkpoint.
 """
 
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any
 import torch
 from datasets import IterableDataset
 from trl import DistillationTrainer  # type: ignore[attr-defined]
-from trl.trainer.utils import RepeatSampler
+from trl.trainer.utils import RepeatSampler, repeat_iterable_dataset
 
 from .patching import replaced
 from .sharding import holds_on_all
@@ -53,21 +54,24 @@ class BatchReuse(DistillationTrainer):
         # TRL counts micro-batches over all calls of train(), and one may have ended amid a step.
         self._step, self._buffered_inputs = 0, None
         self._current_train_step_time = 0.0
-        data, seed = self.train_dataset, self.args.data_seed
-        if not (isinstance(data, IterableDataset) and self.shuffle_dataset) or seed is None:
+        data, args = self.train_dataset, self.args
+        if not isinstance(data, IterableDataset):
             return super().get_train_dataloader()
-        # TRL would shuffle the stream by `seed`.
-        with replaced(self, train_dataset=data.shuffle(seed=seed), shuffle_dataset=False):
+        if self.shuffle_dataset:  # TRL would do so by `seed`, and would tear the repetitions apart
+            data = data.shuffle(seed=args.seed if args.data_seed is None else args.data_seed)
+        if args.num_generations > 1:
+            data = repeat_iterable_dataset(data, args.num_generations)
+        with replaced(self, train_dataset=data, shuffle_dataset=False):
             return super().get_train_dataloader()
 
     def _get_train_sampler(self, dataset=None):
         trls: Any = super()._get_train_sampler(dataset)
-        iterations = self.args.num_iterations
+        iterations, generations = self.args.num_iterations, self.args.num_generations
+        # As GRPO's: the batch counts completions. TRL's distillation has one of each prompt.
         sampler = EpochSampler(
-            trls.data_source, trls.mini_repeat_count, trls.batch_size, trls.repeat_count,
-            trls.shuffle, trls.seed,
+            trls.data_source, generations, trls.batch_size // generations,
+            trls.repeat_count * iterations, trls.shuffle, trls.seed,
         )  # fmt: skip
-        sampler.repeat_count *= iterations
         if self.args.data_seed is not None:
             sampler.seed = self.args.data_seed
         batches = sampler.num_samples // sampler.batch_size

@@ -39,6 +39,7 @@ from .chat_templates import check_template_keys
 from .config import TrOPDConfig
 from .data_checks import (
     check_dataset,
+    check_guides,
     check_modalities,
     check_no_splits,
     check_rows,
@@ -164,7 +165,7 @@ class TrOPDTrainer(GuidedTrainer):
             if self._server.is_asked:
                 self.share_vocabulary(self._server.count_ids(self._shared_vocab_size))
         each = args.per_device_train_batch_size * args.gradient_accumulation_steps
-        check_rows(train_dataset, each * self.accelerator.num_processes)
+        check_rows(train_dataset, each * self.accelerator.num_processes, args.num_generations)
         if not self.use_vllm:
             sampling.check_cache(base_of(self.model), self.generation_config)
             if args.generation_kwargs:
@@ -485,3 +486,5 @@ def _check_datasets(train: Any, evaluate: Any, args: TrOPDConfig, loaded_teacher
     writes = args.teacher_model_server_url or loaded_teacher is not None
     if args.is_guided and not writes and present and args.prefix_column not in present:
         raise missing_guide_error(args.prefix_column)
+    if present and args.prefix_column in present:
+        check_guides(train, args)
