@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from .loss.dispatch import LossResult
 from .loss.sampling import SamplingReport
-from .rows.layout import Stat
+from .rows.layout import SCORE, Stat
 from .summary import Summarized
 from .teachers import HiddenTeacher, LogitsTeacher, Teacher, TopKTeacher
 
@@ -34,6 +36,9 @@ class TokenStats(Summarized):
             the rule looks at K, for a TopKTeacher at all tokens.
         token_loss: Before `token_weight`.
         kept: Whether the token passed gate and selection.
+        score: What the rule selects tokens by, of those that are left out, too. NaN at a token that
+            is not ranked: one that does not count, or on a prefix that the rule weighs. None if the
+            rule selects none.
     """
 
     log_probs: Tensor
@@ -50,6 +55,17 @@ class TokenStats(Summarized):
     student_topk_mass: Tensor | None
     token_loss: Tensor
     kept: Tensor
+    score: Tensor | None = None
+
+    @property
+    def threshold(self) -> Tensor | None:
+        """Scalar: the lowest score that was selected, which selects the same tokens as a
+        `select_threshold`. inf: none was. None: the rule does not select."""
+        if self.score is None:
+            return None
+        selected = self.score.masked_fill(self.score.isnan() | self.trust.isnan(), math.inf)
+        of_nothing = selected.new_full((1,), math.inf)  # no tokens have no minimum
+        return torch.cat([selected.flatten(), of_nothing]).min()
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -110,5 +126,6 @@ def _token_stats(stats: Tensor, labels: Tensor, teacher: Teacher | None) -> Toke
         **{
             name: stats[row].reshape(labels.shape) if given.get(row, True) else None
             for name, row in names.items()
-        }
+        },
+        score=stats[SCORE].reshape(labels.shape) if len(stats) > SCORE else None,
     )

@@ -193,6 +193,7 @@ def token_losses(
         stats["scores"] = scores
         stats["disagreement"] = (stats["teacher_log_probs"] - lo).abs() if teacher else None
         kept = chosen = selected(stats[rule.score], rule, among=on_policy)
+        stats["score"] = torch.where(on_policy, stats[rule.score].detach(), math.nan)
         loss = torch.where(kept, loss, 0.0)
     if rule.outlier == "mask":
         kept = kept & (trust > 0)

@@ -76,6 +76,8 @@ def test_as_the_reference(name, by, form, old, reduction, backend):
     torch.testing.assert_close(found[0], truth[0], rtol=1e-10, atol=1e-10)
     for key, gradient in truth[1].items():
         assert relative_error(found[1][key], gradient) < 1e-10, key
+    close = dict(rtol=1e-10, atol=1e-10, equal_nan=True)
+    torch.testing.assert_close(found[2].score, truth[2].score, **close)
     for key, value in vars(truth[2]).items():
         if value is not None:  # of a token that is left out only what the score is made of
             ours = getattr(found[2], key)
@@ -193,6 +195,29 @@ def test_prefixes_and_ignored_tokens_are_not_ranked(backend):
     assert stats.kept.tolist() == [0, 1, 0, 0, 0, 1, 1, 1]
 
 
+@pytest.mark.parametrize("backend", ["reference", *BACKENDS])
+def test_scores_and_the_threshold_are_returned(backend):
+    """The threshold selects the same tokens once more. Only tokens that are ranked have a score."""
+    problem = make_problem(tokens=8)
+    problem.labels[0] = -100
+    prefix = torch.tensor([0, 1, 1, 0, 0, 0, 0, 0]).bool()
+    scores = torch.tensor([9.0, 8, -8, 1, 7, 3, 2, 5])
+    rule = replace(TrOPD(top_k=5, outlier="mask"), select_by="scores", select_fraction=0.5)
+    given = dict(scores=scores, teacher_prefix=prefix)
+    _, gradients, stats = problem.call(rule, "hidden", backend, **given)
+    unranked = torch.tensor([1, 1, 1, 0, 0, 0, 0, 0]).bool()
+    expected = scores.masked_fill(unranked, math.nan)
+    torch.testing.assert_close(stats.score, expected, rtol=0, atol=0, equal_nan=True)
+    assert stats.threshold == 3  # of 7 5 3 2 1, the three at or above the median
+    known = replace(rule, select_fraction=None, select_threshold=float(stats.threshold))
+    _, again, _ = problem.call(known, "hidden", backend, **given)
+    assert torch.equal(again["weight"], gradients["weight"])
+    none = replace(known, select_threshold=7.5)
+    assert problem.call(none, "hidden", backend, **given)[2].threshold == math.inf
+    _, _, stats = problem.call(TrOPD(top_k=5), "hidden", backend)
+    assert stats.score is None and stats.threshold is None
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("by", ["teacher_entropy", "reverse_kl", "disagreement"])
 @pytest.mark.parametrize("student_power", [0.0, 0.3])
@@ -273,14 +298,16 @@ def test_compiled():
     teacher = [problem.teacher_hidden.float(), problem.teacher_weight.float()]
 
     def loss(hidden, weight, labels, t, head, scores):
-        return linear_distillation_loss(
+        out = linear_distillation_loss(
             hidden, weight, labels, HiddenTeacher(t, head), rule, scores=scores, seed=1,
             backend="torch",
-        ).loss  # fmt: skip
+        )  # fmt: skip
+        return out.loss, out.stats.score, out.stats.threshold
 
     inputs = [*tensors, *teacher, torch.arange(12.0)]
     compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
-    assert torch.equal(compiled(*inputs), loss(*inputs))
+    for found, expected in zip(compiled(*inputs), loss(*inputs), strict=True):
+        assert torch.equal(found, expected)
 
 
 @pytest.mark.parametrize("backend", ["reference", *BACKENDS])

@@ -96,6 +96,9 @@ def test_metrics_are_over_the_tokens_at_which_they_are_known(tmp_path):
     assert log["tropd/reward_mean"] == pytest.approx(reward[chosen].mean().item(), rel=1e-4)
     assert log["tropd/reward_min"] == pytest.approx(reward[chosen].min().item(), rel=1e-4)
     assert log["tropd/teacher_entropy"] == pytest.approx(entropy.mean().item(), rel=1e-4)
+    assert log["tropd/select_threshold"] == pytest.approx(entropy[chosen].min().item(), rel=1e-4)
+    held = entropy[chosen].sum() / entropy.sum()
+    assert log["tropd/selected_score_share"] == pytest.approx(held.item(), rel=1e-4)
     assert math.isfinite(log["entropy"])
     (page,) = (tmp_path / "regions").glob("train_*.html")
     text = page.read_text()
@@ -103,6 +106,7 @@ def test_metrics_are_over_the_tokens_at_which_they_are_known(tmp_path):
     assert text.count('class="outlier"') == 1
     found = trainer.evaluate()
     assert 0.45 < found["eval_tropd/selected_share"] < 0.6
+    assert 0.5 < found["eval_tropd/selected_score_share"] < 0.8
 
     trainer = make(tmp_path, objective="opd", select_by="disagreement", **HALF)
     trainer.train()
@@ -111,9 +115,13 @@ def test_metrics_are_over_the_tokens_at_which_they_are_known(tmp_path):
     assert log["tropd/reward_mean"] == pytest.approx(reward.mean().item(), rel=1e-4)
     assert log["tropd/reward_min"] == pytest.approx(reward.min().item(), rel=1e-4)
 
-    trainer = make(tmp_path, objective="opd")
-    trainer.train()
-    assert "tropd/selected_share" not in logged(trainer)
+    for settings, names in (
+        (dict(select_by="reward", **HALF), {"selected_share", "select_threshold"}),
+        ({}, set()),
+    ):
+        trainer = make(tmp_path, objective="opd", **settings)
+        trainer.train()
+        assert {name[6:] for name in logged(trainer) if name.startswith("tropd/select")} == names
 
 
 def test_the_share_is_of_the_tokens_that_are_ranked(tmp_path):
@@ -135,8 +143,9 @@ def test_a_step_without_a_selected_token(tmp_path):
     trainer = make(tmp_path, objective="opd", select_by="teacher_entropy", select_threshold=1e9)
     trainer.train()
     log = logged(trainer)
-    assert log["loss"] == 0 and log["tropd/selected_share"] == 0
-    assert not {"entropy", "tropd/reward_min", "tropd/reward_mean"} & log.keys()
+    assert log["loss"] == log["tropd/selected_share"] == log["tropd/selected_score_share"] == 0
+    unknown = {"entropy", "tropd/reward_min", "tropd/reward_mean", "tropd/select_threshold"}
+    assert not unknown & log.keys()
     for old, new in zip(before.parameters(), trainer.model.parameters()):
         assert torch.equal(old, new)
 

@@ -194,7 +194,7 @@ def sampled_losses(
     enters = counted
     if rule.score is not None:
         ranked = scores(stats, batch, options).masked_fill(~counted.reshape(-1), math.nan)
-        enters = counted & selected(ranked, rule, None).view(counted.shape)
+        enters = counted & selected(ranked, rule).view(counted.shape)
     apply_rule(stats, coefs, gate(stats, batch, options), None, batch, options)
 
     def where(mask: Tensor, row: Tensor) -> Tensor:

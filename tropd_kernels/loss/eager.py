@@ -48,6 +48,10 @@ def reference_loss(problem: Problem) -> tuple[Tensor, Tensor, Tensor]:
     unknown = torch.full_like(token_loss, torch.nan)
     rows = torch.stack([found.get(_STAT_NAMES[row], unknown).to(z.dtype) for row in Stat])
     stats = z.new_zeros((len(Stat), n)).index_copy(1, where, rows)
+    if problem.options.rule.score is not None:
+        unranked = z.new_full((1, n), torch.nan)
+        ranked = found["score"].to(z.dtype)[None]
+        stats = torch.cat([stats, unranked.index_copy(1, where, ranked)])
     token_loss = z.new_zeros(n).index_copy(0, where, token_loss)
     return token_loss.sum() * problem.loss_scale, token_loss, stats
 

@@ -29,6 +29,7 @@ costs less than keeping their gradient.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
@@ -67,10 +68,10 @@ class Result:
     """What a walk over the tokens gives.
 
     stats (Stat, N), coefs (Coef, N): 0 for tokens that do not count. A token that is not selected
-    has NaN where nothing is known of it, and LEFT_OUT as STUDENT_LOG_SUM. The gradients include the
-    problem's `loss_scale`, and have the dtype in which they wait for the backward. If gradients
-    were formed, coefs include that scale as well, except for float16 inputs. report:
-    (SamplingReport,) if the gradients were sampled.
+    has NaN where nothing is known of it, and LEFT_OUT as STUDENT_LOG_SUM; SCORE is one more row of
+    stats then. The gradients include the problem's `loss_scale`, and have the dtype in which they
+    wait for the backward. If gradients were formed, coefs include that scale as well, except for
+    float16 inputs. report: (SamplingReport,) if the gradients were sampled.
     """
 
     stats: Tensor
@@ -88,10 +89,10 @@ def forward(problem: Problem) -> Result:
     with without_autocast(source.device.type):
         index = tokens_that_count(problem)
         problem = with_repeats_marked(problem)
-        counted, known, chosen = index, None, None
+        counted, known, chosen, score = index, None, None, None
         if problem.options.rule.score is not None:
             of_all = _Walk(problem, index, needs, None)
-            known, chosen = of_all.select()
+            known, chosen, score = of_all.select()
             index = chosen if index is None else index[chosen]
             problem = of_all.problem_of_selected()
         n = problem.labels.shape[0] if index is None else index.shape[0]
@@ -111,12 +112,18 @@ def forward(problem: Problem) -> Result:
         if counted is not None:
             found = spread(found[0], counted, problem), spread(found[1], counted, problem)
         result.stats, result.coefs = found
+        if score is not None:
+            of_each = score[None]
+            if counted is not None:
+                of_each = spread(of_each, counted, problem, math.nan)
+            result.stats = torch.cat([result.stats, of_each])
         return result
 
 
-def spread(rows: Tensor, tokens: Tensor, problem: Problem) -> Tensor:
-    """Rows (R, n) of these tokens as (R, N), 0 elsewhere."""
-    return rows.new_zeros((rows.shape[0], problem.labels.shape[0])).index_copy_(1, tokens, rows)
+def spread(rows: Tensor, tokens: Tensor, problem: Problem, elsewhere: float = 0.0) -> Tensor:
+    """Rows (R, n) of these tokens as (R, N)."""
+    wide = rows.new_full((rows.shape[0], problem.labels.shape[0]), elsewhere)
+    return wide.index_copy_(1, tokens, rows)
 
 
 def backward(problem: Problem, coefs: Tensor, needs: GradNeeds) -> Result:
@@ -251,9 +258,10 @@ class _Walk:
                     self.engine.gradient(batch, coefs, options, rows)
                     gradients.store(tokens, rows)
 
-    def select(self) -> tuple[Matrices, Tensor]:
+    def select(self) -> tuple[Matrices, Tensor, Tensor]:
         """The tokens that the rule selects: statistics and coefficients of all, as far as the
-        selection knows them, and the indices of the selected ones."""
+        selection knows them, the indices of the selected ones, and the scores of all, NaN at those
+        that are not ranked."""
         problem, options = self.problem, self.problem.row_options()
         source = problem.student.source
         stats, coefs = new_matrices(source, self.n)
@@ -284,11 +292,13 @@ class _Walk:
             if len(read) > 1:
                 score[part].masked_fill_(made[Stat.TEACHER_LOG_PROB].isnan(), torch.nan)
         prefix = self.inputs.get("teacher_prefix")
-        chosen = selected(score, options.rule, prefix)
+        if prefix is not None and options.rule.prefix_weight is not None:
+            score.masked_fill_(prefix, torch.nan)
+        chosen = selected(score, options.rule)
         # Of the tokens that are left out; the others' numbers are still to come.
         stats[Stat.TOKEN_LOSS] = stats[Stat.KEPT] = 0.0
         coefs[Coef.STUDENT_LOG_SUM] = LEFT_OUT
-        return (stats, coefs), chosen.nonzero().squeeze(-1)
+        return (stats, coefs), chosen.nonzero().squeeze(-1), score
 
     def problem_of_selected(self) -> Problem:
         """The problem for the tokens that are selected, in no more memory than all would take."""

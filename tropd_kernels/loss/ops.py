@@ -23,7 +23,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 from .. import transforms
 from ..dtypes import device_of, result_dtype, stored_dtype
 from ..objectives import decode_rule
-from ..rows.layout import Coef, Stat, TokenInputs
+from ..rows.layout import SCORE, Coef, Stat, TokenInputs
 from ..symbolic import symbols_of, values_of
 from . import autograd
 from .loop import backward
@@ -139,8 +139,9 @@ def distill(*call):
 
 
 @distill.register_fake
-def _distill_fake(student, weight, bias, tensors, needs, *_):
+def _distill_fake(student, weight, bias, tensors, needs, rule, *_):
     labels, seed = tensors[LABELS], tensors[SEED]
+    rows = len(Stat) if decode_rule(rule).score is None else SCORE + 1
     dtype, n = result_dtype(student.dtype), labels.shape[0]
     grads = GradNeeds(*needs[:4])
     samples = (grads.hidden or grads.weight) and seed is not None
@@ -153,7 +154,7 @@ def _distill_fake(student, weight, bias, tensors, needs, *_):
     return (
         student.new_empty((), dtype=dtype),
         student.new_empty((n,), dtype=dtype),
-        student.new_empty((len(Stat), n), dtype=dtype),
+        student.new_empty((rows, n), dtype=dtype),
         student.new_empty((len(Coef), n), dtype=dtype),
         gradient(student, grads.hidden),
         gradient(weight, grads.weight, grads.fp32_weight),

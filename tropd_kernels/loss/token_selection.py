@@ -85,14 +85,12 @@ def scores(stats: Tensor, batch: TokenInputs, options: RowOptions) -> Tensor:
     return stats[named.get(str(score), Stat.REVERSE_KL)]
 
 
-def selected(score: Tensor, rule: TokenRule, prefix: Tensor | None) -> Tensor:
-    """Which tokens (n,) the rule selects by their scores."""
+def selected(score: Tensor, rule: TokenRule) -> Tensor:
+    """Which tokens (n,) the rule selects by their scores; one without a score (NaN) enters."""
     # Between two infinite scores there is nothing to interpolate.
     most = torch.finfo(score.dtype).max / 4
     # In float64, so that every dtype selects as many.
     ranked = score.clamp(-most, most).double()
-    if prefix is not None and rule.prefix_weight is not None:
-        ranked = ranked.masked_fill(prefix, torch.nan)
     if rule.select_threshold is not None:
         return ~(ranked < rule.select_threshold)
     if rule.fraction is None or ranked.numel() == 0:

@@ -32,6 +32,11 @@ class Stat(IntEnum):
     LSE = 13  # of the student's transformed logits
 
 
+#: Row of a call's statistics after those of `Stat`, if its rule selects tokens: what it ranks them
+#: by, NaN at tokens that are not ranked.
+SCORE = len(Stat)
+
+
 class Coef(IntEnum):
     """Rows of the coefficient matrix (Coef, n): the numbers of a row that the gradient pass reads.
 

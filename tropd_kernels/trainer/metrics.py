@@ -22,6 +22,9 @@ means over tokens (entropy) or completions (their lengths).
 | sampling_mass        | student's tokens  | p's mass on the ids that top_k, top_p, min_p keep; of |
 |                      |                   | 256 tokens a micro-batch, where K1 takes part         |
 | selected_share       | ranked tokens     | share that `select_by`, or the objective, selects     |
+| selected_score_share | ranked tokens     | share of the sum of the finite scores that selected   |
+|                      |                   | tokens hold; not of rewards, which may be negative    |
+| select_threshold     | micro-batches     | the lowest score that was selected                    |
 | prefix_length        | completions       | tokens                                                |
 | gradient_error       | micro-batches     | of a sampled gradient, relative to its norm           |
 | gradient_share       | micro-batches     | of the vocabulary's columns that made it              |
@@ -32,7 +35,9 @@ which are other quantities. Everything else is the same for both. "Chosen" are t
 the objective uses the top-k: TrOPD's outliers, EOPD's tokens of high entropy, all of a
 divergence's. Of a token that is not selected only what its score is made of is known: means,
 and reward_min, are over the tokens at which the value is known, in an evaluation as well. The loss
-of left-out tokens and the threshold behind a fraction are not logged.
+of left-out tokens is unknown, and so the share of it that selected tokens hold; that of the score
+is logged instead, which for a reverse KL selected by "reverse_kl" is the same. A `select_threshold`
+like the logged one selects about as many tokens as the fraction did, whatever the micro-batches.
 """
 
 import resource
@@ -92,6 +97,8 @@ def token_sums(
         "trust_ratio": _sum(stats.trust, student),
         "outlier_ratio": _sum(stats.outlier, student),
         "selected_share": _sum(selected, ranked),
+        "selected_score_share": _score_share(stats, rule),
+        "select_threshold": _finite(stats.threshold, counted.device),
         "reward_mean": _sum(reward, student),
         "reverse_kl": _sum(stats.reverse_kl, student),
         "forward_kl": _sum(stats.forward_kl if whole else None, student),
@@ -178,6 +185,22 @@ def _uses_top_k(stats: TokenStats, rule: TokenRule) -> Tensor:
     if rule.forward_kl_entropy is not None and stats.teacher_entropy is not None:
         looks = looks | (stats.teacher_entropy > rule.forward_kl_entropy)
     return looks
+
+
+def _score_share(stats: TokenStats, rule: TokenRule) -> Tensor:
+    """The selected tokens' finite scores, summed, and those of all ranked tokens (2,)."""
+    if stats.score is None or rule.score == "reward":
+        return torch.zeros(2, device=stats.kept.device)
+    of_all = stats.score.where(stats.score.isfinite(), 0.0)
+    return torch.stack([of_all.where(~stats.trust.isnan(), 0.0).sum(), of_all.sum()]).float()
+
+
+def _finite(value: Tensor | None, device: torch.device) -> Tensor:
+    """A scalar as sum and count (2,), nothing where it is not finite."""
+    if value is None:
+        return torch.zeros(2, device=device)
+    known = value.isfinite()
+    return torch.stack([value.where(known, 0.0), known]).float()
 
 
 def _sum(value: Tensor | None, where: Tensor) -> Tensor:
