@@ -91,7 +91,9 @@ def by_hand(trainer, student, teacher, step=0, sampler=None) -> torch.Tensor:
         place = slice(len(prompt) - 1, len(ids[0]) - 1)
         logits = student(ids).logits[0, place].double()
         with torch.no_grad():
-            theirs = teacher(ids).logits[0, place].double()
+            own = "teacher_prompt" if "teacher_prompt_ids" in row else "prompt"
+            read = row[f"{own}_ids"][row[f"{own}_mask"].bool()]
+            theirs = teacher(torch.cat([read, labels])[None]).logits[0, len(read) - 1 : -1].double()
         positions = torch.arange(len(labels))
         prefix = positions < row["prefix_lengths"]
         options = {}

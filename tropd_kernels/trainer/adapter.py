@@ -38,6 +38,7 @@ from .sharding import (
 )
 from .sides import ModelSide, read_side
 from .sources import class_of_student
+from .teacher_prompts import teachers_view
 from .vocabulary import check_eos, check_padding
 
 
@@ -179,7 +180,7 @@ class DistillationAdapter(BatchReuse, PrefixedGeneration):
                 with torch.no_grad(), keeping_forward(unwrapped):
                     teacher = self._forward_redirection(
                         self.teacher_model, unwrapped, read_side, unwrapped, self._teacher_head,
-                        inputs, self._get_last_hidden_state,
+                        teachers_view(inputs), self._get_last_hidden_state,
                     )  # fmt: skip
         loss, self._stats = self.distill(student, teacher, inputs, num_items_in_batch)
         if self._router is not None:

@@ -131,24 +131,24 @@ def check_rows(dataset: Any, batch: int, generations: int) -> None:
         )
 
 
-def check_prompts(rows: Sequence[Mapping[str, Any]]) -> None:
+def check_prompts(rows: Sequence[Mapping[str, Any]], column: str = "prompt") -> None:
     """Raises ValueError for a row whose prompt is neither text nor messages, and for a mixed batch.
 
     TRL decides by the first row of a batch which of the two all of its rows are.
     """
     firsts: dict[type, Any] = {}
     for row in rows:
-        prompt = row.get("prompt")
+        prompt = row.get(column)
         if not isinstance(prompt, str) and not _is_conversation(prompt):  # "" may have a token
             raise ValueError(
-                f"prompt: expected text or messages, got the row {row!r:.200}: a message has a "
+                f"{column}: expected text or messages, got the row {row!r:.200}: a message has a "
                 "'role' and a 'content', text or a list of parts with a 'type'; mend such rows, or "
                 "drop them"
             )
         firsts.setdefault(list if isinstance(prompt, list) else str, prompt)
     if len(firsts) > 1:
         raise ValueError(
-            f"prompt: text and messages in one batch, {firsts[str]!r:.80} and "
+            f"{column}: text and messages in one batch, {firsts[str]!r:.80} and "
             f"{firsts[list]!r:.200}: write all prompts in one of the two ways"
         )
 
@@ -168,12 +168,14 @@ def _is_message(message: Any) -> bool:
     return isinstance(content, str) or called
 
 
-def check_tokens(rows: Sequence[Mapping[str, Any]], prompt_ids: list[list[int]]) -> None:
+def check_tokens(
+    rows: Sequence[Mapping[str, Any]], prompt_ids: list[list[int]], column: str = "prompt"
+) -> None:
     """Raises ValueError for a prompt without tokens: its completion would follow the padding."""
     for row, ids in zip(rows, prompt_ids):
         if len(ids) == 0:
             raise ValueError(
-                f"prompt: no token in {row['prompt']!r:.80}, and the tokenizer begins a text with "
+                f"{column}: no token in {row[column]!r:.80}, and the tokenizer begins a text with "
                 f"none; in the row {row!r:.200}: drop such rows"
             )
 

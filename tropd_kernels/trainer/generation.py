@@ -16,14 +16,14 @@ from transformers import ProcessorMixin
 from transformers import __version__ as transformers_version
 from trl import is_conversational  # type: ignore[attr-defined]
 
-from . import metrics
+from . import metrics, teacher_prompts
 from .context import check_context, check_lengths, scale_warning
 from .data_checks import check_prompts, check_row_modalities, check_tokens
 from .fields import KeptFields, extend_token_fields, kept_fields, mark_written
 from .hooks import MULTIMODAL_FIELDS
 from .metric_logs import MetricLogs
 from .patching import replaced
-from .prefix import is_complete
+from .prefix import have_column, is_complete
 from .sampling import evaluation_mode, pin_sampling_defaults
 from .sharding import generates_together, holds_on_all, weights_are_finite
 from .stops import raise_nonfinite_weights
@@ -51,6 +51,7 @@ class PrefixedGeneration(MetricLogs):
         self._prefix_lengths: list[int] = []
         self._kept_fields = KeptFields({}, {})
         self._warned_of_scale = False
+        self._teacher_prompts: list[list[int]] | None = None  # where it reads others
 
     # For a subclass to override.
 
@@ -81,6 +82,10 @@ class PrefixedGeneration(MetricLogs):
         """Tensors (B, width, ...) with the log-probs of a teacher outside this process."""
         return {}
 
+    def reads_teacher_prompts(self) -> bool:
+        """Whether there is a teacher that reads a row's `teacher_prompt`."""
+        return False
+
     # TRL's hooks.
 
     def _tokenize_prompts(self, prompts):
@@ -103,10 +108,17 @@ class PrefixedGeneration(MetricLogs):
         if self._is_vlm:
             check_row_modalities(inputs, self.processing_class)
         self._rows, self._prefix_lengths = inputs, [0] * len(inputs)
+        self._teacher_prompts = self._tokenize_teacher_prompts(inputs)
         output = super()._generate_and_score_completions(inputs)
         output |= mark_written(output, self.model.config)
         output |= self._kept_fields.tensors(output, self.model.config)
-        for part in ("prompt", "completion"):  # the teacher may not have the padding's id
+        parts = ["prompt", "completion"]
+        if (own := self._teacher_prompts) is not None:
+            output |= teacher_prompts.batch_tensors(
+                own, self._tokenizer.pad_token_id, self.pad_to_multiple_of, self.accelerator.device
+            )
+            parts.append(teacher_prompts.COLUMN)
+        for part in parts:  # the teacher may not have the padding's id
             ids, padding = output[f"{part}_ids"], output[f"{part}_mask"] == 0
             beyond = padding & (ids >= self._shared_vocab_size)
             output[f"{part}_ids"] = ids.masked_fill(beyond, 0)
@@ -121,16 +133,38 @@ class PrefixedGeneration(MetricLogs):
         output["prefix_lengths"] = torch.tensor(self._prefix_lengths, device=device)
         prompts, completions = (_unpadded(output, part) for part in ("prompt", "completion"))
         self._log_lengths(output, completions)
-        self._warn_of_scale([len(p) for p in prompts], [len(c) for c in completions])
+        for read, contexts in self._read_by(prompts):
+            self._warn_of_scale([len(p) for p in read], [len(c) for c in completions], contexts)
         width = output["completion_ids"].shape[1]
-        output |= self.teacher_tensors(inputs, prompts, completions, width)
+        output |= self.teacher_tensors(inputs, self._teacher_prompts or prompts, completions, width)
         return output
 
-    def _warn_of_scale(self, prompts: list[int], completions: list[int]) -> None:
+    def _tokenize_teacher_prompts(self, rows: list[dict]) -> list[list[int]] | None:
+        """The ids of the teacher's own prompts, or None where it reads the student's."""
+        if not (self.reads_teacher_prompts() and have_column(rows, teacher_prompts.COLUMN)):
+            return None
+        check_prompts(rows, teacher_prompts.COLUMN)
+        teacher_prompts.refuse_fields(self._is_vlm, {})
+        ids, _, fields = self._tokenize_prompts([row[teacher_prompts.COLUMN] for row in rows])
+        kept = kept_fields(fields, ids, self.model, ())
+        teacher_prompts.refuse_fields(False, kept.types)
+        return ids
+
+    def _read_by(self, prompt_ids: list[list[int]]) -> list[tuple[list[list[int]], dict[str, Any]]]:
+        """Prompts, and the configs of the sides that read them."""
+        if self._teacher_prompts is None:
+            return [(prompt_ids, self._contexts)]
+        teachers = {side: c for side, c in self._contexts.items() if side != "student"}
+        return [(prompt_ids, {"student": self._contexts["student"]}),
+                (self._teacher_prompts, teachers)]  # fmt: skip
+
+    def _warn_of_scale(
+        self, prompts: list[int], completions: list[int], contexts: dict[str, Any]
+    ) -> None:
         if self._warned_of_scale:
             return
         rows = [prompt + own for prompt, own in zip(prompts, completions)]
-        warning = scale_warning(prompts, rows, self._contexts)
+        warning = scale_warning(prompts, rows, contexts)
         if warning is not None:
             self._warned_of_scale = True
             warnings.warn(warning, stacklevel=3)
@@ -163,7 +197,8 @@ class PrefixedGeneration(MetricLogs):
                 whole = [prompt + ids for prompt, ids in zip(prompt_ids, given)]
                 check_context(whole, 0, self._contexts, self._tokenizer)
                 return given
-            check_context(prompt_ids, self.max_completion_length, self._contexts, self._tokenizer)
+            for read, contexts in self._read_by(prompt_ids):
+                check_context(read, self.max_completion_length, contexts, self._tokenizer)
             if not holds_on_all(self.accelerator, weights_are_finite(self.model)):
                 raise_nonfinite_weights(self.state.global_step, self.args.output_dir)
             prefixes = self.write_prefixes(rows, prompt_ids, images, multimodal_fields)
@@ -175,9 +210,12 @@ class PrefixedGeneration(MetricLogs):
 
     def _check_batch(self, rows: list[dict], prompt_ids: list[list[int]]) -> None:
         check_tokens(rows, prompt_ids)
-        all_ids = torch.tensor([token for ids in prompt_ids for token in ids])
-        check_ids(all_ids, self._shared_vocab_size, "prompt", self._tokenizer)
-        check_lengths(prompt_ids, self._contexts, self.args.pad_to_multiple_of)
+        if self._teacher_prompts is not None:
+            check_tokens(rows, self._teacher_prompts, teacher_prompts.COLUMN)
+        for read, contexts in self._read_by(prompt_ids):
+            all_ids = torch.tensor([token for ids in read for token in ids])
+            check_ids(all_ids, self._shared_vocab_size, "prompt", self._tokenizer)
+            check_lengths(read, contexts, self.args.pad_to_multiple_of)
 
     def _continue_prefixes(
         self, prefixes, prompt_ids, images, multimodal_fields, has_tool_images
@@ -200,7 +238,7 @@ class PrefixedGeneration(MetricLogs):
         lengths = [len(prefix) for prefix, done in zip(prefixes, complete) if not done]
         tokens = limit - min(lengths, default=limit - 1)
         # All rows get as many new tokens as the row with the shortest prefix needs.
-        check_context(begun, tokens, self._contexts, self._tokenizer)
+        check_context(begun, tokens, self._read_by(begun)[0][1], self._tokenizer)
         with self._new_token_limit(tokens):
             rest = self._sample_completions(begun, images, fields, has_tool_images)
         return [

@@ -27,6 +27,9 @@ class GuidedTrainer(DistillationAdapter):
 
     _server: ServedTeacher | None = None
 
+    def reads_teacher_prompts(self) -> bool:
+        return self._server is not None or self.teacher_model is not None
+
     def prefix_length(self, answer: int) -> int:
         """Length of the prefix at the current optimizer step, in tokens.
 
@@ -47,8 +50,12 @@ class GuidedTrainer(DistillationAdapter):
         In an evaluation the student writes everything, unless no step is on-policy and the rows
         have the teacher's text.
         """
+        if (own := self._teacher_prompts) is not None:
+            read, images, multimodal_fields = own, None, {}
+        else:
+            read = prompt_ids
         if self._server is not None:
-            self._server.check_prompts(prompt_ids, self._tokenizer)
+            self._server.check_prompts(read, self._tokenizer)
         column = self.args.prefix_column
         has_text = column is not None and have_column(rows, column)
         if self.model.training:
@@ -74,9 +81,9 @@ class GuidedTrainer(DistillationAdapter):
                 check_answers(rows, written, column)
         elif self._server is not None:
             refuse_images(rows)
-            written = self._serve_prefixes(self._server, prompt_ids, length)
+            written = self._serve_prefixes(self._server, read, length)
         elif self.teacher_model is not None:
-            written = self.generate_with_teacher(prompt_ids, images, multimodal_fields, length)
+            written = self.generate_with_teacher(read, images, multimodal_fields, length)
         else:
             raise missing_guide_error(column)
         prefixes = [cut(ids, length, self.eos_token_ids) for ids in written]

@@ -29,8 +29,8 @@ HOOKS = (
 ATTRIBUTES = (
     "_buffered_inputs", "_forward_redirection", "_is_vlm", "_metrics", "_signature_columns",
     "_step", "_tokenizer", "_train_batch_size", "chat_template", "chat_template_kwargs",
-    "eos_token_ids", "generation_config", "model_wrapped", "shuffle_dataset", "teacher_model",
-    "use_vllm",
+    "eos_token_ids", "generation_config", "model_wrapped", "pad_to_multiple_of",
+    "shuffle_dataset", "teacher_model", "use_vllm",
 )  # fmt: skip
 #: The processor's fields that TRL's loss reads in a batch with images.
 MULTIMODAL_FIELDS = tuple(dict(HOOKS)["_get_last_hidden_state"].split()[5:])

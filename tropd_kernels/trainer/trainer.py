@@ -34,7 +34,7 @@ from ..draws import bernoulli_uniforms
 from ..functional import DistillationOutput, TokenStats, linear_distillation_loss
 from ..objectives import SFT, TokenRule
 from ..teachers import Teacher
-from . import card, metrics, progress, rewards, sampling, signals
+from . import card, metrics, progress, rewards, sampling, signals, teacher_prompts
 from .chat_templates import check_template_keys
 from .config import TrOPDConfig
 from .data_checks import (
@@ -78,7 +78,9 @@ class TrOPDTrainer(GuidedTrainer):
             heights; the ids that both have are compared.
         args: A `TrOPDConfig`; None takes its defaults: TrOPD as in the paper, without guidance.
         train_dataset: As in TRL; so are `eval_dataset`, `processing_class`, `callbacks`,
-            `optimizers`, `quantization_config`, `peft_config` and `tools`.
+            `optimizers`, `quantization_config`, `peft_config` and `tools`. A column
+            `teacher_prompt` (text or messages) is what the teacher reads, or writes after, in place
+            of `prompt`; both sides then read the same completion.
 
     Attributes:
         dataset_name: What the model card calls the data: a name on the hub, or a file. None at
@@ -150,6 +152,8 @@ class TrOPDTrainer(GuidedTrainer):
         if processing_class is None:
             processing_class = find_processor(model, args)
         if isinstance(processing_class, ProcessorMixin):
+            if teacher_prompts.has_column(train_dataset) and (loaded or self._server):
+                teacher_prompts.refuse_fields(True, {})
             check_modalities("train_dataset", train_dataset, processing_class)
             check_modalities("eval_dataset", eval_dataset, processing_class)
         super().__init__(
@@ -193,7 +197,8 @@ class TrOPDTrainer(GuidedTrainer):
 
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()
-        columns = [self.args.prefix_column] if self.args.prefix_column else []
+        columns = [teacher_prompts.COLUMN]
+        columns += [self.args.prefix_column] if self.args.prefix_column else []
         if self.args.precomputed_teacher:
             columns += signals.columns_of(self.args.rules())
         self._signature_columns += [c for c in columns if c not in self._signature_columns]
@@ -481,7 +486,8 @@ def _check_datasets(train: Any, evaluate: Any, args: TrOPDConfig, loaded_teacher
     named = args.is_guided and args.prefix_column not in (None, "teacher_completion")
     check_no_splits(train)
     check_dataset("train_dataset", train, [*columns, *([args.prefix_column] if named else [])])
-    check_dataset("eval_dataset", evaluate, columns)
+    own = [] if args.precomputed_teacher else teacher_prompts.columns_of_evaluation(train)
+    check_dataset("eval_dataset", evaluate, [*columns, *own])
     present = getattr(train, "column_names", None)  # a stream may not know them
     writes = args.teacher_model_server_url or loaded_teacher is not None
     if args.is_guided and not writes and present and args.prefix_column not in present:
