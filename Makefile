@@ -1,6 +1,6 @@
 # Everything runs in one virtual environment, .venv, which any of these makes on its first use:
 #
-#   make demo      examples/demo: SmolLM2 distils, the fused loss against an eager one; writes build/demo/
+#   make demo      examples/demo: a damaged SmolLM2 recovers, the fused loss against an eager one; writes build/demo/
 #   make train     examples/train: the same student by the trainer, full weights, then LoRA; writes build/train/
 #   make test      the tests, but for the slow ones
 #   make test-all  all tests
@@ -39,6 +39,7 @@ train: $(READY)
 	$(PY) -m examples.train.prepare
 	.venv/bin/tropd train --config examples/train/run.yaml $(ARGS)
 	.venv/bin/tropd train --config examples/train/run.yaml --peft true --learning_rate 1e-3 --output_dir build/train/lora $(ARGS)
+	$(PY) -m examples.train.show build/train/full build/train/lora
 
 # One thread a worker, or the workers' torch threads fight over the cores.
 PYTEST = -m pytest -n $(WORKERS) --dist worksteal --timeout 300 -p no:benchmark

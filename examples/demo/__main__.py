@@ -1,4 +1,4 @@
-"""`python -m examples.demo`: load, write, compare, train, draw.
+"""`python -m examples.demo`: load, write, compare, train, show.
 
 Exits with 0 when the fused loss agrees with float64 within the stated tolerance, 1 when it does
 not, and 2 when something is missing or an argument makes no sense.
@@ -59,7 +59,9 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--tokens", type=positive, default=32, help="longest completion, in tokens")
     parser.add_argument("--seed", type=seed, default=0, help="of the sampling and the gate's draws")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
-    parser.add_argument("--output", type=Path, default=CACHE, help="folder for demo.png")
+    parser.add_argument(
+        "--output", type=Path, default=CACHE, help="folder for demo.html, demo.png and demo.json"
+    )
     return parser.parse_args(arguments)
 
 

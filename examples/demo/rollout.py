@@ -30,9 +30,10 @@ def sample(
     prompts: list[str],
     new_tokens: int,
     temperature: float = 1.0,
+    greedy: bool = False,
 ) -> Rollout:
     """Completions drawn from the student's own distribution, at the loss's temperature and with
-    nothing cut off.
+    nothing cut off; `greedy` takes the likeliest token each time, to show what a model says.
 
     The loss takes the labels for such samples, which top-k or nucleus sampling would not give.
     """
@@ -41,15 +42,10 @@ def sample(
         chats, add_generation_prompt=True, padding=True, return_tensors="pt", return_dict=True
     ).to(student.device)
     end = tokenizer.eos_token_id
-    input_ids = student.generate(
-        **batch,
-        max_new_tokens=new_tokens,
-        do_sample=True,
-        temperature=temperature,
-        top_k=0,
-        top_p=1.0,
-        pad_token_id=end,
-    )
+    how = {"do_sample": False}
+    if not greedy:
+        how = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
+    input_ids = student.generate(**batch, **how, max_new_tokens=new_tokens, pad_token_id=end)
     completions = input_ids[:, batch["input_ids"].shape[1] :]
     # The first end token is part of the completion; later ones are padding, which has the same id.
     is_end = (completions == end).long()

@@ -24,7 +24,7 @@ class Step:
     tokens: int
     loss: float
     trust: float  # share of tokens inside the gate
-    reverse_kl: float  # one-sample estimate of KL(student || teacher), nats a token
+    reverse_kl: float  # KL(student || teacher), exact over the vocabulary, nats
     entropy: float  # the student's, nats
     gradient_share: float  # of the head's columns in the gradient products
 
@@ -40,10 +40,13 @@ def train(
     seed: int,
     dtype: torch.dtype,
     learning_rate: float = 3e-4,
+    decay: bool = False,
     **loss_options: Any,
 ) -> Iterator[Step]:
-    """Trains the student in place; yields after every step. loss_options: more of the loss's
-    keywords, such as gradient_sampling=0.1."""
+    """Trains the student in place; yields after every step.
+
+    decay: the learning rate falls linearly to 0. loss_options: more of the loss's keywords, such
+    as gradient_sampling=0.1."""
     student_head, teacher_head = read_head(student), read_head(teacher)
     optimizer = torch.optim.AdamW(student.parameters(), learning_rate, weight_decay=0, fused=True)
     # Mixed precision where `dtype` is bfloat16: the student's parameters stay float32.
@@ -65,6 +68,8 @@ def train(
             seed=seed + number,  # fresh gate draws each step, the same ones in a resumed run
             **loss_options,
         )
+        if decay:
+            optimizer.param_groups[0]["lr"] = learning_rate * (1 - number / steps)
         out.loss.backward()
         torch.nn.utils.clip_grad_norm_(student.parameters(), max_norm=1.0)
         optimizer.step()
@@ -77,7 +82,7 @@ def train(
             tokens=tokens,
             loss=out.loss.item(),
             trust=out.stats.trust.sum().item() / tokens,
-            reverse_kl=-out.stats.reward.sum().item() / tokens,
+            reverse_kl=out.stats.reverse_kl.sum().item() / tokens,
             entropy=out.stats.entropy.sum().item() / tokens,
             gradient_share=1.0 if share is None else share.item(),
         )

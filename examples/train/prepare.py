@@ -5,11 +5,10 @@ import sys
 
 from examples.demo import DemoError
 from examples.demo.__main__ import CACHE, REPOSITORY
-from examples.demo.model import load_teacher, make_student
+from examples.demo.model import damaged, load_teacher
 from examples.demo.prompts import PROMPTS
 
 FOLDER = REPOSITORY / "build" / "train"
-STUDENT_LAYERS = 10
 
 
 def main() -> int:
@@ -18,7 +17,7 @@ def main() -> int:
     except DemoError as error:
         print(f"train: {error}", file=sys.stderr)
         return 2
-    student = make_student(teacher, STUDENT_LAYERS)
+    student = damaged(teacher)
     for name, model in (("teacher", teacher), ("student", student)):
         model.save_pretrained(FOLDER / name)
         tokenizer.save_pretrained(FOLDER / name)

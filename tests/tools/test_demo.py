@@ -377,24 +377,3 @@ def test_training_moves_the_student_and_reports_each_step(options, teacher):
         assert math.isfinite(step.loss) and math.isfinite(step.reverse_kl)
         assert 0 < step.gradient_share <= 0.5 if options else step.gradient_share == 1
     assert not torch.equal(student.lm_head.weight, before)
-
-
-def test_the_picture_is_drawn(tmp_path):
-    pytest.importorskip("matplotlib")
-    pytest.importorskip("rich")
-    pytest.importorskip("transformers")
-    from benchmarks.measure import Times
-    from examples.demo.compare import Errors, Measured
-    from examples.demo.plot import draw
-    from examples.demo.train import Step
-
-    errors = Errors(loss=1e-7, d_hidden=1e-6, d_weight=1e-6, gate=0)
-    measured = [
-        Measured(name, vocabulary, 100, errors, Times(1.0, 0.9, 1.2), memory)
-        for vocabulary in (97, 200)
-        for name, memory in (("eager", 2**30), ("fused", None))
-    ]
-    steps = [Step(n, 100, 1 / n, 1 - 1 / n, 1 / n, 2.0, 1.0) for n in range(1, 4)]
-    file = tmp_path / "new" / "demo.png"
-    draw(measured, steps, "caption", file)
-    assert file.read_bytes().startswith(b"\x89PNG")

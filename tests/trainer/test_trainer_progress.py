@@ -20,6 +20,9 @@ import rich
 import tiny
 from training import Spy, make
 
+from tropd_kernels import OPD
+from tropd_kernels.trainer.progress import watch
+
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
 #: What moves a terminal's cursor, clears and colours.
 CONTROL = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
@@ -143,3 +146,23 @@ def test_the_end_of_a_run_is_no_checkpoint(tmp_path):
     resumed = make(tmp_path / "new", **settings)
     resumed.train(resume_from_checkpoint=str(tmp_path / "kept"))
     assert resumed.losses == trainer.losses[1:]
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({}, "which should fall, and tropd/trust_ratio, which should rise."),
+        ({"objective": "opd"}, "which should fall."),
+        ({"objective": "reverse_kl"}, None),  # its loss is the KL
+    ],
+    ids=["gate", "no gate", "no surrogate"],
+)
+def test_a_run_says_once_what_to_watch(tmp_path, capsys, settings, said):
+    make(tmp_path, max_steps=2, **settings).train()
+    printed = capsys.readouterr().out
+    assert printed.count("Watch tropd/") == (said is not None)
+    assert said is None or f"Watch tropd/reverse_kl, {said}\n" in printed
+
+
+def test_what_to_watch_is_what_a_teacher_without_whole_distributions_gives():
+    assert "tropd/reward_mean, minus the reverse KL, which should rise" in watch(OPD(), False)

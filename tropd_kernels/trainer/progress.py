@@ -10,9 +10,11 @@ import re
 from pathlib import Path
 from typing import Any
 
-from transformers import TrainerCallback
+from transformers import PrinterCallback, ProgressCallback, TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from trl import RichProgressCallback  # type: ignore[attr-defined]
+
+from ..objectives import TokenRule
 
 STATE = "trainer_state.json"
 
@@ -53,6 +55,22 @@ class Progress(RichProgressCallback):
 
 def _digits(value: Any) -> Any:
     return f"{value:.4g}" if isinstance(value, float) else value
+
+
+def watch(rule: TokenRule, whole_teacher: bool) -> str | None:
+    """Which metrics say whether a run goes well, if its loss does not: a policy gradient's value is
+    that of a surrogate, whose gradient is meant."""
+    if not rule.policy_gradient:
+        return None
+    kl = "tropd/reverse_kl, which should fall"
+    if not whole_teacher:
+        kl = "tropd/reward_mean, minus the reverse KL, which should rise"
+    trust = "" if rule.gate == "always" else ", and tropd/trust_ratio, which should rise"
+    return f"The loss is a surrogate, and its value says little. Watch {kl}{trust}."
+
+
+def prints_logs(callbacks: list[TrainerCallback]) -> bool:
+    return any(isinstance(c, (PrinterCallback, ProgressCallback, Progress)) for c in callbacks)
 
 
 def close(callbacks: list[TrainerCallback]) -> None:

@@ -227,6 +227,11 @@ class TrOPDTrainer(GuidedTrainer):
                     "of a run: give one of its folders checkpoint-..., or True for the last of "
                     "output_dir"
                 )
+        callbacks = self.callback_handler.callbacks
+        if self.is_world_process_zero() and progress.prints_logs(callbacks):
+            whole = self.args.loads_teacher
+            if (advice := progress.watch(self._rule(), whole)) is not None:
+                print(advice, flush=True)
         try:
             return super().train(resume_from_checkpoint, *rest, **keywords)
         finally:
