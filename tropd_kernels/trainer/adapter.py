@@ -13,9 +13,14 @@ All of that stays TRL's. `DistillationAdapter` joins what other modules replace:
 A subclass overrides their methods and sees none of TRL's private ones. `hooks.py` lists those.
 """
 
+import contextlib
+import copy
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import is_peft_model
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -28,6 +33,8 @@ from .loaded_teacher import check_dtypes, check_own_weights, load_teacher
 from .patching import keeping_forward, replaced
 from .reuse import BatchReuse
 from .router import router_loss
+from .sampling import evaluation_mode
+from .self_teacher import TeacherSync, is_self, refuse_sharded
 from .sharding import (
     is_sharded,
     prepare_frozen,
@@ -68,6 +75,8 @@ class DistillationAdapter(BatchReuse, PrefixedGeneration):
         check_eos(self.eos_token_ids, own, "the student has", self._tokenizer)
         self._teacher_head: Head | None = None
         self._teacher_eos: list[int] = []
+        self._adapters_off = False  # the teacher is the student without them
+        self._teacher_sync: TeacherSync | None = None
         if teacher_model is not None:
             self._load_teacher(teacher_model)
             assert self._teacher_head is not None
@@ -111,7 +120,24 @@ class DistillationAdapter(BatchReuse, PrefixedGeneration):
 
     # The teacher.
 
+    @property
+    def has_teacher(self) -> bool:
+        """Whether a teacher's model is in this process."""
+        return self.teacher_model is not None or self._adapters_off
+
     def _load_teacher(self, teacher: str | PreTrainedModel) -> None:
+        if is_self(teacher):
+            refuse_sharded(is_sharded(self.accelerator))
+            if is_peft_model(self.model):
+                self._adapters_off = True
+                with self._without_adapters():
+                    self._teacher_head = read_head_form(self.model, False)
+                self._contexts["teacher"] = self.model.config
+                return
+            teacher = itself = copy.deepcopy(self.model).requires_grad_(False)
+            if self.args.teacher_update_rate is not None:
+                self._teacher_sync = TeacherSync(itself, self.accelerator)
+                self.add_callback(self._teacher_sync)
         if isinstance(teacher, str):
             teacher = load_teacher(teacher, self.args)
         check_own_weights(self.model, teacher)
@@ -155,9 +181,11 @@ class DistillationAdapter(BatchReuse, PrefixedGeneration):
         """
         check_padding(self._tokenizer, self._shared_vocab_size, "teacher")
         eos = [*self.eos_token_ids, *self._teacher_eos]
-        teacher = {"model_wrapped": self.teacher_model, "use_vllm": False, "eos_token_ids": eos}
+        model = self.model_wrapped if self._adapters_off else self.teacher_model
+        teacher = {"model_wrapped": model, "use_vllm": False, "eos_token_ids": eos}
         try:
             with (
+                self._without_adapters(),
                 replaced(self, **teacher),
                 replaced(self.generation_config, eos_token_id=eos),
                 self._new_token_limit(tokens),
@@ -175,13 +203,8 @@ class DistillationAdapter(BatchReuse, PrefixedGeneration):
         with self.accelerator.autocast():
             student, router_logits = self._student_side(unwrapped_student, inputs)
             teacher = None
-            if self.teacher_model is not None and self.needs_teacher():
-                unwrapped = self.accelerator.unwrap_model(self.teacher_model)
-                with torch.no_grad(), keeping_forward(unwrapped):
-                    teacher = self._forward_redirection(
-                        self.teacher_model, unwrapped, read_side, unwrapped, self._teacher_head,
-                        teachers_view(inputs), self._get_last_hidden_state,
-                    )  # fmt: skip
+            if self.has_teacher and self.needs_teacher():
+                teacher = self._teacher_side(unwrapped_student, teachers_view(inputs))
         loss, self._stats = self.distill(student, teacher, inputs, num_items_in_batch)
         if self._router is not None:
             mask = torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], dim=1)
@@ -193,6 +216,41 @@ class DistillationAdapter(BatchReuse, PrefixedGeneration):
         self._exact_loss = loss.detach()
         mask = inputs["loss_mask"]
         return loss, (self._stats.entropy * mask).sum(), mask.sum()
+
+    @torch.no_grad()
+    def _teacher_side(self, student: Any, inputs: dict[str, Any]) -> ModelSide:
+        read = inputs, self._get_last_hidden_state
+        if self._adapters_off:
+            with self._without_adapters(), evaluation_mode(student):
+                return read_side(student, self._teacher_head, *read)
+        unwrapped = self.accelerator.unwrap_model(self.teacher_model)
+        with keeping_forward(unwrapped):
+            return self._forward_redirection(
+                self.teacher_model, unwrapped, read_side, unwrapped, self._teacher_head, *read
+            )
+
+    @contextlib.contextmanager
+    def _without_adapters(self) -> Iterator[None]:
+        """Inside, the student is its own teacher, if it is one that has adapters."""
+        if not self._adapters_off:
+            yield
+            return
+        flags = {parameter: parameter.requires_grad for parameter in self.model.parameters()}
+        with self.model.disable_adapter():
+            yield
+        for parameter, flag in flags.items():  # PEFT would have all of an adapter trained
+            parameter.requires_grad_(flag)
+
+    def _save_checkpoint(self, model, trial):
+        super()._save_checkpoint(model, trial)
+        if self._teacher_sync is not None and self.args.should_save:
+            folder = Path(self._get_output_dir(trial=trial))
+            self._teacher_sync.save(folder / f"checkpoint-{self.state.global_step}")
+
+    def _load_optimizer_and_scheduler(self, checkpoint):
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is not None and self._teacher_sync is not None:
+            self._teacher_sync.load(checkpoint)
 
     def _student_side(self, model: PreTrainedModel, inputs: dict[str, Any]):
         """The student's side, and its routers' logits if their loss counts."""

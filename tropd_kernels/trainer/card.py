@@ -20,6 +20,7 @@ from .. import __version__
 from .config import TrOPDConfig
 from .patching import base_of
 from .sampling import WHOLE
+from .self_teacher import is_self
 
 _REPOSITORY = "https://github.com/huggingface/trl"
 
@@ -172,7 +173,7 @@ IN_WORDS = {
 #: Others that influence the loss or the completions: a card has those not at their defaults.
 SHAPING = {
     "stage_fraction", "prefix_fraction", "prefix_steps", "prefix_weight", "num_iterations",
-    "num_generations",
+    "num_generations", "teacher_update_rate", "teacher_sync_steps",
     "drift_block_size", "select_by", "select_fraction", "select_threshold", "router_aux_loss_coef",
     "gradient_tolerance", "gradient_sampling", "disable_dropout", "max_completion_length",
     "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "generation_kwargs",
@@ -267,6 +268,9 @@ def subject(model: Any, teacher: Any, served: str | None, args: TrOPDConfig) -> 
         parts = [part for part in re.split(r"[/\\]+", served) if part]
         path = not parts or served.startswith(("/", ".", "~")) or len(parts) > 2
         who = f"`{parts[-1] if path and parts else served}`, behind a server"
+    elif is_self(teacher):
+        averaged = args.teacher_update_rate is not None
+        who = "a moving average of itself" if averaged else "itself before training"
     elif teacher is not None:
         who = named_model(teacher).link()
     else:

@@ -155,6 +155,12 @@ class TrOPDConfig(DistillationConfig):
         "own completions, or prefix_column with lmbda 0 where its rows have it.",
         1.0,
     )
+    teacher_update_rate: float | None = _setting(
+        "teacher_model 'self' follows the student as a moving average: this share of the student "
+        "and the rest of the teacher, every teacher_sync_steps. 1 is the student of then; None "
+        "(default) leaves the teacher as it was. TRL's SDFT has 0.05."
+    )
+    teacher_sync_steps: int = _setting("optimizer steps from one such update to the next.", 1)
     teacher_model_server_url: str | None = _setting(
         "a teacher behind HTTP that speaks vLLM's completions protocol (`server.py`), instead of "
         "one in this process: for objectives of K1 and the teacher's top-k, at temperature 1. "

@@ -285,6 +285,9 @@ def check_teacher(config: Config) -> None:
             f"temperature: a server gives log-probs at temperature 1, not {config.temperature}: "
             "set temperature 1, or load the teacher in this process"
         )
+    if config.teacher_update_rate is not None:
+        _within("teacher_update_rate", config.teacher_update_rate, 1e-9, 1.0)
+    _at_least("teacher_sync_steps", config.teacher_sync_steps, 1)
     _at_least("teacher_server_retries", config.teacher_server_retries, 0)
     _at_least("teacher_server_concurrency", config.teacher_server_concurrency, 1)
     _within("teacher_server_timeout", config.teacher_server_timeout, 1e-3, 1e9)

@@ -135,6 +135,8 @@ CONDITIONS = (
               "vllm_server_base_url has both, {!r}", of="vllm_server_base_url"),
     Condition(_SERVED, lambda a: a.teacher_model_server_url is not None,
               "there is no teacher_model_server_url"),
+    Condition(("teacher_sync_steps",), lambda a: a.teacher_update_rate is not None,
+              "the teacher does not move", "set teacher_update_rate"),
     Condition(("prefix_weight", "prefix_column"), lambda a: a.is_guided,
               "no completion begins with the teacher's text",
               "set prefix_schedule and its length, or lmbda below 1"),

@@ -28,7 +28,7 @@ class GuidedTrainer(DistillationAdapter):
     _server: ServedTeacher | None = None
 
     def reads_teacher_prompts(self) -> bool:
-        return self._server is not None or self.teacher_model is not None
+        return self._server is not None or self.has_teacher
 
     def prefix_length(self, answer: int) -> int:
         """Length of the prefix at the current optimizer step, in tokens.
@@ -82,7 +82,7 @@ class GuidedTrainer(DistillationAdapter):
         elif self._server is not None:
             refuse_images(rows)
             written = self._serve_prefixes(self._server, read, length)
-        elif self.teacher_model is not None:
+        elif self.has_teacher:
             written = self.generate_with_teacher(read, images, multimodal_fields, length)
         else:
             raise missing_guide_error(column)

@@ -27,6 +27,7 @@ from transformers.utils.import_utils import is_peft_available
 from transformers.utils.peft_utils import find_adapter_config_file
 
 from .patching import replaced
+from .self_teacher import is_self
 
 #: Options of `from_pretrained` that say where files are ...
 PLACE = ("cache_dir", "local_files_only", "revision", "subfolder", "token")
@@ -200,7 +201,8 @@ def check_sources(model: Any, teacher_model: Any, args: Any) -> None:
     the two configs are fetched.
     """
     _check_source("model", model, student_options(args))
-    _check_source("teacher_model", teacher_model, teacher_options(args))
+    if not is_self(teacher_model):
+        _check_source("teacher_model", teacher_model, teacher_options(args))
 
 
 def _check_source(key: str, name: Any, options: Mapping[str, Any]) -> None:

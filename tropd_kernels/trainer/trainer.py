@@ -52,6 +52,7 @@ from .loaded_teacher import check_quantization
 from .patching import base_of
 from .prefix import prefix_mask
 from .regions import Sample, samples, show, write_page
+from .self_teacher import check_self, is_self
 from .served_teacher import ServedTeacher
 from .sides import ModelSide
 from .sources import check_one_teacher, check_sources, find_processor, find_tokenizer
@@ -74,7 +75,9 @@ class TrOPDTrainer(GuidedTrainer):
         teacher_model: Likewise, also an adapter's folder; None takes
             `args.teacher_model_name_or_path`. Objective "sft", a served and a precomputed teacher
             need none. By name it is loaded in its checkpoint's dtype, unless
-            `teacher_model_init_kwargs` give a `dtype`. The vocabularies may be padded to different
+            `teacher_model_init_kwargs` give a `dtype`. "self" is the student itself, frozen as it
+            is given (with adapters: without them) or averaged (`teacher_update_rate`): a run that
+            is resumed has to be given the same one. The vocabularies may be padded to different
             heights; the ids that both have are compared.
         args: A `TrOPDConfig`; None takes its defaults: TrOPD as in the paper, without guidance.
         train_dataset: As in TRL; so are `eval_dataset`, `processing_class`, `callbacks`,
@@ -133,6 +136,7 @@ class TrOPDTrainer(GuidedTrainer):
         self.dataset_name: str | None = None
         self._samples: list[Sample] = []
         loaded = _teacher_to_load(teacher_model, args)
+        check_self(model, loaded, peft_config, args, train_dataset)
         check_sources(model, loaded, args)
         if args.precomputed_teacher and tools:
             raise ValueError("tools: precomputed_teacher fixes the completions: leave tools out")
@@ -190,7 +194,7 @@ class TrOPDTrainer(GuidedTrainer):
             self.add_callback(progress.Progress)
 
     def _load_teacher(self, teacher: str | PreTrainedModel) -> None:
-        tokenizer = find_tokenizer(teacher, self.args)
+        tokenizer = None if is_self(teacher) else find_tokenizer(teacher, self.args)
         if tokenizer is not None:
             check_tokenizers(self._tokenizer, tokenizer)
         super()._load_teacher(teacher)

@@ -1,0 +1,193 @@
+"""`teacher_model="self"`: a frozen copy, the student without its adapters, a moving average."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+
+pytest.importorskip("trl", reason="the trainer needs trl")
+
+import tiny
+from training import by_hand, make, step_and_compare, unloadable
+
+from tropd_kernels.trainer import TrOPDConfig
+
+pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
+SPLIT = dict(per_device_train_batch_size=2, gradient_accumulation_steps=2)
+TOLD = [f"w{90 - i} " * (1 + (5 * i) % 8) + f"w{i}" for i in range(8)]
+
+
+def told(**columns):
+    return tiny.prompts(8, teacher_prompt=TOLD, **columns)
+
+
+def itself(folder, student=None, data=None, **settings):
+    return make(folder, student, "self", told() if data is None else data, **settings)
+
+
+def adapter(seed=7, **options):
+    """A student with an adapter that has learnt something already."""
+    peft = pytest.importorskip("peft")
+    torch.manual_seed(seed)
+    config = peft.LoraConfig(r=2, target_modules=["q_proj", "v_proj"], **options)
+    model = peft.get_peft_model(tiny.model(0), config)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.1)
+    return model
+
+
+@pytest.mark.parametrize(
+    "settings", [SPLIT, dict(objective="reverse_kl"), dict(SPLIT, objective="opd", lmbda=0.0)]
+)
+def test_frozen_copy_is_the_student_at_the_start(tmp_path, settings):
+    trainer = itself(tmp_path, **settings)
+    step_and_compare(trainer, tiny.model(0))
+    assert not torch.equal(trainer.teacher_model.lm_head.weight, trainer.model.lm_head.weight)
+
+
+def test_it_is_the_student_loaded_twice(tmp_path):
+    """To the bit, over several steps."""
+    runs = []
+    for teacher in ("self", tiny.model(0)):
+        runs.append(make(tmp_path, teacher=teacher, data=told(), max_steps=3, **SPLIT))
+        runs[-1].train()
+    assert runs[0].losses == runs[1].losses
+    assert all(map(torch.equal, *(run.model.parameters() for run in runs)))
+
+
+@pytest.mark.parametrize("kept", [None, ["lm_head"]])
+def test_adapters_off_is_the_base(tmp_path, kept):
+    """No copy; with a head that the adapter trains, too, the teacher's is the original."""
+    trainer = itself(tmp_path, adapter(modules_to_save=kept), **SPLIT)
+    assert trainer.teacher_model is None
+    if kept is None:
+        step_and_compare(trainer, tiny.model(0))
+        return
+    head = trainer.model.lm_head.modules_to_save["default"].weight
+    with torch.no_grad():
+        head.mul_(1.5)
+    step_and_compare(trainer, tiny.model(0))
+    assert torch.equal(trainer.model.lm_head.original_module.weight, tiny.model(0).lm_head.weight)
+
+
+def test_adapter_parameters_keep_their_flags(tmp_path):
+    """PEFT trains all of an adapter after it has been switched off and on."""
+    model = adapter()
+    frozen = [n for n, p in model.named_parameters() if "layers.0" in n and "lora_A" in n]
+    for name, parameter in model.named_parameters():
+        if name in frozen:
+            parameter.requires_grad_(False)
+    trainer = itself(tmp_path, model, max_steps=2)
+    before = copy.deepcopy(dict(trainer.model.named_parameters()))
+    trainer.train()
+    for name, parameter in trainer.model.named_parameters():
+        assert (name in frozen or "lora" not in name) == torch.equal(parameter, before[name]), name
+
+
+def test_the_base_writes_after_its_own_prompt(tmp_path):
+    """... without the adapter, which would write something else."""
+    base = tiny.model(0, spread=300.0)
+    trainer = itself(tmp_path, adapter_of(base), objective="opd", lmbda=0.0)
+    trainer.train()
+    (batch,) = trainer.batches
+    hits = []
+    for i in range(4):
+        read = batch["teacher_prompt_ids"][i][batch["teacher_prompt_mask"][i].bool()]
+        written = batch["completion_ids"][i][: int(batch["prefix_lengths"][i])]
+        with torch.no_grad():
+            logits = tiny.model(0, spread=300.0)(torch.cat([read, written])[None]).logits
+        hits.append((logits[0, len(read) - 1 : -1].argmax(-1) == written).float())
+    assert torch.cat(hits).mean() > 0.8
+
+
+def adapter_of(base):
+    peft = pytest.importorskip("peft")
+    torch.manual_seed(3)
+    model = peft.get_peft_model(base, peft.LoraConfig(r=2, target_modules=["q_proj", "v_proj"]))
+    for name, parameter in model.named_parameters():
+        if "lora" in name:
+            torch.nn.init.normal_(parameter, std=2.0)
+    return model
+
+
+@pytest.mark.parametrize("steps", [1, 2])
+def test_moving_average_by_hand(tmp_path, steps):
+    """0.25 student + 0.75 teacher after each update, and the second step's loss is its."""
+    trainer = itself(tmp_path, teacher_update_rate=0.25, teacher_sync_steps=steps)
+    trainer.train()
+    for new, old, mean in zip(
+        trainer.model.parameters(), tiny.model(0).parameters(), trainer.teacher_model.parameters()
+    ):
+        expected = old if steps == 2 else 0.75 * old + 0.25 * new
+        torch.testing.assert_close(mean, expected, rtol=1e-6, atol=1e-7)
+    trainer = itself(tmp_path, teacher_update_rate=1.0, max_steps=2)
+    students = []
+    trainer.distill = lambda *a, f=trainer.distill: (
+        students.append(copy.deepcopy(trainer.model)), f(*a))[1]  # fmt: skip
+    trainer.train()
+    student = students[1].double()
+    loss = by_hand(trainer, student, copy.deepcopy(student), step=1)  # rate 1: the student itself
+    assert trainer.losses[1] == pytest.approx(loss.item(), rel=1e-4)
+
+
+@pytest.mark.parametrize("settings", [{}, dict(teacher_update_rate=0.5)])
+def test_resume(tmp_path, settings):
+    """The average is in the checkpoint; a frozen copy is that of the student that is given."""
+    settings |= dict(max_steps=4, save_strategy="steps", save_steps=2, optim="adamw_torch",
+                     learning_rate=1e-2, **SPLIT)  # fmt: skip
+    whole = itself(tmp_path, **settings)
+    whole.train()
+    student = tiny.model(9) if "teacher_update_rate" in settings else None
+    resumed = itself(tmp_path, student, **settings)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    assert resumed.losses == whole.losses[4:]
+    for one in ("model", "teacher_model"):
+        pair = (getattr(run, one).parameters() for run in (whole, resumed))
+        assert all(map(torch.equal, *pair))
+    if "teacher_update_rate" in settings:
+        (tmp_path / "checkpoint-2" / "teacher.pt").unlink()
+        with pytest.raises(ValueError, match="^resume_from_checkpoint: .* has no teacher.pt"):
+            itself(tmp_path, **settings).train(resume_from_checkpoint=tmp_path / "checkpoint-2")
+
+
+def test_card_says_who_taught(tmp_path):
+    for rate, words in ((None, "itself before training"), (0.5, "a moving average of itself")):
+        trainer = itself(tmp_path, teacher_update_rate=rate)
+        trainer.create_model_card()
+        assert f"to match {words}" in (tmp_path / "README.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        (dict(teacher_update_rate=0.0), "teacher_update_rate: must be in"),
+        (dict(teacher_update_rate=1.5), "teacher_update_rate: must be in"),
+        (dict(teacher_sync_steps=0), "teacher_sync_steps: must be a whole number"),
+        (dict(teacher_sync_steps=2), "teacher_sync_steps: it would have no effect"),
+    ],
+)
+def test_bad_settings(tmp_path, settings, words):
+    with pytest.raises(ValueError, match=f"^{words}"):
+        TrOPDConfig(str(tmp_path), bf16=False, use_cpu=True, **settings)
+
+
+def test_refusals_before_a_model_is_loaded(tmp_path):
+    name = unloadable(tmp_path)
+    for key, value in (("teacher_model_revision", "x"), ("teacher_model_init_kwargs", {"a": 1})):
+        with pytest.raises(ValueError, match=f"^{key}: it would have no effect: .* itself"):
+            make(tmp_path, name, "self", told(), **{key: value})
+    with pytest.raises(ValueError, match="^teacher_update_rate: it would have no effect"):
+        make(tmp_path, name, tiny.model(1), told(), teacher_update_rate=0.5)
+    with pytest.raises(ValueError, match="^teacher_model: 'self' .* give the data set a column 't"):
+        make(tmp_path, name, "self", tiny.prompts())
+    peft = pytest.importorskip("peft")
+    with pytest.raises(NotImplementedError, match="^teacher_update_rate: with adapters"):
+        make(tmp_path, name, "self", told(), peft=peft.LoraConfig(), teacher_update_rate=0.5)
+
+
+def test_by_the_config(tmp_path):
+    trainer = make(tmp_path, teacher="self", data=told(), teacher_model_name_or_path="self")
+    assert trainer.teacher_model is not None

@@ -1,0 +1,92 @@
+"""`teacher_model="self"`: the student as its own teacher, which reads the column `teacher_prompt`.
+
+| student       | teacher_update_rate | teacher                                                   |
+|---------------|---------------------|-----------------------------------------------------------|
+| with adapters | None                | the student without them: no copy                         |
+| without       | None                | a copy of the student as the trainer was given it         |
+| without       | a                   | that copy, which moves: a student + (1 - a) teacher every |
+|               |                     | `teacher_sync_steps` steps, saved in each checkpoint      |
+
+The two settings are spelt as in TRL's SDFT and SDPO, and the moving average is the one of its
+`SyncRefModelCallback`.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.utils import is_peft_model
+from trl import SyncRefModelCallback  # type: ignore[attr-defined]
+
+from .effects import OF_LOADED_TEACHER
+from .teacher_prompts import COLUMN
+
+SELF = "self"
+#: Settings of a teacher that is the student itself.
+OF_SELF = ("teacher_update_rate", "teacher_sync_steps")
+_FILE = "teacher.pt"
+
+
+def is_self(teacher: Any) -> bool:
+    """Whether a `teacher_model` is the student itself. A folder of that name is "./self"."""
+    return isinstance(teacher, str) and teacher == SELF
+
+
+def check_self(student: Any, teacher: Any, peft_config: Any, args: Any, train: Any) -> None:
+    """Refuses, before a model is loaded, a student that cannot teach itself or would learn nothing,
+    and the settings of one kind of teacher beside the other.
+
+    args: a `TrOPDConfig`. train: the data set.
+    """
+    itself = is_self(teacher)
+    for key in OF_LOADED_TEACHER if itself else OF_SELF:
+        if getattr(args, key) not in (None, 1):
+            who = "the student itself" if itself else "not the student itself, 'self'"
+            raise ValueError(
+                f"{key}: it would have no effect: teacher_model is {who}: leave {key} out"
+            )
+    if not itself:
+        return
+    adapted = isinstance(student, torch.nn.Module) and is_peft_model(student)
+    if args.teacher_update_rate is not None and (peft_config is not None or adapted):
+        raise NotImplementedError(
+            "teacher_update_rate: with adapters the teacher is the student without them, which "
+            "does not move: leave it out, or train the whole model"
+        )
+    present = getattr(train, "column_names", None)  # a stream may not know them
+    if present and COLUMN not in present and not args.is_guided and not adapted:
+        raise ValueError(
+            "teacher_model: 'self' would read what the student reads, and teach it nothing: give "
+            f"the data set a column {COLUMN!r}; it has {', '.join(map(repr, present))}"
+        )
+
+
+def refuse_sharded(sharded: bool) -> None:
+    if sharded:
+        raise NotImplementedError(
+            "teacher_model: 'self' under FSDP or ZeRO-3, which shard the student while it is read "
+            "a second time: give the student's name as teacher_model, which loads a frozen copy"
+        )
+
+
+class TeacherSync(SyncRefModelCallback):
+    """Moves the teacher towards the student after an optimizer step."""
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step % args.teacher_sync_steps == 0:
+            student = self.accelerator.unwrap_model(kwargs["model"])
+            self.sync_target_model(student, self.ref_model, args.teacher_update_rate)
+
+    def save(self, folder: Path) -> None:
+        torch.save(self.ref_model.state_dict(), folder / _FILE)
+
+    def load(self, folder: str) -> None:
+        """Raises ValueError for a checkpoint without the teacher."""
+        file = Path(folder, _FILE)
+        if not file.is_file():
+            raise ValueError(
+                f"resume_from_checkpoint: {folder} has no {_FILE}, which holds the teacher of a "
+                "run with teacher_update_rate: resume from a checkpoint of such a run"
+            )
+        device = self.accelerator.device.type
+        self.ref_model.load_state_dict(torch.load(file, map_location=device))
