@@ -199,10 +199,12 @@ def log_probs_problem(
 
 
 def _check_ids(rule: TokenRule, ids: Any, labels: Tensor) -> None:
-    shape = ", ".join(map(str, (*labels.shape, "K")))
-    wants = f"an int64 tensor of shape ({shape}) with -1 at padding"
+    def wanted() -> str:  # when it is asked for: torch.compile writes no length that it traces
+        shape = ", ".join(map(str, (*labels.shape, "K")))
+        return f"an int64 tensor of shape ({shape}) with -1 at padding"
+
     if rule.top_k_ids == "given" and ids is None:
-        raise ValueError(f"{rule!r} sums over ids that are given: pass ids=<{wants}>")
+        raise ValueError(f"{rule!r} sums over ids that are given: pass ids=<{wanted()}>")
     if ids is None:
         return
     if rule.top_k_ids != "given":
@@ -212,11 +214,11 @@ def _check_ids(rule: TokenRule, ids: Any, labels: Tensor) -> None:
             "TopKTeacher scored are its own)"
         )
     if not isinstance(ids, Tensor):
-        raise TypeError(f"ids must be {wants}, got {type(ids).__name__}")
+        raise TypeError(f"ids must be {wanted()}, got {type(ids).__name__}")
     if ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
-        raise TypeError(f"ids must be {wants}, got {ids.dtype}")
+        raise TypeError(f"ids must be {wanted()}, got {ids.dtype}")
     if ids.shape[:-1] != labels.shape or ids.dim() == 0 or ids.shape[-1] == 0:
-        raise ValueError(f"ids must be {wants}, got shape {tuple(ids.shape)}")
+        raise ValueError(f"ids must be {wanted()}, got shape {tuple(ids.shape)}")
 
 
 #: Arguments that some rules read and others do not: which, what to give, and what reads it.
