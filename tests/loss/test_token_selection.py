@@ -265,7 +265,7 @@ def test_infinite_scores(backend):
         assert stats.kept.sum() == kept and stats.kept[[1, 4]].all()
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", ["reference", *BACKENDS])
 def test_a_score_of_nan_shows(backend):
     problem = make_problem(tokens=6)
     problem.hidden[2] = math.nan

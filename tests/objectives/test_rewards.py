@@ -388,6 +388,20 @@ def test_what_is_not_a_number_says_so(transform, backend, device):
 
 
 @backends
+@pytest.mark.parametrize("reward_filter", ["positive", "negative"])
+def test_a_task_advantage_of_nan_shows(reward_filter, backend, device, monkeypatch):
+    """Where nobody looks at the values, as on a GPU with ignore_index=None: no filter drops it."""
+    monkeypatch.setattr("tropd_kernels.loss.values.may_look", lambda problem: False)
+    z, t, labels = two_tokens(device)
+    task = torch.tensor([math.nan, 1.0], dtype=torch.float64, device=device)
+    rule = TokenRule(reward_filter=reward_filter)
+    loss, gradient, _ = loss_and_gradient(
+        z, labels, LogitsTeacher(t), rule, backend, reduction="none", task_advantages=task
+    )
+    assert loss.isnan().tolist() == gradient.isnan().any(-1).tolist() == [True, False]
+
+
+@backends
 def test_a_clip_or_a_filter_bounds_an_infinite_reward(backend, device):
     z, t, labels = two_tokens(device)
     t[0] = torch.tensor([-math.inf, 0, 0], dtype=torch.float64, device=device)
