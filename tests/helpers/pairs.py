@@ -2,9 +2,10 @@
 two values that occur together at all occur together.
 
 A mistake rarely takes three things at once: an objective, a teacher's form and a backend. Of a test
-that is marked `pairs`, `make test` runs these few and `make test-all` every combination. Where
-three do go together, the mark is given a function of the parameters: what it returns is one more of
-them, and occurs with every value of the others.
+that is marked `pairs`, `make test` runs these few, `make compiled` a few of the combinations with
+Triton in which every two values of the other parameters occur, and `make test-all` every
+combination. Where three do go together, the mark is given a function of the parameters: what it
+returns is one more of them, and occurs with every value of the others.
 """
 
 from __future__ import annotations
@@ -50,3 +51,4 @@ def mark_the_rest_slow(items: Iterable[pytest.Function]) -> None:
         for i, item in enumerate(every):
             if i not in few:
                 item.add_marker(pytest.mark.slow)
+                item.add_marker(pytest.mark.beyond_pairs)

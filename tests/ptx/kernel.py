@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, field
+from functools import cached_property
+from types import CodeType
 
 import numpy as np
 
@@ -82,18 +84,33 @@ class Type:
 @dataclass
 class Block:
     """Instructions that run together. gathers: it begins with an exchange. end: "bra" to `target`
-    or "ret", both where `condition` holds; "bar"; or "", and it goes on to the next block."""
+    or "ret", both where `condition` holds; "bar"; or "", and it goes on to the next block. name: in
+    tracebacks."""
 
     gathers: bool = False
     lines: list[Line] = field(default_factory=list)
     end: str = ""
     condition: str | None = None
     target: str | None = None
+    name: str = ""
 
-    def compile(self, name: str) -> None:
-        for mask, which in ((None, "code"), ("m", "masked")):
-            source = "\n".join(line.source(mask) for line in self.lines)
-            setattr(self, which, compile(source, name, "exec"))
+    @cached_property
+    def code(self) -> CodeType:
+        return self._compiled(None)
+
+    @cached_property
+    def masked(self) -> CodeType:
+        return self._compiled("m")
+
+    @cached_property
+    def leaves(self) -> CodeType:
+        """The condition, where there is one."""
+        return compile(self.condition or "True", self.name, "eval")
+
+    def _compiled(self, mask: str | None) -> CodeType:
+        """When a program comes by: most blocks never run with a mask, and compiling takes longer
+        than running a block once."""
+        return compile("\n".join(line.source(mask) for line in self.lines), self.name, "exec")
 
 
 @dataclass
@@ -140,7 +157,7 @@ class Kernel:
         for statement in _statements(body):
             self._read(statement)
         for i, block in enumerate(self.blocks):
-            block.compile(f"<block {i} of {self.name}>")
+            block.name = f"<block {i} of {self.name}>"
 
     def run(self, grid, arguments: list[int], extents: list[tuple[int, int, str]]) -> None:
         """arguments: pointers and integers; those missing at the end are 0. extents: those of

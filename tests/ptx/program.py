@@ -64,7 +64,7 @@ class Program:
                 continue
             away = np.zeros_like(group)
             if block.end:
-                away = group & (block.condition is None or eval(block.condition, self.names))
+                away = group & eval(block.leaves, self.names)
             ways = [(at + 1, group & ~away)]
             if block.end == "bra":
                 ways.append((self.kernel.labels[block.target], away))
