@@ -59,7 +59,7 @@ def test_the_others_of_a_marked_test_are_slow():
     first, second, plain = items("first", pairs), items("second", pairs), items("plain", None)
     mark_the_rest_slow([*first, *plain, *second])
     for every in (first, second):
-        assert sorted(item.added for item in every) == [[]] * 4 + [["slow"]] * 4
+        assert sorted(item.added for item in every) == [[]] * 4 + [["slow", "beyond_pairs"]] * 4
     assert not any(item.added for item in plain)
 
 
