@@ -209,8 +209,17 @@ def parse_run(arguments: Sequence[str]) -> tuple[Run, Any]:
         )
     # Before the config looks at the machine.
     check_names(parsed, [key for key in ("model", "dataset") if getattr(parsed, key) is None])
+    # Only what is given: a recipe sets the rest.
+    untouched = object()
+    start = argparse.Namespace(**dict.fromkeys(vars(parsed), untouched))
+    of_flags = vars(parser.parse_known_args(flags, start)[0])
+    given = {key for key, value in of_flags.items() if value is not untouched} | keys.keys()
+    values = {key: value for key, value in vars(parsed).items() if key in given}
     try:
-        run, config, _ = parser.parse_args_into_dataclasses(flags, look_for_args_file=False)
+        run, config = (
+            cls(**{key: values[key] for key in values.keys() & cls.__dataclass_fields__.keys()})
+            for cls in classes
+        )
     except (ImportError, TypeError, ValueError) as error:
         raise UsageError(str(error)) from error
     try:

@@ -44,6 +44,16 @@ def made(trainer) -> tuple[ModelCard, str]:
         ({"objective": "gkd", "beta": 0.3}, "Objective: GKD (", ["2306.13649"]),
         ({"objective": "tropd"}, "Objective: TrOPD (", ["2606.01249"]),
         ({"objective": "reverse_kl"}, "Objective: Reverse KL: KL(student || teacher)", []),
+        (
+            {"objective": "forward_kl", "objective_kwargs": {"top_k": 4}},
+            "KL(teacher || student) on the teacher's top-4, on every token.",
+            [],
+        ),
+        (
+            {"objective": "reverse_kl", "objective_kwargs": {"top_k": 4, "top_k_ids": "student"}},
+            "KL(student || teacher) on the student's top-4, on every token.",
+            [],
+        ),
         ({"objective": "reopold"}, "Objective: REOPOLD (", ["2603.11137"]),
         ({"objective": "lsm"}, "Objective: Local support matching (LSM) (", ["2603.25562"]),
         ({"objective": "opd"}, "Objective: OPD ([On-Policy Distillation](https://think", []),
@@ -56,7 +66,7 @@ def test_the_objective_is_the_run_s(tmp_path, settings, words, papers):
     assert words in text
     assert sorted(set(re.findall(r"\d{4}\.\d{5}", text))) == papers
     cited = re.findall(r"^@\w+\{", text, re.MULTILINE)
-    assert len(cited) == (1 if settings["objective"] == "reverse_kl" else 2)
+    assert len(cited) == (1 if settings["objective"] in ("forward_kl", "reverse_kl") else 2)
     assert "@software{vonwerra2020trl," in text
     assert settings["objective"] in data.data.tags and {"trl", "tropd-kernels"} < {*data.data.tags}
     assert ("tropd" in data.data.tags) == (settings["objective"] == "tropd")

@@ -13,6 +13,8 @@ import tiny
 import transformers
 from training import RATE, by_hand, make, resume_and_compare
 
+from tropd_kernels.trainer import trainer as trainer_module
+
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
 CREDIT = dict(drift_tau=3.0, drift_block_size=4, importance_gamma=0.5, kl_discount_factor=0.5)
 CASES = {
@@ -60,6 +62,44 @@ def test_second_step_on_a_batch(tmp_path, case):
     gradient = torch.cat([p.grad.flatten() for p in twin.parameters()])
     error = ((old - new).double() / RATE - gradient).norm()
     assert error <= 1e-4 * gradient.norm() + 2e-7 * old.norm() / RATE
+
+
+@pytest.mark.parametrize(
+    ("settings", "calls"),
+    [
+        (dict(select_by="reward", select_fraction=0.5), [1, 1]),
+        (dict(select_by="teacher_entropy", select_fraction=0.5), [2, 1]),
+        (dict(select_by="reward", select_fraction=0.5, kl_discount_factor=0.5), [2, 2]),
+        (dict(select_by="teacher_entropy", select_fraction=0.5, importance_gamma=0.5), [2, 2]),
+    ],
+)  # fmt: skip
+def test_passes_over_the_heads(tmp_path, monkeypatch, settings, calls):
+    """The pass that makes the rewards has every token's log-probs: none makes them once more."""
+    counted: list[int] = []
+    loss = trainer_module.linear_distillation_loss
+
+    def counting(*arguments, **keywords):
+        counted.append(run.state.global_step)
+        return loss(*arguments, **keywords)
+
+    monkeypatch.setattr(trainer_module, "linear_distillation_loss", counting)
+    run = make(tmp_path, objective="opd", num_iterations=2, max_steps=2, **settings)
+    run.train()
+    assert [counted.count(step) for step in (0, 1)] == calls
+    batch = run.batches[1]
+    twin = copy.deepcopy(tiny.model(0)).double()
+    for i, old in enumerate(batch["old_log_probs"]):
+        prompt = batch["prompt_ids"][i][batch["prompt_mask"][i].bool()]
+        labels = batch["completion_ids"][i][batch["completion_mask"][i].bool()]
+        ids = torch.cat([prompt, labels])[None]
+        with torch.no_grad():
+            log_p = twin(ids).logits[0, len(prompt) - 1 : -1].log_softmax(-1)
+        torch.testing.assert_close(
+            old[: len(labels)].double(),
+            log_p.gather(1, labels[:, None])[:, 0],
+            rtol=1e-4,
+            atol=1e-5,
+        )
 
 
 def test_each_batch_is_used_so_often(tmp_path):

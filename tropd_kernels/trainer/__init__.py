@@ -5,6 +5,7 @@
 | config.py          | `TrOPDConfig`: every setting, checked before a model is loaded        |
 | own_rule.py        | a rule of one's own as the objective, or a schedule of rules          |
 | config_checks.py   | checks of its values, and of how they go together                     |
+| recipes.py         | what publications state of a run, and what overrules it               |
 | effects.py         | settings without effect, which are refused                            |
 | generation_keys.py | the keys of `generation_kwargs`                                       |
 | credentials.py     | secrets, which no error, log or print shows                           |

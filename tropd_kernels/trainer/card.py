@@ -19,6 +19,7 @@ from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 from .. import __version__
 from .config import TrOPDConfig
 from .patching import base_of
+from .recipes import describe
 from .sampling import WHOLE
 from .self_teacher import is_self
 
@@ -117,7 +118,8 @@ _VETO = Source(
     "Ijun Jang and Jewon Yeom and Juan Yeo and Hyunggu Lim and Taesup Kim", 2026, "2601.07155",
 )  # fmt: skip
 
-_WHOLE = "over the whole vocabulary, on every token"
+_ALL_IDS = "over the whole vocabulary"
+_WHOLE = f"{_ALL_IDS}, on every token"
 #: Each objective's name, what it does on a token, and its publication.
 OBJECTIVES: Mapping[str, tuple[str, str, Source | None]] = {
     "tropd": (
@@ -166,9 +168,8 @@ OBJECTIVES: Mapping[str, tuple[str, str, Source | None]] = {
 
 #: Fields of the config, our own and TRL's, with their own sentence or place in a card.
 IN_WORDS = {
-    "objective", "objective_kwargs", "beta", "prefix_schedule", "prefix_length", "prefix_relative",
-    "lmbda",
-    "kl_discount_factor", "importance_gamma", "drift_tau",
+    "recipe", "objective", "objective_kwargs", "beta", "prefix_schedule", "prefix_length",
+    "prefix_relative", "lmbda", "kl_discount_factor", "importance_gamma", "drift_tau",
 }  # fmt: skip
 #: Others that influence the loss or the completions: a card has those not at their defaults.
 SHAPING = {
@@ -325,7 +326,11 @@ def write(
 def _objective(args: TrOPDConfig) -> tuple[str, str, Source | None]:
     """Name, words and publication of the config's objective; a rule of one's own is written out."""
     if isinstance(args.objective, str):
-        return OBJECTIVES[args.objective]
+        name, words, source = OBJECTIVES[args.objective]
+        rule = args.rule()
+        if rule.top_k is not None:
+            words = words.replace(_ALL_IDS, f"on the {rule.top_k_ids}'s top-{rule.top_k}")
+        return name, words, source
     rules = args.rules_of_all()
     if len(rules) == 1:
         return "a rule of one's own", f"`{rules[0]!r}`", None
@@ -335,7 +340,7 @@ def _objective(args: TrOPDConfig) -> tuple[str, str, Source | None]:
 
 def _settings(args: TrOPDConfig) -> list[str]:
     """A list, if any, of the settings that influenced the loss or the completions."""
-    lines = []
+    lines = [describe(args)] if args.recipe else []
     knobs: dict[str, Any] = dict(args.objective_kwargs or {})  # type: ignore[arg-type]
     if args.beta is not None:
         knobs["beta"] = args.beta

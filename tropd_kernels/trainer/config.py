@@ -5,6 +5,7 @@ Everything that TRL already spells keeps its spelling (`temperature`, `max_compl
 What is wrong raises here, with the key's name, before any model is loaded.
 """
 
+import inspect
 import json
 import os
 import textwrap
@@ -38,6 +39,7 @@ from .effects import check_conditions
 from .generation_keys import check_generation_conditions
 from .loaded_teacher import check_quantization, dtype_option
 from .own_rule import Objective, RuleSchedule, read_objective, saved_form
+from .recipes import RECIPES, Applied, apply_knobs, apply_recipe, describe
 from .sources import check_revisions
 
 STAGE_FRACTION = 0.5
@@ -54,6 +56,14 @@ _JSON = '{"name": value}'
 def _setting(text: str, default: Any = None) -> Any:
     """A dataclass field with its help text."""
     return field(default=default, metadata={"help": text})
+
+
+class _OfInit:
+    """The signature of a class whose `__new__` only looks at the arguments of its `__init__`."""
+
+    def __get__(self, config: Any, cls: type) -> inspect.Signature:
+        taken = inspect.signature(cls.__init__)  # type: ignore[misc]
+        return taken.replace(parameters=[*taken.parameters.values()][1:])
 
 
 @names_unknown_keys
@@ -85,6 +95,12 @@ class TrOPDConfig(DistillationConfig):
         "objective", "objective_kwargs",
     ]  # fmt: skip
 
+    recipe: str | None = _setting(
+        f"what a publication states of a run: {', '.join(map(repr, RECIPES))} (`recipes.py`). It "
+        "sets objective, optimizer, num_generations and prefix as far as they are stated there, "
+        "and prints them. A key that is given overrules it, also with its default; "
+        "objective_kwargs knob by knob."
+    )
     objective: Objective = _setting(  # noqa: RUF009
         "the name of one, or a rule of one's own. The names: "
         '"tropd" (default), "opd", "gkd", "eopd", "entropy_opd", "reopold", "clip_outlier", '
@@ -269,7 +285,20 @@ class TrOPDConfig(DistillationConfig):
         False,
     )
 
+    #: As if there were no `__new__`; of subclasses, too.
+    __signature__ = _OfInit()
+
+    def __new__(cls, *values: Any, **keywords: Any):
+        config = super().__new__(cls)
+        if values or keywords:
+            names = [one.name for one in fields(cls) if one.init]
+            vars(config)["_given"] = {*names[: len(values)], *keywords}
+        return config
+
     def __post_init__(self):
+        check_type("recipe", self.recipe, (str, type(None)))
+        new = self.recipe is not None and not isinstance(self.recipe, Applied)
+        apply_recipe(self, vars(self).pop("_given", set()))
         if isinstance(self.teacher_model_name_or_path, os.PathLike):
             self.teacher_model_name_or_path = os.fspath(self.teacher_model_name_or_path)
         self._check_types()
@@ -282,6 +311,7 @@ class TrOPDConfig(DistillationConfig):
         self.beta = given
         self._check_mappings()
         self.objective = read_objective(self.objective)
+        apply_knobs(self)
         check_trainer(self)
         check_objective_keys(self)
         check_selection(self)
@@ -296,6 +326,8 @@ class TrOPDConfig(DistillationConfig):
         check_sample(self)
         check_conditions(self)
         check_generation_conditions(self)
+        if new and self.process_index == 0:
+            print(describe(self))
 
     def to_dict(self) -> dict[str, Any]:
         """As transformers' `to_dict`, but secrets in a model's arguments are hidden, too, and a

@@ -171,7 +171,8 @@ def check_selection(config: Config) -> None:
     try:
         TokenRule(**given)
     except ValueError as error:
-        key = next(name for name in SELECTION if str(error).startswith(name))
+        named = SELECTION if config.select_by else [n for n in SELECTION if given[n] is not None]
+        key = next((name for name in named if str(error).startswith(name)), named[0])
         raise ValueError(f"{key}: {error}") from error
     if config.select_by is None:
         return

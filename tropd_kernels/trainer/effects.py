@@ -10,6 +10,7 @@ from dataclasses import MISSING, dataclass, fields
 from typing import Any
 
 from ..backends import has_row_engine
+from .recipes import how_to_unset
 
 _NO_METRICS = "the trainer takes no compute_metrics and keeps no predictions: leave it out"
 _CASTS = (
@@ -97,7 +98,8 @@ class Condition:
         other = getattr(args, self.of) if self.of else None
         reason = self.reason.format(getattr(other, "value", other))
         remedy = f"{self.remedy}, or " if self.remedy else ""
-        return ValueError(f"{key}: it would have no effect: {reason}: {remedy}leave {key} out")
+        without = how_to_unset(args, key)
+        return ValueError(f"{key}: it would have no effect: {reason}: {remedy}{without}")
 
 
 def _deepspeed(args: Any) -> bool:
@@ -291,7 +293,7 @@ def check_optimizers(args: Any, optimizers: tuple[Any, Any]) -> None:
                 continue
             raise ValueError(
                 f"{key}: it would have no effect: the {what} given to the trainer, a "
-                f"{type(given).__name__}, decides: set it there, or leave {key} out"
+                f"{type(given).__name__}, decides: set it there, or {how_to_unset(args, key)}"
             )
 
 

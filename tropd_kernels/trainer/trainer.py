@@ -307,9 +307,10 @@ class TrOPDTrainer(GuidedTrainer):
             self._kept_mass = sampling.kept_mass(
                 student, own, self._shared_vocab_size, self.temperature, self._warpers
             )
-        credit = {}
+        credit: dict[str, Tensor] = {}
+        log_probs: Tensor | None = None
         if rewards.needs_rewards(self.args, old):
-            credit = self._credit(student, signal, labels, rule, own, old)
+            credit, log_probs = self._credit(student, signal, labels, rule, own, old)
         if not all(tensor.isfinite().all() for tensor in credit.values()):
             # The loss would refuse them on this process only; `after_loss` stops all processes.
             credit, share = {}, math.nan
@@ -325,7 +326,9 @@ class TrOPDTrainer(GuidedTrainer):
         read = rule.score_reads_student and not (rule.score == "reward" and "advantages" in credit)
         if rule.score is not None and not read and self._keeps_log_probs(old):
             # Known of the selected tokens alone, and later steps may select others.
-            stats = replace(stats, log_probs=self._log_probs(student, labels))
+            if log_probs is None:
+                log_probs = self._log_probs(student, labels)
+            stats = replace(stats, log_probs=log_probs)
         return out.loss * share, stats
 
     def _keeps_log_probs(self, old: Tensor | None) -> bool:
@@ -387,13 +390,15 @@ class TrOPDTrainer(GuidedTrainer):
         rule: TokenRule,
         own: Tensor,
         old_log_probs: Tensor | None,
-    ) -> dict[str, Tensor]:
-        """`advantages` and `token_weight` (B, C); the rewards take one more pass over the heads."""
+    ) -> tuple[dict[str, Tensor], Tensor]:
+        """`advantages` and `token_weight` (B, C); the rewards take one more pass over the heads,
+        whose log-probs (B, C) of the student are the second value."""
         k1 = rewards.reward_rule(rule) if teacher is not None else SFT()
         stats = self._compare(
             student, teacher, labels, k1, reduction="sum", old_log_probs=old_log_probs
         ).stats
-        return rewards.token_credit(self.args, rule, stats, own, old_log_probs)
+        credit = rewards.token_credit(self.args, rule, stats, own, old_log_probs)
+        return credit, stats.log_probs
 
     def loss_count(self, stats: TokenStats, inputs: dict[str, Any]) -> Tensor:
         kept = self._rule().normalize == "kept"

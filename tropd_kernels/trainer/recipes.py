@@ -1,0 +1,154 @@
+"""Recipes: the settings that a publication states, set at once and overruled key by key.
+
+    tropd_paper          TrOPD (arXiv 2606.01249), with the rule `TrOPD.paper()`
+    tropd_official_code  the same settings, with the rule `TrOPD.official_code()`
+    opd                  Thinking Machines' `tinker-cookbook`, with its learning rate of full
+                         fine-tuning; that of a LoRA is 1e-4
+    reopold, eopd        the objectives of arXiv 2603.11137 and 2603.07079, and no more: how their
+                         runs were optimized is not known here
+
+What a source does not state stays at TRL's default. The size of a run stays the user's, as it
+follows from data and machine: steps, prompts a step and max_completion_length (TrOPD's paper: 200
+steps of 128 prompts, up to 8096 tokens).
+
+A recipe sets keys that were not given. One that was given stays, also with its default's value.
+"""
+
+import inspect
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from ..objectives import EOPD, OPD, REOPOLD, TokenRule, TrOPD
+from ..objectives.registry import OBJECTIVES, build_rule, knobs, nearest
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Settings of a run, the rule of its objective, and where they come from."""
+
+    source: str
+    objective: str
+    rule: TokenRule
+    settings: Mapping[str, Any]
+
+    @property
+    def keys(self) -> dict[str, Any]:
+        """All that it sets, but for the objective's knobs."""
+        return {"objective": self.objective, **self.settings}
+
+    @property
+    def knobs(self) -> dict[str, Any]:
+        """The objective's knobs in which its rule differs from the defaults."""
+        default, names = build_rule(self.objective, {}), knobs(self.objective)
+        own = {name: getattr(self.rule, name) for name in names if hasattr(self.rule, name)}
+        return {name: value for name, value in own.items() if value != getattr(default, name)}
+
+
+_OF_TROPD = {
+    "learning_rate": 5e-6,
+    "lr_scheduler_type": "constant",
+    "weight_decay": 0.1,
+    "max_grad_norm": 1.0,
+    "num_generations": 4,
+    "temperature": 1.0,
+    "prefix_schedule": "cosine",
+    "prefix_relative": True,
+}
+_OF_OPD = {
+    "learning_rate": 5e-5,
+    "lr_scheduler_type": "constant",
+    "num_generations": 4,
+    "temperature": 1.0,
+}
+RECIPES = {
+    "tropd_paper": Recipe("arXiv 2606.01249", "tropd", TrOPD.paper(), _OF_TROPD),
+    "tropd_official_code": Recipe(
+        "arXiv 2606.01249, its code", "tropd", TrOPD.official_code(), _OF_TROPD
+    ),
+    "reopold": Recipe("arXiv 2603.11137", "reopold", REOPOLD(), {}),
+    "eopd": Recipe("arXiv 2603.07079", "eopd", EOPD(), {}),
+    "opd": Recipe("tinker-cookbook, for full fine-tuning", "opd", OPD(), _OF_OPD),
+}
+
+
+class Applied(str):
+    """The name of a recipe in a config that has its settings."""
+
+
+def apply_recipe(config: Any, given: Collection[str]) -> None:
+    """Sets the keys of a new config's recipe that were not given, but for the objective's knobs.
+
+    Raises ValueError for an unknown recipe, and for one of which nothing is left.
+    """
+    name = config.recipe
+    if name is None or isinstance(name, Applied):
+        return
+    recipe = RECIPES.get(name)
+    if recipe is None:
+        raise ValueError(
+            f"recipe: unknown {name!r}{nearest(name, RECIPES)}. Known: {', '.join(RECIPES)}"
+        )
+    left = recipe.keys.keys() - given - _pointless(config, given)
+    for key in left:
+        setattr(config, key, recipe.keys[key])
+    if not left and overruled(config):
+        raise ValueError(
+            f"recipe: it would have no effect: all that {name!r} sets is given as well "
+            f"({', '.join(recipe.keys)}): leave recipe out. A parser of TRL's or transformers' "
+            "gives every key; `tropd train` gives those of its flags and file"
+        )
+    config.recipe = Applied(name)
+
+
+def apply_knobs(config: Any) -> None:
+    """Adds the recipe's knobs to the objective_kwargs, a mapping or None, that lack them."""
+    recipe = RECIPES.get(config.recipe)
+    if recipe and recipe.knobs and config.objective == recipe.objective:
+        config.objective_kwargs = recipe.knobs | (config.objective_kwargs or {})
+
+
+def _pointless(config: Any, given: Collection[str]) -> set[str]:
+    """Keys that the given ones leave without effect."""
+    keys: set[str] = set()
+    if config.precomputed_teacher:
+        keys |= {"num_generations", "prefix_schedule", "prefix_relative"}
+    if config.lmbda == 0:
+        keys |= {"prefix_schedule", "prefix_relative"}
+    if config.prefix_length or ("prefix_schedule" in given and config.prefix_schedule == "none"):
+        keys.add("prefix_relative")
+    return keys
+
+
+def overruled(config: Any) -> list[str]:
+    """The keys of its recipe that have other values."""
+    keys = RECIPES[config.recipe].keys
+    return [key for key, value in keys.items() if getattr(config, key) != value]
+
+
+def how_to_unset(config: Any, key: str) -> str:
+    """What to do, for an error, so that a key has its default."""
+    if config.recipe is not None and key in RECIPES[config.recipe].settings:
+        return f"give {key} its default, beside recipe {str(config.recipe)!r}"
+    return f"leave {key} out"
+
+
+def describe(config: Any) -> str:
+    """What the recipe of a config set, and what the user set otherwise, in Markdown."""
+    recipe, other = RECIPES[config.recipe], overruled(config)
+    shown = _shown(config, [key for key in recipe.settings if key not in other])
+    if config.objective == recipe.objective:
+        takes = inspect.signature(OBJECTIVES[config.objective]).parameters
+        values = {name: one.default for name, one in takes.items() if one.default is not None}
+        if "prefix_weight" in takes:
+            values["prefix_weight"] = config.prefix_weight
+        values |= config.objective_kwargs or {}
+        listed = ", ".join(f"{name}={value!r}" for name, value in values.items())
+        shown.insert(0, f"`{config.objective}({listed})`")
+    text = f"Recipe `{config.recipe}` ({recipe.source}): {', '.join(shown) or 'nothing'}."
+    return f"{text} Overruled: {', '.join(_shown(config, other))}." if other else text
+
+
+def _shown(config: Any, keys: Collection[str]) -> list[str]:
+    values = ((key, getattr(config, key)) for key in keys)
+    return [f"`{key}={getattr(value, 'value', value)!r}`" for key, value in values]
