@@ -88,3 +88,22 @@ def check_dtypes(student: torch.dtype, teacher: torch.dtype) -> None:
             f"teacher_model: its head is {teacher}, the student's {student}: float64 on one side "
             "alone; cast one of the models, or train under bf16"
         )
+
+
+def check_models(model: Any, teacher: Any, args: Any, quantization: Any) -> None:
+    """Raises TypeError for a model that cannot generate, ValueError for options of a loaded one."""
+    if not isinstance(model, str) and not hasattr(model, "generation_config"):
+        raise TypeError(
+            f"model: a {type(model).__name__} writes no text: load it with AutoModelForCausalLM"
+        )
+    for whose, given, key, value in (
+        ("student", model, "model_init_kwargs", args.model_init_kwargs),
+        ("student", model, "quantization_config", quantization),
+        ("teacher", teacher, "teacher_model_init_kwargs", args.teacher_model_init_kwargs),
+    ):
+        if isinstance(given, torch.nn.Module) and value is not None:
+            raise ValueError(
+                f"{key}: the {whose} is already a model; leave {key} out, or give the {whose} "
+                "by its name"
+            )
+    check_quantization("quantization_config", quantization)

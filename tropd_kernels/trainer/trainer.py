@@ -48,7 +48,7 @@ from .data_checks import (
 from .effects import OF_LOADED_TEACHER, check_inputs, check_optimizers
 from .generation_keys import check_generation_ids, check_lookup
 from .guidance import GuidedTrainer
-from .loaded_teacher import check_quantization
+from .loaded_teacher import check_models
 from .patching import base_of
 from .prefix import prefix_mask
 from .regions import Sample, samples, show, write_page
@@ -132,7 +132,7 @@ class TrOPDTrainer(GuidedTrainer):
             args = TrOPDConfig(f"{name.rstrip('/').split('/')[-1] or 'model'}-TrOPD")
         if not isinstance(args, TrOPDConfig):
             raise TypeError(f"args must be a TrOPDConfig, got a {type(args).__name__}")
-        _check_models(model, teacher_model, args, quantization_config)
+        check_models(model, teacher_model, args, quantization_config)
         self.dataset_name: str | None = None
         self._samples: list[Sample] = []
         loaded = _teacher_to_load(teacher_model, args)
@@ -446,25 +446,6 @@ class TrOPDTrainer(GuidedTrainer):
             folder = Path(self.args.output_dir, "regions")
             write_page(self._samples, folder / f"{self.mode}_{self.state.global_step:05d}.html")
         self._samples = []
-
-
-def _check_models(model: Any, teacher: Any, args: TrOPDConfig, quantization: Any) -> None:
-    """Raises TypeError for a model that cannot generate, ValueError for options of a loaded one."""
-    if not isinstance(model, str) and not hasattr(model, "generation_config"):
-        raise TypeError(
-            f"model: a {type(model).__name__} writes no text: load it with AutoModelForCausalLM"
-        )
-    for whose, given, key, value in (
-        ("student", model, "model_init_kwargs", args.model_init_kwargs),
-        ("student", model, "quantization_config", quantization),
-        ("teacher", teacher, "teacher_model_init_kwargs", args.teacher_model_init_kwargs),
-    ):
-        if isinstance(given, torch.nn.Module) and value is not None:
-            raise ValueError(
-                f"{key}: the {whose} is already a model; leave {key} out, or give the {whose} "
-                "by its name"
-            )
-    check_quantization("quantization_config", quantization)
 
 
 def _teacher_to_load(teacher_model: Any, args: TrOPDConfig) -> Any:
