@@ -142,8 +142,13 @@ def check_serves(teacher: Teacher | None, rule: TokenRule) -> None:
     """Raises where this form of teacher cannot give what the rule needs, naming the forms that
     can."""
     if teacher is None:
-        if rule.uses_teacher:
+        if rule.of_all().uses_teacher:
             raise ValueError(f"{rule!r} needs a teacher: pass one, or choose SFT()")
+        if rule.uses_teacher:
+            raise ValueError(
+                f"select_by={rule.select_by!r} needs a teacher: pass a teacher, or take "
+                "select_by 'entropy' or 'scores'"
+            )
         return
     form = type(teacher).__name__
     if not isinstance(teacher, FORMS):

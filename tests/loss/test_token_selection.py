@@ -14,7 +14,6 @@ from tropd_kernels import (
     SFT,
     HiddenTeacher,
     LogitsTeacher,
-    SampledTeacher,
     TokenRule,
     TrOPD,
     distillation_loss,
@@ -36,43 +35,54 @@ FORMS = {
     "scores": ("hidden", "logits", "top_k", "sampled"),
 }
 WHOLE = ("gkd", "akl", "mixed")
+GIVEN = (None, "old_log_probs", "advantages", "token_weight")
 
 
 def cases():
+    """Every objective, score and form, with a reduction of each kind and, in turn, what a call may
+    be given."""
     objectives = ("tropd", "opd", "gkd", "akl", "mixed", "tropd_bucket", "topk_jsd", "aopd")
-    for name, by, old in itertools.product(objectives, SCORES, (False, True)):
+    turns = itertools.count()
+    for name, by in itertools.product(objectives, SCORES):
         for form in FORMS[by]:
             sparse = form in ("top_k", "sampled")
             if sparse and (name in WHOLE or (form == "sampled" and name != "opd")):
                 continue
-            yield name, by, form, old
+            turn = next(turns)
+            for reduction, place in (("mean", turn), ("none", turn + turn // 4 + 1)):
+                given = GIVEN[place % 4]
+                if given == "advantages" and name in WHOLE:  # which have no reward
+                    given = "token_weight"
+                yield name, by, form, given, reduction
 
 
-def arguments(problem, by, old):
-    """What the call takes besides: scores, and the policy that sampled."""
-    n, given = len(problem.labels), {}
+def arguments(problem, by, given=None):
+    """What the call takes besides: scores, and one of `GIVEN`, of which a weight of 0 leaves a
+    token out."""
     draw = torch.Generator().manual_seed(5)
-    if by == "scores":
-        given["scores"] = torch.rand(n, generator=draw, dtype=torch.float64)
-    if old:
-        given["old_log_probs"] = -3 * torch.rand(n, generator=draw, dtype=torch.float64)
-    return given
+    numbers = torch.rand(2, len(problem.labels), generator=draw, dtype=torch.float64)
+    scores = {"scores": numbers[0]} if by == "scores" else {}
+    values = {
+        "old_log_probs": -3 * numbers[1],
+        "advantages": numbers[1] - 0.5,
+        "token_weight": (3 * numbers[1] - 1).clamp_min(0),
+    }
+    return scores if given is None else scores | {given: values[given]}
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("reduction", ["mean", "none"])
-@pytest.mark.parametrize(("name", "by", "form", "old"), list(cases()))
-@pytest.mark.pairs(more=lambda name, by, form, old, reduction, backend: (by, form))
-def test_as_the_reference(name, by, form, old, reduction, backend):
+@pytest.mark.parametrize(("name", "by", "form", "given", "reduction"), list(cases()))
+@pytest.mark.pairs(more=lambda name, by, form, given, reduction, backend: (by, form))
+def test_as_the_reference(name, by, form, given, reduction, backend):
     problem = make_problem(tokens=17, vocab_size=61)
     problem.labels[4] = -100
     rule = replace(OBJECTIVES[name], select_by=by, select_fraction=0.4)
-    options = arguments(problem, by, old) | {"reduction": reduction}
+    options = arguments(problem, by, given) | {"reduction": reduction}
     if reduction == "none":
         options["incoming"] = torch.linspace(-1, 2, 17, dtype=torch.float64)
     truth = problem.call(rule, form, "reference", torch.float64, **options)
     found = problem.call(rule, form, backend, torch.float64, **options)
-    assert 0 < truth[2].kept.sum() < 16
+    assert 0 < truth[2].kept.sum() < (10 if given == "token_weight" else 16)
     torch.testing.assert_close(found[0], truth[0], rtol=1e-10, atol=1e-10)
     for key, gradient in truth[1].items():
         assert relative_error(found[1][key], gradient) < 1e-10, key
@@ -94,7 +104,7 @@ def test_as_the_reference(name, by, form, old, reduction, backend):
 def test_all_tokens_are_no_selection(by, backend, how):
     """A fraction of 1, and a threshold that every score reaches, to the bit."""
     problem = make_problem(tokens=9)
-    given = arguments(problem, by, False)
+    given = arguments(problem, by)
     plain = problem.call(TrOPD(top_k=5), "hidden", backend)
     rule = replace(TrOPD(top_k=5), select_by=by, **how)
     found = problem.call(rule, "hidden", backend, **given)
@@ -137,7 +147,7 @@ def test_the_products_are_those_of_the_plan(by, form, monkeypatch):
     monkeypatch.setattr(products.TorchProducts, "logits_into", counting)
     problem = make_problem(tokens=40)
     rule = replace(OPD(), select_by=by, select_fraction=0.25)
-    problem.call(rule, form, "torch", **arguments(problem, by, False))
+    problem.call(rule, form, "torch", **arguments(problem, by))
     teacher = 24 if form == "hidden" else None
     plan = plan_chunks(
         40, 37, 16, teacher, dtype=torch.float32, device="cpu", backend="torch", objective=rule
@@ -172,13 +182,14 @@ def test_the_selected_tokens_take_no_more_memory_than_all(reduction, monkeypatch
 
 
 @pytest.mark.parametrize("backend", ["reference", *BACKENDS])
-def test_equal_scores_are_all_selected(backend):
-    problem = make_problem(tokens=6)
+@pytest.mark.parametrize("scores", [[2.0] * 6, [0.0], [1, 5, 0, 5, 5, 2.0]], ids=str)
+def test_equal_scores_are_all_selected(scores, backend):
+    """All tokens, a batch of one, and the highest, where a tenth of six tokens is one."""
+    scores = torch.tensor(scores)
     rule = replace(SFT(), select_by="scores", select_fraction=0.1)
-    _, _, stats = problem.call(rule, "hidden", backend, scores=torch.full((6,), 2.0))
-    assert stats.kept.all()
-    _, _, stats = make_problem(tokens=1).call(rule, "hidden", backend, scores=torch.zeros(1))
-    assert stats.kept.all()
+    problem = make_problem(tokens=len(scores))
+    _, _, stats = problem.call(rule, "hidden", backend, scores=scores)
+    assert torch.equal(stats.kept > 0, scores == scores.max())
 
 
 @pytest.mark.parametrize("backend", ["reference", *BACKENDS])
@@ -241,7 +252,7 @@ def test_sums_on_other_ids_than_the_teacher_s(ids, by, backend):
         top_k_ids=ids, select_by=by, select_fraction=0.3,
     )  # fmt: skip
     problem = make_problem(tokens=11)
-    given = arguments(problem, by, False)
+    given = arguments(problem, by)
     if ids == "given":
         given["ids"] = torch.arange(44).reshape(11, 4) % 37
     truth = problem.call(rule, "hidden", "reference", torch.float64, **given)
@@ -325,7 +336,8 @@ def test_a_target_that_only_the_score_reads(backend):
 
 RULES = {
     "a fraction of 0": (dict(select_by="entropy", select_fraction=0.0), "above 0"),
-    "a fraction above 1": (dict(select_by="entropy", select_fraction=1.5), "1.5"),
+    "a fraction above 1": (dict(select_by="entropy", select_fraction=1.5), "[0, 1], got 1.5"),
+    "no number": (dict(select_by="entropy", select_threshold=math.nan), "select_threshold", "nan"),
     "both": (
         dict(select_by="entropy", select_fraction=0.5, select_threshold=1.0), "select_by='entropy'",
         "either a select_fraction or a select_threshold", "0.5 and 1.0",
@@ -361,16 +373,20 @@ def test_scores_that_do_not_fit(backend):
     fails(rule, "pass scores=", "select_by")
     fails(SFT(), "scores has no effect", "select_by='scores'", scores=torch.zeros(5))
     fails(rule, "scores", "(5,)", "(4,)", scores=torch.zeros(4))
-    fails(rule, "scores", "not finite", scores=torch.tensor([0.0, 1, math.nan, 3, 4]))
+    for value in (math.nan, math.inf):
+        fails(rule, "scores", "not finite", scores=torch.tensor([0.0, 1, value, 3, 4]))
 
 
-@pytest.mark.parametrize(("by", "words"), [
-    ("reverse_kl", ("whole distribution", "HiddenTeacher or LogitsTeacher")),
-    ("teacher_entropy", ("select_by='teacher_entropy'", "TopKTeacher")),
+@pytest.mark.parametrize(("by", "form", "words"), [
+    ("reverse_kl", "sampled", ("whole distribution", "HiddenTeacher or LogitsTeacher")),
+    ("reverse_kl", "top_k", ("whole distribution", "HiddenTeacher or LogitsTeacher")),
+    ("teacher_entropy", "sampled", ("select_by='teacher_entropy'", "TopKTeacher")),
+    ("reward", None, ("select_by='reward'", "pass a teacher", "'entropy' or 'scores'")),
 ])  # fmt: skip
-def test_a_score_that_the_teacher_cannot_give(by, words):
-    z, labels = torch.randn(4, 9), torch.arange(4)
-    rule = replace(OPD(), select_by=by, select_fraction=0.5)
+def test_a_score_that_the_teacher_cannot_give(by, form, words):
+    problem = make_problem(tokens=4)
+    teacher = None if form is None else problem.teacher(form, torch.float32)
+    rule = replace(SFT(), select_by=by, select_fraction=0.5)
     with pytest.raises(ValueError) as error:
-        distillation_loss(z, labels, SampledTeacher(-torch.ones(4)), rule)
+        distillation_loss(torch.randn(4, 37), problem.labels, teacher, rule)
     assert all(word in str(error.value) for word in words), error.value

@@ -53,6 +53,7 @@ from .sampling import ColumnSampler
 from .target import write_target
 from .token_selection import (
     LEFT_OUT,
+    Selection,
     keep_given,
     keep_known,
     scores,
@@ -89,11 +90,11 @@ def forward(problem: Problem) -> Result:
     with without_autocast(source.device.type):
         index = tokens_that_count(problem)
         problem = with_repeats_marked(problem)
-        counted, known, chosen, score = index, None, None, None
+        counted, selection = index, None
         if problem.options.rule.score is not None:
             of_all = _Walk(problem, index, needs, None)
-            known, chosen, score = of_all.select()
-            index = chosen if index is None else index[chosen]
+            selection = of_all.select()
+            index = selection.chosen if index is None else index[selection.chosen]
             problem = of_all.problem_of_selected()
         n = problem.labels.shape[0] if index is None else index.shape[0]
         stats, coefs = new_matrices(source, n)
@@ -107,16 +108,16 @@ def forward(problem: Problem) -> Result:
 
         result = walk.run(coefficients, options, Result(stats, coefs))
         found: Matrices = (stats, coefs)
-        if known is not None and chosen is not None:
-            found = known[0].index_copy_(1, chosen, stats), known[1].index_copy_(1, chosen, coefs)
+        if selection is not None:
+            found = selection.completed(stats, coefs)
         if counted is not None:
             found = spread(found[0], counted, problem), spread(found[1], counted, problem)
         result.stats, result.coefs = found
-        if score is not None:
-            of_each = score[None]
+        if selection is not None:
+            score = selection.score[None]
             if counted is not None:
-                of_each = spread(of_each, counted, problem, math.nan)
-            result.stats = torch.cat([result.stats, of_each])
+                score = spread(score, counted, problem, math.nan)
+            result.stats = torch.cat([result.stats, score])
         return result
 
 
@@ -258,10 +259,8 @@ class _Walk:
                     self.engine.gradient(batch, coefs, options, rows)
                     gradients.store(tokens, rows)
 
-    def select(self) -> tuple[Matrices, Tensor, Tensor]:
-        """The tokens that the rule selects: statistics and coefficients of all, as far as the
-        selection knows them, the indices of the selected ones, and the scores of all, NaN at those
-        that are not ranked."""
+    def select(self) -> Selection:
+        """The tokens that the rule selects."""
         problem, options = self.problem, self.problem.row_options()
         source = problem.student.source
         stats, coefs = new_matrices(source, self.n)
@@ -298,7 +297,7 @@ class _Walk:
         # Of the tokens that are left out; the others' numbers are still to come.
         stats[Stat.TOKEN_LOSS] = stats[Stat.KEPT] = 0.0
         coefs[Coef.STUDENT_LOG_SUM] = LEFT_OUT
-        return (stats, coefs), chosen.nonzero().squeeze(-1), score
+        return Selection(stats, coefs, score, chosen.nonzero().squeeze(-1))
 
     def problem_of_selected(self) -> Problem:
         """The problem for the tokens that are selected, in no more memory than all would take."""
