@@ -5,7 +5,8 @@
 Read in this order:
 
 * `prompts.py`: what the student is asked
-* `model.py`: SmolLM2-135M-Instruct, which teaches, and a damaged copy of it, which learns
+* `model.py`: SmolLM2-135M-Instruct, which teaches
+* `damage.py`: a copy of it after a fine-tune that went wrong, which learns
 * `rollout.py`: the student writes; teacher and student read what it wrote
 * `train.py`: on-policy distillation with the fused loss: the loop to copy
 * `eager.py`: the same loss as one would write it in plain PyTorch

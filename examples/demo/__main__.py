@@ -55,8 +55,8 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         description="A real model, eager against fused, and a short training run. Offline.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    parser.add_argument("--steps", type=positive, default=20, help="training steps")
-    parser.add_argument("--tokens", type=positive, default=32, help="longest completion, in tokens")
+    parser.add_argument("--steps", type=positive, default=24, help="training steps")
+    parser.add_argument("--tokens", type=positive, default=24, help="longest completion, in tokens")
     parser.add_argument("--seed", type=seed, default=0, help="of the sampling and the gate's draws")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     parser.add_argument(

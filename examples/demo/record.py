@@ -36,7 +36,7 @@ class Record:
         before, after = self.before.reverse_kl, self.after.reverse_kl
         change = f"{before / after:.1f} times less" if after < before else "no less than before"
         return (
-            f"KL(student || teacher) on {len(self.prompts)} prompts that it never trained on: "
+            f"KL(student || teacher) on {len(self.prompts)} held-out prompts: "
             f"{before:.2f} nats a token before, {after:.2f} after {len(self.steps)} steps, {change}"
         )
 

@@ -22,8 +22,9 @@ from examples.demo.compare import (
     make_batch,
     with_large_head,
 )
+from examples.demo.damage import STUDENT, damaged
 from examples.demo.judge import judge, write
-from examples.demo.model import STUDENT, damaged, load_teacher
+from examples.demo.model import load_teacher
 from examples.demo.page import write_page
 from examples.demo.plot import draw
 from examples.demo.prompts import HELD_OUT, MORE_PROMPTS, PROMPTS
@@ -34,7 +35,7 @@ from tropd_kernels.backends import choose_backend
 
 REPEATS = 2
 #: Completions a step.
-BATCH = 16
+BATCH = 12
 LEARNING_RATE = 3e-4
 
 
@@ -54,8 +55,10 @@ def run(
 
     with console.status("reading SmolLM2-135M-Instruct (the first run converts it: one minute)"):
         teacher, tokenizer = load_teacher(cache)
-        student = damaged(teacher).to(device)
-        teacher = teacher.to(device, dtype)
+        teacher = teacher.to(device)
+    with console.status("a copy is damaged"):
+        student = damaged(teacher, tokenizer)
+        teacher = teacher.to(dtype)
 
     measured = measure(student, teacher, tokenizer, new_tokens, seed, dtype, console)
     console.print(report.comparison_table(measured, backend, dtype))

@@ -5,7 +5,8 @@ import sys
 
 from examples.demo import DemoError
 from examples.demo.__main__ import CACHE, REPOSITORY
-from examples.demo.model import damaged, load_teacher
+from examples.demo.damage import damaged
+from examples.demo.model import load_teacher
 from examples.demo.prompts import PROMPTS
 
 FOLDER = REPOSITORY / "build" / "train"
@@ -17,7 +18,7 @@ def main() -> int:
     except DemoError as error:
         print(f"train: {error}", file=sys.stderr)
         return 2
-    student = damaged(teacher)
+    student = damaged(teacher, tokenizer)
     for name, model in (("teacher", teacher), ("student", student)):
         model.save_pretrained(FOLDER / name)
         tokenizer.save_pretrained(FOLDER / name)

@@ -25,6 +25,7 @@ from rich.console import Console
 from benchmarks.measure import Times
 from examples.demo import report, run
 from examples.demo.compare import Errors, Measured
+from examples.demo.damage import damaged
 from examples.demo.judge import Judgement, judge, write
 from examples.demo.model import make_student
 from examples.demo.page import write_page
@@ -32,7 +33,7 @@ from examples.demo.record import WATCH
 from examples.train import show
 
 PROMPTS = ("w1 w2 w3", "w4", "w5 w6")
-HOSTILE = "</td><script>alert(1)</script> [red]x $a_b$ 🍧\nnext"
+HOSTILE = "</td><script>alert(1)</script> [red]x $a_{$ 🍧\nnext"
 JUDGED = {"new_tokens": 5, "seed": 0, "dtype": torch.float32}
 
 
@@ -120,7 +121,7 @@ def test_what_a_model_says_is_shown_as_text(shown, tmp_path):
     assert "script" not in page.tags and HOSTILE in page.text
     console = Console(file=io.StringIO(), width=200)
     console.print(report.completions_table(record))
-    assert "[red]x $a_b$" in console.file.getvalue()
+    assert "[red]x $a_{$" in console.file.getvalue()
 
 
 def test_the_verdict_is_what_happened(shown):
@@ -164,6 +165,14 @@ def test_greedy_words_are_the_likeliest(teacher, tokenizer):
         ):
             ids = torch.cat([ids, teacher(ids).logits[:, -1:].argmax(-1)], dim=1)
         assert said == tokenizer.decode(ids[0, start:], skip_special_tokens=True)
+
+
+def test_the_damage_is_the_same_on_every_call_and_leaves_the_teacher(teacher, tokenizer):
+    before = {name: value.clone() for name, value in teacher.state_dict().items()}
+    first, second = (damaged(teacher, tokenizer).state_dict() for _ in range(2))
+    for name, value in teacher.state_dict().items():
+        assert torch.equal(value, before[name]) and torch.equal(first[name], second[name])
+        assert not torch.equal(value, first[name])
 
 
 # --- make train ---
