@@ -57,6 +57,10 @@ class Run:
     eval_split: str | None = field(
         default=None, metadata={"help": "of eval_dataset, where it is another one."}
     )
+    reward_funcs: list[str] | None = field(
+        default=None,
+        metadata={"help": "functions of trl.rewards, dotted paths, or models; with a task_weight."},
+    )
     peft: dict | str | None = field(
         default=None,
         metadata={
@@ -126,11 +130,13 @@ def make_trainer(run: Run, config: Any) -> Any:
     """The `TrOPDTrainer` of a run; raises UsageError for what it refuses."""
     from .trainer import TrOPDTrainer
     from .trainer.sources import check_sources
+    from .trainer.verifier_checks import find_functions
 
     teacher = run.teacher_model or config.teacher_model_name_or_path
     try:
         check_sources(run.model, teacher if config.loads_teacher else None, config)
-    except OSError as error:
+        judges = find_functions(run.reward_funcs)
+    except (OSError, ValueError) as error:
         raise UsageError(str(error)) from error
     data = load_data("dataset", run.dataset, run.dataset_split)
     held_out = None
@@ -139,7 +145,8 @@ def make_trainer(run: Run, config: Any) -> Any:
         held_out = load_data("eval_dataset", run.eval_dataset, split)
     peft = lora(run.peft)
     try:
-        return TrOPDTrainer(run.model, run.teacher_model, config, data, held_out, peft_config=peft)
+        return TrOPDTrainer(run.model, run.teacher_model, config, data, held_out,
+                            peft_config=peft, reward_funcs=judges)  # fmt: skip
     except OSError as error:  # transformers does not always say which model it looked for
         models = f"model {run.model}, teacher_model {run.teacher_model}: "
         named = str(error).startswith("teacher_model: ")

@@ -117,6 +117,8 @@ def by_hand(trainer, student, teacher, step=0, sampler=None) -> torch.Tensor:
             gates = drift_gates(lo[None], lp[None], own, args.drift_block_size, args.drift_tau)[0]
             earlier = options.get("token_weight", torch.ones_like(gates))
             options["token_weight"] = torch.where(prefix, 1.0, gates * earlier)
+        if "task_advantages" in row:
+            options["task_advantages"] = row["task_advantages"].double().expand(len(labels))
         out = distillation_loss(
             logits, labels, LogitsTeacher(theirs), args.rule(), reduction="sum",
             temperature=args.temperature, teacher_prefix=prefix, backend="reference",

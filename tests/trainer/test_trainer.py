@@ -14,7 +14,7 @@ pytest.importorskip("trl", reason="the trainer needs trl")
 import tiny
 import transformers
 from training import Spy, make, resume_and_compare, rewards_by_hand, step_and_compare
-from trl import DistillationConfig, DistillationTrainer
+from trl import DistillationConfig, DistillationTrainer, GRPOTrainer
 
 from tropd_kernels.objectives.registry import OBJECTIVES, required_knobs
 from tropd_kernels.trainer import TrOPDConfig, TrOPDTrainer, hooks
@@ -46,10 +46,14 @@ KINDS = {
 # --- TRL's private side ------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("name", "parameters"), hooks.HOOKS)
-def test_hooks_exist(name, parameters):
+@pytest.mark.parametrize(
+    ("kind", "name", "parameters"),
+    [(DistillationTrainer, *hook) for hook in hooks.HOOKS]
+    + [(GRPOTrainer, *hook) for hook in hooks.GRPO_HOOKS],
+)
+def test_hooks_exist(kind, name, parameters):
     """A TRL that renames a hook or reorders its parameters would be called wrongly, or never."""
-    found = list(inspect.signature(getattr(DistillationTrainer, name)).parameters)
+    found = list(inspect.signature(getattr(kind, name)).parameters)
     assert found[: len(parameters.split())] == parameters.split()
 
 
@@ -71,7 +75,8 @@ def test_constructor_is_trl_s():
     ours, theirs = (
         list(inspect.signature(c.__init__).parameters) for c in (TrOPDTrainer, DistillationTrainer)
     )
-    assert ours == theirs
+    own = ["reward_funcs", "reward_processing_classes"]  # GRPO's
+    assert ours == [*theirs, *own]
 
 
 @pytest.mark.parametrize("beta", [0.0, 0.3, 1.0])

@@ -117,7 +117,8 @@ def check_objective(objective: str) -> None:
     if objective in OF_A_CALL:
         raise ValueError(
             f"objective: {objective!r} reads {OF_A_CALL[objective]}= in every call, which no "
-            "config holds: call linear_distillation_loss with it in a training loop of your own. "
+            "config holds: call linear_distillation_loss with it in a training loop of your own"
+            f"{', or set task_weight with another objective' if objective == 'kdrl' else ''}. "
             f"Known here: {', '.join(OBJECTIVES)}"
         )
     if objective not in OBJECTIVES:

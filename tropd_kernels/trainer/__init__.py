@@ -22,6 +22,9 @@
 | prefix.py          | the guidance prefix: its length, its ids, its mask                    |
 | fields.py          | fields that a processor makes of a prompt besides ids                 |
 | sampling.py        | sampling by the trainer's config only; the mass that truncation keeps |
+| verifier.py        | reward functions of whole completions, GRPO's, and their advantages   |
+| verifier_checks.py | what a run refuses as reward functions                                |
+| rewarded.py        | when they are called, and what is logged                              |
 | rewards.py         | advantages and token weights from a micro-batch's rewards             |
 | router.py          | the load-balancing loss of a mixture of experts                       |
 | sources.py         | where the files of a model given by name are                          |

@@ -7,7 +7,7 @@ machine's paths. What is not known is left out.
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, dataclass, fields
 from importlib.metadata import version
 from pathlib import Path
@@ -174,7 +174,8 @@ IN_WORDS = {
 #: Others that influence the loss or the completions: a card has those not at their defaults.
 SHAPING = {
     "stage_fraction", "prefix_fraction", "prefix_steps", "prefix_weight", "num_iterations",
-    "num_generations", "teacher_update_rate", "teacher_sync_steps",
+    "num_generations", "teacher_update_rate", "teacher_sync_steps", "task_weight",
+    "reward_weights", "scale_rewards",
     "drift_block_size", "select_by", "select_fraction", "select_threshold", "router_aux_loss_coef",
     "gradient_tolerance", "gradient_sampling", "disable_dropout", "max_completion_length",
     "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "generation_kwargs",
@@ -290,11 +291,13 @@ def write(
     badges: list[str] | None = None,
     peft: bool = False,
     images: bool = False,
+    judges: Sequence[str] = (),
 ) -> str:
     """The card's text, in Markdown, without its metadata.
 
     dataset: name on the hub, or a file. chat: the model takes messages. badges: links to the run's
     trackers, in Markdown. peft: the model is an adapter. images: it sees images.
+    judges: names of the reward functions.
     """
     name, words, source = _objective(args)
     title = name
@@ -311,7 +314,7 @@ def write(
         "## Training procedure",
         *(badges or []),
         f"Objective: {title}: {words}.",
-        *_settings(args),
+        *_settings(args, judges),
         "### Framework versions",
         "\n".join(f"- {name}: {number}" for name, number in _versions(peft).items()),
         "## Citations",
@@ -338,7 +341,7 @@ def _objective(args: TrOPDConfig) -> tuple[str, str, Source | None]:
     return "a schedule of rules", f"from `{first!r}` to `{last!r}`", None
 
 
-def _settings(args: TrOPDConfig) -> list[str]:
+def _settings(args: TrOPDConfig, judges: Sequence[str]) -> list[str]:
     """A list, if any, of the settings that influenced the loss or the completions."""
     lines = [describe(args)] if args.recipe else []
     knobs: dict[str, Any] = dict(args.objective_kwargs or {})  # type: ignore[arg-type]
@@ -355,6 +358,8 @@ def _settings(args: TrOPDConfig) -> list[str]:
             f"Guidance prefix: `{args.prefix_schedule}` schedule, {first} at first, of the "
             "teacher's text." + ("" if _is_tropd(args) else f" It is TrOPD's ({_TROPD.link}).")
         )
+    if judges:
+        lines.append(f"Completions rewarded, as in GRPO, by {', '.join(f'`{n}`' for n in judges)}.")
     if args.lmbda < 1:
         lines.append(
             f"Share of on-policy steps: {args.lmbda:g}; the others train on the teacher's text."

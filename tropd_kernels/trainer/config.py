@@ -28,6 +28,7 @@ from .config_checks import (
     check_numbers,
     check_objective_keys,
     check_prefix,
+    check_rewards,
     check_sample,
     check_selection,
     check_teacher,
@@ -237,6 +238,19 @@ class TrOPDConfig(DistillationConfig):
         "IW-OPD's gamma (the paper's 0.5): early tokens have weights of up to 1 + gamma. None "
         "(default) weighs all alike."
     )
+    task_weight: float | None = _setting(
+        "weight of the advantages of `TrOPDTrainer`'s reward_funcs, GRPO's, in the policy gradient "
+        "of an objective by its name: they are added to K1's reward, and 1 weighs them as nats. "
+        "None (default): no reward functions."
+    )
+    reward_weights: list[float] | None = _setting(  # noqa: RUF009
+        "one weight for each of reward_funcs, as in GRPO. None (default): all 1."
+    )
+    scale_rewards: str = _setting(
+        'what divides the advantages, as in GRPO: the standard deviation of the "group" (default), '
+        'of the "batch", or "none".',
+        "group",
+    )
     select_by: str | None = _setting(
         'trains only on the tokens with the highest scores: "entropy" (the student\'s), '
         '"teacher_entropy", "reverse_kl", "disagreement" (abs(lq - lo)) or "reward" (with '
@@ -317,6 +331,7 @@ class TrOPDConfig(DistillationConfig):
         check_selection(self)
         check_prefix(self)
         check_generations(self)
+        check_rewards(self)
         check_credit(self)
         check_teacher(self)
         try:
@@ -384,7 +399,8 @@ class TrOPDConfig(DistillationConfig):
         if self.objective == "reopold" and "stage" not in arguments:
             switch = STAGE_FRACTION if self.stage_fraction is None else self.stage_fraction
             arguments["stage"] = 1 if progress < switch else 2
-        return build_rule(self.objective, arguments)
+        rule = build_rule(self.objective, arguments)
+        return rule if self.task_weight is None else replace(rule, task_weight=self.task_weight)
 
     @property
     def is_guided(self) -> bool:

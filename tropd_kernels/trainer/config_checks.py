@@ -142,7 +142,9 @@ def check_objective_keys(config: Config) -> None:
         config.rule_of_all(progress=0.0)
         config.rule_of_all(progress=1.0)
     except (TypeError, ValueError) as error:
-        raise ValueError(f"objective_kwargs: {config.objective}: {error}") from error
+        weighs = config.task_weight is not None and str(error).startswith("task_weight")
+        key = "task_weight" if weighs else "objective_kwargs"
+        raise ValueError(f"{key}: {config.objective}: {error}") from error
 
 
 def _check_own_rule(config: Config) -> None:
@@ -151,6 +153,7 @@ def _check_own_rule(config: Config) -> None:
         ("objective_kwargs", None, "the rule has its knobs as fields"),
         ("beta", None, "the rule has it as divergence_parameter"),
         ("prefix_weight", PREFIX_WEIGHT, "the rule has a prefix_weight"),
+        ("task_weight", None, "the rule has a task_weight"),
         ("stage_fraction", None, "a function of progress, as objective, can change the rule"),
     ):
         if getattr(config, key) not in (default, {}):
@@ -158,6 +161,27 @@ def _check_own_rule(config: Config) -> None:
                 f"{key}: it would have no effect: the objective is a rule of one's own: {instead}: "
                 f"leave {key} out"
             )
+
+
+def check_rewards(config: Config) -> None:
+    """Checks of a verifier's rewards, as far as they are known without the reward functions."""
+    if config.scale_rewards not in ("group", "batch", "none"):
+        raise ValueError(
+            f"scale_rewards: must be one of group, batch, none; got {config.scale_rewards!r}"
+        )
+    weights = config.reward_weights
+    if weights is not None:
+        if not isinstance(weights, (list, tuple)):
+            raise ValueError(f"reward_weights: expected a list of numbers, got {weights!r:.80}")
+        for weight in weights:
+            check_type("reward_weights", weight, [float])
+            _within("reward_weights", weight, -1e9, 1e9)
+    rewarded = any(rule.uses_task_advantages for rule in config.rules())
+    if rewarded and config.num_generations == 1:
+        raise ValueError(
+            "num_generations: a verifier's advantages are relative to the other completions of a "
+            "prompt, and there is only one: set num_generations to 2 or more"
+        )
 
 
 def check_selection(config: Config) -> None:

@@ -3,6 +3,24 @@
 from collections.abc import Iterable, Mapping, Sequence, Sized
 from typing import Any
 
+from . import signals, teacher_prompts
+
+
+def check_datasets(train: Any, evaluate: Any, args: Any, loaded_teacher: Any) -> None:
+    """Raises ValueError for data sets without the columns that the config's settings need."""
+    columns = signals.columns_of(args.rules()) if args.precomputed_teacher else ()
+    named = args.is_guided and args.prefix_column not in (None, "teacher_completion")
+    check_no_splits(train)
+    check_dataset("train_dataset", train, [*columns, *([args.prefix_column] if named else [])])
+    own = [] if args.precomputed_teacher else teacher_prompts.columns_of_evaluation(train)
+    check_dataset("eval_dataset", evaluate, [*columns, *own])
+    present = getattr(train, "column_names", None)  # a stream may not know them
+    writes = args.teacher_model_server_url or loaded_teacher is not None
+    if args.is_guided and not writes and present and args.prefix_column not in present:
+        raise missing_guide_error(args.prefix_column)
+    if present and args.prefix_column in present:
+        check_guides(train, args)
+
 
 def check_dataset(name: str, dataset: Any, columns: Sequence[str] = ()) -> None:
     """Raises ValueError for a data set without rows, without `prompt`, or without one of `columns`.

@@ -131,7 +131,7 @@ class PrefixedGeneration(MetricLogs):
             self._eval_rows_seen += self.accelerator.num_processes * len(inputs)
         output["sequence_ids"] = torch.arange(first, first + len(inputs), device=device)
         output["prefix_lengths"] = torch.tensor(self._prefix_lengths, device=device)
-        prompts, completions = (_unpadded(output, part) for part in ("prompt", "completion"))
+        prompts, completions = (unpadded(output, part) for part in ("prompt", "completion"))
         self._log_lengths(output, completions)
         for read, contexts in self._read_by(prompts):
             self._warn_of_scale([len(p) for p in read], [len(c) for c in completions], contexts)
@@ -262,7 +262,7 @@ class PrefixedGeneration(MetricLogs):
             yield
 
 
-def _unpadded(batch: dict[str, Any], part: str) -> list[list[int]]:
+def unpadded(batch: dict[str, Any], part: str) -> list[list[int]]:
     """The prompts or completions of a batch without their padding."""
     mask = batch[f"{part}_mask"].bool()
     return [ids[row_mask].tolist() for ids, row_mask in zip(batch[f"{part}_ids"], mask)]

@@ -25,6 +25,12 @@ HOOKS = (
     ("compute_loss", "self model inputs return_outputs num_items_in_batch"),
     ("training_step", "self model inputs num_items_in_batch"),
 )
+#: Methods of GRPOTrainer that `verifier.py` calls or overrides.
+GRPO_HOOKS = (
+    ("_calculate_rewards", "self inputs prompts completions completion_ids_list"),
+    ("_log_completion_extra", "self column values"),
+    ("_log_metric", "self name value"),
+)
 #: Attributes of an instance.
 ATTRIBUTES = (
     "_buffered_inputs", "_forward_redirection", "_is_vlm", "_metrics", "_signature_columns",

@@ -138,8 +138,6 @@ def _check_call(rule: TokenRule) -> None:
         ("top_k_ids", rule.top_k_ids == "given", "ids"),
         ("reference_power", rule.reference_power != 0, "reference_teacher"),
         ("select_by", rule.select_by == "scores", "scores"),
-        ("task_weight", rule.task_weight != 0, "task_advantages"),
-        ("reward_filter", rule.reward_filter is not None, "task_advantages"),
     ):
         if reads:
             raise ValueError(

@@ -200,12 +200,13 @@ def check_sources(model: Any, teacher_model: Any, args: Any) -> None:
     The folder is missing or holds no model, or the hub does not have the name. From the hub only
     the two configs are fetched.
     """
-    _check_source("model", model, student_options(args))
+    check_source("model", model, student_options(args))
     if not is_self(teacher_model):
-        _check_source("teacher_model", teacher_model, teacher_options(args))
+        check_source("teacher_model", teacher_model, teacher_options(args))
 
 
-def _check_source(key: str, name: Any, options: Mapping[str, Any]) -> None:
+def check_source(key: str, name: Any, options: Mapping[str, Any]) -> None:
+    """The same of one model; `key` begins the error."""
     if not isinstance(name, str):
         return
     if Path(name).is_dir():

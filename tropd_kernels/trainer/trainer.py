@@ -37,33 +37,28 @@ from ..teachers import Teacher
 from . import card, metrics, progress, rewards, sampling, signals, teacher_prompts
 from .chat_templates import check_template_keys
 from .config import TrOPDConfig
-from .data_checks import (
-    check_dataset,
-    check_guides,
-    check_modalities,
-    check_no_splits,
-    check_rows,
-    missing_guide_error,
-)
+from .data_checks import check_datasets, check_modalities, check_rows
 from .effects import OF_LOADED_TEACHER, check_inputs, check_optimizers
 from .generation_keys import check_generation_ids, check_lookup
-from .guidance import GuidedTrainer
 from .loaded_teacher import check_models
 from .patching import base_of
 from .prefix import prefix_mask
 from .regions import Sample, samples, show, write_page
+from .rewarded import RewardedTrainer
 from .self_teacher import check_self, is_self
 from .served_teacher import ServedTeacher
 from .sides import ModelSide
 from .sources import check_one_teacher, check_sources, find_processor, find_tokenizer
 from .stops import raise_nonfinite
 from .student_checks import check_adapters, check_optimized, check_trainable
+from .verifier import Verifier
+from .verifier_checks import check_reward_funcs
 from .vocabulary import check_server_tokenizer, check_tokenizers
 
 _IGNORED = -100
 
 
-class TrOPDTrainer(GuidedTrainer):
+class TrOPDTrainer(RewardedTrainer):
     """Trains a student on its own completions to match a teacher's next-token distribution.
 
     The constructor, the data sets (`prompt`, as text or as messages) and the metrics are those of
@@ -84,6 +79,10 @@ class TrOPDTrainer(GuidedTrainer):
             `optimizers`, `quantization_config`, `peft_config` and `tools`. A column
             `teacher_prompt` (text or messages) is what the teacher reads, or writes after, in place
             of `prompt`; both sides then read the same completion.
+        reward_funcs: As in TRL's `GRPOTrainer`: a function, a reward model or its name, or a list
+            of those. They judge the `num_generations` completions of a prompt, and their advantages
+            enter the loss by `task_weight`. Not with `tools`.
+        reward_processing_classes: Likewise: tokenizers of reward models.
 
     Attributes:
         dataset_name: What the model card calls the data: a name on the hub, or a file. None at
@@ -122,6 +121,8 @@ class TrOPDTrainer(GuidedTrainer):
         quantization_config: Any = None,
         peft_config: Any = None,
         tools: list[Callable] | None = None,
+        reward_funcs: Any = None,
+        reward_processing_classes: Any = None,
     ):
         model, teacher_model = (
             os.fspath(given) if isinstance(given, os.PathLike) else given
@@ -141,9 +142,11 @@ class TrOPDTrainer(GuidedTrainer):
         if args.precomputed_teacher and tools:
             raise ValueError("tools: precomputed_teacher fixes the completions: leave tools out")
         check_inputs(args, tools, (train_dataset, eval_dataset))
+        datasets = {"train_dataset": train_dataset, "eval_dataset": eval_dataset}
+        judges = check_reward_funcs(reward_funcs, reward_processing_classes, args, tools, datasets)
         check_optimizers(args, optimizers)
         check_lookup(args, evaluates=eval_dataset is not None)
-        _check_datasets(train_dataset, eval_dataset, args, loaded)
+        check_datasets(train_dataset, eval_dataset, args, loaded)
         if args.teacher_model_server_url:
             # A stream may not know its columns; they are checked when it is read.
             present = getattr(train_dataset, "column_names", None)
@@ -182,6 +185,8 @@ class TrOPDTrainer(GuidedTrainer):
                     args.generation_kwargs,  # type: ignore[arg-type]
                     self.eos_token_ids, self._student_head.vocab_size,
                 )  # fmt: skip
+        if judges:
+            self._verifier = Verifier(self, judges, reward_processing_classes)
         self._warpers = sampling.truncating_warpers(args)
         self._kept_mass: Tensor | None = None  # of a micro-batch: sum and count
         for warning in (sampling.sampling_warning(args), sampling.temperature_warning(args)):
@@ -277,6 +282,7 @@ class TrOPDTrainer(GuidedTrainer):
             self._card_subject, self.args, name, hub_model_id=self.hub_model_id, dataset=data,
             chat=bool(self.processing_class.chat_template), badges=badges, peft=peft,
             images=self._is_vlm,
+            judges=self._verifier.reward_func_names if self._verifier else (),
         )  # fmt: skip
         made.save(output / "README.md")
 
@@ -314,6 +320,8 @@ class TrOPDTrainer(GuidedTrainer):
         if not all(tensor.isfinite().all() for tensor in credit.values()):
             # The loss would refuse them on this process only; `after_loss` stops all processes.
             credit, share = {}, math.nan
+        if rule.uses_task_advantages:
+            credit["task_advantages"] = inputs["task_advantages"][:, None].expand(labels.shape)
         out = self._compare(
             student, signal, labels, rule,
             teacher_prefix=prefix, uniforms=self._uniforms(inputs), normalizer=normalizer,
@@ -473,19 +481,3 @@ def _teacher_to_load(teacher_model: Any, args: TrOPDConfig) -> Any:
                     f"{key}: it would have no effect: there is no teacher_model: leave {key} out"
                 )
     return loaded
-
-
-def _check_datasets(train: Any, evaluate: Any, args: TrOPDConfig, loaded_teacher: Any) -> None:
-    """Raises ValueError for data sets without the columns that the config's settings need."""
-    columns = signals.columns_of(args.rules()) if args.precomputed_teacher else ()
-    named = args.is_guided and args.prefix_column not in (None, "teacher_completion")
-    check_no_splits(train)
-    check_dataset("train_dataset", train, [*columns, *([args.prefix_column] if named else [])])
-    own = [] if args.precomputed_teacher else teacher_prompts.columns_of_evaluation(train)
-    check_dataset("eval_dataset", evaluate, [*columns, *own])
-    present = getattr(train, "column_names", None)  # a stream may not know them
-    writes = args.teacher_model_server_url or loaded_teacher is not None
-    if args.is_guided and not writes and present and args.prefix_column not in present:
-        raise missing_guide_error(args.prefix_column)
-    if present and args.prefix_column in present:
-        check_guides(train, args)

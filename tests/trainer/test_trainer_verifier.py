@@ -1,0 +1,220 @@
+"""Reward functions beside the teacher: advantages, what the functions get, logs, and failures."""
+
+from __future__ import annotations
+
+import math
+from functools import partial
+
+import pytest
+import torch
+
+pytest.importorskip("trl", reason="the trainer needs trl")
+
+import tiny
+from engines import on_two_processes
+from training import RATE, Spy, by_hand, make, resume_and_compare, step_and_compare
+from trl import GRPOConfig, GRPOTrainer
+
+from tropd_kernels import KDRL, TokenRule
+from tropd_kernels.trainer.verifier import group_advantages
+
+pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
+HERE = dict(use_cpu=True, bf16=False, report_to="none")
+FOUR = dict(num_generations=4, per_device_train_batch_size=4, gradient_accumulation_steps=2)
+NAN = math.nan
+
+
+def distinct(completions, **columns):
+    return [len(set(text.split())) for text in completions]
+
+
+def long(completion_ids, **columns):
+    return [float(len(ids) > 6) for ids in completion_ids]
+
+
+def judged(folder, functions=distinct, **settings):
+    """A trainer whose completions these functions judge."""
+    kind = partial(Spy, reward_funcs=functions)
+    settings = {"objective": "opd", "task_weight": 0.7} | FOUR | settings
+    if not isinstance(settings["objective"], str):
+        settings["task_weight"] = None
+    return make(folder, kind=kind, **settings)
+
+
+def log_of(trainer) -> dict:
+    return next(log for log in trainer.state.log_history if "loss" in log)
+
+
+def rows_of(trainer) -> list[dict]:
+    """The rows of all micro-batches, in the order in which they were written."""
+    rows = [{k: v[i] for k, v in batch.items() if v.ndim}
+            for batch in trainer.batches for i in range(len(batch["prompt_ids"]))]  # fmt: skip
+    return sorted(rows, key=lambda row: int(row["sequence_ids"]))
+
+
+def advantages_by_hand(rewards: list[float], size: int) -> list[float]:
+    found = []
+    for first in range(0, len(rewards), size):
+        group = rewards[first : first + size]
+        mean = sum(group) / size
+        std = math.sqrt(sum((r - mean) ** 2 for r in group) / (size - 1))
+        found += [(r - mean) / (std + 1e-4) for r in group]
+    return found
+
+
+# --- advantages ---------------------------------------------------------------------------------
+
+
+def test_advantages_by_hand():
+    """(r - mean) / (std + 1e-4) of GRPO (arXiv 2402.03300), with TRL's epsilon."""
+    rewards = torch.tensor([[1.0], [2.0], [3.0], [4.0], [4.0], [10.0]])
+    found, total, equal = group_advantages(rewards, torch.ones(1), 3, "group")
+    std = math.sqrt(12.0)  # of 4, 4, 10, whose mean is 6
+    expected = [
+        -1 / 1.0001,
+        0.0,
+        1 / 1.0001,
+        -2 / (std + 1e-4),
+        -2 / (std + 1e-4),
+        4 / (std + 1e-4),
+    ]
+    assert found.tolist() == pytest.approx(expected, rel=1e-12)
+    assert total.tolist() == rewards[:, 0].tolist() and not equal.any()
+    found, *_ = group_advantages(rewards, torch.ones(1), 3, "none")
+    assert found.tolist() == [-1.0, 0.0, 1.0, -2.0, -2.0, 4.0]
+    found, *_ = group_advantages(rewards, torch.ones(1), 3, "batch")
+    std = math.sqrt(50.0 / 5)  # of 1, 2, 3, 4, 4, 10, whose mean is 4
+    expected = [a / (std + 1e-4) for a in (-1.0, 0.0, 1.0, -2.0, -2.0, 4.0)]
+    assert found.tolist() == pytest.approx(expected, rel=1e-7)  # TRL's n / (n - 1) is in float32
+
+
+def test_completions_that_are_not_judged():
+    """By some functions: the rest of the sum counts. By none: no advantage, no part in others'."""
+    rewards = torch.tensor([[1.0, NAN], [2.0, 1.0], [NAN, NAN], [NAN, 8.0]])
+    found, total, equal = group_advantages(rewards, torch.tensor([1.0, 0.5]), 4, "none")
+    assert total[[0, 1, 3]].tolist() == [1.0, 2.5, 4.0] and total[2].isnan()
+    assert found.tolist() == [-1.5, 0.0, 0.0, 1.5] and not equal.any()
+    one = torch.tensor([[5.0], [NAN], [NAN], [NAN]])
+    found, _, equal = group_advantages(one, torch.ones(1), 2, "group")
+    assert found.tolist() == [0.0] * 4 and equal.all()
+
+
+def test_equal_rewards_have_advantage_0_to_the_bit():
+    """In float32 the mean of 0.1, 0.1, 0.1 is another number, and its sign passes a filter."""
+    rewards = torch.full((21, 2), 0.1) * torch.tensor([1.0, 3.0])
+    for scale in ("group", "batch", "none"):
+        found, _, equal = group_advantages(rewards, torch.tensor([0.3, 0.7]), 7, scale)
+        assert found.tolist() == [0.0] * 21 and equal.all()
+
+
+# --- a step -------------------------------------------------------------------------------------
+
+CASES = {
+    "opd": {},
+    "tropd, beside a prefix": dict(
+        objective="tropd", prefix_schedule="constant", prefix_length=3, prefix_weight=0.5
+    ),
+    "kdrl, filtered": dict(objective=KDRL(task_weight=2.0, reward_filter="negative")),
+    "a rule that filters": dict(objective=TokenRule(reward_filter="positive")),
+    "with returns": dict(kl_discount_factor=0.5, scale_rewards="none"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_step_is_that_of_both_rewards(tmp_path, case):
+    """Against the loop by hand, with advantages made of the decoded completions."""
+    teacher = tiny.model(1, hidden_size=48)
+    trainer = judged(tmp_path, teacher=teacher, **CASES[case])
+    step_and_compare(trainer, teacher)
+    rows = rows_of(trainer)
+    assert [int(row["sequence_ids"]) for row in rows] == list(range(8))
+    prompts = [row["prompt_ids"][row["prompt_mask"].bool()].tolist() for row in rows]
+    assert prompts[0] == prompts[3] != prompts[4] == prompts[7]
+    texts = [
+        tiny.tokenizer().decode(row["completion_ids"], skip_special_tokens=True) for row in rows
+    ]
+    rewards = distinct(texts)
+    if trainer.args.scale_rewards == "none":
+        means = [sum(rewards[:4]) / 4] * 4 + [sum(rewards[4:]) / 4] * 4
+        expected = [r - m for r, m in zip(rewards, means)]
+    else:
+        expected = advantages_by_hand(rewards, 4)
+    found = [row["task_advantages"].item() for row in rows]
+    assert found == pytest.approx(expected, rel=1e-6) and max(found) > 0.5
+    log = log_of(trainer)
+    assert log["reward"] == log["rewards/distinct/mean"] == pytest.approx(sum(rewards) / 8)
+
+
+def test_logs_and_rewards_are_grpo_s(tmp_path):
+    """TRL's own GRPO on the same data, seeds and model writes the same completions: the same
+    values by the same names."""
+    functions, weights = [distinct, long], [1.0, 0.5]
+    common = dict(
+        max_steps=1, max_completion_length=10, logging_steps=1, seed=5, save_strategy="no",
+        disable_tqdm=True, gradient_checkpointing=False, reward_weights=weights, **FOUR, **HERE,
+    )  # fmt: skip
+    ours = judged(tmp_path / "ours", functions, reward_weights=weights)
+    ours.train()
+    theirs = GRPOTrainer(
+        tiny.model(0), functions, GRPOConfig(str(tmp_path / "theirs"), **common),
+        train_dataset=tiny.prompts(), processing_class=tiny.tokenizer(),
+    )  # fmt: skip
+    theirs.train()
+    (log,), own = [log for log in theirs.state.log_history if "loss" in log], log_of(ours)
+    names = [n for n in log if n.startswith("reward") or n == "frac_reward_zero_std"]
+    assert len(names) == 7
+    for name in names:
+        assert own[name] == pytest.approx(log[name], rel=1e-5), name
+
+
+def test_a_resumed_run_has_the_same_rewards(tmp_path):
+    """... to the bit, between two steps on one generation batch."""
+    settings = dict(kind=partial(Spy, reward_funcs=[distinct]), task_weight=0.7, num_generations=2)
+    resume_and_compare(tmp_path, 3, max_steps=6, num_iterations=2, **settings)
+
+
+_TWO = """
+import sys, torch, pytest
+from engines import use, whole_parameters
+settings = use(sys.argv[2])
+from test_trainer_verifier import distinct, judged
+trainer = judged(
+    sys.argv[1], per_device_train_batch_size=1, gradient_accumulation_steps=2, **settings
+)
+trainer.train()
+rank = trainer.accelerator.process_index
+parameters, log = whole_parameters(trainer.model), trainer.state.log_history[0]
+def fails(**given):
+    raise KeyError("answer")
+if rank == 1:
+    trainer._verifier.reward_funcs = [trainer._verifier._guarded("distinct", fails)]
+with pytest.raises(ValueError) as error:
+    trainer._verifier.rewards([{"prompt": "w1"}], ["w2"], [[7]])
+torch.save((trainer.batches, parameters, log, str(error.value)), f"{sys.argv[1]}/{rank}.pt")
+"""
+
+
+def test_two_processes_are_the_large_batch(tmp_path):
+    """A group lies over both. A function that fails on one of them stops both."""
+    saved = on_two_processes(_TWO, tmp_path, "ddp")
+    trainer = make(tmp_path, objective="opd", task_weight=0.7, kind=partial(
+        Spy, reward_funcs=distinct), num_generations=4, per_device_train_batch_size=1,
+        gradient_accumulation_steps=4)  # fmt: skip
+    trainer.seen = [(batch, True) for batches, *_ in saved for batch in batches]
+    rows = rows_of(trainer)
+    texts = [tiny.tokenizer().decode(r["completion_ids"], skip_special_tokens=True) for r in rows]
+    rewards = distinct(texts)
+    found = [row["task_advantages"].item() for row in rows]
+    assert found == pytest.approx(advantages_by_hand(rewards, 4), rel=1e-6) and any(found)
+    twin = tiny.model(0).double()
+    by_hand(trainer, twin, tiny.model(1, hidden_size=48).double())
+    for new, other, old, true in zip(
+        saved[0][1], saved[1][1], tiny.model(0).parameters(), twin.parameters(), strict=True
+    ):
+        assert torch.equal(new, other)
+        torch.testing.assert_close(
+            (old.detach() - new).double() / RATE, true.grad, rtol=1e-3, atol=2e-4
+        )
+    assert saved[0][2]["reward"] == pytest.approx(sum(rewards) / 4)
+    assert saved[0][3] == "reward_funcs: one on another process failed"
+    assert saved[1][3] == "reward_funcs: distinct: KeyError: 'answer'"
