@@ -100,16 +100,16 @@ def served():
 
 def every_objective(ranks):
     """V is divisible by neither number of ranks, and the heads are cut at different ids."""
+    combinations = list(product(BACKENDS, (bare, everything)))
     for i, (name, form) in enumerate(served()):
-        # Each backend and each kind of problem with every objective and form, over both numbers of
-        # ranks; two ranks take two of the four combinations, four ranks one.
-        combinations = list(product(BACKENDS, (bare, everything)))
-        turn = [i % 2, 3 - i % 2] if ranks == 2 else [2 - i % 2]
-        for backend, make in dict.fromkeys(combinations[at % len(combinations)] for at in turn):
-            yield (
-                f"{backend} {name} {form} {make.__name__}",
-                partial(compare, make(), name, form, backend),
-            )
+        # Every objective and form with each backend and each kind of problem: with one of either on
+        # two ranks, with the other ones on four.
+        at = i % 4 if ranks == 2 else 3 - i % 4
+        backend, make = combinations[at % len(combinations)]
+        yield (
+            f"{backend} {name} {form} {make.__name__}",
+            partial(compare, make(), name, form, backend),
+        )
 
 
 def cross_entropy(ranks):

@@ -158,11 +158,9 @@ DIFFERENTIABLE = [
     ],
 )
 def test_gradcheck_of_the_real_kernels(backend, name, form, device):
-    """Finite differences of the backend's own forward, in float64. Only objectives whose loss is
-    not
-    a surrogate: a policy gradient's value does not have the policy gradient as its derivative, so
-    here it is given the sampling policy's log-probs, which makes the ratio a function of the
-    weights, and advantages, which make the reward a constant."""
+    """Finite differences of the backend's own forward, in float64. The derivative of a policy
+    gradient's value is the policy gradient only where old_log_probs are given, which make the ratio
+    a function of the weights, and advantages, which make the reward a constant."""
     rule = OBJECTIVES[name]
     problem = with_everything(make_problem(tokens=3, vocab_size=11, width=4, device=device))
     problem.labels = problem.labels.clamp_min(0)

@@ -107,9 +107,14 @@ def test_the_first_call_without_native_says_how_to_build_it_once():
 
 
 def test_nothing_is_said_to_who_chose_torch_or_while_a_graph_is_traced():
-    assert warned("call(backend='torch')\n") == ""
-    compiled = "torch.compile(lambda: call().loss, fullgraph=True, backend='eager')()\n"
-    assert "UserWarning" not in warned(compiled)
+    said = warned(
+        "import sys\n"
+        "call(backend='torch')\n"
+        "print('--- traced', file=sys.stderr, flush=True)\n"
+        "torch.compile(lambda: call().loss, fullgraph=True, backend='eager')()\n"
+    )
+    of_torch, traced = said.split("--- traced\n")
+    assert of_torch == "" and "UserWarning" not in traced
 
 
 def test_the_command_that_builds_native_names_the_checkout():
