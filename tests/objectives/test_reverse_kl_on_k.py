@@ -160,6 +160,24 @@ def test_a_tail_that_the_teacher_excludes(backend, device):
 
 
 @all_backends
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_teacher_whose_ids_hold_all_its_mass(dtype, backend, device):
+    """The probabilities sum to 1, or to a little more: its mass off K counts as the precision."""
+    z = torch.randn(2, 9, dtype=dtype, device=device)
+    ids = torch.tensor([[0, 1], [2, 3]], device=device)
+    log_q = torch.tensor([[0.5, 0.5], [0.6, 0.4000003]], dtype=dtype, device=device).log()
+    loss, gradient, _ = loss_and_gradient(
+        z, ids[:, 0], TopKTeacher(ids, log_q, log_q[:, 0]), rule("bucket", 2), backend,
+        reduction="none",
+    )  # fmt: skip
+    p = z.double().softmax(-1).gather(-1, ids)
+    tail = 1 - p.sum(-1)
+    exact = (p * (p.log() - log_q)).sum(-1) + tail * (tail / torch.finfo(dtype).eps).log()
+    torch.testing.assert_close(loss.double(), exact, rtol=1e-5, atol=0)
+    assert gradient.isfinite().all() and gradient.any(-1).all()
+
+
+@all_backends
 @both_forms
 @pytest.mark.parametrize("tail", TAILS)
 def test_a_student_that_excludes_k(tail, form, backend, device):
