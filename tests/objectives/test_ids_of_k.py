@@ -168,6 +168,21 @@ def test_ids_of_k_that_the_teacher_excludes(tail, backend, device):
 
 
 @all_backends
+@pytest.mark.parametrize("tail", TAILS)
+def test_a_given_id_that_both_sides_exclude(tail, backend, device):
+    """K is as it is without the id: 0 log 0/0 = 0."""
+    z, t = torch.randn(2, 1, 9, device=device)
+    z[0, 1] = t[0, 1] = -math.inf
+    found = call("given", z, t, rule(tail, "given"), backend)
+    without = loss_and_gradient(
+        z, GIVEN[:1, 2].to(device), LogitsTeacher(t), rule(tail, "given"), backend,
+        reduction="none", ids=GIVEN[:1, [0, 2]].to(device),
+    )  # fmt: skip
+    assert found[0].isfinite()
+    torch.testing.assert_close(found[:2], without[:2])
+
+
+@all_backends
 @pytest.mark.parametrize("whose", ["student", "given"])
 def test_both_buckets_are_summed(whose, backend, device):
     """A difference from 1 would lose the digits of the mass that either side has off K."""

@@ -21,6 +21,7 @@ from tropd_kernels import (
     distillation_loss,
     linear_distillation_loss,
 )
+from tropd_kernels.rows.top_k import largest_ids
 
 BACKENDS = ("torch", "native", "triton")
 both = pytest.mark.parametrize("backend", BACKENDS)
@@ -207,3 +208,15 @@ def test_a_bias_wider_than_the_hidden_states(backend, device):
         for b in (bias, bias.double())
     ]
     torch.testing.assert_close(*found)
+
+
+@pytest.mark.parametrize("width", [40, 1024])
+def test_the_largest_ids_of_a_row_that_holds_nan(width, device):
+    """Of a row that holds more NaN than k they are its numbers' all the same."""
+    values = torch.randn(3, width, device=device)
+    values[0], values[1, ::2] = math.nan, math.nan
+    ids = largest_ids(values, 6)
+    assert ids.shape == (3, 6)
+    if device == "cpu":  # on a GPU a NaN is the largest
+        expected = values[1:].nan_to_num(nan=-math.inf).topk(6, dim=-1).indices
+        assert torch.equal(ids[1:], expected)
