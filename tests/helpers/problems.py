@@ -286,6 +286,20 @@ def relative_error(value: torch.Tensor, truth: torch.Tensor) -> float:
     return float((value - truth).norm() / truth.norm().clamp_min(1e-30))
 
 
+def assert_stats_agree(ours, truth, tolerance: float) -> None:
+    """Where both know them. What the reference does not know, nobody does."""
+    for key, value in vars(truth).items():
+        found = getattr(ours, key)
+        assert (found is None) == (value is None), key
+        if value is not None:
+            assert not (value.isnan() & ~found.isnan()).any(), f"{key}: the reference has none"
+            known = ~found.isnan()
+            torch.testing.assert_close(
+                found[known].double(), value[known].double(), rtol=tolerance, atol=tolerance,
+                msg=key,
+            )  # fmt: skip
+
+
 def rows_of_several_blocks() -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
     """Student's and teacher's logits, whose maxima stand in the last of their blocks of 1024."""
     vocab, block = 3172, torch.arange(3172) // 1024

@@ -16,6 +16,7 @@ from tropd_kernels import (
     OPD,
     Divergence,
     EntropyOPD,
+    ExOPD,
     HiddenTeacher,
     TrOPD,
     buffers,
@@ -35,18 +36,20 @@ from tropd_kernels.rows.sharded_search import head_threshold
 BACKENDS = ("torch", "native", "triton")
 
 
+@pytest.mark.parametrize("rule", [TrOPD(top_k=8), ExOPD(extrapolation=1.25)], ids=["teacher", "target"])
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_no_tensor_of_tokens_times_vocabulary(backend, device, monkeypatch):
+def test_no_tensor_of_tokens_times_vocabulary(backend, rule, device, monkeypatch):
     rows = 4 if backend == "triton" and device == "cpu" else 16  # the interpreter is slow
     monkeypatch.setattr(chunking, "MULTIPLE", rows)
     monkeypatch.setattr(chunking, "FIXED_SIZES", (rows, 2 * rows))
     monkeypatch.setattr("tropd_kernels.rows.torch_rows.BLOCK_ELEMENTS", {"cpu": 4 * 3001})
-    tokens, v = 8 * 2 * rows, 3001
+    tokens, v = 16 * rows, 3001
     problem = make_problem(tokens, v, width=4, teacher_width=4, device=device)
+    teacher = Side(problem.teacher_hidden.float(), problem.teacher_weight.float(), scale=2.0)
     flat = flat_problem(
-        Side(problem.hidden.float(), problem.weight.float()),
-        Side(problem.teacher_hidden.float(), problem.teacher_weight.float()),
-        problem.labels, TrOPD(top_k=8), backend, {"uniforms": problem.options["uniforms"]},
+        Side(problem.hidden.float(), problem.weight.float(), softcap=9.0), teacher, problem.labels,
+        rule, backend, {"uniforms": problem.options["uniforms"]},
+        reference=teacher if rule.reference_power else None,
     )  # fmt: skip
     with LargestTensor() as seen:
         result = forward(flat)

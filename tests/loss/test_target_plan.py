@@ -2,9 +2,7 @@
 
 import pytest
 import torch
-from flat import BOTH, flat_problem
-from problems import make_problem
-from watching import LargestTensor, ResidentPeak
+from watching import ResidentPeak
 
 from tropd_kernels import (
     GKD,
@@ -16,9 +14,6 @@ from tropd_kernels import (
     linear_distillation_loss,
     plan_chunks,
 )
-from tropd_kernels.loss import plan as chunking
-from tropd_kernels.loss.loop import backward, forward
-from tropd_kernels.loss.problem import Side
 
 RULE = ExOPD(extrapolation=1.25)
 VETO = Veto(student_power=0.5)
@@ -61,28 +56,6 @@ def test_a_target_of_given_logits_has_a_buffer():
 def test_a_width_that_no_teacher_has(size):
     with pytest.raises(ValueError, match="reference_hidden_size must be an int, at least 1"):
         planned(reference=size)
-
-
-@pytest.mark.parametrize("backend", ["torch", "native", "triton"])
-def test_no_tensor_of_tokens_times_vocabulary(backend, device, monkeypatch):
-    rows = 4 if backend == "triton" and device == "cpu" else 16  # the interpreter is slow
-    monkeypatch.setattr(chunking, "MULTIPLE", rows)
-    monkeypatch.setattr(chunking, "FIXED_SIZES", (rows, 2 * rows))
-    monkeypatch.setattr("tropd_kernels.rows.torch_rows.BLOCK_ELEMENTS", {"cpu": 4 * 3001})
-    tokens, v = 16 * rows, 3001
-    problem = make_problem(tokens, v, width=4, teacher_width=4, device=device)
-    beside = Side(problem.teacher_hidden.float(), problem.teacher_weight.float(), scale=2.0)
-    flat = flat_problem(
-        Side(problem.hidden.float(), problem.weight.float(), softcap=9.0), beside, problem.labels,
-        RULE, backend, reference=beside,
-    )  # fmt: skip
-    with LargestTensor() as seen:
-        result = forward(flat)
-    assert result.d_weight.abs().sum() > 0
-    assert seen.elements <= tokens * v / 8
-    with LargestTensor() as seen:
-        backward(flat, result.coefs, BOTH)
-    assert seen.elements <= tokens * v / 8
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="of a CPU's engine")

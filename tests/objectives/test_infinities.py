@@ -271,14 +271,15 @@ def test_an_infinite_reward_under_a_ratio_of_0(clip, backend, device):
 
 @all_backends
 @pytest.mark.parametrize("tail", TAILS)
-def test_a_token_of_which_the_teacher_gave_no_id(tail, backend, device):
+@pytest.mark.parametrize("name", ["forward_kl", "reverse_kl"])
+def test_a_token_of_which_the_teacher_gave_no_id(name, tail, backend, device):
     """Padding alone: no loss and no gradient, and the token beside it is as it would be alone."""
     z = torch.randn(2, 6, device=device)
     ids = torch.tensor([[-1, -1], [1, 2]], device=device)
     log_q = torch.tensor([[-math.inf, -math.inf], [-1.0, -2.0]], device=device)
     known = torch.tensor([-1.0, -1.0], device=device)
     label = torch.tensor([0, 1], device=device)
-    rule = Divergence("forward_kl", top_k=2, top_k_tail=tail)
+    rule = Divergence(name, top_k=2, top_k_tail=tail)
     loss, gradient, _ = loss_and_gradient(
         z, label, TopKTeacher(ids, log_q, known), rule, backend, reduction="none"
     )

@@ -200,24 +200,6 @@ def test_a_student_that_excludes_k(tail, form, backend, device):
 
 
 @all_backends
-@pytest.mark.parametrize("tail", TAILS)
-def test_a_token_of_which_the_teacher_gave_no_id(tail, backend, device):
-    z = torch.randn(2, 6, device=device)
-    ids = torch.tensor([[-1, -1], [1, 2]], device=device)
-    log_q = torch.tensor([[-math.inf, -math.inf], [-1.0, -2.0]], device=device)
-    known, label = torch.full((2,), -1.0, device=device), torch.tensor([0, 1], device=device)
-    loss, gradient, _ = loss_and_gradient(
-        z, label, TopKTeacher(ids, log_q, known), rule(tail, 2), backend, reduction="none"
-    )
-    _, alone, _ = loss_and_gradient(
-        z[1:], label[1:], TopKTeacher(ids[1:], log_q[1:], known[1:]), rule(tail, 2), backend,
-        reduction="none",
-    )  # fmt: skip
-    assert loss[0].abs() <= 1e-6 and gradient[0].abs().max() <= 1e-6
-    torch.testing.assert_close(gradient[1:], alone)
-
-
-@all_backends
 @pytest.mark.parametrize("divergence", ["forward_kl", "reverse_kl"])
 def test_a_student_s_bucket_beside_a_top_k_teacher_is_summed(divergence, backend, device):
     """A difference from 1 has an error of 6e-8, next to a tail of 1e-4 some 4e-4, which shows in

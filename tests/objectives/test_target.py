@@ -20,6 +20,7 @@ from calls import (
 )
 from problems import (
     OBJECTIVES,
+    assert_stats_agree,
     loss_and_gradient,
     make_problem,
     reference_of,
@@ -61,14 +62,7 @@ def close(found, truth, bound):
     assert relative_error(found[0], truth[0]) <= bound, "loss"
     for key, gradient in truth[1].items():
         assert relative_error(found[1][key], gradient) <= bound, f"d_{key}"
-    for key, value in vars(truth[2]).items():
-        ours = getattr(found[2], key)
-        assert (ours is None) == (value is None), key
-        if value is not None:
-            known = ~(ours.isnan() | value.isnan())
-            torch.testing.assert_close(
-                ours[known].double(), value[known], rtol=20 * bound, atol=20 * bound, msg=key
-            )
+    assert_stats_agree(found[2], truth[2], 20 * bound)
 
 
 # --- by hand --------------------------------------------------------------------------------------
