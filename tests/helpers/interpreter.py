@@ -14,6 +14,8 @@ def speed_up() -> None:
     _replace_once_a_launch()
     _check_no_overflow_in_vain()
     _look_dtypes_up()
+    _keep_shapes()
+    _broadcast_only_what_differs()
 
 
 def _replace_once_a_launch() -> None:
@@ -58,3 +60,41 @@ def _look_dtypes_up() -> None:
         return np.dtype(np.uint64) if scalar.is_ptr() else of_scalars(scalar)
 
     interpreter._get_np_dtype = np_dtype
+
+
+def _keep_shapes() -> None:
+    """Each tensor, and each type of one, makes its shape anew, number by number."""
+    make, shapes = tl.tensor.__init__, {}
+    make_type, types = tl.block_type.__init__, {}
+
+    def init(self, handle, type):
+        shape = tuple(type.shape) if type.is_block() else ()
+        if shape not in shapes:
+            make(self, handle, type)
+            shapes[shape] = {"shape": self.shape, "numel": self.numel}
+        self.__dict__.update(shapes[shape], handle=handle, type=type, dtype=type.scalar)
+
+    def init_type(self, element_ty, shape):
+        if element_ty.is_ptr():
+            make_type(self, element_ty, shape)
+            return
+        key = element_ty, *shape
+        if key not in types:
+            make_type(self, element_ty, shape)
+            types[key] = dict(vars(self))
+        self.__dict__.update(types[key])
+
+    tl.tensor.__init__, tl.block_type.__init__ = init, init_type
+
+
+def _broadcast_only_what_differs() -> None:
+    semantic = interpreter.interpreter_semantic
+    broadcast = semantic.broadcast_impl_value
+
+    def broadcast_impl_value(lhs, rhs):
+        a, b = lhs.type, rhs.type
+        if a.is_block() and b.is_block() and tuple(a.shape) == tuple(b.shape):
+            return lhs, rhs
+        return broadcast(lhs, rhs)
+
+    semantic.broadcast_impl_value = broadcast_impl_value
