@@ -41,7 +41,7 @@ TROPD_INLINE Vector<T> gradient_at(
   Vector<T> weight = all<T>(c[P]);
   if (on_k && o.top_k) weight = member ? all<T>(c[P_TOP_K]) : weight;
   Vector<T> d = p * weight;
-  if (row.rare) {  // one test in place of one each
+  if (row.rare) {  // one test for both: most rows have neither
     if (c[ENTROPY_WEIGHT] != 0) d -= product<T>(p, (lp + c[MEAN_ENTROPY]) * c[ENTROPY_WEIGHT]);
     d -= c[UNIFORM];
   }

@@ -162,8 +162,8 @@ void both_statistics(
   s[TEACHER_LOG_PROB * ss] = inside ? (t.one(label)[0] - t_high) - T(t_log) : nan;
 }
 
-// Mean over the ids of z - high. A pass of its own, over a row that the cache still holds: rows that are
-// not asked for it pay nothing.
+// Mean over the ids of z - high. A pass of its own over a row that the cache still holds, so that rules
+// without label smoothing pay nothing for it.
 template <class T, class S>
 T mean_gap(const S& z, int64_t vocab, T high) {
   typename Types<T>::wide sum{};

@@ -36,7 +36,9 @@ from tropd_kernels.rows.sharded_search import head_threshold
 BACKENDS = ("torch", "native", "triton")
 
 
-@pytest.mark.parametrize("rule", [TrOPD(top_k=8), ExOPD(extrapolation=1.25)], ids=["teacher", "target"])
+@pytest.mark.parametrize(
+    "rule", [TrOPD(top_k=8), ExOPD(extrapolation=1.25)], ids=["teacher", "target"]
+)
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_no_tensor_of_tokens_times_vocabulary(backend, rule, device, monkeypatch):
     rows = 4 if backend == "triton" and device == "cpu" else 16  # the interpreter is slow

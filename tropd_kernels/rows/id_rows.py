@@ -1,14 +1,14 @@
 """The row engine of a set K that is not the teacher's: the student's own top-k, or given ids.
 
-The teacher is dense, so it can score any id. A first pass of any backend's engine reads both rows;
-from its normalisers the ids' log-probs under the teacher follow, and with them the batch is one of
-a top-k teacher whose ids those are, for which the engine makes the sums and the gradient. Three
-things differ from a top-k teacher: K holds ids that the teacher excludes, where a reverse KL is
-infinite; the teacher's mass off K is summed; the statistics are those of the whole distribution.
+The teacher is dense, so it can score any id. The backend's engine reads both rows once, and its
+normalisers give the teacher's log-probs at the ids of K. With these the engine makes the sums and
+the gradient as for a top-k teacher. Three things differ from a top-k teacher: K may hold ids that
+the teacher excludes, where a reverse KL is infinite; the teacher's mass off K is summed; the
+statistics are those of the whole distribution.
 
 The student's ids are exactly k. Of those that tie for the last places a CPU takes the lowest, a GPU
-any. They are found again for the gradient of a backward that recomputes the logits, from the same
-logits to the bit: those exist, or are products of the same height (see `loss.plan`).
+any. A backward that recomputes the logits finds the ids again. They are the same, since the logits
+are the same to the bit: they are kept, or come from products of the same height (see `loss.plan`).
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ class IdRows(RowEngine):
         sums = self.whole.sums(part, _with_normalisers(options), None, found)
         ids, log_q = part.topk
         at, on_k = ids.clamp_min(0), log_q > -math.inf
-        # Of the ids that the student does not exclude: are there any, and does the teacher?
+        # Is there an id that the student does not exclude, and one of these that the teacher does?
         live = on_k & (_picked(part.student, options.student, at, coefs.dtype) > -math.inf)
         facts = [live.any(-1), (live & (log_q == _lowest(log_q))).any(-1)]
         if rule.top_k_tail == "bucket":
@@ -78,7 +78,7 @@ class IdRows(RowEngine):
             sums.teacher_tail = tail[0]
         if rule.generator in ("topk_reverse_kl", "mopd"):  # with p (lp - lq) of every id of K
             infinite = excluded > 0
-            if rule.top_k_tail.startswith("renormalize"):  # by what underflows
+            if rule.top_k_tail.startswith("renormalize"):  # divided by a mass that is 0
                 infinite |= (some > 0) & (sums.teacher_mass == 0)
             sums.value = sums.terms[0].masked_fill(infinite, math.inf)
         return sums

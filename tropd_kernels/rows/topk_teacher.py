@@ -49,8 +49,8 @@ def topk_teacher_statistics(batch: RowBatch, stats: Tensor) -> None:
 
 
 def repeats(ids: Tensor, log_probs: Tensor | None, vocab_size: int) -> Tensor:
-    """(N, K) of ids and their log-probs (N, K), where there are some: in the order of the ids,
-    those equal to the one before them; padding equals nothing."""
+    """Whether ids (N, K) repeat: bool (N, K), in ascending order of the ids, True where an id
+    equals the one before it. Padding, which includes log-probs of -inf, equals nothing."""
     usable = (ids >= 0) & (ids < vocab_size)
     if log_probs is not None:
         usable &= log_probs != -math.inf

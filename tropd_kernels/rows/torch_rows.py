@@ -218,8 +218,8 @@ def _statistics(
 
 
 def _of_part(part: RowBatch, c: Tensor) -> None:
-    """Makes of c what the other engines give of a part of a row: log-sums of -inf where all of its
-    ids are excluded, the mean log-ratio relative to the maxima, without the log-sums."""
+    """Turns c into what the other engines give for a part of a row: log-sums of -inf where all of
+    its ids are excluded, and the mean log-ratio relative to the maxima, without the log-sums."""
     for at in (Coef.STUDENT_MAX, Coef.TEACHER_MAX)[: 1 if part.teacher is None else 2]:
         c[at + 1] = torch.where(c[at] == -math.inf, -math.inf, c[at + 1])
     c[Coef.REVERSE_KL] += c[Coef.STUDENT_LOG_SUM] - c[Coef.TEACHER_LOG_SUM]

@@ -217,7 +217,7 @@ def _add_tile(
     lp = (z - top) - log_sum
     lq = (t - t_top) - t_log_sum
     OF_K: tl.constexpr = (GENERATOR == "topk_reverse_kl") & (TAIL == "renormalize_both")
-    # Weights on K reach e^80, which makes a subnormal p count.
+    # A weight on K may be e^80, so that a subnormal p counts.
     p = tl.exp(lp) if GUARDED or OF_K else _exp(lp)
     q = tl.exp(lq) if GUARDED else _exp(lq)
     on_k = lq >= threshold  # never padding, nor an id that the teacher excludes
