@@ -213,7 +213,7 @@ def test_scores_and_the_threshold_are_returned(backend):
     problem.labels[0] = -100
     prefix = torch.tensor([0, 1, 1, 0, 0, 0, 0, 0]).bool()
     scores = torch.tensor([9.0, 8, -8, 1, 7, 3, 2, 5])
-    rule = replace(TrOPD(top_k=5, outlier="mask"), select_by="scores", select_fraction=0.5)
+    rule = replace(TrOPD(outlier="mask"), select_by="scores", select_fraction=0.5)
     given = dict(scores=scores, teacher_prefix=prefix)
     _, gradients, stats = problem.call(rule, "hidden", backend, **given)
     unranked = torch.tensor([1, 1, 1, 0, 0, 0, 0, 0]).bool()

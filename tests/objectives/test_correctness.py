@@ -153,14 +153,9 @@ def test_gradcheck_of_the_real_kernels(backend, name, form, device):
     problem = with_everything(make_problem(tokens=3, vocab_size=11, width=4, device=device))
     problem.labels = problem.labels.clamp_min(0)
     n = problem.labels.shape[0]
-    options = (
-        problem.options
-        | inputs_of(rule, problem.labels)
-        | {
-            "advantages": torch.linspace(-1, 1, n, device=device, dtype=torch.float64),
-            "teacher_prefix": None,
-        }
-    )
+    options = problem.options | inputs_of(rule, problem.labels) | {"teacher_prefix": None}
+    if rule.reads_advantages:
+        options["advantages"] = torch.linspace(-1, 1, n, device=device, dtype=torch.float64)
     teacher = problem.teacher(form, torch.float64, options["temperature"])
     if rule.gate != "always":
         # The gate reads the student through lo alone, which is given: a constant, too.

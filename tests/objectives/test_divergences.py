@@ -34,7 +34,8 @@ def loss(rule, backend):
 def practice(monkeypatch, **how) -> TokenRule:
     """A rule of a divergence that is in the table alone."""
     monkeypatch.setitem(DIVERGENCES, "practice", DivergenceSpec(**how))
-    return TokenRule(policy_gradient=0.0, divergence="practice", top_k=how.get("ids") and 5)
+    top_k = 5 if how.get("ids") == "top_k" else None
+    return TokenRule(policy_gradient=0.0, divergence="practice", top_k=top_k)
 
 
 def test_every_divergence_is_among_the_tests_objectives():

@@ -197,9 +197,10 @@ def test_a_row_that_holds_nan_says_so(name, backend, device):
 
 
 def test_a_gate_that_rejects_nothing_needs_no_outlier_term(device):
-    """... whose KL a sampled teacher could not give; and masses of K where no rule asks for K."""
+    """A sampled teacher could not give its KL. Nor are there masses of a K that no rule reads."""
     z, labels = torch.randn(2, 5, device=device), torch.tensor([0, 1], device=device)
-    rule = TrOPD(gate="always", outlier="forward_kl_reward")
+    rule = TrOPD(gate="always")
+    assert rule == OPD()
     teacher = SampledTeacher(torch.tensor([-1.0, -2.0], device=device))
     loss, gradient, _ = loss_and_gradient(z, labels, teacher, rule, "reference")
     ours, d, _ = loss_and_gradient(z, labels, teacher, rule, "torch")

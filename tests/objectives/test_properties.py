@@ -131,7 +131,7 @@ def cases(draw, names=tuple(OBJECTIVES), shapes=SHAPES, vocab=70, linear=None, s
         options["token_weight"] = 2 * uniform(*shape) * (uniform(*shape) < 0.8)
     if draw(st.booleans()):
         options["old_log_probs"] = -4 * uniform(*shape)
-    if draw(st.booleans()):
+    if draw(st.booleans()) and rule.reads_advantages:
         options["advantages"] = normal(*shape)
     if draw(st.booleans()):
         options["temperature"] = 1.7

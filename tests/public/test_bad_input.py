@@ -272,6 +272,17 @@ def test_task_advantages_and_the_rules_that_read_them(rule, call):
     assert call(objective=rule, task_advantages=torch.ones(SHAPE)).loss.isfinite()
 
 
+@pytest.mark.parametrize("call", [head_loss, logits_loss])
+def test_advantages_of_a_rule_without_a_reward(call):
+    given = {"advantages": torch.ones(SHAPE)}
+    refused(
+        lambda: call(objective=Divergence("jsd"), **given), ValueError, "advantages", "no effect",
+        "divergence='jsd'", "policy_gradient",
+    )  # fmt: skip
+    gated = TokenRule(policy_gradient=0.0, gate="threshold", outlier="forward_kl")
+    assert call(objective=gated, **given).loss.isfinite()
+
+
 def mixed(weight):
     return dict(objective=Divergence("mixed"), mixing=filled(weight))
 

@@ -184,6 +184,28 @@ RULES = {
     "tail of nothing": (
         lambda: TrOPD(top_k=None, top_k_tail="bucket"), ValueError, "top_k_tail", "needs a top_k",
     ),
+    "top_k of no sum": (lambda: TokenRule(top_k=8), ValueError, "top_k=8 has no effect", "None"),
+    "top_k beside a mask": (
+        lambda: TrOPD(outlier="mask", top_k=8), ValueError, "top_k=8 has no effect",
+    ),
+    "outlier of no gate": (
+        lambda: TokenRule(outlier="clip"), ValueError, "outlier='clip'", "gate='always'", "'mask'",
+    ),
+    "threshold of no gate": (
+        lambda: TrOPD(threshold=-9), ValueError, "threshold=-9", "'bernoulli'", "'forward_kl'",
+    ),
+    "gate of a divergence": (
+        lambda: dataclasses.replace(GKD(), gate="threshold"), ValueError, "gate='threshold'",
+        "no effect", "policy_gradient",
+    ),
+    "outlier's reward of a divergence": (
+        lambda: dataclasses.replace(GKD(), gate="expected", outlier="forward_kl_reward"),
+        ValueError, "gate='expected' has no effect",
+    ),
+    "clip of no ratio": (
+        lambda: dataclasses.replace(GKD(), clip_ratio_low=0.2), ValueError, "clip_ratio_low=0.2",
+        "no effect", "policy_gradient",
+    ),
     "akl with top_k": (
         lambda: TokenRule(divergence="akl", top_k=8), ValueError, "akl", "leave top_k None",
     ),

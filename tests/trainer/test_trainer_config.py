@@ -216,6 +216,15 @@ def test_knobs_are_the_constructor_s(name):
         ({"lmbda": 1.5}, "lmbda: must be in [0, 1]"),
         ({"num_iterations": 0}, "num_iterations: must be a whole number of at least 1"),
         ({"drift_tau": 1.0}, "drift_tau: with num_iterations 1"),
+        (
+            {"objective": "eopd", "objective_kwargs": {"clip_ratio": 0.1}},
+            "objective_kwargs: clip_ratio: it would have no effect: with num_iterations 1",
+        ),
+        (
+            {"objective": "reopold", "objective_kwargs": {"stage": 1, "entropy_quantile": 0.1}},
+            "objective_kwargs: entropy_quantile: it would have no effect: with stage 1",
+        ),
+        ({"objective_kwargs": {"threshold": -9.0}}, "objective_kwargs: tropd: threshold=-9.0"),
         ({"drift_tau": 0.0, "num_iterations": 2}, "drift_tau: must be in"),
         ({"drift_block_size": 0}, "drift_block_size: must be"),
         ({"pad_to_multiple_of": 0}, "pad_to_multiple_of: must be a whole number of at least 1"),

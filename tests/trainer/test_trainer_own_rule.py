@@ -60,7 +60,8 @@ def test_a_file_and_a_flag_give_it(tmp_path):
     )
     assert cli.parse_run(["--config", str(file)])[1].objective == RULE
     flag = ["--config", str(file), "--objective"]
-    assert cli.parse_run([*flag, '{"threshold": -1}'])[1].objective == TokenRule(threshold=-1)
+    given = cli.parse_run([*flag, '{"nll_weight": 1}'])[1].objective
+    assert given == TokenRule(nll_weight=1)
     assert cli.parse_run([*flag, "gkd"])[1].objective == "gkd"
     for text, error in (
         ('{"gates": "always"}', "objective: a TokenRule has no field 'gates' .did you mean 'gate'"),
@@ -85,7 +86,8 @@ BAD = {
     "a reference": (TokenRule(reference_power=0.5), "=0.5 reads reference_teacher="),
     "a function of nothing": (lambda: RULE, r"lambda>\(0\) fails with TypeError"),
     "a function that fails late": (
-        lambda t: TokenRule(threshold=t - 0.5), r"\(0.51\) fails with ValueError: threshold must",
+        lambda t: TokenRule(gate="threshold", threshold=t - 0.5),
+        r"\(0.51\) fails with ValueError: threshold must",
     ),
     "a function that gives a name": (lambda t: "opd", r"\(0\) returns 'opd': expected a TokenRule"),
     "a function that gives ids": (
@@ -106,7 +108,7 @@ def test_a_schedule_that_is_no_function_of_progress_is_refused():
 
     def counting(progress):
         seen.append(progress)
-        return TokenRule(threshold=-1.0 * len(seen))
+        return TokenRule(gate="threshold", threshold=-1.0 * len(seen))
 
     with pytest.raises(ValueError, match="^objective: .*counting gives different rules .* 0: let"):
         config(counting)

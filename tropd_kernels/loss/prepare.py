@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -239,7 +239,7 @@ _READ_BY_SOME: dict[str, tuple[Callable[[TokenRule], bool], str, str]] = {
 
 
 def _check_read(rule: TokenRule, per_token: dict[str, Tensor | None]) -> None:
-    """Each of them is given with a rule that reads it, and with no other."""
+    """Each of them is given with a rule that reads it, and with no other; advantages may be."""
     for name, (reads, what, reader) in _READ_BY_SOME.items():
         given = per_token[name] is not None
         if reads(rule) and not given:
@@ -248,10 +248,15 @@ def _check_read(rule: TokenRule, per_token: dict[str, Tensor | None]) -> None:
                 f"objective without {reader}"
             )
         if given and not reads(rule):
-            raise ValueError(
-                f"{name} has no effect with {rule!r}: leave it out, or choose an objective with "
-                f"{reader}"
-            )
+            _raise_idle(name, rule, reader)
+    if per_token["advantages"] is not None and not rule.reads_advantages:
+        _raise_idle("advantages", rule, "a policy_gradient")
+
+
+def _raise_idle(name: str, rule: TokenRule, reader: str) -> NoReturn:
+    raise ValueError(
+        f"{name} has no effect with {rule!r}: leave it out, or choose an objective with {reader}"
+    )
 
 
 def _rows(tensor: Tensor) -> Tensor:

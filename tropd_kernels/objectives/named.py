@@ -17,7 +17,8 @@ from .rule_fields import STATIC_THRESHOLD
 class _TrOPD:
     """Trust Region On-Policy Distillation (arXiv 2606.01249): K1 where the teacher would accept the
     token (the speculative-decoding test), forward KL on the teacher's top-k where it would not, and
-    a small K1 forward KL on a teacher-written prefix. Defaults are the paper's."""
+    a small K1 forward KL on a teacher-written prefix. Defaults are the paper's; without an outlier
+    that sums over K the rule has no `top_k`, and with gate "always" no outlier."""
 
     def __call__(
         self,
@@ -32,6 +33,11 @@ class _TrOPD:
         clip_ratio_high: float | None = None,
         entropy_coef: float = 0.0,
     ) -> TokenRule:
+        # A default that the rest leaves without effect is dropped.
+        if gate == "always" and outlier == "forward_kl":
+            outlier = "mask"
+        if top_k == 64 and outlier in ("mask", "clip"):
+            top_k = None
         return TokenRule(
             gate=gate,
             outlier=outlier,

@@ -9,7 +9,7 @@ from dataclasses import fields
 from .checks import number, one_of
 from .divergences import DIVERGENCES, check_parameter
 from .rewards import REWARD_FILTERS, REWARD_POLICIES, REWARDS, check_reward_parameter
-from .rule_fields import RuleFields
+from .rule_fields import STATIC_THRESHOLD, RuleFields
 
 GATES = ("always", "bernoulli", "expected", "threshold")
 OUTLIERS = ("mask", "clip", "forward_kl", "forward_kl_reward")
@@ -18,10 +18,10 @@ TAILS = ("raw", "bucket", "renormalize_teacher", "renormalize_both")
 NORMALIZE = ("tokens", "kept")
 SCORES = ("entropy", "teacher_entropy", "reverse_kl", "disagreement", "reward", "scores")
 
-#: Fields that shape the policy gradient's reward.
+#: Fields that shape the policy gradient, as its reward and its ratio do.
 _REWARD_FIELDS = (
     "reward", "reward_policy", "clip_reward_low", "clip_reward_high", "task_weight",
-    "reward_filter",
+    "reward_filter", "clip_ratio_low", "clip_ratio_high",
 )  # fmt: skip
 
 
@@ -76,6 +76,12 @@ def check_rule(rule: RuleFields) -> None:
         raise ValueError(
             "this rule has no term, so that every loss would be 0: give a policy_gradient, a "
             "divergence, an nll_weight, or outlier='forward_kl' with a gate that rejects tokens"
+        )
+    _check_gate(rule)
+    if rule.top_k is not None and not rule.uses_top_k:
+        raise ValueError(
+            f"top_k={rule.top_k} has no effect, as no term is a sum over K: leave it None, or give "
+            "a divergence on K, or an outlier='forward_kl' with a gate that rejects tokens"
         )
     if rule.reshapes_target and not rule.uses_teacher:
         raise ValueError(
@@ -170,6 +176,29 @@ def _check_sets(rule: RuleFields) -> None:
         )
 
 
+def _check_gate(rule: RuleFields) -> None:
+    """Refuses a gate that decides nothing, and what says how it decides or what comes of it."""
+    if rule.gate == "always" and rule.outlier != "mask":
+        raise ValueError(
+            f"outlier={rule.outlier!r} has no effect with gate='always', which rejects no token: "
+            "leave it 'mask', or choose another gate"
+        )
+    if rule.threshold != STATIC_THRESHOLD and rule.gate != "threshold" and rule.outlier != "clip":
+        raise ValueError(
+            f"threshold={rule.threshold!r} has no effect: it is the level of gate='threshold' and "
+            f"the floor of outlier='clip', and this rule has {rule.gate!r} and {rule.outlier!r}: "
+            "leave it out, or choose one of them"
+        )
+    keeps = rule.outlier == "mask" and rule.normalize == "kept"
+    decides = rule.policy_gradient or rule.outlier == "forward_kl" or keeps
+    if rule.gate != "always" and not decides:
+        raise ValueError(
+            f"gate={rule.gate!r} has no effect with policy_gradient=0 and outlier="
+            f"{rule.outlier!r}: a gate splits the tokens of the policy gradient and of the forward "
+            "KL on outliers, and no other term; leave it 'always', or give a policy_gradient"
+        )
+
+
 def _check_reward(rule: RuleFields) -> None:
     """Refuses rewards that have no value, and fields that shape a reward that no term reads."""
     one_of("reward", rule.reward, REWARDS)
@@ -197,6 +226,5 @@ def _check_reward(rule: RuleFields) -> None:
         if f.name in idle and getattr(rule, f.name) != f.default:
             raise ValueError(
                 f"{f.name}={getattr(rule, f.name)!r} has no effect with policy_gradient=0: it "
-                f"shapes the policy gradient's reward; leave it {f.default!r}, or give a "
-                "policy_gradient"
+                f"shapes the policy gradient; leave it {f.default!r}, or give a policy_gradient"
             )

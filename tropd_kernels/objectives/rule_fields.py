@@ -179,6 +179,11 @@ class RuleFields:
         return self.clip_reward_low is not None or is_bounded(*self.reward_transform)
 
     @property
+    def reads_advantages(self) -> bool:
+        """The reward, which the caller's advantages replace, enters the loss, gate or score."""
+        return self.policy_gradient != 0 or self.gate == "threshold" or self.score == "reward"
+
+    @property
     def uses_task_advantages(self) -> bool:
         return self.task_weight != 0 or self.reward_filter is not None
 

@@ -44,7 +44,7 @@ def token_credit(
 ) -> dict[str, Tensor]:
     """`advantages` and `token_weight` (B, C), as far as the config asks for them."""
     credit = {}
-    if args.kl_discount_factor:
+    if args.kl_discount_factor and rule.reads_advantages:  # not each rule of a schedule does
         credit["advantages"] = _advantages(stats, own, args.kl_discount_factor, rule)
     weights = []
     if args.importance_gamma is not None:
