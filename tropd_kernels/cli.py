@@ -132,7 +132,7 @@ def make_trainer(run: Run, config: Any) -> Any:
     from .trainer.sources import check_sources
     from .trainer.verifier_checks import find_functions
 
-    teacher = run.teacher_model or config.teacher_model_name_or_path
+    teacher = run.teacher_model or config.teacher_model_name_or_path or config.teacher_models
     try:
         check_sources(run.model, teacher if config.loads_teacher else None, config)
         judges = find_functions(run.reward_funcs)
@@ -233,7 +233,7 @@ def parse_run(arguments: Sequence[str]) -> tuple[Run, Any]:
         check_one_teacher(run.teacher_model, config)
     except ValueError as error:
         raise UsageError(str(error)) from error
-    teacher = run.teacher_model or config.teacher_model_name_or_path
+    teacher = run.teacher_model or config.teacher_model_name_or_path or config.teacher_models
     if teacher is None and config.loads_teacher and config.uses_teacher:
         check_names(run, ["teacher_model"])
     check_data_keys(run, config)

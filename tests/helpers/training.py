@@ -44,7 +44,8 @@ class Spy(TrOPDTrainer):
 
 
 def make(
-    folder, student=None, teacher=None, data=None, evaluate=None, peft=None, kind=Spy, **settings
+    folder, student=None, teacher=None, data=None, evaluate=None, peft=None, kind=Spy,
+    several=None, **settings
 ):  # fmt: skip
     """A trainer; a teacher where none is given, unless the settings say where its log-probs are."""
     defaults = dict(
@@ -53,7 +54,7 @@ def make(
         gradient_checkpointing=False, seed=5, **SGD,
     )  # fmt: skip
     args = TrOPDConfig(str(folder), **(defaults | settings))
-    if teacher is None and args.loads_teacher:
+    if teacher is None and several is None and args.loads_teacher and not args.teacher_models:
         teacher = tiny.model(1, hidden_size=48)
     return kind(
         tiny.model(0) if student is None else student,
@@ -63,6 +64,7 @@ def make(
         eval_dataset=evaluate,
         processing_class=tiny.tokenizer(),
         peft_config=peft,
+        **({} if several is None else {"teacher_models": several}),
     )
 
 
@@ -93,7 +95,8 @@ def by_hand(trainer, student, teacher, step=0, sampler=None) -> torch.Tensor:
         with torch.no_grad():
             own = "teacher_prompt" if "teacher_prompt_ids" in row else "prompt"
             read = row[f"{own}_ids"][row[f"{own}_mask"].bool()]
-            theirs = teacher(torch.cat([read, labels])[None]).logits[0, len(read) - 1 : -1].double()
+            one = teacher if "teacher_index" not in row else teacher[int(row["teacher_index"])]
+            theirs = one(torch.cat([read, labels])[None]).logits[0, len(read) - 1 : -1].double()
         positions = torch.arange(len(labels))
         prefix = positions < row["prefix_lengths"]
         options = {}
@@ -155,7 +158,9 @@ def step_and_compare(trainer, teacher, tolerance=2e-5):
     before = copy.deepcopy(trainer.model)
     twin = copy.deepcopy(trainer.model).double()
     trainer.train()
-    loss = by_hand(trainer, twin, copy.deepcopy(teacher).double())
+    several = isinstance(teacher, list)  # in the order of teacher_models
+    exact = [copy.deepcopy(one).double() for one in (teacher if several else [teacher])]
+    loss = by_hand(trainer, twin, exact if several else exact[0])
     assert sum(trainer.losses) == pytest.approx(loss.item(), rel=1e-5, abs=1e-6)
     moved = 0.0
     old = dict(before.named_parameters())

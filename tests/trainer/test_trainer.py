@@ -76,6 +76,7 @@ def test_constructor_is_trl_s():
         list(inspect.signature(c.__init__).parameters) for c in (TrOPDTrainer, DistillationTrainer)
     )
     own = ["reward_funcs", "reward_processing_classes"]  # GRPO's
+    own += ["teacher_models"]
     assert ours == [*theirs, *own]
 
 

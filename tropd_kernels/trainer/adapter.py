@@ -15,7 +15,7 @@ A subclass overrides their methods and sees none of TRL's private ones. `hooks.p
 
 import contextlib
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +33,14 @@ from .loaded_teacher import check_dtypes, check_own_weights, load_teacher
 from .patching import keeping_forward, replaced
 from .reuse import BatchReuse
 from .router import router_loss
+from .row_teachers import (
+    INDEX,
+    RowTeachers,
+    naming,
+    refuse_beside_several,
+    row_indices,
+    rows_of,
+)
 from .sampling import evaluation_mode
 from .self_teacher import TeacherSync, is_self, refuse_sharded
 from .sharding import (
@@ -75,9 +83,13 @@ class DistillationAdapter(BatchReuse, PrefixedGeneration):
         check_eos(self.eos_token_ids, own, "the student has", self._tokenizer)
         self._teacher_head: Head | None = None
         self._teacher_eos: list[int] = []
+        self._row_indices: Tensor | None = None  # of a generation batch, with several teachers
         self._adapters_off = False  # the teacher is the student without them
+        self._teachers: dict[str, dict[str, Any]] = {}  # of several, the attributes of each
         self._teacher_sync: TeacherSync | None = None
-        if teacher_model is not None:
+        if isinstance(teacher_model, Mapping):
+            self._load_teachers(teacher_model)
+        elif teacher_model is not None:
             self._load_teacher(teacher_model)
             assert self._teacher_head is not None
             self.share_vocabulary(self._teacher_head.vocab_size)
@@ -89,7 +101,7 @@ class DistillationAdapter(BatchReuse, PrefixedGeneration):
     def distill(
         self,
         student: ModelSide,
-        teacher: ModelSide | None,
+        teacher: ModelSide | RowTeachers | None,
         inputs: dict[str, Any],
         normalizer: Any,
     ) -> tuple[Tensor, TokenStats]:
@@ -123,7 +135,20 @@ class DistillationAdapter(BatchReuse, PrefixedGeneration):
     @property
     def has_teacher(self) -> bool:
         """Whether a teacher's model is in this process."""
-        return self.teacher_model is not None or self._adapters_off
+        return self.teacher_model is not None or self._adapters_off or bool(self._teachers)
+
+    def _load_teachers(self, teachers: Mapping[str, str | PreTrainedModel]) -> None:
+        refuse_beside_several(is_sharded(self.accelerator), self._is_vlm)
+        kept = ("teacher_model", "_teacher_head", "_teacher_eos")
+        for name, teacher in teachers.items():
+            with naming(name):
+                self._load_teacher(teacher)
+            self._teachers[name] = {attribute: getattr(self, attribute) for attribute in kept}
+            self._contexts[f"teacher {name!r}"] = self._contexts.pop("teacher")
+        self.teacher_model = None
+        sizes = [one["_teacher_head"].vocab_size for one in self._teachers.values()]
+        for size in sorted(sizes, reverse=True):
+            self.share_vocabulary(size)
 
     def _load_teacher(self, teacher: str | PreTrainedModel) -> None:
         if is_self(teacher):
@@ -180,6 +205,8 @@ class DistillationAdapter(BatchReuse, PrefixedGeneration):
         Each has at most `tokens` tokens, and ends at an end of the teacher's or of the student's.
         """
         check_padding(self._tokenizer, self._shared_vocab_size, "teacher")
+        if self._teachers:
+            return self._generate_by_each(prompt_ids, images, multimodal_fields, tokens)
         eos = [*self.eos_token_ids, *self._teacher_eos]
         model = self.model_wrapped if self._adapters_off else self.teacher_model
         teacher = {"model_wrapped": model, "use_vllm": False, "eos_token_ids": eos}
@@ -193,6 +220,23 @@ class DistillationAdapter(BatchReuse, PrefixedGeneration):
                 return self._sample_completions(prompt_ids, images, multimodal_fields)
         finally:
             reshard(self.teacher_model)
+
+    def _generate_by_each(self, prompt_ids: list[list[int]], *arguments: Any) -> list[list[int]]:
+        written: list[list[int]] = [[]] * len(prompt_ids)
+        for name, rows in self._rows_by_teacher(self._row_indices):
+            places = rows.nonzero().flatten().tolist()
+            with replaced(self, _teachers={}, **self._teachers[name]):
+                own = self.generate_with_teacher([prompt_ids[i] for i in places], *arguments)
+            for place, ids in zip(places, own, strict=True):
+                written[place] = ids
+        return written
+
+    def _generate_and_score_completions(self, inputs):
+        if not self._teachers:
+            return super()._generate_and_score_completions(inputs)
+        self._row_indices = row_indices(inputs, self._teachers)
+        output = super()._generate_and_score_completions(inputs)
+        return output | {INDEX: self._row_indices.to(self.accelerator.device)}
 
     # The loss. `_compute_loss` runs inside the student wrapper's forward, where a collective would
     # hang; `compute_loss` runs after it.
@@ -218,7 +262,13 @@ class DistillationAdapter(BatchReuse, PrefixedGeneration):
         return loss, (self._stats.entropy * mask).sum(), mask.sum()
 
     @torch.no_grad()
-    def _teacher_side(self, student: Any, inputs: dict[str, Any]) -> ModelSide:
+    def _teacher_side(self, student: Any, inputs: dict[str, Any]) -> ModelSide | RowTeachers:
+        parts = []
+        for name, rows in self._rows_by_teacher(inputs.get(INDEX)):
+            with replaced(self, _teachers={}, **self._teachers[name]):
+                parts.append((rows, self._teacher_side(student, rows_of(inputs, rows))))
+        if parts:
+            return RowTeachers(parts)
         read = inputs, self._get_last_hidden_state
         if self._adapters_off:
             with self._without_adapters(), evaluation_mode(student):
@@ -228,6 +278,13 @@ class DistillationAdapter(BatchReuse, PrefixedGeneration):
             return self._forward_redirection(
                 self.teacher_model, unwrapped, read_side, unwrapped, self._teacher_head, *read
             )
+
+    def _rows_by_teacher(self, indices: Tensor | None) -> Iterator[tuple[str, Tensor]]:
+        """Of several teachers those that have rows here, with the mask of these."""
+        for place, name in enumerate(self._teachers):
+            assert indices is not None
+            if (rows := indices == place).any():
+                yield name, rows
 
     @contextlib.contextmanager
     def _without_adapters(self) -> Iterator[None]:

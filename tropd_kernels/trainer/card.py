@@ -190,6 +190,7 @@ SHAPING_NOTHING = {
     "max_workspace_bytes", "rich_progress", "log_regions", "learning_rate",
     "remove_unused_columns", "model_init_kwargs", "trust_remote_code",
     "teacher_model_name_or_path", "teacher_model_revision", "teacher_model_init_kwargs",
+    "teacher_models",
     "ds3_gather_for_generation", "shuffle_dataset", "pad_to_multiple_of", "cache_implementation",
     "vllm_mode", "vllm_model_impl", "vllm_enable_sleep_mode", "vllm_server_base_url",
     "vllm_server_host", "vllm_server_port", "vllm_server_timeout", "vllm_group_port",
@@ -270,6 +271,10 @@ def subject(model: Any, teacher: Any, served: str | None, args: TrOPDConfig) -> 
         parts = [part for part in re.split(r"[/\\]+", served) if part]
         path = not parts or served.startswith(("/", ".", "~")) or len(parts) > 2
         who = f"`{parts[-1] if path and parts else served}`, behind a server"
+    elif isinstance(teacher, Mapping):
+        who = "the teacher of each prompt: " + ", ".join(
+            f"{named_model(one).link()} ({name})" for name, one in teacher.items()
+        )
     elif is_self(teacher):
         averaged = args.teacher_update_rate is not None
         who = "a moving average of itself" if averaged else "itself before training"

@@ -48,6 +48,7 @@ STAGE_FRACTION = 0.5
 _AS_JSON = {
     "objective_kwargs": '{"top_k": 4}',
     "generation_kwargs": '{"top_p": 0.9}',
+    "teacher_models": '{"math": "org/model"}',
     "model_init_kwargs": '{"dtype": "bfloat16"}',
     "teacher_model_init_kwargs": '{"dtype": "bfloat16"}',
 }
@@ -93,7 +94,7 @@ class TrOPDConfig(DistillationConfig):
     """
 
     _VALID_DICT_FIELDS = DistillationConfig._VALID_DICT_FIELDS + [
-        "objective", "objective_kwargs",
+        "objective", "objective_kwargs", "teacher_models",
     ]  # fmt: skip
 
     recipe: str | None = _setting(
@@ -171,6 +172,11 @@ class TrOPDConfig(DistillationConfig):
         "end for the student gets the student's end after it. An evaluation uses the student's "
         "own completions, or prefix_column with lmbda 0 where its rows have it.",
         1.0,
+    )
+    teacher_models: dict | str | None = _setting(  # noqa: RUF009
+        "several teachers by their ids, {'math': 'org/model', ...}, instead of teacher_model: each "
+        "row's column teacher_id says whose it is. The loss is one mean over all tokens. "
+        "TrOPDTrainer's argument of that name also takes models."
     )
     teacher_update_rate: float | None = _setting(
         "teacher_model 'self' follows the student as a moving average: this share of the student "

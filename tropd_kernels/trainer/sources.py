@@ -26,6 +26,7 @@ from transformers import (
 from transformers.utils.import_utils import is_peft_available
 from transformers.utils.peft_utils import find_adapter_config_file
 
+from .effects import OF_LOADED_TEACHER
 from .patching import replaced
 from .self_teacher import is_self
 
@@ -73,6 +74,36 @@ def check_one_teacher(teacher: Any, args: Any) -> None:
             f"teacher_model_name_or_path: {named!r}, and teacher_model is {given}: give one of "
             "the two"
         )
+
+
+def teacher_to_load(teacher_model: Any, args: Any) -> Any:
+    """The teacher to load into this process, or None where its log-probs come otherwise.
+
+    args: a `TrOPDConfig`. Raises ValueError for settings without effect, and a missing teacher.
+    """
+    if not args.loads_teacher:
+        if teacher_model is None:
+            return None
+        raise ValueError(
+            "teacher_model: teacher_model_server_url and precomputed_teacher stand for the "
+            "teacher: give one of the three"
+        )
+    check_one_teacher(teacher_model, args)
+    loaded = args.teacher_model_name_or_path if teacher_model is None else teacher_model
+    if loaded is None and args.uses_teacher:
+        own = any(rule.uses_teacher for rule in args.rules_of_all())
+        by = "" if own else f" with select_by {args.select_by!r}"
+        raise ValueError(
+            f"teacher_model: objective {args.objective!r}{by} needs a teacher: give a model, "
+            "teacher_model_server_url, or precomputed_teacher"
+        )
+    if loaded is None:
+        for key in OF_LOADED_TEACHER:
+            if getattr(args, key) is not None:
+                raise ValueError(
+                    f"{key}: it would have no effect: there is no teacher_model: leave {key} out"
+                )
+    return loaded
 
 
 def check_revisions(args: Any) -> None:
@@ -201,6 +232,9 @@ def check_sources(model: Any, teacher_model: Any, args: Any) -> None:
     the two configs are fetched.
     """
     check_source("model", model, student_options(args))
+    several = teacher_model if isinstance(teacher_model, Mapping) else {}
+    for name, one in several.items():
+        check_source(f"teacher_models[{name!r}]", one, teacher_options(args))
     if not is_self(teacher_model):
         check_source("teacher_model", teacher_model, teacher_options(args))
 
@@ -219,7 +253,7 @@ def check_source(key: str, name: Any, options: Mapping[str, Any]) -> None:
     except (OSError, HFValidationError, HfHubHTTPError) as error:
         # A teacher on the hub may be an adapter, which has no config.json.
         absent = isinstance(error, EntryNotFoundError) and not isinstance(error, FileNotFoundError)
-        if absent and (key == "teacher_model" or options.get("gguf_file")):
+        if absent and (key.startswith("teacher_model") or options.get("gguf_file")):
             return
         reason = str(error).strip().splitlines()[0]
         raise OSError(

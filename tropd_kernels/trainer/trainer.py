@@ -12,7 +12,7 @@ import os
 import random
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -34,21 +34,22 @@ from ..draws import bernoulli_uniforms
 from ..functional import DistillationOutput, TokenStats, linear_distillation_loss
 from ..objectives import SFT, TokenRule
 from ..teachers import Teacher
-from . import card, metrics, progress, rewards, sampling, signals, teacher_prompts
+from . import card, metrics, progress, rewards, row_teachers, sampling, signals, teacher_prompts
 from .chat_templates import check_template_keys
 from .config import TrOPDConfig
 from .data_checks import check_datasets, check_modalities, check_rows
-from .effects import OF_LOADED_TEACHER, check_inputs, check_optimizers
+from .effects import check_inputs, check_optimizers
 from .generation_keys import check_generation_ids, check_lookup
 from .loaded_teacher import check_models
 from .patching import base_of
 from .prefix import prefix_mask
 from .regions import Sample, samples, show, write_page
 from .rewarded import RewardedTrainer
+from .row_teachers import RowTeachers, check_several, compare_parts
 from .self_teacher import check_self, is_self
 from .served_teacher import ServedTeacher
 from .sides import ModelSide
-from .sources import check_one_teacher, check_sources, find_processor, find_tokenizer
+from .sources import check_sources, find_processor, find_tokenizer, teacher_to_load
 from .stops import raise_nonfinite
 from .student_checks import check_adapters, check_optimized, check_trainable
 from .verifier import Verifier
@@ -83,6 +84,8 @@ class TrOPDTrainer(RewardedTrainer):
             of those. They judge the `num_generations` completions of a prompt, and their advantages
             enter the loss by `task_weight`. Not with `tools`.
         reward_processing_classes: Likewise: tokenizers of reward models.
+        teacher_models: Several teachers, by the ids in a column `teacher_id`: a model, or its name.
+            None takes `args.teacher_models`. Instead of teacher_model.
 
     Attributes:
         dataset_name: What the model card calls the data: a name on the hub, or a file. None at
@@ -123,6 +126,7 @@ class TrOPDTrainer(RewardedTrainer):
         tools: list[Callable] | None = None,
         reward_funcs: Any = None,
         reward_processing_classes: Any = None,
+        teacher_models: Mapping[str, str | PreTrainedModel] | None = None,
     ):
         model, teacher_model = (
             os.fspath(given) if isinstance(given, os.PathLike) else given
@@ -136,13 +140,17 @@ class TrOPDTrainer(RewardedTrainer):
         check_models(model, teacher_model, args, quantization_config)
         self.dataset_name: str | None = None
         self._samples: list[Sample] = []
-        loaded = _teacher_to_load(teacher_model, args)
+        datasets = {"train_dataset": train_dataset, "eval_dataset": eval_dataset}
+        loaded = args.teacher_models if teacher_models is None else teacher_models
+        if loaded is None:
+            loaded = teacher_to_load(teacher_model, args)
+        else:
+            check_several(loaded, teacher_model, args, datasets)
         check_self(model, loaded, peft_config, args, train_dataset)
         check_sources(model, loaded, args)
         if args.precomputed_teacher and tools:
             raise ValueError("tools: precomputed_teacher fixes the completions: leave tools out")
         check_inputs(args, tools, (train_dataset, eval_dataset))
-        datasets = {"train_dataset": train_dataset, "eval_dataset": eval_dataset}
         judges = check_reward_funcs(reward_funcs, reward_processing_classes, args, tools, datasets)
         check_optimizers(args, optimizers)
         check_lookup(args, evaluates=eval_dataset is not None)
@@ -206,7 +214,7 @@ class TrOPDTrainer(RewardedTrainer):
 
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()
-        columns = [teacher_prompts.COLUMN]
+        columns = [teacher_prompts.COLUMN, row_teachers.COLUMN]
         columns += [self.args.prefix_column] if self.args.prefix_column else []
         if self.args.precomputed_teacher:
             columns += signals.columns_of(self.args.rules())
@@ -291,7 +299,7 @@ class TrOPDTrainer(RewardedTrainer):
     def distill(
         self,
         student: ModelSide,
-        teacher: ModelSide | None,
+        teacher: ModelSide | RowTeachers | None,
         inputs: dict[str, Any],
         normalizer: Any,
     ) -> tuple[Tensor, TokenStats]:
@@ -353,11 +361,13 @@ class TrOPDTrainer(RewardedTrainer):
     def _compare(
         self,
         student: ModelSide,
-        teacher: Teacher | None,
+        teacher: Teacher | RowTeachers | None,
         labels: Tensor,
         rule: TokenRule,
         **options: Any,
     ) -> DistillationOutput:
+        if isinstance(teacher, RowTeachers):
+            return compare_parts(self._compare, student, teacher, labels, rule, **options)
         return linear_distillation_loss(
             student.hidden, student.weight, labels, teacher, rule, bias=student.bias,
             logit_scale=student.logit_scale, softcap=student.softcap, temperature=self.temperature,
@@ -393,7 +403,7 @@ class TrOPDTrainer(RewardedTrainer):
     def _credit(
         self,
         student: ModelSide,
-        teacher: Teacher | None,
+        teacher: Teacher | RowTeachers | None,
         labels: Tensor,
         rule: TokenRule,
         own: Tensor,
@@ -454,30 +464,3 @@ class TrOPDTrainer(RewardedTrainer):
             folder = Path(self.args.output_dir, "regions")
             write_page(self._samples, folder / f"{self.mode}_{self.state.global_step:05d}.html")
         self._samples = []
-
-
-def _teacher_to_load(teacher_model: Any, args: TrOPDConfig) -> Any:
-    """The teacher to load into this process, or None where its log-probs come otherwise."""
-    if not args.loads_teacher:
-        if teacher_model is None:
-            return None
-        raise ValueError(
-            "teacher_model: teacher_model_server_url and precomputed_teacher stand for the "
-            "teacher: give one of the three"
-        )
-    check_one_teacher(teacher_model, args)
-    loaded = args.teacher_model_name_or_path if teacher_model is None else teacher_model
-    if loaded is None and args.uses_teacher:
-        own = any(rule.uses_teacher for rule in args.rules_of_all())
-        by = "" if own else f" with select_by {args.select_by!r}"
-        raise ValueError(
-            f"teacher_model: objective {args.objective!r}{by} needs a teacher: give a model, "
-            "teacher_model_server_url, or precomputed_teacher"
-        )
-    if loaded is None:
-        for key in OF_LOADED_TEACHER:
-            if getattr(args, key) is not None:
-                raise ValueError(
-                    f"{key}: it would have no effect: there is no teacher_model: leave {key} out"
-                )
-    return loaded
