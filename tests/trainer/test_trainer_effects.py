@@ -64,6 +64,7 @@ SOMETIMES = {
     "data_seed": (99, dict(shuffle_dataset=False), {}),
     "drift_tau": (1.0, dict(lmbda=0.0, num_iterations=2), dict(num_iterations=2)),
     "drift_block_size": (8, dict(num_iterations=2), dict(num_iterations=2, drift_tau=1.0)),
+    "teacher_sync_steps": (2, {}, dict(teacher_update_rate=0.5)),
     "max_workspace_bytes": (1000, dict(backend="reference"), dict(backend="torch")),
     "adam_beta1": (0.5, _SGD, dict(optim="lion_32bit")), "adam_beta2": (0.5, _SGD, {}),
     "adam_epsilon": (1e-6, dict(optim="lion_32bit"), {}),

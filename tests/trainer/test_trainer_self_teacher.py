@@ -10,7 +10,8 @@ import torch
 pytest.importorskip("trl", reason="the trainer needs trl")
 
 import tiny
-from training import by_hand, make, step_and_compare, unloadable
+from engines import on_two_processes
+from training import RATE, by_hand, make, step_and_compare, unloadable
 
 from tropd_kernels.trainer import TrOPDConfig
 
@@ -191,3 +192,39 @@ def test_refusals_before_a_model_is_loaded(tmp_path):
 def test_by_the_config(tmp_path):
     trainer = make(tmp_path, teacher="self", data=told(), teacher_model_name_or_path="self")
     assert trainer.teacher_model is not None
+
+
+_STEPS = """
+import sys, torch
+from engines import use
+settings = use(sys.argv[2])
+from test_trainer_self_teacher import adapter, itself
+student = adapter() if sys.argv[3] == "adapters" else None
+average = {} if student else dict(teacher_update_rate=0.5, max_steps=2)
+trainer = itself(sys.argv[1], student, per_device_train_batch_size=2, **average, **settings)
+trainer.train()
+trained = [p.detach() for p in trainer.model.parameters() if p.requires_grad]
+teacher = [] if student else [p.detach() for p in trainer.teacher_model.parameters()]
+rank = trainer.accelerator.process_index
+torch.save((trainer.batches, trained, teacher, trainer.losses), f"{sys.argv[1]}/{rank}.pt")
+"""
+
+
+@pytest.mark.parametrize("kind", ["adapters", pytest.param("average", marks=pytest.mark.slow)])
+def test_two_processes(tmp_path, kind):
+    """One step of two processes is that of the four rows by hand; their teachers stay the same."""
+    saved = on_two_processes(_STEPS, tmp_path, "ddp", kind)
+    assert all(map(torch.equal, saved[0][1], saved[1][1]))
+    assert all(map(torch.equal, saved[0][2], saved[1][2]))
+    student = adapter() if kind == "adapters" else tiny.model(0)
+    trainer = itself(tmp_path, copy.deepcopy(student), per_device_train_batch_size=4)
+    trainer.seen = [(batches[0], True) for batches, *_ in saved]
+    trainer.args.gradient_accumulation_steps = 2
+    twin = copy.deepcopy(student).double()
+    loss = by_hand(trainer, twin, tiny.model(0).double())
+    assert sum(losses[0] for *_, losses in saved) / 2 == pytest.approx(loss.item(), rel=1e-5)
+    if kind == "adapters":
+        trained = [p for p in twin.parameters() if p.requires_grad]
+        for new, true in zip(saved[0][1], trained, strict=True):
+            expected = true.detach() - RATE * true.grad
+            torch.testing.assert_close(new.double(), expected, rtol=1e-4, atol=1e-6)

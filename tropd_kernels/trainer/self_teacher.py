@@ -32,11 +32,13 @@ def is_self(teacher: Any) -> bool:
     return isinstance(teacher, str) and teacher == SELF
 
 
-def check_self(student: Any, teacher: Any, peft_config: Any, args: Any, train: Any) -> None:
+def check_self(
+    student: Any, teacher: Any, peft_config: Any, args: Any, train: Any, rewarded: bool = False
+) -> None:
     """Refuses, before a model is loaded, a student that cannot teach itself or would learn nothing,
     and the settings of one kind of teacher beside the other.
 
-    args: a `TrOPDConfig`. train: the data set.
+    args: a `TrOPDConfig`. train: the data set. rewarded: whether a verifier teaches, too.
     """
     itself = is_self(teacher)
     for key in OF_LOADED_TEACHER if itself else OF_SELF:
@@ -54,7 +56,8 @@ def check_self(student: Any, teacher: Any, peft_config: Any, args: Any, train: A
             "does not move: leave it out, or train the whole model"
         )
     present = getattr(train, "column_names", None)  # a stream may not know them
-    if present and COLUMN not in present and not args.is_guided and not adapted:
+    alone = not (args.is_guided or adapted or rewarded)
+    if present and COLUMN not in present and alone:
         raise ValueError(
             "teacher_model: 'self' would read what the student reads, and teach it nothing: give "
             f"the data set a column {COLUMN!r}; it has {', '.join(map(repr, present))}"

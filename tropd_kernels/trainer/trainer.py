@@ -146,7 +146,8 @@ class TrOPDTrainer(RewardedTrainer):
             loaded = teacher_to_load(teacher_model, args)
         else:
             check_several(loaded, teacher_model, args, datasets)
-        check_self(model, loaded, peft_config, args, train_dataset)
+        rewarded = reward_funcs is not None
+        check_self(model, loaded, peft_config, args, train_dataset, rewarded)
         check_sources(model, loaded, args)
         if args.precomputed_teacher and tools:
             raise ValueError("tools: precomputed_teacher fixes the completions: leave tools out")
