@@ -71,6 +71,9 @@ def test_second_step_on_a_batch(tmp_path, case):
         (dict(select_by="teacher_entropy", select_fraction=0.5), [2, 1]),
         (dict(select_by="reward", select_fraction=0.5, kl_discount_factor=0.5), [2, 2]),
         (dict(select_by="teacher_entropy", select_fraction=0.5, importance_gamma=0.5), [2, 2]),
+        # The entropy is the target's, which is made of both models.
+        (dict(select_by="teacher_entropy", select_fraction=0.5, objective="veto",
+              objective_kwargs={"student_power": 0.5}), [1, 1]),
     ],
 )  # fmt: skip
 def test_passes_over_the_heads(tmp_path, monkeypatch, settings, calls):
@@ -83,7 +86,7 @@ def test_passes_over_the_heads(tmp_path, monkeypatch, settings, calls):
         return loss(*arguments, **keywords)
 
     monkeypatch.setattr(trainer_module, "linear_distillation_loss", counting)
-    run = make(tmp_path, objective="opd", num_iterations=2, max_steps=2, **settings)
+    run = make(tmp_path, num_iterations=2, max_steps=2, **({"objective": "opd"} | settings))
     run.train()
     assert [counted.count(step) for step in (0, 1)] == calls
     batch = run.batches[1]

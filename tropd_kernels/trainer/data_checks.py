@@ -4,6 +4,7 @@ from collections.abc import Iterable, Mapping, Sequence, Sized
 from typing import Any
 
 from . import signals, teacher_prompts
+from .recipes import how_to_unset
 
 
 def check_datasets(train: Any, evaluate: Any, args: Any, loaded_teacher: Any) -> None:
@@ -133,7 +134,8 @@ def check_guides(dataset: Any, args: Any) -> None:
     if args.lmbda == 0 and args.num_generations > 1:
         raise ValueError(
             f"num_generations: with lmbda 0 all {args.num_generations} completions of a prompt "
-            f"would be its text in {args.prefix_column}: raise lmbda, or leave num_generations out"
+            f"would be its text in {args.prefix_column}: raise lmbda, or "
+            + how_to_unset(args, "num_generations")
         )
 
 

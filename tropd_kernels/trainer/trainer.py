@@ -50,12 +50,11 @@ from .self_teacher import check_self, is_self
 from .served_teacher import ServedTeacher
 from .sides import ModelSide
 from .sources import check_sources, find_processor, find_tokenizer, teacher_to_load
-from .special_tokens import compare_tokenizers, unknown_tokenizer_error
 from .stops import raise_nonfinite
 from .student_checks import check_adapters, check_optimized, check_trainable
 from .verifier import Verifier
 from .verifier_checks import check_reward_funcs
-from .vocabulary import check_server_tokenizer
+from .vocabulary import check_server_tokenizer, check_tokenizers
 
 _IGNORED = -100
 
@@ -210,13 +209,8 @@ class TrOPDTrainer(RewardedTrainer):
 
     def _load_teacher(self, teacher: str | PreTrainedModel) -> None:
         tokenizer = None if is_self(teacher) else find_tokenizer(teacher, self.args)
-        given = self.args.special_token_map
         if tokenizer is not None:
-            self._id_table = compare_tokenizers(
-                self._tokenizer, tokenizer, given, several=self._several
-            )
-        elif given is not None:
-            raise unknown_tokenizer_error()
+            check_tokenizers(self._tokenizer, tokenizer)
         super()._load_teacher(teacher)
 
     def _set_signature_columns_if_needed(self) -> None:
@@ -346,8 +340,8 @@ class TrOPDTrainer(RewardedTrainer):
             sampled = torch.stack([out.gradient_error, out.gradient_share])
             self.log_values(metrics.sample_means(self.accelerator, sampled))
         stats = out.stats
-        read = rule.score_reads_student and not (rule.score == "reward" and "advantages" in credit)
-        if rule.score is not None and not read and self._keeps_log_probs(old):
+        selects = rule.score is not None and self._keeps_log_probs(old)
+        if selects and stats.log_probs[counted].isnan().any():
             # Known of the selected tokens alone, and later steps may select others.
             if log_probs is None:
                 log_probs = self._log_probs(student, labels)
