@@ -10,7 +10,15 @@ from problems import OBJECTIVES, relative_error, rows_of_several_blocks
 
 pytest.importorskip("triton")
 
-from tropd_kernels import GKD, OPD, Divergence, LogitsTeacher, TrOPD, distillation_loss
+from tropd_kernels import (
+    GKD,
+    OPD,
+    Divergence,
+    LogitsTeacher,
+    TopKTeacher,
+    TrOPD,
+    distillation_loss,
+)
 from tropd_kernels.backends import engine_for
 from tropd_kernels.rows import triton_launch
 from tropd_kernels.rows.layout import Coef, LogitTransform, RowBatch, RowOptions, Stat
@@ -44,7 +52,7 @@ def parts(request, monkeypatch):
     return request.param
 
 
-@pytest.mark.parametrize("name", ["tropd", "gkd", "reverse_kl"])
+@pytest.mark.parametrize("name", ["tropd", "gkd_cross_entropy", "reverse_kl"])
 def test_parts_of_a_row_make_the_whole(name, parts, device):
     z, t = torch.randn(2, 2, 40_000, device=device)
     z[1, 3] = 10.0  # of the first part alone
@@ -198,6 +206,23 @@ def test_a_row_whose_ids_are_all_excluded(device):
     for coef in (Coef.STUDENT_MAX, Coef.STUDENT_LOG_SUM, Coef.TEACHER_MAX, Coef.TEACHER_LOG_SUM):
         torch.testing.assert_close(ours[coef], theirs[coef])
     assert ours[Coef.STUDENT_MAX, 0] == ours[Coef.TEACHER_MAX, 1] == -math.inf
+
+
+def test_a_top_k_teacher_s_ids_at_the_edges_of_tiles(device):
+    """They are left out of the student's mass off K, which is summed tile by tile."""
+    tile = triton_launch.block_options(9000, torch.float32)["BLOCK"]
+    assert 2 * tile < 9000
+    ids = torch.tensor([[tile, tile - 1, 0, 8999, 2 * tile - 1]], device=device)
+    z = torch.randn(1, 9000, device=device)
+    z[0, ids[0]] += 5.0
+    log_q = torch.linspace(-1.0, -3.0, 5, device=device)[None]
+    rule = Divergence("forward_kl", top_k=5, top_k_tail="bucket")
+    teacher = TopKTeacher(ids, log_q, log_q[:, 0])
+    ours, exact = (
+        distillation_loss(z.to(dtype), ids[:, 0], teacher, rule, backend=backend).loss
+        for dtype, backend in ((torch.float32, "triton"), (torch.float64, "reference"))
+    )
+    assert relative_error(ours, exact) < 1e-5
 
 
 @pytest.mark.parametrize("rule", [OPD(), TrOPD(top_k=2)], ids=["without sums", "of two ids"])

@@ -217,8 +217,7 @@ def _add_tile(
     lp = (z - top) - log_sum
     lq = (t - t_top) - t_log_sum
     OF_K: tl.constexpr = (GENERATOR == "topk_reverse_kl") & (TAIL == "renormalize_both")
-    # A weight on K may be e^80, so that a subnormal p counts.
-    p = tl.exp(lp) if GUARDED or OF_K else _exp(lp)
+    p = tl.exp(lp) if GUARDED else _exp(lp)
     q = tl.exp(lq) if GUARDED else _exp(lq)
     on_k = lq >= threshold  # never padding, nor an id that the teacher excludes
     p_on += _sum_where(on_k, p, ON_K)
