@@ -35,7 +35,7 @@ FORMULAS = {
     "max3": "np.fmax(np.fmax({a}, {b}), {c})", "min3": "np.fmin(np.fmin({a}, {b}), {c})",
     "popc": "popc({a})", "ex2": "ex2({a})", "rcp": "rcp({a})", "fma": "fma({a}, {b}, {c})",
 }  # fmt: skip
-EXCHANGES = ("shfl", "redux", "ldmatrix")
+EXCHANGES = ("shfl", "redux", "ldmatrix", "stmatrix")
 #: Words of an instruction's name, beside its types, that are known to change nothing here, or are
 #: looked at. With any other it would compute something else.
 MODIFIERS = {name: {"rn", "ftz"} for name in FORMULAS} | {
@@ -44,6 +44,7 @@ MODIFIERS = {name: {"rn", "ftz"} for name in FORMULAS} | {
     "setp": set(COMPARISONS), "shfl": {"sync", "bfly", "idx"},
     "redux": {"sync", "add", "max", "min"},
     "ldmatrix": {"sync", "aligned", "m8n8", "x1", "x2", "x4", "shared"},
+    "stmatrix": {"sync", "aligned", "m8n8", "x1", "x2", "x4", "shared"},
     "ld": {"global", "shared", "param", "v2", "v4"}, "st": {"global", "shared", "v2", "v4"},
 }  # fmt: skip
 
@@ -288,6 +289,11 @@ class Kernel:
         names = _group(registers)
         _, at = self._address(["shared"], address)
         return names, f"ldmatrix({at}, {len(names)}, {{mask}})"
+
+    def _stmatrix(self, words, types, address, registers):
+        values = "".join(f"{self._bits(r, 32)}, " for r in _group(registers))
+        _, at = self._address(["shared"], address)
+        return [], f"stmatrix({at}, ({values}), {{mask}})"
 
     def _shfl(self, words, types, target, value, by, clamp, members):
         if words[1] not in ("bfly", "idx") or (clamp, members) != ("31", "-1"):

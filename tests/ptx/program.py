@@ -37,7 +37,7 @@ class Program:
             "store_global": partial(self.store, memory),
             "store_shared": partial(self.store, self.shared),
             "load_local": self.load_local, "store_local": self.store_local,
-            "ldmatrix": self.ldmatrix, "shuffle": self.shuffle, "reduced": self.reduced,
+            "ldmatrix": self.ldmatrix, "stmatrix": self.stmatrix, "shuffle": self.shuffle, "reduced": self.reduced,
             "chosen": _chosen, "np": np,
         }  # fmt: skip
         for axis, position, size in zip("xyz", index, grid):
@@ -136,6 +136,13 @@ class Program:
             for i in range(count)
         ]
         return words[0] if count == 1 else tuple(words)
+
+    def stmatrix(self, address, values, mask):
+        """The reverse: lane 8 i + r gives an address, and each lane two entries of a matrix."""
+        rows, within = self._by_warp(address), (4 * (LANES % 4)).astype(U64)
+        for i, value in enumerate(values):
+            at = (rows[:, 8 * i + LANES // 4] + within).ravel()
+            self.store(self.shared, at, (value,), 4, mask)
 
 
 _TYPES = {

@@ -146,6 +146,18 @@ def test_a_matrix_from_shared_memory():
     assert run(code, threads=32).tolist() == list(range(32))
 
 
+def test_stmatrix_is_the_reverse():
+    """Each lane's register goes where `ldmatrix` takes it from: two columns of one of eight rows."""
+    code = """
+    shl.b32 %r4, %r1, 4;
+    and.b32 %r4, %r4, 127;
+    stmatrix.sync.aligned.m8n8.x1.shared.b16 [%r4], {%r1};
+    ld.shared.b32 %r5, [%r2];
+    st.global.b32 [%rd3], %r5;
+    """
+    assert run(code, threads=32).tolist() == list(range(32))
+
+
 def test_every_program_of_a_grid_runs():
     out = np.zeros(3 * 64, np.uint64)
     code = """
