@@ -37,8 +37,8 @@ class Program:
             "store_global": partial(self.store, memory),
             "store_shared": partial(self.store, self.shared),
             "load_local": self.load_local, "store_local": self.store_local,
-            "ldmatrix": self.ldmatrix, "stmatrix": self.stmatrix, "shuffle": self.shuffle, "reduced": self.reduced,
-            "chosen": _chosen, "np": np,
+            "ldmatrix": self.ldmatrix, "stmatrix": self.stmatrix, "shuffle": self.shuffle,
+            "reduced": self.reduced, "chosen": _chosen, "np": np,
         }  # fmt: skip
         for axis, position, size in zip("xyz", index, grid):
             self.names |= {f"ctaid_{axis}": U32(position), f"nctaid_{axis}": U32(size)}

@@ -147,7 +147,7 @@ def test_a_matrix_from_shared_memory():
 
 
 def test_stmatrix_is_the_reverse():
-    """Each lane's register goes where `ldmatrix` takes it from: two columns of one of eight rows."""
+    """Thread 4 r + c gives the c-th word of row r."""
     code = """
     shl.b32 %r4, %r1, 4;
     and.b32 %r4, %r4, 127;
