@@ -2,6 +2,7 @@
 equal to the whole head's loss, statistics and gradients."""
 
 import importlib.util
+from dataclasses import replace
 from functools import partial
 from itertools import chain, product
 
@@ -24,6 +25,7 @@ from tropd_kernels import (
     parallel,
 )
 from tropd_kernels.objectives import TAILS
+from tropd_kernels.objectives.rule_checks import SCORES
 
 FLOAT32 = 1e-5
 BACKENDS = ("torch",) if native.WHY_NOT else ("torch", "native")
@@ -150,6 +152,13 @@ def every_option(ranks):
         yield f"{backend} {name} chunks", many
         more = dict(reduction="none", incoming=torch.linspace(-1, 2, 700))
         yield f"{backend} {name} chunks none", partial(many, **more)
+    for backend, by in product(BACKENDS, SCORES):  # one threshold for all ranks
+        chosen = replace(OPD(), select_by=by, select_fraction=0.4)
+        more = {"scores": torch.linspace(3, 1, 7)} if by == "scores" else {}
+        yield (
+            f"{backend} by {by}",
+            partial(compare, everything(), chosen, "hidden", backend, **more),
+        )
     rule = TokenRule(gate="expected", task_weight=0.5, reward_filter="positive")
     for backend in BACKENDS:
         task = dict(task_advantages=torch.linspace(-1, 2, 7))
