@@ -1,12 +1,13 @@
 """The losses that the table compares, each with the rule that computes it here and its floor.
 
 The floor of a loss is the matrix products that no implementation can leave out: three with the
-student's head, and one with the teacher's where the teacher comes as hidden states.
+student's head, and one with the teacher's where the teacher comes as hidden states. A loss of a
+part of the tokens is put beside the products of all of them, which it need not make.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from tropd_kernels import GKD, OPD, SFT, Divergence, TokenRule, TrOPD
 
@@ -31,8 +32,14 @@ class Loss:
         return self.teacher == "hidden"
 
     @property
+    def selects(self) -> bool:
+        """Some of the tokens enter the loss, by a score that is ranked over all."""
+        return self.rule.score is not None
+
+    @property
     def floor(self) -> str:
-        return "3S + T" if self.multiplies_teacher else "3S"
+        products = "3S + T" if self.multiplies_teacher else "3S"
+        return f"{products} of all tokens" if self.selects else products
 
 
 LOSSES = {
@@ -59,6 +66,11 @@ LOSSES = {
     "gkd": Loss(
         GKD(0.5), "hidden", "JSD (GKD 0.5)",
         "Jensen-Shannon divergence, beta 0.5, over the whole vocabulary", beta=0.5,
+    ),
+    "gkd_tenth": Loss(
+        replace(GKD(0.5), select_by="entropy", select_fraction=0.1), "hidden", "JSD of a tenth",
+        "gkd of the tenth of the tokens with the student's highest entropy: S + (3S + T) / 10, in "
+        "% of gkd's 3S + T",
     ),
     "forward_kl": Loss(
         Divergence("forward_kl"), "hidden", "forward KL",

@@ -110,7 +110,8 @@ def abs_spread(times: Times) -> tuple[float, float]:
 def roofline(results: Results, rows: list[Row]) -> Any:
     figure, axis = plt.subplots(figsize=(7, 4.4), dpi=130, layout="constrained")
     label(figure, results)
-    rows = [row for row in rows if row.loss in LOSSES]
+    # A part of the tokens does not make the products of the floor.
+    rows = [row for row in rows if row.loss in LOSSES and not LOSSES[row.loss].selects]
     points = [(row, *work(results, row)) for row in rows]
     for who in dict.fromkeys(row.who for row in rows):
         mine = [point for point in points if point[0].who == who]

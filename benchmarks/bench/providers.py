@@ -23,6 +23,8 @@ from benchmarks.bench.problem import Gradients, Problem
 from tropd_kernels import available_backends, linear_distillation_loss
 
 ALL = tuple(LOSSES)
+#: Those of each token by itself, which chunks of tokens can be computed one by one.
+PER_TOKEN = tuple(name for name, loss in LOSSES.items() if not loss.selects)
 DIVERGENCES = tuple(name for name, loss in LOSSES.items() if loss.beta is not None)
 #: What a log-prob of each label is enough for.
 LOG_PROB_LOSSES = ("opd", "sft")
@@ -75,7 +77,7 @@ OURS = ("triton", "native", "torch")
 PROVIDERS: dict[str, Provider] = {
     **{backend: ours(backend) for backend in OURS},
     "eager": Provider("eager PyTorch", ALL, eager.eager, holds_logits=True),
-    "checkpointed": Provider("eager, chunked", ALL, eager.checkpointed),
+    "checkpointed": Provider("eager, chunked", PER_TOKEN, eager.checkpointed),
     "compile": Provider("eager, compiled", ALL, eager.compiled, holds_logits=True),
     "liger": Provider(
         "Liger chunked", DIVERGENCES, baselines.liger, softcap=False,
