@@ -100,10 +100,11 @@ def test_completions_that_are_not_judged():
 
 
 def test_equal_rewards_have_advantage_0_to_the_bit():
-    """In float32 the mean of 0.1, 0.1, 0.1 is another number, and its sign passes a filter."""
-    rewards = torch.full((21, 2), 0.1) * torch.tensor([1.0, 3.0])
+    """The mean of seven times 0.1 is another number, and its sign would pass a filter."""
+    equal_rewards, weights = torch.ones(21, 1), torch.tensor([0.1], dtype=torch.float64)
     for scale in ("group", "batch", "none"):
-        found, _, equal = group_advantages(rewards, torch.tensor([0.3, 0.7]), 7, scale)
+        found, total, equal = group_advantages(equal_rewards, weights, 7, scale)
+        assert total.tolist() == [0.1] * 21 and total[:7].nanmean() != 0.1
         assert found.tolist() == [0.0] * 21 and equal.all()
 
 
@@ -174,28 +175,35 @@ def test_a_resumed_run_has_the_same_rewards(tmp_path):
 
 
 _TWO = """
-import sys, torch, pytest
+import sys, torch, pytest, tiny
 from engines import use, whole_parameters
 settings = use(sys.argv[2])
 from test_trainer_verifier import distinct, judged
 trainer = judged(
-    sys.argv[1], per_device_train_batch_size=1, gradient_accumulation_steps=2, **settings
+    sys.argv[1], per_device_train_batch_size=1, gradient_accumulation_steps=2,
+    per_device_eval_batch_size=2, **settings
 )
 trainer.train()
 rank = trainer.accelerator.process_index
 parameters, log = whole_parameters(trainer.model), trainer.state.log_history[0]
+def of_prompt(prompts, **given):
+    return [len(prompt) for prompt in prompts]
+trainer._verifier.reward_funcs = [trainer._verifier._guarded("distinct", of_prompt)]
+held = trainer.evaluate(tiny.prompts(3))["eval_reward"]
 def fails(**given):
     raise KeyError("answer")
 if rank == 1:
     trainer._verifier.reward_funcs = [trainer._verifier._guarded("distinct", fails)]
 with pytest.raises(ValueError) as error:
     trainer._verifier.rewards([{"prompt": "w1"}], ["w2"], [[7]])
-torch.save((trainer.batches, parameters, log, str(error.value)), f"{sys.argv[1]}/{rank}.pt")
+saved = trainer.batches, parameters, log, str(error.value), held
+torch.save(saved, f"{sys.argv[1]}/{rank}.pt")
 """
 
 
 def test_two_processes_are_the_large_batch(tmp_path):
-    """A group lies over both. A function that fails on one of them stops both."""
+    """A group lies over both, and three rows of an evaluation count once, though accelerate
+    repeats one. A function that fails on one process stops both."""
     saved = on_two_processes(_TWO, tmp_path, "ddp")
     trainer = make(tmp_path, objective="opd", task_weight=0.7, kind=partial(
         Spy, reward_funcs=distinct), num_generations=4, per_device_train_batch_size=1,
@@ -216,5 +224,7 @@ def test_two_processes_are_the_large_batch(tmp_path):
             (old.detach() - new).double() / RATE, true.grad, rtol=1e-3, atol=2e-4
         )
     assert saved[0][2]["reward"] == pytest.approx(sum(rewards) / 4)
+    prompts = tiny.prompts(3)["prompt"]
+    assert saved[0][4] == saved[1][4] == pytest.approx(sum(map(len, prompts)) / 3)
     assert saved[0][3] == "reward_funcs: one on another process failed"
     assert saved[1][3] == "reward_funcs: distinct: KeyError: 'answer'"
