@@ -29,6 +29,10 @@
 | router.py          | the load-balancing loss of a mixture of experts                       |
 | sources.py         | where the files of a model given by name are                          |
 | loaded_teacher.py  | a teacher in this process, in its checkpoint's dtype                  |
+| teacher_prompts.py | a teacher that reads a prompt of its own                              |
+| self_teacher.py    | the student as its own teacher: frozen, or a moving average           |
+| row_teachers.py    | rows that each have a teacher of their own                            |
+| special_tokens.py  | tokenizers that differ in special tokens alone                        |
 | sharding.py        | models under FSDP2 and DeepSpeed's ZeRO                               |
 | context.py         | how long a text a model reads                                         |
 | vocabulary.py      | whether an id means the same to student, teacher and tokenizer        |

@@ -53,6 +53,7 @@ from .sharding import (
 )
 from .sides import ModelSide, read_side
 from .sources import class_of_student
+from .special_tokens import back, full_table, students_columns, teachers_ids
 from .teacher_prompts import teachers_view
 from .vocabulary import check_eos, check_padding
 
@@ -85,9 +86,12 @@ class DistillationAdapter(BatchReuse, PrefixedGeneration):
         self._teacher_eos: list[int] = []
         self._row_indices: Tensor | None = None  # of a generation batch, with several teachers
         self._adapters_off = False  # the teacher is the student without them
+        self._id_table: dict[int, int] = {}  # of a teacher with other special tokens
+        self._teacher_ids: Tensor | None = None  # of each of the student's ids, with such a teacher
         self._teachers: dict[str, dict[str, Any]] = {}  # of several, the attributes of each
         self._teacher_sync: TeacherSync | None = None
-        if isinstance(teacher_model, Mapping):
+        self._several = isinstance(teacher_model, Mapping)
+        if self._several:
             self._load_teachers(teacher_model)
         elif teacher_model is not None:
             self._load_teacher(teacher_model)
@@ -139,7 +143,7 @@ class DistillationAdapter(BatchReuse, PrefixedGeneration):
 
     def _load_teachers(self, teachers: Mapping[str, str | PreTrainedModel]) -> None:
         refuse_beside_several(is_sharded(self.accelerator), self._is_vlm)
-        kept = ("teacher_model", "_teacher_head", "_teacher_eos")
+        kept = ("teacher_model", "_teacher_head", "_teacher_eos", "_teacher_ids")
         for name, teacher in teachers.items():
             with naming(name):
                 self._load_teacher(teacher)
@@ -175,6 +179,10 @@ class DistillationAdapter(BatchReuse, PrefixedGeneration):
             teacher.to(self.accelerator.device)  # a sharded model is moved layer by layer
         # Before accelerate wraps the forward in autocast, whose rounding the check would see.
         self._teacher_head = read_head_form(teacher, sharded)
+        self._teacher_ids = full_table(
+            self._id_table, self._student_head.vocab_size, self._teacher_head.vocab_size,
+            self.accelerator.device,
+        )  # fmt: skip
         if self.needs_teacher() and self.accelerator.mixed_precision == "no":
             check_dtypes(self._student_head.weight.dtype, self._teacher_head.weight.dtype)
         self._contexts["teacher"] = teacher.config
@@ -207,6 +215,10 @@ class DistillationAdapter(BatchReuse, PrefixedGeneration):
         check_padding(self._tokenizer, self._shared_vocab_size, "teacher")
         if self._teachers:
             return self._generate_by_each(prompt_ids, images, multimodal_fields, tokens)
+        if self._teacher_ids is not None:
+            return self._generate_in_other_ids(
+                self._teacher_ids, prompt_ids, images, multimodal_fields, tokens
+            )
         eos = [*self.eos_token_ids, *self._teacher_eos]
         model = self.model_wrapped if self._adapters_off else self.teacher_model
         teacher = {"model_wrapped": model, "use_vllm": False, "eos_token_ids": eos}
@@ -220,6 +232,21 @@ class DistillationAdapter(BatchReuse, PrefixedGeneration):
                 return self._sample_completions(prompt_ids, images, multimodal_fields)
         finally:
             reshard(self.teacher_model)
+
+    def _generate_in_other_ids(
+        self, table: Tensor, prompt_ids: list[list[int]], *arguments: Any
+    ) -> list[list[int]]:
+        """The teacher writes no id that the student has not, and the student's suppressed ones."""
+        assert self._teacher_head is not None
+        ids, config = table.tolist(), self.generation_config
+        of_student = [ids[token] for token in config.suppress_tokens or () if token < len(ids)]
+        unknown = set(range(self._teacher_head.vocab_size)) - set(ids)
+        with (
+            replaced(self, _teacher_ids=None, eos_token_ids=[ids[i] for i in self.eos_token_ids]),
+            replaced(config, suppress_tokens=[*of_student, *sorted(unknown)] or None),
+        ):
+            prompts = [[ids[token] for token in prompt] for prompt in prompt_ids]
+            return back(self.generate_with_teacher(prompts, *arguments), table)
 
     def _generate_by_each(self, prompt_ids: list[list[int]], *arguments: Any) -> list[list[int]]:
         written: list[list[int]] = [[]] * len(prompt_ids)
@@ -273,11 +300,14 @@ class DistillationAdapter(BatchReuse, PrefixedGeneration):
         if self._adapters_off:
             with self._without_adapters(), evaluation_mode(student):
                 return read_side(student, self._teacher_head, *read)
-        unwrapped = self.accelerator.unwrap_model(self.teacher_model)
+        unwrapped, ids = self.accelerator.unwrap_model(self.teacher_model), self._teacher_ids
+        if ids is not None:
+            read = teachers_ids(inputs, ids), self._get_last_hidden_state
         with keeping_forward(unwrapped):
-            return self._forward_redirection(
+            side = self._forward_redirection(
                 self.teacher_model, unwrapped, read_side, unwrapped, self._teacher_head, *read
             )
+        return side if ids is None else students_columns(side, ids)
 
     def _rows_by_teacher(self, indices: Tensor | None) -> Iterator[tuple[str, Tensor]]:
         """Of several teachers those that have rows here, with the mask of these."""

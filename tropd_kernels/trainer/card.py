@@ -190,7 +190,7 @@ SHAPING_NOTHING = {
     "max_workspace_bytes", "rich_progress", "log_regions", "learning_rate",
     "remove_unused_columns", "model_init_kwargs", "trust_remote_code",
     "teacher_model_name_or_path", "teacher_model_revision", "teacher_model_init_kwargs",
-    "teacher_models",
+    "teacher_models", "special_token_map",
     "ds3_gather_for_generation", "shuffle_dataset", "pad_to_multiple_of", "cache_implementation",
     "vllm_mode", "vllm_model_impl", "vllm_enable_sleep_mode", "vllm_server_base_url",
     "vllm_server_host", "vllm_server_port", "vllm_server_timeout", "vllm_group_port",

@@ -49,6 +49,7 @@ _AS_JSON = {
     "objective_kwargs": '{"top_k": 4}',
     "generation_kwargs": '{"top_p": 0.9}',
     "teacher_models": '{"math": "org/model"}',
+    "special_token_map": '{"<|end|>": "<|im_end|>"}',
     "model_init_kwargs": '{"dtype": "bfloat16"}',
     "teacher_model_init_kwargs": '{"dtype": "bfloat16"}',
 }
@@ -94,7 +95,7 @@ class TrOPDConfig(DistillationConfig):
     """
 
     _VALID_DICT_FIELDS = DistillationConfig._VALID_DICT_FIELDS + [
-        "objective", "objective_kwargs", "teacher_models",
+        "objective", "objective_kwargs", "teacher_models", "special_token_map",
     ]  # fmt: skip
 
     recipe: str | None = _setting(
@@ -177,6 +178,11 @@ class TrOPDConfig(DistillationConfig):
         "several teachers by their ids, {'math': 'org/model', ...}, instead of teacher_model: each "
         "row's column teacher_id says whose it is. The loss is one mean over all tokens. "
         "TrOPDTrainer's argument of that name also takes models."
+    )
+    special_token_map: dict | str | None = _setting(  # noqa: RUF009
+        "for a teacher whose tokenizer differs in special tokens alone: the student's token to the "
+        "teacher's, {'<|end|>': '<|im_end|>', ...}, for all that differ. The error without it has "
+        "the line to write."
     )
     teacher_update_rate: float | None = _setting(
         "teacher_model 'self' follows the student as a moving average: this share of the student "

@@ -16,6 +16,7 @@ from .effects import check_effects
 from .generation_keys import check_generation_keys
 from .prefix import SCHEDULES
 from .signals import check_served
+from .special_tokens import check_map
 from .vllm_keys import check_vllm_keys
 
 #: A TrOPDConfig, whose file imports this one.
@@ -320,6 +321,8 @@ def check_teacher(config: Config) -> None:
             f"temperature: a server gives log-probs at temperature 1, not {config.temperature}: "
             "set temperature 1, or load the teacher in this process"
         )
+    if config.special_token_map is not None:
+        check_map(config.special_token_map)
     if config.teacher_update_rate is not None:
         _within("teacher_update_rate", config.teacher_update_rate, 1e-9, 1.0)
     _at_least("teacher_sync_steps", config.teacher_sync_steps, 1)

@@ -224,7 +224,7 @@ _OF_A_SCHEDULER = ("lr_scheduler_type", "lr_scheduler_kwargs", "warmup_ratio", "
 #: transformers' loop asks for these by `optim`, whoever made them.
 _STEP_WITH_THE_LOSS = {"lomo", "adalomo"}
 #: Settings of a teacher that is loaded into this process.
-OF_LOADED_TEACHER = ("teacher_model_init_kwargs", "teacher_model_revision")
+OF_LOADED_TEACHER = ("teacher_model_init_kwargs", "teacher_model_revision", "special_token_map")
 
 
 def check_effects(args: Any) -> None:

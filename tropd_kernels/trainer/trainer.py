@@ -50,11 +50,12 @@ from .self_teacher import check_self, is_self
 from .served_teacher import ServedTeacher
 from .sides import ModelSide
 from .sources import check_sources, find_processor, find_tokenizer, teacher_to_load
+from .special_tokens import compare_tokenizers, unknown_tokenizer_error
 from .stops import raise_nonfinite
 from .student_checks import check_adapters, check_optimized, check_trainable
 from .verifier import Verifier
 from .verifier_checks import check_reward_funcs
-from .vocabulary import check_server_tokenizer, check_tokenizers
+from .vocabulary import check_server_tokenizer
 
 _IGNORED = -100
 
@@ -209,8 +210,13 @@ class TrOPDTrainer(RewardedTrainer):
 
     def _load_teacher(self, teacher: str | PreTrainedModel) -> None:
         tokenizer = None if is_self(teacher) else find_tokenizer(teacher, self.args)
+        given = self.args.special_token_map
         if tokenizer is not None:
-            check_tokenizers(self._tokenizer, tokenizer)
+            self._id_table = compare_tokenizers(
+                self._tokenizer, tokenizer, given, several=self._several
+            )
+        elif given is not None:
+            raise unknown_tokenizer_error()
         super()._load_teacher(teacher)
 
     def _set_signature_columns_if_needed(self) -> None:

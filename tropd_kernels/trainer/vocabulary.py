@@ -30,15 +30,28 @@ def check_tokenizers(student: PreTrainedTokenizerBase, teacher: PreTrainedTokeni
         if token not in theirs and i in by_id
     ]
     if not differ:
-        texts = [t(_PROBE, add_special_tokens=False)["input_ids"] for t in (student, teacher)]
-        if texts[0] != texts[1]:
-            differ = [f"the text {_PROBE[:24]!r}... has {len(texts[0])} and {len(texts[1])} tokens"]
-    if differ:
+        check_same_texts(student, teacher)
+    else:
         more = f" and {len(differ) - 3} more" if len(differ) > 3 else ""
-        raise ValueError(
-            f"teacher_model: its tokenizer is not the student's: {'; '.join(differ[:3])}{more}. "
-            "Distillation compares the two token by token: choose models of one family"
+        raise _other_tokenizer(f"{'; '.join(differ[:3])}{more}")
+
+
+def check_same_texts(student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase) -> None:
+    """Raises ValueError where the two make different tokens of a text without special ones."""
+    ours, theirs = (
+        one(_PROBE, add_special_tokens=False)["input_ids"] for one in (student, teacher)
+    )
+    if ours != theirs:
+        raise _other_tokenizer(
+            f"the text {_PROBE[:24]!r}... has {len(ours)} and {len(theirs)} tokens"
         )
+
+
+def _other_tokenizer(how: str) -> ValueError:
+    return ValueError(
+        f"teacher_model: its tokenizer is not the student's: {how}. Distillation compares the two "
+        "token by token: choose models of one family"
+    )
 
 
 def check_server_tokenizer(
