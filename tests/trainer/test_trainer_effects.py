@@ -48,6 +48,7 @@ _URL = dict(teacher_model_server_url="http://127.0.0.1:1")
 _SGD = dict(optim="sgd")
 _SERVER, _AT = dict(use_vllm=True, vllm_mode="server"), dict(vllm_server_base_url="http://a")
 _TRACKIO = dict(report_to=["trackio"])
+_VERIFIED = dict(num_generations=2, task_weight=1.0)
 SOMETIMES = {
     "top_p": (0.5, _PRECOMPUTED, {}), "top_k": (5, _PRECOMPUTED, {}),
     "min_p": (0.1, _PRECOMPUTED, {}), "repetition_penalty": (1.3, _PRECOMPUTED, {}),
@@ -65,6 +66,8 @@ SOMETIMES = {
     "drift_tau": (1.0, dict(lmbda=0.0, num_iterations=2), dict(num_iterations=2)),
     "drift_block_size": (8, dict(num_iterations=2), dict(num_iterations=2, drift_tau=1.0)),
     "teacher_sync_steps": (2, {}, dict(teacher_update_rate=0.5)),
+    "reward_weights": ([2.0], dict(num_generations=2), _VERIFIED),
+    "scale_rewards": ("batch", dict(num_generations=2), _VERIFIED),
     "max_workspace_bytes": (1000, dict(backend="reference"), dict(backend="torch")),
     "adam_beta1": (0.5, _SGD, dict(optim="lion_32bit")), "adam_beta2": (0.5, _SGD, {}),
     "adam_epsilon": (1e-6, dict(optim="lion_32bit"), {}),

@@ -105,6 +105,12 @@ def test_knobs_one_by_one():
     assert official.rule() == dataclasses.replace(TrOPD.official_code(), top_k=8)
     official = config("tropd_official_code", objective_kwargs='{"top_k_tail": "raw"}')
     assert official.rule() == dataclasses.replace(TrOPD.official_code(), top_k_tail="raw")
+    for given, rule in (
+        ({"outlier": "mask"}, TrOPD(outlier="mask")),
+        ({"gate": "always"}, TrOPD(gate="always")),
+        ({"top_k": None}, TrOPD(outlier="forward_kl_reward", top_k=None)),
+    ):  # what is left of the official code has no effect beside them
+        assert config("tropd_official_code", objective_kwargs=given).rule() == rule
     other = config("tropd_official_code", objective="gkd")
     assert other.objective_kwargs is None and other.learning_rate == 5e-6
     assert config("tropd_official_code", objective=TokenRule()).rule() == TokenRule()

@@ -104,8 +104,15 @@ def apply_recipe(config: Any, given: Collection[str]) -> None:
 def apply_knobs(config: Any) -> None:
     """Adds the recipe's knobs to the objective_kwargs, a mapping or None, that lack them."""
     recipe = RECIPES.get(config.recipe)
-    if recipe and recipe.knobs and config.objective == recipe.objective:
-        config.objective_kwargs = recipe.knobs | (config.objective_kwargs or {})
+    if not recipe or not recipe.knobs or config.objective != recipe.objective:
+        return
+    own, given = recipe.knobs, config.objective_kwargs or {}
+    # As `TrOPD` does with its defaults: what the given ones leave without effect is dropped.
+    if given.get("gate") == "always":
+        own = {}
+    elif given.get("outlier") in ("mask", "clip") or given.get("top_k", "") is None:
+        del own["top_k_tail"]
+    config.objective_kwargs = own | given
 
 
 def _pointless(config: Any, given: Collection[str]) -> set[str]:
@@ -138,12 +145,12 @@ def describe(config: Any) -> str:
     recipe, other = RECIPES[config.recipe], overruled(config)
     shown = _shown(config, [key for key in recipe.settings if key not in other])
     if config.objective == recipe.objective:
+        rule, given = config.rule(), config.objective_kwargs or {}
         takes = inspect.signature(OBJECTIVES[config.objective]).parameters
-        values = {name: one.default for name, one in takes.items() if one.default is not None}
-        if "prefix_weight" in takes:
-            values["prefix_weight"] = config.prefix_weight
-        values |= config.objective_kwargs or {}
-        listed = ", ".join(f"{name}={value!r}" for name, value in values.items())
+        values = {k: getattr(rule, k, given.get(k, one.default)) for k, one in takes.items()}
+        if "stage" not in given:  # the trainer switches it
+            values.pop("stage", None)
+        listed = ", ".join(f"{k}={value!r}" for k, value in values.items() if value is not None)
         shown.insert(0, f"`{config.objective}({listed})`")
     text = f"Recipe `{config.recipe}` ({recipe.source}): {', '.join(shown) or 'nothing'}."
     return f"{text} Overruled: {', '.join(_shown(config, other))}." if other else text
