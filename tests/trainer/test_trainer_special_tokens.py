@@ -72,15 +72,23 @@ def test_step_is_the_loop_by_hand(tmp_path, settings):
     assert (ids == 3).any()
 
 
+def ending():
+    """A teacher that writes without doubt, and often the special ids 2 and 3."""
+    model = teacher(spread=300.0)
+    with torch.no_grad():
+        model.lm_head.weight[2:4] *= 3
+    return model
+
+
 def test_the_teacher_writes_in_the_student_s_ids(tmp_path):
-    """... also the end, which has another id for each."""
-    ending = teacher(spread=300.0)
-    name = saved(tmp_path / "teacher", ending)
-    trainer = make(tmp_path, teacher=name, special_token_map=MAP, objective="opd", lmbda=0.0,
-                   max_completion_length=20, max_steps=2)  # fmt: skip
+    """... also the end, which has another id for each: a text ends there, and not at <|end|>."""
+    student = tiny.model(0)
+    student.generation_config.eos_token_id = [2]
+    name = saved(tmp_path / "teacher", ending())
+    trainer = make(tmp_path, student, name, special_token_map=MAP, objective="reverse_kl",
+                   lmbda=0.0, max_completion_length=20, max_steps=2)  # fmt: skip
     trainer.train()
-    writer = in_the_student_s_ids(teacher(spread=300.0))
-    hits = []
+    writer, hits, texts = in_the_student_s_ids(ending()), [], []
     for batch in trainer.batches:
         for i in range(4):
             prompt = batch["prompt_ids"][i][batch["prompt_mask"][i].bool()]
@@ -88,7 +96,10 @@ def test_the_teacher_writes_in_the_student_s_ids(tmp_path):
             with torch.no_grad():
                 logits = writer(torch.cat([prompt, written])[None]).logits[0, len(prompt) - 1 : -1]
             hits.append((logits.argmax(-1) == written).float())
-    assert torch.cat(hits).mean() > 0.8
+            texts.append(written.tolist())
+    assert torch.cat(hits).mean() > 0.9
+    assert any(text[-1] == 2 for text in texts) and not any(2 in text[:-1] for text in texts)
+    assert any(3 in text[:-1] for text in texts)
 
 
 def test_of_several_teachers_each_has_its_own(tmp_path):
