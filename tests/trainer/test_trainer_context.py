@@ -69,6 +69,8 @@ def gemma3(seed, rope):
         (LLAMA_3 | {"original_max_position_embeddings": 8, "factor": 32.0}, 64),  # Llama 3.2
         (LONG, 64),
         (dict(rope_type="default", rope_theta=10000.0), 64),
+        (LINEAR | {"rope_type": "proportional"}, 128),  # Gemma 4's: a factor divides as in linear
+        (dict(rope_type="proportional", rope_theta=10000.0), 64),
     ],
 )
 def test_scaled_positions(rope, context):

@@ -33,7 +33,7 @@ def counts_padding(config: Any) -> bool:
 def context_of(config: Any) -> int | None:
     """The longest text in tokens, prompt and completion.
 
-    A rotary scaling factor multiplies the length of pretraining (YaRN, linear), unless
+    A rotary scaling factor multiplies the length of pretraining (YaRN, linear, Gemma 4's), unless
     `max_position_embeddings` includes it already (Llama 3, LongRoPE). None where there is no limit
     or the config does not tell it.
     """
@@ -113,9 +113,9 @@ def _scaled(rope: Mapping[str, Any], limit: int) -> int | None:
     kind = _rope_type(rope)
     factor = max(float(rope.get("factor") or 1.0), 1.0)
     original = rope.get("original_max_position_embeddings") or limit
-    if kind in ("default", "proportional", "mrope"):
+    if kind in ("default", "mrope"):
         return limit
-    if kind in ("yarn", "linear"):
+    if kind in ("yarn", "linear", "proportional"):
         return max(limit, int(factor * original))
     if kind in ("llama3", "longrope", "su"):
         return limit if original < limit else int(factor * limit)
