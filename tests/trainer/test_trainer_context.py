@@ -273,6 +273,27 @@ def test_a_model_whose_positions_count_padding(tmp_path):
             trainer.train()
 
 
+def xlstm(seed):
+    options = dict(hidden_size=64, num_heads=2, qk_dim_factor=1.0)
+    kind, config = transformers.xLSTMForCausalLM, transformers.xLSTMConfig
+    return tiny.model(seed, kind=kind, config=config, **options)
+
+
+@pytest.mark.parametrize("side", ["student", "teacher"])
+def test_a_model_that_takes_no_mask(tmp_path, side):
+    """Prompts of one length have no padding in front, and those of others are refused."""
+    models = [xlstm(0), tiny.model(1)] if side == "student" else [tiny.model(0), xlstm(1)]
+    for texts, refused in ((["w7 w8", "w1 w2"], False), (["w7 w8", "w1"], True)):
+        data = tiny.Dataset.from_dict({"prompt": texts})
+        trainer = make(tmp_path, *models, data=data, per_device_train_batch_size=2,
+                       max_completion_length=2)  # fmt: skip
+        if refused:
+            with pytest.raises(ValueError, match="^a xlstm model takes no attention_mask, so that"):
+                trainer.train()
+        else:
+            trainer.train()
+
+
 def test_rows_that_are_scaled_by_the_longest(tmp_path):
     """LongRoPE's factors are chosen by the batch: the trainer says so once."""
     models = [tiny.model(s, rope_parameters=LONG, max_position_embeddings=64) for s in (0, 1)]

@@ -41,6 +41,22 @@ def positions_after_padding(model: PreTrainedModel, mask: Tensor) -> dict[str, T
     return {"position_ids": (mask.cumsum(1) - 1).clamp_min(0) + first}
 
 
+def check_mask(model: PreTrainedModel, mask: Tensor) -> None:
+    """Raises ValueError for padding in front of a prompt where the model takes no notice of it.
+
+    The backbone's forward tells: one that names `input_ids` but no `attention_mask` lets the mask
+    vanish among its further keywords (xLSTM). One that names neither passes both on.
+    """
+    base = base_of(model)
+    reads = inspect.signature(base.base_model.forward).parameters
+    if "input_ids" in reads and "attention_mask" not in reads and bool((mask[:, 0] == 0).any()):
+        raise ValueError(
+            f"a {base.config.model_type} model takes no attention_mask, so that its hidden states "
+            "behind the padding in front of a prompt would not be those of the prompt alone: "
+            "choose another model, or give prompts of one length, without pad_to_multiple_of"
+        )
+
+
 def computes_positions(model: Any) -> bool:
     """Whether a multimodal model's positions are its own matter, in generation as well.
 

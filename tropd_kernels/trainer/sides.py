@@ -13,7 +13,7 @@ from ..teachers import HiddenTeacher
 from .context import check_width
 from .fields import has_rows, passing_fields
 from .hooks import MULTIMODAL_FIELDS
-from .positions import positions_after_padding
+from .positions import check_mask, positions_after_padding
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,6 +48,7 @@ def read_side(
     """
     mask = torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], dim=1)
     check_width(mask.shape[1], model.config)
+    check_mask(model, mask)
     with passing_fields(model, inputs, **positions_after_padding(model, mask)):
         hidden = last_hidden_state(
             model,
