@@ -19,7 +19,7 @@ from training import make
 
 from tropd_kernels.trainer import TrOPDConfig, TrOPDTrainer
 from tropd_kernels.trainer.context import check_context
-from tropd_kernels.trainer.data_checks import check_prompts
+from tropd_kernels.trainer.data_checks import check_prompts, check_unread
 from tropd_kernels.trainer.student_checks import check_adapters
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
@@ -342,3 +342,30 @@ def test_models_sharded_by_tensor_parallelism_are_refused(tmp_path, group, which
     head.weight = torch.nn.Parameter(weight)
     with pytest.raises(NotImplementedError, match=f"^{which}: its lm_head.weight is a DTensor"):
         make(tmp_path, *models.values())
+
+
+@pytest.mark.parametrize(
+    "column", ["chat_template_kwargs", "tools", "completion_mask", "tool_mask", "old_log_probs"]
+)
+def test_columns_that_nothing_reads(tmp_path, column):
+    """Their names are read elsewhere: each is refused where it would have to change something."""
+    words = f"train_dataset: the column {column!r} would not be read: "
+    data = tiny.prompts().add_column(column, [[1.0]] * len(tiny.prompts()))
+    if column in ("chat_template_kwargs", "tools"):
+        with pytest.raises(ValueError, match=words):
+            make(tmp_path, data=data)
+    else:
+        make(tmp_path, data=data)  # completions that are generated have masks of their own
+    for name in ("completion_ids", "teacher_label_log_probs"):
+        data = data.add_column(name, [[5]] * len(data))
+    with pytest.raises(ValueError, match=words):
+        make(tmp_path, data=data, objective="opd", precomputed_teacher=True)
+
+
+def test_a_column_of_tools_that_may_be_read():
+    """Tools of the trainer hold for all rows, and reward functions get the column."""
+    data, args = datasets.Dataset.from_dict({"tools": [[]]}), TrOPDConfig(use_cpu=True, bf16=False)
+    for given in (dict(tools=[print]), dict(rewarded=True)):
+        check_unread("train_dataset", data, args, **given)
+    with pytest.raises(ValueError, match=r"^eval_dataset\['a'\]: the column 'tools' would not"):
+        check_unread("eval_dataset", {"a": data}, args)

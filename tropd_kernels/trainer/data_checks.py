@@ -48,6 +48,38 @@ def check_dataset(name: str, dataset: Any, columns: Sequence[str] = ()) -> None:
         )
 
 
+def check_unread(
+    name: str, dataset: Any, args: Any, tools: Any = None, rewarded: bool = False
+) -> None:
+    """Raises ValueError for a column that nothing reads although other trainers read its name.
+
+    Args:
+        name: The trainer's argument with the data set.
+        dataset: One data set, a mapping of them, or None; a stream may not know its columns.
+        args: The `TrOPDConfig`.
+        tools: As the trainer takes them: with them all prompts have the same, whatever the column.
+        rewarded: Whether reward functions are given, which get the columns and may read `tools`.
+    """
+    if isinstance(dataset, Mapping):
+        for key, part in dataset.items():
+            check_unread(f"{name}[{key!r}]", part, args, tools, rewarded)
+        return
+    remedies = {"chat_template_kwargs": "give chat_template_kwargs to TrOPDConfig, for all rows"}
+    if not (tools or rewarded or args.precomputed_teacher):
+        remedies["tools"] = "give tools to TrOPDTrainer, for all rows"
+    elif args.precomputed_teacher:
+        remedies["tools"] = "write the prompts as text that has the tools in it"
+        every = "every token of completion_ids enters the loss"
+        remedies |= {"completion_mask": every, "tool_mask": every}
+        remedies["old_log_probs"] = "the ratio to the policy that wrote the completions is not used"
+    for column, remedy in remedies.items():
+        if column in (getattr(dataset, "column_names", None) or ()):
+            raise ValueError(
+                f"{name}: the column {column!r} would not be read: {remedy}; and drop the column "
+                f"by remove_columns({column!r})"
+            )
+
+
 def check_modalities(name: str, dataset: Any, processor: Any) -> None:
     """Raises ValueError for a column, beside a processor, that TRL would drop unseen.
 

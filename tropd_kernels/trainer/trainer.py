@@ -37,7 +37,7 @@ from ..teachers import Teacher
 from . import card, metrics, progress, rewards, row_teachers, sampling, signals, teacher_prompts
 from .chat_templates import check_template_keys
 from .config import TrOPDConfig
-from .data_checks import check_datasets, check_modalities, check_rows
+from .data_checks import check_datasets, check_modalities, check_rows, check_unread
 from .effects import check_inputs, check_optimizers
 from .generation_keys import check_generation_ids, check_lookup
 from .loaded_teacher import check_models
@@ -157,6 +157,8 @@ class TrOPDTrainer(RewardedTrainer):
         check_optimizers(args, optimizers)
         check_lookup(args, evaluates=eval_dataset is not None)
         check_datasets(train_dataset, eval_dataset, args, loaded)
+        for name, dataset in datasets.items():
+            check_unread(name, dataset, args, tools, rewarded)
         if args.teacher_model_server_url:
             # A stream may not know its columns; they are checked when it is read.
             present = getattr(train_dataset, "column_names", None)
