@@ -384,11 +384,26 @@ def test_no_dropout_of_any_kind(tmp_path, made):
         assert all(same) if off else not any(same)
 
 
-def test_no_dropout_in_an_adapter(tmp_path):
+@pytest.mark.parametrize(
+    ("kind", "fields"),
+    [
+        ("Lora", {"lora_dropout": 0.5, "init_lora_weights": False}),
+        ("LoHa", {"r": 8, "rank_dropout": 0.5, "init_weights": False}),
+        ("LoKr", {"r": 8, "module_dropout": 0.5, "init_weights": False}),
+        ("BOFT", {"boft_block_size": 4, "boft_dropout": 0.5, "init_weights": False}),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_no_dropout_in_an_adapter(tmp_path, kind, fields):
     peft = pytest.importorskip("peft")
-    adapter = peft.LoraConfig(
-        task_type="CAUSAL_LM", target_modules=["q_proj"], lora_dropout=0.5, init_lora_weights=False
-    )
-    model = make(tmp_path, tiny.model(0), peft=adapter, disable_dropout=True).model
     ids = torch.randint(5, tiny.VOCAB, (2, 12))
-    assert torch.equal(model.train()(ids).logits, model.eval()(ids).logits)
+    for off in (False, True):
+        config = getattr(peft, f"{kind}Config")(
+            task_type="CAUSAL_LM", target_modules=["q_proj"], **fields
+        )
+        model = make(tmp_path, tiny.model(0), peft=config, disable_dropout=off).model
+        with torch.no_grad():
+            expected = model.eval()(ids).logits
+            drawn = [model.train()(ids).logits for _ in range(8)]
+        same = [torch.allclose(logits, expected, atol=1e-6) for logits in drawn]
+        assert all(same) if off else not all(same)
