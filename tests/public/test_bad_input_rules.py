@@ -192,7 +192,7 @@ RULES = {
         lambda: TokenRule(outlier="clip"), ValueError, "outlier='clip'", "gate='always'", "'mask'",
     ),
     "threshold of no gate": (
-        lambda: TrOPD(threshold=-9), ValueError, "threshold=-9", "'bernoulli'", "'forward_kl'",
+        lambda: TokenRule(threshold=-9), ValueError, "threshold=-9", "no effect", "gate='always'",
     ),
     "gate of a divergence": (
         lambda: dataclasses.replace(GKD(), gate="threshold"), ValueError, "gate='threshold'",

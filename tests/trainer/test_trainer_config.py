@@ -44,6 +44,10 @@ def config(**settings) -> TrOPDConfig:
         ({}, TrOPD()),
         ({"objective_kwargs": {"top_k": 8, "gate": "expected"}}, TrOPD(top_k=8, gate="expected")),
         ({"objective_kwargs": '{"top_k": null}'}, TrOPD(top_k=None)),
+        (
+            {"objective_kwargs": {"threshold": -5.0}, "kl_discount_factor": 0.5},
+            TrOPD(threshold=-5.0),
+        ),
         ({"prefix_weight": 0.5, "lmbda": 0.5}, TrOPD(prefix_weight=0.5)),
         ({"prefix_weight": None}, TrOPD(prefix_weight=None)),
         ({"objective": "opd", "objective_kwargs": {"kl_penalty_coef": 0.5}},
@@ -224,7 +228,10 @@ def test_knobs_are_the_constructor_s(name):
             {"objective": "reopold", "objective_kwargs": {"stage": 1, "entropy_quantile": 0.1}},
             "objective_kwargs: entropy_quantile: it would have no effect: with stage 1",
         ),
-        ({"objective_kwargs": {"threshold": -9.0}}, "objective_kwargs: tropd: threshold=-9.0"),
+        (
+            {"objective_kwargs": {"threshold": -9.0}},
+            "objective_kwargs: threshold: it would have no effect: with gate 'bernoulli'",
+        ),
         ({"drift_tau": 0.0, "num_iterations": 2}, "drift_tau: must be in"),
         ({"drift_block_size": 0}, "drift_block_size: must be"),
         ({"pad_to_multiple_of": 0}, "pad_to_multiple_of: must be a whole number of at least 1"),

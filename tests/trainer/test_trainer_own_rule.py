@@ -15,7 +15,7 @@ import tiny
 from served import serve
 from training import RATE, by_hand, make, resume_and_compare, step_and_compare
 
-from tropd_kernels import LSM, OPD, SFT, TokenRule, cli
+from tropd_kernels import GKD, LSM, OPD, SFT, TokenRule, cli
 from tropd_kernels.objectives import registry
 from tropd_kernels.trainer import TrOPDConfig, TrOPDTrainer, card
 
@@ -89,6 +89,7 @@ BAD = {
         lambda t: TokenRule(gate="threshold", threshold=t - 0.5),
         r"\(0.51\) fails with ValueError: threshold must",
     ),
+    "a constructor": (GKD, r"GKD makes a rule where it is called: GKD\(\.\.\.\)"),
     "a function that gives a name": (lambda t: "opd", r"\(0\) returns 'opd': expected a TokenRule"),
     "a function that gives ids": (
         lambda t: TokenRule(divergence="topk_reverse_kl", top_k_ids="given"), "reads ids=",

@@ -36,7 +36,7 @@ class _TrOPD:
         # A default that the rest leaves without effect is dropped.
         if gate == "always" and outlier == "forward_kl":
             outlier = "mask"
-        if top_k == 64 and outlier in ("mask", "clip"):
+        if top_k == 64 and top_k_tail == "raw" and outlier in ("mask", "clip"):
             top_k = None
         return TokenRule(
             gate=gate,

@@ -183,11 +183,11 @@ def _check_gate(rule: RuleFields) -> None:
             f"outlier={rule.outlier!r} has no effect with gate='always', which rejects no token: "
             "leave it 'mask', or choose another gate"
         )
-    if rule.threshold != STATIC_THRESHOLD and rule.gate != "threshold" and rule.outlier != "clip":
+    # Behind any other gate it is the floor of the rewards that a trainer sums to returns.
+    if rule.gate == "always" and rule.threshold != STATIC_THRESHOLD:
         raise ValueError(
-            f"threshold={rule.threshold!r} has no effect: it is the level of gate='threshold' and "
-            f"the floor of outlier='clip', and this rule has {rule.gate!r} and {rule.outlier!r}: "
-            "leave it out, or choose one of them"
+            f"threshold={rule.threshold!r} has no effect with gate='always', which rejects no "
+            "token: leave it out, or choose another gate"
         )
     keeps = rule.outlier == "mask" and rule.normalize == "kept"
     decides = rule.policy_gradient or rule.outlier == "forward_kl" or keeps

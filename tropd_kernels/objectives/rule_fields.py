@@ -28,7 +28,8 @@ class RuleFields:
     outlier: the loss outside the gate. "mask": none. "clip": R floored at `threshold`.
         "forward_kl": forward KL on K, back-propagated. "forward_kl_reward": minus that KL as a
         detached reward on y.
-    threshold: the static gate's level and the clip's floor, in nats, at most 0.
+    threshold: the static gate's level and the clip's floor, in nats, at most 0; behind any gate the
+        reward that `TrOPDTrainer`'s returns count for a token that the teacher excludes.
     top_k: size of K; None is the whole vocabulary. Ids that tie with the k-th largest belong to K,
         to within the rounding of a logit that is made twice.
     top_k_tail: what is done with the mass outside K: "raw", "bucket", "renormalize_teacher" or

@@ -146,12 +146,19 @@ def check_objective_keys(config: Config) -> None:
         weighs = config.task_weight is not None and str(error).startswith("task_weight")
         key = "task_weight" if weighs else "objective_kwargs"
         raise ValueError(f"{key}: {config.objective}: {error}") from error
+    rules = config.rules_of_all()
+    reads_level = any(rule.gate == "threshold" or rule.outlier == "clip" for rule in rules)
     for key in arguments:
         why = None
         if key.startswith("clip_ratio") and config.num_iterations == 1:
             why = "num_iterations 1 every ratio is 1: set num_iterations to 2 or more"
         elif key == "entropy_quantile" and arguments.get("stage") == 1:
             why = "stage 1 nothing is ranked by entropy: set stage to 2, or leave stage out"
+        elif key == "threshold" and not (reads_level or config.kl_discount_factor):
+            why = (
+                f"gate {rules[0].gate!r} and outlier {rules[0].outlier!r} nothing has a level or a "
+                "floor: choose gate 'threshold' or outlier 'clip', or set kl_discount_factor"
+            )
         if why is not None and arguments[key] is not None:
             raise ValueError(
                 f"objective_kwargs: {key}: it would have no effect: with {why}; or leave {key} out"

@@ -14,6 +14,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, fields
 from typing import Any
 
+from .. import objectives
 from ..objectives import TokenRule
 from ..objectives.registry import nearest
 
@@ -99,6 +100,9 @@ def read_objective(given: Any) -> str | TokenRule | RuleSchedule:
         _check_call(given)
         return given
     if callable(given):
+        for name in objectives.__all__:
+            if given is getattr(objectives, name):
+                raise ValueError(f"objective: {name} makes a rule where it is called: {name}(...)")
         return RuleSchedule(given)
     raise ValueError(
         f"objective: expected a name, a TokenRule, a mapping of its fields, or a function of "
