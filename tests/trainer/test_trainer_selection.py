@@ -64,6 +64,24 @@ def test_a_resumed_run_selects_the_same(tmp_path):
     )
 
 
+def test_old_log_probs_are_over_the_shared_ids(tmp_path):
+    """... also of tokens that were not selected: the student's head is taller than the teacher's,
+    and ids beyond the teacher's are never sampled."""
+    trainer = make(
+        tmp_path, tiny.model(0, vocab_size=104), tiny.model(1, vocab_size=98), objective="opd",
+        select_by="teacher_entropy", max_steps=2, num_iterations=2, learning_rate=0.0, **HALF,
+    )  # fmt: skip
+    trainer.train()
+    batch, writer = trainer.batches[1], tiny.model(0, vocab_size=104)
+    for i in range(4):
+        prompt, labels = (batch[f"{part}_ids"][i][batch[f"{part}_mask"][i].bool()]
+                          for part in ("prompt", "completion"))  # fmt: skip
+        with torch.no_grad():
+            logits = writer(torch.cat([prompt, labels])[None]).logits[0, len(prompt) - 1 : -1, :98]
+        true = logits.log_softmax(-1).gather(1, labels[:, None])[:, 0]
+        torch.testing.assert_close(batch["old_log_probs"][i][: len(labels)], true)
+
+
 def known_by_hand(batch) -> tuple[torch.Tensor, torch.Tensor]:
     """Rewards and teacher's entropies of a micro-batch's tokens, at the first step."""
     teacher, student = tiny.model(1, hidden_size=48).double(), tiny.model(0).double()

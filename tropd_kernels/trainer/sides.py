@@ -1,7 +1,7 @@
 """One model on one micro-batch, as the fused loss takes it: hidden states and head, no logits."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -28,6 +28,13 @@ class ModelSide:
     bias: Tensor | None
     logit_scale: float
     softcap: float | None
+
+    def of_ids(self, count: int) -> "ModelSide":
+        """The side with a head of the ids below `count`."""
+        if count >= len(self.weight):
+            return self
+        bias = None if self.bias is None else self.bias[:count]
+        return replace(self, weight=self.weight[:count], bias=bias)
 
     def as_teacher(self) -> HiddenTeacher:
         bias = None if self.bias is None else self.bias.detach()

@@ -314,6 +314,10 @@ class TrOPDTrainer(RewardedTrainer):
     ) -> tuple[Tensor, TokenStats]:
         """Loss and statistics of a micro-batch, as `DistillationAdapter.distill` specifies them."""
         rule = self._rule()
+        if teacher is not None:
+            # Also where this micro-batch's teacher has more ids than another, or no teacher is read
+            # (`_log_probs`): all log-probs are over the ids that can be sampled.
+            student = student.of_ids(self._shared_vocab_size)
         prefix = prefix_mask(inputs)
         counted = inputs["loss_mask"] != 0
         labels, own = inputs["completion_ids"].masked_fill(~counted, _IGNORED), counted & ~prefix
@@ -349,11 +353,11 @@ class TrOPDTrainer(RewardedTrainer):
             self.log_values(metrics.sample_means(self.accelerator, sampled))
         stats = out.stats
         selects = rule.score is not None and self._keeps_log_probs(old)
-        if selects and stats.log_probs[counted].isnan().any():
+        if selects and (unknown := stats.log_probs.isnan())[counted].any():
             # Known of the selected tokens alone, and later steps may select others.
             if log_probs is None:
                 log_probs = self._log_probs(student, labels)
-            stats = replace(stats, log_probs=log_probs)
+            stats = replace(stats, log_probs=torch.where(unknown, log_probs, stats.log_probs))
         return out.loss * share, stats
 
     def _keeps_log_probs(self, old: Tensor | None) -> bool:
