@@ -15,7 +15,8 @@ pytest.importorskip("trl", reason="the trainer needs trl")
 import tiny
 import transformers
 import trl
-from test_trainer_verifier import HERE, distinct, judged, log_of, long, rows_of
+from test_trainer_cli import run_file  # noqa: F401 - a fixture
+from test_trainer_verifier import HERE, distinct, judged, log_of, long, reward_model, rows_of
 from training import unloadable
 
 from tropd_kernels import KDRL, cli
@@ -79,12 +80,7 @@ def test_an_async_function_is_like_another(tmp_path):
 
 def test_a_reward_model(tmp_path):
     """By its folder: its logit for prompt and completion."""
-    torch.manual_seed(3)
-    config = transformers.LlamaConfig(
-        vocab_size=tiny.VOCAB, hidden_size=16, intermediate_size=16, num_hidden_layers=1,
-        num_attention_heads=2, num_key_value_heads=2, num_labels=1, initializer_range=0.5,
-    )  # fmt: skip
-    model = transformers.LlamaForSequenceClassification(config).eval()
+    model = reward_model()
     model.save_pretrained(tmp_path / "judge")
     tiny.tokenizer().save_pretrained(tmp_path / "judge")
     trainer = judged(tmp_path / "run", [str(tmp_path / "judge"), distinct])
@@ -126,6 +122,13 @@ def test_functions_by_name_on_the_command_line(tmp_path, monkeypatch):
     found = find_functions(["think_format_reward", "my_rewards.short", "org/judge"])
     assert found[0] is trl.rewards.think_format_reward and found[2] == "org/judge"
     assert found[1].__module__ == "my_rewards" and find_functions(None) is None
+    # In YAML one name needs no list.
+    assert find_functions("think_format_reward") == [trl.rewards.think_format_reward]
+    (tmp_path / "broken.py").write_text("def short(:\n")
+    (tmp_path / "failing.py").write_text("1 / 0\n")
+    for name, kind in (("broken.short", "SyntaxError"), ("failing.short", "ZeroDivisionError")):
+        with pytest.raises(ValueError, match=f"^reward_funcs: {name}: {kind}: .*expected a fun"):
+            find_functions([name])
     for name in ("think", "my_rewards.tall", "absent.short", ".short"):
         with pytest.raises(ValueError, match=f"^reward_funcs: {re.escape(name)}: .*expected a fun"):
             find_functions([name])
@@ -145,6 +148,15 @@ def test_functions_by_name_on_the_command_line(tmp_path, monkeypatch):
     run, config = cli.parse_run([*arguments, "--reward_funcs", "my_rewards.short", "org/judge"])
     assert run.reward_funcs == ["my_rewards.short", "org/judge"]
     assert config.reward_weights == [1.0, 0.5]
+
+
+def test_one_name_in_the_file_of_a_run(run_file, capsys):  # noqa: F811
+    """It is no list of letters."""
+    text = run_file.read_text().replace("objective_kwargs: {top_k: 8}\n", "objective: opd\n")
+    text += "reward_funcs: absent_reward\ntask_weight: 1\nnum_generations: 4\n"
+    run_file.write_text(text)
+    assert cli.main(["train", "--config", str(run_file)]) == 2
+    assert "reward_funcs: absent_reward: " in capsys.readouterr().err
 
 
 # --- refused ------------------------------------------------------------------------------------
@@ -180,6 +192,32 @@ def test_a_wrong_answer_stops_the_run_by_name(tmp_path, case):
     assert "then begin anew: no checkpoint" in str(found.value)
     for old, new in zip(tiny.model(0).parameters(), trainer.model.parameters()):
         assert torch.equal(old, new)
+
+
+@pytest.mark.parametrize("value", [math.inf, math.nan, None], ids=str)
+def test_a_model_s_wrong_answer_stops_the_run_by_name(tmp_path, value):
+    model = reward_model()
+
+    def changed(module, inputs, out):
+        out.logits[1] = float(value)
+
+    model.register_forward_hook(changed)
+    trainer = judged(
+        tmp_path, [distinct, model], reward_processing_classes=[None, tiny.tokenizer()]
+    )
+    text = "TypeError: float" if value is None else f"its reward of completion 1 .* is {value} in"
+    with pytest.raises(ValueError, match=f"^reward_funcs: judge: {text}.*then begin anew"):
+        trainer.train()
+
+
+def test_a_metric_that_is_no_number(tmp_path):
+    def judge(completions, log_metric, **columns):
+        log_metric("solved", None)
+        return distinct(completions)
+
+    error = "reward_funcs: judge: TypeError: log_metric: 'solved': expected a number, got None"
+    with pytest.raises(ValueError, match=f"^{error}"):
+        judged(tmp_path, judge).train()
 
 
 def fixed(completions):

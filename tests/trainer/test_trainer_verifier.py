@@ -11,6 +11,7 @@ import torch
 pytest.importorskip("trl", reason="the trainer needs trl")
 
 import tiny
+import transformers
 from engines import on_two_processes
 from training import RATE, Spy, by_hand, make, resume_and_compare, step_and_compare
 from trl import GRPOConfig, GRPOTrainer
@@ -32,13 +33,23 @@ def long(completion_ids, **columns):
     return [float(len(ids) > 6) for ids in completion_ids]
 
 
-def judged(folder, functions=distinct, **settings):
+def judged(folder, functions=distinct, reward_processing_classes=None, **settings):
     """A trainer whose completions these functions judge."""
-    kind = partial(Spy, reward_funcs=functions)
+    kind = partial(Spy, reward_funcs=functions, reward_processing_classes=reward_processing_classes)
     settings = {"objective": "opd", "task_weight": 0.7} | FOUR | settings
     if not isinstance(settings["objective"], str):
         settings["task_weight"] = None
     return make(folder, kind=kind, **settings)
+
+
+def reward_model(**settings):
+    torch.manual_seed(3)
+    config = transformers.LlamaConfig(
+        vocab_size=tiny.VOCAB, hidden_size=16, intermediate_size=16, num_hidden_layers=1,
+        num_attention_heads=2, num_key_value_heads=2, num_labels=1, initializer_range=0.5,
+        name_or_path="judge", **settings,
+    )  # fmt: skip
+    return transformers.LlamaForSequenceClassification(config).eval()
 
 
 def log_of(trainer) -> dict:
@@ -106,6 +117,11 @@ def test_equal_rewards_have_advantage_0_to_the_bit():
         found, total, equal = group_advantages(equal_rewards, weights, 7, scale)
         assert total.tolist() == [0.1] * 21 and total[:7].nanmean() != 0.1
         assert found.tolist() == [0.0] * 21 and equal.all()
+        # Of large sums the mean's rounding is more than any fixed bound.
+        found, _, equal = group_advantages(equal_rewards * 675763776.0, 7 * weights, 7, scale)
+        assert found.tolist() == [0.0] * 21 and equal.all()
+    found, _, equal = group_advantages(torch.tensor([[1e8], [1e8 + 8]]), torch.ones(1), 2, "none")
+    assert found.tolist() == [-4.0, 4.0] and not equal.any()
 
 
 # --- a step -------------------------------------------------------------------------------------
@@ -168,6 +184,30 @@ def test_logs_and_rewards_are_grpo_s(tmp_path):
         assert own[name] == pytest.approx(log[name], rel=1e-5), name
 
 
+def test_an_evaluation_has_no_filter(tmp_path):
+    """Its advantages are 0, which no filter passes: the loss would be 0 or of nothing."""
+    losses = []
+    for which in (None, "negative", "positive"):
+        rule = KDRL(task_weight=1.0, reward_filter=which)
+        trainer = judged(tmp_path, objective=rule, evaluate=tiny.prompts(4))
+        losses.append(trainer.evaluate()["eval_loss"])
+    assert losses[0] != 0 and losses == [losses[0]] * 3
+
+
+def test_a_run_resumed_with_new_reward_functions(tmp_path):
+    """The saved batch was not judged."""
+    settings = dict(num_iterations=2, save_strategy="steps", save_steps=1)
+    make(tmp_path, objective="opd", max_steps=1, **FOUR, **settings).train()
+    trainer = judged(tmp_path, max_steps=2, **settings)
+    folder = tmp_path / "checkpoint-1"
+    with pytest.raises(ValueError, match="^resume_from_checkpoint: .* saved without reward_funcs"):
+        trainer.train(resume_from_checkpoint=str(folder))
+    (folder / "generation_batch_0.pt").unlink()
+    trainer = judged(tmp_path, max_steps=2, **settings)
+    trainer.train(resume_from_checkpoint=str(folder))
+    assert all("task_advantages" in batch for batch in trainer.batches)
+
+
 def test_a_resumed_run_has_the_same_rewards(tmp_path):
     """... to the bit, between two steps on one generation batch."""
     settings = dict(kind=partial(Spy, reward_funcs=[distinct]), task_weight=0.7, num_generations=2)
@@ -178,7 +218,7 @@ _TWO = """
 import sys, torch, pytest, tiny
 from engines import use, whole_parameters
 settings = use(sys.argv[2])
-from test_trainer_verifier import distinct, judged
+from test_trainer_verifier import distinct, judged, reward_model
 trainer = judged(
     sys.argv[1], per_device_train_batch_size=1, gradient_accumulation_steps=2,
     per_device_eval_batch_size=2, **settings
@@ -196,14 +236,35 @@ if rank == 1:
     trainer._verifier.reward_funcs = [trainer._verifier._guarded("distinct", fails)]
 with pytest.raises(ValueError) as error:
     trainer._verifier.rewards([{"prompt": "w1"}], ["w2"], [[7]])
-saved = trainer.batches, parameters, log, str(error.value), held
+errors = [str(error.value)]
+def overflows(**given):
+    return [1e39 if rank == 1 else 1.0]
+def infinite(model, inputs, out):
+    out.logits[:] = float("inf") if rank == 1 else 1.0
+def raises(model, inputs):
+    if rank == 1:
+        raise KeyError("logits")
+for place, kind in enumerate((overflows, infinite, raises)):
+    if kind is overflows:
+        trainer._verifier.reward_funcs = [trainer._verifier._guarded("distinct", kind)]
+    else:
+        judge = reward_model()
+        hook = judge.register_forward_pre_hook if kind is raises else judge.register_forward_hook
+        hook(kind)
+        trainer._verifier.reward_processing_classes = [tiny.tokenizer()]
+        trainer._verifier._prepare_model(0, judge)
+    with pytest.raises(ValueError) as error:
+        trainer._verifier.rewards([{"prompt": "w1"}], ["w2"], [[7]])
+    errors.append(str(error.value))
+saved = trainer.batches, parameters, log, errors, held
 torch.save(saved, f"{sys.argv[1]}/{rank}.pt")
 """
 
 
 def test_two_processes_are_the_large_batch(tmp_path):
     """A group lies over both, and three rows of an evaluation count once, though accelerate
-    repeats one. A function that fails on one process stops both."""
+    repeats one. A function or model that fails on one process stops both, and so does a reward
+    that is infinite in float32."""
     saved = on_two_processes(_TWO, tmp_path, "ddp")
     trainer = make(tmp_path, objective="opd", task_weight=0.7, kind=partial(
         Spy, reward_funcs=distinct), num_generations=4, per_device_train_batch_size=1,
@@ -226,5 +287,10 @@ def test_two_processes_are_the_large_batch(tmp_path):
     assert saved[0][2]["reward"] == pytest.approx(sum(rewards) / 4)
     prompts = tiny.prompts(3)["prompt"]
     assert saved[0][4] == saved[1][4] == pytest.approx(sum(map(len, prompts)) / 3)
-    assert saved[0][3] == "reward_funcs: one on another process failed"
-    assert saved[1][3] == "reward_funcs: distinct: KeyError: 'answer'"
+    (on_first, infinite, of_model, _), (on_second, *others, failed) = saved[0][3], saved[1][3]
+    assert {on_first, saved[0][3][3]} == {"reward_funcs: one on another process failed"}
+    assert on_second == "reward_funcs: distinct: KeyError: 'answer'"
+    assert failed == "reward_funcs: judge: KeyError: 'logits'"
+    assert [infinite, of_model] == others
+    assert infinite.startswith("reward_funcs: distinct: its reward of completion 1 of all process")
+    assert of_model == infinite

@@ -8,7 +8,8 @@ values are GRPO's:
     reward, reward_std          of the weighted sum
     frac_reward_zero_std        share of the groups whose rewards are equal, which teach nothing
 
-An evaluation writes one completion of a prompt: its rewards are logged, its advantages are 0.
+An evaluation writes one completion of a prompt: its rewards are logged, its advantages are 0, and
+its loss is without a `reward_filter`, which would leave nothing of it.
 """
 
 from typing import Any

@@ -369,7 +369,9 @@ class TrOPDTrainer(RewardedTrainer):
         return self._compare(student, None, labels, SFT(), reduction="sum").stats.log_probs
 
     def _rule(self) -> TokenRule:
-        return self.args.rule(self.state.global_step / max(self.state.max_steps, 1))
+        rule = self.args.rule(self.state.global_step / max(self.state.max_steps, 1))
+        # An evaluation's advantages are 0, which no filter passes.
+        return rule if self.model.training else replace(rule, reward_filter=None)
 
     def _compare(
         self,

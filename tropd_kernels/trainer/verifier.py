@@ -12,6 +12,7 @@ import math
 import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from numbers import Real
 from typing import Any
 
@@ -19,6 +20,7 @@ import torch
 from accelerate.utils import gather_object
 from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
+from transformers.modeling_outputs import SequenceClassifierOutput
 from trl import GRPOTrainer  # type: ignore[attr-defined]
 from trl.trainer.utils import (
     get_callable_name,
@@ -53,11 +55,15 @@ def group_advantages(
     total = (rewards * weights.to(rewards)).nansum(1).masked_fill(rewards.isnan().all(1), math.nan)
     groups = total.view(-1, generations)
     spread = nanstd(groups, dim=1, keepdim=True)
-    equal = ~(spread > 1e-8)  # also where fewer than two are judged
+    missing = groups.isnan()
+    high = groups.masked_fill(missing, -math.inf).amax(1, keepdim=True)
+    low = groups.masked_fill(missing, math.inf).amin(1, keepdim=True)
+    # Also where fewer than two are judged. The rounding of a mean of large sums is not in it.
+    equal = ~(high - low > (1e-12 * high.abs()).clamp(min=1e-8))
     advantages = groups - groups.nanmean(1, keepdim=True)
     if scale != "none":
         advantages = advantages / ((nanstd(total) if scale == "batch" else spread) + _EPSILON)
-    advantages = advantages.masked_fill(equal | groups.isnan(), 0.0)
+    advantages = advantages.masked_fill(equal | missing, 0.0)
     return advantages.flatten(), total, equal.flatten()
 
 
@@ -97,17 +103,34 @@ class Verifier(GRPOTrainer):
     def rewards(self, rows: list[dict], completions: list, ids: list[list[int]]) -> Tensor:
         """Rewards (N, F) of the completions of all processes, in their order. A collective.
 
-        Raises ValueError, on every process, if a function fails or returns no rewards on any.
+        Raises ValueError, on every process, if a function or model fails on any, or returns no
+        rewards, or one that is no finite number in float32, in which GRPO gathers them.
         """
         prompts = [row["prompt"] for row in rows]
         found = self._calculate_rewards(rows, prompts, completions, ids)
         for function in self.reward_funcs:
-            reshard(function)
+            if isinstance(function, _GuardedModel):
+                reshard(function.model)
         failures, self._failures = self._failures, []
         if not holds_on_all(self.accelerator, not failures):
             text, cause = failures[0] if failures else ("one on another process failed", None)
             raise ValueError(f"reward_funcs: {text}{self._how_to_resume()}") from cause
+        self._check_finite(found)
         return found
+
+    def _check_finite(self, found: Tensor) -> None:
+        """Of gathered rewards, which all processes have, so that all raise."""
+        judges = zip(self.reward_func_names, self.reward_funcs, found.unbind(1))
+        for name, function, own in judges:
+            # NaN stands for a function's None; a model has none.
+            bad = ~own.isfinite() if isinstance(function, nn.Module) else own.isinf()
+            if bad.any():
+                place = int(bad.nonzero()[0])
+                raise ValueError(
+                    f"reward_funcs: {name}: its reward of completion {place} of all processes is "
+                    f"{own[place].item()} in float32: expected a finite number"
+                    f"{self._how_to_resume()}"
+                )
 
     def _how_to_resume(self) -> str:
         return f"; then {how_to_resume(self.args.output_dir)}" if self.is_in_train else ""
@@ -121,6 +144,12 @@ class Verifier(GRPOTrainer):
             total, count = self.accelerator.reduce(local, reduction="sum").tolist()
             sums[name] = total, count
         return sums
+
+    def _log_metric(self, name: str, value: Any) -> None:
+        number = value.item() if hasattr(value, "item") else value
+        if not isinstance(number, Real):
+            raise TypeError(f"log_metric: {name!r}: expected a number, got {value!r:.80}")
+        super()._log_metric(name, number)  # type: ignore[arg-type]
 
     def _log_completion_extra(self, column: str, values: list) -> None:
         """Of `log_extra`: the table of completions of TRL's distillation has no further columns."""
@@ -148,14 +177,19 @@ class Verifier(GRPOTrainer):
         # The reward is read at the last token that is no padding.
         model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
         self.reward_processing_classes[place] = tokenizer
-        self.reward_funcs[place] = prepare_frozen(model.eval(), self.accelerator)
-        return name.rstrip("/").split("/")[-1]
+        name = name.rstrip("/").split("/")[-1]
+        prepared = prepare_frozen(model.eval(), self.accelerator)
+        self.reward_funcs[place] = _GuardedModel(prepared, partial(self._failed, name))
+        return name
+
+    def _failed(self, name: str, error: Exception) -> None:
+        self._failures.append((f"{name}: {type(error).__name__}: {error}", error))
 
     def _guarded(self, name: str, function: Callable) -> Callable:
         """The function, whose failures are kept: the other processes wait in a gather."""
 
         def failed(error: Exception, given: dict[str, Any]) -> list[float]:
-            self._failures.append((f"{name}: {type(error).__name__}: {error}", error))
+            self._failed(name, error)
             return [0.0] * len(given["completions"])
 
         def call(**given: Any) -> list:
@@ -171,6 +205,22 @@ class Verifier(GRPOTrainer):
                 return failed(error, given)
 
         return call_async if is_async_callable(function) else call
+
+
+class _GuardedModel(nn.Module):
+    """A reward model whose failures are kept, as those of functions are."""
+
+    def __init__(self, model: Any, failed: Callable[[Exception], None]):
+        super().__init__()
+        self.model, self._failed = model, failed
+
+    def forward(self, **inputs: Any) -> Any:
+        try:
+            return self.model(**inputs)
+        except Exception as error:
+            self._failed(error)
+            rows = len(inputs["input_ids"])
+            return SequenceClassifierOutput(logits=torch.zeros(rows, 1))  # type: ignore[arg-type]
 
 
 def _checked(answer: Any, count: int) -> list[float | None]:

@@ -17,16 +17,17 @@ from .sources import check_source
 _GIVEN = ("prompts", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric")
 
 
-def find_functions(names: Sequence[str] | None) -> list | None:
+def find_functions(names: Sequence[str] | str | None) -> list | None:
     """Reward functions by the names that a command line gives; names of models stay names.
 
-    A name without a dot is one of `trl.rewards`, as in TRL's scripts; a dotted one is looked up
-    from the working directory, too. Raises ValueError for what is not found.
+    One name may come without a list. A name without a dot is one of `trl.rewards`, as in TRL's
+    scripts; a dotted one is looked up from the working directory, too. Raises ValueError for what
+    is not found, or cannot be imported.
     """
     if names is None:
         return None
     found: list[Any] = []
-    for name in names:
+    for name in [names] if isinstance(names, str) else names:
         if "/" in name or Path(name).is_dir():
             found.append(name)
             continue
@@ -35,10 +36,11 @@ def find_functions(names: Sequence[str] | None) -> list | None:
             sys.path.insert(0, os.getcwd())
         try:
             found.append(getattr(importlib.import_module(module or "trl.rewards"), function))
-        except (ImportError, AttributeError, ValueError) as error:
+        except Exception as error:  # whatever the user's module raises
             raise ValueError(
-                f"reward_funcs: {name}: {error}: expected a function of trl.rewards, a dotted path "
-                "(module.function), or a model (a folder, or owner/name)"
+                f"reward_funcs: {name}: {type(error).__name__}: {error}: expected a "
+                "function of trl.rewards, a dotted path (module.function), or a model (a folder, "
+                "or owner/name)"
             ) from error
     return found
 
