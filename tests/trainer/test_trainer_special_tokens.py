@@ -102,6 +102,39 @@ def test_the_teacher_writes_in_the_student_s_ids(tmp_path):
     assert any(3 in text[:-1] for text in texts)
 
 
+@pytest.mark.parametrize(
+    ("keys", "known"),
+    [
+        ({"suppress_tokens": [3]}, {"suppress_tokens": [3]}),
+        ({"begin_suppress_tokens": [3, 100]}, {"begin_suppress_tokens": [3]}),
+        ({"bad_words_ids": [[3], [4, 100]]}, {"bad_words_ids": [[3]]}),
+        ({"sequence_bias": [[[3], -1e9], [[100], 5.0]]}, {"sequence_bias": [[[3], -1e9]]}),
+        ({"bad_words_ids": [[100]]}, {}),
+    ],
+)
+def test_ids_of_generation_kwargs_are_the_student_s(tmp_path, keys, known):
+    """The student's 3 is the teacher's 2, which it would write often; 100 it does not have."""
+    texts = []
+    for mapped in (True, False):
+        student, writer, settings = tiny.model(0, vocab_size=104), ending(), {}
+        student.generation_config.eos_token_id = [2]
+        if mapped:
+            writer, settings = saved(tmp_path / "teacher", writer), dict(special_token_map=MAP)
+        else:
+            in_the_student_s_ids(writer).generation_config.eos_token_id = [2]
+        trainer = make(tmp_path, student, writer, objective="reverse_kl", lmbda=0.0, max_steps=2,
+                       max_completion_length=20, generation_kwargs=keys if mapped else known,
+                       **settings)  # fmt: skip
+        trainer.train()
+        texts.append([b["completion_ids"].masked_fill(b["completion_mask"] == 0, 0).tolist()
+                      for b in trainer.batches])  # fmt: skip
+    assert texts[0] == texts[1]
+    first = [row[0] for batch in texts[0] for row in batch]
+    later = [i for batch in texts[0] for row in batch for i in row[1:]]
+    assert (3 in first) == (not known)
+    assert (3 in later) == (not known or "begin_suppress_tokens" in known)
+
+
 def test_of_several_teachers_each_has_its_own(tmp_path):
     """The one with the student's tokenizer is read in the student's ids."""
     same = tiny.model(2)

@@ -29,6 +29,7 @@ from ..heads import Head
 from . import metrics
 from .dropout import disable_dropout
 from .generation import PrefixedGeneration
+from .generation_keys import in_other_ids
 from .loaded_teacher import check_dtypes, check_own_weights, load_teacher
 from .patching import keeping_forward, replaced
 from .reuse import BatchReuse
@@ -236,14 +237,15 @@ class DistillationAdapter(BatchReuse, PrefixedGeneration):
     def _generate_in_other_ids(
         self, table: Tensor, prompt_ids: list[list[int]], *arguments: Any
     ) -> list[list[int]]:
-        """The teacher writes no id that the student has not, and the student's suppressed ones."""
+        """The teacher writes no id that the student has not, nor those that it is not to write."""
         assert self._teacher_head is not None
-        ids, config = table.tolist(), self.generation_config
-        of_student = [ids[token] for token in config.suppress_tokens or () if token < len(ids)]
+        ids = table.tolist()
+        own = in_other_ids(self.generation_config, ids)
         unknown = set(range(self._teacher_head.vocab_size)) - set(ids)
+        own["suppress_tokens"] = [*(own["suppress_tokens"] or ()), *sorted(unknown)] or None
         with (
             replaced(self, _teacher_ids=None, eos_token_ids=[ids[i] for i in self.eos_token_ids]),
-            replaced(config, suppress_tokens=[*of_student, *sorted(unknown)] or None),
+            replaced(self.generation_config, **own),
         ):
             prompts = [[ids[token] for token in prompt] for prompt in prompt_ids]
             return back(self.generate_with_teacher(prompts, *arguments), table)

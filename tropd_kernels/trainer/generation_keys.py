@@ -4,7 +4,7 @@ They are those of transformers' GenerationConfig, or of vLLM's SamplingParams wi
 the ones that would break the trainer.
 """
 
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import fields
 from numbers import Integral
 from typing import Any
@@ -248,6 +248,29 @@ def _id_lists(given: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
     biases = given.get("sequence_bias") or ()
     for entry in biases:
         yield "sequence_bias", entry if isinstance(biases, Mapping) else entry[0]
+
+
+def in_other_ids(config: GenerationConfig, ids: Sequence[int]) -> dict[str, Any]:
+    """The attributes that hold ids, with `ids[i]` for each i; None for one that is empty.
+
+    An entry with an i for which there is none cannot be written, and is left out.
+    """
+
+    def others(entry: Iterable[int]) -> list[int]:
+        return [ids[i] for i in entry if i < len(ids)]
+
+    def whole(entry: Iterable[int]) -> bool:
+        return all(i < len(ids) for i in entry)
+
+    biases = config.sequence_bias or {}
+    pairs = biases.items() if isinstance(biases, Mapping) else biases
+    translated: dict[str, list[Any]] = {
+        "suppress_tokens": others(config.suppress_tokens or ()),
+        "begin_suppress_tokens": others(config.begin_suppress_tokens or ()),
+        "bad_words_ids": [others(words) for words in config.bad_words_ids or () if whole(words)],
+        "sequence_bias": [[others(words), bias] for words, bias in pairs if whole(words)],
+    }
+    return {name: value or None for name, value in translated.items()}
 
 
 def _neutral(name: str) -> tuple[Any, ...]:
