@@ -236,6 +236,14 @@ def test_settings_of_what_is_not_there(tmp_path):
     make(tmp_path, data=talk, **options)
     make(tmp_path, evaluate={"a": talk}, **options)
     make(tmp_path, data=tiny.prompts().to_list(), **options)
+    make(tmp_path, data=tiny.prompts(teacher_prompt=talk["prompt"]), **options)
+    with pytest.raises(ValueError, match=words):
+        make(tmp_path, data=tiny.prompts(teacher_prompt=["w1"] * 8), **options)
+    unread = tiny.prompts(
+        teacher_prompt=talk["prompt"], completion_ids=[[5]] * 8, teacher_label_log_probs=[[-1]] * 8
+    )
+    with pytest.raises(ValueError, match=words):
+        make(tmp_path, data=unread, precomputed_teacher=True, objective="opd", **options)
 
 
 def test_what_zero_3_gathers():

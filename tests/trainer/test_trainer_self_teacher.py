@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 
+import datasets
 import pytest
 import torch
 
@@ -17,6 +18,7 @@ from tropd_kernels.trainer import TrOPDConfig
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
 SPLIT = dict(per_device_train_batch_size=2, gradient_accumulation_steps=2)
+FROZEN = dict(teacher_update_rate=None)
 TOLD = [f"w{90 - i} " * (1 + (5 * i) % 8) + f"w{i}" for i in range(8)]
 
 
@@ -149,6 +151,10 @@ def test_resume(tmp_path, settings):
         pair = (getattr(run, one).parameters() for run in (whole, resumed))
         assert all(map(torch.equal, *pair))
     if "teacher_update_rate" in settings:
+        for other in ("self", tiny.model(1)):
+            trainer = make(tmp_path, teacher=other, data=told(), **settings | FROZEN)
+            with pytest.raises(ValueError, match="^resume_from_checkpoint: .* has teacher.pt, the"):
+                trainer.train(resume_from_checkpoint=tmp_path / "checkpoint-2")
         (tmp_path / "checkpoint-2" / "teacher.pt").unlink()
         with pytest.raises(ValueError, match="^resume_from_checkpoint: .* has no teacher.pt"):
             itself(tmp_path, **settings).train(resume_from_checkpoint=tmp_path / "checkpoint-2")
@@ -182,11 +188,54 @@ def test_refusals_before_a_model_is_loaded(tmp_path):
             make(tmp_path, name, "self", told(), **{key: value})
     with pytest.raises(ValueError, match="^teacher_update_rate: it would have no effect"):
         make(tmp_path, name, tiny.model(1), told(), teacher_update_rate=0.5)
+    with pytest.raises(ValueError, match="^teacher_update_rate: it would have no effect"):
+        make(tmp_path, name, tiny.model(1), told(), teacher_update_rate=1.0)
     with pytest.raises(ValueError, match="^teacher_model: 'self' .* give the data set a column 't"):
         make(tmp_path, name, "self", tiny.prompts())
     peft = pytest.importorskip("peft")
     with pytest.raises(NotImplementedError, match="^teacher_update_rate: with adapters"):
         make(tmp_path, name, "self", told(), peft=peft.LoraConfig(), teacher_update_rate=0.5)
+
+
+def stream(data):
+    """... that does not know its columns."""
+    return datasets.IterableDataset.from_generator(lambda: iter(data.to_list()))
+
+
+def test_streams_without_its_prompts(tmp_path):
+    """They would teach nothing, and an evaluation would measure something else."""
+    with pytest.raises(ValueError, match="^teacher_prompt: the row .* has none"):
+        itself(tmp_path, data=stream(tiny.prompts())).train()
+    itself(tmp_path, data=stream(told())).train()
+    for data in (told(), stream(told())):
+        trainer = make(tmp_path, data=data, evaluate=stream(tiny.prompts(4)))
+        trainer.train()
+        with pytest.raises(ValueError, match="^teacher_prompt: the row .* has none"):
+            trainer.evaluate()
+    make(tmp_path, data=stream(tiny.prompts())).train()
+
+
+def test_adapters_that_change_nothing(tmp_path):
+    """The student without them is the student, and their gradient is zero."""
+    fresh = adapter()
+    for name, parameter in fresh.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.zeros_(parameter)
+    for data in (tiny.prompts(), stream(tiny.prompts())):
+        with pytest.raises(ValueError, match="^teacher_model: 'self' reads .* adapters do not"):
+            itself(tmp_path, fresh, data).train()
+    itself(tmp_path, adapter(), tiny.prompts(), max_steps=2).train()
+    itself(tmp_path, fresh, max_steps=2).train()
+
+
+def test_an_error_amid_the_teacher_s_pass_keeps_the_flags(tmp_path):
+    trainer = itself(tmp_path, adapter())
+    frozen = [p for n, p in trainer.model.named_parameters() if "layers.0" in n]
+    for parameter in frozen:
+        parameter.requires_grad_(False)
+    with pytest.raises(MemoryError), trainer._without_adapters():
+        raise MemoryError
+    assert not any(parameter.requires_grad for parameter in frozen)
 
 
 def test_by_the_config(tmp_path):

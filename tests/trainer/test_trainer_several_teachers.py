@@ -176,6 +176,25 @@ def test_each_tokenizer_is_checked(tmp_path):
         make(tmp_path, data=routed(), several=names)
 
 
+def test_errors_of_other_arguments_keep_the_teacher_s_id(tmp_path):
+    """JSONDecodeError, for one, is not made of a message alone."""
+    names = {"math": saved(tmp_path / "a", teachers()[0]),
+             "code": saved(tmp_path / "b", tiny.model(2))}  # fmt: skip
+    (tmp_path / "b" / "model.safetensors").unlink()
+    (tmp_path / "b" / "model.safetensors.index.json").write_text("{")
+    with pytest.raises(ValueError, match=r"^teacher_models\['code'\]: Expecting property name"):
+        make(tmp_path, data=routed(), several=names)
+
+
+def test_batch_in_trl_s_form(tmp_path):
+    """It does not say which teacher reads a row."""
+    trainer, ids = several(tmp_path), torch.full((2, 4), 7)
+    batch = {f"{part}_ids": ids for part in ("prompt", "completion")}
+    batch |= {f"{part}_mask": torch.ones_like(ids) for part in ("prompt", "completion")}
+    with pytest.raises(ValueError, match="^teacher_index: the batch lacks it, .* 'math', 'code'"):
+        trainer.compute_loss(trainer.model, batch)
+
+
 def test_vocabularies_of_different_heights(tmp_path):
     """Only ids that all have are compared, and written."""
     both = [tiny.model(1, vocab_size=98), tiny.model(2, vocab_size=112)]

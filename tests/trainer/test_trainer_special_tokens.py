@@ -228,6 +228,10 @@ def test_without_effect(tmp_path):
     tiny.tokenizer().save_pretrained(tmp_path / "same")
     with pytest.raises(ValueError, match="^special_token_map: it would have no effect: the tok"):
         make(tmp_path, teacher=str(tmp_path / "same"), special_token_map=MAP)
+    several = dict.fromkeys("ab", str(tmp_path / "same"))
+    with pytest.raises(ValueError, match="^special_token_map: it would have no effect: the tok"):
+        make(tmp_path, data=tiny.prompts(teacher_id=["a", "b"] * 4), several=several,
+             special_token_map={"nobody": "neither"})  # fmt: skip
     with pytest.raises(ValueError, match="^special_token_map: the teacher's tokenizer is not fou"):
         make(tmp_path, teacher=tiny.model(1), special_token_map=MAP)
     name = unloadable(tmp_path)

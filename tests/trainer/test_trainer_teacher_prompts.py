@@ -12,6 +12,7 @@ from datasets import Dataset
 from served import serve
 from training import make, resume_and_compare, step_and_compare, unloadable
 
+from tropd_kernels.trainer import TrOPDConfig, TrOPDTrainer
 from tropd_kernels.trainer.teacher_prompts import batch_tensors, teachers_view
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
@@ -169,6 +170,17 @@ def test_evaluation_without_it_is_refused(tmp_path):
     (tmp_path / "model").mkdir()
     with pytest.raises(ValueError, match="^eval_dataset: no column 'teacher_prompt'"):
         make(tmp_path, unloadable(tmp_path / "model"), data=privileged(), evaluate=tiny.prompts(4))
+
+
+def test_evaluation_without_it_where_no_teacher_reads_it(tmp_path):
+    answers = dict(teacher_completion=[" w3 w4"] * 4)
+    data = tiny.prompts(4, teacher_prompt=["w1"] * 4, **answers)
+    args = TrOPDConfig(str(tmp_path), objective="sft", lmbda=0.0, bf16=False, use_cpu=True,
+                       per_device_train_batch_size=4, gradient_accumulation_steps=1)  # fmt: skip
+    TrOPDTrainer(
+        tiny.model(0), None, args, data, tiny.prompts(4, **answers),
+        processing_class=tiny.tokenizer(),
+    )  # fmt: skip
 
 
 def test_columns_of_log_probs_do_not_need_it(tmp_path):

@@ -43,7 +43,13 @@ from .row_teachers import (
     rows_of,
 )
 from .sampling import evaluation_mode
-from .self_teacher import TeacherSync, is_self, refuse_sharded
+from .self_teacher import (
+    TeacherSync,
+    is_self,
+    refuse_average,
+    refuse_equal_sides,
+    refuse_sharded,
+)
 from .sharding import (
     is_sharded,
     prepare_frozen,
@@ -69,6 +75,7 @@ class DistillationAdapter(BatchReuse, PrefixedGeneration):
     model: Any
     teacher_model: Any
     _signature_columns: Any
+    _adapters_teach_alone = False  # nothing but the student's adapters need differ from the teacher
 
     def __init__(self, model: Any, teacher_model: Any, args: Any, *rest: Any, **keywords: Any):
         with class_of_student(model, args):
@@ -277,7 +284,12 @@ class DistillationAdapter(BatchReuse, PrefixedGeneration):
             student, router_logits = self._student_side(unwrapped_student, inputs)
             teacher = None
             if self.has_teacher and self.needs_teacher():
-                teacher = self._teacher_side(unwrapped_student, teachers_view(inputs))
+                read = teachers_view(inputs)
+                teacher = self._teacher_side(unwrapped_student, read)
+                if self._adapters_teach_alone and self._adapters_off and self.model.training:
+                    if read is inputs and isinstance(teacher, ModelSide):
+                        refuse_equal_sides(student, teacher)
+                    self._adapters_teach_alone = False  # they change from here on
         loss, self._stats = self.distill(student, teacher, inputs, num_items_in_batch)
         if self._router is not None:
             mask = torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], dim=1)
@@ -313,8 +325,12 @@ class DistillationAdapter(BatchReuse, PrefixedGeneration):
 
     def _rows_by_teacher(self, indices: Tensor | None) -> Iterator[tuple[str, Tensor]]:
         """Of several teachers those that have rows here, with the mask of these."""
+        if self._teachers and indices is None:
+            raise ValueError(
+                f"{INDEX}: the batch lacks it, the place (B,) of each row's teacher among "
+                f"{', '.join(map(repr, self._teachers))}: add it to the batch"
+            )
         for place, name in enumerate(self._teachers):
-            assert indices is not None
             if (rows := indices == place).any():
                 yield name, rows
 
@@ -325,10 +341,12 @@ class DistillationAdapter(BatchReuse, PrefixedGeneration):
             yield
             return
         flags = {parameter: parameter.requires_grad for parameter in self.model.parameters()}
-        with self.model.disable_adapter():
-            yield
-        for parameter, flag in flags.items():  # PEFT would have all of an adapter trained
-            parameter.requires_grad_(flag)
+        try:
+            with self.model.disable_adapter():
+                yield
+        finally:
+            for parameter, flag in flags.items():  # PEFT would have all of an adapter trained
+                parameter.requires_grad_(flag)
 
     def _save_checkpoint(self, model, trial):
         super()._save_checkpoint(model, trial)
@@ -338,8 +356,8 @@ class DistillationAdapter(BatchReuse, PrefixedGeneration):
 
     def _load_optimizer_and_scheduler(self, checkpoint):
         super()._load_optimizer_and_scheduler(checkpoint)
-        if checkpoint is not None and self._teacher_sync is not None:
-            self._teacher_sync.load(checkpoint)
+        if checkpoint is not None:
+            (refuse_average if self._teacher_sync is None else self._teacher_sync.load)(checkpoint)
 
     def _student_side(self, model: PreTrainedModel, inputs: dict[str, Any]):
         """The student's side, and its routers' logits if their loss counts."""

@@ -13,10 +13,10 @@ def check_datasets(train: Any, evaluate: Any, args: Any, loaded_teacher: Any) ->
     named = args.is_guided and args.prefix_column not in (None, "teacher_completion")
     check_no_splits(train)
     check_dataset("train_dataset", train, [*columns, *([args.prefix_column] if named else [])])
-    own = [] if args.precomputed_teacher else teacher_prompts.columns_of_evaluation(train)
+    writes = args.teacher_model_server_url or loaded_teacher is not None
+    own = teacher_prompts.columns_of_evaluation(train) if writes else []
     check_dataset("eval_dataset", evaluate, [*columns, *own])
     present = getattr(train, "column_names", None)  # a stream may not know them
-    writes = args.teacher_model_server_url or loaded_teacher is not None
     if args.is_guided and not writes and present and args.prefix_column not in present:
         raise missing_guide_error(args.prefix_column)
     if present and args.prefix_column in present:

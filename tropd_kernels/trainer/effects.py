@@ -11,6 +11,7 @@ from typing import Any
 
 from ..backends import has_row_engine
 from .recipes import how_to_unset
+from .teacher_prompts import COLUMN
 
 _NO_METRICS = "the trainer takes no compute_metrics and keeps no predictions: leave it out"
 _CASTS = (
@@ -260,15 +261,23 @@ def check_conditions(args: Any) -> None:
             raise condition.error(key, args)
 
 
-def check_inputs(args: Any, tools: Any, datasets: Sequence[Any | None]) -> None:
-    """Raises ValueError for settings of tools, or of a chat template, that are not used."""
+def check_inputs(
+    args: Any, tools: Any, datasets: Sequence[Any | None], teacher_prompts: bool
+) -> None:
+    """Raises ValueError for settings of tools, or of a chat template, that are not used.
+
+    teacher_prompts: whether a teacher reads the column of that name where there is one.
+    """
     if args.max_tool_calling_iterations is not None and not tools:
         raise ValueError(
             "max_tool_calling_iterations: it would have no effect: there are no tools: give tools "
             "to TrOPDTrainer, or leave max_tool_calling_iterations out"
         )
     present = [data for data in datasets if data is not None]
-    if args.chat_template_kwargs and present and all(map(_prompts_are_text, present)):
+    text = all(_is_text(data, "prompt") for data in present)
+    if teacher_prompts:
+        text = text and all(_is_text(data, COLUMN, absent=True) for data in present)
+    if args.chat_template_kwargs and present and text:
         raise ValueError(
             "chat_template_kwargs: it would have no effect: the prompts are text, and no template "
             "is applied: write them as messages, or leave chat_template_kwargs out"
@@ -300,12 +309,17 @@ def check_optimizers(args: Any, optimizers: tuple[Any, Any]) -> None:
             )
 
 
-def _prompts_are_text(data: Any) -> bool:
-    """Whether the column of a data set, or of all in a mapping, is known to hold text."""
+def _is_text(data: Any, column: str, absent: bool = False) -> bool:
+    """Whether the column of a data set, or of all in a mapping, is known to hold text.
+
+    absent: the answer for a data set without the column.
+    """
     if isinstance(data, Mapping):
-        return all(map(_prompts_are_text, data.values()))
-    column = (getattr(data, "features", None) or {}).get("prompt")
-    return getattr(column, "dtype", None) in ("string", "large_string")
+        return all(_is_text(part, column, absent) for part in data.values())
+    features = getattr(data, "features", None) or {}
+    if column not in features:
+        return absent
+    return getattr(features[column], "dtype", None) in ("string", "large_string")
 
 
 def _given(args: Any, keys: Collection[str]) -> Iterator[str]:

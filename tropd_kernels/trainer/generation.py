@@ -38,6 +38,7 @@ class PrefixedGeneration(MetricLogs):
     generation_config: Any
     model: Any
     processing_class: Any
+    _needs_teacher_prompts = False  # a stream may turn out not to have them
     _shared_vocab_size: int  # neither side writes or reads an id from here on
 
     def __init__(self, *arguments: Any, **keywords: Any):
@@ -141,8 +142,13 @@ class PrefixedGeneration(MetricLogs):
 
     def _tokenize_teacher_prompts(self, rows: list[dict]) -> list[list[int]] | None:
         """The ids of the teacher's own prompts, or None where it reads the student's."""
-        if not (self.reads_teacher_prompts() and have_column(rows, teacher_prompts.COLUMN)):
+        if not self.reads_teacher_prompts():
             return None
+        if not have_column(rows, teacher_prompts.COLUMN):
+            if self._needs_teacher_prompts:
+                raise teacher_prompts.missing_error(rows[0])
+            return None
+        self._needs_teacher_prompts |= self.model.training
         check_prompts(rows, teacher_prompts.COLUMN)
         teacher_prompts.refuse_fields(self._is_vlm, {})
         ids, _, fields = self._tokenize_prompts([row[teacher_prompts.COLUMN] for row in rows])

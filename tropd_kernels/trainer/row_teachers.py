@@ -24,6 +24,7 @@ from .sides import ModelSide
 COLUMN = "teacher_id"
 #: A batch's rows: the place of each row's teacher among `teacher_models`.
 INDEX = "teacher_index"
+_NAMED = (ImportError, NotImplementedError, OSError, TypeError, ValueError)
 _ONE = ("teacher_model_name_or_path", "teacher_model_server_url", "teacher_model_revision")
 
 
@@ -139,9 +140,11 @@ def naming(name: str) -> Iterator[None]:
     """Errors of one of the teachers, with its id."""
     try:
         yield
-    except (ImportError, NotImplementedError, OSError, TypeError, ValueError) as error:
+    except _NAMED as error:
         text = str(error).removeprefix("teacher_model: ")
-        raise type(error)(f"teacher_models[{name!r}]: {text}") from error
+        # A subclass, such as JSONDecodeError, may take other arguments than a message.
+        kind = next(one for one in type(error).__mro__ if one in _NAMED)
+        raise kind(f"teacher_models[{name!r}]: {text}") from error
 
 
 def rows_of(inputs: Mapping[str, Any], rows: Tensor) -> dict[str, Any]:

@@ -11,6 +11,7 @@ The two settings are spelt as in TRL's SDFT and SDPO, and the moving average is 
 `SyncRefModelCallback`.
 """
 
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from accelerate.utils import is_peft_model
 from trl import SyncRefModelCallback  # type: ignore[attr-defined]
 
 from .effects import OF_LOADED_TEACHER
+from .sides import ModelSide
 from .teacher_prompts import COLUMN
 
 SELF = "self"
@@ -41,26 +43,63 @@ def check_self(
     args: a `TrOPDConfig`. train: the data set. rewarded: whether a verifier teaches, too.
     """
     itself = is_self(teacher)
+    defaults = {field.name: field.default for field in fields(args)}
     for key in OF_LOADED_TEACHER if itself else OF_SELF:
-        if getattr(args, key) not in (None, 1):
+        if getattr(args, key) != defaults[key]:
             who = "the student itself" if itself else "not the student itself, 'self'"
             raise ValueError(
                 f"{key}: it would have no effect: teacher_model is {who}: leave {key} out"
             )
     if not itself:
         return
-    adapted = isinstance(student, torch.nn.Module) and is_peft_model(student)
-    if args.teacher_update_rate is not None and (peft_config is not None or adapted):
+    if args.teacher_update_rate is not None and (peft_config is not None or _is_adapted(student)):
         raise NotImplementedError(
             "teacher_update_rate: with adapters the teacher is the student without them, which "
             "does not move: leave it out, or train the whole model"
         )
     present = getattr(train, "column_names", None)  # a stream may not know them
-    alone = not (args.is_guided or adapted or rewarded)
-    if present and COLUMN not in present and alone:
+    if present and COLUMN not in present and needs_prompts(student, teacher, args, rewarded):
         raise ValueError(
             "teacher_model: 'self' would read what the student reads, and teach it nothing: give "
             f"the data set a column {COLUMN!r}; it has {', '.join(map(repr, present))}"
+        )
+
+
+def needs_prompts(student: Any, teacher: Any, args: Any, rewarded: bool) -> bool:
+    """Whether nothing but prompts of its own can tell the teacher from the student at the start."""
+    return teaches_alone(teacher, args, rewarded) and not _is_adapted(student)
+
+
+def teaches_alone(teacher: Any, args: Any, rewarded: bool) -> bool:
+    """Whether the student teaches itself by its log-probs alone: without texts, without rewards."""
+    return is_self(teacher) and not (args.is_guided or rewarded)
+
+
+def _is_adapted(student: Any) -> bool:
+    return isinstance(student, torch.nn.Module) and is_peft_model(student)
+
+
+def refuse_equal_sides(student: ModelSide, teacher: ModelSide) -> None:
+    """Raises ValueError for adapters that change nothing, as PEFT makes them: the teacher is the
+    student, and the gradient of each divergence between the two is zero."""
+    pairs = [(getattr(student, name), getattr(teacher, name)) for name in ("hidden", "weight")]
+    if (student.bias is None) == (teacher.bias is None) and student.bias is not None:
+        pairs.append((student.bias, teacher.bias))
+    if all(ours.shape == theirs.shape and torch.equal(ours, theirs) for ours, theirs in pairs):
+        raise ValueError(
+            "teacher_model: 'self' reads what the student reads, and the student's adapters do "
+            f"not change it yet, so that it is taught nothing: give the data set a column "
+            f"{COLUMN!r}, or a student whose adapters have been trained"
+        )
+
+
+def refuse_average(folder: str) -> None:
+    """Raises ValueError for the checkpoint of a run that `TeacherSync` taught."""
+    if Path(folder, _FILE).is_file():
+        raise ValueError(
+            f"resume_from_checkpoint: {folder} has {_FILE}, the moving average that teaches its "
+            "run: set teacher_model 'self' and the run's teacher_update_rate, or remove the file "
+            "to go on with another teacher"
         )
 
 

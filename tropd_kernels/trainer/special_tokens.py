@@ -9,7 +9,7 @@ and ends. A table T holds the teacher's id of each of the student's ids:
 No two of the student's ids may have one of the teacher's, whose probability would count twice.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -90,10 +90,7 @@ def compare_tokenizers(
     if given is not None and differ:
         return id_table(student, teacher, given)
     if given is not None and not several:
-        raise ValueError(
-            "special_token_map: it would have no effect: the tokenizers have the same tokens: "
-            "leave it out"
-        )
+        refuse_unused_map([None])
     if differ and _only_specials_differ(student, teacher):
         raise ValueError(
             "teacher_model: its tokenizer is not the student's, but the two differ in special "
@@ -101,6 +98,15 @@ def compare_tokenizers(
         )
     check_tokenizers(student, teacher)
     return {}
+
+
+def refuse_unused_map(tables: Iterable[Tensor | None]) -> None:
+    """Raises ValueError for a map where no teacher has a table by it."""
+    if all(table is None for table in tables):
+        raise ValueError(
+            "special_token_map: it would have no effect: the tokenizers have the same tokens: "
+            "leave it out"
+        )
 
 
 def _differing(ours: Mapping[str, int], theirs: Mapping[str, int]) -> list[str]:

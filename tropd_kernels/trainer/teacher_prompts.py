@@ -31,6 +31,15 @@ def columns_of_evaluation(train: Any) -> list[str]:
     return [COLUMN] if has_column(train) else []
 
 
+def missing_error(row: Mapping[str, Any]) -> ValueError:
+    """For a row of a stream that lacks the column, where others have it or nothing else teaches."""
+    return ValueError(
+        f"{COLUMN}: the row {row!r:.200} has none: an evaluation reads what training reads, and "
+        "with teacher_model 'self' the student is taught nothing without it: give the column to "
+        "all rows of all data sets"
+    )
+
+
 def batch_tensors(
     prompt_ids: Sequence[Sequence[int]], padding: Any, multiple: Any, device: Any
 ) -> dict[str, Tensor]:

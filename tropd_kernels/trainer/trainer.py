@@ -46,11 +46,11 @@ from .prefix import prefix_mask
 from .regions import Sample, samples, show, write_page
 from .rewarded import RewardedTrainer
 from .row_teachers import RowTeachers, check_several, compare_parts
-from .self_teacher import check_self, is_self
+from .self_teacher import check_self, is_self, needs_prompts, teaches_alone
 from .served_teacher import ServedTeacher
 from .sides import ModelSide
 from .sources import check_sources, find_processor, find_tokenizer, teacher_to_load
-from .special_tokens import compare_tokenizers, unknown_tokenizer_error
+from .special_tokens import compare_tokenizers, refuse_unused_map, unknown_tokenizer_error
 from .stops import raise_nonfinite
 from .student_checks import check_adapters, check_optimized, check_trainable
 from .verifier import Verifier
@@ -152,7 +152,12 @@ class TrOPDTrainer(RewardedTrainer):
         check_sources(model, loaded, args)
         if args.precomputed_teacher and tools:
             raise ValueError("tools: precomputed_teacher fixes the completions: leave tools out")
-        check_inputs(args, tools, (train_dataset, eval_dataset))
+        reads_own = bool(args.teacher_model_server_url) or loaded is not None
+        check_inputs(args, tools, (train_dataset, eval_dataset), reads_own)
+        self._needs_teacher_prompts = needs_prompts(model, loaded, args, rewarded) or (
+            reads_own and teacher_prompts.has_column(train_dataset)
+        )
+        self._adapters_teach_alone = teaches_alone(loaded, args, rewarded)
         judges = check_reward_funcs(reward_funcs, reward_processing_classes, args, tools, datasets)
         check_optimizers(args, optimizers)
         check_lookup(args, evaluates=eval_dataset is not None)
@@ -171,7 +176,7 @@ class TrOPDTrainer(RewardedTrainer):
         if processing_class is None:
             processing_class = find_processor(model, args)
         if isinstance(processing_class, ProcessorMixin):
-            if teacher_prompts.has_column(train_dataset) and (loaded or self._server):
+            if reads_own and teacher_prompts.has_column(train_dataset):
                 teacher_prompts.refuse_fields(True, {})
             check_modalities("train_dataset", train_dataset, processing_class)
             check_modalities("eval_dataset", eval_dataset, processing_class)
@@ -220,6 +225,11 @@ class TrOPDTrainer(RewardedTrainer):
         elif given is not None:
             raise unknown_tokenizer_error()
         super()._load_teacher(teacher)
+
+    def _load_teachers(self, teachers: Mapping[str, str | PreTrainedModel]) -> None:
+        super()._load_teachers(teachers)
+        if self.args.special_token_map is not None:
+            refuse_unused_map(teacher["_teacher_ids"] for teacher in self._teachers.values())
 
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()
