@@ -19,7 +19,12 @@ import tiny
 from datasets import Dataset
 from training import Spy, make
 
-from tropd_kernels.trainer.fields import extend_token_fields, kept_fields, written_type
+from tropd_kernels.trainer.fields import (
+    extend_token_fields,
+    fields_of_rows,
+    kept_fields,
+    written_type,
+)
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
 TYPE_IDS = ("token_type_ids", "mm_token_type_ids")
@@ -57,6 +62,40 @@ def test_types_of_text(tmp_path):
                 alone = trainer.model.base_model(ids, token_type_ids=torch.zeros_like(ids))
             alone = alone.last_hidden_state[0, len(prompt) - 1 : -1]
             assert (found[i, : len(completion)] - alone).norm() <= 1e-4 * alone.norm()
+
+
+def test_types_of_the_rows_of_each_teacher(tmp_path):
+    """With one number for each row's ids, and its own."""
+    talk = [[{"role": "user", "content": " ".join(tiny.WORDS[i : i + 1 + i % 3])}]
+            for i in range(4)]  # fmt: skip
+    calls = []
+
+    class Typed(Spy):
+        def _tokenize_prompts(self, prompts):
+            ids, images, fields = super()._tokenize_prompts(prompts)
+            return ids, images, {"token_type_ids": [[i % 2 for i in row] for row in ids]} | fields
+
+        def _sample_completions(self, prompt_ids, images, fields, *rest):
+            calls.append((prompt_ids, fields["token_type_ids"]))
+            return super()._sample_completions(prompt_ids, images, fields, *rest)
+
+    gpt2 = dict(kind=transformers.GPT2LMHeadModel, config=transformers.GPT2Config)
+    trainer = make(
+        tmp_path, tiny.model(0, **gpt2),
+        data=Dataset.from_dict({"prompt": talk, "teacher_id": ["a", "b", "b", "a"]}),
+        several={"a": tiny.model(1, **gpt2), "b": tiny.model(2, **gpt2)}, kind=Typed, lmbda=0.0,
+    )  # fmt: skip
+    trainer.train()
+    assert [len(prompts) for prompts, _ in calls] == [2, 2]
+    for prompts, types in calls:
+        assert types == [[i % 2 for i in row] for row in prompts]
+
+
+def test_fields_that_no_row_has_are_not_split():
+    assert fields_of_rows({"a": [[1], [2], [3]]}, [2, 0], 3) == {"a": [[3], [1]]}
+    for value in ([1, 2], 5):
+        with pytest.raises(NotImplementedError, match="^teacher_models: 'b', which processing_cl"):
+            fields_of_rows({"b": value}, [2, 0], 3)
 
 
 def reads(*names):

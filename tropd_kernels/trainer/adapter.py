@@ -28,6 +28,7 @@ from ..functional import TokenStats
 from ..heads import Head
 from . import metrics
 from .dropout import disable_dropout
+from .fields import fields_of_rows
 from .generation import PrefixedGeneration
 from .generation_keys import in_other_ids
 from .loaded_teacher import check_dtypes, check_own_weights, load_teacher
@@ -257,12 +258,16 @@ class DistillationAdapter(BatchReuse, PrefixedGeneration):
             prompts = [[ids[token] for token in prompt] for prompt in prompt_ids]
             return back(self.generate_with_teacher(prompts, *arguments), table)
 
-    def _generate_by_each(self, prompt_ids: list[list[int]], *arguments: Any) -> list[list[int]]:
+    def _generate_by_each(
+        self, prompt_ids: list[list[int]], images: None, fields: dict, tokens: int
+    ) -> list[list[int]]:
         written: list[list[int]] = [[]] * len(prompt_ids)
         for name, rows in self._rows_by_teacher(self._row_indices):
             places = rows.nonzero().flatten().tolist()
+            prompts = [prompt_ids[i] for i in places]
+            their_fields = fields_of_rows(fields, places, len(prompt_ids))
             with replaced(self, _teachers={}, **self._teachers[name]):
-                own = self.generate_with_teacher([prompt_ids[i] for i in places], *arguments)
+                own = self.generate_with_teacher(prompts, images, their_fields, tokens)
             for place, ids in zip(places, own, strict=True):
                 written[place] = ids
         return written

@@ -151,6 +151,21 @@ def extend_token_fields(
     }
 
 
+def fields_of_rows(fields: Mapping[str, Any], places: Sequence[int], rows: int) -> dict[str, Any]:
+    """A processor's fields of these of a batch's prompts.
+
+    Raises NotImplementedError for a field that has not one item for each of the `rows` prompts.
+    """
+    for name, value in fields.items():
+        if not hasattr(value, "__len__") or len(value) != rows:
+            raise NotImplementedError(
+                f"teacher_models: {name!r}, which processing_class makes of {rows} prompts, has "
+                "not an item for each, so that it cannot be split by teacher: give one "
+                "teacher_model, or take another tokenizer"
+            )
+    return {name: [value[i] for i in places] for name, value in fields.items()}
+
+
 def _is_per_token(name: str, value: Any, prompt_ids: Sequence[Sequence[int]]) -> bool:
     if name.endswith(_TYPES):  # a processor may have padded them to other lengths
         return True
