@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 
 import pytest
 import torch
@@ -206,6 +207,34 @@ def test_vocabularies_of_different_heights(tmp_path):
     assert trainer._shared_vocab_size == 98
     assert set(range(98, 112)) <= set(trainer.generation_config.suppress_tokens)
     assert all(int(b["completion_ids"].max()) < 98 for b in trainer.batches)
+
+
+def test_a_row_longer_than_the_context_of_another_s_teacher(tmp_path):
+    """... trains, also behind prefixes; one longer than its own teacher's is refused."""
+    both = {"math": tiny.model(1, max_position_embeddings=32), "code": tiny.model(2)}
+    texts = ["w1 " * 40 if name == "code" else "w1 w2" for name in IDS]
+    data = tiny.Dataset.from_dict({"prompt": texts, "teacher_id": IDS})
+    for settings in ({}, dict(prefix_schedule="constant", prefix_length=3)):
+        make(tmp_path, data=data, several=both, max_steps=2, **settings).train()
+    with pytest.raises(ValueError, match="a prompt of 40 .* the teacher 'code''s context of 32"):
+        make(tmp_path, data=data, several=dict(zip(both, reversed(both.values())))).train()
+
+
+@pytest.mark.parametrize("name", ["math", "code"])
+def test_scales_of_positions_are_of_a_teacher_s_own_rows(tmp_path, name):
+    """A warning where its rows lie on both sides of the length at which they change."""
+    scaled = tiny.model(1, rope_parameters={"rope_type": "dynamic", "factor": 2.0,
+                        "rope_theta": 10000.0}, max_position_embeddings=32)  # fmt: skip
+    texts = ["w1 " * 40 if own == "code" else "w1 w2" for own in IDS]
+    data = tiny.Dataset.from_dict({"prompt": texts, "teacher_id": IDS})
+    both = {"math": tiny.model(2), "code": tiny.model(2)} | {name: scaled}
+    trainer = make(tmp_path, data=data, several=both, max_steps=2)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        trainer.train()
+    said = [str(one.message) for one in caught if "scales the positions" in str(one.message)]
+    assert len(said) == (name == "code")
+    assert all(one.startswith("the teacher 'code' scales") for one in said)
 
 
 BAD = [

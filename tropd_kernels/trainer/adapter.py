@@ -15,7 +15,7 @@ A subclass overrides their methods and sees none of TRL's private ones. `hooks.p
 
 import contextlib
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -64,6 +64,11 @@ from .sources import class_of_student
 from .special_tokens import back, full_table, students_columns, teachers_ids
 from .teacher_prompts import teachers_view
 from .vocabulary import check_eos, check_padding
+
+
+def _side(name: str) -> str:
+    """What errors call one of several teachers."""
+    return f"teacher {name!r}"
 
 
 class DistillationAdapter(BatchReuse, PrefixedGeneration):
@@ -157,7 +162,7 @@ class DistillationAdapter(BatchReuse, PrefixedGeneration):
             with naming(name):
                 self._load_teacher(teacher)
             self._teachers[name] = {attribute: getattr(self, attribute) for attribute in kept}
-            self._contexts[f"teacher {name!r}"] = self._contexts.pop("teacher")
+            self._contexts[_side(name)] = self._contexts.pop("teacher")
         self.teacher_model = None
         sizes = [one["_teacher_head"].vocab_size for one in self._teachers.values()]
         for size in sorted(sizes, reverse=True):
@@ -271,6 +276,13 @@ class DistillationAdapter(BatchReuse, PrefixedGeneration):
             for place, ids in zip(places, own, strict=True):
                 written[place] = ids
         return written
+
+    def rows_of_side(self, side: str, rows: int) -> Sequence[int]:
+        for place, name in enumerate(self._teachers):
+            if side == _side(name):
+                assert self._row_indices is not None
+                return (self._row_indices == place).nonzero().flatten().tolist()
+        return super().rows_of_side(side, rows)
 
     def _generate_and_score_completions(self, inputs):
         if not self._teachers:

@@ -7,7 +7,7 @@ may send the teacher's log-probs along with them (`teacher_tensors`).
 
 import contextlib
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -83,6 +83,10 @@ class PrefixedGeneration(MetricLogs):
         """Tensors (B, width, ...) with the log-probs of a teacher outside this process."""
         return {}
 
+    def rows_of_side(self, side: str, rows: int) -> Sequence[int]:
+        """The places among the batch's rows that a side reads, by its name in errors."""
+        return range(rows)
+
     def reads_teacher_prompts(self) -> bool:
         """Whether there is a teacher that reads a row's `teacher_prompt`."""
         return False
@@ -134,8 +138,9 @@ class PrefixedGeneration(MetricLogs):
         output["prefix_lengths"] = torch.tensor(self._prefix_lengths, device=device)
         prompts, completions = (unpadded(output, part) for part in ("prompt", "completion"))
         self._log_lengths(output, completions)
-        for read, contexts in self._read_by(prompts):
-            self._warn_of_scale([len(p) for p in read], [len(c) for c in completions], contexts)
+        for side, read, places in self._read_by(prompts):
+            lengths = [len(read[i]) for i in places]
+            self._warn_of_scale(side, lengths, [len(completions[i]) for i in places])
         width = output["completion_ids"].shape[1]
         output |= self.teacher_tensors(inputs, self._teacher_prompts or prompts, completions, width)
         return output
@@ -156,21 +161,19 @@ class PrefixedGeneration(MetricLogs):
         teacher_prompts.refuse_fields(False, kept.types)
         return ids
 
-    def _read_by(self, prompt_ids: list[list[int]]) -> list[tuple[list[list[int]], dict[str, Any]]]:
-        """Prompts, and the configs of the sides that read them."""
-        if self._teacher_prompts is None:
-            return [(prompt_ids, self._contexts)]
-        teachers = {side: c for side, c in self._contexts.items() if side != "student"}
-        return [(prompt_ids, {"student": self._contexts["student"]}),
-                (self._teacher_prompts, teachers)]  # fmt: skip
+    def _read_by(
+        self, prompt_ids: list[list[int]]
+    ) -> Iterator[tuple[str, list[list[int]], Sequence[int]]]:
+        """Each side, the batch's prompts as it reads them, and the places of those that it does."""
+        for side in self._contexts:
+            own = None if side == "student" else self._teacher_prompts
+            yield side, prompt_ids if own is None else own, self.rows_of_side(side, len(prompt_ids))
 
-    def _warn_of_scale(
-        self, prompts: list[int], completions: list[int], contexts: dict[str, Any]
-    ) -> None:
+    def _warn_of_scale(self, side: str, prompts: list[int], completions: list[int]) -> None:
         if self._warned_of_scale:
             return
         rows = [prompt + own for prompt, own in zip(prompts, completions)]
-        warning = scale_warning(prompts, rows, contexts)
+        warning = scale_warning(prompts, rows, {side: self._contexts[side]})
         if warning is not None:
             self._warned_of_scale = True
             warnings.warn(warning, stacklevel=3)
@@ -203,8 +206,11 @@ class PrefixedGeneration(MetricLogs):
                 whole = [prompt + ids for prompt, ids in zip(prompt_ids, given)]
                 check_context(whole, 0, self._contexts, self._tokenizer)
                 return given
-            for read, contexts in self._read_by(prompt_ids):
-                check_context(read, self.max_completion_length, contexts, self._tokenizer)
+            for side, read, places in self._read_by(prompt_ids):
+                check_context(
+                    [read[i] for i in places], self.max_completion_length,
+                    {side: self._contexts[side]}, self._tokenizer,
+                )  # fmt: skip
             if not holds_on_all(self.accelerator, weights_are_finite(self.model)):
                 raise_nonfinite_weights(self.state.global_step, self.args.output_dir)
             prefixes = self.write_prefixes(rows, prompt_ids, images, multimodal_fields)
@@ -218,10 +224,11 @@ class PrefixedGeneration(MetricLogs):
         check_tokens(rows, prompt_ids)
         if self._teacher_prompts is not None:
             check_tokens(rows, self._teacher_prompts, teacher_prompts.COLUMN)
-        for read, contexts in self._read_by(prompt_ids):
+        for side, read, _ in self._read_by(prompt_ids):
             all_ids = torch.tensor([token for ids in read for token in ids])
             check_ids(all_ids, self._shared_vocab_size, "prompt", self._tokenizer)
-            check_lengths(read, contexts, self.args.pad_to_multiple_of)
+            # All rows, whichever the side reads: those are padded to the whole batch's width.
+            check_lengths(read, {side: self._contexts[side]}, self.args.pad_to_multiple_of)
 
     def _continue_prefixes(
         self, prefixes, prompt_ids, images, multimodal_fields, has_tool_images
@@ -244,7 +251,8 @@ class PrefixedGeneration(MetricLogs):
         lengths = [len(prefix) for prefix, done in zip(prefixes, complete) if not done]
         tokens = limit - min(lengths, default=limit - 1)
         # All rows get as many new tokens as the row with the shortest prefix needs.
-        check_context(begun, tokens, self._read_by(begun)[0][1], self._tokenizer)
+        # A teacher reads no more of them than max_completion_length.
+        check_context(begun, tokens, {"student": self._contexts["student"]}, self._tokenizer)
         with self._new_token_limit(tokens):
             rest = self._sample_completions(begun, images, fields, has_tool_images)
         return [
