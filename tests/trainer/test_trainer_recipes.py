@@ -90,6 +90,29 @@ def test_every_key_given_overrules_it(recipe, capsys):
         assert (shown in printed) == (getattr(whole, key) != default)
 
 
+@pytest.mark.parametrize(
+    ("recipe", "given", "overruled"),
+    [
+        ("tropd_paper", {"objective_kwargs": {"top_k": 8}, "prefix_weight": 0.5},
+         "`top_k=8`, `prefix_weight=0.5`"),
+        ("tropd_official_code", {"objective_kwargs": {"top_k_tail": "raw"}, "weight_decay": 0.0},
+         "`weight_decay=0.0`, `top_k_tail='raw'`"),
+        ("eopd", {"objective_kwargs": {"clip_ratio": None}}, "`clip_ratio=None`"),
+        ("reopold", {"objective_kwargs": {"stage": 2}}, "`stage=2`"),
+        ("reopold", {"stage_fraction": 0.0}, None),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_what_the_user_gave_is_not_said_of_the_source(recipe, given, overruled, capsys):
+    """It is under "Overruled", and before that is the recipe's own rule."""
+    config(recipe)
+    rule = capsys.readouterr().out.split("`")[3]
+    config(recipe, **given)
+    printed = capsys.readouterr().out
+    assert printed.split("`")[3] == rule
+    assert (printed.partition(" Overruled: ")[2].strip() or None) == (overruled and f"{overruled}.")
+
+
 def test_positional_arguments_are_given(tmp_path):
     """`per_device_train_batch_size` is the second."""
     names = [field.name for field in dataclasses.fields(TrOPDConfig)]
@@ -121,7 +144,7 @@ def test_knobs_one_by_one():
     "given",
     [
         dict(prefix_schedule="none"), dict(prefix_length=8), dict(lmbda=0.0),
-        dict(precomputed_teacher=True),
+        dict(precomputed_teacher=True), dict(prefix_relative=False),
     ],
     ids=str,
 )  # fmt: skip
@@ -141,7 +164,29 @@ def test_copies_keep_what_was_overruled():
     assert differences(seeded, made) == {"seed"}
     assert dataclasses.replace(seeded, weight_decay=0.0).weight_decay == 0.0
     saved = json.loads(json.dumps(config("tropd_paper").to_dict(), default=str))
-    assert saved["recipe"] == "tropd_paper" and saved["learning_rate"] == 5e-6
+    assert saved["recipe"] == "tropd_paper (applied)" and saved["learning_rate"] == 5e-6
+
+
+@pytest.mark.parametrize(
+    ("recipe", "given"),
+    [
+        (None, {}), ("tropd_paper", {}), ("tropd_official_code", {"learning_rate": 1e-4}),
+        ("opd", {"num_generations": 1}),  # the default, and not the recipe's
+        ("tropd_paper", {"prefix_schedule": "none", "objective_kwargs": {"gate": "always"}}),
+        ("tropd_paper", {"objective": "eopd"}), ("opd", {"objective": TokenRule()}),
+        ("reopold", {"objective_kwargs": {"stage": 2}}),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_a_saved_config_makes_the_same_one(recipe, given, capsys):
+    """All keys are given then, and those of the recipe may differ from it."""
+    made = config(recipe, **given)
+    printed = capsys.readouterr().out
+    for saved in (made.to_dict(), json.loads(made.to_json_string())):
+        again = TrOPDConfig(**saved)
+        assert differences(again, made) == set() and again == made
+        assert again.rule() == made.rule() and again.to_dict() == made.to_dict()
+        assert capsys.readouterr().out == printed
 
 
 def test_a_subclass_and_signatures():
@@ -167,6 +212,10 @@ def test_what_is_refused():
         config(True)
     with pytest.raises(ValueError, match="^recipe: it would have no effect: all that 'eopd' sets"):
         config("eopd", objective="opd")
+    with pytest.raises(ValueError, match="^recipe: it would have no effect: all that 'tropd_paper"):
+        dataclasses.replace(config("opd"), recipe="tropd_paper")
+    with pytest.raises(ValueError, match="^recipe: unknown 'opt'"):
+        config("opt (applied)")
     # It gives all keys, so that none is left. A recipe whose settings are given is one.
     with pytest.raises(ValueError, match="^recipe: it would have no .* `tropd train` gives those"):
         HfArgumentParser(TrOPDConfig).parse_args_into_dataclasses(
@@ -224,8 +273,8 @@ def test_train_and_its_card(run_file, capsys):  # noqa: F811
     text = (run_file.parent / "out" / "README.md").read_text()
     (line,) = [line for line in printed.splitlines() if line.startswith("Recipe `tropd_official_c")]
     assert f"- {line}\n" in text
-    assert "Overruled: `learning_rate=0.005`." in line and "`weight_decay=0.1`" in line
-    assert "outlier='forward_kl_reward'" in line and "top_k=8" in line
+    assert "Overruled: `learning_rate=0.005`, `top_k=8`." in line and "`weight_decay=0.1`" in line
+    assert "outlier='forward_kl_reward', top_k=64" in line
     assert cli.main(["train", "--config", str(run_file), "--recipe", "paper"]) == 2
     assert "recipe: unknown 'paper'" in capsys.readouterr().err
 

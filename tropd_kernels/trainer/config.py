@@ -40,7 +40,7 @@ from .effects import check_conditions
 from .generation_keys import check_generation_conditions
 from .loaded_teacher import check_quantization, dtype_option
 from .own_rule import Objective, RuleSchedule, read_objective, saved_form
-from .recipes import RECIPES, Applied, apply_knobs, apply_recipe, describe
+from .recipes import RECIPES, Applied, apply_knobs, apply_recipe, describe, saved_name
 from .sources import check_revisions
 
 STAGE_FRACTION = 0.5
@@ -102,7 +102,8 @@ class TrOPDConfig(DistillationConfig):
         f"what a publication states of a run: {', '.join(map(repr, RECIPES))} (`recipes.py`). It "
         "sets objective, optimizer, num_generations and prefix as far as they are stated there, "
         "and prints them. A key that is given overrules it, also with its default; "
-        "objective_kwargs knob by knob."
+        "objective_kwargs knob by knob. `to_dict` writes it as 'NAME (applied)', since a saved "
+        "config gives all keys, as they were."
     )
     objective: Objective = _setting(  # noqa: RUF009
         "the name of one, or a rule of one's own. The names: "
@@ -357,9 +358,12 @@ class TrOPDConfig(DistillationConfig):
             print(describe(self))
 
     def to_dict(self) -> dict[str, Any]:
-        """As transformers' `to_dict`, but secrets in a model's arguments are hidden, too, and a
-        rule of one's own is a mapping, which makes the same rule."""
-        return redacted(super().to_dict() | {"objective": saved_form(self.objective)})
+        """As transformers' `to_dict`, but secrets in a model's arguments are hidden, too, no token
+        stays None, and objective and recipe are such that the same config is made of them."""
+        saved = super().to_dict()
+        saved |= {key: None for key in saved if getattr(self, key) is None}
+        own = {"objective": saved_form(self.objective), "recipe": saved_name(self.recipe)}
+        return redacted(saved | own)
 
     def __repr__(self) -> str:
         given = redacted({one.name: getattr(self, one.name) for one in fields(self)})

@@ -12,6 +12,7 @@ follows from data and machine: steps, prompts a step and max_completion_length (
 steps of 128 prompts, up to 8096 tokens).
 
 A recipe sets keys that were not given. One that was given stays, also with its default's value.
+In a saved config, which gives all keys, the recipe's name says that they hold it already.
 """
 
 import inspect
@@ -76,29 +77,39 @@ class Applied(str):
     """The name of a recipe in a config that has its settings."""
 
 
+_APPLIED = " (applied)"
+
+
+def saved_name(recipe: str | None) -> str | None:
+    """A config's recipe as JSON holds it. Its reader is given all keys, as by a parser that knows
+    nothing of the recipe, but they hold it already, as far as it was not overruled."""
+    return f"{recipe}{_APPLIED}" if isinstance(recipe, Applied) else recipe
+
+
 def apply_recipe(config: Any, given: Collection[str]) -> None:
     """Sets the keys of a new config's recipe that were not given, but for the objective's knobs.
 
     Raises ValueError for an unknown recipe, and for one of which nothing is left.
     """
-    name = config.recipe
-    if name is None or isinstance(name, Applied):
+    if config.recipe is None or isinstance(config.recipe, Applied):
         return
+    name = config.recipe.removesuffix(_APPLIED)
+    saved = name != config.recipe
     recipe = RECIPES.get(name)
     if recipe is None:
         raise ValueError(
             f"recipe: unknown {name!r}{nearest(name, RECIPES)}. Known: {', '.join(RECIPES)}"
         )
+    config.recipe = Applied(name)
     left = recipe.keys.keys() - given - _pointless(config, given)
     for key in left:
         setattr(config, key, recipe.keys[key])
-    if not left and overruled(config):
+    if not left and not saved and overruled(config):
         raise ValueError(
             f"recipe: it would have no effect: all that {name!r} sets is given as well "
             f"({', '.join(recipe.keys)}): leave recipe out. A parser of TRL's or transformers' "
             "gives every key; `tropd train` gives those of its flags and file"
         )
-    config.recipe = Applied(name)
 
 
 def apply_knobs(config: Any) -> None:
@@ -122,6 +133,8 @@ def _pointless(config: Any, given: Collection[str]) -> set[str]:
         keys |= {"num_generations", "prefix_schedule", "prefix_relative"}
     if config.lmbda == 0:
         keys |= {"prefix_schedule", "prefix_relative"}
+    if "prefix_relative" in given and not (config.prefix_relative or config.prefix_length):
+        keys.add("prefix_schedule")
     if config.prefix_length or ("prefix_schedule" in given and config.prefix_schedule == "none"):
         keys.add("prefix_relative")
     return keys
@@ -141,21 +154,31 @@ def how_to_unset(config: Any, key: str) -> str:
 
 
 def describe(config: Any) -> str:
-    """What the recipe of a config set, and what the user set otherwise, in Markdown."""
+    """What the recipe of a config says, and what the user set otherwise, in Markdown."""
     recipe, other = RECIPES[config.recipe], overruled(config)
-    shown = _shown(config, [key for key in recipe.settings if key not in other])
+    shown = _shown({key: getattr(config, key) for key in recipe.settings if key not in other})
+    changed = {key: getattr(config, key) for key in other}
     if config.objective == recipe.objective:
-        rule, given = config.rule(), config.objective_kwargs or {}
-        takes = inspect.signature(OBJECTIVES[config.objective]).parameters
-        values = {k: getattr(rule, k, given.get(k, one.default)) for k, one in takes.items()}
-        if "stage" not in given:  # the trainer switches it
-            values.pop("stage", None)
-        listed = ", ".join(f"{k}={value!r}" for k, value in values.items() if value is not None)
-        shown.insert(0, f"`{config.objective}({listed})`")
+        own = _knob_values(recipe.objective, recipe.rule, recipe.knobs)
+        listed = ", ".join(f"{k}={value!r}" for k, value in own.items() if value is not None)
+        shown.insert(0, f"`{recipe.objective}({listed})`")
+        given = dict(config.objective_kwargs or {})
+        if config.beta is not None:
+            given["beta"] = config.beta
+        values = _knob_values(config.objective, config.rule_of_all(), given)
+        changed |= {k: value for k, value in values.items() if k not in own or own[k] != value}
     text = f"Recipe `{config.recipe}` ({recipe.source}): {', '.join(shown) or 'nothing'}."
-    return f"{text} Overruled: {', '.join(_shown(config, other))}." if other else text
+    return f"{text} Overruled: {', '.join(_shown(changed))}." if changed else text
 
 
-def _shown(config: Any, keys: Collection[str]) -> list[str]:
-    values = ((key, getattr(config, key)) for key in keys)
-    return [f"`{key}={getattr(value, 'value', value)!r}`" for key, value in values]
+def _knob_values(objective: str, rule: TokenRule, given: Mapping[str, Any]) -> dict[str, Any]:
+    """The objective's knobs: a rule's fields of their names, and what was given of the others."""
+    takes = inspect.signature(OBJECTIVES[objective]).parameters
+    values = {k: getattr(rule, k, given.get(k, one.default)) for k, one in takes.items()}
+    if "stage" not in given:  # the trainer switches it
+        values.pop("stage", None)
+    return values
+
+
+def _shown(settings: Mapping[str, Any]) -> list[str]:
+    return [f"`{key}={getattr(value, 'value', value)!r}`" for key, value in settings.items()]
