@@ -194,8 +194,27 @@ def check_rewards(config: Config) -> None:
         for weight in weights:
             check_type("reward_weights", weight, [float])
             _within("reward_weights", weight, -1e9, 1e9)
-    rewarded = any(rule.uses_task_advantages for rule in config.rules())
-    if rewarded and config.num_generations == 1:
+    rules = [rule for rule in config.rules() if rule.uses_task_advantages]
+    if not rules:
+        return
+    key = "objective" if config.task_weight is None else "task_weight"
+    alone = None
+    if config.precomputed_teacher:
+        alone = "precomputed_teacher nothing is generated"
+    elif not config.use_vllm and not (config.generation_kwargs or {}).get("do_sample", True):
+        alone = "do_sample False in generation_kwargs these are all the same"
+    if alone is not None:
+        raise ValueError(
+            f"{key}: a verifier's advantages are relative to the other completions of a prompt, "
+            f"and with {alone}: leave one of the two out"
+        )
+    if config.lmbda == 0 and all(rule.prefix_weight is not None for rule in rules):
+        raise ValueError(
+            f"{key}: a verifier's rewards would have no effect: with lmbda 0 every token is the "
+            "teacher's, whose loss is weighed by prefix_weight and reads none: raise lmbda, or "
+            + ("leave task_weight out" if key == "task_weight" else "take another objective")
+        )
+    if config.num_generations == 1:
         raise ValueError(
             "num_generations: a verifier's advantages are relative to the other completions of a "
             "prompt, and there is only one: set num_generations to 2 or more"
