@@ -113,9 +113,10 @@ def test_the_teacher_writes_in_the_student_s_ids(tmp_path):
     ],
 )
 def test_ids_of_generation_kwargs_are_the_student_s(tmp_path, keys, known):
-    """The student's 3 is the teacher's 2, which it would write often; 100 it does not have."""
+    """The student's 3 is the teacher's 2, which it would write often; 100 it does not have, with a
+    map or without."""
     texts = []
-    for mapped in (True, False):
+    for given, mapped in ((keys, True), (keys, False), (known, False)):
         student, writer, settings = tiny.model(0, vocab_size=104), ending(), {}
         student.generation_config.eos_token_id = [2]
         if mapped:
@@ -123,12 +124,11 @@ def test_ids_of_generation_kwargs_are_the_student_s(tmp_path, keys, known):
         else:
             in_the_student_s_ids(writer).generation_config.eos_token_id = [2]
         trainer = make(tmp_path, student, writer, objective="reverse_kl", lmbda=0.0, max_steps=2,
-                       max_completion_length=20, generation_kwargs=keys if mapped else known,
-                       **settings)  # fmt: skip
+                       max_completion_length=20, generation_kwargs=given, **settings)  # fmt: skip
         trainer.train()
         texts.append([b["completion_ids"].masked_fill(b["completion_mask"] == 0, 0).tolist()
                       for b in trainer.batches])  # fmt: skip
-    assert texts[0] == texts[1]
+    assert texts[0] == texts[1] == texts[2]
     first = [row[0] for batch in texts[0] for row in batch]
     later = [i for batch in texts[0] for row in batch for i in row[1:]]
     assert (3 in first) == (not known)

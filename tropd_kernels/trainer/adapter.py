@@ -236,11 +236,13 @@ class DistillationAdapter(BatchReuse, PrefixedGeneration):
         eos = [*self.eos_token_ids, *self._teacher_eos]
         model = self.model_wrapped if self._adapters_off else self.teacher_model
         teacher = {"model_wrapped": model, "use_vllm": False, "eos_token_ids": eos}
+        assert self._teacher_head is not None
+        own = in_other_ids(self.generation_config, range(self._teacher_head.vocab_size))
         try:
             with (
                 self._without_adapters(),
                 replaced(self, **teacher),
-                replaced(self.generation_config, eos_token_id=eos),
+                replaced(self.generation_config, eos_token_id=eos, **own),
                 self._new_token_limit(tokens),
             ):
                 return self._sample_completions(prompt_ids, images, multimodal_fields)
