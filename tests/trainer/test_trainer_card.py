@@ -42,7 +42,21 @@ def made(trainer) -> tuple[ModelCard, str]:
     ("settings", "words", "papers"),
     [
         ({"objective": "gkd", "beta": 0.3}, "Objective: GKD (", ["2306.13649"]),
-        ({"objective": "tropd"}, "Objective: TrOPD (", ["2606.01249"]),
+        (
+            {"objective": "tropd"},
+            "accepts the token, else the forward KL on the teacher's top-64.",
+            ["2606.01249"],
+        ),
+        (
+            {"objective": "tropd", "objective_kwargs": {"gate": "always"}},
+            "): K1 (the sampled reverse KL) on every token.",
+            ["2606.01249"],
+        ),
+        (
+            {"objective": "tropd", "objective_kwargs": {"outlier": "clip"}},
+            "accepts the token, else K1 floored at a static threshold.",
+            ["2606.01249"],
+        ),
         ({"objective": "reverse_kl"}, "Objective: Reverse KL: KL(student || teacher)", []),
         (
             {"objective": "forward_kl", "objective_kwargs": {"top_k": 4}},

@@ -122,12 +122,7 @@ _ALL_IDS = "over the whole vocabulary"
 _WHOLE = f"{_ALL_IDS}, on every token"
 #: Each objective's name, what it does on a token, and its publication.
 OBJECTIVES: Mapping[str, tuple[str, str, Source | None]] = {
-    "tropd": (
-        "TrOPD",
-        "K1 (the sampled reverse KL) where the teacher accepts the token, else the forward KL on "
-        "its top-k",
-        _TROPD,
-    ),
+    "tropd": ("TrOPD", "K1 (the sampled reverse KL)", _TROPD),
     "opd": ("OPD", "K1 (the sampled reverse KL) as a policy gradient", _BLOG),
     "clip_outlier": ("OPD with clipped outliers", "K1 floored at a static threshold", _TROPD),
     "mask_outlier": ("OPD with masked outliers", "K1 above a static threshold", _TROPD),
@@ -164,6 +159,14 @@ OBJECTIVES: Mapping[str, tuple[str, str, Source | None]] = {
     "total_variation": ("Total variation", _WHOLE, None),
     "todi": ("ToDi", "forward and reverse KL, blended per id", _TODI),
     "akl": ("Adaptive KL (AKL)", "forward and reverse KL, blended per token", _AKL),
+}
+
+#: What TrOPD does on a token that the teacher does not accept, by the rule's `outlier`.
+_OUTLIERS = {
+    "mask": "nothing",
+    "clip": "K1 floored at a static threshold",
+    "forward_kl": f"the forward KL {_ALL_IDS}",
+    "forward_kl_reward": f"a reward of minus the forward KL {_ALL_IDS}",
 }
 
 #: Fields of the config, our own and TRL's, with their own sentence or place in a card.
@@ -336,6 +339,10 @@ def _objective(args: TrOPDConfig) -> tuple[str, str, Source | None]:
     if isinstance(args.objective, str):
         name, words, source = OBJECTIVES[args.objective]
         rule = args.rule()
+        if args.objective == "tropd":
+            always, outside = rule.gate == "always", _OUTLIERS[rule.outlier]
+            where = "where the teacher accepts the token, else "
+            words += " on every token" if always else f" {where}{outside}"
         if rule.top_k is not None:
             words = words.replace(_ALL_IDS, f"on the {rule.top_k_ids}'s top-{rule.top_k}")
         return name, words, source
