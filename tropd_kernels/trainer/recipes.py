@@ -129,10 +129,8 @@ def apply_knobs(config: Any) -> None:
 def _pointless(config: Any, given: Collection[str]) -> set[str]:
     """Keys that the given ones leave without effect."""
     keys: set[str] = set()
-    if config.precomputed_teacher:
+    if config.precomputed_teacher or config.lmbda == 0:
         keys |= {"num_generations", "prefix_schedule", "prefix_relative"}
-    if config.lmbda == 0:
-        keys |= {"prefix_schedule", "prefix_relative"}
     if "prefix_relative" in given and not (config.prefix_relative or config.prefix_length):
         keys.add("prefix_schedule")
     if config.prefix_length or ("prefix_schedule" in given and config.prefix_schedule == "none"):
