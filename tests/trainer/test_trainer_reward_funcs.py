@@ -20,7 +20,7 @@ from test_trainer_verifier import HERE, distinct, judged, log_of, long, reward_m
 from training import unloadable
 
 from tropd_kernels import KDRL, cli
-from tropd_kernels.trainer import TrOPDConfig, TrOPDTrainer
+from tropd_kernels.trainer import TrOPDConfig, TrOPDTrainer, metrics
 from tropd_kernels.trainer.verifier_checks import find_functions
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
@@ -218,6 +218,36 @@ def test_a_metric_that_is_no_number(tmp_path):
     error = "reward_funcs: judge: TypeError: log_metric: 'solved': expected a number, got None"
     with pytest.raises(ValueError, match=f"^{error}"):
         judged(tmp_path, judge).train()
+
+
+@pytest.mark.parametrize(
+    "name", ["loss", "reward", "entropy", "tropd/trust_ratio", "rewards/judge/mean"]
+)
+def test_a_metric_with_a_name_of_the_trainer_s(tmp_path, name):
+    """It would overwrite the trainer's value."""
+
+    def judge(completions, log_metric, **columns):
+        log_metric(name, 1.0)
+        return distinct(completions)
+
+    error = f"reward_funcs: judge: ValueError: log_metric: '{name}' is logged by the trainer itself"
+    with pytest.raises(ValueError, match=f"^{error}: give the metric another name"):
+        judged(tmp_path, judge).train()
+
+
+def test_the_trainer_s_names_are_all_known(tmp_path):
+    """Of a run with an evaluation all that is logged, but what the function itself logs."""
+
+    def judge(completions, log_metric, **columns):
+        log_metric("solved", 1.0)
+        return distinct(completions)
+
+    trainer = judged(tmp_path, judge)
+    trainer.train()
+    trainer.evaluate(tiny.prompts(4))
+    logged = {key.removeprefix("eval_") for log in trainer.state.log_history for key in log}
+    known = trainer._verifier._own_metrics
+    assert {key for key in logged if not metrics.is_own(key)} - known == {"solved", "step"}
 
 
 def fixed(completions):

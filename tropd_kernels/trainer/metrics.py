@@ -55,8 +55,21 @@ PREFIX = "tropd/"
 
 #: TRL's, of completions.
 _LENGTHS = "completions/"
+#: Where transformers, TRL or the trainer itself logs: the first parts of names, and whole names.
+_OWN_PARTS = (PREFIX, _LENGTHS, "tools/")
+_OWN_NAMES = {
+    "loss", "grad_norm", "learning_rate", "epoch", "num_input_tokens_seen", "runtime",
+    "samples_per_second", "steps_per_second", "train_loss", "train_runtime", "total_flos",
+    "train_samples_per_second", "train_steps_per_second", "num_tokens", "step_time", "entropy",
+    "aux_loss", "reward", "reward_std", "frac_reward_zero_std",
+}  # fmt: skip
 #: Sum and count of each metric.
 Sums = Mapping[str, tuple[float, float]]
+
+
+def is_own(name: str) -> bool:
+    """Whether a user's metric of this name would overwrite one that is logged anyway."""
+    return name in _OWN_NAMES or name.startswith(_OWN_PARTS)
 
 
 def _least_of_any(values: Sequence[float]) -> float:

@@ -31,6 +31,7 @@ from trl.trainer.utils import (
     start_event_loop_in_daemon,
 )
 
+from .metrics import is_own
 from .sharding import holds_on_all, prepare_frozen, reshard
 from .sources import named_errors
 from .stops import how_to_resume
@@ -90,6 +91,9 @@ class Verifier(GRPOTrainer):
                 name = get_callable_name(function)
                 self.reward_funcs[place] = self._guarded(name, function)
             self.reward_func_names.append(name)
+        self._own_metrics = {
+            f"rewards/{name}/{what}" for name in self.reward_func_names for what in ("mean", "std")
+        }
         weights = trainer.args.reward_weights or [1.0] * len(functions)
         self.reward_weights = torch.tensor(weights, dtype=torch.float64)
         if any(map(is_async_callable, self.reward_funcs)):
@@ -149,6 +153,10 @@ class Verifier(GRPOTrainer):
         number = value.item() if hasattr(value, "item") else value
         if not isinstance(number, Real):
             raise TypeError(f"log_metric: {name!r}: expected a number, got {value!r:.80}")
+        if is_own(name) or name in self._own_metrics:
+            raise ValueError(
+                f"log_metric: {name!r} is logged by the trainer itself: give the metric another name"
+            )
         super()._log_metric(name, number)  # type: ignore[arg-type]
 
     def _log_completion_extra(self, column: str, values: list) -> None:
