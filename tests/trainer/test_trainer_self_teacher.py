@@ -204,13 +204,13 @@ def stream(data):
 
 def test_streams_without_its_prompts(tmp_path):
     """They would teach nothing, and an evaluation would measure something else."""
-    with pytest.raises(ValueError, match="^teacher_prompt: the row .* has none"):
+    with pytest.raises(ValueError, match="^teacher_prompt: the row .* has none: with .* 'self'"):
         itself(tmp_path, data=stream(tiny.prompts())).train()
     itself(tmp_path, data=stream(told())).train()
     for data in (told(), stream(told())):
         trainer = make(tmp_path, data=data, evaluate=stream(tiny.prompts(4)))
         trainer.train()
-        with pytest.raises(ValueError, match="^teacher_prompt: the row .* has none"):
+        with pytest.raises(ValueError, match="^teacher_prompt: the row .* has none: the training"):
             trainer.evaluate()
     make(tmp_path, data=stream(tiny.prompts())).train()
 

@@ -38,7 +38,7 @@ class PrefixedGeneration(MetricLogs):
     generation_config: Any
     model: Any
     processing_class: Any
-    _needs_teacher_prompts = False  # a stream may turn out not to have them
+    _why_teacher_prompts = ""  # a stream may turn out not to have them, which are needed then
     _shared_vocab_size: int  # neither side writes or reads an id from here on
 
     def __init__(self, *arguments: Any, **keywords: Any):
@@ -150,10 +150,11 @@ class PrefixedGeneration(MetricLogs):
         if not self.reads_teacher_prompts():
             return None
         if not have_column(rows, teacher_prompts.COLUMN):
-            if self._needs_teacher_prompts:
-                raise teacher_prompts.missing_error(rows[0])
+            if self._why_teacher_prompts:
+                raise teacher_prompts.missing_error(rows[0], self._why_teacher_prompts)
             return None
-        self._needs_teacher_prompts |= self.model.training
+        if self.model.training and not self._why_teacher_prompts:
+            self._why_teacher_prompts = teacher_prompts.OTHERS_HAVE_IT
         check_prompts(rows, teacher_prompts.COLUMN)
         teacher_prompts.refuse_fields(self._is_vlm, {})
         ids, _, fields = self._tokenize_prompts([row[teacher_prompts.COLUMN] for row in rows])

@@ -18,6 +18,9 @@ from torch import Tensor
 from trl.trainer.utils import pad
 
 COLUMN = "teacher_prompt"
+#: Why each row has to have it.
+OTHERS_HAVE_IT = "the training data has it, and an evaluation reads what training reads"
+NOTHING_ELSE = "with teacher_model 'self' the student is taught nothing without it"
 _IDS, _MASK = f"{COLUMN}_ids", f"{COLUMN}_mask"
 
 
@@ -31,12 +34,11 @@ def columns_of_evaluation(train: Any) -> list[str]:
     return [COLUMN] if has_column(train) else []
 
 
-def missing_error(row: Mapping[str, Any]) -> ValueError:
-    """For a row of a stream that lacks the column, where others have it or nothing else teaches."""
+def missing_error(row: Mapping[str, Any], why: str) -> ValueError:
+    """For a row of a stream that lacks the column. why: `OTHERS_HAVE_IT` or `NOTHING_ELSE`."""
     return ValueError(
-        f"{COLUMN}: the row {row!r:.200} has none: an evaluation reads what training reads, and "
-        "with teacher_model 'self' the student is taught nothing without it: give the column to "
-        "all rows of all data sets"
+        f"{COLUMN}: the row {row!r:.200} has none: {why}: give the column to all rows of all data "
+        "sets"
     )
 
 

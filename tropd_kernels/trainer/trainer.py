@@ -154,9 +154,10 @@ class TrOPDTrainer(RewardedTrainer):
             raise ValueError("tools: precomputed_teacher fixes the completions: leave tools out")
         reads_own = bool(args.teacher_model_server_url) or loaded is not None
         check_inputs(args, tools, (train_dataset, eval_dataset), reads_own)
-        self._needs_teacher_prompts = needs_prompts(model, loaded, args, rewarded) or (
-            reads_own and teacher_prompts.has_column(train_dataset)
-        )
+        if needs_prompts(model, loaded, args, rewarded):
+            self._why_teacher_prompts = teacher_prompts.NOTHING_ELSE
+        elif reads_own and teacher_prompts.has_column(train_dataset):
+            self._why_teacher_prompts = teacher_prompts.OTHERS_HAVE_IT
         self._adapters_teach_alone = teaches_alone(loaded, args, rewarded)
         judges = check_reward_funcs(reward_funcs, reward_processing_classes, args, tools, datasets)
         check_optimizers(args, optimizers)
