@@ -155,7 +155,8 @@ class Verifier(GRPOTrainer):
             raise TypeError(f"log_metric: {name!r}: expected a number, got {value!r:.80}")
         if is_own(name) or name in self._own_metrics:
             raise ValueError(
-                f"log_metric: {name!r} is logged by the trainer itself: give the metric another name"
+                f"log_metric: {name!r} is logged by the trainer itself: give the metric another "
+                "name"
             )
         super()._log_metric(name, number)  # type: ignore[arg-type]
 
