@@ -366,6 +366,6 @@ def test_a_column_of_tools_that_may_be_read():
     """Tools of the trainer hold for all rows, and reward functions get the column."""
     data, args = datasets.Dataset.from_dict({"tools": [[]]}), TrOPDConfig(use_cpu=True, bf16=False)
     for given in (dict(tools=[print]), dict(rewarded=True)):
-        check_unread("train_dataset", data, args, **given)
+        check_unread({"train_dataset": data}, args, **given)
     with pytest.raises(ValueError, match=r"^eval_dataset\['a'\]: the column 'tools' would not"):
-        check_unread("eval_dataset", {"a": data}, args)
+        check_unread({"eval_dataset": {"a": data}}, args)

@@ -12,7 +12,7 @@ from ..objectives import TokenRule
 from ..objectives.registry import check_knobs, check_objective, check_required, rewarded
 from ..objectives.rule_checks import SCORES
 from .credentials import check_address
-from .effects import check_effects
+from .effects import check_effects, refuse
 from .generation_keys import check_generation_keys
 from .prefix import SCHEDULES
 from .signals import check_served
@@ -167,18 +167,14 @@ def check_objective_keys(config: Config) -> None:
 
 def _check_own_rule(config: Config) -> None:
     """Refuses knobs of named objectives beside a rule of one's own, which has them as fields."""
-    for key, default, instead in (
-        ("objective_kwargs", None, "the rule has its knobs as fields"),
-        ("beta", None, "the rule has it as divergence_parameter"),
-        ("prefix_weight", PREFIX_WEIGHT, "the rule has a prefix_weight"),
-        ("task_weight", None, "the rule has a task_weight"),
-        ("stage_fraction", None, "a function of progress, as objective, can change the rule"),
+    for key, instead in (
+        ("objective_kwargs", "the rule has its knobs as fields"),
+        ("beta", "the rule has it as divergence_parameter"),
+        ("prefix_weight", "the rule has a prefix_weight"),
+        ("task_weight", "the rule has a task_weight"),
+        ("stage_fraction", "a function of progress, as objective, can change the rule"),
     ):
-        if getattr(config, key) not in (default, {}):
-            raise ValueError(
-                f"{key}: it would have no effect: the objective is a rule of one's own: {instead}: "
-                f"leave {key} out"
-            )
+        refuse(config, (key,), f"the objective is a rule of one's own: {instead}")
 
 
 def check_rewards(config: Config) -> None:

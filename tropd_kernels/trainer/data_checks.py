@@ -1,10 +1,22 @@
 """Data sets and prompts that are refused, each with what is wrong and what to do."""
 
-from collections.abc import Iterable, Mapping, Sequence, Sized
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
 from typing import Any
 
 from . import signals, teacher_prompts
 from .recipes import how_to_unset
+
+
+def data_sets(arguments: Mapping[str, Any]) -> Iterator[tuple[str, Any, Sequence[str] | None]]:
+    """Each data set, those in mappings too: its name in errors, itself, its columns.
+
+    arguments: by their names. A stream may not know its columns until it is read: None.
+    """
+    for name, data in arguments.items():
+        if isinstance(data, Mapping):
+            yield from data_sets({f"{name}[{key!r}]": part for key, part in data.items()})
+        elif data is not None:
+            yield name, data, getattr(data, "column_names", None)
 
 
 def check_datasets(train: Any, evaluate: Any, args: Any, loaded_teacher: Any) -> None:
@@ -12,10 +24,10 @@ def check_datasets(train: Any, evaluate: Any, args: Any, loaded_teacher: Any) ->
     columns = signals.columns_of(args.rules()) if args.precomputed_teacher else ()
     named = args.is_guided and args.prefix_column not in (None, "teacher_completion")
     check_no_splits(train)
-    check_dataset("train_dataset", train, [*columns, *([args.prefix_column] if named else [])])
+    _check_dataset("train_dataset", train, [*columns, *([args.prefix_column] if named else [])])
     writes = args.teacher_model_server_url or loaded_teacher is not None
-    own = teacher_prompts.columns_of_evaluation(train) if writes else []
-    check_dataset("eval_dataset", evaluate, [*columns, *own])
+    own = [teacher_prompts.COLUMN] if writes and teacher_prompts.has_column(train) else []
+    _check_dataset("eval_dataset", evaluate, [*columns, *own])
     present = getattr(train, "column_names", None)  # a stream may not know them
     if args.is_guided and not writes and present and args.prefix_column not in present:
         raise missing_guide_error(args.prefix_column)
@@ -23,47 +35,37 @@ def check_datasets(train: Any, evaluate: Any, args: Any, loaded_teacher: Any) ->
         check_guides(train, args)
 
 
-def check_dataset(name: str, dataset: Any, columns: Sequence[str] = ()) -> None:
+def _check_dataset(argument: str, given: Any, columns: Sequence[str]) -> None:
     """Raises ValueError for a data set without rows, without `prompt`, or without one of `columns`.
 
-    A streaming data set has no length, and may not know its columns until it is read.
+    A streaming data set has no length.
     """
-    if isinstance(dataset, Mapping):
-        for key, part in dataset.items():
-            check_dataset(f"{name}[{key!r}]", part, columns)
-        return
-    if dataset is None:
-        return
-    if hasattr(dataset, "__len__") and len(dataset) == 0:
-        raise ValueError(f"{name}: the data set is empty; expected rows with a 'prompt'")
-    present = getattr(dataset, "column_names", None)
-    missing = [] if present is None else [c for c in ("prompt", *columns) if c not in present]
-    if missing:
-        remedy = "rename_column() gives a column the name looked for"
-        if "prompt" in missing and "messages" in present:  # the answer would be part of the prompt
-            remedy = "take the messages before the answer for the prompt"
-        raise ValueError(
-            f"{name}: no column {', '.join(map(repr, missing))}; it has "
-            f"{', '.join(map(repr, present))}: {remedy}"
-        )
+    for name, data, present in data_sets({argument: given}):
+        if hasattr(data, "__len__") and len(data) == 0:
+            raise ValueError(f"{name}: the data set is empty; expected rows with a 'prompt'")
+        if present is None:
+            continue
+        if missing := [c for c in ("prompt", *columns) if c not in present]:
+            remedy = "rename_column() gives a column the name looked for"
+            if "prompt" in missing and "messages" in present:  # the answer would be in the prompt
+                remedy = "take the messages before the answer for the prompt"
+            raise ValueError(
+                f"{name}: no column {', '.join(map(repr, missing))}; it has "
+                f"{', '.join(map(repr, present))}: {remedy}"
+            )
 
 
 def check_unread(
-    name: str, dataset: Any, args: Any, tools: Any = None, rewarded: bool = False
+    datasets: Mapping[str, Any], args: Any, tools: Any = None, rewarded: bool = False
 ) -> None:
     """Raises ValueError for a column that nothing reads although other trainers read its name.
 
     Args:
-        name: The trainer's argument with the data set.
-        dataset: One data set, a mapping of them, or None; a stream may not know its columns.
+        datasets: The trainer's arguments with data sets.
         args: The `TrOPDConfig`.
         tools: As the trainer takes them: with them all prompts have the same, whatever the column.
         rewarded: Whether reward functions are given, which get the columns and may read `tools`.
     """
-    if isinstance(dataset, Mapping):
-        for key, part in dataset.items():
-            check_unread(f"{name}[{key!r}]", part, args, tools, rewarded)
-        return
     remedies = {"chat_template_kwargs": "give chat_template_kwargs to TrOPDConfig, for all rows"}
     if not (tools or rewarded or args.precomputed_teacher):
         remedies["tools"] = "give tools to TrOPDTrainer, for all rows"
@@ -72,34 +74,31 @@ def check_unread(
         every = "every token of completion_ids enters the loss"
         remedies |= {"completion_mask": every, "tool_mask": every}
         remedies["old_log_probs"] = "the ratio to the policy that wrote the completions is not used"
-    for column, remedy in remedies.items():
-        if column in (getattr(dataset, "column_names", None) or ()):
+    for name, _, present in data_sets(datasets):
+        for column in [column for column in remedies if column in (present or ())]:
             raise ValueError(
-                f"{name}: the column {column!r} would not be read: {remedy}; and drop the column "
-                f"by remove_columns({column!r})"
+                f"{name}: the column {column!r} would not be read: {remedies[column]}; and drop "
+                f"the column by remove_columns({column!r})"
             )
 
 
-def check_modalities(name: str, dataset: Any, processor: Any) -> None:
+def check_modalities(datasets: Mapping[str, Any], processor: Any) -> None:
     """Raises ValueError for a column, beside a processor, that TRL would drop unseen.
 
     TRL reads images alone, in one of two columns.
     """
-    if isinstance(dataset, Mapping):
-        for key, part in dataset.items():
-            check_modalities(f"{name}[{key!r}]", part, processor)
-        return
-    present = set(getattr(dataset, "column_names", None) or ())
-    for column in sorted(_unread_columns(processor) & present):
-        raise ValueError(
-            f"{name}: the column {column!r} would not be read: a prompt goes with images alone, in "
-            f"the column 'images' or 'image': drop it by remove_columns({column!r})"
-        )
-    if {"image", "images"} <= present:
-        raise ValueError(
-            f"{name}: the column 'image' would not be read beside 'images': put all of a row's "
-            "images into that one"
-        )
+    for name, _, present in data_sets(datasets):
+        for column in sorted(_unread_columns(processor) & {*(present or ())}):
+            raise ValueError(
+                f"{name}: the column {column!r} would not be read: a prompt goes with images "
+                "alone, in the column 'images' or 'image': drop it by "
+                f"remove_columns({column!r})"
+            )
+        if {"image", "images"} <= {*(present or ())}:
+            raise ValueError(
+                f"{name}: the column 'image' would not be read beside 'images': put all of a "
+                "row's images into that one"
+            )
 
 
 def check_row_modalities(rows: Sequence[Mapping[str, Any]], processor: Any) -> None:

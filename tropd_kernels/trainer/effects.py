@@ -97,10 +97,21 @@ class Condition:
 
     def error(self, key: str, args: Any) -> ValueError:
         other = getattr(args, self.of) if self.of else None
-        reason = self.reason.format(getattr(other, "value", other))
-        remedy = f"{self.remedy}, or " if self.remedy else ""
-        without = how_to_unset(args, key)
-        return ValueError(f"{key}: it would have no effect: {reason}: {remedy}{without}")
+        return no_effect(args, key, self.reason.format(getattr(other, "value", other)), self.remedy)
+
+
+def no_effect(args: Any, key: str, reason: str, remedy: str = "") -> ValueError:
+    """The error for a setting without effect. remedy: how to make it act."""
+    remedy = f"{remedy}, or " if remedy else ""
+    return ValueError(
+        f"{key}: it would have no effect: {reason}: {remedy}{how_to_unset(args, key)}"
+    )
+
+
+def refuse(args: Any, keys: Collection[str], reason: str) -> None:
+    """Raises ValueError for one of these settings that is not at its default."""
+    for key in _given(args, keys):
+        raise no_effect(args, key, reason)
 
 
 def _deepspeed(args: Any) -> bool:
@@ -244,12 +255,7 @@ def check_effects(args: Any) -> None:
     if not args.loads_teacher:
         source = "precomputed_teacher" if args.precomputed_teacher else "teacher_model_server_url"
         also = ("teacher_model_name_or_path",) if args.precomputed_teacher else ()
-        for key in (*OF_LOADED_TEACHER, *also):
-            if getattr(args, key) is not None:
-                raise ValueError(
-                    f"{key}: with {source} no teacher is loaded, and it would have no effect: "
-                    f"leave {key} out"
-                )
+        refuse(args, (*OF_LOADED_TEACHER, *also), f"with {source} no teacher is loaded")
 
 
 def check_conditions(args: Any) -> None:
@@ -269,19 +275,15 @@ def check_inputs(
     teacher_prompts: whether a teacher reads the column of that name where there is one.
     """
     if args.max_tool_calling_iterations is not None and not tools:
-        raise ValueError(
-            "max_tool_calling_iterations: it would have no effect: there are no tools: give tools "
-            "to TrOPDTrainer, or leave max_tool_calling_iterations out"
-        )
+        key = "max_tool_calling_iterations"
+        raise no_effect(args, key, "there are no tools", "give tools to TrOPDTrainer")
     present = [data for data in datasets if data is not None]
     text = all(_is_text(data, "prompt") for data in present)
     if teacher_prompts:
         text = text and all(_is_text(data, COLUMN, absent=True) for data in present)
     if args.chat_template_kwargs and present and text:
-        raise ValueError(
-            "chat_template_kwargs: it would have no effect: the prompts are text, and no template "
-            "is applied: write them as messages, or leave chat_template_kwargs out"
-        )
+        reason = "the prompts are text, and no template is applied"
+        raise no_effect(args, "chat_template_kwargs", reason, "write them as messages")
 
 
 def check_optimizers(args: Any, optimizers: tuple[Any, Any]) -> None:
@@ -303,10 +305,8 @@ def check_optimizers(args: Any, optimizers: tuple[Any, Any]) -> None:
         for key in _given(args, keys) if given is not None else ():
             if key == "optim" and _text(args.optim) in _STEP_WITH_THE_LOSS:
                 continue
-            raise ValueError(
-                f"{key}: it would have no effect: the {what} given to the trainer, a "
-                f"{type(given).__name__}, decides: set it there, or {how_to_unset(args, key)}"
-            )
+            reason = f"the {what} given to the trainer, a {type(given).__name__}, decides"
+            raise no_effect(args, key, reason, "set it there")
 
 
 def _is_text(data: Any, column: str, absent: bool = False) -> bool:

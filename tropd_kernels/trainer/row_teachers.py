@@ -18,6 +18,8 @@ from torch import Tensor
 
 from ..functional import DistillationOutput, TokenStats
 from ..objectives import TokenRule
+from .data_checks import data_sets
+from .effects import refuse
 from .self_teacher import is_self
 from .sides import ModelSide
 
@@ -66,11 +68,8 @@ def check_several(
                 f"teacher_models: {name!r} is behind a server, and only one teacher can be "
                 "(teacher_model_server_url): load it in this process"
             )
-    if args.teacher_model_init_kwargs and not any(isinstance(t, str) for t in teachers.values()):
-        raise ValueError(
-            "teacher_model_init_kwargs: it would have no effect: all of teacher_models are models "
-            "already: leave it out"
-        )
+    if not any(isinstance(teacher, str) for teacher in teachers.values()):
+        refuse(args, ("teacher_model_init_kwargs",), "all of teacher_models are models already")
     given = [key for key in _ONE if getattr(args, key) is not None]
     given += ["precomputed_teacher"] if args.precomputed_teacher else []
     given += ["teacher_model"] if teacher_model is not None else []
@@ -87,24 +86,15 @@ def check_several(
             raise NotImplementedError(
                 f"{key}: its error is of one call, and teacher_models take several: leave it out"
             )
-    for name, data in datasets.items():
-        _check_dataset(name, data, teachers)
-
-
-def _check_dataset(name: str, data: Any, known: Mapping[str, Any]) -> None:
-    if isinstance(data, Mapping):
-        for key, part in data.items():
-            _check_dataset(f"{name}[{key!r}]", part, known)
-        return
-    present = getattr(data, "column_names", None)  # a stream may not know them
-    if present and COLUMN not in present:
-        raise ValueError(
-            f"{name}: teacher_models need a column {COLUMN!r}, which says whose each row is; it "
-            f"has {', '.join(map(repr, present))}"
-        )
-    if present and hasattr(data, "unique"):
-        for own in data.unique(COLUMN):
-            _check_id(own, known, f"{name}: ")
+    for name, data, present in data_sets(datasets):
+        if present and COLUMN not in present:
+            raise ValueError(
+                f"{name}: teacher_models need a column {COLUMN!r}, which says whose each row is; "
+                f"it has {', '.join(map(repr, present))}"
+            )
+        if present and hasattr(data, "unique"):
+            for own in data.unique(COLUMN):
+                _check_id(own, teachers, f"{name}: ")
 
 
 def _check_id(own: Any, known: Mapping[str, Any], where: str) -> None:

@@ -11,7 +11,6 @@ The two settings are spelt as in TRL's SDFT and SDPO, and the moving average is 
 `SyncRefModelCallback`.
 """
 
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,7 @@ import torch
 from accelerate.utils import is_peft_model
 from trl import SyncRefModelCallback  # type: ignore[attr-defined]
 
-from .effects import OF_LOADED_TEACHER
+from .effects import OF_LOADED_TEACHER, refuse
 from .sides import ModelSide
 from .teacher_prompts import COLUMN
 
@@ -43,15 +42,10 @@ def check_self(
     args: a `TrOPDConfig`. train: the data set. rewarded: whether a verifier teaches, too.
     """
     itself = is_self(teacher)
-    defaults = {field.name: field.default for field in fields(args)}
-    for key in OF_LOADED_TEACHER if itself else OF_SELF:
-        if getattr(args, key) != defaults[key]:
-            who = "the student itself" if itself else "not the student itself, 'self'"
-            raise ValueError(
-                f"{key}: it would have no effect: teacher_model is {who}: leave {key} out"
-            )
     if not itself:
+        refuse(args, OF_SELF, "teacher_model is not the student itself, 'self'")
         return
+    refuse(args, OF_LOADED_TEACHER, "teacher_model is the student itself")
     if args.teacher_update_rate is not None and (peft_config is not None or _is_adapted(student)):
         raise NotImplementedError(
             "teacher_update_rate: with adapters the teacher is the student without them, which "

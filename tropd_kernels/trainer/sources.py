@@ -26,7 +26,7 @@ from transformers import (
 from transformers.utils.import_utils import is_peft_available
 from transformers.utils.peft_utils import find_adapter_config_file
 
-from .effects import OF_LOADED_TEACHER
+from .effects import OF_LOADED_TEACHER, refuse
 from .patching import replaced
 from .self_teacher import is_self
 
@@ -98,11 +98,7 @@ def teacher_to_load(teacher_model: Any, args: Any) -> Any:
             "teacher_model_server_url, or precomputed_teacher"
         )
     if loaded is None:
-        for key in OF_LOADED_TEACHER:
-            if getattr(args, key) is not None:
-                raise ValueError(
-                    f"{key}: it would have no effect: there is no teacher_model: leave {key} out"
-                )
+        refuse(args, OF_LOADED_TEACHER, "there is no teacher_model")
     return loaded
 
 

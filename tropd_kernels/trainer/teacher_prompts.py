@@ -29,11 +29,6 @@ def has_column(dataset: Any) -> bool:
     return COLUMN in (getattr(dataset, "column_names", None) or ())
 
 
-def columns_of_evaluation(train: Any) -> list[str]:
-    """Columns that an evaluation needs in order to measure what training minimizes."""
-    return [COLUMN] if has_column(train) else []
-
-
 def missing_error(row: Mapping[str, Any], why: str) -> ValueError:
     """For a row of a stream that lacks the column. why: `OTHERS_HAVE_IT` or `NOTHING_ELSE`."""
     return ValueError(

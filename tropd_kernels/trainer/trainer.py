@@ -163,8 +163,7 @@ class TrOPDTrainer(RewardedTrainer):
         check_optimizers(args, optimizers)
         check_lookup(args, evaluates=eval_dataset is not None)
         check_datasets(train_dataset, eval_dataset, args, loaded)
-        for name, dataset in datasets.items():
-            check_unread(name, dataset, args, tools, rewarded)
+        check_unread(datasets, args, tools, rewarded)
         if args.teacher_model_server_url:
             # A stream may not know its columns; they are checked when it is read.
             present = getattr(train_dataset, "column_names", None)
@@ -179,8 +178,7 @@ class TrOPDTrainer(RewardedTrainer):
         if isinstance(processing_class, ProcessorMixin):
             if reads_own and teacher_prompts.has_column(train_dataset):
                 teacher_prompts.refuse_fields(True, {})
-            check_modalities("train_dataset", train_dataset, processing_class)
-            check_modalities("eval_dataset", eval_dataset, processing_class)
+            check_modalities(datasets, processing_class)
         super().__init__(
             model, loaded, args, train_dataset, eval_dataset, processing_class, callbacks,
             optimizers, quantization_config, peft_config, tools,

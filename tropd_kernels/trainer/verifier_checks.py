@@ -11,6 +11,7 @@ from typing import Any
 from torch import nn
 from trl.trainer.utils import get_callable_name, get_config_model_id
 
+from .data_checks import data_sets
 from .sources import check_source
 
 #: What GRPO passes to a function besides the data set's columns.
@@ -96,11 +97,9 @@ def check_reward_funcs(
         if isinstance(function, nn.Module):
             _check_labels(names[-1], function)
             continue
-        for key, data in datasets.items():
-            parts = data.items() if isinstance(data, dict) else [("", data)]
-            for part, rows in parts:
-                where = f"{key}[{part!r}]" if part else key
-                _check_columns(names[-1], function, where, getattr(rows, "column_names", None))
+        for where, _, columns in data_sets(datasets):
+            if columns is not None:
+                _check_columns(names[-1], function, where, columns)
     twice = next((name for name in names if names.count(name) > 1), None)
     if twice is not None:
         raise ValueError(
@@ -115,10 +114,8 @@ def check_reward_funcs(
     return functions
 
 
-def _check_columns(name: str, function: Any, where: str, columns: Sequence[str] | None) -> None:
-    """Refuses a function that cannot be called with the columns of a data set, where known."""
-    if columns is None:
-        return
+def _check_columns(name: str, function: Any, where: str, columns: Sequence[str]) -> None:
+    """Refuses a function that cannot be called with the columns of a data set."""
     taken = sorted({*columns} & {*_GIVEN} - {"completion_ids"})
     if taken:
         raise ValueError(
