@@ -252,7 +252,7 @@ for place, kind in enumerate((overflows, infinite, raises)):
         hook = judge.register_forward_pre_hook if kind is raises else judge.register_forward_hook
         hook(kind)
         trainer._verifier.reward_processing_classes = [tiny.tokenizer()]
-        trainer._verifier._prepare_model(0, judge)
+        trainer._verifier._prepare_model(0, "judge", judge)
     with pytest.raises(ValueError) as error:
         trainer._verifier.rewards([{"prompt": "w1"}], ["w2"], [[7]])
     errors.append(str(error.value))

@@ -8,10 +8,11 @@ with, are those of TRL's `GRPOTrainer`, whose method calls them.
 """
 
 import atexit
+import contextlib
 import math
 import warnings
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
 from numbers import Real
 from typing import Any
@@ -23,7 +24,6 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 from transformers.modeling_outputs import SequenceClassifierOutput
 from trl import GRPOTrainer  # type: ignore[attr-defined]
 from trl.trainer.utils import (
-    get_callable_name,
     get_config_model_id,
     is_async_callable,
     nanstd,
@@ -77,20 +77,18 @@ class Verifier(GRPOTrainer):
     args: Any
     reward_funcs: Any
 
-    def __init__(self, trainer: Any, functions: Sequence[Any], tokenizers: Any):
+    def __init__(self, trainer: Any, functions: Mapping[str, Any], tokenizers: Any):
         self._trainer, self.environments = trainer, None
         self._failures: list[tuple[str, Exception]] = []
         self._pending_metrics: Any = defaultdict(list)
         given = tokenizers if isinstance(tokenizers, (list, tuple)) else [tokenizers]
         self.reward_processing_classes = [*given] if given != [None] else [None] * len(functions)
-        self.reward_funcs, self.reward_func_names = list(functions), []
-        for place, function in enumerate(functions):
+        self.reward_funcs, self.reward_func_names = [*functions.values()], [*functions]
+        for place, (name, function) in enumerate(functions.items()):
             if isinstance(function, (str, nn.Module)):
-                name = self._prepare_model(place, function)
+                self._prepare_model(place, name, function)
             else:
-                name = get_callable_name(function)
                 self.reward_funcs[place] = self._guarded(name, function)
-            self.reward_func_names.append(name)
         self._own_metrics = {
             f"rewards/{name}/{what}" for name in self.reward_func_names for what in ("mean", "std")
         }
@@ -168,68 +166,66 @@ class Verifier(GRPOTrainer):
             stacklevel=3,
         )
 
-    def _prepare_model(self, place: int, model: Any) -> str:
-        """Loads and prepares a reward model, and its tokenizer, as GRPO does. Returns its name."""
+    def _prepare_model(self, place: int, name: str, model: Any) -> None:
+        """Loads and prepares a reward model, and its tokenizer, as GRPO does."""
         options = {"trust_remote_code": self.args.trust_remote_code}
         if isinstance(model, str):
             with named_errors(f"reward_funcs: {model}"):
                 model = AutoModelForSequenceClassification.from_pretrained(
                     model, num_labels=1, **options
                 )
-        name = get_config_model_id(model.config)
         tokenizer = self.reward_processing_classes[place]
         if tokenizer is None:
-            with named_errors(f"reward_funcs: the tokenizer of {name}"):
-                tokenizer = AutoTokenizer.from_pretrained(name, **options)
+            source = get_config_model_id(model.config)
+            with named_errors(f"reward_funcs: the tokenizer of {source}"):
+                tokenizer = AutoTokenizer.from_pretrained(source, **options)
         if tokenizer.pad_token_id is None:
             tokenizer.pad_token = tokenizer.eos_token
         # The reward is read at the last token that is no padding.
         model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
         self.reward_processing_classes[place] = tokenizer
-        name = name.rstrip("/").split("/")[-1]
         prepared = prepare_frozen(model.eval(), self.accelerator)
-        self.reward_funcs[place] = _GuardedModel(prepared, partial(self._failed, name))
-        return name
+        self.reward_funcs[place] = _GuardedModel(prepared, partial(self._keeping_failure, name))
 
-    def _failed(self, name: str, error: Exception) -> None:
-        self._failures.append((f"{name}: {type(error).__name__}: {error}", error))
+    @contextlib.contextmanager
+    def _keeping_failure(self, name: str) -> Iterator[None]:
+        """Inside, an error is kept for `rewards`: the other processes wait in a gather."""
+        try:
+            yield
+        except Exception as error:
+            self._failures.append((f"{name}: {type(error).__name__}: {error}", error))
 
     def _guarded(self, name: str, function: Callable) -> Callable:
-        """The function, whose failures are kept: the other processes wait in a gather."""
-
-        def failed(error: Exception, given: dict[str, Any]) -> list[float]:
-            self._failed(name, error)
-            return [0.0] * len(given["completions"])
+        """The function, with rewards of 0 where it fails."""
 
         def call(**given: Any) -> list:
-            try:
-                return _checked(function(**given), len(given["completions"]))
-            except Exception as error:
-                return failed(error, given)
+            answer: list = [0.0] * len(given["completions"])
+            with self._keeping_failure(name):
+                answer = _checked(function(**given), len(answer))
+            return answer
 
         async def call_async(**given: Any) -> list:
-            try:
-                return _checked(await function(**given), len(given["completions"]))
-            except Exception as error:
-                return failed(error, given)
+            answer: list = [0.0] * len(given["completions"])
+            with self._keeping_failure(name):
+                answer = _checked(await function(**given), len(answer))
+            return answer
 
         return call_async if is_async_callable(function) else call
 
 
 class _GuardedModel(nn.Module):
-    """A reward model whose failures are kept, as those of functions are."""
+    """A reward model, with rewards of 0 where it fails."""
 
-    def __init__(self, model: Any, failed: Callable[[Exception], None]):
+    def __init__(self, model: Any, keeping_failure: Callable[[], Any]):
         super().__init__()
-        self.model, self._failed = model, failed
+        self.model, self._keeping_failure = model, keeping_failure
 
     def forward(self, **inputs: Any) -> Any:
-        try:
-            return self.model(**inputs)
-        except Exception as error:
-            self._failed(error)
-            rows = len(inputs["input_ids"])
-            return SequenceClassifierOutput(logits=torch.zeros(rows, 1))  # type: ignore[arg-type]
+        zeros = torch.zeros(len(inputs["input_ids"]), 1)
+        answer: Any = SequenceClassifierOutput(logits=zeros)  # type: ignore[arg-type]
+        with self._keeping_failure():
+            answer = self.model(**inputs)
+        return answer
 
 
 def _checked(answer: Any, count: int) -> list[float | None]:

@@ -48,8 +48,8 @@ def find_functions(names: Sequence[str] | str | None) -> list | None:
 
 def check_reward_funcs(
     given: Any, tokenizers: Any, args: Any, tools: Any, datasets: Mapping[str, Any]
-) -> list:
-    """The reward functions as a list, before any model is loaded.
+) -> dict[str, Any]:
+    """The reward functions by the names under which they are logged, before any model is loaded.
 
     Raises ValueError or TypeError, which names the argument, for what cannot be a reward function,
     cannot take the data sets' columns, or would have no effect; OSError for a model that is not
@@ -66,7 +66,7 @@ def check_reward_funcs(
             )
         if tokenizers is not None:
             raise ValueError("reward_processing_classes: there are no reward_funcs: leave it out")
-        return []
+        return {}
     if not reads:
         raise ValueError(
             f"reward_funcs: they would have no effect: objective {args.objective!r} has no "
@@ -111,7 +111,7 @@ def check_reward_funcs(
         count = len(what) if isinstance(what, (list, tuple)) else 1
         if what is not None and count != len(functions):
             raise ValueError(f"{key}: {count} for {len(functions)} reward_funcs: give one for each")
-    return functions
+    return dict(zip(names, functions))
 
 
 def _check_columns(name: str, function: Any, where: str, columns: Sequence[str]) -> None:
