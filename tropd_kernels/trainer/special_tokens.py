@@ -18,7 +18,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from .sides import ModelSide
-from .vocabulary import check_same_texts, check_tokenizers
+from .vocabulary import check_same_texts, check_tokenizers, differing
 
 _ROLES = ("eos_token", "bos_token", "pad_token", "unk_token", "cls_token", "sep_token")
 
@@ -65,7 +65,7 @@ def id_table(
                 f"special_token_map: {names[other]!r} and {names[i]!r} would both be the teacher's "
                 f"id {table.get(i, i)}: map each to a token of its own"
             )
-    if rest := [token for token in _differing(ours, theirs) if token not in given]:
+    if rest := [token for token in differing(ours, theirs) if token not in given]:
         raise ValueError(
             f"special_token_map: {rest[0]!r} is not in it, and is another token for the teacher. "
             + _advice(student, teacher)
@@ -86,7 +86,7 @@ def compare_tokenizers(
 
     Raises ValueError for tokenizers that differ, with the map that would help where one does.
     """
-    differ = _differing(student.get_vocab(), teacher.get_vocab())
+    differ = differing(student.get_vocab(), teacher.get_vocab())
     if given is not None and differ:
         return id_table(student, teacher, given)
     if given is not None and not several:
@@ -109,19 +109,12 @@ def refuse_unused_map(tables: Iterable[Tensor | None]) -> None:
         )
 
 
-def _differing(ours: Mapping[str, int], theirs: Mapping[str, int]) -> list[str]:
-    """Our tokens of which the id, or whose id, is another one for them; in the order of ids."""
-    names = {i: token for token, i in theirs.items()}
-    differ = [t for t, i in ours.items() if theirs.get(t, i) != i or names.get(i, t) != t]
-    return sorted(differ, key=ours.__getitem__)
-
-
 def _only_specials_differ(
     student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase
 ) -> bool:
     pairs = (student, teacher), (teacher, student)
     return all(
-        set(_differing(one.get_vocab(), other.get_vocab())) <= set(one.get_added_vocab())
+        set(differing(one.get_vocab(), other.get_vocab())) <= set(one.get_added_vocab())
         for one, other in pairs
     )
 
@@ -129,7 +122,7 @@ def _only_specials_differ(
 def _advice(student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase) -> str:
     """The map to write: by name, by role, by id, and what is left in the order of ids."""
     ours, theirs = student.get_vocab(), teacher.get_vocab()
-    rest, free = _differing(ours, theirs), _differing(theirs, ours)
+    rest, free = differing(ours, theirs), differing(theirs, ours)
     roles = {getattr(student, role): getattr(teacher, role) for role in reversed(_ROLES)}
     names = {i: token for token, i in theirs.items()}
     found: dict[str, str] = {}

@@ -1,6 +1,6 @@
 """Whether an id means the same to student, teacher and tokenizer: vocabularies, ends, padding."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from transformers import PreTrainedTokenizerBase
@@ -11,6 +11,13 @@ from .prefix import first_difference
 _PROBE = "The 2nd test: naïve façade, x = -3.14;\n\n  if (a != b) { 数学 }\tEnd."
 
 
+def differing(ours: Mapping[str, int], theirs: Mapping[str, int]) -> list[str]:
+    """Our tokens of which the id, or whose id, is another one for them; in the order of ids."""
+    names = {i: token for token, i in theirs.items()}
+    differ = [t for t, i in ours.items() if theirs.get(t, i) != i or names.get(i, t) != t]
+    return sorted(differ, key=ours.__getitem__)
+
+
 def check_tokenizers(student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase) -> None:
     """Raises ValueError where an id or a text means different things to the two, saying which.
 
@@ -18,16 +25,12 @@ def check_tokenizers(student: PreTrainedTokenizerBase, teacher: PreTrainedTokeni
     heights are compared on the ids that both have.
     """
     ours, theirs = student.get_vocab(), teacher.get_vocab()
-    differ = [
-        f"{token!r} is {i} for the student and {theirs[token]} for the teacher"
-        for token, i in ours.items()
-        if theirs.get(token, i) != i
-    ]
     by_id = {i: token for token, i in theirs.items()}
-    differ += [
-        f"{i} is {token!r} for the student and {by_id[i]!r} for the teacher"
-        for token, i in ours.items()
-        if token not in theirs and i in by_id
+    differ = [
+        f"{t!r} is {ours[t]} for the student and {theirs[t]} for the teacher"
+        if t in theirs
+        else f"{ours[t]} is {t!r} for the student and {by_id[ours[t]]!r} for the teacher"
+        for t in differing(ours, theirs)
     ]
     if not differ:
         check_same_texts(student, teacher)
