@@ -5,11 +5,12 @@ belong to another setting (`BELONGS_TO`), and settings that act only in combinat
 (`CONDITIONS`). A setting at its default is never refused.
 """
 
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import MISSING, dataclass, fields
 from typing import Any
 
 from ..backends import has_row_engine
+from .data_checks import data_sets
 from .recipes import how_to_unset
 from .teacher_prompts import COLUMN
 
@@ -267,9 +268,7 @@ def check_conditions(args: Any) -> None:
             raise condition.error(key, args)
 
 
-def check_inputs(
-    args: Any, tools: Any, datasets: Sequence[Any | None], teacher_prompts: bool
-) -> None:
+def check_inputs(args: Any, tools: Any, datasets: Mapping[str, Any], teacher_prompts: bool) -> None:
     """Raises ValueError for settings of tools, or of a chat template, that are not used.
 
     teacher_prompts: whether a teacher reads the column of that name where there is one.
@@ -277,11 +276,11 @@ def check_inputs(
     if args.max_tool_calling_iterations is not None and not tools:
         key = "max_tool_calling_iterations"
         raise no_effect(args, key, "there are no tools", "give tools to TrOPDTrainer")
-    present = [data for data in datasets if data is not None]
-    text = all(_is_text(data, "prompt") for data in present)
+    features = [getattr(data, "features", None) or {} for _, data, _ in data_sets(datasets)]
+    text = all(_is_text(one, "prompt") for one in features)
     if teacher_prompts:
-        text = text and all(_is_text(data, COLUMN, absent=True) for data in present)
-    if args.chat_template_kwargs and present and text:
+        text = text and all(COLUMN not in one or _is_text(one, COLUMN) for one in features)
+    if args.chat_template_kwargs and features and text:
         reason = "the prompts are text, and no template is applied"
         raise no_effect(args, "chat_template_kwargs", reason, "write them as messages")
 
@@ -309,17 +308,9 @@ def check_optimizers(args: Any, optimizers: tuple[Any, Any]) -> None:
             raise no_effect(args, key, reason, "set it there")
 
 
-def _is_text(data: Any, column: str, absent: bool = False) -> bool:
-    """Whether the column of a data set, or of all in a mapping, is known to hold text.
-
-    absent: the answer for a data set without the column.
-    """
-    if isinstance(data, Mapping):
-        return all(_is_text(part, column, absent) for part in data.values())
-    features = getattr(data, "features", None) or {}
-    if column not in features:
-        return absent
-    return getattr(features[column], "dtype", None) in ("string", "large_string")
+def _is_text(features: Mapping[str, Any], column: str) -> bool:
+    """Whether the column is known to hold text."""
+    return getattr(features.get(column), "dtype", None) in ("string", "large_string")
 
 
 def _given(args: Any, keys: Collection[str]) -> Iterator[str]:

@@ -153,7 +153,7 @@ class TrOPDTrainer(RewardedTrainer):
         if args.precomputed_teacher and tools:
             raise ValueError("tools: precomputed_teacher fixes the completions: leave tools out")
         reads_own = bool(args.teacher_model_server_url) or loaded is not None
-        check_inputs(args, tools, (train_dataset, eval_dataset), reads_own)
+        check_inputs(args, tools, datasets, reads_own)
         if needs_prompts(model, loaded, args, rewarded):
             self._why_teacher_prompts = teacher_prompts.NOTHING_ELSE
         elif reads_own and teacher_prompts.has_column(train_dataset):
