@@ -7,6 +7,7 @@ is accelerate's, transformers' and the engine's.
 
 from __future__ import annotations
 
+import fcntl
 import importlib.util
 import os
 import signal
@@ -74,6 +75,11 @@ def launch_flags(engine: str) -> list[str]:
 def on_two_processes(code: str, folder: Path, engine: str, *arguments: str) -> list:
     """What each process of this program has saved under `<rank>.pt`. Its arguments are the folder,
     the engine, and these."""
+    launch(code, folder, engine, *arguments)
+    return saved_by(folder)
+
+
+def launch(code: str, folder: Path, engine: str, *arguments: str) -> None:
     (folder / "process.py").write_text(code + _END)
     process = subprocess.Popen(
         [sys.executable, "-m", "accelerate.commands.launch", *launch_flags(engine),
@@ -90,6 +96,42 @@ def on_two_processes(code: str, folder: Path, engine: str, *arguments: str) -> l
         if process.poll() is None:  # with the processes that it launched
             os.killpg(process.pid, signal.SIGKILL)
     assert process.returncode == 0, errors[-3000:]
+
+
+#: Modules of tests whose program `ONE_STEP` runs under DDP, and its arguments behind the engine's.
+#: They share a launch: starting two processes takes longer than all the programs.
+TOGETHER = {
+    "test_trainer_processes": [],
+    "test_trainer_several_teachers": [],
+    "test_trainer_self_teacher": ["adapters"],
+    "test_trainer_verifier": [],
+}
+_TOGETHER = """
+import importlib, os, sys, torch
+from engines import TOGETHER
+folder = sys.argv[1]
+for name, arguments in TOGETHER.items():
+    sys.argv = [name, f"{folder}/{name}", "ddp", *arguments]
+    os.makedirs(sys.argv[1], exist_ok=True)
+    exec(compile(importlib.import_module(name).ONE_STEP, name, "exec"), {})
+"""
+
+
+def saved_together(name: str, factory: pytest.TempPathFactory) -> list:
+    """What each process has saved in the program of this module of `TOGETHER`. The first test that
+    asks launches all programs; tests in other workers of pytest-xdist wait for it."""
+    folder = factory.getbasetemp()
+    folder = (folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder) / "together"
+    folder.mkdir(exist_ok=True)
+    with (folder / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not (folder / "done").exists():
+            launch(_TOGETHER, folder, "ddp")
+            (folder / "done").touch()
+    return saved_by(folder / name)
+
+
+def saved_by(folder: Path) -> list:
     return [torch.load(folder / f"{rank}.pt") for rank in range(2)]
 
 

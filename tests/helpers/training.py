@@ -74,16 +74,41 @@ def unloadable(folder) -> str:
     return str(folder)
 
 
+def split(batches) -> list[dict]:
+    """The rows of micro-batches."""
+    return [
+        {k: v[i] for k, v in batch.items() if v.ndim}
+        for batch in batches
+        for i in range(len(batch["prompt_ids"]))
+    ]
+
+
+def read_by(teacher, row) -> tuple:
+    """What a row's teacher reads before the completion, and that teacher: `teacher`, or the row's
+    own of a list of them."""
+    own = "teacher_prompt" if "teacher_prompt_ids" in row else "prompt"
+    one = teacher if "teacher_index" not in row else teacher[int(row["teacher_index"])]
+    return row[f"{own}_ids"][row[f"{own}_mask"].bool()], one
+
+
+def share_written_by(teacher, batch) -> float:
+    """Of the prefixes' tokens, those that are the likeliest of the row's teacher."""
+    hits = []
+    for row in split([batch]):
+        read, one = read_by(teacher, row)
+        written = row["completion_ids"][: int(row["prefix_lengths"])]
+        with torch.no_grad():
+            logits = one(torch.cat([read, written])[None]).logits[0, len(read) - 1 : -1]
+        hits.append((logits.argmax(-1) == written).float())
+    return torch.cat(hits).mean().item()
+
+
 def by_hand(trainer, student, teacher, step=0, sampler=None) -> torch.Tensor:
     """Loss of a step, with gradients in the float64 model `student`. sampler: the model that wrote
     the completions, where it is another one."""
     args = trainer.args
     each = args.gradient_accumulation_steps
-    rows = [
-        {k: v[i] for k, v in batch.items() if v.ndim}
-        for batch in trainer.batches[step * each : (step + 1) * each]
-        for i in range(len(batch["prompt_ids"]))
-    ]
+    rows = split(trainer.batches[step * each : (step + 1) * each])
     tokens = sum(int(row["completion_mask"].sum()) for row in rows)
     total, kept = torch.zeros((), dtype=torch.float64), 0.0
     for row in rows:
@@ -93,9 +118,7 @@ def by_hand(trainer, student, teacher, step=0, sampler=None) -> torch.Tensor:
         place = slice(len(prompt) - 1, len(ids[0]) - 1)
         logits = student(ids).logits[0, place].double()
         with torch.no_grad():
-            own = "teacher_prompt" if "teacher_prompt_ids" in row else "prompt"
-            read = row[f"{own}_ids"][row[f"{own}_mask"].bool()]
-            one = teacher if "teacher_index" not in row else teacher[int(row["teacher_index"])]
+            read, one = read_by(teacher, row)
             theirs = one(torch.cat([read, labels])[None]).logits[0, len(read) - 1 : -1].double()
         positions = torch.arange(len(labels))
         prefix = positions < row["prefix_lengths"]

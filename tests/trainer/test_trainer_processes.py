@@ -8,13 +8,13 @@ import torch
 pytest.importorskip("trl", reason="the trainer needs trl")
 
 import tiny
-from engines import ENGINES, on_two_processes
+from engines import ENGINES, on_two_processes, saved_together
 from training import RATE, by_hand, make, rewards_by_hand
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
 
 
-_ONE_STEP = """
+ONE_STEP = """
 import sys, torch
 from engines import use, whole_parameters
 settings = use(sys.argv[2])
@@ -35,9 +35,13 @@ torch.save((trainer.batches, parameters, trainer.losses, log), f"{sys.argv[1]}/{
     "engine",
     [pytest.param(each, marks=pytest.mark.slow) if each == "fsdp2" else each for each in ENGINES],
 )
-def test_two_processes_are_the_large_batch(tmp_path, engine):
+def test_two_processes_are_the_large_batch(tmp_path, tmp_path_factory, engine):
     """Tokens are counted, draws keyed and metrics summed over both."""
-    saved = on_two_processes(_ONE_STEP, tmp_path, engine)
+    saved = (
+        saved_together("test_trainer_processes", tmp_path_factory)
+        if engine == "ddp"
+        else on_two_processes(ONE_STEP, tmp_path, engine)
+    )
     trainer = make(tmp_path, per_device_train_batch_size=1, gradient_accumulation_steps=4)
     trainer.seen = [(batch, True) for batches, *_ in saved for batch in batches]
     keys = torch.cat([batch["sequence_ids"] for batch in trainer.batches])

@@ -69,6 +69,7 @@ def test_what_is_set(recipe, settings, rule, capsys):
             assert f"`{key}={value!r}`" in printed
     assert printed.startswith(f"Recipe `{recipe}` (") and "Overruled" not in printed
     assert ("top_k=64" in printed) == recipe.startswith("tropd")
+    assert "stage=" not in printed  # which the trainer switches
 
 
 @pytest.mark.parametrize("recipe", RECIPES)

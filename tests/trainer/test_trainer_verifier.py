@@ -12,8 +12,8 @@ pytest.importorskip("trl", reason="the trainer needs trl")
 
 import tiny
 import transformers
-from engines import on_two_processes
-from training import RATE, Spy, by_hand, make, resume_and_compare, step_and_compare
+from engines import saved_together
+from training import RATE, Spy, by_hand, make, resume_and_compare, split, step_and_compare
 from trl import GRPOConfig, GRPOTrainer
 
 from tropd_kernels import KDRL, TokenRule
@@ -58,9 +58,7 @@ def log_of(trainer) -> dict:
 
 def rows_of(trainer) -> list[dict]:
     """The rows of all micro-batches, in the order in which they were written."""
-    rows = [{k: v[i] for k, v in batch.items() if v.ndim}
-            for batch in trainer.batches for i in range(len(batch["prompt_ids"]))]  # fmt: skip
-    return sorted(rows, key=lambda row: int(row["sequence_ids"]))
+    return sorted(split(trainer.batches), key=lambda row: int(row["sequence_ids"]))
 
 
 def advantages_by_hand(rewards: list[float], size: int) -> list[float]:
@@ -120,6 +118,10 @@ def test_equal_rewards_have_advantage_0_to_the_bit():
         # Of large sums the mean's rounding is more than any fixed bound.
         found, _, equal = group_advantages(equal_rewards * 675763776.0, 7 * weights, 7, scale)
         assert found.tolist() == [0.0] * 21 and equal.all()
+    # The same sum, rounded differently: w + 5 w and 3 w + 3 w.
+    terms, weights = torch.tensor([[1.0, 5.0], [3.0, 3.0]]), weights.expand(2) * 1e10 / 3
+    found, total, equal = group_advantages(terms, weights, 2, "none")
+    assert total[0] != total[1] and found.tolist() == [0.0, 0.0] and equal.all()
     found, _, equal = group_advantages(torch.tensor([[1e8], [1e8 + 8]]), torch.ones(1), 2, "none")
     assert found.tolist() == [-4.0, 4.0] and not equal.any()
 
@@ -214,7 +216,7 @@ def test_a_resumed_run_has_the_same_rewards(tmp_path):
     resume_and_compare(tmp_path, 3, max_steps=6, num_iterations=2, **settings)
 
 
-_TWO = """
+ONE_STEP = """
 import sys, torch, pytest, tiny
 from engines import use, whole_parameters
 settings = use(sys.argv[2])
@@ -261,11 +263,11 @@ torch.save(saved, f"{sys.argv[1]}/{rank}.pt")
 """
 
 
-def test_two_processes_are_the_large_batch(tmp_path):
+def test_two_processes_are_the_large_batch(tmp_path, tmp_path_factory):
     """A group lies over both, and three rows of an evaluation count once, though accelerate
     repeats one. A function or model that fails on one process stops both, and so does a reward
     that is infinite in float32."""
-    saved = on_two_processes(_TWO, tmp_path, "ddp")
+    saved = saved_together("test_trainer_verifier", tmp_path_factory)
     trainer = make(tmp_path, objective="opd", task_weight=0.7, kind=partial(
         Spy, reward_funcs=distinct), num_generations=4, per_device_train_batch_size=1,
         gradient_accumulation_steps=4)  # fmt: skip
