@@ -396,6 +396,11 @@ class TrOPDConfig(DistillationConfig):
         """Whether the loss of any step reads a teacher."""
         return any(rule.uses_teacher for rule in self.rules())
 
+    @property
+    def uses_task_advantages(self) -> bool:
+        """Whether the loss of any step reads a verifier's rewards."""
+        return any(rule.uses_task_advantages for rule in self.rules())
+
     def _selecting(self, rule: TokenRule) -> TokenRule:
         selection = {name: getattr(self, name) for name in SELECTION}
         return rule if selection["select_by"] is None else replace(rule, **selection)

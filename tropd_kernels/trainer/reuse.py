@@ -113,8 +113,8 @@ class BatchReuse(DistillationTrainer):
             expected = [self._train_batch_size] * self.args.gradient_accumulation_steps
             if not holds_on_all(self.accelerator, saved == expected):
                 raise _resume_split_error(saved, expected, checkpoint)
-            reads = any(rule.uses_task_advantages for rule in self.args.rules())
-            if reads and not all("task_advantages" in part for part in batch):
+            known = all("task_advantages" in part for part in batch)
+            if self.args.uses_task_advantages and not known:
                 raise ValueError(
                     f"resume_from_checkpoint: {checkpoint} was saved without reward_funcs between "
                     "the steps on a generation batch, which num_iterations goes on with: leave "

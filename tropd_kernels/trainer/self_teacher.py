@@ -76,10 +76,10 @@ def _is_adapted(student: Any) -> bool:
 def refuse_equal_sides(student: ModelSide, teacher: ModelSide) -> None:
     """Raises ValueError for adapters that change nothing, as PEFT makes them: the teacher is the
     student, and the gradient of each divergence between the two is zero."""
-    pairs = [(getattr(student, name), getattr(teacher, name)) for name in ("hidden", "weight")]
-    if (student.bias is None) == (teacher.bias is None) and student.bias is not None:
+    pairs = [(student.hidden, teacher.hidden), (student.weight, teacher.weight)]
+    if student.bias is not None and teacher.bias is not None:
         pairs.append((student.bias, teacher.bias))
-    if all(ours.shape == theirs.shape and torch.equal(ours, theirs) for ours, theirs in pairs):
+    if all(torch.equal(ours, theirs) for ours, theirs in pairs):  # False where shapes differ
         raise ValueError(
             "teacher_model: 'self' reads what the student reads, and the student's adapters do "
             f"not change it yet, so that it is taught nothing: give the data set a column "

@@ -57,7 +57,7 @@ def check_reward_funcs(
     """
     functions = [*given] if isinstance(given, (list, tuple)) else [given]
     functions = [] if given is None else functions
-    reads = any(rule.uses_task_advantages for rule in args.rules())
+    reads = args.uses_task_advantages
     if not functions:
         if reads:
             raise ValueError(
