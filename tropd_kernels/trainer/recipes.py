@@ -129,6 +129,7 @@ def apply_knobs(config: Any) -> None:
 def _pointless(config: Any, given: Collection[str]) -> set[str]:
     """Keys that the given ones leave without effect."""
     keys: set[str] = set()
+    # With lmbda 0 all completions of a prompt may be one text, the data set's.
     if config.precomputed_teacher or config.lmbda == 0:
         keys |= {"num_generations", "prefix_schedule", "prefix_relative"}
     if "prefix_relative" in given and not (config.prefix_relative or config.prefix_length):
