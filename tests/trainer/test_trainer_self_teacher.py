@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from functools import partial
 
 import datasets
 import pytest
@@ -12,7 +13,7 @@ pytest.importorskip("trl", reason="the trainer needs trl")
 
 import tiny
 from engines import on_two_processes, saved_together
-from training import RATE, by_hand, make, share_written_by, step_and_compare, unloadable
+from training import RATE, Spy, by_hand, make, share_written_by, step_and_compare, unloadable
 
 from tropd_kernels.trainer import TrOPDConfig
 
@@ -186,6 +187,8 @@ def test_refusals_before_a_model_is_loaded(tmp_path):
         make(tmp_path, name, tiny.model(1), told(), teacher_update_rate=1.0)
     with pytest.raises(ValueError, match="^teacher_model: 'self' .* give the data set a column 't"):
         make(tmp_path, name, "self", tiny.prompts())
+    with pytest.raises(ValueError, match="^teacher_model: 'self' .* give the data set a column 't"):
+        make(tmp_path, name, "self", tiny.prompts(), kind=partial(Spy, reward_funcs=[]))
     peft = pytest.importorskip("peft")
     with pytest.raises(NotImplementedError, match="^teacher_update_rate: with adapters"):
         make(tmp_path, name, "self", told(), peft=peft.LoraConfig(), teacher_update_rate=0.5)

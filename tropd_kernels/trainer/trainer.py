@@ -147,7 +147,7 @@ class TrOPDTrainer(RewardedTrainer):
             loaded = teacher_to_load(teacher_model, args)
         else:
             check_several(loaded, teacher_model, args, datasets)
-        rewarded = reward_funcs is not None
+        rewarded = args.uses_task_advantages  # which `check_reward_funcs` holds against these
         check_self(model, loaded, peft_config, args, train_dataset, rewarded)
         check_sources(model, loaded, args)
         if args.precomputed_teacher and tools:
