@@ -21,7 +21,7 @@ PROMPTS, RESPONSES, V = (3, 2, 4), (25, 1, 30), 29
 
 @pytest.fixture
 def verl_losses():
-    pytest.importorskip("verl")
+    pytest.importorskip("verl", reason="needs verl: make engines")
     return pytest.importorskip("verl.trainer.distillation.losses")
 
 
@@ -305,7 +305,7 @@ def test_a_verl_with_another_plug_in_point_is_named():
 
 
 def test_the_example_fits_verl_s_configuration(verl_losses):
-    hydra = pytest.importorskip("hydra")
+    hydra = pytest.importorskip("hydra", reason="needs hydra: make engines")
     import verl
     from verl.utils.config import omega_conf_to_dataclass
 

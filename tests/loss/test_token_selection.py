@@ -277,10 +277,11 @@ def test_infinite_scores(backend):
 
 
 @pytest.mark.parametrize("backend", ["reference", *BACKENDS])
-def test_a_score_of_nan_shows(backend):
+@pytest.mark.parametrize("how", [{"select_fraction": 0.2}, {"select_threshold": 9e9}], ids=str)
+def test_a_score_of_nan_shows(how, backend):
     problem = make_problem(tokens=6)
     problem.hidden[2] = math.nan
-    rule = replace(OPD(), select_by="entropy", select_fraction=0.2)
+    rule = replace(OPD(), select_by="entropy", **how)
     loss, _, _ = problem.call(rule, "hidden", backend)
     assert loss.isnan()
 

@@ -101,7 +101,9 @@ def test_ends():
             expected = {2: ("stop", None), 3: ("stop", 3)}.get(last, ("length", None))
             assert (choice["finish_reason"], choice["stop_reason"]) == expected
             seen.add(expected)
-    assert len(seen) == 3
+            if len(seen) == 3:
+                return
+    pytest.fail(f"only {seen} in 60 texts")
 
 
 @pytest.mark.parametrize("k", [0, 3])
