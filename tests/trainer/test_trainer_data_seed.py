@@ -12,7 +12,10 @@ from training import make
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
 #: Two epochs of four steps each.
-RUN = dict(max_steps=8, per_device_train_batch_size=2, optim="adamw_torch", learning_rate=1e-3)
+RUN = dict(
+    max_steps=8, per_device_train_batch_size=2, max_completion_length=3, optim="adamw_torch",
+    learning_rate=1e-3,
+)  # fmt: skip
 
 
 def run(folder, *, stream=False, resume=None, **settings):
