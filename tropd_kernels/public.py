@@ -33,6 +33,7 @@ from .objectives import (
     TokenRule,
     TopKJSD,
     TrOPD,
+    TrOPD_AOPD,
     Veto,
 )
 from .teachers import HiddenTeacher, LogitsTeacher, SampledTeacher, TopKTeacher
@@ -62,6 +63,7 @@ __all__ = [
     "EntropyOPD",
     "REOPOLD",
     "AOPD",
+    "TrOPD_AOPD",
     "PowerOPD",
     "TOPD",
     "Log1pOPD",

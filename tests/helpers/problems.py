@@ -62,7 +62,7 @@ OBJECTIVES = {
     "aopd": AOPD(top_k=K),
     "sft": SFT(),
     "power_opd": PowerOPD(alpha=2.0),
-    "topd": TOPD(alpha=0.4, clip_ratio_low=0.2, clip_ratio_high=0.2),
+    "topd": TOPD(alpha=0.4),
     "topd_current": TokenRule(
         reward="proximal", reward_parameter=0.6, reward_policy="current", clip_reward_low=-0.5
     ),

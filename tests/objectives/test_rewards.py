@@ -243,14 +243,15 @@ def test_the_current_policys_reward(backend, device):
 
 
 def test_the_named_objectives_are_their_papers():
-    """Fields by hand; the weights of KDRL are those of A + beta R at beta 0.002."""
-    task = TokenRule(policy_gradient=0.002, task_weight=500.0, reward_filter="negative")
+    """Fields by hand (their defaults: `test_presets`); A + beta R at beta 0.004 in KDRL."""
+    task = TokenRule(policy_gradient=0.004, task_weight=250.0, reward_filter="negative")
     assert replace(PowerOPD(), prefix_weight=None) == shaped(("power", 5.0))
-    assert TOPD(alpha=0.3, prefix_weight=None) == shaped(("proximal", 0.3))
+    open_clip = dict(clip_ratio_low=None, clip_ratio_high=None, prefix_weight=None)
+    assert TOPD(alpha=0.3, **open_clip) == shaped(("proximal", 0.3))
     assert Log1pOPD(prefix_weight=None) == shaped(("log1p", None))
     assert TVOPD(scale=0.1, prefix_weight=None) == shaped(("sign", None), policy_gradient=0.1)
     named = KDRL(
-        task_weight=500.0, kl_penalty_coef=0.002, reward_filter="negative", prefix_weight=None
+        task_weight=250.0, kl_penalty_coef=0.004, reward_filter="negative", prefix_weight=None
     )
     assert named == task
     assert PowerOPD().prefix_weight == OPD().prefix_weight

@@ -311,7 +311,7 @@ def test_compiled_and_under_torch_func(reduction, device):
     assert torch.equal(torch.func.grad(loss)(hidden), leaf.grad)
 
 
-RULE = ExOPD(extrapolation=1.25)
+RULE = ExOPD()
 BAD = {
     "no reference teacher": (
         lambda: head_loss(objective=RULE), ValueError, "reference_power=-0.25",

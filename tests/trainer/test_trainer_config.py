@@ -24,6 +24,7 @@ from tropd_kernels import (
     Divergence,
     PowerOPD,
     TrOPD,
+    TrOPD_AOPD,
     trainer,
 )
 from tropd_kernels.objectives.registry import OBJECTIVES, build_rule, knobs, required_knobs
@@ -63,6 +64,8 @@ def config(**settings) -> TrOPDConfig:
         ({"objective": "lsm"}, LSM()),
         ({"objective": "eopd"}, EOPD()),
         ({"objective": "aopd"}, AOPD()),
+        ({"objective": "tropd_aopd"}, TrOPD_AOPD()),
+        ({"objective": "topd"}, TOPD(alpha=0.2)),
         ({"objective": "power_opd"}, PowerOPD(alpha=5.0)),
         ({"objective": "topd", "objective_kwargs": {"alpha": 0.3}}, TOPD(alpha=0.3)),
         ({"objective": "sft"}, SFT()),
@@ -91,7 +94,7 @@ def test_knobs_are_the_constructor_s(name):
     ("settings", "message"),
     [
         ({"objective": "tropdd"}, "unknown 'tropdd' (did you mean 'tropd'?)"),
-        ({"objective": "topd"}, "objective_kwargs: objective 'topd' needs alpha, which has no"),
+        ({"objective": "veto"}, "objective 'veto' needs student_power, which has no default"),
         ({"objective": "kdrl"}, "objective: 'kdrl' reads task_advantages= in every call"),
         ({"objective": "TrOPD"}, "unknown 'TrOPD' (did you mean 'tropd'?)"),
         ({"objective_kwargs": "{top_k: 8}"}, "objective_kwargs: '{top_k: 8}' is no JSON: Expect"),

@@ -32,6 +32,7 @@ from .named import (
     PowerOPD,
     TopKJSD,
     TrOPD,
+    TrOPD_AOPD,
     Veto,
 )
 from .rewards import REWARDS
@@ -70,6 +71,7 @@ __all__ = [
     "TokenRule",
     "TopKJSD",
     "TrOPD",
+    "TrOPD_AOPD",
     "Veto",
     "decode_rule",
 ]

@@ -1,4 +1,9 @@
-"""Published objectives: constructors that each fill in a `TokenRule` (sources: `rule`)."""
+"""Published objectives: constructors that each fill in a `TokenRule` (sources: `rule`).
+
+A default is the publication's. Where it states none, the docstring says what the default rests on,
+or the argument has none. `prefix_weight`, 0.001 everywhere, is TrOPD's: no other publication has
+teacher-written prefixes, and without them it does nothing.
+"""
 
 from __future__ import annotations
 
@@ -17,8 +22,9 @@ from .rule_fields import STATIC_THRESHOLD
 class _TrOPD:
     """Trust Region On-Policy Distillation (arXiv 2606.01249): K1 where the teacher would accept the
     token (the speculative-decoding test), forward KL on the teacher's top-k where it would not, and
-    a small K1 forward KL on a teacher-written prefix. Defaults are the paper's; without an outlier
-    that sums over K the rule has no `top_k`, and with gate "always" no outlier."""
+    a small K1 forward KL on a teacher-written prefix. Defaults are the paper's (k 64, prefix weight
+    0.001; its forward KL is the plain sum over K); without an outlier that sums over K the rule has
+    no `top_k`, and with gate "always" no outlier."""
 
     def __call__(
         self,
@@ -55,7 +61,8 @@ class _TrOPD:
         return self()
 
     def official_code(self) -> TokenRule:
-        """As the authors' code is reported to compute it: on an outlier, minus the forward KL is a
+        """As the authors' code is reported to compute it, at second hand: their repository
+        (Xingrun-Xing2/TrOPD) holds no training code. On an outlier, minus the forward KL is a
         detached reward of the sampled token, of a teacher renormalised on its top-k."""
         return self(outlier="forward_kl_reward", top_k_tail="renormalize_teacher")
 
@@ -156,8 +163,7 @@ def AOPD(
     *, top_k: int | None = 64, top_k_tail: str = "raw", prefix_weight: float | None = 0.001
 ) -> TokenRule:
     """AOPD (arXiv 2605.06387): K1 where the reward is positive, forward KL to the teacher's top-k
-    where it is not. TrOPD always accepts a token of positive reward, so TrOPD's gate on top of this
-    one (a "TrOPD + AOPD" stands in TrOPD's tables, without a formula) changes nothing."""
+    where it is not. top_k 64 is TrOPD's; no published value was found."""
     return TokenRule(
         gate="threshold",
         outlier="forward_kl",
@@ -168,27 +174,40 @@ def AOPD(
     )
 
 
+def TrOPD_AOPD(
+    *, top_k: int | None = 64, top_k_tail: str = "raw", prefix_weight: float | None = 0.001
+) -> TokenRule:
+    """The "TrOPD + AOPD" of TrOPD's tables (arXiv 2606.01249), which print no formula. Read as both
+    gates: K1 where either keeps it, forward KL elsewhere. TrOPD accepts every token of positive
+    reward, so its own gate adds nothing to AOPD's, and what it brings is its teacher-written
+    prefixes: `AOPD` with TrOPD's `top_k` and `prefix_weight`."""
+    return AOPD(top_k=top_k, top_k_tail=top_k_tail, prefix_weight=prefix_weight)
+
+
 # --- OPD with another reward -------------------------------------------------------------------
 
 
 def PowerOPD(*, alpha: float = 5.0, prefix_weight: float | None = 0.001) -> TokenRule:
-    """PowerOPD (arXiv 2606.17199): OPD with the bounded reward q(y)^alpha - p(y)^alpha; `alpha` 5
-    is the paper's. For a small `alpha` it is about alpha times K1, so the gradient shrinks, too."""
+    """PowerOPD (arXiv 2606.17199): OPD with the bounded reward q(y)^alpha - p(y)^alpha. `alpha` 5
+    is that of the authors' code (EIT-NLP/PowerOPD); the paper reports 0.1 to 500 and names no one.
+    For a small `alpha` it is about alpha times K1, so the gradient shrinks, too."""
     check_reward_parameter("power", alpha, "alpha")
     return TokenRule(reward="power", reward_parameter=alpha, prefix_weight=prefix_weight)
 
 
 def TOPD(
     *,
-    alpha: float,
-    clip_ratio_low: float | None = None,
-    clip_ratio_high: float | None = None,
+    alpha: float = 0.2,
+    clip_ratio_low: float | None = 0.2,
+    clip_ratio_high: float | None = 0.2,
     prefix_weight: float | None = 0.001,
 ) -> TokenRule:
     """TOP-D, Trust Region Policy Distillation (arXiv 2607.04751): OPD with the reward
     log(alpha q/p + 1 - alpha), the log-ratio to a proximal teacher between student and teacher. It
-    is at least log(1 - alpha); `alpha` lies in (0, 1], and 1 is OPD. The paper also bounds rho,
-    and gives as `advantages` the returns that `credit.reward_plus_future_mean` makes."""
+    is at least log(1 - alpha); `alpha` lies in (0, 1], and 1 is OPD. The paper trains with 0.1 and
+    0.2, of which prime-rl (#2966) and NeMo-RL (#4011) take 0.2, and clips rho to [0.8, 1.2]; None
+    opens a side. Its advantages are the call's `advantages`: the returns that
+    `credit.reward_plus_future_mean` makes, z-normalized over the tokens of a prompt's rollouts."""
     check_reward_parameter("proximal", alpha, "alpha")
     return TokenRule(
         reward="proximal",
@@ -202,13 +221,17 @@ def TOPD(
 def Log1pOPD(*, prefix_weight: float | None = 0.001) -> TokenRule:
     """OPD with the reward sign(R) log(1 + abs(R)) ("Demystifying OPD", arXiv 2607.13399), which
     grows as the logarithm of K1. Its other cure is
-    `TokenRule(clip_reward_low=..., clip_reward_high=...)`."""
+    `TokenRule(clip_reward_low=..., clip_reward_high=...)`, for whose bounds no published value was
+    found."""
     return TokenRule(reward="log1p", prefix_weight=prefix_weight)
 
 
-def TVOPD(*, scale: float, prefix_weight: float | None = 0.001) -> TokenRule:
+def TVOPD(*, scale: float = 1.0, prefix_weight: float | None = 0.001) -> TokenRule:
     """TV-OPD (arXiv 2609.08341): OPD with the reward `scale` * sign(R), whose expected gradient on
-    the student's own tokens is that of twice `scale` times the total variation."""
+    the student's own tokens is that of twice `scale` times the total variation. At a fixed `scale`
+    of 1 it is the paper's Sign-TV. TV-OPD lowers the scale with the total variation, which is the
+    caller's: with D the mean of max(1 - q(y)/p(y), 0) in an exponential average (0.95), step by
+    step sqrt(D / D of the first step), within [0.1, 1]."""
     number("scale", scale)
     if scale == 0:
         raise ValueError("scale must not be 0: the objective would have no term")
@@ -217,15 +240,17 @@ def TVOPD(*, scale: float, prefix_weight: float | None = 0.001) -> TokenRule:
 
 def KDRL(
     *,
-    task_weight: float,
-    kl_penalty_coef: float = 1.0,
+    task_weight: float = 500.0,
+    kl_penalty_coef: float = 0.002,
     reward_filter: str | None = None,
     prefix_weight: float | None = 0.001,
 ) -> TokenRule:
     """KDRL (arXiv 2506.02208): the policy gradient of kl_penalty_coef * (R + task_weight * A), with
     the call's `task_advantages` A, such as GRPO's. The paper's A + beta R has `task_weight` 1/beta
-    and `kl_penalty_coef` beta. reward_filter="negative" distils only where A < 0, as its
-    reward-guided masking does on answers."""
+    and `kl_penalty_coef` beta; the defaults are its fixed beta, 0.002. Its annealed one falls from
+    0.005 to 0.001, by 5e-5 a step. Its k2 estimate has this gradient where rho is 1.
+    reward_filter="negative" distils only where A < 0; the paper's masking, of wrong answers, also
+    distils in a group without a right one, where GRPO's A is 0."""
     number("kl_penalty_coef", kl_penalty_coef)
     return TokenRule(
         policy_gradient=kl_penalty_coef,
@@ -316,31 +341,36 @@ def GKD(beta: float = 0.5) -> TokenRule:
 def CADENCE() -> TokenRule:
     """Forward and reverse KL with a weight for each token, as CADENCE (arXiv 2607.16955) and SEAD
     (2606.28562) mix them: `Divergence("mixed")`. Their schedules of the weight are the caller's,
-    who passes it as `mixing`; tokens that SEAD skips have `token_weight` 0."""
+    who passes it as `mixing`: CADENCE's follows the student's coverage of the teacher's top-k,
+    SEAD's falls from 0.8 to 0 by a cosine. The KLs here are exact, where CADENCE estimates them
+    from the sampled token; tokens that SEAD skips have `token_weight` 0."""
     return Divergence("mixed")
 
 
 def Veto(*, student_power: float, divergence: str = "forward_kl") -> TokenRule:
     """Veto (arXiv 2601.07155): a divergence of `Divergence` to a target between both models,
-    q sg(p)^student_power, renormalised. student_power is the paper's beta, whose schedule is the
-    caller's; at 0 the target is the teacher."""
+    q sg(p)^student_power, renormalised; at 0 the target is the teacher. student_power is the
+    paper's beta, which has no default, as the paper searches it by task: 0.8 for reasoning, 1 for
+    code, 0.3 for summaries, each falling to 0 linearly, by a schedule of the caller's. DemoPSD
+    (2607.02502) gives each token powers of its own, which no rule can say."""
     number("student_power", student_power, low=0.0)
     return replace(Divergence(divergence), student_power=student_power)
 
 
 def ExOPD(
     *,
-    extrapolation: float,
+    extrapolation: float = 1.25,
     kl_penalty_coef: float = 1.0,
     clip_ratio_low: float | None = None,
     clip_ratio_high: float | None = None,
     prefix_weight: float | None = 0.001,
 ) -> TokenRule:
-    """OPD beyond the teacher (ExOPD, arXiv 2602.12125; OPD^2, 2607.15161): the teacher's log-ratio
-    to the call's `reference_teacher` r, a model before the teacher's training, counts
-    `extrapolation` times (lambda; above 1 extrapolates, below 1 interpolates). That is OPD to the
-    target q^lambda r^(1 - lambda). The sampled reward is that of the renormalised target: it
-    differs from the paper's by a constant of each position, which changes no expected gradient."""
+    """OPD beyond the teacher (ExOPD, arXiv 2602.12125): the teacher's log-ratio to the call's
+    `reference_teacher` r, a model before the teacher's training, counts `extrapolation` times
+    (lambda; above 1 extrapolates, below 1 interpolates; 1.25 is the authors', RUCBM/G-OPD). That is
+    OPD to the target q^lambda r^(1 - lambda). The sampled reward is that of the renormalised
+    target: it differs from the paper's by a constant of each position, which changes no expected
+    gradient."""
     number("extrapolation", extrapolation, low=0.0)
     if extrapolation in (0, 1):
         raise ValueError(
@@ -359,8 +389,10 @@ def ExOPD(
 
 def LSM(*, top_k: int = 32) -> TokenRule:
     """Teacher top-K local support matching (arXiv 2603.25562): the reverse KL on the teacher's
-    top-k, both sides renormalised there, without which training collapses. The paper samples with
-    top-p 0.9 and masks special tokens, both of which are the caller's."""
+    top-k, both sides renormalised there, without which training collapses. top_k 32 is the paper's
+    and that of the authors' code (hhh675597/revisiting_opd). The paper samples with top-p 0.9 and
+    masks special tokens, both of which are the caller's; the code's scripts also train on each
+    answer's fifth of highest entropy (`credit.entropy_quantile_mask`, row by row)."""
     return Divergence("reverse_kl", top_k=top_k, top_k_tail="renormalize_both")
 
 

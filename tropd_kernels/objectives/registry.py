@@ -45,6 +45,7 @@ _NAMED: dict[str, Callable[..., TokenRule]] = {
     "clip_outlier": named.ClipOutlier,
     "mask_outlier": named.MaskOutlier,
     "aopd": named.AOPD,
+    "tropd_aopd": named.TrOPD_AOPD,
     "power_opd": named.PowerOPD,
     "topd": named.TOPD,
     "log1p_opd": named.Log1pOPD,

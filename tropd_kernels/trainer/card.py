@@ -130,6 +130,11 @@ OBJECTIVES: Mapping[str, tuple[str, str, Source | None]] = {
     "eopd": ("EOPD", "PPO-clipped K1, and forward KL where the teacher is unsure", _EOPD),
     "entropy_opd": ("Entropy OPD", "K1 on the student's most uncertain tokens", _SURVEY),
     "aopd": ("AOPD", "K1 where it rewards, forward KL where it punishes", _AOPD),
+    "tropd_aopd": (
+        "TrOPD + AOPD",
+        "K1 where it rewards, forward KL where it punishes",
+        _TROPD,
+    ),
     "power_opd": ("PowerOPD", "K1 with a bounded reward, a difference of powers", _POWER_OPD),
     "topd": ("TOP-D", "K1 against a proximal teacher, mixed with the student", _TOPD),
     "log1p_opd": ("OPD with compressed rewards", "the logarithm of K1, with its sign", None),

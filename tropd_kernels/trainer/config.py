@@ -108,8 +108,8 @@ class TrOPDConfig(DistillationConfig):
     objective: Objective = _setting(  # noqa: RUF009
         "the name of one, or a rule of one's own. The names: "
         '"tropd" (default), "opd", "gkd", "eopd", "entropy_opd", "reopold", "clip_outlier", '
-        '"mask_outlier", "aopd", "power_opd", "topd", "log1p_opd", "tv_opd", "lsm", "mopd", '
-        '"topk_jsd", "veto", "sft", or a divergence: "forward_kl", '
+        '"mask_outlier", "aopd", "tropd_aopd", "power_opd", "topd", "log1p_opd", "tv_opd", "lsm", '
+        '"mopd", "topk_jsd", "veto", "sft", or a divergence: "forward_kl", '
         '"reverse_kl", "jeffreys", "jsd", "skew_forward", "skew_reverse", "alpha", "chi2", '
         '"total_variation", "todi", "akl". `tropd_kernels.objectives` says what each is and where '
         'from. Quantiles and means over "the batch" (entropy_opd, reopold) are over a micro-batch. '
@@ -124,12 +124,13 @@ class TrOPDConfig(DistillationConfig):
         'tropd: gate "bernoulli", outlier "forward_kl", top_k 64, top_k_tail "raw", threshold '
         "-1.386. opd: kl_penalty_coef 1. eopd: entropy_threshold 0.8 nats, top_k 16, clip_ratio "
         "0.2. entropy_opd: top_fraction 0.2. reopold: mixing 0.2, entropy_quantile 0.8. "
-        "clip_outlier, mask_outlier: threshold -1.386. power_opd: alpha 5. topd: alpha in (0, 1], "
-        "which has to be given. tv_opd: scale, likewise. aopd, mopd, topk_jsd: top_k 64. lsm: "
-        'top_k 32. forward_kl, reverse_kl: top_k None, top_k_tail "raw", top_k_ids "teacher" (or '
-        '"student", beside a teacher that is loaded). skew_*: alpha 0.1. akl: head_mass 0.5. veto: '
-        'student_power, to be given, divergence "forward_kl". sft: label_smoothing 0, z_loss 0. A '
-        "`top_k` here is the teacher's; the field `top_k` samples."
+        "clip_outlier, mask_outlier: threshold -1.386. power_opd: alpha 5. topd: alpha 0.2, "
+        "clip_ratio_low and clip_ratio_high 0.2. tv_opd: scale 1. aopd, tropd_aopd, mopd, "
+        "topk_jsd: top_k 64. lsm: top_k 32. forward_kl, reverse_kl: top_k None, top_k_tail "
+        '"raw", top_k_ids "teacher" (or "student", beside a teacher that is loaded). skew_*: '
+        "alpha 0.1. akl: head_mass 0.5. veto: student_power, to be given, divergence "
+        '"forward_kl". sft: label_smoothing 0, z_loss 0. A `top_k` here is the teacher\'s; the '
+        "field `top_k` samples."
     )
     beta: float | None = _setting(
         "interpolation of gkd, jsd and topk_jsd: 0 is the forward KL, 1 the reverse KL. None "
