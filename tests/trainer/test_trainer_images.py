@@ -12,6 +12,7 @@ import tiny
 import vision
 from served import serve
 from training import SGD, Spy
+from training import make as text_trainer
 from trl.data_utils import prepare_multimodal_messages
 
 from tropd_kernels.trainer import TrOPDConfig
@@ -241,6 +242,22 @@ def test_columns_of_other_modalities(tmp_path, column):
     with pytest.raises(ValueError, match=f"^{column}: it would not be read: a prompt goes with im"):
         trainer.train()
     make(tmp_path, "qwen2_vl", [{"prompt": TALK, column: None}] * 8)
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"prompt": TALK, "image": None},
+        {"prompt": TALK, "images": []},
+        {"prompt": [{"role": "user", "content": [{"type": "image"}]}]},
+    ],
+)
+def test_images_beside_a_model_of_text(tmp_path, row):
+    """Of a column without an image TRL would still write each message as a list of parts, which a
+    template for text prints as Python does."""
+    trainer = text_trainer(tmp_path, data=[row] * 8)
+    with pytest.raises(ValueError, match="^prompt: its images would not be read: the process"):
+        trainer.train()
 
 
 def test_two_columns_of_images(tmp_path):

@@ -70,7 +70,11 @@ def check_trainer(config: Config) -> None:
             "torch_compile: it would compile nothing: the loss reaches the models below the "
             "wrapper that compiles: leave out the keys that begin with torch_compile"
         )
-
+    if config.use_liger_kernel and config.device.type == "cpu":
+        raise ValueError(
+            "use_liger_kernel: Liger's layers are Triton kernels, which need a GPU, and this run "
+            "is on a CPU: leave it out"
+        )
     if config.vllm_mode not in ("server", "colocate"):
         raise ValueError(f"vllm_mode: must be server or colocate, got {config.vllm_mode!r}")
     check_effects(config)

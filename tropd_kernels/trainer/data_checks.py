@@ -3,20 +3,35 @@
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
 from typing import Any
 
+from transformers import ProcessorMixin
+
 from . import signals, teacher_prompts
 from .recipes import how_to_unset
 
 
 def data_sets(arguments: Mapping[str, Any]) -> Iterator[tuple[str, Any, Sequence[str] | None]]:
-    """Each data set, those in mappings too: its name in errors, itself, its columns.
+    """Each data set, those in mappings too: its name in errors, itself, its columns as
+    far as they are known.
 
-    arguments: by their names. A stream may not know its columns until it is read: None.
+    arguments: by their names.
     """
     for name, data in arguments.items():
         if isinstance(data, Mapping):
             yield from data_sets({f"{name}[{key!r}]": part for key, part in data.items()})
         elif data is not None:
-            yield name, data, getattr(data, "column_names", None)
+            yield name, data, known_columns(data)
+
+
+def known_columns(data: Any) -> Sequence[str] | None:
+    """The columns of a data set's rows. None: a stream may not know them until it is read, nor does
+    a data set with a transform, which makes its rows when they are read."""
+    form: Any = getattr(data, "format", None) or {}
+    return None if form.get("type") == "custom" else getattr(data, "column_names", None)
+
+
+def has_teacher_prompts(data: Any) -> bool:
+    """Whether a data set is known to have that column."""
+    return teacher_prompts.COLUMN in (known_columns(data) or ())
 
 
 def check_datasets(train: Any, evaluate: Any, args: Any, loaded_teacher: Any) -> None:
@@ -26,9 +41,9 @@ def check_datasets(train: Any, evaluate: Any, args: Any, loaded_teacher: Any) ->
     check_no_splits(train)
     _check_dataset("train_dataset", train, [*columns, *([args.prefix_column] if named else [])])
     writes = args.teacher_model_server_url or loaded_teacher is not None
-    own = [teacher_prompts.COLUMN] if writes and teacher_prompts.has_column(train) else []
+    own = [teacher_prompts.COLUMN] if writes and has_teacher_prompts(train) else []
     _check_dataset("eval_dataset", evaluate, [*columns, *own])
-    present = getattr(train, "column_names", None)  # a stream may not know them
+    present = known_columns(train)
     if args.is_guided and not writes and present and args.prefix_column not in present:
         raise missing_guide_error(args.prefix_column)
     if present and args.prefix_column in present:
@@ -82,19 +97,27 @@ def check_unread(
             )
 
 
-def check_modalities(datasets: Mapping[str, Any], processor: Any) -> None:
-    """Raises ValueError for a column, beside a processor, that TRL would drop unseen.
+#: TRL's columns of images.
+_IMAGES = {"image", "images"}
+_BLIND = (
+    "the processing class is a tokenizer, and the model sees no images: give one that does, with "
+    "its processor"
+)
 
-    TRL reads images alone, in one of two columns.
-    """
+
+def check_modalities(datasets: Mapping[str, Any], processor: Any) -> None:
+    """Raises ValueError for a column that TRL would drop unseen: it reads images alone, in one of
+    two columns. Beside a tokenizer, for a column of images."""
+    sees = isinstance(processor, ProcessorMixin)
+    unread = _unread_columns(processor) if sees else _IMAGES
+    why = "a prompt goes with images alone, in the column 'images' or 'image':" if sees else _BLIND
     for name, _, present in data_sets(datasets):
-        for column in sorted(_unread_columns(processor) & {*(present or ())}):
+        for column in sorted(unread & {*(present or ())}):
             raise ValueError(
-                f"{name}: the column {column!r} would not be read: a prompt goes with images "
-                "alone, in the column 'images' or 'image': drop it by "
-                f"remove_columns({column!r})"
+                f"{name}: the column {column!r} would not be read: {why}{'' if sees else ', or'} "
+                f"drop it by remove_columns({column!r})"
             )
-        if {"image", "images"} <= {*(present or ())}:
+        if {*(present or ())} >= _IMAGES:
             raise ValueError(
                 f"{name}: the column 'image' would not be read beside 'images': put all of a "
                 "row's images into that one"
@@ -104,11 +127,17 @@ def check_modalities(datasets: Mapping[str, Any], processor: Any) -> None:
 def check_row_modalities(rows: Sequence[Mapping[str, Any]], processor: Any) -> None:
     """`check_modalities` for a batch: a stream may not have known its columns.
 
-    TRL decides by the first row which of the two columns of images it reads.
+    TRL decides by the first row which of the two columns of images it reads. Beside a tokenizer
+    such a column would have every message written as a list of parts, even without an image.
     """
+    if not isinstance(processor, ProcessorMixin):
+        for row in rows:
+            if _IMAGES & row.keys() or _shows_images(row):
+                raise ValueError(f"prompt: its images would not be read: {_BLIND}; in {row!r:.200}")
+        return
     read = {name for name in ("images", "image") if name in rows[0]}
     read -= {"image"} if "images" in read else set()
-    unread = (_unread_columns(processor) | {"images", "image"}) - read
+    unread = (_unread_columns(processor) | _IMAGES) - read
     for row in rows:
         for column in sorted(unread & row.keys()):
             value = row[column]
@@ -237,12 +266,16 @@ def refuse_images(rows: Sequence[Mapping[str, Any]]) -> None:
     A served teacher would answer without having seen it.
     """
     for row in rows:
-        messages = row["prompt"] if isinstance(row["prompt"], list) else []
-        contents = [message.get("content") for message in messages]
-        parts = [part for content in contents if isinstance(content, list) for part in content]
-        shown = any(part["type"] == "image" for part in parts)
-        if row.get("images") or row.get("image") is not None or shown:
+        if row.get("images") or row.get("image") is not None or _shows_images(row):
             raise NotImplementedError(
                 "teacher_model_server_url: images are not sent to a teacher's server: load the "
                 "teacher in this process"
             )
+
+
+def _shows_images(row: Mapping[str, Any]) -> bool:
+    """Whether an image is among the parts of a row's messages."""
+    messages = row["prompt"] if isinstance(row["prompt"], list) else []
+    contents = [message.get("content") for message in messages]
+    parts = [part for content in contents if isinstance(content, list) for part in content]
+    return any(part["type"] == "image" for part in parts)

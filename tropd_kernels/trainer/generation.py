@@ -110,8 +110,7 @@ class PrefixedGeneration(MetricLogs):
 
     def _generate_and_score_completions(self, inputs):
         check_prompts(inputs)
-        if self._is_vlm:
-            check_row_modalities(inputs, self.processing_class)
+        check_row_modalities(inputs, self.processing_class)
         self._rows, self._prefix_lengths = inputs, [0] * len(inputs)
         self._teacher_prompts = self._tokenize_teacher_prompts(inputs)
         output = super()._generate_and_score_completions(inputs)

@@ -18,6 +18,7 @@ import torch
 from accelerate.utils import is_peft_model
 from trl import SyncRefModelCallback  # type: ignore[attr-defined]
 
+from .data_checks import known_columns
 from .effects import OF_LOADED_TEACHER, refuse
 from .sides import ModelSide
 from .teacher_prompts import COLUMN
@@ -51,7 +52,7 @@ def check_self(
             "teacher_update_rate: with adapters the teacher is the student without them, which "
             "does not move: leave it out, or train the whole model"
         )
-    present = getattr(train, "column_names", None)  # a stream may not know them
+    present = known_columns(train)
     if present and COLUMN not in present and needs_prompts(student, teacher, args, rewarded):
         raise ValueError(
             "teacher_model: 'self' would read what the student reads, and teach it nothing: give "

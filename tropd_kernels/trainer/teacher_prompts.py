@@ -24,11 +24,6 @@ NOTHING_ELSE = "with teacher_model 'self' the student is taught nothing without 
 _IDS, _MASK = f"{COLUMN}_ids", f"{COLUMN}_mask"
 
 
-def has_column(dataset: Any) -> bool:
-    """Whether a data set is known to have the column: a stream may not know its columns."""
-    return COLUMN in (getattr(dataset, "column_names", None) or ())
-
-
 def missing_error(row: Mapping[str, Any], why: str) -> ValueError:
     """For a row of a stream that lacks the column. why: `OTHERS_HAVE_IT` or `NOTHING_ELSE`."""
     return ValueError(

@@ -37,7 +37,14 @@ from ..teachers import Teacher
 from . import card, metrics, progress, rewards, row_teachers, sampling, signals, teacher_prompts
 from .chat_templates import check_template_keys
 from .config import TrOPDConfig
-from .data_checks import check_datasets, check_modalities, check_rows, check_unread
+from .data_checks import (
+    check_datasets,
+    check_modalities,
+    check_rows,
+    check_unread,
+    has_teacher_prompts,
+    known_columns,
+)
 from .effects import check_inputs, check_optimizers
 from .generation_keys import check_generation_ids, check_lookup
 from .loaded_teacher import check_models
@@ -156,7 +163,7 @@ class TrOPDTrainer(RewardedTrainer):
         check_inputs(args, tools, datasets, reads_own)
         if needs_prompts(model, loaded, args, rewarded):
             self._why_teacher_prompts = teacher_prompts.NOTHING_ELSE
-        elif reads_own and teacher_prompts.has_column(train_dataset):
+        elif reads_own and has_teacher_prompts(train_dataset):
             self._why_teacher_prompts = teacher_prompts.OTHERS_HAVE_IT
         self._adapters_teach_alone = teaches_alone(loaded, args, rewarded)
         judges = check_reward_funcs(reward_funcs, reward_processing_classes, args, tools, datasets)
@@ -165,8 +172,7 @@ class TrOPDTrainer(RewardedTrainer):
         check_datasets(train_dataset, eval_dataset, args, loaded)
         check_unread(datasets, args, tools, rewarded)
         if args.teacher_model_server_url:
-            # A stream may not know its columns; they are checked when it is read.
-            present = getattr(train_dataset, "column_names", None)
+            present = known_columns(train_dataset)  # others are checked when they are read
             has_text = present is None or args.prefix_column in present
             self._server = ServedTeacher(args, writes=args.is_guided and not has_text)
         served = self._server.model if self._server else None
@@ -176,9 +182,9 @@ class TrOPDTrainer(RewardedTrainer):
         if processing_class is None:
             processing_class = find_processor(model, args)
         if isinstance(processing_class, ProcessorMixin):
-            if reads_own and teacher_prompts.has_column(train_dataset):
+            if reads_own and has_teacher_prompts(train_dataset):
                 teacher_prompts.refuse_fields(True, {})
-            check_modalities(datasets, processing_class)
+        check_modalities(datasets, processing_class)
         super().__init__(
             model, loaded, args, train_dataset, eval_dataset, processing_class, callbacks,
             optimizers, quantization_config, peft_config, tools,
