@@ -90,7 +90,7 @@ def linear_distillation_loss(
         advantages: Replace the reward R; taken as they are, but for the rule's clip_reward_*.
         task_advantages: Of a verifier, or another reward of the task, at each token: added to R
             with the objective's `task_weight`, or its sign decides which rewards count
-            (`reward_filter`). For objectives that have one of the two, which need it.
+            (`reward_filter`, `OPDVR()`). For objectives that have one of the two, which need it.
         token_weight: Factor on each token's loss.
         teacher_prefix: bool, whether the teacher wrote the token.
         scores: Scores for select_by="scores"; the tokens with the highest are selected.

@@ -25,6 +25,7 @@ from tropd_kernels import (
     parallel,
 )
 from tropd_kernels.objectives import TAILS
+from tropd_kernels.objectives.rewards import REWARD_FILTERS
 from tropd_kernels.objectives.rule_checks import SCORES
 
 FLOAT32 = 1e-5
@@ -159,10 +160,12 @@ def every_option(ranks):
             f"{backend} by {by}",
             partial(compare, everything(), chosen, "hidden", backend, **more),
         )
-    rule = TokenRule(gate="expected", task_weight=0.5, reward_filter="positive")
-    for backend in BACKENDS:
+    rule = TokenRule(gate="expected", task_weight=0.5)
+    for backend, by in product(BACKENDS, REWARD_FILTERS):
         task = dict(task_advantages=torch.linspace(-1, 2, 7))
-        yield f"{backend} task", partial(compare, everything(), rule, "hidden", backend, **task)
+        kept = replace(rule, reward_filter=by)
+        case = partial(compare, everything(), kept, "hidden", backend, **task)
+        yield f"{backend} task {by}", case
 
 
 def corners(ranks, backend):

@@ -12,6 +12,7 @@ from tropd_kernels import (
     EOPD,
     KDRL,
     LSM,
+    OPDVR,
     TOPD,
     TVOPD,
     ExOPD,
@@ -72,6 +73,9 @@ RULES = {
     ),
     "KDRL, arXiv 2506.02208: A + beta R, beta 0.002": (
         KDRL(), TokenRule(policy_gradient=0.002, task_weight=1 / 0.002, prefix_weight=BETA),
+    ),
+    "OPDVR, arXiv 2608.24696": (
+        OPDVR(), TokenRule(reward_filter="agree", prefix_weight=BETA),
     ),
     "LSM, arXiv 2603.25562: kl_topk_tokens 32, kl_topk_source ref, norm_to_one_for_kl": (
         LSM(),

@@ -260,6 +260,14 @@ def KDRL(
     )
 
 
+def OPDVR(*, prefix_weight: float | None = 0.001) -> TokenRule:
+    """OPDVR, OPD with verifiable reward (arXiv 2608.24696): a token's reward R counts where it has
+    the sign of the call's `task_advantages`, which themselves do not enter: 1 on every token of a
+    right answer, -1 on those of a wrong one (in its GRPD, GRPO's). So a right answer is never made
+    less likely, nor a wrong one more likely."""
+    return TokenRule(reward_filter="agree", prefix_weight=prefix_weight)
+
+
 def SFT(*, label_smoothing: float = 0.0, z_loss: float = 0.0) -> TokenRule:
     """Cross-entropy on the labels, through the same kernels. `label_smoothing` is PyTorch's, as
     Liger has it, and `z_loss`, a weight on lse^2, Liger's `lse_square_scale`."""

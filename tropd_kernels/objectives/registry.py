@@ -26,7 +26,13 @@ OF_A_CALL = {
     "mixed": "mixing",
     "cadence": "mixing",
     "kdrl": "task_advantages",
+    "opdvr": "task_advantages",
     "exopd": "reference_teacher",
+}
+#: What serves in a config that has reward functions.
+_INSTEAD = {
+    "kdrl": ", or set task_weight with another objective",
+    "opdvr": ", or give reward functions and the objective {'reward_filter': 'agree'}",
 }
 #: Divergences over the vocabulary, each an objective by its own name, and the knobs of each.
 _DIVERGENCE_KNOBS = {
@@ -119,7 +125,7 @@ def check_objective(objective: str) -> None:
         raise ValueError(
             f"objective: {objective!r} reads {OF_A_CALL[objective]}= in every call, which no "
             "config holds: call linear_distillation_loss with it in a training loop of your own"
-            f"{', or set task_weight with another objective' if objective == 'kdrl' else ''}. "
+            f"{_INSTEAD.get(objective, '')}. "
             f"Known here: {', '.join(OBJECTIVES)}"
         )
     if objective not in OBJECTIVES:

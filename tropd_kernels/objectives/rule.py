@@ -27,8 +27,8 @@ prefix_weight * (sg(lq) - lp), or the same as everywhere where `prefix_weight` i
 Sources: TrOPD (arXiv 2606.01249), GKD (2306.13649), EOPD (2603.07079), REOPOLD (2603.11137), AOPD
 (2605.06387), AKL (2404.02657), ToDi (2505.16297), DistiLLM's skewed KL (2402.03898), the on-policy
 distillation survey (2606.22793), Thinking Machines' on-policy distillation (tinker-cookbook); of
-task advantages KDRL (2506.02208), of their filter OPDVR (2608.24696) and RA-OPD (2608.27960), of
-`reward_policy` AsyncOPD (2606.24143); of the reward's transforms those that `rewards` names.
+task advantages KDRL (2506.02208), of their filter OPDVR (2608.24696), of `reward_policy` AsyncOPD
+(2606.24143); of the reward's transforms those that `rewards` names.
 """
 
 from __future__ import annotations

@@ -48,6 +48,11 @@ def _with_task(reward, task, WEIGHT: tl.constexpr, FILTER: tl.constexpr):
         reward = tl.where(task > 0, reward, 0 * task)
     elif FILTER == "negative":
         reward = tl.where(task < 0, reward, 0 * task)
+    elif FILTER == "agree":
+        agrees = ((reward > 0) & (task > 0)) | ((reward < 0) & (task < 0)) | (reward != reward)
+        reward = tl.where(agrees, reward, 0 * task)
+    else:
+        tl.static_assert(FILTER is None, "this filter has no formula in Triton")
     if WEIGHT != 0:
         reward = reward + WEIGHT * task
     return reward
