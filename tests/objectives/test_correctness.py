@@ -131,6 +131,7 @@ DIFFERENTIABLE = [
     ("lsm", "hidden"),
     ("reverse_kl", "hidden"), ("skew_forward", "logits"), ("skew_reverse", "logits"),
     ("alpha", "hidden"), ("jeffreys", "hidden"), ("mixed", "logits"), ("sft", "sampled"),
+    ("tropd_z_loss", "logits"), ("gkd_cross_entropy", "hidden"),
 ]  # fmt: skip
 
 
@@ -163,13 +164,13 @@ def test_gradcheck_of_the_real_kernels(backend, name, form, device):
 
     def per_token(hidden, weight, bias):
         return linear_distillation_loss(
-            hidden, weight, problem.labels, None if rule.nll_weight else teacher, rule, bias=bias,
+            hidden, weight, problem.labels, teacher if rule.uses_teacher else None, rule, bias=bias,
             backend=backend, reduction="none", **problem.student_head, **options,
         ).loss  # fmt: skip
 
     def mean(hidden, weight, bias):
         return linear_distillation_loss(
-            hidden, weight, problem.labels, None if rule.nll_weight else teacher, rule, bias=bias,
+            hidden, weight, problem.labels, teacher if rule.uses_teacher else None, rule, bias=bias,
             backend=backend, **problem.student_head, **options,
         ).loss  # fmt: skip
 

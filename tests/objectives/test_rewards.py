@@ -28,6 +28,7 @@ from tropd_kernels import (
     distillation_loss,
 )
 from tropd_kernels.objectives import GATES, OUTLIERS, REWARDS
+from tropd_kernels.objectives.rewards import REWARD_FILTERS
 from tropd_kernels.objectives.rule_fields import STATIC_THRESHOLD
 
 FAST = ("torch", "native", "triton")
@@ -357,15 +358,18 @@ def test_a_clip_or_a_filter_bounds_an_infinite_reward(backend, device):
 
 
 @pytest.mark.parametrize("backend", FAST)
-def test_gradcheck_of_reward_and_task(backend, device):
-    """Finite differences: with lo given, R is a constant of the student."""
-    n = 4
+@pytest.mark.parametrize("transform", TRANSFORMS)
+def test_gradcheck(transform, backend, device):
+    """Finite differences: with lo given, R is a constant of the student. Both signs of A, and each
+    filter in turn."""
+    n = 6
     z, t = torch.randn(2, n, 7, dtype=torch.float64, device=device)
     labels = torch.arange(n, device=device)
     teacher = SampledTeacher(t.log_softmax(-1).gather(-1, labels[:, None])[:, 0])
-    rule = TokenRule(
-        reward="power", reward_parameter=2.0, gate="expected", task_weight=0.5,
-        reward_filter="positive", clip_ratio_low=0.9,
+    filters = (None, *REWARD_FILTERS)
+    rule = shaped(
+        transform, gate="expected", task_weight=0.5, clip_ratio_low=0.9, clip_reward_low=-0.8,
+        outlier="clip", reward_filter=filters[TRANSFORMS.index(transform) % len(filters)],
     )  # fmt: skip
 
     def run(z):
