@@ -49,7 +49,7 @@ def made(trainer) -> tuple[ModelCard, str]:
         ),
         (
             {"objective": "tropd", "objective_kwargs": {"gate": "always"}},
-            "): K1 (the sampled reverse KL) on every token.",
+            "): K1 (the sampled reverse KL) on every token, which is OPD.",
             ["2606.01249"],
         ),
         (

@@ -258,6 +258,15 @@ for place, kind in enumerate((overflows, infinite, raises)):
     with pytest.raises(ValueError) as error:
         trainer._verifier.rewards([{"prompt": "w1"}], ["w2"], [[7]])
     errors.append(str(error.value))
+def unreadable(text, **options):
+    if rank == 1:
+        raise KeyError("text")
+    return tiny.tokenizer()(text, **options)
+trainer._verifier.reward_processing_classes = [unreadable]
+trainer._verifier.reward_funcs[0].model = reward_model()
+with pytest.raises(ValueError) as error:
+    trainer._verifier.rewards([{"prompt": "w1"}], ["w2"], [[7]])
+errors.append(str(error.value))
 saved = trainer.batches, parameters, log, errors, held
 torch.save(saved, f"{sys.argv[1]}/{rank}.pt")
 """
@@ -265,8 +274,8 @@ torch.save(saved, f"{sys.argv[1]}/{rank}.pt")
 
 def test_two_processes_are_the_large_batch(tmp_path, tmp_path_factory):
     """A group lies over both, and three rows of an evaluation count once, though accelerate
-    repeats one. A function or model that fails on one process stops both, and so does a reward
-    that is infinite in float32."""
+    repeats one. A function, model or tokenizer that fails on one process stops both, and so does a
+    reward that is infinite in float32."""
     saved = saved_together("test_trainer_verifier", tmp_path_factory)
     trainer = make(tmp_path, objective="opd", task_weight=0.7, kind=partial(
         Spy, reward_funcs=distinct), num_generations=4, per_device_train_batch_size=1,
@@ -289,8 +298,11 @@ def test_two_processes_are_the_large_batch(tmp_path, tmp_path_factory):
     assert saved[0][2]["reward"] == pytest.approx(sum(rewards) / 4)
     prompts = tiny.prompts(3)["prompt"]
     assert saved[0][4] == saved[1][4] == pytest.approx(sum(map(len, prompts)) / 3)
-    (on_first, infinite, of_model, _), (on_second, *others, failed) = saved[0][3], saved[1][3]
-    assert {on_first, saved[0][3][3]} == {"reward_funcs: one on another process failed"}
+    (on_first, infinite, of_model, *rest), (on_second, *others, failed, unread) = (
+        saved[0][3], saved[1][3]
+    )  # fmt: skip
+    assert {on_first, *rest} == {"reward_funcs: one on another process failed"} and len(rest) == 2
+    assert unread.startswith("reward_funcs: in a reward model's tokenizer or a row's columns: KeyE")
     assert on_second == "reward_funcs: distinct: KeyError: 'answer'"
     assert failed == "reward_funcs: judge: KeyError: 'logits'"
     assert [infinite, of_model] == others

@@ -345,9 +345,8 @@ def _objective(args: TrOPDConfig) -> tuple[str, str, Source | None]:
         name, words, source = OBJECTIVES[args.objective]
         rule = args.rule()
         if args.objective == "tropd":
-            always, outside = rule.gate == "always", _OUTLIERS[rule.outlier]
-            where = "where the teacher accepts the token, else "
-            words += " on every token" if always else f" {where}{outside}"
+            gated = f" where the teacher accepts the token, else {_OUTLIERS[rule.outlier]}"
+            words += " on every token, which is OPD" if rule.gate == "always" else gated
         if rule.top_k is not None:
             words = words.replace(_ALL_IDS, f"on the {rule.top_k_ids}'s top-{rule.top_k}")
         return name, words, source

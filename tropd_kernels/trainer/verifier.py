@@ -105,11 +105,17 @@ class Verifier(GRPOTrainer):
     def rewards(self, rows: list[dict], completions: list, ids: list[list[int]]) -> Tensor:
         """Rewards (N, F) of the completions of all processes, in their order. A collective.
 
-        Raises ValueError, on every process, if a function or model fails on any, or returns no
-        rewards, or one that is no finite number in float32, in which GRPO gathers them.
+        Raises ValueError, on every process, if a function, model or tokenizer fails on any, or
+        returns no rewards, or one that is no finite number in float32, in which GRPO gathers them.
         """
         prompts = [row["prompt"] for row in rows]
-        found = self._calculate_rewards(rows, prompts, completions, ids)
+        try:
+            found = self._calculate_rewards(rows, prompts, completions, ids)
+        except Exception as error:  # before its only collective, in which the others wait
+            where = "in a reward model's tokenizer or a row's columns"
+            self._failures.append((f"{where}: {type(error).__name__}: {error}", error))
+            nothing = torch.zeros(len(rows), len(self.reward_funcs))
+            found = self.accelerator.gather(nothing.to(self.accelerator.device))
         for function in self.reward_funcs:
             if isinstance(function, _GuardedModel):
                 reshard(function.model)
