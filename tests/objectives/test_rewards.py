@@ -176,6 +176,14 @@ def test_the_current_policys_reward(backend, device):
     torch.testing.assert_close(stats.reward, loss.new_tensor([ln2, -ln2]))
     torch.testing.assert_close(stats.trust, loss.new_tensor([1.0, 1.0]))
     torch.testing.assert_close(loss, loss.new_tensor([-0.5 * ln2, 4 * ln2]))
+    # A transform takes the p that R0 does: T of q = 1/2 and 1/4 beside lo, and beside lp.
+    for policy, exact in (("old", [0, 2**-10 - 2**-15]), ("current", [2**-5 - 2**-10] * 2)):
+        power = replace(rule, reward="power", reward_parameter=5.0, reward_policy=policy)
+        stats = distillation_loss(
+            z, labels, LogitsTeacher(t), power, backend=backend, old_log_probs=old
+        ).stats
+        signs = loss.new_tensor([1, -1]) if policy == "current" else 1
+        torch.testing.assert_close(stats.reward, signs * loss.new_tensor(exact))
     # A static gate compares the same R0: here lq - lo would be 0 and log 2.
     rule = replace(rule, gate="threshold", threshold=-0.5)
     stats = distillation_loss(

@@ -23,6 +23,12 @@ CALLS = {
     "advantages": (lambda x, m, s: advantages_and_targets(x, m, s)[0]),
     "value_targets": (lambda x, m, s: advantages_and_targets(x, m, s)[1]),
     "exact_kl_baseline": (lambda x, m, s: credit.exact_kl_baseline(x, x.abs(), m)),
+    "delta_advantages": (
+        lambda x, m, s: credit.delta_advantages(x, x.abs(), 0.3 * x, 0.7 * x.abs(), m)
+    ),
+    "reward_aligned_mask": (
+        lambda x, m, s: credit.reward_aligned_mask(x, torch.ones_like(x), m, sequence_ids=s)
+    ),
     "drift_gates": (lambda x, m, s: credit.drift_gates(x, 0.5 * x, m, 3, sequence_ids=s)),
     "drift_gates_by_id": (
         lambda x, m, s: credit.drift_gates(
@@ -134,7 +140,7 @@ def test_inputs_are_left_alone(call):
 
 
 @pytest.mark.parametrize(
-    "name", [n for n in CALLS if n not in ("entropy_quantile_mask", "turn_weights")]
+    "name", [n for n in CALLS if not n.endswith("_mask") and n != "turn_weights"]
 )
 def test_nan_that_counts_is_not_hidden(name):
     values = torch.tensor([[-1.0, math.nan, -math.inf, -2.0]])

@@ -9,10 +9,12 @@ the K1 reward R_t = sg(lq_t - lo_t):
     generalized_advantages   A_t = d_t + discount gae_lambda A_{t+1},
                              d_t = R_t + discount V_{t+1} - V_t
     exact_kl_baseline        A_t = R_t + KL(p_t || q_t)
+    delta_advantages         A_t = log(q_t / r_t) less its mean under p_t, where the teacher agrees
     drift_gates              g_b = exp(-tau |s_b|) / mean g,  s_b = mean of lo - sg(lp) over block b
     importance_weights       w_t = 1 + gamma (1 - sum_{j<t} |R_j| / sum_j |R_j|)
     turn_weights             w_t = tokens / (turns * tokens of t's turn)
     entropy_quantile_mask    whether H(p_t) is among the batch's highest `top_fraction`
+    reward_aligned_mask      whether the sequence's sum of R_t has the sign of its outcome
 
 Each function's docstring names its source and says where the source leaves a choice.
 
@@ -35,15 +37,22 @@ Rules that all of them share:
 
 from .drift import drift_gates
 from .returns import (
+    delta_advantages,
     exact_kl_baseline,
     generalized_advantages,
     return_to_go,
     reward_plus_future_mean,
 )
 from .runs import packed_sequence_ids
-from .weights import entropy_quantile_mask, importance_weights, turn_weights
+from .weights import (
+    entropy_quantile_mask,
+    importance_weights,
+    reward_aligned_mask,
+    turn_weights,
+)
 
 __all__ = [
+    "delta_advantages",
     "drift_gates",
     "entropy_quantile_mask",
     "exact_kl_baseline",
@@ -51,6 +60,7 @@ __all__ = [
     "importance_weights",
     "packed_sequence_ids",
     "return_to_go",
+    "reward_aligned_mask",
     "reward_plus_future_mean",
     "turn_weights",
 ]

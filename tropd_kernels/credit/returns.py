@@ -195,3 +195,48 @@ def exact_kl_baseline(
     counted = counted_tokens(mask, rewards)
     centred = rewards + torch.where(baseline.isinf(), 0.0, baseline)
     return torch.where(counted, centred, 0.0)
+
+
+def delta_advantages(
+    rewards: Tensor,  # (B, T)
+    reverse_kl: Tensor,  # (B, T)
+    base_rewards: Tensor,  # (B, T)
+    base_reverse_kl: Tensor,  # (B, T)
+    mask: Tensor | None = None,  # (B, T)
+) -> Tensor:
+    """OPD^2's advantages (2607.15161): what the teacher's training changed, where that agrees.
+
+    With r the teacher's base model, the teacher before its training, both centred under the student
+    as in `exact_kl_baseline`:
+
+        A_q = log q - log p + KL(p || q),  A_r likewise,  A = A_q - A_r  where A A_q > 0, else 0
+
+    so A is log q - log r at the token, less its mean under the student. The teacher's own advantage
+    A_q gates it: a token that the two would move in opposite directions has advantage 0. The paper
+    estimates the mean on the student's 1024 likeliest ids, and multiplies rewards by 0.1, which is
+    left to the caller.
+
+    Both pairs are the statistics `reward` and `reverse_kl` of two calls with `OPD()`, one beside
+    the teacher and one with the base model in its place. Where both give the token probability 0
+    the difference is NaN.
+
+    Args:
+        rewards: K1 rewards of the teacher, nats.
+        reverse_kl: KL(p || q) over the whole vocabulary, nats.
+        base_rewards: K1 rewards of the base model, nats.
+        base_reverse_kl: KL(p || r) over the whole vocabulary, nats.
+        mask: Which tokens count.
+
+    Returns:
+        (B, T), nats.
+
+    Raises:
+        TypeError, ValueError: A wrong dtype, shape or device.
+    """
+    rewards = float_matrix("rewards", rewards)
+    base_rewards = float_matrix("base_rewards", base_rewards, like=rewards)
+    base_reverse_kl = float_matrix("base_reverse_kl", base_reverse_kl, like=rewards)
+    teacher = exact_kl_baseline(rewards, reverse_kl, mask)
+    delta = teacher - exact_kl_baseline(base_rewards, base_reverse_kl, mask)
+    opposed = ((delta >= 0) & (teacher <= 0)) | ((delta <= 0) & (teacher >= 0))
+    return torch.where(opposed, 0.0, delta)

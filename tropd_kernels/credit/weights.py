@@ -142,3 +142,39 @@ def entropy_quantile_mask(
     place = torch.arange(order.numel(), device=order.device)
     chosen = torch.zeros_like(order, dtype=torch.bool).scatter(0, order, place < kept)
     return chosen.view(entropy.shape) & counted
+
+
+def reward_aligned_mask(
+    rewards: Tensor,  # (B, T)
+    outcomes: Tensor,  # (B, T)
+    mask: Tensor | None = None,  # (B, T)
+    *,
+    sequence_ids: Tensor | None = None,  # (B, T)
+) -> Tensor:
+    """RA-OPD's filter (2608.27960): the sequences that distillation moves towards right answers.
+
+    Kept are all tokens of a sequence whose sum of K1 rewards G has the sign of its outcome, or is
+    0: (2 R - 1) G >= 0, with R 1 for a right answer and 0 for a wrong one. An outcome of 0, of a
+    sequence that nobody judges, keeps it, and so does a G of NaN, which then shows in the loss.
+    OPDVR decides token by token: `OPDVR()`.
+
+    Args:
+        rewards: K1 rewards, nats.
+        outcomes: Above 0 on the tokens of a right answer, below 0 on those of a wrong one, such as
+            2 R - 1 or a task's advantages.
+        mask: Which tokens count.
+        sequence_ids: The sequences of packed rows.
+
+    Returns:
+        (B, T) bool, for a token_weight.
+
+    Raises:
+        TypeError, ValueError: A wrong dtype, shape or device.
+    """
+    rewards = float_matrix("rewards", rewards)
+    outcomes = float_matrix("outcomes", outcomes, like=rewards)
+    counted = counted_tokens(mask, rewards)
+    starts = sequence_starts(sequence_ids, rewards)
+    total = run_total(torch.where(counted, rewards, 0.0), starts)
+    opposed = ((total > 0) & (outcomes < 0)) | ((total < 0) & (outcomes > 0))
+    return counted & ~opposed

@@ -264,7 +264,8 @@ def OPDVR(*, prefix_weight: float | None = 0.001) -> TokenRule:
     """OPDVR, OPD with verifiable reward (arXiv 2608.24696): a token's reward R counts where it has
     the sign of the call's `task_advantages`, which themselves do not enter: 1 on every token of a
     right answer, -1 on those of a wrong one (in its GRPD, GRPO's). So a right answer is never made
-    less likely, nor a wrong one more likely."""
+    less likely, nor a wrong one more likely. RA-OPD (2608.27960) decides by whole answers:
+    `credit.reward_aligned_mask`."""
     return TokenRule(reward_filter="agree", prefix_weight=prefix_weight)
 
 
@@ -378,7 +379,8 @@ def ExOPD(
     (lambda; above 1 extrapolates, below 1 interpolates; 1.25 is the authors', RUCBM/G-OPD). That is
     OPD to the target q^lambda r^(1 - lambda). The sampled reward is that of the renormalised
     target: it differs from the paper's by a constant of each position, which changes no expected
-    gradient."""
+    gradient. OPD^2 (2607.15161) takes the teacher's log-ratio to r alone, as advantages:
+    `credit.delta_advantages`."""
     number("extrapolation", extrapolation, low=0.0)
     if extrapolation in (0, 1):
         raise ValueError(
