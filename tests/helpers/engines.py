@@ -101,6 +101,7 @@ def launch(code: str, folder: Path, engine: str, *arguments: str) -> None:
 #: Modules of tests whose program `ONE_STEP` runs under DDP, and its arguments behind the engine's.
 #: They share a launch: starting two processes takes longer than all the programs.
 TOGETHER = {
+    "test_trainer_features": [],
     "test_trainer_processes": [],
     "test_trainer_several_teachers": [],
     "test_trainer_self_teacher": ["adapters"],

@@ -202,7 +202,7 @@ def step_and_compare(trainer, teacher, tolerance=2e-5):
     assert moved > 0.1
 
 
-def resume_and_compare(folder, stop: int, **settings):
+def resume_and_compare(folder, stop: int, other=None, **settings):
     """A run, and one that goes on from its checkpoint at this step with another student in hand:
     the same losses and weights, to the bit."""
     settings |= dict(
@@ -211,7 +211,7 @@ def resume_and_compare(folder, stop: int, **settings):
     )  # fmt: skip
     whole = make(folder, **settings)
     whole.train()
-    resumed = make(folder, tiny.model(9), **settings)
+    resumed = make(folder, **settings | {"student": tiny.model(9) if other is None else other})
     resumed.train(resume_from_checkpoint=str(folder / f"checkpoint-{stop}"))
     assert resumed.losses == whole.losses[2 * stop :]
     for ours, theirs in zip(resumed.model.parameters(), whole.model.parameters()):
