@@ -44,6 +44,7 @@
 | log_probs.py       | whether numbers can be a teacher's log-probs                          |
 | served_teacher.py  | the served teacher of a config                                        |
 | server.py          | the client of a served teacher                                        |
+| protocols/         | what vLLM and SGLang are asked, and how they answer                   |
 | completions.py     | reads a server's answers                                              |
 | deadline.py        | HTTP connections with a deadline for each attempt                     |
 | metrics.py         | from per-token statistics to sums and counts over all processes       |

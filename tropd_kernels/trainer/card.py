@@ -194,7 +194,8 @@ SHAPING = {
 #: Settings of the optimizer and of transformers do not appear in a card.
 SHAPING_NOTHING = {
     "prefix_column", "teacher_model_server_url", "teacher_server_timeout",
-    "teacher_server_retries", "teacher_server_concurrency", "precomputed_teacher", "backend",
+    "teacher_server_retries", "teacher_server_concurrency", "teacher_server_protocol",
+    "precomputed_teacher", "backend",
     "max_workspace_bytes", "rich_progress", "log_regions", "learning_rate",
     "remove_unused_columns", "model_init_kwargs", "trust_remote_code",
     "teacher_model_name_or_path", "teacher_model_revision", "teacher_model_init_kwargs",

@@ -1,4 +1,4 @@
-"""Reads the answers of vLLM's /v1/completions: a prompt's log-probs, a text, or a refusal.
+"""Reads the answers of servers: a prompt's log-probs, a text, or a refusal.
 
 A server may shorten a text without an error: vLLM lowers max_tokens to the rest of its context.
 `finish_reason` says how a text ended:
@@ -44,16 +44,17 @@ class TokenScores:
     log_probs: Tensor | None = None
 
 
-def read_choice(answer: bytes) -> Mapping[str, Any]:
-    """The only choice of an answer to one prompt. Raises ValueError for none, and for more.
+def read_choices(answer: Mapping[str, Any], count: int) -> list[Mapping[str, Any]]:
+    """The choices of an answer to `count` prompts, in their order. Raises ValueError for others.
 
     Raises KeyError or TypeError for an answer without a list of choices.
     """
-    choices = read_json(answer)["choices"]
+    choices = answer["choices"]
     indices = [choice.get("index", 0) for choice in choices]
-    if indices != [0]:
-        raise ValueError(f"choices with the indices {indices} came: expected the one of index 0")
-    return choices[0]
+    if sorted(indices) != list(range(count)):
+        expected = "the one of index 0" if count == 1 else f"one each of 0 to {count - 1}"
+        raise ValueError(f"choices with the indices {indices} came: expected {expected}")
+    return sorted(choices, key=lambda choice: choice.get("index", 0))
 
 
 def read_scores(
@@ -68,12 +69,24 @@ def read_scores(
     if not isinstance(positions, list) or len(positions) != expected:
         got = len(positions) if isinstance(positions, list) else "none"
         raise ValueError(f"prompt_logprobs for {expected} tokens were asked, {got} came")
+    at = [
+        {_read_key(i, place): read_log_prob(e["logprob"], place) for i, e in (row or {}).items()}
+        for place, row in enumerate(positions[len(prompt) :])
+    ]
+    remedy = f"start the server with --max-logprobs {top_k}, or lower the objective's top_k"
+    return scores_at(at, completion, top_k, remedy)
+
+
+def scores_at(
+    rows: Sequence[Mapping[int, float]], completion: Sequence[int], top_k: int, remedy: str
+) -> TokenScores:
+    """The scores of a completion from the log-probs {id: value} that came for each of its tokens.
+
+    Raises ValueError, with the token's position, for log-probs that are impossible, or fewer than
+    the `top_k` likeliest and the token's own; `remedy` says what to do about that.
+    """
     labels, ids, log_probs = [], [], []
-    for place, token in enumerate(completion):
-        at = {
-            _read_key(i, place): _log_prob(e["logprob"], place)
-            for i, e in (positions[len(prompt) + place] or {}).items()
-        }
+    for place, (token, at) in enumerate(zip(completion, rows, strict=True)):
         if any(math.isnan(value) for value in at.values()):
             raise ValueError(f"the log-probs of token {place} hold NaN")
         if max(at.values(), default=0.0) > MARGIN:
@@ -86,8 +99,7 @@ def read_scores(
         if token not in at or len(best) < top_k:
             raise ValueError(
                 f"{len(at)} log-probs came for token {place} (id {token}), which should be the "
-                f"{top_k} likeliest and its own: start the server with --max-logprobs {top_k}, or "
-                "lower the objective's top_k"
+                f"{top_k} likeliest and its own: {remedy}"
             )
         labels.append(at[token])
         ids.append([i for i, _ in best])
@@ -118,7 +130,15 @@ def _read_key(sent: str, place: int) -> int:
     return int(sent)
 
 
-def _log_prob(sent: Any, place: int) -> float:
+def check_id(sent: Any, what: str) -> int:
+    """Raises ValueError for anything but an id."""
+    if type(sent) is not int or not 0 <= sent < 2**63:
+        raise ValueError(f"{sent!r:.40} came as {what}: expected a whole number of at least 0")
+    return sent
+
+
+def read_log_prob(sent: Any, place: int) -> float:
+    """A number as a log-prob. Raises ValueError for anything else."""
     if isinstance(sent, bool) or not isinstance(sent, (int, float)):
         raise ValueError(f"{sent!r:.40} is a log-prob of token {place}: expected a number")
     return -math.inf if sent == EXCLUDED else float(sent)
@@ -145,11 +165,7 @@ def read_text(choice: Mapping[str, Any], max_tokens: int) -> list[int]:
             "prefixes (vLLM 0.10.2 or later), or a data set with a column of prefixes"
         )
     for place, token in enumerate(ids):
-        if type(token) is not int or token < 0:
-            raise ValueError(
-                f"{token!r:.40} came as id {place} of the text: expected a whole number of at "
-                "least 0"
-            )
+        check_id(token, f"id {place} of the text")
     if len(ids) > max_tokens:
         raise ValueError(f"{len(ids)} ids came for a text of at most {max_tokens}")
     reason, cause = choice.get("finish_reason"), choice.get("stop_reason")
@@ -188,37 +204,21 @@ def _check_end(ids: Sequence[int], cause: int | None) -> None:
         )
 
 
-#: Patterns of vLLM's refusals, and what to do about each.
-_REMEDIES = (
-    (r"logprobs.*max(imum)? allowed",
-     "Start the server with --max-logprobs {k} or more, or lower the objective's top_k"),
-    (r"context length|max_model_len|maximum model length|max_tokens must be at least 1",
-     "Start the server with a larger --max-model-len, lower max_completion_length, or drop the "
-     "longest prompts"),
-    (r"out of vocabulary", "Serve a teacher that has the student's ids"),
-    (r"model.*does not exist",
-     "Set teacher_model_name_or_path to a name that the server has: {names}"),
-)  # fmt: skip
-
-
 def refusal(
-    status: int, answer: bytes, request: Mapping[str, Any], names: Sequence[str]
+    status: int, answer: bytes, remedies: Sequence[tuple[str, str]], known: Mapping[str, Any]
 ) -> tuple[str, str]:
     """A refusal in the server's own words, and what to do; "" where that is not known.
 
-    request: the body that was sent. names: the models that the server lists.
+    remedies: patterns of those words, each with a text that may name what is `known`.
     """
     said = read_json(answer)
     error = said.get("error", said)
     message = error.get("message") if isinstance(error, Mapping) else None
     words = repr(message[:_QUOTED]) if isinstance(message, str) else quote(answer)
-    if status in (401, 403):
-        return words, "Set VLLM_API_KEY to the server's --api-key"
-    known = {"k": request.get("prompt_logprobs"), "names": ", ".join(names) or "see /v1/models"}
-    for pattern, remedy in _REMEDIES:
+    for pattern, remedy in remedies:
         if re.search(pattern, words, re.IGNORECASE):
             return words, remedy.format_map(known)
-    return words, ""
+    return words, "Set VLLM_API_KEY to the server's --api-key" if status in (401, 403) else ""
 
 
 def is_unknown_id(status: int, answer: bytes) -> bool:
@@ -228,11 +228,16 @@ def is_unknown_id(status: int, answer: bytes) -> bool:
 
 def read_json(answer: bytes) -> Mapping[str, Any]:
     """The JSON object of an answer; an empty one if there is none."""
-    try:
-        value = json.loads(answer)
-    except ValueError:
-        return {}
+    value = read_any(answer)
     return value if isinstance(value, Mapping) else {}
+
+
+def read_any(answer: bytes) -> Any:
+    """The JSON value of an answer; None if it is none."""
+    try:
+        return json.loads(answer)
+    except ValueError:
+        return None
 
 
 def quote(answer: bytes) -> str:

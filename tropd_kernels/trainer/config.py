@@ -193,15 +193,15 @@ class TrOPDConfig(DistillationConfig):
     )
     teacher_sync_steps: int = _setting("optimizer steps from one such update to the next.", 1)
     teacher_model_server_url: str | None = _setting(
-        "a teacher behind HTTP that speaks vLLM's completions protocol (`server.py`), instead of "
-        "one in this process: for objectives of K1 and the teacher's top-k, at temperature 1. "
+        "a teacher behind HTTP, on vLLM or SGLang, instead of one in this process: for objectives "
+        "of K1 and the teacher's top-k, at temperature 1. "
         "`teacher_model_name_or_path` is then the served name, if the server has several. Its "
         "tokenizer is checked where the server offers /tokenize, its log-probs by a first request "
         "before a model is loaded, and each prompt against the context that it states: it needs "
-        "room for prompt, max_completion_length and one token. Text that it writes (prefixes, "
-        "lmbda below 1) is sampled by temperature, top_p, top_k, min_p and repetition_penalty; "
-        "generation_kwargs are not sent. eopd's threshold is compared with a lower bound of the "
-        "teacher's entropy, which is what a top-k gives."
+        "room for prompt, max_completion_length and 1 token (SGLang: 7). Text that it writes "
+        "(prefixes, lmbda below 1) is sampled by temperature, top_p, top_k, min_p and "
+        "repetition_penalty; generation_kwargs are not sent. eopd's threshold is compared with a "
+        "lower bound of the teacher's entropy, which is what a top-k gives."
     )
     teacher_server_timeout: float = _setting(
         "seconds for one attempt of a request, from connecting to the last byte of the answer.",
@@ -212,7 +212,13 @@ class TrOPDConfig(DistillationConfig):
         "500 or 502 to 504: at once, then after 1 s, 2 s, 4 s, ... 120 s. Retry-After is ignored.",
         9,
     )
-    teacher_server_concurrency: int = _setting("requests at once.", 8)
+    teacher_server_concurrency: int = _setting(
+        "requests at once. Sequences to score are divided among so many requests.", 8
+    )
+    teacher_server_protocol: str | None = _setting(
+        "'vllm' (/v1/completions), 'vllm_generate' (/inference/v1/generate) or 'sglang' "
+        "(/generate); None (default) finds it out."
+    )
     precomputed_teacher: bool = _setting(
         "the data set's columns hold fixed completions, `completion_ids` (C), and the teacher's "
         "log-probs of them, `teacher_label_log_probs` (C), and for objectives that use the top-k "

@@ -15,6 +15,7 @@ from .credentials import check_address
 from .effects import check_effects, refuse
 from .generation_keys import check_generation_keys
 from .prefix import SCHEDULES
+from .protocols import PROTOCOLS
 from .signals import check_served
 from .special_tokens import check_map
 from .vllm_keys import check_vllm_keys
@@ -355,6 +356,12 @@ def check_teacher(config: Config) -> None:
     _at_least("teacher_server_retries", config.teacher_server_retries, 0)
     _at_least("teacher_server_concurrency", config.teacher_server_concurrency, 1)
     _within("teacher_server_timeout", config.teacher_server_timeout, 1e-3, 1e9)
+    protocol = config.teacher_server_protocol
+    if protocol is not None and protocol not in PROTOCOLS:
+        raise ValueError(
+            f"teacher_server_protocol: must be one of {', '.join(PROTOCOLS)}, or left out; got "
+            f"{protocol!r}"
+        )
 
 
 def check_credit(config: Config) -> None:

@@ -58,7 +58,8 @@ BELONGS_TO = {
 _SAMPLING = ("top_p", "top_k", "min_p", "repetition_penalty", "generation_kwargs",
              "cache_implementation", "use_vllm", "num_generations")  # fmt: skip
 _CREDIT = ("kl_discount_factor", "importance_gamma", "drift_tau")
-_SERVED = ("teacher_server_timeout", "teacher_server_retries", "teacher_server_concurrency")
+_SERVED = ("teacher_server_timeout", "teacher_server_retries", "teacher_server_concurrency",
+           "teacher_server_protocol")  # fmt: skip
 # As transformers creates optimizers and schedules. DeepSpeed's own have other rules.
 _GALORE = {
     f"galore_{kind}{layerwise}"

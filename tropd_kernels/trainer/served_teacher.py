@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerBase
 
 from . import signals
 from .config import TrOPDConfig
-from .server import MIN_NEW_TOKENS, TeacherServer
+from .server import TeacherServer
 
 #: Tokens that the first request scores: one value may pass for a log-prob though it is none.
 _PROBE_TOKENS = 8
@@ -32,7 +32,7 @@ class ServedTeacher(TeacherServer):
         super().__init__(
             args.teacher_model_server_url, args.teacher_model_name_or_path,
             timeout=args.teacher_server_timeout, retries=args.teacher_server_retries,
-            concurrency=args.teacher_server_concurrency,
+            concurrency=args.teacher_server_concurrency, protocol=args.teacher_server_protocol,
         )  # fmt: skip
         self._args = args
         self.scores, self.is_asked = args.uses_teacher, args.uses_teacher or writes
@@ -89,13 +89,13 @@ class ServedTeacher(TeacherServer):
         self._check_room(len(longest), tokens, f"{what}{tokenizer.decode(longest[:16])!r}")
 
     def _check_room(self, prompt: int, tokens: int, what: str) -> None:
-        more = MIN_NEW_TOKENS if self.scores else 0
+        more = self.protocol.scoring_room if self.scores else self.protocol.writing_room
         if self.context is None or prompt + tokens + more <= self.context:
             return
-        also = f", and {more} that the server writes when it scores," if more else ""
+        also = f", and {more} more that the server needs," if more else ""
         raise ValueError(
             f"teacher_model_server_url: {what} with a completion of {tokens} tokens{also} "
             f"exceeds the context of {self.context} of {self.model!r}: lower "
             "max_completion_length, drop or cut such prompts, or start the server with a larger "
-            "--max-model-len"
+            "context (vLLM: --max-model-len, SGLang: --context-length)"
         )

@@ -1,23 +1,18 @@
-"""A teacher behind HTTP: vLLM's OpenAI-compatible server, or another one with its protocol.
+"""A teacher behind HTTP, in one of the `protocols`.
 
-    GET  /v1/models                    the served name, where none is given, and the context
-    POST /v1/completions               prompt (ids), prompt_logprobs=k, max_tokens=1: log-probs of
-                                       given tokens, {id: {"logprob": ...}} at each position
-    POST /v1/completions               prompt (ids), return_token_ids=True: the teacher's own text
-    POST /tokenize                     whether its tokenizer is the student's
+    GET  /v1/models    the served name, where none is given, the context, and who serves
+    POST               log-probs of given tokens, and texts: by the protocol
+    POST /tokenize     whether its tokenizer is the student's
 
-Only ids, log-probs and one probe text are transferred: about 75 k bytes of JSON for a token with k
-log-probs. Each request holds one sequence, and several are sent at once. A failed request is sent
-again after a growing pause; Retry-After is ignored. vLLM's log-probs of a prompt are those before
-temperature. `completions.py` reads answers and refusals.
-
-Protocol: the documentation and the source of vLLM's OpenAI-compatible server, 0.32. For more than
-20 log-probs vLLM is started with `--max-logprobs`; `return_token_ids` came with vLLM 0.10.2.
+Only ids, log-probs and one probe text are transferred. Sequences to score share requests, as many
+as are sent at once; a text has a request of its own, as it has a seed. A failed request is sent
+again after a growing pause; Retry-After is ignored. `completions.py` reads answers and refusals.
 """
 
+import contextlib
 import json
 from bisect import bisect_left
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -29,20 +24,22 @@ from .completions import (
     is_unknown_id,
     no_scores,
     quote,
-    read_choice,
+    read_any,
     read_json,
-    read_scores,
-    read_text,
     refusal,
 )
 from .credentials import check_address, read_api_key
 from .deadline import TimedPoolManager
+from .protocols import PROTOCOLS, Protocol
+from .protocols.base import Sample
 
 #: urllib3 retries at once, then after twice this many seconds, doubled each time up to 120.
 BACKOFF_SECONDS = 0.5
 _REPEATED = (408, 429, 500, 502, 503, 504)
-#: Fewest tokens that vLLM generates, even for a request that only asks for a prompt's log-probs.
-MIN_NEW_TOKENS = 1
+#: Of a request with more than one sequence, refused as a whole.
+_REFUSED_TOGETHER = (400, 413, 422)
+#: Most log-probs that a request with more than one sequence asks for: 40 MB of vLLM's JSON.
+MOST_LOG_PROBS = 2**19
 
 
 class TeacherServerError(RuntimeError):
@@ -60,14 +57,16 @@ class TeacherServer:
             429, 500 or 502 to 504: at once, then after 1 s, 2 s, 4 s, ... 120 s.
         concurrency: Number of requests at once.
         api_key: Sent as a bearer token; None takes VLLM_API_KEY from the environment, if set.
+        protocol: One of `protocols.PROTOCOLS`; None finds it out.
 
     Attributes:
         context: Most tokens of a prompt and its completion (`max_model_len`); None if the server
             does not say.
 
     Raises:
-        ValueError: A key that no header can hold, or a url that is more than an address.
-        TeacherServerError: The server does not list its models.
+        ValueError: A key that no header can hold, a url that is more than an address, or an unknown
+            protocol.
+        TeacherServerError: The server does not list its models, or not this one.
     """
 
     def __init__(
@@ -79,8 +78,11 @@ class TeacherServer:
         retries: int = 9,
         concurrency: int = 8,
         api_key: str | None = None,
+        protocol: str | None = None,
     ):
         check_address("url", url)
+        if protocol is not None and protocol not in PROTOCOLS:
+            raise ValueError(f"protocol: must be one of {[*PROTOCOLS]} or None, got {protocol!r}")
         self.url = url.rstrip("/").removesuffix("/v1")
         self._timeout, self._retries, self._concurrency = timeout, retries, concurrency
         self._api_key = api_key = read_api_key(api_key)
@@ -98,20 +100,25 @@ class TeacherServer:
             ),
         )
         self._known_ids = 0  # the teacher has the ids below
-        self._contexts = self._served_models(required=model is None)
-        self.model = next(iter(self._contexts)) if model is None else model
-        self.context = self._read_context(self._contexts.get(self.model))
+        self._models = self._served_models(required=model is None)
+        self.model = next(iter(self._models)) if model is None else model
+        entry = self._models.get(self.model, {})
+        if entry.get("max_model_len") is None:  # an adapter has its base's context
+            entry = self._models.get(entry.get("parent") or "", {})
+        self.context = self._read_context(entry.get("max_model_len"))
+        self.protocol = self._make_protocol(protocol)
+        self._shares = self.protocol.batches  # several sequences in a request
 
     def check_scores(self, top_k: int, tokens: int = 1) -> None:
         """Raises TeacherServerError if the server gives no log-probs of tokens or of the `top_k`.
 
         Scores the ids 0 ... tokens - 1 after id 0.
         """
-        self._score("a first request for log-probs", [0], list(range(tokens)), top_k)
+        self._score_together(["a first request for log-probs"], [([0], range(tokens))], top_k)
 
     def check_text(self, **sampling: Any) -> None:
         """Raises TeacherServerError if the server does not generate with this sampling."""
-        self._write("a first request for a text", [0], 1, sampling)
+        self._write("a first request for a text", [0], 1, sampling, None)
 
     def count_ids(self, most: int) -> int:
         """Number of the ids 0 ... most - 1 that the teacher has; it refuses the others."""
@@ -135,17 +142,23 @@ class TeacherServer:
                 names the request.
         """
 
-        def one(place: int) -> TokenScores:
-            prompt, completion = list(prompts[place]), list(completions[place])
-            if not completion:
-                return no_scores(top_k)
-            what = (
-                f"request {place + 1} of {len(prompts)} (the log-probs of {len(completion)} tokens "
-                f"after a prompt of {len(prompt)} that begins {prompt[:8]})"
-            )
-            return self._score(what, prompt, completion, top_k)
+        sequences = list(zip(map(list, prompts), map(list, completions), strict=True))
+        names = [
+            f"request {place + 1} of {len(prompts)} (the log-probs of {len(completion)} tokens "
+            f"after a prompt of {len(prompt)} that begins {prompt[:8]})"
+            for place, (prompt, completion) in enumerate(sequences)
+        ]
 
-        return self._map(one, len(prompts))
+        def ask(places: list[int]) -> list[TokenScores]:
+            some = [names[i] for i in places], [sequences[i] for i in places]
+            return self._score_together(*some, top_k)
+
+        scores = [no_scores(top_k)] * len(sequences)
+        requests = self._requests(sequences, top_k)
+        for places, found in zip(requests, self._map(ask, requests), strict=True):
+            for place, one in zip(places, found, strict=True):
+                scores[place] = one
+        return scores
 
     def generate(
         self,
@@ -161,7 +174,7 @@ class TeacherServer:
             prompts: Token ids.
             max_tokens: Most tokens of a text.
             seeds: One for each prompt.
-            **sampling: vLLM's parameters: temperature, top_p, top_k, min_p, ...
+            **sampling: vLLM's parameters, which are also SGLang's: temperature, top_p, top_k, ...
 
         Returns:
             Token ids. A text of fewer than `max_tokens` includes the end that the teacher wrote.
@@ -172,14 +185,14 @@ class TeacherServer:
 
         def one(place: int) -> list[int]:
             prompt = list(prompts[place])
-            own = {} if seeds is None else {"seed": seeds[place]}
+            seed = None if seeds is None else seeds[place]
             what = (
                 f"request {place + 1} of {len(prompts)} (up to {max_tokens} tokens after a prompt "
                 f"of {len(prompt)} that begins {prompt[:8]})"
             )
-            return self._write(what, prompt, max_tokens, sampling | own)
+            return self._write(what, prompt, max_tokens, sampling, seed)
 
-        return self._map(one, len(prompts))
+        return self._map(one, range(len(prompts)))
 
     def tokenize(self, text: str) -> list[int] | None:
         """Token ids of a text by the server's tokenizer; None if it does not offer that."""
@@ -190,17 +203,46 @@ class TeacherServer:
         ids = read_json(response.data).get("tokens")
         return ids if isinstance(ids, list) else None
 
-    def _score(
-        self, what: str, prompt: list[int], completion: list[int], top_k: int
-    ) -> TokenScores:
-        scores: TokenScores = self._complete(
-            what,
-            {"prompt": prompt + completion, "prompt_logprobs": top_k,
-             "max_tokens": MIN_NEW_TOKENS, "temperature": 1.0},
-            lambda choice: read_scores(choice, prompt, completion, top_k),
-        )  # fmt: skip
-        if scores.ids is not None:
-            self._check_ids(what, scores.ids)
+    def _requests(self, sequences: Sequence[Sample], top_k: int) -> list[list[int]]:
+        """The places of these sequences by the request that asks for them, without empty ones."""
+        places = [place for place, (_, completion) in enumerate(sequences) if completion]
+        most = -(-len(places) // self._concurrency) if self._shares else 1
+        requests: list[list[int]] = []
+        held = 0
+        for place in places:
+            size = sum(map(len, sequences[place])) * (top_k + 1)
+            if not requests or len(requests[-1]) == most or held + size > MOST_LOG_PROBS:
+                requests.append([])
+                held = 0
+            requests[-1].append(place)
+            held += size
+        return requests
+
+    def _score_together(
+        self, names: Sequence[str], sequences: Sequence[Sample], top_k: int
+    ) -> list[TokenScores]:
+        """The scores of sequences in one request; of each by itself where that is refused.
+
+        So an error names the sequence that is at fault, and a server need not know batches.
+        """
+        protocol, more = self.protocol, len(sequences) - 1
+        what = names[0] + (f" and {more} more with it" if more else "")
+        body = protocol.scoring(sequences, top_k)
+        response = self._request("POST", protocol.path, body, what)
+        if more and response.status in _REFUSED_TOGETHER:
+            alone = [
+                self._score_together([name], [one], top_k)[0]
+                for name, one in zip(names, sequences, strict=True)
+            ]
+            self._shares = False
+            return alone
+        parts = self._parts(what, response, more + 1, top_k)
+        scores = []
+        for name, part, one in zip(names, parts, sequences, strict=True):
+            with self._reading(name, response):
+                scores.append(protocol.read_scores(part, one, top_k))
+            if (ids := scores[-1].ids) is not None:
+                self._check_ids(name, ids)
         return scores
 
     def _check_ids(self, what: str, ids: Tensor) -> None:
@@ -221,25 +263,29 @@ class TeacherServer:
         self._known_ids = highest + 1
 
     def _write(
-        self, what: str, prompt: list[int], max_tokens: int, sampling: Mapping[str, Any]
+        self,
+        what: str,
+        prompt: list[int],
+        max_tokens: int,
+        sampling: Mapping[str, Any],
+        seed: int | None,
     ) -> list[int]:
-        return self._complete(
-            what,
-            {"prompt": prompt, "max_tokens": max_tokens, "return_token_ids": True, **sampling},
-            lambda choice: read_text(choice, max_tokens),
-        )
+        body = self.protocol.writing(prompt, max_tokens, sampling, seed)
+        response = self._request("POST", self.protocol.path, body, what)
+        (part,) = self._parts(what, response, 1)
+        with self._reading(what, response):
+            return self.protocol.read_text(part, max_tokens)
 
     def _has_id(self, token: int) -> bool:
         what = f"the question whether it has id {token}"
-        body = {"model": self.model, "prompt": [token], "max_tokens": MIN_NEW_TOKENS}
-        response = self._request("POST", "/v1/completions", body, what)
+        response = self._request("POST", self.protocol.path, self.protocol.asking(token), what)
         if response.status != 200 and not is_unknown_id(response.status, response.data):
-            raise self._refused(what, response, body)
+            raise self._refused(what, response)
         return response.status == 200
 
-    def _map(self, one: Callable[[int], Any], count: int) -> list[Any]:
-        with ThreadPoolExecutor(min(self._concurrency, max(count, 1))) as pool:
-            futures = [pool.submit(one, place) for place in range(count)]
+    def _map(self, one: Callable[[Any], Any], items: Sequence[Any]) -> list[Any]:
+        with ThreadPoolExecutor(min(self._concurrency, max(len(items), 1))) as pool:
+            futures = [pool.submit(one, item) for item in items]
             try:
                 return [future.result() for future in futures]
             except BaseException:
@@ -259,28 +305,53 @@ class TeacherServer:
             "number of at least 1 token, or null",
         )
 
-    def _served_models(self, required: bool) -> dict[str, Any]:
-        """The names that the server lists, each with its context, or None if it does not say."""
+    def _served_models(self, required: bool) -> dict[str, Mapping[str, Any]]:
+        """The entries of the models that the server lists, by their names."""
         what = "the list of models"
         response = self._request("GET", "/v1/models", None, what)
-        entries = read_json(response.data).get("data") if response.status == 200 else None
-        contexts: dict[str, Any] = {}
-        for entry in entries if isinstance(entries, list) else []:
-            if isinstance(entry, Mapping) and isinstance(entry.get("id"), str):
-                tokens = entry.get("max_model_len")
-                # An adapter has the context of its base model.
-                above = contexts.get(entry.get("parent") or "")
-                contexts[entry["id"]] = above if tokens is None else tokens
-        if required and not contexts:
-            raise self._refused(what, response, {})
-        return contexts
+        sent = read_json(response.data).get("data") if response.status == 200 else None
+        entries = [e for e in sent if isinstance(e, Mapping)] if isinstance(sent, list) else []
+        models = {entry["id"]: entry for entry in entries if isinstance(entry.get("id"), str)}
+        if required and not models:
+            raise self._refused(what, response)
+        return models
 
-    def _complete(self, what: str, body: dict[str, Any], read: Callable[[Mapping], Any]) -> Any:
-        response = self._request("POST", "/v1/completions", {"model": self.model} | body, what)
-        if response.status != 200:
-            raise self._refused(what, response, body)
+    def _make_protocol(self, name: str | None) -> Protocol:
+        name = name or self._find_protocol()
+        parents = {model: entry.get("parent") for model, entry in self._models.items()}
         try:
-            return read(read_choice(response.data))
+            return PROTOCOLS[name](self.model, parents)
+        except ValueError as error:
+            names = ", ".join(parents) or "see /v1/models"
+            remedy = f"Set teacher_model_name_or_path to a name that the server has: {names}"
+            raise self._error("the list of models", str(error), remedy) from error
+
+    def _find_protocol(self) -> str:
+        """By who says to own the models; else by the paths, which a GET finds and refuses."""
+        owners = {entry.get("owned_by") for entry in self._models.values()}
+        if not owners & {"vllm", "sglang"}:
+            for name, kind in PROTOCOLS.items():
+                if self._request("GET", kind.path, None, "a look at its paths").status == 405:
+                    return name
+        return "sglang" if "sglang" in owners else "vllm"
+
+    def _parts(
+        self, what: str, response: urllib3.BaseHTTPResponse, count: int, top_k: int | None = None
+    ) -> Sequence[Any]:
+        if response.status != 200:
+            raise self._refused(what, response, top_k)
+        if (answer := read_any(response.data)) is None:
+            words = quote(self._without_key(response.data))
+            remedy = "Is teacher_model_server_url the address of the server itself?"
+            raise self._error(what, f"its answer is no JSON: {words}", remedy)
+        with self._reading(what, response):
+            return self.protocol.parts(answer, count)
+
+    @contextlib.contextmanager
+    def _reading(self, what: str, response: urllib3.BaseHTTPResponse) -> Iterator[None]:
+        """Raises what a protocol's reading raises as a TeacherServerError."""
+        try:
+            yield
         except ValueError as error:
             raise self._error(what, str(error)) from error
         except (AttributeError, KeyError, TypeError) as error:
@@ -301,11 +372,19 @@ class TeacherServer:
             ) from error
 
     def _refused(
-        self, what: str, response: urllib3.BaseHTTPResponse, body: Mapping[str, Any]
+        self, what: str, response: urllib3.BaseHTTPResponse, top_k: int | None = None
     ) -> TeacherServerError:
         tries = f" after {self._retries + 1} attempts" * (response.status in _REPEATED)
-        names = list(self._contexts) if hasattr(self, "_contexts") else []
-        words, remedy = refusal(response.status, self._without_key(response.data), body, names)
+        names = list(self._models) if hasattr(self, "_models") else []
+        known = {"k": top_k, "names": ", ".join(names) or "see /v1/models"}
+        protocol = getattr(self, "protocol", None)
+        remedies = protocol.remedies if protocol else ()
+        words, remedy = refusal(response.status, self._without_key(response.data), remedies, known)
+        if protocol and response.status in (404, 405) and not remedy:
+            remedy = (
+                f"There is nothing at {protocol.path}: set teacher_server_protocol to None, or to "
+                "what the server speaks"
+            )
         return self._error(what, f"HTTP {response.status}{tries}: {words}", remedy)
 
     def _without_key(self, answer: bytes) -> bytes:
