@@ -73,6 +73,34 @@ def test_each_tail_is_its_formula(tail, whose, backend, device):
     )
 
 
+#: By hand: p = (1/2, 1/4, 1/8, 1/8), q = (1/4, 1/8, 1/2, 1/8), K the first two ids, which are the
+#: student's top 2 and not the teacher's. sum_K p log(p/q) = 3/4 log 2; off K p has 1/4 and q 5/8;
+#: renormalised on K both are (2/3, 1/3).
+BY_HAND = {
+    "raw": 0.5198603854,
+    "bucket": 0.5198603854 + 1 / 4 * math.log(2 / 5),
+    "renormalize_teacher": 0.5198603854 + 3 / 4 * math.log(3 / 8),
+    "renormalize_both": 0.0,
+}
+
+
+@all_backends
+@pytest.mark.parametrize("whose", ["student", "given"])
+@pytest.mark.parametrize("tail", TAILS)
+def test_values_by_hand(tail, whose, backend, device):
+    z, t = (
+        torch.tensor([row], dtype=torch.float64, device=device).log()
+        for row in ([1 / 2, 1 / 4, 1 / 8, 1 / 8], [1 / 4, 1 / 8, 1 / 2, 1 / 8])
+    )
+    two = {"top_k": 2} if whose == "student" else {}
+    more = {} if two else {"ids": torch.tensor([[1, 0, -1]], device=device)}
+    objective = Divergence("reverse_kl", top_k_tail=tail, top_k_ids=whose, **two)
+    label = torch.zeros(1, dtype=torch.int64, device=device)
+    loss, _, stats = loss_and_gradient(z, label, LogitsTeacher(t), objective, backend, **more)
+    assert loss.item() == pytest.approx(BY_HAND[tail], abs=1e-10)
+    assert stats.teacher_topk_mass.item() == pytest.approx(3 / 8)
+
+
 OBJECTIVES = {
     "reverse_bucket": rule("bucket"),
     "reverse_both": rule("renormalize_both"),
