@@ -248,9 +248,11 @@ def rewards(
 def with_task(rule: TokenRule, reward: Tensor, advantages: Tensor | None) -> Tensor:
     """The reward, where the sign of the task's advantages keeps it, and the weighted advantages."""
     if rule.reward_filter is not None:
-        keeps = advantages > 0 if rule.reward_filter == "positive" else advantages < 0
-        if rule.reward_filter == "agree":
-            keeps = (reward * advantages.sign() > 0) | reward.isnan()
+        keeps = {
+            "positive": advantages > 0,
+            "negative": advantages < 0,
+            "agree": (reward * advantages.sign() > 0) | reward.isnan(),
+        }[rule.reward_filter]
         reward = torch.where(keeps, reward, 0 * advantages)  # of NaN it is NaN
     return reward + rule.task_weight * advantages if rule.task_weight else reward
 

@@ -11,8 +11,8 @@ from problems import loss_and_gradient
 from test_rewards import backends, two_tokens
 
 from tropd_kernels import OPD, OPDVR, LogitsTeacher, TokenRule
-from tropd_kernels.objectives import OUTLIERS
-from tropd_kernels.objectives.rewards import REWARD_FILTERS
+from tropd_kernels.objectives import OUTLIERS, REWARDS
+from tropd_kernels.objectives.rewards import REWARD_FILTERS, RewardSpec
 from tropd_kernels.objectives.rule_fields import STATIC_THRESHOLD
 
 filters = pytest.mark.parametrize("reward_filter", REWARD_FILTERS)
@@ -49,6 +49,24 @@ def test_the_task_counts_on_both_sides_of_the_gate(reward_filter, outlier, backe
     torch.testing.assert_close(gradient[1], exact, rtol=1e-8, atol=1e-10)
     # Before the floor, the filter and A: what a next call takes as advantages.
     assert stats.reward[1].item() == pytest.approx(-0.6931471806)
+
+
+@backends
+@pytest.mark.parametrize("what", ["reward", "reward_filter"])
+def test_a_name_in_the_tables_alone_is_refused(what, backend, device, monkeypatch):
+    """... where an engine has no formula: not taken for another."""
+    monkeypatch.setitem(REWARDS, "practice", RewardSpec())
+    monkeypatch.setattr("tropd_kernels.objectives.rule_checks.REWARD_FILTERS", ("practice",))
+    z, t, labels = two_tokens(device)
+    rule = TokenRule(task_weight=1.0, **{what: "practice"})
+    with pytest.raises(Exception) as raised:
+        loss_and_gradient(
+            z, labels, LogitsTeacher(t), rule, backend, task_advantages=torch.ones_like(z[:, 0])
+        )
+    error, texts = raised.value, ""
+    while error is not None:  # Triton's compiler chains one error for each function around it
+        texts, error = texts + str(error), error.__cause__
+    assert ("no formula in Triton" if backend == "triton" else "'practice'") in texts
 
 
 @backends

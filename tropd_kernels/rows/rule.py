@@ -263,10 +263,11 @@ def _with_task(reward: Tensor, task: Tensor | None, rule: TokenRule) -> Tensor:
     if task is None:
         return reward
     if rule.reward_filter is not None:
-        if rule.reward_filter == "agree":
-            keeps = ((reward > 0) & (task > 0)) | ((reward < 0) & (task < 0)) | reward.isnan()
-        else:
-            keeps = task > 0 if rule.reward_filter == "positive" else task < 0
+        keeps = {
+            "positive": task > 0,
+            "negative": task < 0,
+            "agree": ((reward > 0) & (task > 0)) | ((reward < 0) & (task < 0)) | reward.isnan(),
+        }[rule.reward_filter]
         reward = torch.where(keeps, reward, 0 * task)  # of NaN it is NaN
     return reward + rule.task_weight * task if rule.task_weight else reward
 
