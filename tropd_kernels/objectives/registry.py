@@ -74,7 +74,7 @@ def knobs(objective: str) -> tuple[str, ...]:
 
 
 def required_knobs(objective: str) -> tuple[str, ...]:
-    """Those without a default: the paper's value is not known here."""
+    """Those without a default: the paper states no one value."""
     parameters = inspect.signature(OBJECTIVES[objective]).parameters
     return tuple(k for k in knobs(objective) if parameters[k].default is inspect.Parameter.empty)
 
