@@ -279,16 +279,27 @@ def xlstm(seed):
     return tiny.model(seed, kind=kind, config=config, **options)
 
 
+def rwkv(seed):
+    return tiny.model(seed, kind=transformers.RwkvForCausalLM, config=transformers.RwkvConfig)
+
+
 @pytest.mark.parametrize("side", ["student", "teacher"])
-def test_a_model_that_takes_no_mask(tmp_path, side):
+@pytest.mark.parametrize(
+    ("made", "words"),
+    [
+        (xlstm, "^a xlstm model takes no attention_mask, so that"),
+        (rwkv, "^a rwkv model takes an attention_mask and does not heed it"),
+    ],
+)
+def test_a_model_that_takes_no_mask(tmp_path, made, words, side):
     """Prompts of one length have no padding in front, and those of others are refused."""
-    models = [xlstm(0), tiny.model(1)] if side == "student" else [tiny.model(0), xlstm(1)]
+    models = [made(0), tiny.model(1)] if side == "student" else [tiny.model(0), made(1)]
     for texts, refused in ((["w7 w8", "w1 w2"], False), (["w7 w8", "w1"], True)):
         data = tiny.Dataset.from_dict({"prompt": texts})
         trainer = make(tmp_path, *models, data=data, per_device_train_batch_size=2,
                        max_completion_length=2)  # fmt: skip
         if refused:
-            with pytest.raises(ValueError, match="^a xlstm model takes no attention_mask, so that"):
+            with pytest.raises(ValueError, match=words):
                 trainer.train()
         else:
             trainer.train()

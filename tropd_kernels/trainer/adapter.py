@@ -32,7 +32,7 @@ from .fields import fields_of_rows
 from .generation import PrefixedGeneration
 from .generation_keys import in_other_ids
 from .loaded_teacher import check_dtypes, check_own_weights, load_teacher
-from .patching import keeping_forward, replaced
+from .patching import evaluation_mode, keeping_forward, replaced
 from .reuse import BatchReuse
 from .router import router_loss
 from .row_teachers import (
@@ -43,7 +43,6 @@ from .row_teachers import (
     row_indices,
     rows_of,
 )
-from .sampling import evaluation_mode
 from .self_teacher import (
     TeacherSync,
     is_self,

@@ -22,9 +22,9 @@ from .data_checks import check_prompts, check_row_modalities, check_tokens
 from .fields import KeptFields, extend_token_fields, kept_fields, mark_written
 from .hooks import MULTIMODAL_FIELDS
 from .metric_logs import MetricLogs
-from .patching import replaced
+from .patching import evaluation_mode, replaced
 from .prefix import have_column, is_complete
-from .sampling import evaluation_mode, pin_sampling_defaults
+from .sampling import pin_sampling_defaults
 from .sharding import generates_together, holds_on_all, weights_are_finite
 from .stops import raise_nonfinite_weights
 from .vocabulary import check_ids

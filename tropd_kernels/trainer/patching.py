@@ -53,3 +53,19 @@ def added_keywords(module: nn.Module, **keywords: Any) -> Iterator[None]:
         yield
     finally:
         hook.remove()
+
+
+@contextlib.contextmanager
+def evaluation_mode(model: Any) -> Iterator[None]:
+    """Puts all modules in evaluation mode inside: no dropout, no noise (NEFTune's, a router's).
+
+    And no checkpointing. TRL would switch that off itself, leave it so after an exception, and
+    switch it on again without the options that transformers takes out of its arguments
+    (every_n_layers).
+    """
+    with contextlib.ExitStack() as modes:
+        for part in model.modules():
+            for mode in ("training", "gradient_checkpointing"):
+                if getattr(part, mode, False) is True:
+                    modes.enter_context(replaced(part, **{mode: False}))
+        yield

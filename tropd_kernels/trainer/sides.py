@@ -13,7 +13,13 @@ from ..teachers import HiddenTeacher
 from .context import check_width
 from .fields import has_rows, passing_fields
 from .hooks import MULTIMODAL_FIELDS
+from .patching import base_of, evaluation_mode
 from .positions import check_mask, positions_after_padding
+
+#: Classes of models whose hidden states have been found to be free of the padding.
+_FREE_OF_PADDING: set[type] = set()
+#: Relative change of a hidden state by padding, beyond any rounding.
+_LARGE = 0.2
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,11 +61,13 @@ def read_side(
     """
     mask = torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], dim=1)
     check_width(mask.shape[1], model.config)
+    ids = torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], dim=1)
     check_mask(model, mask)
+    _check_padding(model, ids, mask, last_hidden_state)
     with passing_fields(model, inputs, **positions_after_padding(model, mask)):
         hidden = last_hidden_state(
             model,
-            torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], dim=1),
+            ids,
             mask,
             inputs["completion_ids"].shape[1],
             **{name: inputs[name] for name in MULTIMODAL_FIELDS if has_rows(inputs, name)},
@@ -72,3 +80,37 @@ def read_side(
     usable = slice(head.vocab_size)
     weight, bias = weight[usable].to(dtype), None if bias is None else bias[usable].to(dtype)
     return ModelSide(hidden.to(device, dtype), weight, bias, head.logit_scale, head.softcap)
+
+
+@torch.no_grad()
+def _check_padding(
+    model: PreTrainedModel, ids: Tensor, mask: Tensor, last_hidden_state: Callable[..., Tensor]
+) -> None:
+    """Raises ValueError where the padding in front of a prompt reaches its hidden states although
+    the model takes a mask, as in transformers' first RWKV.
+
+    Seen once for each class of models, on the first token of a padded row. Not of models that see
+    images, and not of sharded ones, whose processes would have to do it together.
+    """
+    base = base_of(model)
+    rows = (mask[:, 0] == 0) & (mask.sum(1) > 1)
+    if type(base) in _FREE_OF_PADDING or not rows.any():
+        return
+    if base.config.get_text_config() is not base.config or any(
+        hasattr(part, "ds_id") or hasattr(part, "device_mesh") for part in base.parameters()
+    ):
+        return
+    row = int(rows.nonzero()[0])
+    first, found = int(mask[row].argmax()), []
+    with evaluation_mode(model):
+        for start in (first - 1, first):
+            place = slice(row, row + 1), slice(start, first + 2)  # the last predicts nothing
+            with passing_fields(model, {}, **positions_after_padding(model, mask[place])):
+                found.append(last_hidden_state(model, ids[place], mask[place], 1).float())
+    if (found[0] - found[1]).norm() > _LARGE * found[1].norm():
+        raise ValueError(
+            f"a {base.config.model_type} model takes an attention_mask and does not heed it, so "
+            "that padding in front of a prompt changes its hidden states: choose another model, or "
+            "give prompts of one length, without pad_to_multiple_of"
+        )
+    _FREE_OF_PADDING.add(type(base))
