@@ -438,6 +438,7 @@ of("DeepSeek-V3", "DeepseekV3", q_lora_rank=8, kv_lora_rank=8, qk_rope_head_dim=
    qk_nope_head_dim=4, n_routed_experts=4, n_group=1, topk_group=1, num_experts_per_tok=2,
    num_key_value_heads=4)  # fmt: skip
 of("Bart's decoder", "Bart", decoder_attention_heads=4, decoder_ffn_dim=32, d_model=32)
+of("RWKV's first", "Rwkv")
 of("T5", "T5", "ForConditionalGeneration", d_model=32, d_ff=48, num_layers=1, d_kv=16)
 
 

@@ -109,7 +109,7 @@ def by_hand(trainer, student, teacher, step=0, sampler=None) -> torch.Tensor:
     args = trainer.args
     each = args.gradient_accumulation_steps
     rows = split(trainer.batches[step * each : (step + 1) * each])
-    tokens = sum(int(row["completion_mask"].sum()) for row in rows)
+    tokens = sum(int(row["loss_mask"].sum()) for row in rows)
     total, kept = torch.zeros((), dtype=torch.float64), 0.0
     for row in rows:
         prompt = row["prompt_ids"][row["prompt_mask"].bool()]
@@ -121,6 +121,8 @@ def by_hand(trainer, student, teacher, step=0, sampler=None) -> torch.Tensor:
             read, one = read_by(teacher, row)
             theirs = one(torch.cat([read, labels])[None]).logits[0, len(read) - 1 : -1].double()
         positions = torch.arange(len(labels))
+        own_words = row["loss_mask"][row["completion_mask"].bool()] != 0  # not a tool's
+        counted = labels.masked_fill(~own_words, -100)
         prefix = positions < row["prefix_lengths"]
         options = {}
         lp, lq = (x.detach().log_softmax(-1).gather(1, labels[:, None])[:, 0]
@@ -130,7 +132,7 @@ def by_hand(trainer, student, teacher, step=0, sampler=None) -> torch.Tensor:
             with torch.no_grad():
                 old = sampler(ids).logits[0, place].double() / args.temperature
             lo = options["old_log_probs"] = old.log_softmax(-1).gather(1, labels[:, None])[:, 0]
-        reward, own = (lq - lo)[None], ~prefix[None]
+        reward, own = (lq - lo)[None], (own_words & ~prefix)[None]
         if args.kl_discount_factor:
             future = return_to_go(reward, own, args.kl_discount_factor)[0]
             options["advantages"] = torch.where(prefix, reward[0], future)
@@ -146,7 +148,7 @@ def by_hand(trainer, student, teacher, step=0, sampler=None) -> torch.Tensor:
         if "task_advantages" in row:
             options["task_advantages"] = row["task_advantages"].double().expand(len(labels))
         out = distillation_loss(
-            logits, labels, LogitsTeacher(theirs), args.rule(), reduction="sum",
+            logits, counted, LogitsTeacher(theirs), args.rule(), reduction="sum",
             temperature=args.temperature, teacher_prefix=prefix, backend="reference",
             uniforms=bernoulli_uniforms(args.seed, step, row["sequence_ids"], positions), **options,
         )  # fmt: skip
