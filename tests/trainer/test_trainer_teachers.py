@@ -225,8 +225,11 @@ def test_another_tokenizer_is_refused(tmp_path, served):
 
 def test_nobody_there(tmp_path):
     url = "http://127.0.0.1:9"  # the discard service, which nobody runs
-    with pytest.raises(TeacherServerError, match="the list of models failed: no answer after 1"):
+    with pytest.raises(
+        TeacherServerError, match="the list of models failed: no answer after 1"
+    ) as e:
         TeacherServer(url, retries=0)
+    assert str(e.value).endswith("Look at the server")  # and not at teacher_server_timeout
 
 
 @pytest.mark.parametrize("models", [None, [], ["teacher"], [{}], {"id": "teacher"}])

@@ -212,12 +212,11 @@ class TrOPDConfig(DistillationConfig):
         "500 or 502 to 504: at once, then after 1 s, 2 s, 4 s, ... 120 s. Retry-After is ignored.",
         9,
     )
-    teacher_server_concurrency: int = _setting(
-        "requests at once. Sequences to score are divided among so many requests.", 8
-    )
+    teacher_server_concurrency: int = _setting("requests at once, that share the sequences.", 8)
     teacher_server_protocol: str | None = _setting(
         "'vllm' (/v1/completions), 'vllm_generate' (/inference/v1/generate) or 'sglang' "
-        "(/generate); None (default) finds it out."
+        "(/generate); None (default) finds it out. The seeds of texts, with which a resumed run "
+        "repeats them, SGLang obeys only under --enable-deterministic-inference."
     )
     precomputed_teacher: bool = _setting(
         "the data set's columns hold fixed completions, `completion_ids` (C), and the teacher's "

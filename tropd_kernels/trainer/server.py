@@ -363,7 +363,10 @@ class TeacherServer:
             return self._http.request(method, self.url + path, json=body)
         except urllib3.exceptions.HTTPError as error:
             reason = getattr(error, "reason", None) or error
-            late = isinstance(reason, urllib3.exceptions.TimeoutError)
+            late = isinstance(reason, urllib3.exceptions.TimeoutError) and not isinstance(
+                reason,
+                urllib3.exceptions.NewConnectionError,  # refused at once, yet of that kind
+            )
             more = f", or allow an attempt more than {self._timeout:g} s (teacher_server_timeout)"
             raise self._error(
                 what,
