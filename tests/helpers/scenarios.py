@@ -189,6 +189,7 @@ with_columns(**{
     "`messages`": dict(messages=[a + b for a, b in zip(TALK, ANSWERS)]),
     "`chosen`, `rejected`, without a prompt": dict(chosen=ANSWERS, rejected=ANSWERS),
     "`input_ids`": dict(input_ids=[[7, 8]] * 8),
+    "messages of `from` and `value`": dict(prompt=[[{"from": "human", "value": "w7"}]] * 8),
     "a column `tools`": dict(prompt=TALK, tools=[[{"name": "f"}]] * 8),
 })  # fmt: skip
 with_settings(**{
@@ -478,6 +479,8 @@ scenario("images, with an adapter")(lambda folder: sees(folder, peft=lora()))
 scenario("images, accumulated and padded")(
     partial(sees, gradient_accumulation_steps=2, pad_to_multiple_of=8)
 )
+scenario("images, `gradient_checkpointing`")(partial(sees, gradient_checkpointing=True))
+with_images("rows with an image and without", prompt=TALK, images=[*IMAGES[:4], *[[]] * 4])
 with_images("images beside prompts of text", prompt=TEXTS, images=IMAGES)
 with_images("a column `video`", prompt=TALK, video=[None] * 8)
 
