@@ -1,6 +1,7 @@
 """A small real HTTP server of a tiny model that answers as SGLang 0.5.23 does.
 
-It refuses what SGLang refuses, with the same status and message, and lets pass what it lets pass
+It refuses what SGLang refuses, with the same status and (but for bounds of sampling) the same
+message, and lets pass what it lets pass
 (`srt/managers/io_struct.py`, `tokenizer_manager.py`, `scheduler.py`, `tp_worker.py`, `utils.py`,
 `scheduler_components/logprob_result_processor.py` and `srt/sampling/sampling_params.py`):
 
@@ -89,8 +90,8 @@ def serve(
         def of(key, i, default):
             value = body.get(key)
             if value is not None and not single and isinstance(value, list):
-                if len(value) != len(sequences):
-                    raise Refused(f"The length of {key} should be equal to the batch size.")
+                if len(value) <= i:
+                    raise Refused("Internal Server Error", status=500)
                 value = value[i]
             return default if value is None else value
 

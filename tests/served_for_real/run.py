@@ -80,7 +80,7 @@ def check_losses(tokenizer) -> None:
     kinds = {
         "its completions alone": {},
         "a prefix": GREEDY | dict(prefix_schedule="constant", prefix_length=4),
-        "lmbda 0.5": GREEDY | dict(lmbda=0.5),
+        "lmbda 0.2": GREEDY | dict(lmbda=0.2),
     }
     for kind, settings in kinds.items():
         here = trainer("loaded", tokenizer, str(TEACHER), **settings)
