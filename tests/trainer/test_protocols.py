@@ -133,11 +133,13 @@ def test_requests_hold_no_more_than_they_may(start, monkeypatch):
     assert sizes() == [41]
 
 
-def test_server_that_takes_one_sequence_a_request(start):
+@pytest.mark.parametrize("how", ["refuses", "answers the first"])
+def test_server_that_takes_one_sequence_a_request(start, how):
     running = start("vllm")
     expected = TeacherServer(running.url).score(PROMPTS, COMPLETIONS)
     client = TeacherServer(running.url, concurrency=2)
-    running.faults.no_batches = True
+    running.faults.no_batches = how == "refuses"
+    running.faults.answer = lambda answer: answer | {"choices": answer["choices"][:1]}
     for requests in (2 + 6, 6):  # the second time no batch is tried
         running.requests.clear()
         for one, other in zip(client.score(PROMPTS, COMPLETIONS), expected, strict=True):

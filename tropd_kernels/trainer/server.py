@@ -36,8 +36,8 @@ from .protocols.base import Sample
 #: urllib3 retries at once, then after twice this many seconds, doubled each time up to 120.
 BACKOFF_SECONDS = 0.5
 _REPEATED = (408, 429, 500, 502, 503, 504)
-#: Of a request with more than one sequence, refused as a whole.
-_REFUSED_TOGETHER = (400, 413, 422)
+#: Of requests with several sequences that may pass one by one: refused, or answered otherwise.
+_NOT_TOGETHER = (200, 400, 413, 422)
 #: Most log-probs that a request with more than one sequence asks for: 40 MB of vLLM's JSON.
 MOST_LOG_PROBS = 2**19
 
@@ -141,7 +141,6 @@ class TeacherServer:
             TeacherServerError: The server does not answer, or with too few log-probs; the text
                 names the request.
         """
-
         sequences = list(zip(map(list, prompts), map(list, completions), strict=True))
         names = [
             f"request {place + 1} of {len(prompts)} (the log-probs of {len(completion)} tokens "
@@ -221,7 +220,7 @@ class TeacherServer:
     def _score_together(
         self, names: Sequence[str], sequences: Sequence[Sample], top_k: int
     ) -> list[TokenScores]:
-        """The scores of sequences in one request; of each by itself where that is refused.
+        """The scores of sequences in one request; of each by itself where there are none.
 
         So an error names the sequence that is at fault, and a server need not know batches.
         """
@@ -229,14 +228,17 @@ class TeacherServer:
         what = names[0] + (f" and {more} more with it" if more else "")
         body = protocol.scoring(sequences, top_k)
         response = self._request("POST", protocol.path, body, what)
-        if more and response.status in _REFUSED_TOGETHER:
+        try:
+            parts = self._parts(what, response, more + 1, top_k)
+        except TeacherServerError:
+            if not more or response.status not in _NOT_TOGETHER:
+                raise
             alone = [
                 self._score_together([name], [one], top_k)[0]
                 for name, one in zip(names, sequences, strict=True)
             ]
             self._shares = False
             return alone
-        parts = self._parts(what, response, more + 1, top_k)
         scores = []
         for name, part, one in zip(names, parts, sequences, strict=True):
             with self._reading(name, response):
