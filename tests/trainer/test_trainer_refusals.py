@@ -19,7 +19,7 @@ from training import make
 
 from tropd_kernels.trainer import TrOPDConfig, TrOPDTrainer
 from tropd_kernels.trainer.context import check_context
-from tropd_kernels.trainer.data_checks import check_prompts, check_unread
+from tropd_kernels.trainer.data_checks import check_prompts, check_unread, known_columns
 from tropd_kernels.trainer.student_checks import check_adapters
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
@@ -342,6 +342,15 @@ def test_models_sharded_by_tensor_parallelism_are_refused(tmp_path, group, which
     head.weight = torch.nn.Parameter(weight)
     with pytest.raises(NotImplementedError, match=f"^{which}: its lm_head.weight is a DTensor"):
         make(tmp_path, *models.values())
+
+
+def test_columns_as_far_as_they_are_known():
+    """A transform may make any of them; another library's `format` says nothing."""
+    data = tiny.prompts()
+    assert known_columns(data.with_format("torch")) == ["prompt"] == known_columns(data)
+    assert known_columns(data.with_transform(lambda rows: {"text": rows["prompt"]})) is None
+    other = type("Rows", (), {"column_names": ["prompt"], "format": lambda self: "csv"})
+    assert known_columns(other()) == ["prompt"] and known_columns([{"prompt": "w1"}]) is None
 
 
 @pytest.mark.parametrize(

@@ -25,8 +25,10 @@ def data_sets(arguments: Mapping[str, Any]) -> Iterator[tuple[str, Any, Sequence
 def known_columns(data: Any) -> Sequence[str] | None:
     """The columns of a data set's rows. None: a stream may not know them until it is read, nor does
     a data set with a transform, which makes its rows when they are read."""
-    form: Any = getattr(data, "format", None) or {}
-    return None if form.get("type") == "custom" else getattr(data, "column_names", None)
+    form = getattr(data, "format", None)
+    if isinstance(form, Mapping) and form.get("type") == "custom":
+        return None
+    return getattr(data, "column_names", None)
 
 
 def has_teacher_prompts(data: Any) -> bool:
