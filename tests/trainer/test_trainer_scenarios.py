@@ -13,6 +13,7 @@ import torch
 pytest.importorskip("trl", reason="the trainer needs trl")
 pytest.importorskip("PIL", reason="images need pillow")
 
+import reward_scenarios  # noqa: F401  which adds to them
 from scenarios import SCENARIOS, SMALL
 from training import make
 
