@@ -7,6 +7,7 @@
 #   make compiled  the tests of the Triton kernels again, on what they compile to for GPU=cuda:90
 #   make lint      ruff and mypy
 #   make bench     time, memory and error of ours and of other libraries, by tropd bench; writes build/bench/
+#   make docs      the documentation as a site, in build/site, in an environment of its own
 #   make wheel     a wheel, in dist/
 #   make engines   the tests that want verl and DeepSpeed, which it installs beside .venv
 #   make served    trains against vLLM itself, on a CPU, in an environment of its own (3.3 GB, ten minutes); not part of the tests
@@ -31,7 +32,7 @@ CPU_portable = TROPD_CPU=portable ATEN_CPU_CAPABILITY=default ONEDNN_MAX_CPU_ISA
 CPU          =
 CAPS         = $(if $(CPU),$(or $(CPU_$(CPU)),$(error CPU must be avx2 or portable, got $(CPU))))
 
-.PHONY: demo train test test-all compiled engines served lint bench wheel sanitize clean
+.PHONY: demo train test test-all compiled engines served lint bench docs wheel sanitize clean
 
 demo: $(READY)
 	$(CAPS) $(PY) -m examples.demo $(ARGS)
@@ -97,6 +98,17 @@ lint: $(READY)
 
 bench: $(READY)
 	$(CAPS) .venv/bin/tropd bench $(ARGS)
+
+# Strictly, and after the environment is there without a network; the site asks no other one, either.
+# mkdocs-material prints an advertisement otherwise.
+DOCS = build/docs
+docs: $(DOCS)/.ready
+	NO_MKDOCS_2_WARNING=1 $(DOCS)/bin/mkdocs build
+
+$(DOCS)/.ready: docs/requirements.txt
+	$(PYTHON) -m venv --clear $(DOCS)
+	$(DOCS)/bin/python -m pip --disable-pip-version-check install --quiet --no-deps -r docs/requirements.txt
+	touch $@
 
 # build/lib is where setuptools would pick up files that the package no longer has.
 wheel: $(READY)

@@ -45,17 +45,23 @@ def bernoulli_uniforms(
 ) -> Tensor:
     """Uniforms in [0, 1), one for each token, that depend on nothing but the token's four numbers.
 
-    seed: a 64-bit Python int (signed or unsigned; -1 and 2^64 - 1 are the same key) or a 0-d int64
-    tensor. step: an int in [0, 2^32), or a 0-d integer tensor read modulo 2^32. sequence_ids:
-    integers that name a sequence across the whole optimiser step, on every rank; 64 bits count.
-    positions: the token's index within its sequence, not within the padded or packed row; 32 bits
-    count. The two broadcast: (B, 1) with (T,) gives (B, T).
+    Args:
+        seed: A 64-bit Python int (signed or unsigned; -1 and 2^64 - 1 are the same key) or a
+            0-d int64 tensor.
+        step: An int in [0, 2^32), or a 0-d integer tensor read modulo 2^32.
+        sequence_ids: Integers that name a sequence across the whole optimiser step, on every rank;
+            64 bits count.
+        positions: The token's index within its sequence, not within the padded or packed row;
+            32 bits count. Broadcasts with `sequence_ids`: (B, 1) and (T,) give (B, T).
 
     Under torch.compile pass seed and step as 0-d tensors: an int that changes from call to call
     recompiles, and from 2^63 on inductor refuses it. A tensor on a GPU is not read by the host.
 
-    Returns float32 of the broadcast shape, on the tensors' device. Raises TypeError or ValueError
-    on a wrong type, dtype, shape, device or range.
+    Returns:
+        float32 of the broadcast shape, on the tensors' device.
+
+    Raises:
+        TypeError, ValueError: A wrong type, dtype, shape, device or range.
     """
     for name, tensor in (("sequence_ids", sequence_ids), ("positions", positions)):
         if not isinstance(tensor, Tensor):

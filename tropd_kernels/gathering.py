@@ -35,10 +35,12 @@ from .transforms import check_none
 def gathered(parameter: Tensor, *, mean: bool = True) -> Tensor:
     """The whole of a sharded parameter, differentiable; any other tensor as it is.
 
-    parameter: a DTensor over the processes that share the parameters (each with tokens of its own),
-        or a plain tensor. mean: the gradient is averaged over these processes, as FSDP2 and DDP do,
-        so the loss divides by the tokens of all of them and multiplies by their number (or each
-        process by its own); False sums.
+    Args:
+        parameter: A DTensor over the processes that share the parameters (each with tokens of
+            its own), or a plain tensor.
+        mean: The gradient is averaged over these processes, as FSDP2 and DDP do, so the loss
+            divides by the tokens of all of them and multiplies by their number (or each process by
+            its own); False sums.
 
     A collective: every process has to come here. Raises TypeError for another thing than a tensor.
     """

@@ -10,6 +10,7 @@ twice.
 from __future__ import annotations
 
 from inspect import signature
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -47,14 +48,16 @@ class _Fixed(nn.Module):
 class LinearDistillationLoss(_Fixed):
     """`linear_distillation_loss` with its options fixed.
 
-    objective: a `TokenRule`; default `TrOPD()`. options: any keyword of the function that does not
-    change between batches (`temperature`, `logit_scale`, `softcap`, `reduction`, `backend`, ...).
+    Args:
+        objective: A `TokenRule`; default `TrOPD()`.
+        **options: Any keyword of the function that does not change between batches (`temperature`,
+            `logit_scale`, `softcap`, `reduction`, `backend`, ...).
 
-    Raises TypeError for an objective that is none, and for an option that the function does not
-    take.
+    Raises:
+        TypeError: For an objective that is none, and for an option that the function does not take.
     """
 
-    def __init__(self, objective: TokenRule | None = None, **options):
+    def __init__(self, objective: TokenRule | None = None, **options: Any):
         objective = TrOPD() if objective is None else objective
         check_rule(objective)
         super().__init__(linear_distillation_loss, objective=objective, **options)
@@ -69,7 +72,7 @@ class LinearDistillationLoss(_Fixed):
 class DistillationLoss(_Fixed):
     """`distillation_loss`, on logits that already exist, with its options fixed."""
 
-    def __init__(self, objective: TokenRule | None = None, **options):
+    def __init__(self, objective: TokenRule | None = None, **options: Any):
         objective = TrOPD() if objective is None else objective
         check_rule(objective)
         super().__init__(distillation_loss, objective=objective, **options)

@@ -21,19 +21,24 @@ class TokenStats(Summarized):
     this form of teacher cannot give it. NaN: the objective did not need it at this token.
 
     Attributes:
-        log_probs, teacher_log_probs: Of the label, in nats.
+        log_probs: Of the label, in nats.
+        teacher_log_probs: Likewise under the teacher.
         lse: logsumexp of the student's logits after scale, softcap and temperature, in nats.
-        entropy, teacher_entropy: In nats. For a TopKTeacher without `entropy` a lower bound, which
+        entropy: H(p), in nats.
+        teacher_entropy: H(q), in nats. For a TopKTeacher without `entropy` a lower bound, which
             treats the mass outside its ids as one id.
-        forward_kl, reverse_kl: Exact, over the vocabulary, for a dense teacher. For a TopKTeacher
-            forward_kl is another quantity: on its ids, or where the rule uses K on the likeliest
-            `top_k` of them, with the rule's `top_k_tail`.
+        forward_kl: Exact, over the vocabulary, for a dense teacher. For a TopKTeacher another
+            quantity: on its ids, or where the rule uses K on the likeliest `top_k` of them, with
+            the rule's `top_k_tail`.
+        reverse_kl: Exact, over the vocabulary, for a dense teacher.
         reward: R, transformed and clipped to the rule's clip_reward_*, or the caller's advantages,
             clipped. Before an outlier's floor and the filter, and without the task's advantages, so
             that what a credit function makes of it can be passed as `advantages`.
-        trust, outlier: The gate's M, and 1 - M; both 0 on a prefix.
-        teacher_topk_mass, student_topk_mass: Of K; for a dense teacher only at the tokens at which
-            the rule looks at K, for a TopKTeacher at all tokens.
+        trust: The gate's M; 0 on a prefix.
+        outlier: 1 - M; 0 on a prefix.
+        teacher_topk_mass: q's mass on K; for a dense teacher only at the tokens at which the rule
+            looks at K, for a TopKTeacher at all tokens.
+        student_topk_mass: Likewise p's.
         token_loss: Before `token_weight`.
         kept: Whether the token passed gate and selection.
         score: What the rule selects tokens by, of those that are left out, too. NaN at a token that

@@ -30,11 +30,13 @@ from .symbolic import shown
 class HiddenTeacher(Summarized):
     """A teacher as hidden states and head.
 
-    hidden: (*, G) last hidden states, one per label; G may differ from the student's width.
-    weight: (V, G) head; its vocabulary may differ in height from the student's: the ids that both
-        have are used. Of any float dtype: the product is in that of hidden.
-    bias: (V,) or None. logit_scale, softcap: logits = softcap * tanh(scale * (h W^T + b) /
-    softcap).
+    Attributes:
+        hidden: (*, G) last hidden states, one per label; G may differ from the student's width.
+        weight: (V, G) head; its vocabulary may differ in height from the student's: the ids
+            that both have are used. Of any float dtype: the product is in that of hidden.
+        bias: (V,) or None.
+        logit_scale: Factor on the logits.
+        softcap: Bound of the tanh behind it: softcap * tanh(logit_scale * (h W^T + b) / softcap).
     """
 
     hidden: Tensor
@@ -81,13 +83,14 @@ class LogitsTeacher(Summarized):
 class TopKTeacher(Summarized):
     """A teacher as its k likeliest ids.
 
-    ids: (*, K) int64, distinct within a row: an error, or NaN in that row where values are not
-        looked at (`ignore_index=None` on a GPU). Ids outside [0, V) and entries with log-prob -inf
-        are padding, which may repeat.
-    log_probs: (*, K) log q of those ids, normalised over the teacher's whole vocabulary.
-    label_log_probs: (*) log q of the label.
-    entropy: (*) the teacher's entropy in nats, where known. Without it, objectives that ask for it
-        use the lower bound with the mass outside K lumped into one id.
+    Attributes:
+        ids: (*, K) int64, distinct within a row: an error, or NaN in that row where values are
+            not looked at (`ignore_index=None` on a GPU). Ids outside [0, V) and entries with
+            log-prob -inf are padding, which may repeat.
+        log_probs: (*, K) log q of those ids, normalised over the teacher's whole vocabulary.
+        label_log_probs: (*) log q of the label.
+        entropy: (*) the teacher's entropy in nats, where known. Without it, objectives that ask
+            for it use the lower bound with the mass outside K lumped into one id.
     """
 
     ids: Tensor

@@ -3,7 +3,7 @@
     tropd bench                                            what suits this machine
     tropd bench --shape qwen3-1.7b --tokens 8192 --losses gkd reverse_kl
     tropd bench --losses tropd --providers native --tokens 512 1024 2048 --plot
-    tropd bench --readme                                   README's figures from benchmarks/results
+    tropd bench --page                          docs/benchmarks.md and README's table, renewed
 
 All get the same inputs: hidden states, heads, labels, and the teacher in the form that the loss
 takes. A run computes a loss and its gradients with respect to hidden states and head. The runs of
@@ -14,7 +14,7 @@ all providers are interleaved, and so are those of the bare products of the same
     timing, accuracy, run        how it is measured
     budget                       time estimates, before a row is begun
     ceilings                     peak rates of the machine, for the roofline
-    results, table, plot, readme storing and showing it
+    results, table, plot, page   storing and showing it
     command                      the options
 
 A row that cannot run, or would take more than the budget, stays in the table and says why. On a CPU

@@ -14,7 +14,7 @@ from types import ModuleType
 
 import torch
 
-from benchmarks.bench import budget, readme, table
+from benchmarks.bench import budget, page, table
 from benchmarks.bench.budget import OutOfTime
 from benchmarks.bench.ceilings import ceilings
 from benchmarks.bench.losses import LOSSES
@@ -44,8 +44,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     options = parse(arguments)
     try:
-        if options.readme:
-            readme.write()
+        if options.page:
+            page.write()
             return 0
         if options.plot:
             return draw([Path(file) for file in options.plot])
@@ -82,13 +82,17 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
         "processor multiplies it in hardware, else float32")  # fmt: skip
     add("--out", type=Path, metavar="FILE", help="default: build/bench/DEVICE.json")
     add("--plot", nargs="*", metavar="FILE",
-        help="draw time, memory and roofline beside the results, for whose roof the machine is "
-        "probed for a second; of stored files if any are given, which then are all that is "
-        "done")  # fmt: skip
+        help="draw time, memory and roofline beside the results, and one loss at several sizes "
+        "in one picture; for the roof the machine is probed for a second; of stored files if any "
+        "are given, which then are all that is done")  # fmt: skip
     add("--memory-snapshot", type=Path, metavar="FILE",
         help="who allocated what in the first loss, whose times suffer by it; for "
         "pytorch.org/memory_viz, on a GPU")  # fmt: skip
-    add("--readme", action="store_true", help="renew README's figures from benchmarks/results")
+    add(
+        "--page",
+        action="store_true",
+        help="renew the tables of docs/benchmarks.md and README from benchmarks/results",
+    )
     return parser.parse_args(arguments)
 
 

@@ -1,6 +1,7 @@
 """Pictures of stored results: time, memory, and the roofline.
 
-One panel for each loss. With several numbers of tokens these are curves, else bars. The roofline
+One panel for each loss; of one loss at several sizes, a picture of time and memory as well. With
+several numbers of tokens these are curves, else bars. The roofline
 shows how much of the machine each call uses: FLOP of the loss's floor over its time, against FLOP
 per byte that has to move (inputs read once, gradients written once), under the ceilings of the
 machine that measured, which it probed if it was told to draw; without them there is no roof.
@@ -20,18 +21,19 @@ matplotlib.use("Agg")  # writes files; needs no display
 import matplotlib.pyplot as plt
 
 from benchmarks.bench.losses import LOSSES
-from benchmarks.bench.providers import GEMMS, LABELS
+from benchmarks.bench.providers import GEMMS, LABELS, OURS
 from benchmarks.bench.results import Results, Row
 from benchmarks.measure import Times
 
 #: By provider, so that each has its colour in every picture.
 COLOURS = dict(zip(LABELS, plt.get_cmap("tab20").colors)) | {GEMMS: "#6e7781"}
+OUR_COLOUR = "#1f4fd8"
 Value = Callable[[Row], "float | None"]
 
 
 def draw(results: Results, file: Path) -> list[Path]:
-    """Writes NAME_time.png, NAME_memory.png and NAME_roofline.png beside the file; no picture of
-    what it does not hold."""
+    """Writes NAME_time.png, NAME_memory.png and NAME_roofline.png beside the file, and of one loss
+    at several sizes NAME.png; no picture of what it does not hold."""
     plt.rcParams.update({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False})
     rows = [row for row in results.rows if row.both is not None]
     written = []
@@ -43,13 +45,15 @@ def draw(results: Results, file: Path) -> list[Path]:
         shown = [row for row in rows if value(row) is not None]
         if shown:
             written.append(save(panels(results, shown, unit, value), file, name))
+    if len({row.loss for row in rows}) == 1 and len({row.tokens for row in rows}) > 1:
+        written.append(save(growth(results, rows), file))
     if any(row.loss in LOSSES for row in rows):
         written.append(save(roofline(results, rows), file, "roofline"))
     return written
 
 
-def save(figure: Any, file: Path, name: str) -> Path:
-    path = file.with_name(f"{file.stem}_{name}.png")
+def save(figure: Any, file: Path, name: str | None = None) -> Path:
+    path = file.with_suffix(".png") if name is None else file.with_name(f"{file.stem}_{name}.png")
     figure.savefig(path)
     plt.close(figure)
     return path
@@ -87,6 +91,34 @@ def lines(axis: Any, rows: list[Row], value: Value) -> None:
         )  # fmt: skip
     axis.set_xlabel("tokens")
     axis.legend(frameon=False, fontsize=7)
+
+
+def growth(results: Results, rows: list[Row]) -> Any:
+    """Time, with p20 and p80, and memory against tokens. Ours stands out."""
+    rows = [row for row in rows if row.workspace is not None and row.who != GEMMS]
+    figure, axes = plt.subplots(1, 2, figsize=(8.4, 3.4), dpi=130, layout="constrained")
+    label(figure, results)
+    loss = rows[0].loss
+    figure.suptitle(LOSSES[loss].title if loss in LOSSES else loss, fontsize=10)
+    for who in dict.fromkeys(row.who for row in rows):
+        mine = [row for row in rows if row.who == who]
+        tokens = [row.tokens for row in mine]
+        ours = who in OURS
+        style = {
+            "color": OUR_COLOUR if who == "native" else COLOURS.get(who), "marker": "o",
+            "label": LABELS.get(who, who), "linewidth": 3 if ours else 1.2,
+            "markersize": 6 if ours else 3.5, "zorder": 3 if ours else 2,
+        }  # fmt: skip
+        spread = list(zip(*(abs_spread(row.both) for row in mine)))
+        axes[0].errorbar(tokens, [row.both.median for row in mine], spread, capsize=3, **style)
+        axes[1].plot(tokens, [mega(row.workspace) for row in mine], **style)
+    for axis, title in zip(axes, ("seconds, loss and gradients", "MB over inputs and gradients")):
+        axis.set_title(title, fontsize=9)
+        axis.set_xlabel("tokens")
+        axis.set_ylim(0)
+        axis.grid(alpha=0.25)
+    axes[1].legend(frameon=False, fontsize=8)
+    return figure
 
 
 def bars(axis: Any, rows: list[Row], value: Value) -> None:

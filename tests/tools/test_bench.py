@@ -19,7 +19,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import ROOT
-from benchmarks.bench import command, eager, providers, readme, run, table, timing
+from benchmarks.bench import command, eager, page, providers, run, table, timing
 from benchmarks.bench.losses import LOSSES
 from benchmarks.bench.problem import IGNORED, make_problem
 from benchmarks.bench.providers import GEMMS, PROVIDERS, Provider, runner, why_not
@@ -354,28 +354,29 @@ def test_outside_a_checkout_it_says_where_the_benchmarks_are(tmp_path, monkeypat
 # --- what becomes of it ------------------------------------------------------------------------
 
 
-def test_readme_shows_the_stored_results():
-    """`tropd bench --readme` renews it."""
-    assert readme.block(readme.README.read_text("utf-8")) == readme.render()
+def test_the_page_shows_the_stored_results():
+    """`tropd bench --page` renews it."""
+    assert page.block(page.PAGE.read_text("utf-8")) == page.render()
+    assert page.summary_block(page.README.read_text("utf-8")) == page.summary()
 
 
-def test_readme_follows_the_results(tmp_path):
+def test_the_page_follows_the_results(tmp_path):
     folder = tmp_path / "results"
-    shutil.copytree(readme.RESULTS, folder, ignore=shutil.ignore_patterns("*.png"))
-    page = tmp_path / "README.md"
-    page.write_text(f"before\n{readme.BEGIN}\nold\n{readme.END}\nafter\n", "utf-8")
+    shutil.copytree(page.RESULTS, folder, ignore=shutil.ignore_patterns("*.png"))
+    shown = tmp_path / "page.md"
+    shown.write_text(f"before\n{page.BEGIN}\nold\n{page.END}\nafter\n", "utf-8")
     file = folder / "cpu_1024.json"
     stored = file.read_text("utf-8")
     file.write_text(stored.replace('"error": 0.0025671158', '"error": 0.0725671158'), "utf-8")
-    readme.write(page, folder)
-    text = page.read_text("utf-8")
+    page.write(shown, folder, readme=None)
+    text = shown.read_text("utf-8")
     assert text.startswith("before\n") and text.endswith("\nafter\n") and "old" not in text
-    assert "| 7.3e-2" in text and readme.block(text) != readme.render()
+    assert "| 7.3e-2" in text and page.block(text) != page.render()
     with pytest.raises(ValueError, match="expected the marks"):
-        readme.block("no marks")
+        page.block("no marks")
 
 
-def test_new_results_have_their_halves_in_readme(tmp_path):
+def test_new_results_have_their_halves_in_the_page(tmp_path):
     times = Times(0.02, 0.019, 0.0215)
     rows = [
         Row(8192, "opd", "triton", times, times, times, 1.04, 9, 2_000_000, 1.5e-3),
@@ -385,7 +386,7 @@ def test_new_results_have_their_halves_in_readme(tmp_path):
     facts = {"command": "tropd bench", "machine": on, "shape": vars(TINY), "dtype": "bfloat16"}
     Results(facts, rows).write(tmp_path / "gpu_h200.json")
     assert read(tmp_path / "gpu_h200.json").rows == rows
-    text = readme.render(tmp_path)
+    text = page.render(tmp_path)
     lines = [line for line in text.splitlines() if "|" in line]
     cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines]
     assert cells[2] == ["OPD, sampled teacher", "ours, triton", "20.0 ms", "20.0 ms",
@@ -395,17 +396,19 @@ def test_new_results_have_their_halves_in_readme(tmp_path):
 
 
 def test_stored_results_name_no_path_of_a_machine():
-    for file in readme.RESULTS.glob("*.json"):
+    for file in page.RESULTS.glob("*.json"):
         text = file.read_text("utf-8")
         assert "--out" not in text and not re.search(r"/(tmp|home|root|work)\b", text), file.name
 
 
-@pytest.mark.parametrize("name", ["cpu_1024", "cpu_growth"])
+@pytest.mark.parametrize("name", ["cpu_1024", "cpu_growth", "cpu_tokens"])
 def test_stored_results_are_drawn(name, tmp_path, capsys):
-    shutil.copy(readme.RESULTS / f"{name}.json", tmp_path)
+    shutil.copy(page.RESULTS / f"{name}.json", tmp_path)
     assert command.main(["--plot", str(tmp_path / f"{name}.json")]) == 0
     for picture in ("time", "memory", "roofline"):
         assert (tmp_path / f"{name}_{picture}.png").read_bytes().startswith(b"\x89PNG")
+    # Of one loss at several sizes, and so that the picture in docs/ is that of the file beside it.
+    assert (tmp_path / f"{name}.png").exists() == (name != "cpu_1024")
 
 
 def test_the_command_is_stored_without_files():

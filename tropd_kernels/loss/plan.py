@@ -62,15 +62,21 @@ FIXED_SIZES: tuple[int, int] | None = None
 class ChunkPlan:
     """What a call will do, as its repr and `print(plan)` show it.
 
-    rows, super_rows: tokens per logits GEMM and per pair of gradient GEMMs.
-    in_place: d_logits overwrites the student's logits. rounds_d_weight: the last product gives
-    d_weight in the weight's dtype, the only one where super_rows holds all tokens.
-    workspace: bytes by name, over the inputs and the returned gradients.
-    student_gemms, teacher_gemms, reference_gemms: GEMM work in units of S, T and T'; gemm_flop: in
-    FLOP. Of a rule that selects tokens by a threshold, without that of the selected ones, and of a
-    score relative to the sampling policy as if `old_log_probs` were not given. Chunk sizes and
-    workspace are those of a call on all tokens: the selected ones are given no more.
-    work: launches, bytes and FLOP of each operation, at the least (see `work.py`).
+    Attributes:
+        rows: Tokens per logits GEMM.
+        super_rows: Tokens per pair of gradient GEMMs.
+        in_place: Whether d_logits overwrites the student's logits.
+        rounds_d_weight: Whether the last product gives d_weight in the weight's dtype, the only one
+            where super_rows holds all tokens.
+        workspace: Bytes by name, over the inputs and the returned gradients.
+        student_gemms: GEMM work in units of S.
+        teacher_gemms: In units of T.
+        reference_gemms: In units of T'.
+        gemm_flop: The same in FLOP. Of a rule that selects tokens by a threshold, without that of
+            the selected ones, and of a score relative to the sampling policy as if
+            `old_log_probs` were not given. Chunk sizes and workspace are those of a call on all
+            tokens: the selected ones are given no more.
+        work: Launches, bytes and FLOP of each operation, at the least (see `work.py`).
     """
 
     tokens: int
@@ -173,22 +179,33 @@ def plan_chunks(
 ) -> ChunkPlan:
     """The chunk sizes, GEMM work and workspace of one call of `linear_distillation_loss`.
 
-    tokens: tokens that count. teacher_hidden_size, reference_hidden_size: width of a
-        `HiddenTeacher`, and of one that is the `reference_teacher`; None for the others.
-    device, backend: those of the call, neither of which has to be here; backend None takes the one
-        that a call on such a device takes by itself.
-    max_workspace_bytes: on a CPU, shrinks super_rows first, then rows, in steps of 128 tokens; rows
-        first where one product makes d_weight, which then needs no accumulator. On a GPU, takes of
-        the sizes that fit those that move the fewest bytes.
-    samples_gradient: with `gradient_tolerance` or `gradient_sampling`.
-    wide_weight_grad: d_weight stays in float32, for a weight with `main_grad`; the accumulator then
-        is the gradient.
-    vocab_parallel: `vocab_size` is that of the largest shard, with `process_group`.
-    weight_dtype, teacher_weight_dtype, reference_weight_dtype: of the heads, where they differ from
-        that of the hidden states, `dtype`: the call copies them into it.
+    Args:
+        tokens: Tokens that count.
+        vocab_size: Ids of the student's head.
+        hidden_size: Width of the student.
+        teacher_hidden_size: Width of a `HiddenTeacher`; None for the other forms.
+        dtype: Of the hidden states.
+        device: That of the call, which need not be here.
+        backend: None takes the one that a call on such a device takes by itself.
+        objective: None: a rule of all tokens, whose K, if any, is the teacher's.
+        reduction: As in the call.
+        needs_hidden_grad: Whether the hidden states require grad.
+        needs_weight_grad: Whether the head does.
+        max_workspace_bytes: On a CPU, shrinks super_rows first, then rows, in steps of 128 tokens;
+            rows first where one product makes d_weight, which then needs no accumulator. On a GPU,
+            takes of the sizes that fit those that move the fewest bytes.
+        samples_gradient: With `gradient_tolerance` or `gradient_sampling`.
+        wide_weight_grad: The gradient d_weight stays in float32, for a weight with `main_grad`; the
+            accumulator then is the gradient.
+        vocab_parallel: `vocab_size` is that of the largest shard, with `process_group`.
+        weight_dtype: Of the head, where it differs from `dtype`: the call copies it into that.
+        teacher_weight_dtype: Likewise of the teacher's head.
+        reference_hidden_size: Width of a `HiddenTeacher` that is the `reference_teacher`.
+        reference_weight_dtype: Likewise of its head.
 
-    Raises ValueError where even one step does not fit the budget, and for sizes or a backend that
-    no call has.
+    Raises:
+        ValueError: Where even one step does not fit the budget, and for sizes or a backend that no
+            call has.
     """
     sizes_given = [("tokens", tokens, 0), ("vocab_size", vocab_size, 1)]
     sizes_given += [("hidden_size", hidden_size, 1)]

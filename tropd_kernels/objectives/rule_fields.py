@@ -19,89 +19,102 @@ STATIC_THRESHOLD = math.log(0.25)
 class RuleFields:
     """One distillation objective. Usually made by a named constructor (`TrOPD()`, `GKD()`, ...).
 
-    policy_gradient: weight on the K1 policy gradient -R * rho; 0 leaves it out (kl_penalty_coef).
-    gate: how M is drawn. "always": M = 1. "bernoulli": M = 1 where u < P, P = min(q(y)/p(y), 1)
-        with lo in place of lp where given. "expected": M = P. "threshold": M = 1 where R0 (the
-        mixture's of "topk_jsd"), or the caller's advantage, > threshold. No gate sees a transform
-        or clip of the reward. An infinite R that no gate rejects is an infinite loss, with gradient
-        0.
-    outlier: the loss outside the gate. "mask": none. "clip": R floored at `threshold`.
-        "forward_kl": forward KL on K, back-propagated. "forward_kl_reward": minus that KL as a
-        detached reward on y.
-    threshold: the static gate's level and the clip's floor, in nats, at most 0; behind any gate the
-        reward that `TrOPDTrainer`'s returns count for a token that the teacher excludes.
-    top_k: size of K; None is the whole vocabulary. Ids that tie with the k-th largest belong to K,
-        to within the rounding of a logit that is made twice.
-    top_k_tail: what is done with the mass outside K: "raw", "bucket", "renormalize_teacher" or
-        "renormalize_both". The masses of a bucket are summed over the ids outside K, but the
-        teacher's, with a top-k teacher, is a difference from 1, good to about 1e-6 (in float32),
-        and in a reverse KL at least the precision, 1.2e-7: the loss is underestimated for a teacher
-        with less mass than that outside K, and infinite where a dense teacher's underflows (e^-103
-        in float32). In a forward KL a student's is at least the square of the precision.
-        In the gradient of "renormalize_both" a student with less than e^-80 on K counts as having
-        nothing there.
-    top_k_ids: whose ids K holds. "teacher": its top-k. "student": the student's own top-k, exactly
-        `top_k` ids; of those that tie for the last places the lowest on a CPU, any on a GPU.
-        "given": the call's `ids`, whatever their number; leave top_k None. The last two want a
-        HiddenTeacher or LogitsTeacher: a top-k teacher that was asked for the student's ids has
-        them as its own, "teacher". There K holds ids that the teacher excludes, too, with which a
-        reverse KL is infinite; where it renormalises the teacher, a mass on K that underflows
-        counts as none.
-    prefix_weight: weight of the K1 forward KL on teacher-written tokens; None treats them as any
-        other.
-    clip_ratio_low, clip_ratio_high: PPO clip of rho to [1 - low, 1 + high]; None leaves a side
-        open.
-    forward_kl_entropy: adds the forward KL on K where H(q) exceeds this many nats; None: nowhere.
-    select_by: the score by which tokens are selected; None selects all. Only the selected tokens
-        enter the loss, and only they cost a gradient. "entropy": H(p). "teacher_entropy": H(q).
-        "reverse_kl": KL(p || q), exact. "reward": R. "disagreement": abs(lq - lo). "scores": the
-        call's `scores`. Computing a score costs one logits GEMM over all tokens for each side that
-        it reads; "scores" reads none. Teacher-written tokens (where `prefix_weight` is given) are
-        not ranked, and always enter the loss; so do tokens with a NaN score, so that the NaN
-        reaches the loss.
-    select_fraction: the tokens whose score reaches the call's quantile at 1 - this fraction (linear
-        between tokens), with all that tie there: many, where a reward is a sign or is clipped.
-    select_threshold: in place of a fraction, the tokens whose score is at least this.
-    entropy_top_fraction: short for select_by="entropy" with this `select_fraction`.
-        `credit.entropy_quantile_mask` takes an exact number instead.
-    divergence: one of `DIVERGENCES`, on every token; None: none.
-    divergence_parameter: its parameter: beta of "jsd" and "topk_jsd", alpha of "skew_*" and
-        "alpha", the head's teacher mass of "akl"; unused elsewhere. Near a limit ("jsd" at 0
-        and 1, "skew_*" at 0, "alpha" at 1) float32 loses digits where student and teacher nearly
-        agree: at 4e-4 nats of KL a token a "skew_reverse" of 0.1 has its gradient to 1e-3, one of
-        0.01 to a tenth.
-    nll_weight: weight on -log p(y).
-    label_smoothing: share in [0, 1] of the NLL's weight that is on the mean of -log p over all ids
-        (that student and teacher share) in place of -log p(y), as in PyTorch's cross-entropy (arXiv
-        1512.00567); needs an nll_weight. An id that the student excludes (logit -inf) makes the
-        mean infinite, without a gradient; the rest of the NLL keeps its own.
-    entropy_coef: entropy bonus: subtracts entropy_coef * H(p).
-    z_loss: weight on lse^2, at least 0: keeps the log of the softmax's normaliser near 0 (PaLM,
-        arXiv 2204.02311, with 1e-4). lse is of the logits after scale, softcap and temperature.
-    normalize: what the mean divides by: every token that counts, or the tokens "kept" by gate and
-        selection (REOPOLD); one of which a part is trusted (gate "expected") is kept.
-    reward: the transform T of R0, one of `REWARDS`: "log_ratio" (none), "power", "proximal",
-        "log1p", "tanh" or "sign" (formulas in `rewards`). The caller's advantages are not
-        transformed. The divergence "topk_jsd" brings its own, "proximal" with its beta.
-    reward_parameter: a > 0 of "power", a in (0, 1] of "proximal", where 1 is the log-ratio; None
-        elsewhere.
-    reward_policy: whose log-prob R0 is relative to. "old": the sampling policy's, lo. "current":
-        the student's own, sg(lp), where the sample is stale. rho keeps lo, as does the acceptance
-        P.
-    clip_reward_low, clip_reward_high: bounds of R, and of the caller's advantages, before the
-        floor of `outlier` and before A; None leaves a side open.
-    task_weight: weight of A, the call's `task_advantages`, on every token that the student sampled,
-        inside and outside the gate; a token that is not selected has none.
-    reward_filter: "positive" keeps R' only where A > 0, "negative" only where A < 0, "agree" only
-        where R' has the sign of A; elsewhere R' is 0, the floored one and minus the KL as well.
-        Back-propagated divergences stay. None keeps all.
-    teacher_power, student_power, reference_power: the target q', proportional to q^teacher_power
-        sg(p)^student_power r^reference_power with r the call's `reference_teacher`, renormalised
-        over the vocabulary, stands in for q everywhere: reward, gate, divergences, entropy, K and
-        the teacher's statistics. An id that a side with a power other than 0 excludes has
-        probability 0. Dense teachers only.
+    Attributes:
+        policy_gradient: Weight on the K1 policy gradient -R * rho; 0 leaves it out
+            (kl_penalty_coef).
+        gate: How M is drawn. "always": M = 1. "bernoulli": M = 1 where u < P, P =
+            min(q(y)/p(y), 1) with lo in place of lp where given. "expected": M = P.
+            "threshold": M = 1 where R0 (the mixture's of "topk_jsd"), or the caller's
+            advantage, > threshold. No gate sees a transform or clip of the reward. An infinite
+            R that no gate rejects is an infinite loss, with gradient 0.
+        outlier: The loss outside the gate. "mask": none. "clip": R floored at `threshold`.
+            "forward_kl": forward KL on K, back-propagated. "forward_kl_reward": minus that KL
+            as a detached reward on y.
+        threshold: The static gate's level and the clip's floor, in nats, at most 0; behind any
+            gate the reward that `TrOPDTrainer`'s returns count for a token that the teacher
+            excludes.
+        top_k: Size of K; None is the whole vocabulary. Ids that tie with the k-th largest
+            belong to K, to within the rounding of a logit that is made twice.
+        top_k_tail: What is done with the mass outside K: "raw", "bucket", "renormalize_teacher"
+            or "renormalize_both". The masses of a bucket are summed over the ids outside K, but
+            the teacher's, with a top-k teacher, is a difference from 1, good to about 1e-6 (in
+            float32), and in a reverse KL at least the precision, 1.2e-7: the loss is
+            underestimated for a teacher with less mass than that outside K, and infinite where
+            a dense teacher's underflows (e^-103 in float32). In a forward KL a student's is at
+            least the square of the precision. In the gradient of "renormalize_both" a student
+            with less than e^-80 on K counts as having nothing there.
+        top_k_ids: Whose ids K holds. "teacher": its top-k. "student": the student's own top-k,
+            exactly `top_k` ids; of those that tie for the last places the lowest on a CPU, any
+            on a GPU. "given": the call's `ids`, whatever their number; leave top_k None. The
+            last two want a HiddenTeacher or LogitsTeacher: a top-k teacher that was asked for
+            the student's ids has them as its own, "teacher". There K holds ids that the teacher
+            excludes, too, with which a reverse KL is infinite; where it renormalises the
+            teacher, a mass on K that underflows counts as none.
+        prefix_weight: Weight of the K1 forward KL on teacher-written tokens; None treats them
+            as any other.
+        clip_ratio_low: PPO clips rho at 1 minus this; None leaves the side open.
+        clip_ratio_high: PPO clips rho at 1 plus this; None leaves the side open.
+        forward_kl_entropy: Adds the forward KL on K where H(q) exceeds this many nats; None:
+            nowhere.
+        select_by: The score by which tokens are selected; None selects all. Only the selected
+            tokens enter the loss, and only they cost a gradient. "entropy": H(p).
+            "teacher_entropy": H(q). "reverse_kl": KL(p || q), exact. "reward": R.
+            "disagreement": abs(lq - lo). "scores": the call's `scores`. Computing a score costs
+            one logits GEMM over all tokens for each side that it reads; "scores" reads none.
+            Teacher-written tokens (where `prefix_weight` is given) are not ranked, and always
+            enter the loss; so do tokens with a NaN score, so that the NaN reaches the loss.
+        select_fraction: The tokens whose score reaches the call's quantile at 1 - this fraction
+            (linear between tokens), with all that tie there: many, where a reward is a sign or
+            is clipped.
+        select_threshold: In place of a fraction, the tokens whose score is at least this.
+        entropy_top_fraction: Short for select_by="entropy" with this `select_fraction`.
+            `credit.entropy_quantile_mask` takes an exact number instead.
+        divergence: One of `DIVERGENCES`, on every token; None: none.
+        divergence_parameter: Its parameter: beta of "jsd" and "topk_jsd", alpha of `skew_*` and
+            "alpha", the head's teacher mass of "akl"; unused elsewhere. Near a limit ("jsd" at 0
+            and 1, `skew_*` at 0, "alpha" at 1) float32 loses digits where student and teacher
+            nearly agree: at 4e-4 nats of KL a token a "skew_reverse" of 0.1 has its gradient to
+            1e-3, one of 0.01 to a tenth.
+        nll_weight: Weight on -log p(y).
+        label_smoothing: Share in [0, 1] of the NLL's weight that is on the mean of -log p over
+            all ids (that student and teacher share) in place of -log p(y), as in PyTorch's
+            cross-entropy (arXiv 1512.00567); needs an nll_weight. An id that the student
+            excludes (logit -inf) makes the mean infinite, without a gradient; the rest of the
+            NLL keeps its own.
+        entropy_coef: Entropy bonus: subtracts entropy_coef * H(p).
+        z_loss: Weight on lse^2, at least 0: keeps the log of the softmax's normaliser near 0
+            (PaLM, arXiv 2204.02311, with 1e-4). lse is of the logits after scale, softcap and
+            temperature.
+        normalize: What the mean divides by: every token that counts, or the tokens "kept" by
+            gate and selection (REOPOLD); one of which a part is trusted (gate "expected") is
+            kept.
+        reward: The transform T of R0, one of `REWARDS`: "log_ratio" (none), "power",
+            "proximal", "log1p", "tanh" or "sign" (formulas in `rewards`). The caller's
+            advantages are not transformed. The divergence "topk_jsd" brings its own, "proximal"
+            with its beta.
+        reward_parameter: Its parameter: a > 0 of "power", a in (0, 1] of "proximal", where 1 is the
+            log-ratio; None elsewhere.
+        reward_policy: Whose log-prob R0 is relative to. "old": the sampling policy's, lo.
+            "current": the student's own, sg(lp), where the sample is stale. rho keeps lo, as
+            does the acceptance P.
+        clip_reward_low: Lower bound of R, and of the caller's advantages, before the floor of
+            `outlier` and before A; None leaves the side open.
+        clip_reward_high: The upper one.
+        task_weight: Weight of A, the call's `task_advantages`, on every token that the student
+            sampled, inside and outside the gate; a token that is not selected has none.
+        reward_filter: "positive" keeps R' only where A > 0, "negative" only where A < 0,
+            "agree" only where R' has the sign of A; elsewhere R' is 0, the floored one and
+            minus the KL as well. Back-propagated divergences stay. None keeps all.
+        teacher_power: Power of q in the target q', proportional to q^teacher_power
+            sg(p)^student_power r^reference_power with r the call's `reference_teacher` and
+            renormalised over the vocabulary, which stands in for q everywhere: reward, gate,
+            divergences, entropy, K and the teacher's statistics. An id that a side with a power
+            other than 0 excludes has probability 0. Dense teachers only.
+        student_power: Power of sg(p) in it.
+        reference_power: Power of r in it.
 
-    Raises ValueError or TypeError naming the argument.
+    Raises:
+        ValueError, TypeError: A wrong value; the text names the argument.
     """
 
     policy_gradient: float = 1.0

@@ -76,15 +76,15 @@ class TrOPDConfig(DistillationConfig):
 
     Of TRL's own fields:
 
-    teacher_model_revision: revision of a teacher by name. For a teacher given as a model, the
-        revision at which its tokenizer is looked up on this machine for the comparison.
-    top_k, top_p, min_p, repetition_penalty, cache_implementation "quantized", generation_kwargs:
-        other values than the defaults sample from another distribution than the student's, so
-        that the K1 term of an objective has a biased gradient: the trainer warns, and logs the
-        mass that is kept as `tropd/sampling_mass`. Objectives without K1 still compare whole
-        distributions.
-    disable_dropout: switches off every form of dropout of the student, also in the config that is
-        saved with it.
+    * `teacher_model_revision`: revision of a teacher by name. For a teacher given as a model, the
+      revision at which its tokenizer is looked up on this machine for the comparison.
+    * `top_k`, `top_p`, `min_p`, `repetition_penalty`, `cache_implementation` "quantized",
+      `generation_kwargs`: other values than the defaults sample from another distribution than the
+      student's, so that the K1 term of an objective has a biased gradient: the trainer warns, and
+      logs the mass that is kept as `tropd/sampling_mass`. Objectives without K1 still compare whole
+      distributions.
+    * `disable_dropout`: switches off every form of dropout of the student, also in the config that
+      is saved with it.
 
     Not taken: `auto_find_batch_size`, `torch_compile`, settings without effect here (`effects.py`),
     and in `generation_kwargs` the lengths, numbers and ends of completions.

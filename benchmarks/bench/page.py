@@ -1,8 +1,8 @@
-"""README's figures, generated from the stored results between two marks.
+"""The tables of docs/benchmarks.md, generated from the stored results between two marks.
 
 Every file of `benchmarks/results` that holds rows of this table becomes a table of its own, under
 the command, commit, machine and versions that it was measured with. `tests/tools/test_bench.py`
-fails where README and results differ; `tropd bench --readme` renews it.
+fails where page and results differ; `tropd bench --page` renews it.
 """
 
 from __future__ import annotations
@@ -16,9 +16,13 @@ from benchmarks.bench.providers import GEMMS, LABELS
 from benchmarks.bench.results import Results, Row, is_results, read
 from benchmarks.bench.table import count, figures, megabytes, seconds, times
 
-README, RESULTS = ROOT / "README.md", ROOT / "benchmarks" / "results"
-BEGIN, END = "<!-- figures: begin (tropd bench --readme) -->", "<!-- figures: end -->"
-#: Columns of the text, as elsewhere in README.
+README = ROOT / "README.md"
+PAGE, RESULTS = ROOT / "docs" / "benchmarks.md", ROOT / "benchmarks" / "results"
+#: README's table: the losses of one file that all compute.
+SUMMARY_BEGIN, SUMMARY_END = "<!-- summary: begin (tropd bench --page) -->", "<!-- summary: end -->"
+SUMMARY, SUMMARY_LOSSES = "cpu_4096.json", ("gkd", "reverse_kl")
+BEGIN, END = "<!-- figures: begin (tropd bench --page) -->", "<!-- figures: end -->"
+#: Columns of the text.
 WIDTH = 110
 #: Versions that a figure depends on, of those that the file has.
 VERSIONS = {
@@ -27,13 +31,16 @@ VERSIONS = {
 }  # fmt: skip
 
 
-def write(readme: Path = README, folder: Path = RESULTS) -> None:
-    page = readme.read_text("utf-8")
-    readme.write_text(page.replace(block(page), render(folder)), "utf-8")
+def write(file: Path = PAGE, folder: Path = RESULTS, readme: Path | None = README) -> None:
+    page = file.read_text("utf-8")
+    file.write_text(page.replace(block(page), render(folder)), "utf-8")
+    if readme is not None:
+        text = readme.read_text("utf-8")
+        readme.write_text(text.replace(summary_block(text), summary(folder)), "utf-8")
 
 
 def block(page: str) -> str:
-    """README's figures, with the marks around them."""
+    """The page's tables, with the marks around them."""
     return markdown.block(page, BEGIN, END)
 
 
@@ -42,6 +49,20 @@ def render(folder: Path = RESULTS) -> str:
     files = sorted(path for path in folder.glob("*.json") if is_results(path))
     files.sort(key=lambda path: not path.name.startswith("gpu"))  # GPUs first
     return "\n\n".join([BEGIN, *(section(read(path), path) for path in files), END])
+
+
+def summary_block(text: str) -> str:
+    """README's table, with the marks around it."""
+    return markdown.block(text, SUMMARY_BEGIN, SUMMARY_END)
+
+
+def summary(folder: Path = RESULTS) -> str:
+    """What should stand in README."""
+    path = folder / SUMMARY
+    results = read(path)
+    rows = [row for row in results.rows if row.loss in SUMMARY_LOSSES]
+    head = caption(results, [rows[0].tokens], path)
+    return "\n\n".join([SUMMARY_BEGIN, f"{head}\n\n{by_loss(rows)}", SUMMARY_END])
 
 
 def section(results: Results, path: Path) -> str:
@@ -64,7 +85,7 @@ def caption(results: Results, tokens: list[int], path: Path) -> str:
     )
     picture = path.with_suffix(".png")
     if picture.exists():
-        text += f" ([picture](benchmarks/results/{picture.name}))"
+        text += f" ([picture](../benchmarks/results/{picture.name}))"
     return textwrap.fill(text + ":", WIDTH, break_long_words=False, break_on_hyphens=False)
 
 
