@@ -3,7 +3,8 @@
 One each of the ways in which a model is told which tokens are images': `token_type_ids` (Gemma 3,
 whose image tokens attend to one another; PaliGemma, whose whole prompt does), `mm_token_type_ids`
 (Qwen2-VL and Qwen3.5, which count positions by them), and their ids alone (Aria, with a mask of its
-pixels). torchvision is not needed.
+pixels; Idefics 2 and 3, whose pixels have an item for each row, padded to the most images of one;
+LLaVA-NeXT, an item for each image, padded to the most tiles of one). torchvision is not needed.
 """
 
 from __future__ import annotations
@@ -36,6 +37,10 @@ _QWEN = dict(
     vision_end_token_id=IDS[END],
 )  # fmt: skip
 _EYE = dict(depth=1, num_heads=2, patch_size=4, spatial_merge_size=2, temporal_patch_size=2)
+_GAZE = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=2,
+             image_size=16)  # fmt: skip
+#: Sizes that LLaVA-NeXT cuts into tiles of 16 x 16.
+_TILES = [[16, 32], [32, 16]]
 
 
 def _gemma3():
@@ -102,9 +107,38 @@ def _aria():
     return transformers.AriaForConditionalGeneration(config)
 
 
+def _idefics2():
+    config = transformers.Idefics2Config(
+        text_config=_TEXT | {"model_type": "mistral"}, image_token_id=IDS[IMAGE],
+        vision_config=_GAZE | {"patch_size": 4},
+        perceiver_config=dict(hidden_size=32, resampler_n_latents=4, resampler_depth=1,
+                              resampler_n_heads=2, resampler_head_dim=16, num_key_value_heads=1),
+    )  # fmt: skip
+    return transformers.Idefics2ForConditionalGeneration(config)
+
+
+def _idefics3():
+    config = transformers.Idefics3Config(
+        text_config=_TEXT | {"model_type": "llama"}, image_token_id=IDS[IMAGE], pad_token_id=0,
+        vision_config=_GAZE | {"patch_size": 4}, scale_factor=2,
+    )  # fmt: skip
+    return transformers.Idefics3ForConditionalGeneration(config)
+
+
+def _llava_next():
+    config = transformers.LlavaNextConfig(
+        text_config=_TEXT | {"model_type": "llama"}, image_token_index=IDS[IMAGE],
+        vision_config=_GAZE | dict(model_type="siglip_vision_model", patch_size=8,
+                                   vision_use_head=False),
+        image_grid_pinpoints=_TILES, vision_feature_select_strategy="full",
+        vision_feature_layer=-1,
+    )  # fmt: skip
+    return transformers.LlavaNextForConditionalGeneration(config)
+
+
 KINDS = {
-    "aria": _aria, "gemma3": _gemma3, "paligemma": _paligemma, "qwen2_vl": _qwen2_vl,
-    "qwen3_5": _qwen3_5,
+    "aria": _aria, "gemma3": _gemma3, "idefics2": _idefics2, "idefics3": _idefics3,
+    "llava_next": _llava_next, "paligemma": _paligemma, "qwen2_vl": _qwen2_vl, "qwen3_5": _qwen3_5,
 }  # fmt: skip
 #: What the types of tokens, by the field's name, give to a token that a model writes, if not 0.
 WRITTEN = {"paligemma": {"token_type_ids": 1}}
@@ -149,6 +183,32 @@ def processor(kind: str) -> ProcessorMixin:
         images.image_seq_length, tokens.bos_token = 4, "<s>"
         template = _TEMPLATE.replace("PLACE", f"'{IMAGE}'")
         return transformers.PaliGemmaProcessor(images, tokens, chat_template=template)
+    if kind in ("idefics2", "idefics3"):
+        module = pytest.importorskip(f"transformers.models.{kind}.image_processing_pil_{kind}")
+        name = kind.capitalize()
+        small = {"longest_edge": 16}
+        own = {"idefics2": dict(size=small | {"shortest_edge": 8}),
+               "idefics3": dict(size=small, max_image_size=small)}  # fmt: skip
+        images = getattr(module, f"{name}ImageProcessorPil")(do_image_splitting=False, **own[kind])
+        template = _TEMPLATE.replace("PLACE", f"'{IMAGE}'")
+        made = getattr(transformers, f"{name}Processor")(
+            images, tokens, image_seq_len=4, chat_template=template
+        )
+        made.fake_image_token, made.global_image_tag = BEGIN, END
+        return made
+    if kind == "llava_next":
+        module = pytest.importorskip(
+            "transformers.models.llava_next.image_processing_pil_llava_next"
+        )
+        images = module.LlavaNextImageProcessorPil(
+            size={"shortest_edge": 16}, crop_size={"height": 16, "width": 16},
+            image_grid_pinpoints=_TILES,
+        )  # fmt: skip
+        template = _TEMPLATE.replace("PLACE", f"'{IMAGE}'")
+        return transformers.LlavaNextProcessor(
+            images, tokens, patch_size=8, vision_feature_select_strategy="full",
+            chat_template=template, image_token=IMAGE,
+        )  # fmt: skip
     module = pytest.importorskip("transformers.models.qwen2_vl.image_processing_pil_qwen2_vl")
     images = module.Qwen2VLImageProcessorPil(
         patch_size=4, merge_size=2, min_pixels=64, max_pixels=256

@@ -10,6 +10,7 @@ pytest.importorskip("PIL", reason="images need pillow")
 
 import tiny
 import vision
+from engines import on_two_processes
 from served import serve
 from training import SGD, Spy
 from training import make as text_trainer
@@ -31,7 +32,7 @@ class Hidden(Spy):
         return super().distill(student, teacher, inputs, normalizer)
 
 
-def make(folder, kind, data, **settings):
+def make(folder, kind, data, peft=None, **settings):
     defaults = dict(
         max_steps=1, per_device_train_batch_size=8, max_completion_length=LIMIT, bf16=False,
         use_cpu=True, report_to="none", save_strategy="no", disable_tqdm=True,
@@ -40,7 +41,8 @@ def make(folder, kind, data, **settings):
     )  # fmt: skip
     args = TrOPDConfig(str(folder), **(defaults | settings))
     student, teacher = (vision.model(kind, seed) for seed in (0, 1))
-    return Hidden(student, teacher, args, data, processing_class=vision.processor(kind))
+    processor = vision.processor(kind)
+    return Hidden(student, teacher, args, data, processing_class=processor, peft_config=peft)
 
 
 def by_hand(processor, row) -> dict[str, torch.Tensor]:
@@ -93,9 +95,10 @@ def rows_of(trainer, data, batch=None):
         yield i, rows[tuple(ids[mask.bool()].tolist())], completion
 
 
-def compare_hidden(trainer, kind, fields, completion, found):
+def compare_hidden(trainer, kind, fields, completion, found, student=None):
     """Both sides' hidden states of a row (C, H) with those of the row alone."""
-    for model, hidden in zip((trainer.model, trainer.teacher_model), found, strict=True):
+    models = student or trainer.model, trainer.teacher_model
+    for model, hidden in zip(models, found, strict=True):
         start = fields["input_ids"].shape[1] - 1
         alone = hidden_states(model, followed(kind, fields, completion))[start:-1]
         # float32; a token out of place differs by a percent and more.
@@ -103,21 +106,28 @@ def compare_hidden(trainer, kind, fields, completion, found):
         assert error <= 1e-4 * alone.norm()
 
 
-def some_images(column):
-    """Rows with two images, with one and with none, or with one and with none."""
-    numbers = [[0, 5], [], [2], []] if column == "images" else [[0], [], [2], [3]]
-    for i, of_row in enumerate(numbers):
+#: Images of each row: two, one and none, or one and none; and as many as there are rows.
+ROWS = {
+    "images": [[0, 5], [], [2], []], "image": [[0], [], [2], [3]],
+    "as many": [[0, 5], [], [2], [4]],
+}  # fmt: skip
+
+
+def some_images(which):
+    for i, of_row in enumerate(ROWS[which]):
         images = [vision.image(number) for number in of_row]
-        given = {"images": images} if column == "images" else {"image": (images or [None])[0]}
+        given = {"image": (images or [None])[0]} if which == "image" else {"images": images}
         yield given | {"prompt": [{"role": "user", "content": " ".join(tiny.WORDS[i : 2 * i + 1])}]}
 
 
 # PaliGemma's processor takes only prompts of one length, and an image in each.
-@pytest.mark.parametrize(("column", "size"), [("images", 4), ("images", 1), ("image", 2)])
+@pytest.mark.parametrize(
+    ("which", "size"), [("images", 4), ("images", 1), ("image", 2), ("as many", 2)]
+)
 @pytest.mark.parametrize("kind", sorted(vision.KINDS.keys() - {"paligemma"}))
-def test_rows_without_an_image_among_others(tmp_path, kind, column, size):
+def test_rows_without_an_image_among_others(tmp_path, kind, which, size):
     """... also where a micro-batch has none at all."""
-    data = list(some_images(column))
+    data = list(some_images(which))
     sizes = dict(per_device_train_batch_size=size, gradient_accumulation_steps=4 // size)
     trainer = make(tmp_path, kind, data, **sizes)
     trainer.train()
@@ -127,6 +137,62 @@ def test_rows_without_an_image_among_others(tmp_path, kind, column, size):
             fields = by_hand(trainer.processing_class, row)
             assert completion == greedily(trainer.model, kind, fields, [])
             compare_hidden(trainer, kind, fields, completion, [of[i] for of in hidden])
+
+
+@pytest.mark.parametrize("settings", [{"prefix_schedule": "constant", "prefix_length": PREFIX},
+                                      {"lmbda": 0.0}], ids=["prefix", "answer"])  # fmt: skip
+@pytest.mark.parametrize("kind", ["idefics3", "qwen2_vl"])
+def test_rows_without_an_image_behind_a_teacher_s_text(tmp_path, kind, settings):
+    """... of a student with an adapter, and in an evaluation."""
+    peft = pytest.importorskip("peft").LoraConfig(target_modules=["q_proj", "v_proj"])
+    data, sizes = list(some_images("images")), dict(gradient_accumulation_steps=4)
+    trainer = make(tmp_path, kind, data, peft, per_device_train_batch_size=1, **sizes, **settings)
+    trainer.train()
+    trainer.evaluate(data)
+    trainer.evaluate(data[1::2])
+    student = trainer.model.get_base_model()  # which an adapter at its start is
+    seen = zip((batch for batch, _ in trainer.seen), trainer.hidden, strict=True)
+    rows = 0
+    for batch, hidden in seen:
+        for i, row, completion in rows_of(trainer, data, batch):
+            fields = by_hand(trainer.processing_class, row)
+            length = int(batch["prefix_lengths"][i])
+            assert completion[:length] == greedily(trainer.teacher_model, kind, fields, [])[:length]
+            assert completion == greedily(student, kind, fields, completion[:length])
+            compare_hidden(
+                trainer, kind, fields, completion, [of[i] for of in hidden], student=student
+            )
+            rows += 1
+    assert rows == 4 + 4 + 2
+
+
+_MIXED = """
+import sys, torch
+from engines import use
+settings = use(sys.argv[2])
+from test_trainer_images import make, some_images
+data = list(some_images("image"))[:2]  # one row with an image, and one without
+trainer = make(
+    sys.argv[1], "qwen2_vl", data, per_device_train_batch_size=1, **settings,
+    **({} if sys.argv[2] == "ddp" else {"use_cpu": False}),
+)
+said = ""
+try:
+    trainer.train()
+except ValueError as error:
+    said = str(error)
+torch.save(said, f"{sys.argv[1]}/{trainer.accelerator.process_index}.pt")
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("engine", ["ddp", "fsdp2"])
+def test_images_on_one_process_alone(tmp_path, engine):
+    """Sharded layers that read them would wait for those of a process that has none: it is said
+    before that, on both."""
+    said = on_two_processes(_MIXED, tmp_path, engine)
+    for words in said:
+        assert words.startswith("images: some processes have") == (engine == "fsdp2"), words
 
 
 @pytest.mark.parametrize("writer", ["column", "teacher"])

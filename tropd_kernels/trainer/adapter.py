@@ -28,7 +28,7 @@ from ..functional import TokenStats
 from ..heads import Head
 from . import metrics
 from .dropout import disable_dropout
-from .fields import fields_of_rows
+from .fields import fields_of_rows, has_rows
 from .generation import PrefixedGeneration
 from .generation_keys import in_other_ids
 from .loaded_teacher import check_dtypes, check_own_weights, load_teacher
@@ -51,6 +51,7 @@ from .self_teacher import (
     refuse_sharded,
 )
 from .sharding import (
+    check_images,
     is_sharded,
     prepare_frozen,
     read_head_form,
@@ -388,6 +389,8 @@ class DistillationAdapter(BatchReuse, PrefixedGeneration):
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         batch = self._with_own_fields(inputs)
+        if self._is_vlm:
+            check_images(self.accelerator, has_rows(batch, "pixel_values"))
         try:
             with keeping_forward(self.accelerator.unwrap_model(model)):
                 result = super().compute_loss(model, batch, return_outputs, num_items_in_batch)

@@ -27,6 +27,8 @@ _WRITTEN = {"paligemma": 1}
 _TYPES = "token_type_ids"
 #: Prefix, in a batch, of the name of a field that TRL leaves out.
 _KEPT = "field:"
+#: Images (B,) of each row of a batch whose pixels have an item a row.
+_IMAGES = "images_of_row"
 
 
 def written_type(name: str, config: Any) -> int:
@@ -44,6 +46,20 @@ def mark_written(batch: Mapping[str, Any], config: Any) -> dict[str, Tensor]:
     types = batch["token_type_ids"].clone()
     types[:, batch["prompt_ids"].shape[1] :] = written
     return {"token_type_ids": types}
+
+
+def keep_padded_rows(batch: dict[str, Any]) -> None:
+    """Has TRL leave pixels alone that have an item for each row, padded to the most images of a row
+    (Idefics, SmolVLM).
+
+    With as many images as rows TRL would take them for an item an image, and give rows those of
+    others.
+    """
+    pixels = batch.get("pixel_values")
+    # With sizes they have an item for each image, padded to the most tiles (LLaVA-NeXT).
+    if pixels is not None and pixels.ndim == 5 and "image_sizes" not in batch:
+        if (images := batch.pop("num_images", None)) is not None:
+            batch[_IMAGES] = torch.tensor(images, device=pixels.device)
 
 
 @dataclass(frozen=True, eq=False)
@@ -122,7 +138,7 @@ def passing_fields(
         for name, value in inputs.items()
         if name.startswith(_KEPT)
     }
-    kept = {name: value for name, value in kept.items() if has_rows(kept, name)}
+    kept = {name: value for name, value in kept.items() if has_rows({**inputs, **kept}, name)}
     given = {name: value for name, value in (kept | others).items() if name in reads}
     with added_keywords(backbone, **given):
         yield
@@ -131,9 +147,13 @@ def passing_fields(
 def has_rows(inputs: Mapping[str, Any], name: str) -> bool:
     """Whether a micro-batch has a value in this field.
 
-    It has no pixels if none of its rows has an image, though the generation batch may have some.
+    It has no pixels if none of its rows has an image, though the generation batch may have some:
+    none at all, or the padding of its rows alone, of which some models cannot make features.
     """
-    return name in inputs and len(inputs[name]) > 0
+    if name not in inputs or len(inputs[name]) == 0:
+        return False
+    images = inputs.get(_IMAGES)
+    return images is None or name.endswith(_TYPES) or bool(images.any())
 
 
 def extend_token_fields(
@@ -197,7 +217,7 @@ def _goes_with_pixels(name: str, fields: Mapping[str, Any]) -> bool:
 
 def _split(name: str, value: Tensor, batch: Mapping[str, Any]) -> Any:
     """Splits a field as TRL splits pixel_values."""
-    pixels, images = batch["pixel_values"], batch["num_images"]
+    pixels, images = batch["pixel_values"], batch.get("num_images")
     if len(value) != len(pixels):
         raise NotImplementedError(
             f"processing_class: {name!r} has {len(value)} rows and pixel_values {len(pixels)}: "
@@ -205,4 +225,4 @@ def _split(name: str, value: Tensor, batch: Mapping[str, Any]) -> Any:
         )
     if "num_tiles" in batch:
         return list(value.split(batch["num_tiles"]))
-    return list(value.split(images)) if len(value) == sum(images) else value
+    return value if images is None or len(value) != sum(images) else list(value.split(images))

@@ -19,13 +19,19 @@ from trl import is_conversational  # type: ignore[attr-defined]
 from . import metrics, teacher_prompts
 from .context import check_context, check_lengths, scale_warning
 from .data_checks import check_prompts, check_row_modalities, check_tokens
-from .fields import KeptFields, extend_token_fields, kept_fields, mark_written
+from .fields import (
+    KeptFields,
+    extend_token_fields,
+    keep_padded_rows,
+    kept_fields,
+    mark_written,
+)
 from .hooks import MULTIMODAL_FIELDS
 from .metric_logs import MetricLogs
 from .patching import evaluation_mode, replaced
 from .prefix import have_column, is_complete
 from .sampling import pin_sampling_defaults
-from .sharding import generates_together, holds_on_all, weights_are_finite
+from .sharding import check_images, generates_together, holds_on_all, weights_are_finite
 from .stops import raise_nonfinite_weights
 from .vocabulary import check_ids
 
@@ -114,6 +120,7 @@ class PrefixedGeneration(MetricLogs):
         self._rows, self._prefix_lengths = inputs, [0] * len(inputs)
         self._teacher_prompts = self._tokenize_teacher_prompts(inputs)
         output = super()._generate_and_score_completions(inputs)
+        keep_padded_rows(output)
         output |= mark_written(output, self.model.config)
         output |= self._kept_fields.tensors(output, self.model.config)
         parts = ["prompt", "completion"]
@@ -260,11 +267,15 @@ class PrefixedGeneration(MetricLogs):
             for prefix, own, done in zip(prefixes, rest, complete)
         ]
 
-    def _sample_completions(self, *arguments: Any) -> list[list[int]]:
+    def _sample_completions(
+        self, prompt_ids: list[list[int]], images: Any, fields: dict, *rest: Any
+    ) -> list[list[int]]:
         """TRL's generation, with no other sampling settings than the trainer's config has."""
+        if self._is_vlm and not self.use_vllm:
+            check_images(self.accelerator, "pixel_values" in fields)
         model = self.accelerator.unwrap_model(self.model_wrapped)
         with pin_sampling_defaults(model), evaluation_mode(model):
-            return super()._generate_single_turn(*arguments)
+            return super()._generate_single_turn(prompt_ids, images, fields, *rest)
 
     @contextlib.contextmanager
     def _new_token_limit(self, tokens: int) -> Iterator[None]:

@@ -142,6 +142,23 @@ def holds_on_all(accelerator: Any, here: bool) -> bool:
     return bool(accelerator.gather(flag).all())
 
 
+def check_images(accelerator: Any, here: bool) -> None:
+    """Raises ValueError on all processes that share parameters where some are to run the layers
+    that read images and others not: those gather these layers, and these the next ones.
+
+    A collective, if they share parameters. here: whether this process has images.
+    """
+    if not generates_together(accelerator):
+        return
+    found = accelerator.gather(torch.tensor([here], device=accelerator.device))
+    if found.any() and not found.all():
+        raise ValueError(
+            "images: some processes have images in this batch and others none, and under FSDP or "
+            "ZeRO-3 all of them have to run the layers that read images: give each row an image "
+            "(a blank one where there is none), or train by DDP"
+        )
+
+
 def prepare_frozen(model: nn.Module, accelerator: Any) -> Any:
     """The model under the run's engine, for forwards without a backward."""
     if getattr(accelerator.state, "deepspeed_plugin", None) is not None:
