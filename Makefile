@@ -8,7 +8,7 @@
 #   make lint      ruff and mypy
 #   make bench     time, memory and error of ours and of other libraries, by tropd bench; writes build/bench/
 #   make docs      the documentation as a site, in build/site, in an environment of its own
-#   make wheel     a wheel, in dist/
+#   make wheel     a wheel, in dist/; with the C++ kernels, on Linux a manylinux one
 #   make engines   the tests that want verl and DeepSpeed, which it installs beside .venv
 #   make served    trains against vLLM itself, on a CPU, in an environment of its own (3.3 GB, ten minutes); not part of the tests
 #   make sanitize  the native kernels under GCC's sanitizers, with AMX emulated, in build/sanitize/ (Linux)
@@ -110,10 +110,16 @@ $(DOCS)/.ready: docs/requirements.txt
 	$(DOCS)/bin/python -m pip --disable-pip-version-check install --quiet --no-deps -r docs/requirements.txt
 	touch $@
 
-# build/lib is where setuptools would pick up files that the package no longer has.
+# build/lib is where setuptools would pick up files that the package no longer has. A wheel with the C++
+# kernels is named after the oldest glibc that it runs with; torch's own libraries stay out of it.
 wheel: $(READY)
-	rm -rf build/lib* build/bdist.* dist
-	$(PY) -m build --wheel --no-isolation --outdir dist
+	rm -rf build/lib* build/bdist.* build/wheel dist
+	$(PY) -m build --wheel --no-isolation --outdir build/wheel
+	mkdir -p dist
+	case $$(echo build/wheel/*.whl) in \
+	  *-linux_*) PATH="$(CURDIR)/.venv/bin:$$PATH" $(PY) -m auditwheel repair --exclude 'libtorch*.so' --exclude libc10.so --wheel-dir dist build/wheel/*.whl ;; \
+	  *) mv build/wheel/*.whl dist ;; \
+	esac
 
 # In a copy: the library in use stays as it is. The working directory and PYTHONPATH come before an
 # editable install, and TROPD_SANITIZE makes both programs refuse a library without sanitizers.

@@ -211,6 +211,47 @@ def test_import_brings_neither_transformers_nor_a_trainer() -> None:
     assert result.stdout.split() == []
 
 
+# --- the source distribution -------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_the_source_distribution_is_the_repository_and_installs(tmp_path: Path) -> None:
+    """It holds what git does, but for what only a forge reads, and a wheel that is built from it
+    holds the package."""
+    if not (ROOT / ".git").exists() or shutil.which("git") is None:
+        pytest.skip("no checkout of git's")
+    listed = ["git", "ls-files", "--cached", "--others", "--exclude-standard"]
+    known = subprocess.run(listed, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    copy = tmp_path / "checkout"
+    for name in known.splitlines():
+        if (ROOT / name).exists():
+            (copy / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(ROOT / name, copy / name)
+
+    build = [sys.executable, "-m", "build", "--no-isolation"]
+    made = subprocess.run(
+        [*build, "--sdist", "--outdir", tmp_path, copy], capture_output=True, text=True, timeout=300
+    )
+    assert made.returncode == 0, made.stdout + made.stderr
+    (archive,) = tmp_path.glob("*.tar.gz")
+    shutil.unpack_archive(archive, tmp_path / "unpacked")
+    (source,) = (tmp_path / "unpacked").iterdir()
+    held = {str(path.relative_to(source)) for path in source.rglob("*") if path.is_file()}
+    left_out = (".ci/", ".github/", ".gitignore", ".pre-commit-config.yaml")
+    missing = {name for name in known.splitlines() if (ROOT / name).exists()} - held
+    assert {name for name in missing if not name.startswith(left_out)} == set()
+
+    wheel, _ = build_wheel(source, TROPD_BUILD_EXT="0")
+    pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "install", "--no-deps"]
+    subprocess.run([*pip, "--quiet", "--target", tmp_path / "site", wheel], check=True, timeout=300)
+    code = "import tropd_kernels as tk; print(tk.__file__, tk.TrOPD())"
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=300,
+        env=os.environ | {"PYTHONPATH": str(tmp_path / "site")},
+    )  # fmt: skip
+    assert done.returncode == 0 and str(tmp_path) in done.stdout, done.stdout + done.stderr
+
+
 # --- the repository's own csrc/ ------------------------------------------------------------------
 
 
