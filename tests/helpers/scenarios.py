@@ -329,7 +329,7 @@ with_settings(**{
     "`eval_on_start`": dict(evaluate=tiny.prompts(3), eval_on_start=True, **EVERY_STEP),
     "`load_best_model_at_end`": dict(
         evaluate=tiny.prompts(3), save_strategy="steps", save_steps=1, load_best_model_at_end=True,
-        metric_for_best_model="eval_loss", greater_is_better=False, **EVERY_STEP,
+        metric_for_best_model="eval_tropd/reverse_kl", **EVERY_STEP,
     ),
     "an evaluation beside `num_generations`": dict(
         evaluate=tiny.prompts(3), num_generations=2, **EVERY_STEP

@@ -19,6 +19,7 @@ from ..backends import choose_backend
 from ..objectives import TokenRule
 from ..objectives.registry import build_rule, knobs, names_unknown_keys
 from ..once import parse_json
+from .best_model import set_direction
 from .config_checks import (
     PREFIX_WEIGHT,
     SELECTION,
@@ -340,6 +341,7 @@ class TrOPDConfig(DistillationConfig):
         # TRL checks beta as a number. None stays in the field, so that a copy of the config made
         # with another objective does not carry a beta that nobody gave.
         given, self.beta = self.beta, 1.0 if self.beta is None else self.beta
+        set_direction(self)
         super().__post_init__()
         self.beta = given
         self._check_mappings()

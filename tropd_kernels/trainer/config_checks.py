@@ -11,6 +11,7 @@ from ..arguments import check_sampling
 from ..objectives import TokenRule
 from ..objectives.registry import check_knobs, check_objective, check_required, rewarded
 from ..objectives.rule_checks import SCORES
+from .best_model import set_mode
 from .credentials import check_address
 from .effects import check_effects, refuse
 from .generation_keys import check_generation_keys
@@ -79,6 +80,7 @@ def check_trainer(config: Config) -> None:
     if config.vllm_mode not in ("server", "colocate"):
         raise ValueError(f"vllm_mode: must be server or colocate, got {config.vllm_mode!r}")
     check_effects(config)
+    set_mode(config)
     if config.router_aux_loss_coef is not None:
         _within("router_aux_loss_coef", config.router_aux_loss_coef, 0.0, 1e9)
 

@@ -62,11 +62,16 @@ def watch(rule: TokenRule, whole_teacher: bool) -> str | None:
     that of a surrogate, whose gradient is meant."""
     if not rule.policy_gradient:
         return None
-    kl = "tropd/reverse_kl, which should fall"
-    if not whole_teacher:
-        kl = "tropd/reward_mean, minus the reverse KL, which should rise"
     trust = "" if rule.gate == "always" else ", and tropd/trust_ratio, which should rise"
+    kl = what_to_watch(whole_teacher)
     return f"The loss is a surrogate, and its value says little. Watch {kl}{trust}."
+
+
+def what_to_watch(whole_teacher: bool) -> str:
+    """The metric that tells a policy gradient's progress."""
+    if whole_teacher:
+        return "tropd/reverse_kl, which should fall"
+    return "tropd/reward_mean, minus the reverse KL, which should rise"
 
 
 def prints_logs(callbacks: list[TrainerCallback]) -> bool:

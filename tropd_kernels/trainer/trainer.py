@@ -35,6 +35,7 @@ from ..functional import DistillationOutput, TokenStats, linear_distillation_los
 from ..objectives import SFT, TokenRule
 from ..teachers import Teacher
 from . import card, metrics, progress, rewards, row_teachers, sampling, signals, teacher_prompts
+from .best_model import surrogate_warning
 from .chat_templates import check_template_keys
 from .config import TrOPDConfig
 from .data_checks import (
@@ -211,7 +212,8 @@ class TrOPDTrainer(RewardedTrainer):
             self._verifier = Verifier(self, judges, reward_processing_classes)
         self._warpers = sampling.truncating_warpers(args)
         self._kept_mass: Tensor | None = None  # of a micro-batch: sum and count
-        for warning in (sampling.sampling_warning(args), sampling.temperature_warning(args)):
+        finders = sampling.sampling_warning, sampling.temperature_warning, surrogate_warning
+        for warning in [find(args) for find in finders]:
             if warning is not None and self.accelerator.is_main_process:
                 warnings.warn(warning, stacklevel=2)
         at_terminal = sys.stdout.isatty() and not args.disable_tqdm
