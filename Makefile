@@ -9,7 +9,7 @@
 #   make bench     time, memory and error of ours and of other libraries, by tropd bench; writes build/bench/
 #   make docs      the documentation as a site, in build/site, in an environment of its own
 #   make wheel     a wheel, in dist/; with the C++ kernels, on Linux a manylinux one
-#   make engines   the tests that want verl and DeepSpeed, which it installs beside .venv
+#   make engines   the tests that want other trainers' packages, which it installs beside .venv
 #   make served    trains against vLLM itself, on a CPU, in an environment of its own (3.3 GB, ten minutes); not part of the tests
 #   make sanitize  the native kernels under GCC's sanitizers, with AMX emulated, in build/sanitize/ (Linux)
 #   make clean     removes what the above made, but for .venv
@@ -63,12 +63,14 @@ compiled: $(READY)
 ENGINES  = build/engines
 NEEDED   = deepspeed==0.19.8 hjson msgpack py-cpuinfo einops verl==0.9.1 tensordict==0.10.0 ray==2.60.0 \
            hydra-core omegaconf antlr4-python3-runtime==4.9.3 codetiming cloudpickle orjson pyvers pylatexenc \
-           torchdata==0.11.0 protobuf cachetools jsonschema jsonschema-specifications referencing rpds-py attrs
+           torchdata==0.11.0 protobuf cachetools jsonschema jsonschema-specifications referencing rpds-py attrs \
+           uvicorn h11 fastapi starlette opentelemetry-api veomni==0.1.12
 engines: $(ENGINES)/.ready
-	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(ENGINES)/bin/python $(PYTEST) tests/integrations tests/trainer/test_trainer_processes.py tests/trainer/test_trainer_sharded.py -k 'verl or zero3' $(ARGS)
+	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(ENGINES)/bin/python $(PYTEST) tests/integrations tests/trainer/test_trainer_processes.py tests/trainer/test_trainer_sharded.py -k 'integrations or zero3' $(ARGS)
 
-$(ENGINES)/.ready: $(READY)
-	$(PY) -m venv --without-pip $(ENGINES)
+# Again after a change of this list, which stands in this file.
+$(ENGINES)/.ready: $(READY) Makefile
+	$(PY) -m venv --without-pip --clear $(ENGINES)
 	site=$$($(ENGINES)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))'); \
 	$(PY) -c 'import sysconfig; print("import site; site.addsitedir(\"%s\")" % sysconfig.get_path("purelib"))' > "$$site/borrowed.pth"
 	DS_BUILD_OPS=0 $(PY) -m pip --disable-pip-version-check --python $(ENGINES)/bin/python install --quiet --no-build-isolation --no-deps $(NEEDED)

@@ -15,6 +15,9 @@ from problems import K
 
 from tropd_kernels import ClipOutlier, SampledTeacher, TopKTeacher, TrOPD, distillation_loss
 from tropd_kernels.integrations import verl as integration
+from tropd_kernels.integrations.verl_batch import rule_of
+from tropd_kernels.integrations.verl_replaced import take_over_logits
+from tropd_kernels.integrations.verl_rows import token_uniforms
 
 PROMPTS, RESPONSES, V = (3, 2, 4), (25, 1, 30), 29
 
@@ -188,7 +191,7 @@ def test_verl_s_engine_gives_the_reference_s_loss_and_gradient(verl_losses, name
     offsets = data["input_ids"].offsets()
     truth = distillation_loss(
         leaf, labels, teacher, rule, old_log_probs=old_flat, backend="reference",
-        uniforms=integration.token_uniforms(7, ids, offsets),
+        uniforms=token_uniforms(7, ids, offsets),
     )  # fmt: skip
     truth.loss.backward()
     assert (labels >= 0).sum() == mask.sum()
@@ -299,9 +302,11 @@ def test_logits_in_pieces_or_none_are_refused(verl_losses):
 
 
 def test_a_verl_with_another_plug_in_point_is_named():
-    losses = SimpleNamespace(compute_topk_loss=lambda logits: None)
-    with pytest.raises(RuntimeError, match="otherwise than verl 0.9"):
-        integration._take_over_logits(losses)
+    losses = SimpleNamespace(__name__="losses", compute_topk_loss=lambda logits: None)
+    with pytest.raises(
+        RuntimeError, match="losses.compute_topk_loss is \\(logits\\), expected .config.*verl 0.9.1"
+    ):
+        take_over_logits(losses)
 
 
 def test_the_example_fits_verl_s_configuration(verl_losses):
@@ -314,7 +319,7 @@ def test_the_example_fits_verl_s_configuration(verl_losses):
         config = hydra.compose("verl_example", [f"hydra.searchpath=[file://{folder}]"])
     distillation = omega_conf_to_dataclass(config.distillation)
     assert distillation.distillation_loss.loss_mode == "tropd"
-    integration._rule_of(distillation)
+    rule_of(distillation)
     module = config.ray_kwargs.ray_init.runtime_env.env_vars.VERL_USE_EXTERNAL_MODULES
     assert module == integration.__name__
     assert config.actor_rollout_ref.actor.strategy == "fsdp2"

@@ -34,6 +34,7 @@ from tropd_kernels import (
 )
 from tropd_kernels.draws import bernoulli_uniforms, philox4x32
 from tropd_kernels.integrations import verl as integration
+from tropd_kernels.integrations import verl_rows
 
 HALF = dict(select_fraction=0.5)
 SAMPLED = {
@@ -96,7 +97,7 @@ def test_a_sampled_loss_from_log_probs_is_the_reference_s(name):
     entropy = -(log_p.exp() * log_p).sum(-1)
     lp = log_p.gather(-1, labels[:, None])[:, 0]
     lq[::5] = -math.inf  # whatever stands at tokens that do not count
-    losses, trust = integration.sampled_losses(
+    losses, trust = verl_rows.sampled_losses(
         lp, lq, counted, SAMPLED[name], old_log_probs=old, entropy=entropy, uniforms=uniforms
     )
     (found,) = torch.autograd.grad(losses.sum(), logits)
@@ -110,7 +111,7 @@ def test_a_sampled_loss_from_log_probs_is_the_reference_s(name):
 def test_a_rule_that_reads_the_entropy_asks_for_it():
     some = torch.zeros(3)
     with pytest.raises(ValueError, match="calculate_entropy=true"):
-        integration.sampled_losses(some, some, some == 0, EntropyOPD())
+        verl_rows.sampled_losses(some, some, some == 0, EntropyOPD())
 
 
 @pytest.mark.parametrize("name", TOP_K)
@@ -135,7 +136,7 @@ def test_a_top_k_loss_is_the_reference_s_with_labels_outside_k_ruled_out(name):
     for backend in ("reference", "torch", "triton", None):
         dtype = torch.float64 if backend == "reference" else torch.float32
         leaf = logits.detach().to(dtype).requires_grad_()
-        found = integration.top_k_losses(
+        found = verl_rows.top_k_losses(
             leaf, labels, top.values.to(dtype), top.indices.int(), TOP_K[name],
             old_log_probs=old.to(dtype), uniforms=uniforms.to(dtype), backend=backend,
         )  # fmt: skip
@@ -167,7 +168,7 @@ def test_draws_depend_on_the_sequence_alone():
 
     def draws(*sequences, seed=1):
         offsets = torch.tensor([0, *(len(s) for s in sequences)]).cumsum(0)
-        return integration.token_uniforms(seed, torch.cat(sequences), offsets)
+        return verl_rows.token_uniforms(seed, torch.cat(sequences), offsets)
 
     packed = draws(one, two)
     assert packed.dtype == torch.float32 and packed.shape == (7,)
@@ -205,7 +206,7 @@ def test_draws_depend_on_the_sequence_alone():
         (replace(OPD(), select_by="scores", **HALF), "sampled", "no scores"),
         (replace(AOPD(), select_by="scores", **HALF), "top_k", "no scores"),
         (REOPOLD(), "sampled", "mean is over the tokens kept"),
-        (OPD(), "dense", "'sampled' or 'top_k'"),
+        (OPD(), "dense", "'sampled', 'top_k'"),
     ],
 )
 def test_what_cannot_be_served_is_refused_with_the_reason(rule, teacher, why):
@@ -221,7 +222,7 @@ def test_a_bounded_reward_goes_with_the_top_k(rule):
     integration.check_rule("mine", rule, "top_k")
     logits, labels, log_q, _, _ = logits_and_teacher()
     top = log_q.topk(K)
-    found = integration.top_k_losses(logits, labels, top.values, top.indices.int(), rule)
+    found = verl_rows.top_k_losses(logits, labels, top.values, top.indices.int(), rule)
     outside = found["tropd_label_in_topk"] == 0
     assert outside.any() and found["distillation_losses"].isfinite().all()
     assert (found["distillation_losses"][outside] > 0).all()

@@ -1,0 +1,117 @@
+"""Where people train: what is served, with which version it was tested, and what switches it on.
+
+`FRAMEWORKS` is what `tropd integrations` prints. `check_version` warns of a version that was not
+tested; `replace_function` puts a function of ours before one of a framework that has no hook there,
+and says so where that function is another than the one that was read.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import inspect
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib import metadata
+from typing import Any
+
+__all__ = ["FRAMEWORKS", "Framework", "check_version", "fingerprint", "replace_function"]
+
+
+@dataclass(frozen=True)
+class Framework:
+    """One framework.
+
+    distribution: its name on the package index; None where it is not published there.
+    tested: the version that the tests ran with, or the commit that the adapter was written from.
+    switch: what a user sets.
+    """
+
+    name: str
+    distribution: str | None
+    tested: str
+    switch: str
+
+    @property
+    def installed(self) -> str | None:
+        """The version that is installed here, or None."""
+        try:
+            return metadata.version(self.distribution) if self.distribution else None
+        except metadata.PackageNotFoundError:
+            return None
+
+
+FRAMEWORKS = {
+    framework.name: framework
+    for framework in (
+        Framework(
+            "verl",
+            "verl",
+            "0.9.1",
+            "VERL_USE_EXTERNAL_MODULES=tropd_kernels.integrations.verl "
+            "distillation.distillation_loss.loss_mode=tropd "
+            "actor_rollout_ref.model.use_fused_kernels=true",
+        ),
+        Framework("veomni", "veomni", "0.1.12", "as verl, with the strategy veomni"),
+    )
+}
+
+
+@functools.cache
+def check_version(name: str) -> None:
+    """Warns, once, where the installed version is another than the one that was tested."""
+    framework = FRAMEWORKS[name]
+    found = framework.installed
+    if found is not None and found != framework.tested:
+        warnings.warn(
+            f"{name} {found} is installed, and tropd_kernels.integrations was tested with {name} "
+            f"{framework.tested}: compare a first step's loss with {name}'s own",
+            stacklevel=2,
+        )
+
+
+def fingerprint(function: Callable) -> str:
+    """Twelve digits of the hash of a function's source; "" where there is no source."""
+    try:
+        source = inspect.getsource(inspect.unwrap(function))
+    except (OSError, TypeError):
+        return ""
+    return hashlib.sha256(source.encode()).hexdigest()[:12]
+
+
+def replace_function(
+    framework: str,
+    owner: Any,
+    name: str,
+    replacement: Callable[[Callable], Callable],
+    *,
+    parameters: tuple[str, ...],
+    expected: str,
+) -> None:
+    """Puts `replacement(original)` in the place of `owner.name`; a second time it does nothing.
+
+    Raises RuntimeError, with the function's name, where it is missing or takes other parameters
+    than those that the replacement was written for. Warns where its source is another.
+    """
+    original = getattr(owner, name, None)
+    if getattr(original, "serves_tropd", False):
+        return
+    where = f"{owner.__name__}.{name}"
+    tested = f"{framework} {FRAMEWORKS[framework].tested}"
+    found = None if original is None else tuple(inspect.signature(original).parameters)
+    if original is None or found != parameters:
+        got = "missing" if found is None else f"({', '.join(found)})"
+        raise RuntimeError(
+            f"{where} is {got}, expected ({', '.join(parameters)}) as in {tested}: this version "
+            "has another plug-in point, and only what needs none of its functions can be used"
+        )
+    if fingerprint(original) != expected:
+        warnings.warn(
+            f"{where} is another than in {tested}, with which its replacement was tested: compare "
+            f"a first step's loss with {framework}'s own",
+            stacklevel=3,
+        )
+    ours = functools.wraps(original)(replacement(original))
+    ours.serves_tropd = True  # type: ignore[attr-defined]
+    setattr(owner, name, ours)

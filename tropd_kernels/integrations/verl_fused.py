@@ -1,0 +1,262 @@
+"""verl's training step without logits: hidden states and the head go into the loss.
+
+With `actor_rollout_ref.model.use_fused_kernels=true` the FSDP engine's model computes log-probs in
+its own forward, and a top-k loss has no place. `FusedEngine` is that engine with the loss in the
+forward of the head. verl's registry of engines looks for one of the vendor first, and verl's own
+are of none: registering is all that it takes, and nothing of verl is replaced.
+
+    forward_step           whose loss is it? If one of `RULES`, the batch's rows are put by
+    the model's forward    backbone, then the head, in whose forward FSDP has it whole:
+                           `linear_distillation_loss`, losses per token, no logits
+    prepare_model_outputs  verl carries losses and masses; this adds the gate's M and the like
+
+The losses are per token, since verl masks, clamps and averages them: so the backward computes the
+logits of a chunk a second time. For every other loss, for old log-probs and for validation the
+engine and the model's forward are verl's own; but verl 0.9.1's fused forward fails where FSDP 2 has
+the head as a unit of its own (verl#5633), and its log-probs then come from here, too.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from verl.models.transformers.dense_common import CausalLMOutputForPPO
+from verl.utils import tensordict_utils
+from verl.workers.engine import EngineRegistry, FSDPEngineWithLMHead, VeOmniEngineWithLMHead
+
+from ..functional import linear_log_probs
+from ..heads import read_head
+from ..objectives import TokenRule
+from .verl_batch import RULES, k_of, rows_of, rule_of
+from .verl_replaced import CURRENT, take_over_hidden
+from .verl_rows import Rows, head_losses
+
+#: (device, vendor) of verl's platforms.
+PLATFORMS = (("cuda", "nvidia"), ("cuda", "amd"), ("npu", "huawei"))
+#: What verl itself takes from the model's output to the loss.
+_CARRIED_BY_VERL = ("distillation_losses", "student_mass", "teacher_mass")
+
+
+@dataclass
+class Request:
+    """What is asked of the head: log-probs, with the loss of a rule where there is one.
+
+    labels: (n), of each row. differentiable: whether verl has a loss of log-probs or entropy, too.
+    """
+
+    labels: Tensor
+    rule: TokenRule | None = None
+    rows: Rows | None = None
+    k: int | None = None
+    differentiable: bool = True
+    entropy: bool = True
+    found: dict[str, Tensor] = field(default_factory=dict)
+
+    def of_head(self, hidden: Tensor, weight: Tensor, **head: Any) -> dict[str, Tensor]:
+        """Per-token losses, log-probs and entropy, each (n), of hidden states (n, H). What verl
+        does not carry to the loss stays in `found`."""
+        found = {}
+        if self.rule is not None:
+            found = head_losses(hidden, weight, self.rows, self.rule, self.k, **head)
+        if self.differentiable or self.entropy:
+            log_probs, entropy = linear_log_probs(
+                hidden, weight, self.labels, return_entropy=True, **head
+            )
+            found |= {"log_probs": log_probs, "entropy": entropy}
+        self.found = {n: found.pop(n).detach() for n in list(found) if n.startswith("tropd_")}
+        # Copies: FSDP 2 hooks onto what leaves a unit, and warns of views.
+        return {name: value.clone() for name, value in found.items()}
+
+
+@dataclass
+class FusedOutput(CausalLMOutputForPPO):
+    """verl's output of a fused forward, with the losses. They leave the model with its output:
+    FSDP gathers the head again for the backward of what does."""
+
+    distillation_losses: Tensor | None = None
+    student_mass: Tensor | None = None
+    teacher_mass: Tensor | None = None
+
+    @property
+    def fused_linear_aux(self) -> FusedOutput:
+        """Where verl looks for the three."""
+        return self
+
+
+class FusedLoss:
+    """What a fused engine has beside verl's."""
+
+    tropd_sampled = True  # whether it forms the losses of sampled teachers, too
+    tropd_request: Request | None = None
+    _tropd_configs: tuple[Any, Any] | None = None
+
+    def forward_step(self, micro_batch: Any, loss_function: Any, forward_only: bool) -> Any:
+        """verl's, with the loss in the model's forward if it is one of ours."""
+        self._tropd_configs = configs_of(loss_function, self.tropd_sampled)
+        try:
+            return super().forward_step(micro_batch, loss_function, forward_only)  # type: ignore
+        finally:
+            self._tropd_configs = self.tropd_request = None
+
+    def prepare_model_inputs(self, micro_batch: Any) -> tuple[dict, dict]:
+        """verl's, and the request."""
+        inputs, arguments = super().prepare_model_inputs(micro_batch)  # type: ignore[misc]
+        self.tropd_request = None
+        if self._tropd_configs is not None and _asks(micro_batch, "use_fused_kernels"):
+            actor, distillation = self._tropd_configs
+            rule = rule_of(distillation)
+            if not _asks(micro_batch, "use_remove_padding", True):
+                raise ValueError(
+                    "a fused distillation loss takes packed rows: set "
+                    "actor_rollout_ref.model.use_remove_padding=true, or use_fused_kernels=false"
+                )
+            rows = rows_of(actor, distillation, micro_batch, pad=arguments["pad_size"])
+            self.tropd_request = Request(
+                rows.labels,
+                rule,
+                rows,
+                k_of(distillation),
+                differentiable=distillation.distillation_loss.use_task_rewards,
+                entropy=_asks(micro_batch, "calculate_entropy"),
+            )
+        return inputs, arguments
+
+    def prepare_model_outputs(
+        self, output: Any, output_args: dict, micro_batch: Any, logits_processor_func: Any
+    ) -> dict:
+        """verl's, and what else the request found, nested as verl nests the losses."""
+        found = super().prepare_model_outputs(  # type: ignore[misc]
+            output, output_args, micro_batch, logits_processor_func
+        )
+        if self.tropd_request is not None:
+            more = dict(self.tropd_request.found)
+            if "distillation_losses" not in found:  # a sampled teacher's
+                more["distillation_losses"] = output.distillation_losses.squeeze(0)
+            offsets = micro_batch["input_ids"].offsets()
+            for name, rows in more.items():
+                rows = self._gather_and_unpad_packed(rows, output_args["pad_size"])  # type: ignore
+                found[name] = torch.nested.nested_tensor_from_jagged(rows, offsets)
+        return found
+
+
+class FusedEngine(FusedLoss, FSDPEngineWithLMHead):
+    """verl's FSDP engine with the loss in the forward of the model's head."""
+
+    def _build_module(self) -> Any:
+        module = super()._build_module()
+        verls = module.forward
+
+        # The request is no argument: FSDP casts what a model is given to the parameters' dtype.
+        @functools.wraps(verls)
+        def forward(*arguments: Any, shift_labels: Any = None, **named: Any) -> Any:
+            request = self.tropd_request
+            if request is None and shift_labels is not None and is_sharded_alone(module):
+                request = Request(shift_labels.squeeze(0))
+            if request is None:
+                return verls(*arguments, shift_labels=shift_labels, **named)
+            check_forward(module, verls.__func__.__module__)
+            return fused_forward(module, request, *arguments, **named)
+
+        module.forward = forward
+        return module
+
+
+class FusedVeOmni(FusedLoss):
+    """The same for VeOmni, whose models call a function of hidden states and head, of which
+    `verl_replaced.take_over_hidden` takes what is for a loss of ours. Losses of sampled teachers
+    are those of its log-probs."""
+
+    tropd_sampled = False
+
+    def forward_step(self, micro_batch: Any, loss_function: Any, forward_only: bool) -> Any:
+        """verl's, and behind it no request is left."""
+        try:
+            return super().forward_step(micro_batch, loss_function, forward_only)
+        finally:
+            CURRENT.set(None)
+
+    def prepare_model_inputs(self, micro_batch: Any) -> tuple[dict, dict]:
+        """verl's; the function of hidden states finds the request."""
+        inputs, arguments = super().prepare_model_inputs(micro_batch)
+        CURRENT.set(self.tropd_request)
+        return inputs, arguments
+
+
+def is_sharded_alone(module: Any) -> bool:
+    """Whether the head is a unit of its own under FSDP 2, as verl 0.9.1 has it beside an embedding
+    that is not tied to it: then verl's fused forward finds a piece of it and fails."""
+    weight = getattr(module.get_output_embeddings(), "weight", None)
+    return hasattr(weight, "full_tensor")
+
+
+def fused_forward(
+    module: Any,
+    request: Request,
+    *arguments: Any,
+    temperature: float = 1.0,
+    return_dict: bool = True,
+    labels: Any = None,
+    **named: Any,
+) -> FusedOutput:
+    """The backbone, and what is asked (1, n) of its hidden states (1, n, H), computed in the head's
+    own forward: there FSDP has it whole, and gathers it again for the backward."""
+    head, linear = read_head(module), module.get_output_embeddings()
+    hidden = head.backbone(*arguments, **named).last_hidden_state
+    settings = dict(logit_scale=head.logit_scale, softcap=head.softcap, temperature=temperature)
+    plain = linear.forward
+    linear.forward = lambda hidden: request.of_head(
+        hidden.squeeze(0), linear.weight, bias=linear.bias, **settings
+    )
+    try:
+        found = linear(hidden)
+    finally:
+        linear.forward = plain
+    carried = ("log_probs", "entropy", *_CARRIED_BY_VERL)
+    return FusedOutput(**{n: found[n][None].clone() for n in carried if n in found})
+
+
+def check_forward(module: Any, written_in: str) -> None:
+    """Raises NotImplementedError for a model whose forward verl has replaced by one that does more
+    than call a backbone and a head. written_in: the forward's module."""
+    if written_in.startswith("verl.") and not written_in.endswith(".dense_common"):
+        raise NotImplementedError(
+            f"{type(module).__name__} has a forward of verl's own ({written_in}), which does more "
+            "than call a backbone and a head: set actor_rollout_ref.model.use_fused_kernels=false"
+        )
+
+
+def configs_of(loss_function: Any, sampled: bool = True) -> tuple[Any, Any] | None:
+    """The actor's and the distillation's configuration of verl's loss function, where its loss is
+    one of ours, and not of a sampled teacher unless `sampled`; else None."""
+    named = getattr(loss_function, "keywords", {})
+    distillation = named.get("distillation_config")
+    settings = getattr(distillation, "distillation_loss", None)
+    if getattr(settings, "loss_mode", None) not in RULES:
+        return None
+    return (named["config"], distillation) if sampled or k_of(distillation) else None
+
+
+def register_engines(platforms: tuple = PLATFORMS) -> None:
+    """Makes verl take `FusedEngine` for fsdp and fsdp2, and for veomni its like, if it is there."""
+    engines: dict[str, type] = {"fsdp": FusedEngine, "fsdp2": FusedEngine}
+    if VeOmniEngineWithLMHead is not None:
+        from veomni.ops.kernels import cross_entropy
+
+        take_over_hidden(cross_entropy)
+        engines["veomni"] = type("FusedVeOmniEngine", (FusedVeOmni, VeOmniEngineWithLMHead), {})
+    for strategy, engine in engines.items():
+        known = EngineRegistry._engines["language_model"][strategy]
+        for device, vendor in platforms:
+            if (device, vendor) not in known:
+                EngineRegistry.register("language_model", strategy, device, vendor)(engine)
+
+
+def _asks(micro_batch: Any, key: str, default: bool = False) -> bool:
+    return bool(tensordict_utils.get_non_tensor_data(micro_batch, key=key, default=default))
+
+
+register_engines()
