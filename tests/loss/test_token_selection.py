@@ -35,12 +35,15 @@ FORMS = {
     "scores": ("hidden", "logits", "top_k", "sampled"),
 }
 WHOLE = ("gkd", "akl", "mixed")
+#: Sizes that hold all tokens, whose selected rows are kept where a score has read them, or a few,
+#: so that they are made again.
+CHUNKS = {"one chunk": None, "several": (4, 8)}
 GIVEN = (None, "old_log_probs", "advantages", "token_weight")
 
 
 def cases():
     """Every objective, score and form, with a reduction of each kind and, in turn, what a call may
-    be given."""
+    be given, and one chunk or several."""
     objectives = ("tropd", "opd", "gkd", "akl", "mixed", "tropd_bucket", "topk_jsd", "aopd")
     turns = itertools.count()
     for name, by in itertools.product(objectives, SCORES):
@@ -53,7 +56,8 @@ def cases():
                 given = GIVEN[place % 4]
                 if given == "advantages" and name in WHOLE:  # which have no reward
                     given = "token_weight"
-                yield name, by, form, given, reduction
+                chunks = list(CHUNKS)[(turn + (reduction == "none")) % 2]
+                yield name, by, form, given, reduction, chunks
 
 
 def arguments(problem, by, given=None):
@@ -71,9 +75,12 @@ def arguments(problem, by, given=None):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize(("name", "by", "form", "given", "reduction"), list(cases()))
-@pytest.mark.pairs(more=lambda name, by, form, given, reduction, backend: (by, form))
-def test_as_the_reference(name, by, form, given, reduction, backend):
+@pytest.mark.parametrize(("name", "by", "form", "given", "reduction", "chunks"), list(cases()))
+@pytest.mark.pairs(
+    more=lambda name, by, form, given, reduction, chunks, backend: (by, form, chunks)
+)
+def test_as_the_reference(name, by, form, given, reduction, chunks, backend, monkeypatch):
+    monkeypatch.setattr(chunking, "FIXED_SIZES", CHUNKS[chunks])
     problem = make_problem(tokens=17, vocab_size=61)
     problem.labels[4] = -100
     rule = replace(OBJECTIVES[name], select_by=by, select_fraction=0.4)
@@ -132,11 +139,14 @@ def test_what_is_left_out_is_not_looked_at(reduction, backend):
     assert torch.equal(found[1]["weight"], whole[1]["weight"])
 
 
+@pytest.mark.parametrize("chunks", CHUNKS)
 @pytest.mark.parametrize("by", SCORES)
 @pytest.mark.parametrize("form", ["hidden", "sampled"])
-def test_the_products_are_those_of_the_plan(by, form, monkeypatch):
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_the_products_are_those_of_the_plan(reduction, by, form, chunks, monkeypatch):
     if form not in FORMS[by]:
         pytest.skip("this teacher cannot give the score")
+    monkeypatch.setattr(chunking, "FIXED_SIZES", CHUNKS[chunks])
     rows = {"student": 0, "teacher": 0}
     into = products.TorchProducts.logits_into
 
@@ -147,14 +157,42 @@ def test_the_products_are_those_of_the_plan(by, form, monkeypatch):
     monkeypatch.setattr(products.TorchProducts, "logits_into", counting)
     problem = make_problem(tokens=40)
     rule = replace(OPD(), select_by=by, select_fraction=0.25)
-    problem.call(rule, form, "torch", **arguments(problem, by))
+    incoming = torch.ones(40) if reduction == "none" else None
+    given = arguments(problem, by) | {"reduction": reduction, "incoming": incoming}
+    problem.call(rule, form, "torch", **given)
     teacher = 24 if form == "hidden" else None
     plan = plan_chunks(
-        40, 37, 16, teacher, dtype=torch.float32, device="cpu", backend="torch", objective=rule
-    )
+        40, 37, 16, teacher, dtype=torch.float32, device="cpu", backend="torch", objective=rule,
+        reduction=reduction,
+    )  # fmt: skip
     gradients = 2 * 10  # of the ten tokens that are selected
     assert rows["student"] + gradients == 40 * plan.student_gemms
     assert rows["teacher"] == 40 * plan.teacher_gemms
+    of_all = 40 * (by not in ("scores", "teacher_entropy"))
+    once, again = rows["student"] == of_all, rows["student"] == of_all + 10
+    if plan.selection == "kept" and of_all:
+        assert once if reduction == "mean" else again
+    assert plan.selection == ("given" if by == "scores" else "again" if CHUNKS[chunks] else "kept")
+
+
+def test_rows_are_kept_where_one_chunk_holds_all_and_the_workspace_a_copy():
+    shape = dict(vocab_size=151_936, hidden_size=1024, teacher_hidden_size=2048, device="cpu")
+
+    def road(tokens=256, by="reverse_kl", fraction=0.5, **more):
+        rule = replace(GKD(), select_by=by, select_fraction=fraction)
+        plan = plan_chunks(tokens, objective=rule, **shape | {"backend": "torch"} | more)
+        assert plan.selection in repr(plan) or plan.selection == "given"
+        return plan.selection
+
+    assert road() == "kept"
+    assert road(tokens=257) == "again"
+    assert road(tokens=0) == "again"
+    # Without an accumulator or d_logits of their own, only what the teacher's logits leave.
+    assert road(dtype=torch.float32, needs_weight_grad=False) == "again"
+    assert road(dtype=torch.float32, needs_weight_grad=False, by="entropy") == "kept"
+    assert road(by="scores") == "given"
+    assert road(by="entropy", max_workspace_bytes=9 * 10**8) == "again"
+    assert plan_chunks(256, **shape).selection is None
 
 
 @pytest.mark.parametrize("reduction", ["mean", "none"])

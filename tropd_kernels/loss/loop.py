@@ -47,12 +47,14 @@ from ..rows.layout import Coef, Matrices, RowBatch, RowOptions, Stat, TokenInput
 from ..rows.sharded import ShardRows
 from .gradients import HeadGradients, LogitsGradients
 from .logits import ChunkLogits, Size, Tokens
-from .plan import ChunkPlan, plan_chunks
+from .plan import ChunkPlan, keeps_rows, plan_chunks
 from .problem import GradNeeds, Problem, Side
 from .sampling import ColumnSampler
 from .target import write_target
 from .token_selection import (
     LEFT_OUT,
+    NONE_KEPT,
+    Kept,
     Selection,
     keep_given,
     keep_known,
@@ -90,15 +92,16 @@ def forward(problem: Problem) -> Result:
     with without_autocast(source.device.type):
         index = tokens_that_count(problem)
         problem = with_repeats_marked(problem)
-        counted, selection = index, None
+        counted, selection, kept = index, None, NONE_KEPT
         if problem.options.rule.score is not None:
             of_all = _Walk(problem, index, needs, None)
             selection = of_all.select()
+            kept = selection.kept
             index = selection.chosen if index is None else index[selection.chosen]
             problem = of_all.problem_of_selected()
         n = problem.labels.shape[0] if index is None else index.shape[0]
         stats, coefs = new_matrices(source, n)
-        walk = _Walk(problem, index, needs, problem.loss_scale)
+        walk = _Walk(problem, index, needs, problem.loss_scale, kept)
         options = problem.row_options()
         if needs.any:
             options = replace(options, loss_scale=walk.row_scale)
@@ -151,8 +154,9 @@ class _Walk:
         index: Tensor | None,  # of the tokens that count; None: all do
         needs: GradNeeds,
         loss_scale: Tensor | None,
+        kept: Kept = NONE_KEPT,  # logits of these tokens that exist already
     ):
-        self.problem, self.index, self.needs = problem, index, needs
+        self.problem, self.index, self.needs, self.kept = problem, index, needs, kept
         self.engine: RowEngine = engine_for(problem.options.backend)
         if problem.options.rule.top_k_ids != "teacher":
             self.engine = IdRows(self.engine, problem.shard)
@@ -187,7 +191,7 @@ class _Walk:
         """Adds the gradients to the result. `coefficients(batch, part)` gives those of a sub-chunk,
         which is this slice of the tokens that count."""
         head, existing = self._gradients(result.stats)
-        sizes = self._sizes()
+        sizes = self._sizes(self.kept[0] is None, self.kept[1] is None)
         if head is not None:
             sizes += [self._d_logits_size(), head.accumulator_size()]
         nbytes = sum(buffers.bytes_for(*size) for size in sizes if size is not None)
@@ -219,9 +223,6 @@ class _Walk:
         d_logits: Tensor | None,
     ) -> None:
         """For a head: two products per super-chunk."""
-        in_place = self.plan.in_place
-        d_logits = room[0] if in_place else d_logits
-        assert d_logits is not None
         for start, stop, parts in self._super_chunks():
             tokens = self._tokens(start, stop)
             hidden = self.problem.student.source[tokens]  # for all of the super-chunk's products
@@ -230,14 +231,15 @@ class _Walk:
                 ours = hidden[low - start : high - start]
                 batch = self._batch(part, room, ours)
                 coefs = coefficients(batch, part)
-                first = 0 if in_place else low - start
-                out = d_logits[first : first + high - low, : self.columns]
+                out = batch.student  # which it overwrites in place, a super-chunk of one sub-chunk
+                if d_logits is not None:
+                    out = d_logits[low - start : high - start, : self.columns]
                 self.engine.gradient(batch, coefs, options, out)
             last = stop == self.n
             if last and gradients.accumulator_size() is not None:
                 # The rounded d_weight takes their pages.
-                arena.drop(*room[1:], None if in_place else room[0])
-            chunk = d_logits[: stop - start, : self.columns]
+                arena.drop(*room[1:], None if d_logits is None else room[0])
+            chunk = out if d_logits is None else d_logits[: stop - start, : self.columns]
             gradients.add(chunk, hidden, tokens, start, last)
 
     def _without_products(
@@ -297,7 +299,16 @@ class _Walk:
         # Of the tokens that are left out; the others' numbers are still to come.
         stats[Stat.TOKEN_LOSS] = stats[Stat.KEPT] = 0.0
         coefs[Coef.STUDENT_LOG_SUM] = LEFT_OUT
-        return Selection(stats, coefs, score, chosen.nonzero().squeeze(-1))
+        places = chosen.nonzero().squeeze(-1)
+        return Selection(stats, coefs, score, places, self._kept(room, places))
+
+    def _kept(self, room: Sequence[Tensor | None], places: Tensor) -> Kept:
+        """The selected rows of a chunk that holds those of all tokens."""
+        row_bytes = sum(t.stride(0) * t.element_size() for t in room if t is not None)
+        if not keeps_rows(self.plan.rows, self.plan.workspace, self.n, places.numel(), row_bytes):
+            return NONE_KEPT
+        student, teacher = (None if t is None else t[places][:, : self.columns] for t in room[:2])
+        return student, teacher
 
     def problem_of_selected(self) -> Problem:
         """The problem for the tokens that are selected, in no more memory than all would take."""
@@ -387,10 +398,14 @@ class _Walk:
     ) -> RowBatch:
         """A sub-chunk of the tokens that count."""
         tokens = self._tokens(part.start, part.stop)
-        z = self.student.of(tokens, room[0], hidden)
+        z, t = (None if kept is None else kept[part] for kept in self.kept)
+        if z is None:
+            z = self.student.of(tokens, room[0], hidden)
+        if t is None and self.teacher is not None:
+            t = self._teacher_logits(tokens, z, room)
         return RowBatch(
             student=z,
-            teacher=None if self.teacher is None else self._teacher_logits(tokens, z, room),
+            teacher=t,
             labels=self.labels[part],
             **self._inputs(part, tokens).given(),
         )

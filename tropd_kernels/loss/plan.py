@@ -29,7 +29,7 @@ of the last two S that depends on the batch: the plan counts all ids.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from reprlib import repr as short
 
 import torch
@@ -54,6 +54,12 @@ CHUNK_BYTES = 5 * 2**27
 MOST_ROWS = 4096
 #: On a GPU: by how much the workspace may grow to avoid d_weight's accumulator.
 WITHOUT_ACCUMULATOR = 4 / 3
+#: What becomes of the logits that a score reads, as a plan prints it.
+SELECTIONS = {
+    "kept": "the selected tokens' logits are kept from the pass over the scores",
+    "again": "the selected tokens' logits are made again after the pass over the scores",
+    "given": "the scores need no logits",
+}
 #: (rows, super_rows) in place of the plan's own, for benchmarks and tests.
 FIXED_SIZES: tuple[int, int] | None = None
 
@@ -77,6 +83,9 @@ class ChunkPlan:
             `old_log_probs` were not given. Chunk sizes and workspace are those of a call on all
             tokens: the selected ones are given no more.
         work: Launches, bytes and FLOP of each operation, at the least (see `work.py`).
+        selection: What becomes of the logits by which a rule selects tokens: "kept", the selected
+            rows enter the loss as they are; "again", they are made a second time; "given", the
+            score needs none; None where all tokens enter.
     """
 
     tokens: int
@@ -91,6 +100,7 @@ class ChunkPlan:
     reference_gemms: float
     gemm_flop: int
     work: tuple[Work, ...]
+    selection: str | None
 
     @property
     def workspace_bytes(self) -> int:
@@ -152,6 +162,8 @@ class ChunkPlan:
             f"  workspace  {self.workspace_bytes / 1e6:,.1f} MB",
         ]
         lines += [f"    {v / 1e6:>10,.1f} MB  {k}" for k, v in self.workspace.items() if v]
+        if self.selection is not None:
+            lines.insert(2, f"  selection  {SELECTIONS[self.selection]}")
         return "\n".join(lines)
 
 
@@ -247,10 +259,19 @@ def plan_chunks(
     )
     rows, super_rows = _sizes(call, max_workspace_bytes)
     workspace = call.workspace(rows, super_rows)
-    passes, sizes = [call], [(rows, super_rows)]
+    passes, sizes, selection = [call], [(rows, super_rows)], None
     if call.scoring_pass is not None:
-        passes = [call.scoring_pass, call.selected_pass]
-        sizes.append(_sizes(call.selected_pass, sum(workspace.values())))
+        scoring, selected = call.scoring_pass, call.selected_pass
+        sizes.append(_sizes(selected, sum(workspace.values())))
+        student, teacher, _ = held = scoring.sides_held
+        row_bytes = sum(held) * scoring.logit_size * scoring.columns
+        if row_bytes == 0:
+            selection = "given"
+        elif keeps_rows(rows, workspace, tokens, selected.tokens, row_bytes):
+            selection, selected = "kept", replace(selected, keeps=(student, teacher))
+        else:
+            selection = "again"
+        passes = [scoring, selected]
 
     def gemms(name: str) -> float:
         """Relative to all tokens."""
@@ -269,7 +290,17 @@ def plan_chunks(
         reference_gemms=gemms("reference_gemms"),
         gemm_flop=sum(each.gemm_flop for each in passes),
         work=tuple(work for each, of_it in zip(passes, sizes) for work in each.work(*of_it)),
+        selection=selection,
     )
+
+
+def keeps_rows(
+    rows: int, workspace: dict[str, int], tokens: int, selected: int, row_bytes: int
+) -> bool:
+    """Whether logits that a score reads, of `row_bytes` a token, are kept for the selected tokens:
+    where one chunk of `rows` holds all, and this workspace a copy of the selected ones as well."""
+    room = sum(workspace.values()) - workspace["statistics and coefficients"]
+    return 0 < tokens <= rows and row_bytes * (tokens + selected) <= room
 
 
 # --- sizes ---------------------------------------------------------------------------------------

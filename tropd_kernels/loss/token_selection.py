@@ -14,19 +14,21 @@ with f the share that is selected, S and T as in `plan`. On a GPU a selection wa
 once, to know how many tokens there are: ties, prefixes and rows that hold NaN come on top of the
 number that a fraction names.
 
-The selected tokens' logits are made a second time where the score has read them. To make them once
-would save up to f (S + T). In units of S, at f = 0.1 and 0.3, with T = 2 S:
+Where one chunk holds all tokens, as in a micro-batch, the logits that the score has read are still
+there: the rows of the selected tokens are copied, and made no second time. In longer batches they
+are made again. In units of S, at f = 0.1 and 0.3, with T = 2 S:
 
-                             all tokens    here          made once
-    entropy, sampled         3             1.3   1.9     1.2   1.6
-    entropy, dense           5             1.5   2.5     1.4   2.2
-    teacher_entropy          5             2.5   3.5     2.3   2.9
-    reverse_kl               5             3.5   4.5     3.2   3.6
+                             all tokens    one chunk     several
+    entropy, sampled         3             1.2   1.6     1.3   1.9
+    entropy, dense           5             1.4   2.2     1.5   2.5
+    teacher_entropy          5             2.3   2.9     2.5   3.5
+    reverse_kl               5             3.2   3.6     3.5   4.5
 
-With a threshold, each chunk could drop its own tokens; a GPU would then wait in every chunk. With a
-fraction, which tokens enter is known after the last chunk: until then the highest rows so far would
-be kept, 8 f N V bytes for both sides, and memory would grow with N (0.5 GB at f = 0.1 for 4,096
-tokens and V = 151,936). Neither is done.
+Several chunks could keep rows as well. With a threshold, each would drop its own tokens; a GPU
+would then wait in every chunk. With a fraction, which tokens enter is known after the last chunk:
+until then the highest rows so far would be kept, some f N (1 + ln 1/f) copies in all, and memory
+would grow with N. Copies of 8 V bytes a row cost less than products of 2 V H FLOP only where a
+processor multiplies slowly, so neither is done.
 """
 
 from __future__ import annotations
@@ -46,17 +48,23 @@ from .problem import Problem
 #: 0.
 LEFT_OUT = -1.0
 
+#: Logits of the selected tokens, of student and teacher (or what stands in for the teacher's),
+#: where a score has read them and they need not be made again.
+Kept = tuple[Tensor | None, Tensor | None]
+NONE_KEPT: Kept = (None, None)
+
 
 @dataclass(frozen=True)
 class Selection:
     """What a first pass knows of the n tokens that count: statistics and coefficients of those that
-    are left out, the scores, NaN at tokens that are not ranked, and the places of those that are
-    selected."""
+    are left out, the scores, NaN at tokens that are not ranked, the places of those that are
+    selected, and logits of theirs that need not be made again."""
 
     stats: Tensor
     coefs: Tensor
     score: Tensor
     chosen: Tensor
+    kept: Kept
 
     def completed(self, stats: Tensor, coefs: Tensor) -> Matrices:
         """Statistics and coefficients of all tokens, with these of the selected ones."""

@@ -73,6 +73,7 @@ class Call:
     vocab_parallel: bool
     reads_student: bool = True
     scores: bool = False  # it is the pass before a selection
+    keeps: tuple[bool, bool] = (False, False)  # whether logits of student and teacher exist already
 
     @property
     def logit_size(self) -> int:
@@ -142,6 +143,12 @@ class Call:
         return replace(self, rule=rule.of_all(), tokens=count)
 
     @property
+    def sides_held(self) -> tuple[bool, bool, bool]:
+        """Of which sides there is a buffer of logits: student, teacher, reference teacher."""
+        teacher = bool(self.teacher_hidden_size) or self.reshapes_target
+        return self.reads_student, teacher, bool(self.reference_hidden_size)
+
+    @property
     def reshapes_target(self) -> bool:
         """A pass makes the target of the logits of all sides."""
         return self.rule is not None and self.rule.reshapes_target
@@ -168,8 +175,8 @@ class Call:
         block = min(rows, block_rows(self.vocab_size, self.device_type)) * self.vocab_size
         return {
             "student logits": logits,
-            "teacher logits": logits if self.teacher_hidden_size or self.reshapes_target else 0,
-            "reference logits": logits if self.reference_hidden_size else 0,
+            "teacher logits": logits if self.sides_held[1] else 0,
+            "reference logits": logits if self.sides_held[2] else 0,
             "d_logits": self.gradient_size * super_rows * self.columns
             if self.forms_gradients and not self.in_place
             else 0,
@@ -218,18 +225,26 @@ class Call:
     @property
     def student_gemms(self) -> int:
         """In units of S."""
-        gradients = self.needs_hidden_grad + self.needs_weight_grad
-        return self.repeats * self.reads_student + gradients
+        return self._student_products + self.needs_hidden_grad + self.needs_weight_grad
 
     @property
     def teacher_gemms(self) -> int:
         """In units of T."""
-        return self.repeats if self.teacher_hidden_size else 0
+        return self._teacher_products if self.teacher_hidden_size else 0
 
     @property
     def reference_gemms(self) -> int:
         """In units of T'."""
-        return self.repeats if self.reference_hidden_size else 0
+        return self._teacher_products if self.reference_hidden_size else 0
+
+    @property
+    def _student_products(self) -> int:
+        return (self.repeats - self.keeps[0]) * self.reads_student
+
+    @property
+    def _teacher_products(self) -> int:
+        """Those of a reference teacher are as many."""
+        return self.repeats - self.keeps[1]
 
     @property
     def gemm_flop(self) -> int:
@@ -248,15 +263,19 @@ class Call:
             if dtype != self.dtype and not self.scores:
                 moved = self.vocab_size * width * (dtype.itemsize + self.dtype.itemsize)
                 yield Work(f"copy of the {whose}head", 1, moved)
-        if self.reads_student:
-            yield self._logits("student logits", self.hidden_size, chunks, self.repeats)
-        if self.teacher_hidden_size:
-            yield self._logits("teacher logits", self.teacher_hidden_size, chunks, self.repeats)
-        if self.reference_hidden_size:
-            yield self._logits("reference logits", self.reference_hidden_size, chunks, self.repeats)
-        if self.reshapes_target:
-            moved = self.tokens * self.vocab_size * self._target_bytes
-            yield Work("target", self.repeats * chunks, self.repeats * moved)
+        if times := self._student_products:
+            yield self._logits("student logits", self.hidden_size, chunks, times)
+        if times := self._teacher_products:
+            if self.teacher_hidden_size:
+                yield self._logits("teacher logits", self.teacher_hidden_size, chunks, times)
+            if self.reference_hidden_size:
+                yield self._logits("reference logits", self.reference_hidden_size, chunks, times)
+            if self.reshapes_target:
+                moved = self.tokens * self.vocab_size * self._target_bytes
+                yield Work("target", times * chunks, times * moved)
+        if copies := self.keeps[0] + self.keeps[1]:
+            moved = 2 * copies * self.tokens * self.vocab_size * self.logit_size
+            yield Work("selected rows", copies, moved)
         for name, id_bytes in self._passes():
             yield Work(name, chunks, self.tokens * self.vocab_size * id_bytes)
         if not self.samples_gradient:
