@@ -39,16 +39,22 @@ class Made(TorchDispatchMode):
         return result
 
 
+def give_back_what_is_freed() -> None:
+    """From now on glibc takes larger blocks from the system, and gives them back at once. By itself
+    it raises the bound up to 32 MB; smaller blocks then stay resident or not, as they happen to
+    lie."""
+    library = ctypes.CDLL(None)
+    if hasattr(library, "mallopt"):
+        m_mmap_threshold = -3
+        library.mallopt(m_mmap_threshold, 2**17)
+
+
 class ResidentPeak:
     """Highest resident memory of this process while it is open, over the memory at its start."""
 
-    #: glibc takes larger blocks from the system, and gives them back at once. By itself it raises
-    #: this bound up to the largest, and freed blocks below stay resident or not, as they happen to lie.
-    LARGE_BLOCK, LARGEST_BOUND = 2**17, 2**25
-
     def __enter__(self):
         gc.collect()
-        self.take_blocks_from_the_system(self.LARGE_BLOCK)
+        give_back_what_is_freed()
         self.open, self.highest = True, 0
         self.start = self.now()
         self.thread = threading.Thread(target=self.watch)
@@ -59,15 +65,6 @@ class ResidentPeak:
         self.open = False
         self.thread.join()
         self.delta = self.highest - self.start
-        self.take_blocks_from_the_system(self.LARGEST_BOUND)
-
-    @staticmethod
-    def take_blocks_from_the_system(least: int) -> None:
-        library = ctypes.CDLL(None)
-        if hasattr(library, "mallopt") and hasattr(library, "malloc_trim"):
-            m_mmap_threshold = -3
-            library.mallopt(m_mmap_threshold, least)
-            library.malloc_trim(0)
 
     def watch(self):
         while self.open:

@@ -88,7 +88,7 @@ def test_workspace_is_what_the_plan_says(dtype, frozen, backend, rule, tokens, h
     """Measured over inputs and returned gradients, at most the plan's own figure + 10 %; and the
     plan is not generous: at least half of it is really used, if all tokens are. In one super-chunk
     of a half-precision batch on a CPU, and in two."""
-    v, g = 36_000, 64  # the logits of 256 tokens are over 32 MB, of which glibc keeps nothing freed
+    v, g = 36_000, 64
     hidden = torch.randn(tokens, h, device=device).to(dtype).requires_grad_()
 
     def head(width):
