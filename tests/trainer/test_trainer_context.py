@@ -349,16 +349,19 @@ def test_dynamic_scales_are_those_of_the_longest_so_far():
     assert not torch.allclose(model(ids).logits, alone, atol=1e-4)
 
 
+LLAMA_4 = dict(
+    vocab_size=tiny.VOCAB, hidden_size=32, intermediate_size=32, intermediate_size_mlp=32,
+    num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=8,
+    num_local_experts=2, pad_token_id=0, bos_token_id=1, eos_token_id=2,
+)  # fmt: skip
+
+
 def test_a_model_without_a_backbone(tmp_path):
-    config = transformers.Llama4TextConfig(
-        vocab_size=tiny.VOCAB, hidden_size=32, intermediate_size=32, intermediate_size_mlp=32,
-        num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=8,
-        num_local_experts=2, pad_token_id=0, bos_token_id=1, eos_token_id=2,
-    )  # fmt: skip
+    """Which nothing mends: it is said before anything that a setting would."""
     with pytest.raises(
         NotImplementedError, match="a Llama4ForCausalLM has no backbone at its base"
     ):
-        make(tmp_path, transformers.Llama4ForCausalLM(config), router_aux_loss_coef=0.0)
+        make(tmp_path, transformers.Llama4ForCausalLM(transformers.Llama4TextConfig(**LLAMA_4)))
 
 
 def test_the_context_of_whispers_decoder():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ pytest.importorskip("trl", reason="the trainer needs trl")
 import tiny
 from training import RATE, by_hand, make
 
-from tropd_kernels.trainer.router import RouterLoss
+from tropd_kernels.trainer.router import RouterLoss, router_loss
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
 COEFFICIENT = 0.7
@@ -107,6 +108,19 @@ def test_router_s_loss_in_an_adapter_s_student(tmp_path):
     (loss,), (own,) = trainer.loss_values, trainer.losses
     (value,) = auxiliary(trainer, mixture("mixtral"))
     assert loss == pytest.approx(own + COEFFICIENT * value.item(), rel=1e-4)
+
+
+def test_a_weight_of_a_loss_that_the_model_does_not_have():
+    """Llama 4's config has one, and transformers computes no such loss of it."""
+    model = transformers.Llama4ForCausalLM.__new__(transformers.Llama4ForCausalLM)
+    torch.nn.Module.__init__(model)
+    model.config = transformers.Llama4TextConfig()
+    assert model.config.router_aux_loss_coef and model.config.output_router_logits is False
+    args = SimpleNamespace(router_aux_loss_coef=None, gradient_checkpointing=False)
+    assert router_loss(model, args) is None
+    args.router_aux_loss_coef = 0.5
+    with pytest.raises(ValueError, match="0.5, but Llama4ForCausalLM is no mixture of experts wi"):
+        router_loss(model, args)
 
 
 def test_router_s_loss_that_cannot_be_had(tmp_path, monkeypatch):

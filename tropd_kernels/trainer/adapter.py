@@ -51,6 +51,7 @@ from .self_teacher import (
     refuse_sharded,
 )
 from .sharding import (
+    check_backbone,
     check_images,
     is_sharded,
     prepare_frozen,
@@ -86,6 +87,7 @@ class DistillationAdapter(BatchReuse, PrefixedGeneration):
     def __init__(self, model: Any, teacher_model: Any, args: Any, *rest: Any, **keywords: Any):
         with class_of_student(model, args):
             super().__init__(model, None, args, *rest, **keywords)
+        check_backbone(self.model)  # which no setting mends
         refuse_fsdp_1(self.accelerator)
         refuse_dtensors("model", self.model)
         if args.disable_dropout:

@@ -226,6 +226,13 @@ def check_rewards(config: Config) -> None:
 
 def check_selection(config: Config) -> None:
     given = {name: getattr(config, name) for name in SELECTION}
+    rules = config.rules_of_all()
+    selects = any(r.select_by is not None or r.entropy_top_fraction is not None for r in rules)
+    for key in [name for name in SELECTION if given[name] is not None] if selects else ():
+        raise ValueError(
+            f"{key}: objective {config.objective!r} selects tokens itself: "
+            f"leave {', '.join(SELECTION)} out, or take another objective"
+        )
     if config.select_by == "scores":
         raise ValueError(
             "select_by: 'scores' reads scores= in every call, which no config holds: choose one of "
@@ -240,17 +247,11 @@ def check_selection(config: Config) -> None:
         raise ValueError(f"{key}: {error}") from error
     if config.select_by is None:
         return
-    rules = config.rules_of_all()
     if config.lmbda == 0 and all(rule.prefix_weight is not None for rule in rules):
         raise ValueError(
             "select_by: it would have no effect: with lmbda 0 every token is the teacher's, and "
             "prefix_weight keeps those from the ranks: raise lmbda, or leave "
             f"{', '.join(SELECTION)} out"
-        )
-    if any(rule.select_by is not None or rule.entropy_top_fraction is not None for rule in rules):
-        raise ValueError(
-            f"select_by: objective {config.objective!r} selects tokens itself: "
-            f"leave {', '.join(SELECTION)} out, or take another objective"
         )
 
 

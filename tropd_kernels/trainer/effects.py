@@ -10,6 +10,7 @@ from dataclasses import MISSING, dataclass, fields
 from typing import Any
 
 from ..backends import has_row_engine
+from ..objectives.registry import rewarded
 from .data_checks import data_sets
 from .recipes import how_to_unset
 from .teacher_prompts import COLUMN
@@ -165,6 +166,10 @@ CONDITIONS = (
     Condition(_CREDIT, lambda a: a.lmbda > 0,
               "with lmbda 0 every completion is the teacher's, and credit is for the student's",
               "raise lmbda"),
+    Condition(("reward_weights", "scale_rewards"),
+              lambda a: any(rule.policy_gradient for rule in a.rules()),
+              "objective {!r} has no policy gradient, which rewards enter",
+              f"take one of {', '.join(rewarded())}", of="objective"),
     Condition(("reward_weights", "scale_rewards"), lambda a: a.uses_task_advantages,
               "no term of the objective reads a verifier's rewards", "set task_weight"),
     Condition(("drift_block_size",), lambda a: a.drift_tau is not None,

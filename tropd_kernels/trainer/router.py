@@ -26,8 +26,7 @@ class RouterLoss:
         self.coefficient = coefficient
         base = base_of(model)
         config = base.config.get_text_config()
-        # Each modeling file has its own.
-        made: Any = getattr(inspect.getmodule(type(base)), "load_balancing_loss_func", None)
+        made = _function_of(base)
         self.experts = _first(_EXPERTS, base, config)
         self.chosen = _first("num_experts_per_tok", base, config)
         takes = [] if made is None else list(inspect.signature(made).parameters)
@@ -75,10 +74,15 @@ def router_loss(model: Any, args: Any) -> RouterLoss | None:
     base, given = base_of(model), args.router_aux_loss_coef
     config = base.config.get_text_config()
     routed = hasattr(config, "output_router_logits")
+    # Of a model of its own transformers adds such a loss by this function alone, so that the weight
+    # in the config of one without it (Llama 4) is of no loss.
+    routed = routed and not (
+        type(base).__module__.startswith("transformers.") and _function_of(base) is None
+    )
     if given and not routed:
         raise ValueError(
             f"router_aux_loss_coef: {given:g}, but {type(base).__name__} is no mixture of experts "
-            "that gives its router's logits: leave it out"
+            "with a router's loss: leave it out"
         )
     own = _first("router_aux_loss_coef aux_loss_coef", base, config) or 0.0
     coefficient = own if given is None else given
@@ -93,6 +97,11 @@ def router_loss(model: Any, args: Any) -> RouterLoss | None:
             f"leave use_reentrant out, or {_WITHOUT}"
         )
     return RouterLoss(model, coefficient)
+
+
+def _function_of(model: Any) -> Any:
+    """The auxiliary loss of a model's file: each has its own."""
+    return getattr(inspect.getmodule(type(model)), "load_balancing_loss_func", None)
 
 
 def _first(names: str, *owners: Any) -> Any:

@@ -106,14 +106,14 @@ def _check_id(own: Any, known: Mapping[str, Any], where: str) -> None:
 
 
 def refuse_beside_several(sharded: bool, is_vlm: bool) -> None:
+    if is_vlm:
+        raise NotImplementedError(
+            "teacher_models: the images of a batch are not split by teacher: give one teacher_model"
+        )
     if sharded:
         raise NotImplementedError(
             "teacher_models: under FSDP and ZeRO-3 all processes read a teacher together, and a "
             "process may have no row of it: give one teacher_model, or train under DDP"
-        )
-    if is_vlm:
-        raise NotImplementedError(
-            "teacher_models: the images of a batch are not split by teacher: give one teacher_model"
         )
 
 

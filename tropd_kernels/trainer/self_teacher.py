@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from accelerate.utils import is_peft_model
+from transformers import ProcessorMixin
 from trl import SyncRefModelCallback  # type: ignore[attr-defined]
 
 from .data_checks import known_columns
@@ -35,8 +36,9 @@ def is_self(teacher: Any) -> bool:
 
 
 def check_self(
-    student: Any, teacher: Any, peft_config: Any, args: Any, train: Any, rewarded: bool = False
-) -> None:
+    student: Any, teacher: Any, peft_config: Any, args: Any, train: Any, rewarded: bool = False,
+    processor: Any = None,
+) -> None:  # fmt: skip
     """Refuses, before a model is loaded, a student that cannot teach itself or would learn nothing,
     and the settings of one kind of teacher beside the other.
 
@@ -52,8 +54,15 @@ def check_self(
             "teacher_update_rate: with adapters the teacher is the student without them, which "
             "does not move: leave it out, or train the whole model"
         )
+    alone = needs_prompts(student, teacher, args, rewarded)
+    if alone and isinstance(processor, ProcessorMixin):
+        raise NotImplementedError(
+            "teacher_model: 'self' would read what the student reads, and teach it nothing, and "
+            "beside images a teacher has no prompts of its own: give another teacher_model, or an "
+            "adapter that has been trained"
+        )
     present = known_columns(train)
-    if present and COLUMN not in present and needs_prompts(student, teacher, args, rewarded):
+    if alone and present and COLUMN not in present:
         raise ValueError(
             "teacher_model: 'self' would read what the student reads, and teach it nothing: give "
             f"the data set a column {COLUMN!r}; it has {', '.join(map(repr, present))}"

@@ -65,6 +65,16 @@ def refuse_dtensors(name: str, model: nn.Module) -> None:
             )
 
 
+def check_backbone(model: nn.Module) -> None:
+    base = base_of(model)
+    if base.base_model is base:
+        raise NotImplementedError(
+            f"a {type(base).__name__} has no backbone at its base_model, where TRL's trainer looks "
+            "for hidden states: choose another model, or call linear_distillation_loss with what "
+            "heads.read_head finds"
+        )
+
+
 def read_head_form(model: nn.Module, sharded: bool) -> Head:
     """`read_head` with its check, but without the parameters, which `heads.current` reads.
 
@@ -74,13 +84,7 @@ def read_head_form(model: nn.Module, sharded: bool) -> Head:
     (flash-attention). It is checked only if its config leaves a doubt. If ZeRO-3 has partitioned
     the model while loading it, only the head is gathered and nothing can be checked.
     """
-    base = base_of(model)
-    if base.base_model is base:
-        raise NotImplementedError(
-            f"a {type(base).__name__} has no backbone at its base_model, where TRL's trainer looks "
-            "for hidden states: choose another model, or call linear_distillation_loss with what "
-            "heads.read_head finds"
-        )
+    check_backbone(model)
     holder = model.get_output_embeddings()  # type: ignore[operator]
     parts = [] if holder is None else list(holder.parameters())
     if any(hasattr(part, "ds_id") for part in parts):

@@ -156,7 +156,7 @@ class TrOPDTrainer(RewardedTrainer):
         else:
             check_several(loaded, teacher_model, args, datasets)
         rewarded = args.uses_task_advantages  # which `check_reward_funcs` holds against these
-        check_self(model, loaded, peft_config, args, train_dataset, rewarded)
+        check_self(model, loaded, peft_config, args, train_dataset, rewarded, processing_class)
         check_sources(model, loaded, args)
         if args.precomputed_teacher and tools:
             raise ValueError("tools: precomputed_teacher fixes the completions: leave tools out")

@@ -11,6 +11,7 @@ from typing import Any
 from torch import nn
 from trl.trainer.utils import get_callable_name, get_config_model_id
 
+from ..objectives.registry import rewarded
 from .data_checks import data_sets
 from .sources import check_source
 
@@ -67,16 +68,27 @@ def check_reward_funcs(
         if tokenizers is not None:
             raise ValueError("reward_processing_classes: there are no reward_funcs: leave it out")
         return {}
+    if tools:
+        raise NotImplementedError(
+            "reward_funcs: TRL's distillation keeps no messages of the tools' turns, which GRPO's "
+            "functions get: leave tools or reward_funcs out"
+        )
+    if not any(rule.policy_gradient for rule in args.rules()):
+        raise ValueError(
+            f"reward_funcs: they would have no effect: objective {args.objective!r} has no policy "
+            f"gradient, which rewards enter: take one of {', '.join(rewarded())}, with "
+            "task_weight, or leave reward_funcs out"
+        )
+    if args.precomputed_teacher:
+        raise ValueError(
+            "reward_funcs: with precomputed_teacher nothing is generated that they could judge: "
+            "leave one of the two out"
+        )
     if not reads:
         raise ValueError(
             f"reward_funcs: they would have no effect: objective {args.objective!r} has no "
             "task_weight: set task_weight (1 adds the advantages to the log-ratio), or leave "
             "reward_funcs out"
-        )
-    if tools:
-        raise NotImplementedError(
-            "reward_funcs: TRL's distillation keeps no messages of the tools' turns, which GRPO's "
-            "functions get: leave tools or reward_funcs out"
         )
     if args.remove_unused_columns:
         raise ValueError(
