@@ -16,7 +16,10 @@ from mkdocs.structure.pages import Page
 
 ROOT = Path(__file__).resolve().parents[2]
 #: Pages of the repository outside docs/, and the pictures that the pages show.
-PAGES = ("CHANGELOG.md", "CONTRIBUTING.md", "csrc/README.md", "benchmarks/learning/README.md")
+PAGES = (
+    "CHANGELOG.md", "CONTRIBUTING.md", "csrc/README.md", "benchmarks/learning/README.md",
+    "examples/README.md", "examples/processes/README.md",
+)  # fmt: skip
 PICTURES = ("benchmarks/learning/results", "benchmarks/results")
 #: What a browser would fetch from elsewhere.
 FETCHED = re.compile(

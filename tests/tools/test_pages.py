@@ -1,4 +1,5 @@
-"""README and docs/: each block of code runs, each link leads somewhere, each page is on the site.
+"""README, docs/ and examples: each block of code runs, each link leads somewhere, each page is on
+the site.
 
 The Python blocks of a page are one script. A block that ends with a comment `# SomeError: words`
 has to raise that error with these words. YAML blocks are settings of `tropd train`.
@@ -21,7 +22,8 @@ import torch
 from torch import nn
 
 ROOT = Path(__file__).parents[2]
-PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").rglob("*.md")])
+EXAMPLES = sorted((ROOT / "examples").rglob("*.md"))
+PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").rglob("*.md"), *EXAMPLES])
 OTHERS = ("CHANGELOG.md", "CONTRIBUTING.md", "csrc/README.md", "benchmarks/learning/README.md")
 #: Its blocks have a test of their own.
 PAIRED = ROOT / "docs" / "migrating.md"
@@ -79,7 +81,7 @@ class Model(nn.Module):
 
 def names(page: Path) -> dict[str, object]:
     """What README takes for granted; other pages make all that they use."""
-    if page.name != "README.md":
+    if page != ROOT / "README.md":
         return {}
     given = SimpleNamespace(
         student=Model(16), teacher=Model(24), step=1, teacher_hidden=torch.randn(2, 5, 24),
@@ -223,5 +225,5 @@ def test_every_page_is_in_the_site():
             yield from leaves(inner)
 
     found = list(leaves(config["nav"]))
-    docs = [str(page.relative_to(ROOT / "docs")) for page in PAGES if page.name != "README.md"]
-    assert sorted(found) == sorted([*docs, *OTHERS])
+    docs = [str(page.relative_to(ROOT / "docs")) for page in (ROOT / "docs").rglob("*.md")]
+    assert sorted(found) == sorted([*docs, *OTHERS, *map(name_of, EXAMPLES)])
