@@ -166,7 +166,8 @@ def test_the_notebook_runs_and_teaches(monkeypatch):
     matplotlib.use("Agg")
     shown: list[str] = []
     stand_in = SimpleNamespace(HTML=str, display=shown.append)
-    shell = SimpleNamespace(display=stand_in, get_ipython=lambda: None)
+    # What matplotlib looks at where IPython is imported.
+    shell = SimpleNamespace(display=stand_in, get_ipython=lambda: None, version_info=(8, 24))
     monkeypatch.setitem(sys.modules, "IPython", shell)
     monkeypatch.setitem(sys.modules, "IPython.display", stand_in)
     scope: dict = {}
