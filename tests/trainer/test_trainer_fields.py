@@ -30,30 +30,32 @@ pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
 TYPE_IDS = ("token_type_ids", "mm_token_type_ids")
 GPT2 = dict(kind=transformers.GPT2LMHeadModel, config=transformers.GPT2Config, n_layer=2, n_head=4)
 
+TALK = Dataset.from_dict({"prompt": [
+    [{"role": "user", "content": " ".join(tiny.WORDS[i : i + 1 + i % 3])}] for i in range(4)
+]})  # fmt: skip
+TYPED = ["input_ids", "token_type_ids", "attention_mask"]
+
 
 class Hidden(Spy):
-    """Keeps the student's hidden states."""
+    """Keeps both sides' hidden states."""
 
     def distill(self, student, teacher, inputs, normalizer):
-        self.__dict__.setdefault("hidden", []).append(student.hidden.detach())
+        self.__dict__.setdefault("hidden", []).append((student.hidden.detach(), teacher.hidden))
         return super().distill(student, teacher, inputs, normalizer)
 
 
 def test_types_of_text(tmp_path):
     """GPT-2 adds an embedding for type 0 too, which the loss has to do where generation did."""
     gpt2 = dict(kind=transformers.GPT2LMHeadModel, config=transformers.GPT2Config)
-    talk = [[{"role": "user", "content": " ".join(tiny.WORDS[i : i + 1 + i % 3])}]
-            for i in range(4)]  # fmt: skip
     trainer = make(
-        tmp_path, tiny.model(0, **gpt2), tiny.model(1, **gpt2), Dataset.from_dict({"prompt": talk}),
+        tmp_path, tiny.model(0, **gpt2), tiny.model(1, **gpt2), TALK,
         kind=Hidden, learning_rate=0.0, disable_dropout=True, per_device_train_batch_size=2,
         gradient_accumulation_steps=2, pad_to_multiple_of=4,
     )  # fmt: skip
-    names = ["input_ids", "token_type_ids", "attention_mask"]
-    trainer.processing_class.model_input_names = names
+    trainer.processing_class.model_input_names = TYPED
     trainer.train()
     assert len(trainer.hidden) == 2
-    for batch, found in zip(trainer.batches, trainer.hidden):
+    for batch, (found, _) in zip(trainer.batches, trainer.hidden):
         for i, mask in enumerate(batch["prompt_mask"]):
             prompt = batch["prompt_ids"][i][mask.bool()]
             completion = batch["completion_ids"][i][batch["completion_mask"][i].bool()]
@@ -61,6 +63,40 @@ def test_types_of_text(tmp_path):
             with torch.no_grad():
                 alone = trainer.model.base_model(ids, token_type_ids=torch.zeros_like(ids))
             alone = alone.last_hidden_state[0, len(prompt) - 1 : -1]
+            assert (found[i, : len(completion)] - alone).norm() <= 1e-4 * alone.norm()
+
+
+@pytest.mark.parametrize(
+    "settings", [{}, {"lmbda": 0.0}, {"prefix_schedule": "constant", "prefix_length": 3}]
+)
+@pytest.mark.parametrize("teacher", ["llama", "gpt2"])
+@pytest.mark.parametrize("student", ["llama", "gpt2"])
+def test_types_that_a_side_does_not_read(tmp_path, student, teacher, settings):
+    """A Llama has none, and its generation would refuse them; GPT-2 has, beside it too."""
+    kinds = {"llama": {}, "gpt2": GPT2}
+    batches, hidden = [], []
+    for names in (["input_ids", "attention_mask"], TYPED):
+        trainer = make(
+            tmp_path, tiny.model(0, **kinds[student]), tiny.model(1, **kinds[teacher]), TALK,
+            kind=Hidden, disable_dropout=True, learning_rate=0.0, **settings,
+        )  # fmt: skip
+        trainer.processing_class.model_input_names = names
+        trainer.train()
+        batches += trainer.batches
+        hidden += trainer.hidden
+    assert ("field:token_type_ids" in batches[1]) == ("gpt2" in (student, teacher))
+    if (student, teacher) == ("llama", "llama"):
+        assert torch.equal(*(batch["completion_ids"] for batch in batches))
+    (batch, of_student, of_teacher) = batches[1], *hidden[1]
+    for i, mask in enumerate(batch["prompt_mask"]):
+        completion = batch["completion_ids"][i][batch["completion_mask"][i].bool()]
+        ids = torch.cat([batch["prompt_ids"][i][mask.bool()], completion])[None]
+        for side, model, found in ((student, trainer.model, of_student),
+                                   (teacher, trainer.teacher_model, of_teacher)):  # fmt: skip
+            types = {"token_type_ids": torch.zeros_like(ids)} if side == "gpt2" else {}
+            with torch.no_grad():
+                alone = model.base_model(ids, **types).last_hidden_state
+            alone = alone[0, int(mask.sum()) - 1 : -1]
             assert (found[i, : len(completion)] - alone).norm() <= 1e-4 * alone.norm()
 
 

@@ -326,6 +326,21 @@ def test_images_beside_a_model_of_text(tmp_path, row):
         trainer.train()
 
 
+def test_images_beside_a_teacher_of_text(tmp_path):
+    """Its forward would take any keyword, and read the images' tokens as words."""
+    args = TrOPDConfig(
+        str(tmp_path), max_steps=1, per_device_train_batch_size=4, max_completion_length=4,
+        bf16=False, use_cpu=True, report_to="none", save_strategy="no", disable_tqdm=True,
+    )  # fmt: skip
+    student, teacher = vision.model("qwen2_vl", 0), tiny.model(1, vocab_size=vision.VOCAB)
+    processor = vision.processor("qwen2_vl")
+    trainer = Hidden(student, teacher, args, vision.prompts(4), processing_class=processor)
+    with pytest.raises(NotImplementedError, match="^images: a LlamaForCausalLM does not see them"):
+        trainer.train()
+    text = vision.prompts(4).remove_columns("image")
+    Hidden(student, teacher, args, text, processing_class=processor).train()
+
+
 def test_two_columns_of_images(tmp_path):
     """TRL reads the one that the first row has."""
     one, other = {"images": [vision.image(2)]}, {"image": vision.image(3)}

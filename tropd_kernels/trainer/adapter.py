@@ -281,6 +281,11 @@ class DistillationAdapter(BatchReuse, PrefixedGeneration):
                 written[place] = ids
         return written
 
+    def models_of_sides(self) -> list[Any]:
+        teachers = [self.teacher_model, *(one["teacher_model"] for one in self._teachers.values())]
+        teachers = [self.accelerator.unwrap_model(one) for one in teachers if one is not None]
+        return [*super().models_of_sides(), *teachers]
+
     def rows_of_side(self, side: str, rows: int) -> Sequence[int]:
         for place, name in enumerate(self._teachers):
             if side == _side(name):

@@ -74,6 +74,9 @@ class KeptFields:
     types: Mapping[str, list[list[int]]]
     pixels: Mapping[str, Any]
 
+    def __or__(self, other: "KeptFields") -> "KeptFields":
+        return KeptFields({**self.types, **other.types}, {**self.pixels, **other.pixels})
+
     def tensors(self, batch: Mapping[str, Any], config: Any) -> dict[str, Any]:
         """Entries for a batch in TRL's form, before it is split into micro-batches.
 
@@ -95,6 +98,29 @@ class KeptFields:
         return kept
 
 
+def read_fields(fields: Mapping[str, Any], model: PreTrainedModel) -> dict[str, Any]:
+    """A processor's fields without those that neither the model's forward nor its generation reads:
+    token types of a tokenizer of other models.
+
+    Raises NotImplementedError for pixels beside a model of text.
+    """
+    base = base_of(model)
+    reads = _read_by(base)
+    if "pixel_values" in fields.keys() - reads:
+        raise NotImplementedError(
+            f"images: a {type(base).__name__} does not see them, and would read their tokens as "
+            "text: choose a model that does, or leave the images out"
+        )
+    return {name: value for name, value in fields.items() if name in reads}
+
+
+def _read_by(base: Any) -> set[str]:
+    """The keywords that the forwards of a model and its backbone name, and its generation."""
+    parts = [base.base_model.forward, base.forward]
+    parts += [getattr(base, "prepare_inputs_for_generation", base.forward)]
+    return {name for part in parts for name in inspect.signature(part).parameters}
+
+
 def kept_fields(
     fields: Mapping[str, Any],
     prompt_ids: Sequence[Sequence[int]],
@@ -106,7 +132,7 @@ def kept_fields(
     Raises NotImplementedError for a field that the model reads and the loss cannot pass.
     """
     base = base_of(model)
-    reads, whole = (inspect.signature(part.forward).parameters for part in (base.base_model, base))
+    reads, whole = inspect.signature(base.base_model.forward).parameters, _read_by(base)
     types, pixels = {}, {}
     for name in fields.keys() - {"labels", *taken_by_trl}:
         if name in reads and name.endswith(_TYPES):
@@ -114,7 +140,7 @@ def kept_fields(
             types[name] = _extended(fields[name], prompt_ids, nothing, 0)
         elif name in reads and _goes_with_pixels(name, fields):
             pixels[name] = fields[name]
-        elif name in reads or name in whole:
+        elif name in whole:
             raise NotImplementedError(
                 f"processing_class: {name!r}, which it makes of the prompts and a "
                 f"{type(base).__name__} reads, cannot be taken along into the loss, which would "

@@ -25,6 +25,7 @@ from .fields import (
     keep_padded_rows,
     kept_fields,
     mark_written,
+    read_fields,
 )
 from .hooks import MULTIMODAL_FIELDS
 from .metric_logs import MetricLogs
@@ -88,6 +89,10 @@ class PrefixedGeneration(MetricLogs):
     ) -> dict[str, Tensor]:
         """Tensors (B, width, ...) with the log-probs of a teacher outside this process."""
         return {}
+
+    def models_of_sides(self) -> list[Any]:
+        """The models in this process that read the batch, without an engine's wrapper."""
+        return [self.model]
 
     def rows_of_side(self, side: str, rows: int) -> Sequence[int]:
         """The places among the batch's rows that a side reads, by its name in errors."""
@@ -207,7 +212,9 @@ class PrefixedGeneration(MetricLogs):
         if rows is not None:
             self._check_batch(rows, prompt_ids)
             taken = () if images is None else MULTIMODAL_FIELDS
-            self._kept_fields = kept_fields(multimodal_fields, prompt_ids, self.model, taken)
+            self._kept_fields = KeptFields({}, {})
+            for model in self.models_of_sides():
+                self._kept_fields |= kept_fields(multimodal_fields, prompt_ids, model, taken)
             given = self.given_completions(rows)
             if given is not None:
                 whole = [prompt + ids for prompt, ids in zip(prompt_ids, given)]
@@ -274,6 +281,7 @@ class PrefixedGeneration(MetricLogs):
         if self._is_vlm and not self.use_vllm:
             check_images(self.accelerator, "pixel_values" in fields)
         model = self.accelerator.unwrap_model(self.model_wrapped)
+        fields = read_fields(fields, model)
         with pin_sampling_defaults(model), evaluation_mode(model):
             return super()._generate_single_turn(prompt_ids, images, fields, *rest)
 

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 from ..heads import Head, current
 from ..teachers import HiddenTeacher
 from .context import check_width
-from .fields import has_rows, passing_fields
+from .fields import has_rows, passing_fields, read_fields
 from .hooks import MULTIMODAL_FIELDS
 from .patching import base_of, evaluation_mode
 from .positions import check_mask, positions_after_padding
@@ -64,14 +64,10 @@ def read_side(
     ids = torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], dim=1)
     check_mask(model, mask)
     _check_padding(model, ids, mask, last_hidden_state)
+    fields = {name: inputs[name] for name in MULTIMODAL_FIELDS if has_rows(inputs, name)}
+    fields = read_fields(fields, model)
     with passing_fields(model, inputs, **positions_after_padding(model, mask)):
-        hidden = last_hidden_state(
-            model,
-            ids,
-            mask,
-            inputs["completion_ids"].shape[1],
-            **{name: inputs[name] for name in MULTIMODAL_FIELDS if has_rows(inputs, name)},
-        )
+        hidden = last_hidden_state(model, ids, mask, inputs["completion_ids"].shape[1], **fields)
     head = current(head, model)  # an engine may have replaced the parameters by shards
     weight, bias, device = head.weight, head.bias, head.weight.device
     dtype = weight.dtype
