@@ -25,6 +25,11 @@ def available_backends(device: str | torch.device | None = None) -> dict[str, st
     """What each backend can do for tensors on `device` (default: a GPU if there is one).
 
     Returns {name: "available", with what it runs on, or the reason why not}, best first.
+
+    Examples:
+        >>> from tropd_kernels import available_backends
+        >>> available_backends()['reference']
+        'available'
     """
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "cpu"

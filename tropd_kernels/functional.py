@@ -147,6 +147,17 @@ def linear_distillation_loss(
     Raises:
         ValueError, TypeError, NotImplementedError, RuntimeError: They say what was given and what
             was expected; with a process_group on every rank, naming the one at fault.
+
+    Examples:
+        >>> import torch
+        >>> from tropd_kernels import HiddenTeacher, TrOPD, linear_distillation_loss
+        >>> hidden, weight = torch.randn(2, 5, 16, requires_grad=True), torch.randn(300, 16)
+        >>> labels = torch.randint(300, (2, 5))
+        >>> teacher = HiddenTeacher(torch.randn(2, 5, 24), torch.randn(300, 24))
+        >>> out = linear_distillation_loss(hidden, weight, labels, teacher, TrOPD(), seed=1)
+        >>> out.loss.backward()
+        >>> out.stats.trust.shape
+        torch.Size([2, 5])
     """
     group = group_of(process_group, weight)
 
@@ -199,6 +210,15 @@ def distillation_loss(
             gradient from a second read; nothing of their size is kept in between.
 
     The other arguments, the result and the errors are those of `linear_distillation_loss`.
+
+    Examples:
+        >>> import torch
+        >>> from tropd_kernels import GKD, LogitsTeacher, distillation_loss
+        >>> logits = torch.zeros(3, 4, requires_grad=True)
+        >>> teacher = LogitsTeacher(torch.zeros(3, 4))
+        >>> out = distillation_loss(logits, torch.tensor([0, 1, 2]), teacher, GKD())
+        >>> out.loss.item()
+        0.0
     """
     group = group_of(process_group, logits, "logits", -1)
 
@@ -242,6 +262,15 @@ def linear_log_probs(
         float32, shaped like `labels`, 0 where the label is `ignore_index`; with `return_entropy` a
         pair of such tensors. Differentiable in hidden, weight and bias; the backward recomputes the
         logits.
+
+    Examples:
+        >>> import torch
+        >>> from tropd_kernels import linear_log_probs
+        >>> hidden, weight = torch.zeros(3, 16), torch.randn(4, 16)
+        >>> labels = torch.tensor([0, 1, -100])
+        >>> log_probs, entropy = linear_log_probs(hidden, weight, labels, return_entropy=True)
+        >>> log_probs.shape, log_probs[-1].item()
+        (torch.Size([3]), 0.0)
     """
     group = group_of(process_group, weight)
 

@@ -55,6 +55,12 @@ class LinearDistillationLoss(_Fixed):
 
     Raises:
         TypeError: For an objective that is none, and for an option that the function does not take.
+
+    Examples:
+        >>> from tropd_kernels import GKD, LinearDistillationLoss
+        >>> LinearDistillationLoss(GKD(), temperature=2.0)
+        LinearDistillationLoss(objective=TokenRule(policy_gradient=0.0, divergence='jsd'),
+        temperature=2.0)
     """
 
     def __init__(self, objective: TokenRule | None = None, **options: Any):
@@ -70,7 +76,13 @@ class LinearDistillationLoss(_Fixed):
 
 
 class DistillationLoss(_Fixed):
-    """`distillation_loss`, on logits that already exist, with its options fixed."""
+    """`distillation_loss`, on logits that already exist, with its options fixed.
+
+    Examples:
+        >>> from tropd_kernels import DistillationLoss, OPD
+        >>> DistillationLoss(OPD(), reduction='sum')
+        DistillationLoss(objective=TokenRule(prefix_weight=0.001), reduction='sum')
+    """
 
     def __init__(self, objective: TokenRule | None = None, **options: Any):
         objective = TrOPD() if objective is None else objective
@@ -85,7 +97,13 @@ class DistillationLoss(_Fixed):
 
 
 class LinearLogProbs(_Fixed):
-    """`linear_log_probs` with its options fixed."""
+    """`linear_log_probs` with its options fixed.
+
+    Examples:
+        >>> from tropd_kernels import LinearLogProbs
+        >>> LinearLogProbs(return_entropy=True)
+        LinearLogProbs(return_entropy=True)
+    """
 
     def __init__(self, **options):
         super().__init__(linear_log_probs, **options)

@@ -37,6 +37,12 @@ class HiddenTeacher(Summarized):
         bias: (V,) or None.
         logit_scale: Factor on the logits.
         softcap: Bound of the tanh behind it: softcap * tanh(logit_scale * (h W^T + b) / softcap).
+
+    Examples:
+        >>> import torch
+        >>> from tropd_kernels import HiddenTeacher
+        >>> HiddenTeacher(torch.zeros(2, 5, 24), torch.zeros(300, 24)).vocab_size
+        300
     """
 
     hidden: Tensor
@@ -61,7 +67,14 @@ class HiddenTeacher(Summarized):
 
 @dataclass(frozen=True, eq=False, repr=False)
 class LogitsTeacher(Summarized):
-    """A teacher as logits (*, V), of any float dtype, before temperature."""
+    """A teacher as logits (*, V), of any float dtype, before temperature.
+
+    Examples:
+        >>> import torch
+        >>> from tropd_kernels import LogitsTeacher
+        >>> LogitsTeacher(torch.zeros(2, 5, 300)).tokens_shape
+        torch.Size([2, 5])
+    """
 
     logits: Tensor
 
@@ -91,6 +104,14 @@ class TopKTeacher(Summarized):
         label_log_probs: (*) log q of the label.
         entropy: (*) the teacher's entropy in nats, where known. Without it, objectives that ask
             for it use the lower bound with the mass outside K lumped into one id.
+
+    Examples:
+        >>> import torch
+        >>> from tropd_kernels import TopKTeacher
+        >>> log_q = torch.zeros(2, 5, 300).log_softmax(-1)
+        >>> top, ids = log_q.topk(8)
+        >>> TopKTeacher(ids, top, label_log_probs=log_q[..., 0]).tokens_shape
+        torch.Size([2, 5])
     """
 
     ids: Tensor
@@ -124,7 +145,14 @@ class TopKTeacher(Summarized):
 
 @dataclass(frozen=True, eq=False, repr=False)
 class SampledTeacher(Summarized):
-    """A teacher as the log-probs (*) that it gives to the labels."""
+    """A teacher as the log-probs (*) that it gives to the labels.
+
+    Examples:
+        >>> import torch
+        >>> from tropd_kernels import SampledTeacher
+        >>> SampledTeacher(torch.full((2, 5), -1.0)).tokens_shape
+        torch.Size([2, 5])
+    """
 
     label_log_probs: Tensor
 

@@ -57,6 +57,13 @@ def drift_gates(
 
     Raises:
         TypeError, ValueError: A wrong dtype, shape, device or option, or both kinds of blocks.
+
+    Examples:
+        >>> import torch
+        >>> from tropd_kernels.credit import drift_gates
+        >>> old, new = torch.zeros(1, 4), torch.tensor([[0.0, 0.0, 0.5, 0.5]])
+        >>> drift_gates(old, new, tau=2.0, block_size=2)
+        tensor([[1.4621, 1.4621, 0.5379, 0.5379]])
     """
     old = float_matrix("old_log_probs", old_log_probs)
     new = float_matrix("log_probs", log_probs, like=old)

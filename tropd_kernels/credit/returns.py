@@ -47,6 +47,12 @@ def return_to_go(
 
     Raises:
         TypeError, ValueError: A wrong dtype, shape, device, discount or window.
+
+    Examples:
+        >>> import torch
+        >>> from tropd_kernels.credit import return_to_go
+        >>> return_to_go(torch.tensor([[1.0, 2.0, 4.0]]), discount=0.5)
+        tensor([[3., 4., 4.]])
     """
     rewards = float_matrix("rewards", rewards)
     counted = counted_tokens(mask, rewards)
@@ -85,6 +91,12 @@ def reward_plus_future_mean(
 
     Raises:
         TypeError, ValueError: A wrong dtype, shape or device.
+
+    Examples:
+        >>> import torch
+        >>> from tropd_kernels.credit import reward_plus_future_mean
+        >>> reward_plus_future_mean(torch.tensor([[1.0, 2.0, 4.0]]))
+        tensor([[4., 6., 4.]])
     """
     rewards = float_matrix("rewards", rewards)
     counted = counted_tokens(mask, rewards)
@@ -135,6 +147,13 @@ def generalized_advantages(
 
     Raises:
         TypeError, ValueError: A wrong dtype, shape, device, discount or gae_lambda.
+
+    Examples:
+        >>> import torch
+        >>> from tropd_kernels.credit import generalized_advantages
+        >>> rewards, values = torch.tensor([[0.0, 1.0]]), torch.tensor([[0.5, 0.5]])
+        >>> generalized_advantages(rewards, values, gae_lambda=1.0)
+        (tensor([[0.5000, 0.5000]]), tensor([[1., 1.]]))
     """
     rewards = float_matrix("rewards", rewards)
     values = float_matrix("values", values, like=rewards)
@@ -189,6 +208,12 @@ def exact_kl_baseline(
 
     Raises:
         TypeError, ValueError: A wrong dtype, shape or device.
+
+    Examples:
+        >>> import torch
+        >>> from tropd_kernels.credit import exact_kl_baseline
+        >>> exact_kl_baseline(torch.tensor([[-1.0, 0.5]]), torch.tensor([[0.5, 0.25]]))
+        tensor([[-0.5000,  0.7500]])
     """
     rewards = float_matrix("rewards", rewards)
     baseline = float_matrix("reverse_kl", reverse_kl, like=rewards)
@@ -232,6 +257,13 @@ def delta_advantages(
 
     Raises:
         TypeError, ValueError: A wrong dtype, shape or device.
+
+    Examples:
+        >>> import torch
+        >>> from tropd_kernels.credit import delta_advantages
+        >>> zero = torch.zeros(1, 2)
+        >>> delta_advantages(torch.tensor([[1.0, 1.0]]), zero, torch.tensor([[0.25, 2.0]]), zero)
+        tensor([[0.7500, 0.0000]])
     """
     rewards = float_matrix("rewards", rewards)
     base_rewards = float_matrix("base_rewards", base_rewards, like=rewards)

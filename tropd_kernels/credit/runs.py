@@ -30,6 +30,12 @@ def packed_sequence_ids(cu_seqlens: Tensor, total: int) -> Tensor:  # (S + 1,) -
 
     Raises:
         TypeError, ValueError: The boundaries have another dtype or shape.
+
+    Examples:
+        >>> import torch
+        >>> from tropd_kernels.credit import packed_sequence_ids
+        >>> packed_sequence_ids(torch.tensor([0, 2, 5]), 6)
+        tensor([[0, 0, 1, 1, 1, 2]])
     """
     if not isinstance(cu_seqlens, Tensor) or cu_seqlens.dtype not in (torch.int32, torch.int64):
         given = cu_seqlens.dtype if isinstance(cu_seqlens, Tensor) else type(cu_seqlens).__name__

@@ -44,6 +44,12 @@ def importance_weights(
 
     Raises:
         TypeError, ValueError: A wrong dtype, shape, device or gamma.
+
+    Examples:
+        >>> import torch
+        >>> from tropd_kernels.credit import importance_weights
+        >>> importance_weights(torch.tensor([[-1.0, 2.0, 1.0]]), gamma=0.5)
+        tensor([[1.5000, 1.3750, 1.1250]])
     """
     rewards = float_matrix("rewards", rewards)
     counted = counted_tokens(mask, rewards)
@@ -91,6 +97,12 @@ def turn_weights(
 
     Raises:
         TypeError, ValueError: A wrong dtype, shape or device.
+
+    Examples:
+        >>> import torch
+        >>> from tropd_kernels.credit import turn_weights
+        >>> turn_weights(torch.tensor([[0, 0, 0, 1]]))
+        tensor([[0.6667, 0.6667, 0.6667, 2.0000]])
     """
     check_ids("turn_ids", turn_ids, None, "turn")
     counted = counted_tokens(mask, turn_ids)
@@ -125,6 +137,12 @@ def entropy_quantile_mask(
 
     Raises:
         TypeError, ValueError: A wrong dtype, shape, device or fraction.
+
+    Examples:
+        >>> import torch
+        >>> from tropd_kernels.credit import entropy_quantile_mask
+        >>> entropy_quantile_mask(torch.tensor([[0.1, 2.0, 1.0, 0.0]]), top_fraction=0.5)
+        tensor([[False,  True,  True, False]])
     """
     entropy = float_matrix("entropy", entropy)
     counted = counted_tokens(mask, entropy)
@@ -170,6 +188,14 @@ def reward_aligned_mask(
 
     Raises:
         TypeError, ValueError: A wrong dtype, shape or device.
+
+    Examples:
+        >>> import torch
+        >>> from tropd_kernels.credit import reward_aligned_mask
+        >>> outcomes = torch.tensor([[1.0, 1.0], [-1.0, -1.0]])
+        >>> reward_aligned_mask(torch.ones(2, 2), outcomes)
+        tensor([[ True,  True],
+                [False, False]])
     """
     rewards = float_matrix("rewards", rewards)
     outcomes = float_matrix("outcomes", outcomes, like=rewards)

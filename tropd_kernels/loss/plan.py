@@ -218,6 +218,12 @@ def plan_chunks(
     Raises:
         ValueError: Where even one step does not fit the budget, and for sizes or a backend that no
             call has.
+
+    Examples:
+        >>> from tropd_kernels import GKD, plan_chunks
+        >>> plan = plan_chunks(4096, 151_936, 1024, 2048, backend='triton', objective=GKD())
+        >>> plan.rows, plan.student_gemms, plan.teacher_gemms
+        (1024, 3.0, 1.0)
     """
     sizes_given = [("tokens", tokens, 0), ("vocab_size", vocab_size, 1)]
     sizes_given += [("hidden_size", hidden_size, 1)]

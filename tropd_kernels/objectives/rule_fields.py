@@ -115,6 +115,11 @@ class RuleFields:
 
     Raises:
         ValueError, TypeError: A wrong value; the text names the argument.
+
+    Examples:
+        >>> from tropd_kernels import TokenRule
+        >>> TokenRule(gate='threshold', outlier='clip', reward='tanh')
+        TokenRule(gate='threshold', outlier='clip', reward='tanh')
     """
 
     policy_gradient: float = 1.0
