@@ -70,16 +70,14 @@ class Run:
     )
 
 
-#: Keys of TRL's scripts and of its other trainers, and what to give instead.
+#: Keys of TRL's scripts that are this command's own keys, in place of the trainer's arguments.
 KEYS_OF_TRL = {
     "model_name_or_path": "model", "dataset_name": "dataset",
     "dataset_train_split": "dataset_split", "dataset_test_split": "eval_split",
-    "use_peft": "peft", "lora_": "the mapping peft", "max_new_tokens": "max_completion_length",
-    "torch_dtype": "dtype in the mapping model_init_kwargs",
-    "dtype": "dtype in the mapping model_init_kwargs",
-    "attn_implementation": "attn_implementation in the mapping model_init_kwargs",
-    "max_length": "max_completion_length, which bounds what is written",
-    "max_prompt_length": "a data set whose prompts are short enough: they are taken whole",
+    "use_peft": "peft", "use_dora": "use_dora in the mapping peft",
+    "use_rslora": "use_rslora in the mapping peft", "peft_config": "the mapping peft",
+    "lora_": "the mapping peft",
+    "train_dataset": "dataset",
 }  # fmt: skip
 
 
@@ -275,11 +273,11 @@ def refuse_script_keys(flags: Sequence[str], parsed: argparse.Namespace) -> None
 def advice(key: str, known: Sequence[str]) -> str:
     """What to give instead of an unknown key: our name for a key of TRL's scripts and other
     trainers, or the key that is spelled most alike."""
-    from .objectives.registry import nearest
+    from .trainer import other_keys
 
     name = key.replace("-", "_")
-    other = KEYS_OF_TRL.get("lora_" if name.startswith("lora_") else name)
-    return f" (give {other})" if other else nearest(key, known)
+    own = KEYS_OF_TRL.get("lora_" if name.startswith("lora_") else name)
+    return f" (give {own})" if own else other_keys.advice(name, known)
 
 
 def check_data_keys(run: Run, config: Any) -> None:

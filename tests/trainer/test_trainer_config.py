@@ -6,6 +6,7 @@ import copy
 import dataclasses
 import inspect
 import pickle
+import re
 
 import numpy
 import pytest
@@ -28,7 +29,7 @@ from tropd_kernels import (
     trainer,
 )
 from tropd_kernels.objectives.registry import OBJECTIVES, build_rule, knobs, required_knobs
-from tropd_kernels.trainer import TrOPDConfig
+from tropd_kernels.trainer import TrOPDConfig, other_keys
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
 HERE = dict(use_cpu=True, bf16=False, report_to="none")
@@ -277,6 +278,36 @@ def test_an_unknown_key_names_the_nearest(key, tmp_path):
     near = {"objectiv": "objective", "learning_rat": "learning_rate"}[key]
     with pytest.raises(TypeError, match=f"TrOPDConfig: unknown key {key!r} .did you mean {near!r}"):
         TrOPDConfig(str(tmp_path), **{key: "gkd"})
+
+
+@pytest.mark.parametrize(
+    ("key", "instead"),
+    [
+        ("max_length", "give max_completion_length"), ("max_prompt_length", "give a data set"),
+        ("torch_dtype", "give dtype in model_init_kwargs"), ("packing", "leave it out"),
+        ("attn_implementation", "give attn_implementation in model_init_kwargs"),
+        ("lora_r", "give peft_config to TrOPDTrainer"), ("lora_rank", "give peft_config"),
+        ("teacher_model", "give teacher_model to TrOPDTrainer"), ("logging_dir", None),
+        ("dataset_kwargs", None), ("eos_token", None), ("delta", None),
+    ],
+)  # fmt: skip
+def test_a_key_of_another_config(key, instead):
+    """It is answered by what it is here, and by no key that only looks like it."""
+    words = f"unknown key {key!r}" + (f" .{instead}" if instead else "$")
+    with pytest.raises(TypeError, match=words):
+        config(**{key: 1})
+
+
+def test_answers_for_other_keys_are_about_keys_that_there_are():
+    known = {one.name for one in dataclasses.fields(trainer.TrOPDConfig)}
+    arguments = inspect.signature(trainer.TrOPDTrainer.__init__).parameters
+    assert {*other_keys.ARGUMENTS.values()} <= arguments.keys()
+    for key, answer in other_keys.ANSWERS.items():
+        if answer.startswith(("a ", "leave it out: ")):
+            continue
+        named = set(re.findall(r"\b[a-z0-9]+(?:_[a-z0-9]+)+\b|^\w+", answer)) - {key}
+        of_models = {"dtype", "revision", "quantization_config", "attn_implementation"}
+        assert named - of_models - {"clip_ratio_low", "clip_ratio_high"} <= known, key
 
 
 def test_a_config_is_copied_and_pickled(tmp_path):

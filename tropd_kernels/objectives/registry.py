@@ -9,17 +9,14 @@ and says what goes with what.
 from __future__ import annotations
 
 import difflib
-import functools
 import inspect
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any
 
 from . import named
 from .divergences import DIVERGENCES
 from .rule import TokenRule
-
-T = TypeVar("T")
 
 #: Objectives that read a tensor which no config holds, and the call's argument for it.
 OF_A_CALL = {
@@ -145,24 +142,11 @@ def build_rule(objective: str, arguments: Mapping[str, Any]) -> TokenRule:
     return OBJECTIVES[objective](**arguments)
 
 
-def nearest(name: Any, known: Iterable[str]) -> str:
-    """' (did you mean ...?)', or nothing where no known name is near, whatever their case."""
+def nearest(name: Any, known: Iterable[str], closeness: float = 0.6) -> str:
+    """' (did you mean ...?)', or nothing where no known name is near, whatever their case.
+
+    closeness: as difflib counts it, from 0 to 1.
+    """
     by_lower = {one.lower(): one for one in known}
-    close = difflib.get_close_matches(str(name).lower(), list(by_lower), n=1)
+    close = difflib.get_close_matches(str(name).lower(), list(by_lower), n=1, cutoff=closeness)
     return f" (did you mean {by_lower[close[0]]!r}?)" if close else ""
-
-
-def names_unknown_keys(cls: type[T]) -> type[T]:
-    """Class decorator: a keyword that the constructor does not take raises TypeError with the
-    nearest one that it takes."""
-    init = cls.__init__
-    known = [name for name in inspect.signature(init).parameters if name != "self"]
-
-    @functools.wraps(init)
-    def __init__(self, *values: Any, **keywords: Any) -> None:
-        for key in keywords.keys() - set(known):
-            raise TypeError(f"{cls.__name__}: unknown key {key!r}{nearest(key, known)}")
-        init(self, *values, **keywords)
-
-    cls.__init__ = __init__  # type: ignore[method-assign]
-    return cls

@@ -17,7 +17,7 @@ from trl import DistillationConfig  # type: ignore[attr-defined]
 
 from ..backends import choose_backend
 from ..objectives import TokenRule
-from ..objectives.registry import build_rule, knobs, names_unknown_keys
+from ..objectives.registry import build_rule, knobs
 from ..once import parse_json
 from .best_model import set_direction
 from .config_checks import (
@@ -40,6 +40,7 @@ from .credentials import redacted, shown
 from .effects import check_conditions
 from .generation_keys import check_generation_conditions
 from .loaded_teacher import check_quantization, dtype_option
+from .other_keys import names_unknown_keys
 from .own_rule import Objective, RuleSchedule, read_objective, saved_form
 from .recipes import RECIPES, Applied, apply_knobs, apply_recipe, describe, saved_name
 from .sources import check_revisions
@@ -51,8 +52,7 @@ _AS_JSON = {
     "generation_kwargs": '{"top_p": 0.9}',
     "teacher_models": '{"math": "org/model"}',
     "special_token_map": '{"<|end|>": "<|im_end|>"}',
-    "model_init_kwargs": '{"dtype": "bfloat16"}',
-    "teacher_model_init_kwargs": '{"dtype": "bfloat16"}',
+    **dict.fromkeys(["model_init_kwargs", "teacher_model_init_kwargs"], '{"dtype": "bfloat16"}'),
 }
 _JSON = '{"name": value}'
 
