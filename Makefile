@@ -64,7 +64,10 @@ ENGINES  = build/engines
 NEEDED   = deepspeed==0.19.8 hjson msgpack py-cpuinfo einops verl==0.9.1 tensordict==0.10.0 ray==2.60.0 \
            hydra-core omegaconf antlr4-python3-runtime==4.9.3 codetiming cloudpickle orjson pyvers pylatexenc \
            torchdata==0.11.0 protobuf cachetools jsonschema jsonschema-specifications referencing rpds-py attrs \
-           uvicorn h11 fastapi starlette opentelemetry-api veomni==0.1.12
+           uvicorn h11 fastapi starlette opentelemetry-api veomni==0.1.12 torchtitan==0.3.0 spmd-types tyro \
+           docstring_parser jaxtyping wadler_lindig loguru nemo-automodel==0.7.0 ms-swift==4.6.0 tinker==0.38.0 httpx sniffio distro
+# SkyRL says that it needs Python 3.12; one of its files is read.
+UNCHECKED = skyrl==0.4.0
 engines: $(ENGINES)/.ready
 	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(ENGINES)/bin/python $(PYTEST) tests/integrations tests/trainer/test_trainer_processes.py tests/trainer/test_trainer_sharded.py -k 'integrations or zero3' $(ARGS)
 
@@ -74,6 +77,7 @@ $(ENGINES)/.ready: $(READY) Makefile
 	site=$$($(ENGINES)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))'); \
 	$(PY) -c 'import sysconfig; print("import site; site.addsitedir(\"%s\")" % sysconfig.get_path("purelib"))' > "$$site/borrowed.pth"
 	DS_BUILD_OPS=0 $(PY) -m pip --disable-pip-version-check --python $(ENGINES)/bin/python install --quiet --no-build-isolation --no-deps $(NEEDED)
+	$(PY) -m pip --disable-pip-version-check --python $(ENGINES)/bin/python install --quiet --no-deps --ignore-requires-python $(UNCHECKED)
 	touch $@
 
 # vLLM and TRL on a CPU, beside .venv, for they want an older transformers. Left out of what vLLM requires

@@ -4,19 +4,18 @@
     tropd check                                       fused against reference on this machine
     tropd bench [--shape NAME ...]                    time, memory and error, ours and others'
     tropd env                                         versions, devices and backends
+    tropd integrations                                trainers that take the losses, and how
 
-`train` needs `pip install 'tropd-kernels[trainer]'`, `bench` the repository; the other two need
-only torch, which is imported where a command runs: help comes at once. The keys of `train` are
+`train` needs `pip install 'tropd-kernels[trainer]'`, `bench` the repository; the others need only
+torch, which is imported where a command runs: help comes at once. The keys of `train` are
 `Run`'s below and every field of `TrOPDConfig`; flags win over the file. Several processes:
 `accelerate launch -m tropd_kernels.cli train --config run.yaml`.
 """
 
 import argparse
-import importlib.metadata
 import importlib.util
 import json
 import os
-import platform
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -95,6 +94,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     check = commands.add_parser("check", help="compare fused and reference losses here")
     check.add_argument("--device", default=None, help="default: a GPU if there is one")
     commands.add_parser("env", help="print versions, devices and backends")
+    commands.add_parser("integrations", help="print which trainers are here, and their switches")
     options, rest = parser.parse_known_args(arguments)
     if options.command not in ("train", "bench") and rest:
         parser.error(f"unknown arguments: {' '.join(rest)}")
@@ -103,6 +103,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return train(rest)
         if options.command == "bench":
             return bench(rest)
+        if options.command == "integrations":
+            return print_integrations()
         return run_check(options.device) if options.command == "check" else print_environment()
     except UsageError as error:
         print(f"tropd {options.command}: {error}", file=sys.stderr)
@@ -465,29 +467,23 @@ def bench(arguments: Sequence[str]) -> int:
     os.execve(sys.executable, command, environment)
 
 
-# --- env ---------------------------------------------------------------------------------------
+# --- env, integrations --------------------------------------------------------------------------
 
 
 def print_environment() -> int:
     """`tropd env`: what a bug report should begin with."""
-    import torch
+    from .environment import environment
 
-    from .backends import available_backends
-
-    rows = {"tropd-kernels": __version__, "Python": platform.python_version()}
-    for package in ("torch", "triton", "transformers", "trl", "accelerate", "peft", "datasets"):
-        try:
-            rows[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            rows[package] = "not installed"
-    rows["platform"] = platform.platform()
-    rows["CPU"] = f"{platform.machine()}, {torch.get_num_threads()} threads"
-    for i in range(torch.cuda.device_count()):
-        properties = torch.cuda.get_device_properties(i)
-        rows[f"GPU {i}"] = f"{properties.name}, {properties.total_memory / 2**30:.0f} GiB"
-    rows |= {f"backend {name}": state for name, state in available_backends().items()}
-    for name, value in rows.items():
+    for name, value in environment().items():
         print(f"{name:<18} {value}")
+    return 0
+
+
+def print_integrations() -> int:
+    """`tropd integrations`: what stands in docs/integrations.md, with the versions found here."""
+    from .integrations.frameworks import overview
+
+    print(overview())
     return 0
 
 

@@ -1,5 +1,6 @@
 """The table of frameworks, and what is said where one is another than the one that was tested."""
 
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -72,3 +73,33 @@ def test_a_function_that_takes_something_else_is_refused(known):
 def test_a_fingerprint_is_of_the_source_alone():
     assert len(fingerprint(once)) == 12 != len(fingerprint(print))
     assert fingerprint(once) != fingerprint(replaced)
+
+
+def test_the_command_says_what_is_here_and_how_to_switch_it_on(capsys, monkeypatch):
+    from tropd_kernels import cli
+
+    versions = {"verl": "0.9.1", "torchtitan": "9.9"}
+
+    def version(name):
+        if name not in versions:
+            raise frameworks.metadata.PackageNotFoundError(name)
+        return versions[name]
+
+    monkeypatch.setattr(frameworks.metadata, "version", version)
+    assert cli.main(["integrations"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 2 * len(frameworks.FRAMEWORKS)
+    assert lines[0] == "verl  here: 0.9.1  tested: 0.9.1" and "use_fused_kernels=true" in lines[1]
+    assert "torchtitan  here: 9.9, untested  tested: 0.3.0" in lines
+    assert "ms-swift  here: not installed  tested: 4.6.0" in lines
+    assert "slime  here: not on PyPI  tested: 624b824" in lines
+
+
+def test_the_page_has_each_framework_with_the_version_that_was_tested():
+    page = Path(__file__).parents[2] / "docs" / "integrations.md"
+    rows = [row.split("|") for row in page.read_text("utf-8").splitlines() if row.startswith("|")]
+    table = {row[1].strip().lower(): row[2].strip() for row in rows}
+    named = {"nemo-automodel": "nemo automodel", "slime": "slime, miles"}
+    for name, framework in frameworks.FRAMEWORKS.items():
+        if name != "veomni":  # which has verl's row
+            assert table[named.get(name, name)] == framework.tested

@@ -15,9 +15,9 @@ from problems import K
 
 from tropd_kernels import ClipOutlier, SampledTeacher, TopKTeacher, TrOPD, distillation_loss
 from tropd_kernels.integrations import verl as integration
+from tropd_kernels.integrations.log_probs import token_uniforms
 from tropd_kernels.integrations.verl_batch import rule_of
 from tropd_kernels.integrations.verl_replaced import take_over_logits
-from tropd_kernels.integrations.verl_rows import token_uniforms
 
 PROMPTS, RESPONSES, V = (3, 2, 4), (25, 1, 30), 29
 

@@ -35,6 +35,7 @@ from tropd_kernels import (
 from tropd_kernels.draws import bernoulli_uniforms, philox4x32
 from tropd_kernels.integrations import verl as integration
 from tropd_kernels.integrations import verl_rows
+from tropd_kernels.integrations.log_probs import sampled_losses, token_uniforms
 
 HALF = dict(select_fraction=0.5)
 SAMPLED = {
@@ -97,7 +98,7 @@ def test_a_sampled_loss_from_log_probs_is_the_reference_s(name):
     entropy = -(log_p.exp() * log_p).sum(-1)
     lp = log_p.gather(-1, labels[:, None])[:, 0]
     lq[::5] = -math.inf  # whatever stands at tokens that do not count
-    losses, trust = verl_rows.sampled_losses(
+    losses, trust = sampled_losses(
         lp, lq, counted, SAMPLED[name], old_log_probs=old, entropy=entropy, uniforms=uniforms
     )
     (found,) = torch.autograd.grad(losses.sum(), logits)
@@ -110,8 +111,8 @@ def test_a_sampled_loss_from_log_probs_is_the_reference_s(name):
 
 def test_a_rule_that_reads_the_entropy_asks_for_it():
     some = torch.zeros(3)
-    with pytest.raises(ValueError, match="calculate_entropy=true"):
-        verl_rows.sampled_losses(some, some, some == 0, EntropyOPD())
+    with pytest.raises(ValueError, match="reads the student's entropy: pass entropy="):
+        sampled_losses(some, some, some == 0, EntropyOPD())
 
 
 @pytest.mark.parametrize("name", TOP_K)
@@ -168,7 +169,7 @@ def test_draws_depend_on_the_sequence_alone():
 
     def draws(*sequences, seed=1):
         offsets = torch.tensor([0, *(len(s) for s in sequences)]).cumsum(0)
-        return verl_rows.token_uniforms(seed, torch.cat(sequences), offsets)
+        return token_uniforms(seed, torch.cat(sequences), offsets)
 
     packed = draws(one, two)
     assert packed.dtype == torch.float32 and packed.shape == (7,)

@@ -16,7 +16,14 @@ from dataclasses import dataclass
 from importlib import metadata
 from typing import Any
 
-__all__ = ["FRAMEWORKS", "Framework", "check_version", "fingerprint", "replace_function"]
+__all__ = [
+    "FRAMEWORKS",
+    "Framework",
+    "check_version",
+    "fingerprint",
+    "overview",
+    "replace_function",
+]
 
 
 @dataclass(frozen=True)
@@ -49,13 +56,72 @@ FRAMEWORKS = {
             "verl",
             "verl",
             "0.9.1",
-            "VERL_USE_EXTERNAL_MODULES=tropd_kernels.integrations.verl "
-            "distillation.distillation_loss.loss_mode=tropd "
+            "VERL_USE_EXTERNAL_MODULES=tropd_kernels.integrations.verl, "
+            "distillation.distillation_loss.loss_mode=tropd, "
             "actor_rollout_ref.model.use_fused_kernels=true",
         ),
-        Framework("veomni", "veomni", "0.1.12", "as verl, with the strategy veomni"),
+        Framework("veomni", "veomni", "0.1.12", "as verl, with actor.strategy=veomni"),
+        Framework(
+            "torchtitan",
+            "torchtitan",
+            "0.3.0",
+            "loss=tropd_kernels.integrations.torchtitan.DistillationLoss.Config(...)",
+        ),
+        Framework(
+            "nemo-automodel",
+            "nemo-automodel",
+            "0.7.0",
+            "kd_loss_fn._target_: tropd_kernels.integrations.nemo_automodel.KDLoss",
+        ),
+        Framework(
+            "ms-swift",
+            "ms-swift",
+            "4.6.0",
+            "--external_plugins FILE, which calls tropd_kernels.integrations.ms_swift.install()",
+        ),
+        Framework(
+            "skyrl",
+            "skyrl",
+            "0.4.0",
+            "tropd_kernels.integrations.skyrl.register(NAME, ...), policy_loss_type=NAME",
+        ),
+        Framework(
+            "prime-rl",
+            None,
+            "559b447",
+            "trainer.loss.import_path=tropd_kernels.integrations.prime_rl.loss",
+        ),
+        Framework(
+            "slime",
+            None,
+            "624b824",
+            "--custom-loss-function-path tropd_kernels.integrations.slime.loss",
+        ),
+        Framework(
+            "tinker",
+            "tinker",
+            "0.38.0",
+            "forward_backward_custom(data, tropd_kernels.integrations.tinker.custom_loss())",
+        ),
     )
 }
+
+
+def overview() -> str:
+    """What `tropd integrations` prints: each framework, the version here, the one that was tested,
+    and the switch."""
+    lines = []
+    for framework in FRAMEWORKS.values():
+        here = framework.installed or "not installed"
+        if framework.distribution is None:
+            here = "not on PyPI"
+        elif framework.installed not in (None, framework.tested):
+            here += ", untested"
+        lines += [
+            f"{framework.name}  here: {here}  tested: {framework.tested}",
+            f"    {framework.switch}",
+        ]
+    return "\n".join(lines)
 
 
 @functools.cache

@@ -72,8 +72,8 @@ from ..objectives import (
     TrOPD,
 )
 from .frameworks import check_version
+from .log_probs import sampled_losses
 from .verl_batch import NEEDS_LABEL, RULES, padded, rule_of, uniforms_of
-from .verl_rows import sampled_losses
 
 #: What importing this module registers, by teacher.
 SAMPLED = {
@@ -179,6 +179,7 @@ def _from_log_probs(config, distillation_config, model_output, data) -> tuple[Te
         old_log_probs=None if old is None else padded(old),
         entropy=None if entropy is None else no_padding_2_padding(entropy, data),
         uniforms=no_padding_2_padding(uniforms_of(config, data), data),
+        with_entropy="set actor_rollout_ref.actor.calculate_entropy=true",
     )
     return losses, _metrics(counted, tropd_trust=trust)
 

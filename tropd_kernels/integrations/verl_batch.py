@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from ..objectives import TokenRule
-from .verl_rows import IGNORED, Rows, token_uniforms
+from .log_probs import token_uniforms
+from .verl_rows import IGNORED, Rows
 
 #: The rules registered so far, by name.
 RULES: dict[str, TokenRule] = {}

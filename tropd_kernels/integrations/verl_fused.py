@@ -31,6 +31,7 @@ from verl.workers.engine import EngineRegistry, FSDPEngineWithLMHead, VeOmniEngi
 from ..functional import linear_log_probs
 from ..heads import read_head
 from ..objectives import TokenRule
+from .heads import in_head
 from .verl_batch import RULES, k_of, rows_of, rule_of
 from .verl_replaced import CURRENT, take_over_hidden
 from .verl_rows import Rows, head_losses
@@ -207,14 +208,13 @@ def fused_forward(
     head, linear = read_head(module), module.get_output_embeddings()
     hidden = head.backbone(*arguments, **named).last_hidden_state
     settings = dict(logit_scale=head.logit_scale, softcap=head.softcap, temperature=temperature)
-    plain = linear.forward
-    linear.forward = lambda hidden: request.of_head(
-        hidden.squeeze(0), linear.weight, bias=linear.bias, **settings
+    found = in_head(
+        linear,
+        hidden,
+        lambda hidden, weight, bias: request.of_head(
+            hidden.squeeze(0), weight, bias=bias, **settings
+        ),
     )
-    try:
-        found = linear(hidden)
-    finally:
-        linear.forward = plain
     carried = ("log_probs", "entropy", *_CARRIED_BY_VERL)
     return FusedOutput(**{n: found[n][None].clone() for n in carried if n in found})
 

@@ -1,25 +1,20 @@
-"""verl's losses on plain tensors: from log-probs, from logits, and from hidden states and a head.
+"""verl's losses on plain tensors, from logits and from hidden states and a head. (`log_probs` has
+those from log-probs.) Each takes n tokens and knows nothing of verl.
 
-Each takes n tokens, or any shape of them, and knows nothing of verl. The student is at the
-temperature of the rollout, the teacher as its log-probs.
+The student is at the temperature of the rollout, the teacher as its log-probs.
 """
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..draws import bernoulli_uniforms, philox4x32
 from ..functional import distillation_loss, linear_distillation_loss
-from ..loss.token_selection import scores, selected
 from ..objectives import TokenRule
 from ..outputs import DistillationOutput
-from ..rows.layout import Coef, LogitTransform, RowBatch, RowOptions, Stat, new_matrices
-from ..rows.rule import apply_rule, gate
 from ..teachers import SampledTeacher, Teacher, TopKTeacher
 
 IGNORED = -100
@@ -69,58 +64,6 @@ class Rows:
         return found
 
 
-def sampled_losses(
-    log_probs: Tensor,  # (*)
-    teacher_log_probs: Tensor,  # (*)
-    counted: Tensor,  # (*), bool
-    rule: TokenRule,
-    *,
-    old_log_probs: Tensor | None = None,  # (*)
-    entropy: Tensor | None = None,  # (*)
-    uniforms: Tensor | None = None,  # (*)
-) -> tuple[Tensor, Tensor]:
-    """Loss of each token and the gate's M, 0 where `counted` is not, from log-probs alone. At a
-    token that the rule does not select the loss is 0 and M is NaN.
-
-    Those of a sampled teacher in `distillation_loss`; differentiable in log_probs, and in entropy
-    where the rule has an entropy bonus.
-    """
-    if entropy is None and (rule.entropy_coef or rule.score == "entropy"):
-        raise ValueError(
-            f"{rule!r} reads the student's entropy: set "
-            "actor_rollout_ref.actor.calculate_entropy=true"
-        )
-
-    def rows(values: Tensor | None) -> Tensor | None:
-        return None if values is None else values.detach().reshape(-1)
-
-    stats, coefs = new_matrices(log_probs.detach(), log_probs.numel())
-    stats[Stat.LOG_PROB], stats[Stat.TEACHER_LOG_PROB] = rows(log_probs), rows(teacher_log_probs)
-    if entropy is not None:
-        stats[Stat.ENTROPY] = rows(entropy)
-    known = {"old_log_probs": rows(old_log_probs), "uniforms": rows(uniforms)}
-    batch = RowBatch(student=None, teacher=None, labels=None, **known)
-    options = RowOptions(rule, LogitTransform(), LogitTransform())
-    enters = counted
-    if rule.score is not None:
-        ranked = scores(stats, batch, options).masked_fill(~counted.reshape(-1), math.nan)
-        enters = counted & selected(ranked, rule).view(counted.shape)
-    apply_rule(stats, coefs, gate(stats, batch, options), None, batch, options)
-
-    def where(mask: Tensor, row: Tensor) -> Tensor:
-        return torch.where(mask, row.view(counted.shape), 0.0)
-
-    losses = where(enters, stats[Stat.TOKEN_LOSS])
-    # Their gradients are known: each enters by its difference from itself, times its gradient.
-    by = {Coef.LABEL: -log_probs, Coef.ENTROPY_WEIGHT: entropy}
-    for coef, values in by.items():
-        if values is not None:
-            finite = torch.where(counted & ~values.isinf(), values, 0.0)
-            losses = losses + where(enters, coefs[coef]) * (finite - finite.detach())
-    trust = where(counted, stats[Stat.TRUST])
-    return losses, trust.masked_fill(counted & ~enters, math.nan)
-
-
 def top_k_losses(
     logits: Tensor,  # (n, V)
     labels: Tensor,  # (n), -100 where a token does not count
@@ -168,22 +111,3 @@ def head_losses(
         hidden, weight, rows.labels, teacher, rule, **head, **rows.of_call()
     )
     return rows.carried(out, k) | {"log_probs": out.stats.log_probs}
-
-
-def token_uniforms(seed: int, ids: Tensor, offsets: Tensor) -> Tensor:
-    """The gate's draws (n), one for each row of packed sequences; row i is about token i + 1.
-
-    ids: (n) token ids. offsets: (B + 1) where each sequence starts, and n. A sequence is named by
-    the sums of two Philox words of (position, id) over its tokens: 62 bits.
-    """
-    lengths = offsets.diff()
-    row = torch.repeat_interleave(
-        torch.arange(lengths.shape[0], device=ids.device), lengths, output_size=ids.shape[0]
-    )
-    position = torch.arange(ids.shape[0], device=ids.device) - offsets[:-1][row]
-    zero = torch.zeros_like(position)
-    words = philox4x32((position, ids.long(), zero, zero), (zero[:1], zero[:1]))
-    low, high = (
-        zero.new_zeros(lengths.shape[0]).index_add(0, row, word) & (2**31 - 1) for word in words[:2]
-    )
-    return bernoulli_uniforms(seed, 0, (low + (high << 31))[row], position + 1)

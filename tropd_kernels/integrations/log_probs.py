@@ -1,0 +1,130 @@
+"""Losses from per-token log-probs alone, for trainers that form the student's themselves.
+
+A sampled teacher's signal is one log-prob a token, and so is all that a policy gradient needs of
+the student. What reads more of either is refused by `check_rule`.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..draws import bernoulli_uniforms, philox4x32
+from ..loss.token_selection import scores, selected
+from ..objectives import TokenRule
+from ..objectives.registry import build_rule, check_knobs, check_objective, check_required
+from ..rows.layout import Coef, LogitTransform, RowBatch, RowOptions, Stat, new_matrices
+from ..rows.rule import apply_rule, gate
+
+
+def named_rule(where: str, objective: str, knobs: dict[str, Any]) -> TokenRule:
+    """The rule of a name of `tropd train`'s and its knobs, both checked; `where` is for errors."""
+    check_objective(objective)
+    check_knobs(objective, knobs, where)
+    check_required(objective, knobs, where)
+    return build_rule(objective, knobs)
+
+
+def check_rule(where: str, rule: TokenRule, *, logits: bool = False) -> TokenRule:
+    """The rule; raises ValueError, with the reason, where log-probs of the sampled tokens do not
+    serve it. logits: the student has its logits, and only the teacher is sampled."""
+    why = None
+    if rule.uses_dense_teacher or rule.uses_top_k or rule.uses_forward_kl:
+        why = "it needs more of the teacher than the log-prob of the sampled token"
+    elif rule.score in ("teacher_entropy", "reverse_kl", "scores"):
+        why = f"nothing gives select_by={rule.score!r} here"
+    elif rule.uses_task_advantages:
+        why = "nothing gives task_advantages here: leave task_weight 0, no filter"
+    elif rule.normalize == "kept":
+        why = "its mean is over the tokens kept, and the trainer takes its own"
+    elif not logits and (rule.z_loss or rule.label_smoothing):
+        why = "its z_loss or label_smoothing reads the logits"
+    if why:
+        raise ValueError(
+            f"{where}: {rule!r} cannot be served: {why}. OPD(), ClipOutlier(), MaskOutlier(), "
+            "PowerOPD() and TrOPD(outlier='mask') can"
+        )
+    return rule
+
+
+def sampled_losses(
+    log_probs: Tensor,  # (*)
+    teacher_log_probs: Tensor,  # (*)
+    counted: Tensor,  # (*), bool
+    rule: TokenRule,
+    *,
+    old_log_probs: Tensor | None = None,  # (*)
+    entropy: Tensor | None = None,  # (*)
+    uniforms: Tensor | None = None,  # (*)
+    with_entropy: str = "pass entropy=",
+) -> tuple[Tensor, Tensor]:
+    """Loss of each token and the gate's M, 0 where `counted` is not, from log-probs alone. At a
+    token that the rule does not select the loss is 0 and M is NaN.
+
+    Those of a sampled teacher in `distillation_loss`; differentiable in log_probs, and in entropy
+    where the rule has an entropy bonus. with_entropy: how a caller gets the entropy, for the error.
+    """
+    if entropy is None and (rule.entropy_coef or rule.score == "entropy"):
+        raise ValueError(
+            f"{rule!r} reads the student's entropy: {with_entropy}, or take an objective without it"
+        )
+
+    def rows(values: Tensor | None) -> Tensor | None:
+        return None if values is None else values.detach().reshape(-1)
+
+    stats, coefs = new_matrices(log_probs.detach(), log_probs.numel())
+    stats[Stat.LOG_PROB], stats[Stat.TEACHER_LOG_PROB] = rows(log_probs), rows(teacher_log_probs)
+    if entropy is not None:
+        stats[Stat.ENTROPY] = rows(entropy)
+    known = {"old_log_probs": rows(old_log_probs), "uniforms": rows(uniforms)}
+    batch = RowBatch(student=None, teacher=None, labels=None, **known)
+    options = RowOptions(rule, LogitTransform(), LogitTransform())
+    enters = counted
+    if rule.score is not None:
+        ranked = scores(stats, batch, options).masked_fill(~counted.reshape(-1), math.nan)
+        enters = counted & selected(ranked, rule).view(counted.shape)
+    apply_rule(stats, coefs, gate(stats, batch, options), None, batch, options)
+
+    def where(mask: Tensor, row: Tensor) -> Tensor:
+        return torch.where(mask, row.view(counted.shape), 0.0)
+
+    losses = where(enters, stats[Stat.TOKEN_LOSS])
+    # Their gradients are known: each enters by its difference from itself, times its gradient.
+    by = {Coef.LABEL: -log_probs, Coef.ENTROPY_WEIGHT: entropy}
+    for coef, values in by.items():
+        if values is not None:
+            finite = torch.where(counted & ~values.isinf(), values, 0.0)
+            losses = losses + where(enters, coefs[coef]) * (finite - finite.detach())
+    trust = where(counted, stats[Stat.TRUST])
+    return losses, trust.masked_fill(counted & ~enters, math.nan)
+
+
+def token_uniforms(seed: int, ids: Tensor, offsets: Tensor) -> Tensor:
+    """The gate's draws (n), one for each row of packed sequences; row i is about token i + 1.
+
+    ids: (n) token ids. offsets: (B + 1) where each sequence starts, and n. A sequence is named by
+    the sums of two Philox words of (position, id) over its tokens: 62 bits.
+    """
+    lengths = offsets.diff()
+    row = torch.repeat_interleave(
+        torch.arange(lengths.shape[0], device=ids.device), lengths, output_size=ids.shape[0]
+    )
+    position = torch.arange(ids.shape[0], device=ids.device) - offsets[:-1][row]
+    zero = torch.zeros_like(position)
+    words = philox4x32((position, ids.long(), zero, zero), (zero[:1], zero[:1]))
+    low, high = (
+        zero.new_zeros(lengths.shape[0]).index_add(0, row, word) & (2**31 - 1) for word in words[:2]
+    )
+    return bernoulli_uniforms(seed, 0, (low + (high << 31))[row], position + 1)
+
+
+def drawn(seed: int, log_probs: Tensor, mask: Tensor) -> Tensor:
+    """The draws (*, T) where a trainer gives no token ids: a sequence is named by the bits of its
+    log-probs under the policy that sampled it, at the tokens that count."""
+    bits = log_probs.detach().float().masked_fill(~mask, 0.0).view(torch.int32).long()
+    rows = bits.reshape(-1, bits.shape[-1])
+    offsets = torch.arange(0, rows.numel() + 1, max(rows.shape[1], 1), device=bits.device)
+    return token_uniforms(seed, rows.flatten() & 0xFFFFFFFF, offsets).view(log_probs.shape)
