@@ -97,8 +97,11 @@ def test_the_command_says_what_is_here_and_how_to_switch_it_on(capsys, monkeypat
 
 def test_the_page_has_each_framework_with_the_version_that_was_tested():
     page = Path(__file__).parents[2] / "docs" / "integrations.md"
-    rows = [row.split("|") for row in page.read_text("utf-8").splitlines() if row.startswith("|")]
-    table = {row[1].strip().lower(): row[2].strip() for row in rows}
+    table: dict[str, str] = {}
+    for line in page.read_text("utf-8").splitlines():
+        if line.startswith("|"):
+            _, name, version, *_ = (cell.strip() for cell in line.split("|"))
+            table.setdefault(name.lower(), version)  # of the first table
     named = {"nemo-automodel": "nemo automodel", "slime": "slime, miles"}
     for name, framework in frameworks.FRAMEWORKS.items():
         if name != "veomni":  # which has verl's row
