@@ -22,6 +22,7 @@ from training import Spy, make
 from tropd_kernels.trainer.fields import (
     extend_token_fields,
     fields_of_rows,
+    has_rows,
     kept_fields,
     written_type,
 )
@@ -172,6 +173,17 @@ def test_fields_that_are_taken_along():
     found = kept.tensors(batch, SimpleNamespace(model_type="ernie4_5_vl_moe"))
     assert found["field:moe_mm_token_type_ids"].tolist() == [[0, 0, 0, 1, 0], [0, 0, 1, 0, 0]]
     assert [len(part) for part in found["field:pixel_mask"]] == [2, 0]
+
+
+@pytest.mark.parametrize("key", ["num_images", "images_of_row"])
+def test_padding_is_no_image(key):
+    """... in a batch in TRL's form, and in one of ours; a row's types are of its words, too."""
+    fields = {"pixel_values": torch.zeros(2, 1, 3, 4, 4), "token_type_ids": torch.zeros(2, 3)}
+    for images, there in (([0, 0], False), ([0, 1], True)):
+        batch = fields | {key: torch.tensor(images) if key == "images_of_row" else images}
+        assert has_rows(batch, "pixel_values") is there
+        assert has_rows(batch, "token_type_ids")
+    assert has_rows(fields, "pixel_values") and not has_rows(fields, "image_sizes")
 
 
 def test_fields_that_grow():

@@ -178,8 +178,8 @@ def has_rows(inputs: Mapping[str, Any], name: str) -> bool:
     """
     if name not in inputs or len(inputs[name]) == 0:
         return False
-    images = inputs.get(_IMAGES)
-    return images is None or name.endswith(_TYPES) or bool(images.any())
+    images = inputs.get(_IMAGES, inputs.get("num_images"))  # the latter in a batch in TRL's form
+    return images is None or name.endswith(_TYPES) or bool(torch.as_tensor(images).any())
 
 
 def extend_token_fields(
