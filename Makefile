@@ -65,7 +65,8 @@ NEEDED   = deepspeed==0.19.8 hjson msgpack py-cpuinfo einops verl==0.9.1 tensord
            hydra-core omegaconf antlr4-python3-runtime==4.9.3 codetiming cloudpickle orjson pyvers pylatexenc \
            torchdata==0.11.0 protobuf cachetools jsonschema jsonschema-specifications referencing rpds-py attrs \
            uvicorn h11 fastapi starlette opentelemetry-api veomni==0.1.12 torchtitan==0.3.0 spmd-types tyro \
-           docstring_parser jaxtyping wadler_lindig loguru nemo-automodel==0.7.0 ms-swift==4.6.0 tinker==0.38.0 httpx sniffio distro
+           docstring_parser jaxtyping wadler_lindig loguru nemo-automodel==0.7.0 ms-swift==4.6.0 tinker==0.38.0 httpx sniffio distro \
+           pytorch-lightning==2.6.6 lightning-utilities torchmetrics
 # SkyRL says that it needs Python 3.12; one of its files is read.
 UNCHECKED = skyrl==0.4.0
 engines: $(ENGINES)/.ready

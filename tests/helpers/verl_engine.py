@@ -89,11 +89,11 @@ def make_engine(folder: Path, fused: bool, dtype: str = "fp32", **model: Any):
 
 def make_batch(form: str, fused: bool, *, label: bool = False, vocab: int = V, k: int = K,
                prompts: tuple = PROMPTS, responses: tuple = RESPONSES, drawn: bool = False,
-               **flags: Any):  # fmt: skip
+               part: slice = slice(None), **flags: Any):  # fmt: skip
     """A batch as verl's trainer gives it to the engine: padded left and right, then packed by
     verl's `left_right_2_no_padding`. form: of the teacher, "sampled" or "top_k". label: with the
     label's log-prob in one more column. drawn: the top k are drawn, without a distribution over a
-    whole vocabulary."""
+    whole vocabulary. part: which of the sequences, for a process of several."""
     from tensordict import TensorDict
     from verl.utils import tensordict_utils
     from verl.workers.utils.padding import left_right_2_no_padding
@@ -131,7 +131,7 @@ def make_batch(form: str, fused: bool, *, label: bool = False, vocab: int = V, k
         },
         batch_size=[rows],
     )  # fmt: skip
-    data = left_right_2_no_padding(data)
+    data = left_right_2_no_padding(data[part])
     settings = dict(
         temperature=1.0, use_remove_padding=True, use_fused_kernels=fused, use_dynamic_bsz=False,
         micro_batch_size_per_gpu=2, distillation_use_topk=form == "top_k",

@@ -2,6 +2,7 @@
 that exist: losses, metrics and the gradients of a whole model, in float32 on a CPU."""
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -337,3 +338,41 @@ def test_in_bfloat16_the_teacher_and_the_draws_keep_their_digits(cpu, folder):
         patch.setattr(verl_fused, "Request", Watch)
         run(engine, True, "tropd")
     assert set(seen) == {(torch.bfloat16, torch.float32, torch.float32)}
+
+
+def process(rank, folder):
+    """One of two processes, each with two of the sequences, under FSDP 2."""
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        helper.use_cpu(patch)
+        verl_fused.register_engines((("cpu", "any"),))
+        engine = helper.make_engine(Path(folder) / "model", True)
+        sharded = [p.to_local().shape != p.shape for p in engine.module.parameters()]
+        for name in ("tropd", "tropd_mask", "k3"):
+            form = "top_k" if name == "tropd" else "sampled"
+            own = make_batch(form, True, part=slice(2 * rank, 2 * rank + 2))
+            output, found = gradients(engine, own, loss_function(name))
+            torch.save((sum(output["loss"]), sharded, found), f"{folder}/{name}_{rank}.pt")
+            engine.optimizer_zero_grad()
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("tied", [False, True])
+def test_two_processes_are_one(cpu, tmp_path, tied):
+    """Each has half of each parameter, and tokens of its own; also with verl's K3, whose own fused
+    forward fails beside a head that is a unit by itself."""
+    folder = helper.make_model(tmp_path / "model", tie_word_embeddings=tied)
+    engine = helper.make_engine(folder, False)
+    torch.multiprocessing.spawn(process, (str(tmp_path),), nprocs=2)
+    for name in ("tropd", "tropd_mask", "k3"):
+        form = "top_k" if name == "tropd" else "sampled"
+        theirs = gradients(engine, make_batch(form, False), loss_function(name))
+        engine.optimizer_zero_grad()
+        saved = [torch.load(tmp_path / f"{name}_{rank}.pt") for rank in range(2)]
+        assert all(saved[0][1])
+        ours = {"loss": (saved[0][0] + saved[1][0]) / 2}, saved[0][2]
+        assert_same(ours, ({"loss": sum(theirs[0]["loss"])}, theirs[1]), metrics=False)
