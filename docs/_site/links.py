@@ -1,25 +1,23 @@
 """Links of the pages to files outside docs/, as the repository has them and as the site can.
 
-A page of the repository that the site shows as well (`PAGES`, and pictures beside them) keeps its
-links. A link to any other file becomes its text, with the file's path: the site holds no source.
+The navigation names pages of the whole repository, and a link to one of them stays a link. A link to
+any other file becomes its text, with the file's path: the site holds no source.
 """
 
 from __future__ import annotations
 
 import posixpath
 import re
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
 
 ROOT = Path(__file__).resolve().parents[2]
-#: Pages of the repository outside docs/, and the pictures that the pages show.
-PAGES = (
-    "CHANGELOG.md", "CONTRIBUTING.md", "csrc/README.md", "benchmarks/learning/README.md",
-    "examples/README.md", "examples/processes/README.md",
-)  # fmt: skip
+#: Where the pages' pictures lie.
 PICTURES = ("benchmarks/learning/results", "benchmarks/results")
 #: What a browser would fetch from elsewhere.
 FETCHED = re.compile(
@@ -30,17 +28,26 @@ IMAGE = re.compile(r"!\[([^\]]*)\]\(([^)\s]+)\)")
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
+    outside = [name for name in pages(config.nav) if not (ROOT / "docs" / name).exists()]
     pictures = [
         str(file.relative_to(ROOT)) for folder in PICTURES for file in (ROOT / folder).glob("*.png")
     ]
-    for name in (*PAGES, *pictures):
+    for name in (*outside, *pictures):
         files.append(File.generated(config, name, abs_src_path=str(ROOT / name)))
     return files
 
 
+def pages(nav: Any) -> Iterator[str]:
+    """Those of a navigation, whatever its depth."""
+    if isinstance(nav, str):
+        yield nav
+    else:
+        for inner in nav.values() if isinstance(nav, dict) else nav:
+            yield from pages(inner)
+
+
 def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
-    known = set(PAGES)
-    here = page.file.src_uri if page.file.src_uri in known else f"docs/{page.file.src_uri}"
+    here = str(Path(page.file.abs_src_path).relative_to(ROOT))
 
     def target(link: str) -> str:
         """The file's path from the repository's root."""
