@@ -1,7 +1,7 @@
 """Links of the pages to files outside docs/, as the repository has them and as the site can.
 
-The navigation names pages of the whole repository, and a link to one of them stays a link. A link to
-any other file becomes its text, with the file's path: the site holds no source.
+The navigation names pages of the whole repository, and a link to one of them stays a link. A link
+to any other file becomes its text, with the file's path: the site holds no source.
 """
 
 from __future__ import annotations
