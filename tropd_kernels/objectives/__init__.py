@@ -1,41 +1,35 @@
 """Distillation objectives as data: nothing here computes a loss.
 
-rule         TokenRule: how one token's statistics become its loss
-rule_fields  its fields, and what follows from them
-divergences  the table of divergences that a rule may name
-rewards      the table of transforms of the reward
-rule_checks  what a rule refuses when it is made
-named        TrOPD() ... SFT(): published objectives as rules
-registry     objectives and their knobs by name, for a config or a command line
+rule               TokenRule: how one token's statistics become its loss
+rule_fields        its fields, and what follows from them
+divergences        the table of divergences that a rule may name
+rewards            the table of transforms of the reward
+rule_checks        what a rule refuses when it is made
+named              TrOPD() ... ExOPD(): published objectives with a reward on the sampled tokens
+named_divergences  SFT(), and Divergence() ... TopKJSD(): those without
+registry           objectives and their knobs by name, for a config or a command line
 """
 
 from .divergences import DIVERGENCES, DivergenceSpec
 from .named import (
     AOPD,
-    CADENCE,
     EOPD,
-    GKD,
     KDRL,
-    LSM,
-    MOPD,
     OPD,
     OPDVR,
     REOPOLD,
-    SFT,
     TOPD,
     TVOPD,
     ClipOutlier,
-    Divergence,
     EntropyOPD,
     ExOPD,
     Log1pOPD,
     MaskOutlier,
     PowerOPD,
-    TopKJSD,
     TrOPD,
     TrOPD_AOPD,
-    Veto,
 )
+from .named_divergences import CADENCE, GKD, LSM, MOPD, SFT, Divergence, TopKJSD, Veto
 from .rewards import REWARDS
 from .rule import TokenRule, decode_rule
 from .rule_checks import GATES, NORMALIZE, OUTLIERS, TAILS

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from typing import Any
 
-from . import named
+from . import named, named_divergences
 from .divergences import DIVERGENCES
 from .rule import TokenRule
 
@@ -41,7 +41,7 @@ _DIVERGENCE_KNOBS = {
 _NAMED: dict[str, Callable[..., TokenRule]] = {
     "tropd": named.TrOPD,
     "opd": named.OPD,
-    "gkd": named.GKD,
+    "gkd": named_divergences.GKD,
     "eopd": named.EOPD,
     "entropy_opd": named.EntropyOPD,
     "reopold": named.REOPOLD,
@@ -53,14 +53,16 @@ _NAMED: dict[str, Callable[..., TokenRule]] = {
     "topd": named.TOPD,
     "log1p_opd": named.Log1pOPD,
     "tv_opd": named.TVOPD,
-    "lsm": named.LSM,
-    "mopd": named.MOPD,
-    "topk_jsd": named.TopKJSD,
-    "veto": named.Veto,
-    "sft": named.SFT,
+    "lsm": named_divergences.LSM,
+    "mopd": named_divergences.MOPD,
+    "topk_jsd": named_divergences.TopKJSD,
+    "veto": named_divergences.Veto,
+    "sft": named_divergences.SFT,
 }
 #: What builds the rule of each objective.
-OBJECTIVES = _NAMED | {name: partial(named.Divergence, name) for name in _DIVERGENCE_KNOBS}
+OBJECTIVES = _NAMED | {
+    name: partial(named_divergences.Divergence, name) for name in _DIVERGENCE_KNOBS
+}
 
 
 def knobs(objective: str) -> tuple[str, ...]:
