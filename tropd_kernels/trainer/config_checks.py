@@ -146,6 +146,12 @@ def check_objective_keys(config: Config) -> None:
                 f"stage_fraction: objective_kwargs holds the run at stage {arguments['stage']}"
                 ": give one of the two"
             )
+    if config.task_weight is not None and config.objective not in rewarded():
+        raise ValueError(
+            f"task_weight: it would have no effect: objective {config.objective!r} has no policy "
+            f"gradient, which rewards enter: take one of {', '.join(rewarded())}, or leave "
+            "task_weight out"
+        )
     try:
         config.rule_of_all(progress=0.0)
         config.rule_of_all(progress=1.0)
