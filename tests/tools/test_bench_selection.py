@@ -15,8 +15,8 @@ def test_a_small_shape(tmp_path, capsys):
     assert len(found["entries"]) == sum(1 + len(scores) for *_, scores in CASES)
     assert len(capsys.readouterr().out.splitlines()) == len(found["entries"])
     by = {(e["objective"], e["select_by"]): e for e in found["entries"]}
-    # S + 6/24 (3 S) of 3 S; S + T + 6/24 (3 S + T) of 3 S + T, with T = 2 S.
-    assert by["OPD", "entropy"]["product_ratio"] == (1 + 0.75) / 3
-    assert by["GKD", "reverse_kl"]["product_ratio"] == (3 + 1.25) / 5
+    # One chunk holds all tokens: S + 6/24 (2 S) of 3 S; S + T + 6/24 (2 S) of 3 S + T; T = 2 S.
+    assert by["OPD", "entropy"]["product_ratio"] == (1 + 0.5) / 3
+    assert by["GKD", "reverse_kl"]["product_ratio"] == (3 + 0.5) / 5
     assert by["GKD", "scores"]["product_ratio"] == 0.25
     assert found["machine"] and found["options"]["tokens"] == 24
