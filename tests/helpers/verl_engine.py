@@ -150,10 +150,10 @@ def loss_function(loss_mode: str, actor: dict | None = None, k: int = K, **setti
         use_task_rewards=False, use_policy_gradient=False, loss_max_clamp=None,
         log_prob_min_clamp=None, topk=k,
     )  # fmt: skip
-    config = ActorConfig(
-        strategy="fsdp2", rollout_n=1, ppo_micro_batch_size_per_gpu=2, data_loader_seed=7,
-        **(actor or {}),
+    settings_of_actor = dict(
+        strategy="fsdp2", rollout_n=1, ppo_micro_batch_size_per_gpu=2, data_loader_seed=7
     )  # fmt: skip
+    config = ActorConfig(**(settings_of_actor | (actor or {})))
     loss = DistillationLossConfig(loss_mode=loss_mode, **(given | settings))
     return partial(
         distillation_ppo_loss, config=config,

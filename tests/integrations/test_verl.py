@@ -289,10 +289,10 @@ def test_settings_that_would_change_the_objective_are_refused(verl_losses, name,
         run_verl(verl_losses, data, torch.randn(len(log_q), V), *configs(name, **{setting: value}))
 
 
-def test_logits_in_pieces_or_none_are_refused(verl_losses):
+def test_logits_of_another_strategy_or_none_are_refused(verl_losses):
     data, log_q, *_ = micro_batch("top_k", nested=False)
-    actor, distillation = configs("tropd", strategy="megatron")
-    with pytest.raises(NotImplementedError, match="whole rows of logits"):
+    actor, distillation = configs("tropd", strategy="torchtitan")
+    with pytest.raises(NotImplementedError, match="not tested with strategy='torchtitan'"):
         verl_losses.distillation_ppo_loss(
             actor, distillation, data=data, student_logits=torch.randn(1, len(log_q), V)
         )

@@ -19,11 +19,12 @@ from collections.abc import Callable
 from contextvars import ContextVar
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from .frameworks import replace_function
 from .verl_batch import RULES, WHOLE_ROWS, k_of, rows_of, rule_of
-from .verl_rows import top_k_losses
+from .verl_rows import IGNORED, Rows, top_k_losses
 
 #: The `Request` of the micro-batch that VeOmni's model is running on.
 CURRENT: ContextVar[Any] = ContextVar("tropd_request", default=None)
@@ -60,26 +61,48 @@ def take_over_logits(losses: Any) -> None:
 def on_logits(
     config: Any, distillation_config: Any, data: Any, student_logits: Tensor, data_format: str
 ) -> dict[str, Tensor]:
-    """The losses (1, n) of a top-k teacher on logits (1, n, V). Under Ulysses n is this rank's
-    share."""
+    """The losses of a top-k teacher on logits (1, n, V), or Megatron's (B, n, V / ranks). Under
+    sequence parallelism n is this rank's share."""
     from verl.utils import tensordict_utils
 
     rule = rule_of(distillation_config)
-    if config.strategy not in WHOLE_ROWS:
+    rows, group = rows_of(config, distillation_config, data), None
+    if config.strategy == "megatron":
+        rows, group = as_megatron(rows, data["input_ids"].offsets(), data_format)
+    elif config.strategy not in WHOLE_ROWS:
         raise NotImplementedError(
-            f"loss_mode={distillation_config.distillation_loss.loss_mode!r} needs whole rows of "
-            f"logits, which strategy={config.strategy!r} does not give: use fsdp, or a loss of a "
-            "sampled teacher (tropd_opd, tropd_mask, ...)"
+            f"loss_mode={distillation_config.distillation_loss.loss_mode!r} was not tested with "
+            f"strategy={config.strategy!r}: use {', '.join(WHOLE_ROWS)} or megatron, or a loss of "
+            "a sampled teacher (tropd_opd, tropd_mask, ...)"
         )
-    rows = rows_of(config, distillation_config, data)
-    logits = student_logits.squeeze(0)
+    logits = student_logits.flatten(0, 1)
     if not tensordict_utils.get_non_tensor_data(data, key="distillation_only", default=False):
         logits = logits.clone()  # verl's own log-probs may overwrite them in their backward
     outputs = top_k_losses(
         logits, rows.labels, rows.teacher_log_probs, rows.teacher_ids, rule,
         k=k_of(distillation_config), old_log_probs=rows.old_log_probs, uniforms=rows.uniforms,
+        process_group=group,
     )  # fmt: skip
-    return {name: value.unsqueeze(0) for name, value in outputs.items()}
+    return {name: value.view(student_logits.shape[:2]) for name, value in outputs.items()}
+
+
+def as_megatron(rows: Rows, offsets: Tensor, data_format: str) -> tuple[Rows, Any]:
+    """The rows laid out as Megatron's logits are, by verl's own way: padded, and each rank's share
+    under context parallelism; and the ranks over which the vocabulary is split."""
+    from megatron.core.parallel_state import get_tensor_model_parallel_group
+    from verl.models.mcore import util
+
+    lay_out = util.preprocess_thd_engine if data_format == "thd" else util.preprocess_bshd_engine
+
+    def laid_out(values: Tensor) -> Tensor:
+        nested = torch.nested.nested_tensor_from_jagged(values, offsets)
+        return lay_out(nested, pre_process=True)[0].flatten(0, 1)
+
+    found = {name: laid_out(v) for name, v in vars(rows).items() if v is not None}
+    # Padding is 0, which would be a label: those that count are laid out as 1.
+    counts = laid_out((rows.labels != IGNORED).long()) > 0
+    found["labels"] = found["labels"].masked_fill(~counts, IGNORED)
+    return Rows(**found), get_tensor_model_parallel_group()
 
 
 def take_over_hidden(cross_entropy: Any) -> None:
