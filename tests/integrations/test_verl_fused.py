@@ -159,12 +159,13 @@ def test_verl_s_own_policy_gradient_is_opd_with_the_current_reward(engines, mode
     assert_same(found[1], found[0], metrics=False)
 
 
+@pytest.mark.parametrize("entropy", [False, True])
 @pytest.mark.parametrize("name", ["tropd", "tropd_mask"])
-def test_beside_task_rewards_verl_s_policy_loss_has_its_gradient(engines, name):
-    """Then its loss of log-probs and entropy is added, with a weight."""
-    batch = dict(distillation_only=False, calculate_entropy=True)
+def test_beside_task_rewards_verl_s_policy_loss_has_its_gradient(engines, name, entropy):
+    """Then its loss of log-probs, and of entropy, is added, with a weight."""
+    batch = dict(distillation_only=False, calculate_entropy=entropy)
     settings = dict(use_task_rewards=True, distillation_loss_coef=0.5)
-    actor = dict(entropy_coeff=0.01)
+    actor = dict(entropy_coeff=0.01) if entropy else {}
     theirs, ours = (
         run(engine, fused, name, actor=actor, batch=batch, **settings)
         for fused, engine in enumerate(engines)

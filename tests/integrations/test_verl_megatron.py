@@ -99,7 +99,8 @@ def compare(rank, data_format):
     counted = data["response_mask"].bool()
     from verl.workers.utils.padding import no_padding_2_padding
 
-    rows_that_count = at[no_padding_2_padding(torch.arange(len(at)), data)[counted]]
+    own_rows = no_padding_2_padding(torch.arange(len(at)), data)[counted]
+    rows_that_count = at[own_rows]
     for name in ("distillation_losses", "student_mass", "teacher_mass"):
         a, b = (found[name].flatten()[rows_that_count] for found in (ours, own))
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
@@ -120,7 +121,7 @@ def compare(rank, data_format):
     packed_scale = torch.linspace(0.5, 2, len(at))
     expected = cut * (scale / packed_scale)[:, None]
     torch.testing.assert_close(ours_gradient.flatten(0, 1)[at], expected, rtol=1e-4, atol=1e-6)
-    assert 0 < truth["tropd_trust"].flatten()[truth["tropd_label_in_topk"][0] > 0].mean() < 1
+    assert 0 < truth["tropd_trust"].flatten()[own_rows].mean() < 1  # some are outliers
     del RULES["raw_forward_kl"]
 
 

@@ -45,8 +45,9 @@ verl/workers/rollout/vllm_rollout/utils.py), n being the tokens of a packed micr
 Not served: `use_policy_gradient`, under which verl would take these losses as rewards, and
 `log_prob_min_clamp`, which nothing here reads, raise ValueError; rules whose mean is over the kept
 tokens (REOPOLD), since the mean is verl's, and what needs the whole distribution are refused by
-`register`; Megatron, whose vocabulary is split, serves sampled losses alone. `loss_max_clamp` is
-verl's own and stops the gradient of a loss beyond it.
+`register`. Megatron's logits, split over the vocabulary, serve every loss; its fused kernels form
+none and serve sampled losses alone. `loss_max_clamp` is verl's own and stops the gradient of a loss
+beyond it.
 """
 
 from __future__ import annotations

@@ -153,13 +153,13 @@ class FusedEngine(FusedLoss, FSDPEngineWithLMHead):
 
         # The request is no argument: FSDP casts what a model is given to the parameters' dtype.
         @functools.wraps(verls)
-        def forward(*arguments: Any, shift_labels: Any = None, **named: Any) -> Any:
-            request = self.tropd_request
-            if request is None and shift_labels is not None and is_sharded_alone(module):
-                request = Request(shift_labels.squeeze(0))
+        def forward(*arguments: Any, **named: Any) -> Any:
+            request, labels = self.tropd_request, named.get("shift_labels")
+            if request is None and labels is not None and is_sharded_alone(module):
+                request = Request(labels.squeeze(0))
             if request is None:
-                return verls(*arguments, shift_labels=shift_labels, **named)
-            check_forward(module, verls.__func__.__module__)
+                return verls(*arguments, **named)
+            check_forward(module, getattr(verls, "__func__", verls).__module__)
             return fused_forward(module, request, *arguments, **named)
 
         module.forward = forward
@@ -200,7 +200,7 @@ def fused_forward(
     *arguments: Any,
     temperature: float = 1.0,
     return_dict: bool = True,
-    labels: Any = None,
+    shift_labels: Any = None,  # the request has them
     **named: Any,
 ) -> FusedOutput:
     """The backbone, and what is asked (1, n) of its hidden states (1, n, H), computed in the head's
