@@ -17,6 +17,7 @@ import importlib.util
 import json
 import os
 import sys
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -98,6 +99,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options, rest = parser.parse_known_args(arguments)
     if options.command not in ("train", "bench") and rest:
         parser.error(f"unknown arguments: {' '.join(rest)}")
+    # torch's, as it is imported; numpy comes along with all that needs it.
+    warnings.filterwarnings("ignore", "Failed to initialize NumPy")
     try:
         if options.command == "train":
             return train(rest)

@@ -15,7 +15,7 @@ import shlex
 import sys
 import warnings
 from contextlib import suppress
-from importlib.metadata import PackageNotFoundError, distribution
+from importlib.metadata import PackageNotFoundError, distribution, distributions
 from importlib.util import find_spec
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -50,26 +50,41 @@ def _allowed(name: str) -> bool:
     return may_use(next((cap for cap in CAPS if plain.startswith(cap)), "portable"))
 
 
+#: Stands in the command below for a source that is not known.
+ANY_SOURCE = "FOLDER_OR_SDIST_OF_THE_SOURCE"
+
+
 def build_command() -> str:
-    """The shell command that builds csrc/, from where this installation came, or says what is
-    missing."""
+    """The shell command that builds csrc/, from where this installation came."""
     root = Path(__file__).resolve().parents[1]
-    source, editable = "--no-binary tropd-kernels tropd-kernels", ""
+    source, editable = ANY_SOURCE, ""
     if (root / "csrc").is_dir() and (root / "setup.py").is_file():
         source, editable = shlex.quote(str(root)), "--editable "
     else:
         with suppress(PackageNotFoundError, ValueError):
             # Where pip had it from, unless from an index: pip's direct_url.json.
             origin = json.loads(distribution("tropd-kernels").read_text("direct_url.json") or "{}")
+            url = urlsplit(origin.get("url", ""))
             if "vcs_info" in origin:
                 vcs = origin["vcs_info"]
                 source = shlex.quote(f"{vcs['vcs']}+{origin['url']}@{vcs['commit_id']}")
-            elif "dir_info" in origin:
-                source = shlex.quote(url2pathname(urlsplit(origin["url"]).path))
+            elif origin and not url.path.endswith(".whl"):
+                local = url.scheme == "file"
+                source = shlex.quote(url2pathname(url.path) if local else origin["url"])
     return (
         "pip install 'setuptools>=77' ninja && TROPD_BUILD_EXT=1 pip install --no-build-isolation "
         f"--no-deps --force-reinstall {editable}{source}"
     )
+
+
+def _hidden_installation() -> Path | None:
+    """An installation with csrc/ built, behind this source tree on the path."""
+    here = Path(__file__).resolve().parent
+    for found in distributions(name="tropd-kernels"):
+        package = Path(str(found.locate_file("tropd_kernels"))).resolve()
+        if package != here and any(package.glob("_C*")):
+            return package
+    return None
 
 
 _advised = False
@@ -95,7 +110,13 @@ def advise_to_build() -> None:
 def _load() -> str | None:
     spec = find_spec("tropd_kernels._C")
     if spec is None or spec.origin is None:
-        return f"csrc/ is not built in this installation; to build it: {build_command()}"
+        where, hidden = "installation", _hidden_installation()
+        if hidden is not None:
+            where = (
+                f"source tree, {Path(__file__).resolve().parents[1]}, which comes before the "
+                f"installation in {hidden}: run from another folder, or build it here"
+            )
+        return f"csrc/ is not built in this {where}; to build it: {build_command()}"
     try:
         torch.ops.load_library(spec.origin)
         best = next(filter(_allowed, torch.ops.tropd_native.instruction_sets()))

@@ -1,5 +1,6 @@
 """What a first call, an import and the command line's help bring along and say."""
 
+import json
 import os
 import shlex
 import subprocess
@@ -77,6 +78,16 @@ def test_a_plan_for_a_gpu_needs_no_triton():
     assert done.returncode == 0, done.stderr
 
 
+def test_a_command_is_silent_about_a_numpy_that_is_not_there():
+    """torch warns as it is imported."""
+    code = (
+        "import sys; sys.modules['numpy'] = None  # an import raises\n"
+        "from tropd_kernels.cli import main\nsys.exit(main(['env']))"
+    )
+    done = run(code)
+    assert done.returncode == 0 and done.stderr == ""
+
+
 # --- without native ------------------------------------------------------------------------------
 
 CALL = """
@@ -122,3 +133,49 @@ def test_the_command_that_builds_native_names_the_checkout():
     command = native.build_command()
     assert "ninja" in command and "TROPD_BUILD_EXT=1" in command
     assert Path(shlex.split(command)[-1]) == ROOT
+
+
+#: What pip says of where an installation came from, and what the command then builds.
+ORIGINS = {
+    "folder": ({"url": "file:///a%20b", "dir_info": {}}, "/a b"),
+    "sdist": ({"url": "file:///a%20b/t.tar.gz", "archive_info": {}}, "/a b/t.tar.gz"),
+    "sdist of a server": ({"url": "https://x/t.tar.gz", "archive_info": {}}, "https://x/t.tar.gz"),
+    "repository": (
+        {"url": "https://x/y", "vcs_info": {"vcs": "git", "commit_id": "12"}}, "git+https://x/y@12"
+    ),
+    "wheel": ({"url": "file:///a/t.whl", "archive_info": {}}, native.ANY_SOURCE),
+    "index": (None, native.ANY_SOURCE),
+}  # fmt: skip
+
+
+def install(site: Path, origin: dict | None, *, built: bool) -> None:
+    """An installation's folder, with a file in place of its library."""
+    (site / "tropd_kernels").mkdir()
+    if built:
+        (site / "tropd_kernels" / "_C.abi3.so").touch()
+    about = site / "tropd_kernels-9.dist-info"
+    about.mkdir()
+    (about / "METADATA").write_text("Metadata-Version: 2.1\nName: tropd-kernels\nVersion: 9\n")
+    if origin is not None:
+        (about / "direct_url.json").write_text(json.dumps(origin))
+
+
+@pytest.mark.parametrize(("origin", "source"), ORIGINS.values(), ids=list(ORIGINS))
+def test_the_command_names_where_an_installation_came_from(origin, source, tmp_path, monkeypatch):
+    """An index need not have the package, and no wheel can be built from."""
+    install(tmp_path, origin, built=False)
+    monkeypatch.setattr(native, "__file__", str(tmp_path / "tropd_kernels" / "native.py"))
+    monkeypatch.setattr(sys, "path", [str(tmp_path)])
+    words = shlex.split(native.build_command())
+    assert words[-1] == source and "tropd-kernels" not in words
+
+
+@pytest.mark.parametrize("built", [True, False])
+def test_a_source_tree_before_an_installation_with_native_says_so(built, tmp_path, monkeypatch):
+    """`python -m` in a checkout imports the checkout."""
+    install(tmp_path, None, built=built)
+    monkeypatch.setattr(sys, "path", [str(ROOT), str(tmp_path)])
+    monkeypatch.setattr(native, "find_spec", lambda name: None)
+    said = native._load()
+    assert str(ROOT) in said and "--editable" in said
+    assert (str(tmp_path) in said) == built
