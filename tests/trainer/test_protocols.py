@@ -33,7 +33,7 @@ COMPLETIONS = [[20, 21], [95, 22, 95], [2], [], [23] * 6, [24, 3], [25]]
 @pytest.fixture
 def start(monkeypatch):
     """A function that serves a teacher by a protocol while the test runs."""
-    monkeypatch.setattr(server_module, "BACKOFF_SECONDS", 0.01)
+    monkeypatch.setattr("tropd_kernels.trainer.retrying.BACKOFF_SECONDS", 0.01)
     with contextlib.ExitStack() as stack:
 
         def begin(protocol, model=None, **settings):

@@ -20,7 +20,6 @@ import tiny
 from served import serve
 from training import make, unloadable
 
-from tropd_kernels.trainer import server as server_module
 from tropd_kernels.trainer.completions import read_scores
 from tropd_kernels.trainer.server import TeacherServer, TeacherServerError
 
@@ -30,7 +29,7 @@ TOP_4 = dict(objective_kwargs={"top_k": 4})
 
 @pytest.fixture
 def served(monkeypatch):
-    monkeypatch.setattr(server_module, "BACKOFF_SECONDS", 0.01)
+    monkeypatch.setattr("tropd_kernels.trainer.retrying.BACKOFF_SECONDS", 0.01)
     with serve(tiny.model(1, hidden_size=48), tiny.tokenizer()) as running:
         yield running
 

@@ -14,7 +14,6 @@ import tiny
 from served import serve
 from training import make, unloadable
 
-from tropd_kernels.trainer import server as server_module
 from tropd_kernels.trainer.completions import read_text
 from tropd_kernels.trainer.server import TeacherServer, TeacherServerError
 
@@ -26,7 +25,7 @@ SFT = dict(objective="sft", lmbda=0.0)
 @pytest.fixture
 def served_with(monkeypatch):
     """A function that serves a teacher while the test runs."""
-    monkeypatch.setattr(server_module, "BACKOFF_SECONDS", 0.01)
+    monkeypatch.setattr("tropd_kernels.trainer.retrying.BACKOFF_SECONDS", 0.01)
     with contextlib.ExitStack() as stack:
 
         def start(model=None, **settings):

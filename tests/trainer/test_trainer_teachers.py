@@ -13,7 +13,6 @@ import tiny
 from served import serve
 from training import make, step_and_compare
 
-from tropd_kernels.trainer import server as server_module
 from tropd_kernels.trainer.completions import read_scores
 from tropd_kernels.trainer.server import TeacherServer, TeacherServerError
 
@@ -34,7 +33,7 @@ def teacher():
 
 @pytest.fixture
 def served(monkeypatch):
-    monkeypatch.setattr(server_module, "BACKOFF_SECONDS", 0.01)
+    monkeypatch.setattr("tropd_kernels.trainer.retrying.BACKOFF_SECONDS", 0.01)
     with serve(teacher(), tiny.tokenizer()) as running:
         yield running
 
@@ -230,6 +229,29 @@ def test_nobody_there(tmp_path):
     ) as e:
         TeacherServer(url, retries=0)
     assert str(e.value).endswith("Look at the server")  # and not at teacher_server_timeout
+
+
+def test_an_unknown_host_is_said_at_once(caplog):
+    """It once took ten silent attempts, four minutes. In the middle of a run it may come back."""
+    words = "no host of this name: .*Is teacher_model_server_url right"
+    with pytest.raises(TeacherServerError, match=words):
+        TeacherServer("http://teacher.invalid:8000", retries=9)
+    assert not caplog.records
+
+
+def test_further_attempts_are_announced(served, caplog):
+    def ours():  # urllib3's own lines reach nobody: its logger has a handler that drops them
+        return [r.getMessage() for r in caplog.records if r.name.startswith("tropd_kernels")]
+
+    client = TeacherServer(served.url, retries=2)
+    served.faults.status += [503]
+    client.score([[5]], [[6]])
+    (line,) = ours()
+    assert "HTTP 503; the next attempt is in 0 s, and 1 more may follow" in line
+    client.url = "http://teacher.invalid:8000"
+    with pytest.raises(TeacherServerError, match="no answer after 3 attempts: .*teacher.invalid"):
+        client.score([[5]], [[6]])
+    assert len(ours()) == 3
 
 
 @pytest.mark.parametrize("models", [None, [], ["teacher"], [{}], {"id": "teacher"}])

@@ -32,10 +32,8 @@ from .credentials import check_address, read_api_key
 from .deadline import TimedPoolManager
 from .protocols import PROTOCOLS, Protocol
 from .protocols.base import Sample
+from .retrying import REPEATED, AnnouncedRetry, FirstContact
 
-#: urllib3 retries at once, then after twice this many seconds, doubled each time up to 120.
-BACKOFF_SECONDS = 0.5
-_REPEATED = (408, 429, 500, 502, 503, 504)
 #: Of requests with several sequences that may pass one by one: refused, or answered otherwise.
 _NOT_TOGETHER = (200, 400, 413, 422)
 #: Most log-probs that a request with more than one sequence asks for: 40 MB of vLLM's JSON.
@@ -54,7 +52,8 @@ class TeacherServer:
         model: The name that it serves; None asks the server.
         timeout: Seconds for one attempt of a request, from connecting to the answer's last byte.
         retries: Further attempts of a request that fails in transport, in time, or with HTTP 408,
-            429, 500 or 502 to 504: at once, then after 1 s, 2 s, 4 s, ... 120 s.
+            429, 500 or 502 to 504: at once, then after 1 s, 2 s, 4 s, ... 120 s, each announced in
+            the log. The first request has none where the host's name is unknown.
         concurrency: Number of requests at once.
         api_key: Sent as a bearer token; None takes VLLM_API_KEY from the environment, if set.
         protocol: One of `protocols.PROTOCOLS`; None finds it out.
@@ -90,17 +89,11 @@ class TeacherServer:
             headers={"Authorization": f"Bearer {api_key}"} if api_key else None,
             maxsize=concurrency,
             timeout=urllib3.Timeout(total=timeout),
-            retries=urllib3.Retry(
-                retries,
-                backoff_factor=BACKOFF_SECONDS,
-                status_forcelist=_REPEATED,
-                allowed_methods=None,  # POST as well: scoring changes nothing on the server
-                raise_on_status=False,
-                respect_retry_after_header=False,  # it may ask for hours, and for other statuses
-            ),
         )
+        self._again: AnnouncedRetry = FirstContact.times(retries)
         self._known_ids = 0  # the teacher has the ids below
         self._models = self._served_models(required=model is None)
+        self._again = AnnouncedRetry.times(retries)
         self.model = next(iter(self._models)) if model is None else model
         entry = self._models.get(self.model, {})
         if entry.get("max_model_len") is None:  # an adapter has its base's context
@@ -362,13 +355,18 @@ class TeacherServer:
 
     def _request(self, method: str, path: str, body: Any, what: str) -> urllib3.BaseHTTPResponse:
         try:
-            return self._http.request(method, self.url + path, json=body)
+            return self._http.request(method, self.url + path, json=body, retries=self._again)
         except urllib3.exceptions.HTTPError as error:
             reason = getattr(error, "reason", None) or error
             late = isinstance(reason, urllib3.exceptions.TimeoutError) and not isinstance(
                 reason,
                 urllib3.exceptions.NewConnectionError,  # refused at once, yet of that kind
             )
+            if isinstance(reason, urllib3.exceptions.NameResolutionError) and isinstance(
+                self._again, FirstContact
+            ):
+                remedy = "Is teacher_model_server_url right?"
+                raise self._error(what, f"no host of this name: {reason}", remedy) from error
             more = f", or allow an attempt more than {self._timeout:g} s (teacher_server_timeout)"
             raise self._error(
                 what,
@@ -379,7 +377,7 @@ class TeacherServer:
     def _refused(
         self, what: str, response: urllib3.BaseHTTPResponse, top_k: int | None = None
     ) -> TeacherServerError:
-        tries = f" after {self._retries + 1} attempts" * (response.status in _REPEATED)
+        tries = f" after {self._retries + 1} attempts" * (response.status in REPEATED)
         names = list(self._models) if hasattr(self, "_models") else []
         known = {"k": top_k, "names": ", ".join(names) or "see /v1/models"}
         protocol = getattr(self, "protocol", None)
