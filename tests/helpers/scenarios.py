@@ -455,9 +455,12 @@ def _(folder):
 # --- images ------------------------------------------------------------------------------------
 
 
-def sees(folder: Path, kind: str = "gemma3", data: Any = None, peft: Any = None, **settings: Any):
+def sees(
+    folder: Path, kind: str = "gemma3", data: Any = None, peft: Any = None, teacher: str = "",
+    **settings: Any,
+):  # fmt: skip
     args = TrOPDConfig(str(folder), **ALONE | SGD | settings)
-    student, teacher = (vision.model(kind, seed) for seed in (0, 1))
+    student, teacher = vision.model(kind, 0), vision.model(teacher or kind, 1)
     rows = vision.prompts(8, kind) if data is None else data
     return TrOPDTrainer(
         student, teacher, args, rows, processing_class=vision.processor(kind), peft_config=peft
@@ -481,6 +484,7 @@ scenario("images, accumulated and padded")(
 )
 scenario("images, `gradient_checkpointing`")(partial(sees, gradient_checkpointing=True))
 with_images("rows with an image and without", prompt=TALK, images=[*IMAGES[:4], *[[]] * 4])
+scenario("images, a teacher of another family")(partial(sees, teacher="idefics3"))
 with_images("images beside prompts of text", prompt=TEXTS, images=IMAGES)
 with_images("a column `video`", prompt=TALK, video=[None] * 8)
 

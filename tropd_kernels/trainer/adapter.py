@@ -31,6 +31,7 @@ from .dropout import disable_dropout
 from .fields import fields_of_rows, has_rows
 from .generation import PrefixedGeneration
 from .generation_keys import in_other_ids
+from .image_checks import check_sight
 from .loaded_teacher import check_dtypes, check_own_weights, load_teacher
 from .patching import evaluation_mode, keeping_forward, replaced
 from .reuse import BatchReuse
@@ -61,7 +62,7 @@ from .sharding import (
     reshard,
 )
 from .sides import ModelSide, read_side
-from .sources import class_of_student
+from .sources import class_of_student, find_image_processor
 from .special_tokens import back, full_table, students_columns, teachers_ids
 from .teacher_prompts import teachers_view
 from .vocabulary import check_eos, check_padding
@@ -183,8 +184,12 @@ class DistillationAdapter(BatchReuse, PrefixedGeneration):
             if self.args.teacher_update_rate is not None:
                 self._teacher_sync = TeacherSync(itself, self.accelerator)
                 self.add_callback(self._teacher_sync)
+        given = teacher
         if isinstance(teacher, str):
             teacher = load_teacher(teacher, self.args)
+        if self._is_vlm:
+            own = find_image_processor(given, self.args)
+            check_sight(self.model, teacher, self.processing_class, own)
         check_own_weights(self.model, teacher)
         refuse_dtensors("teacher_model", teacher)
         eos = getattr(getattr(teacher, "generation_config", None), "eos_token_id", None)

@@ -17,6 +17,7 @@ from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError
 from transformers import (
     AutoConfig,
+    AutoImageProcessor,
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
     AutoProcessor,
@@ -131,6 +132,23 @@ def find_tokenizer(teacher: Any, args: Any) -> PreTrainedTokenizerBase | None:
     with contextlib.suppress(*_NOT_FOUND):
         if (base := adapter_base(name, options)) is not None:
             return AutoTokenizer.from_pretrained(base, **options)
+    return None
+
+
+def find_image_processor(teacher: Any, args: Any) -> Any:
+    """The teacher's image processor, or None where it cannot be found. It is looked up as
+    `find_tokenizer` does."""
+    options = pick(teacher_options(args), (*PLACE, *_CODE))
+    name = teacher if isinstance(teacher, str) else getattr(teacher.config, "_name_or_path", "")
+    if not isinstance(teacher, str):
+        options["local_files_only"] = True
+    if not name:
+        return None
+    with contextlib.suppress(*_NOT_FOUND, ImportError):  # it may want torchvision
+        return AutoImageProcessor.from_pretrained(name, **options)
+    with contextlib.suppress(*_NOT_FOUND, ImportError):
+        if (base := adapter_base(name, options)) is not None:
+            return AutoImageProcessor.from_pretrained(base, **options)
     return None
 
 
