@@ -104,7 +104,9 @@ def _aria():
         projector_patch_to_query_dict={49: 4}, image_token_index=IDS[IMAGE],
         tie_word_embeddings=False,
     )  # fmt: skip
-    return transformers.AriaForConditionalGeneration(config)
+    made = transformers.AriaForConditionalGeneration(config)
+    made.set_experts_implementation("eager")  # the others take no float64
+    return made
 
 
 def _idefics2():
