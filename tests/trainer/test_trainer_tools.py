@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import math
 import string
 
 import pytest
+import torch
 
 pytest.importorskip("trl", reason="the trainer needs trl")
 
 import tiny
 from datasets import Dataset
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
-from training import SGD, Spy, split, step_and_compare
+from training import SGD, Spy, every_step_is_the_loop, split, step_and_compare
 from transformers import PreTrainedTokenizerFast
 from trl.chat_template_utils import qwen3_chat_template
 
@@ -52,11 +54,13 @@ class Calls(Spy):
     """A student that calls the tool for one row, after whatever it is given of the call, and then
     answers; the others answer at once."""
 
+    calls = 1  # one after another
+
     def _sample_completions(self, prompt_ids, *arguments):
         self.__dict__.setdefault("read", []).append(prompt_ids)
         written = []
         for prompt in map(self._tokenizer.decode, prompt_ids):
-            calls = "Double 0." in prompt and "<tool_response>" not in prompt
+            calls = "Double 0." in prompt and prompt.count("<tool_response>") < self.calls
             begun = prompt.rpartition("<|im_start|>assistant\n")[2].removeprefix(THOUGHT)
             text = CALL if calls else ANSWER
             assert text.startswith(begun)
@@ -70,15 +74,16 @@ def model(seed):
     return made
 
 
-def make(folder, **settings):
+def make(folder, tool=doubled, kind=Calls, **settings):
     talk = [[{"role": "user", "content": f"Double {n}."}] for n in range(2)]
     data = Dataset.from_dict({"prompt": talk, "teacher_completion": [CALL, ANSWER]})
-    args = TrOPDConfig(
-        str(folder), max_steps=1, max_completion_length=300, bf16=False, use_cpu=True, seed=5,
+    defaults = dict(
+        max_steps=1, max_completion_length=300, bf16=False, use_cpu=True, seed=5,
         report_to="none", save_strategy="no", disable_tqdm=True, gradient_checkpointing=False,
-        logging_steps=1, **SGD, **settings,
+        logging_steps=1, **SGD,
     )  # fmt: skip
-    return Calls(model(0), model(1), args, data, processing_class=characters(), tools=[doubled])
+    args = TrOPDConfig(str(folder), **(defaults | settings))
+    return kind(model(0), model(1), args, data, processing_class=characters(), tools=[tool])
 
 
 SPLIT = dict(per_device_train_batch_size=1, gradient_accumulation_steps=2)
@@ -108,3 +113,146 @@ def test_a_step_leaves_out_what_the_tool_says(tmp_path, settings):
     (log,) = (log for log in trainer.state.log_history if "loss" in log)
     assert log["completions/mean_length"] == sum(row["loss_mask"].sum() for row in rows) / 2
     assert log["tools/call_frequency"] == 0.5
+
+
+class ThreeTurns(Calls):
+    """Keeps the credit of each micro-batch, and what the loss says of its tokens."""
+
+    calls = 2
+
+    def _compare(self, student, teacher, labels, rule, **options):
+        out = super()._compare(student, teacher, labels, rule, **options)
+        if "advantages" in options:
+            self.__dict__.setdefault("credits", []).append((options, out))
+        else:  # the pass that makes the rewards
+            self.__dict__.setdefault("rewards", []).append(out.stats)
+        return out
+
+
+def credit_of_row(rewards, own, teacher, drift, settings):
+    """Returns, and importance weights times drift gates, of one row, token by token.
+
+    teacher, drift: log-ratios of the teacher and of the policy that wrote the row.
+    """
+    discount, gamma = settings["kl_discount_factor"], settings["importance_gamma"]
+    returns, later = list(rewards), 0.0
+    for i in reversed(range(len(own))):
+        later = discount * later + (rewards[i] if own[i] else 0.0)
+        returns[i] = later if own[i] else rewards[i]
+    places = [i for i, counts in enumerate(own) if counts]
+    total, before = sum(abs(teacher[i]) for i in places), 0.0
+    weights = [1.0] * len(own)
+    for i in places:
+        weights[i] = 1 + gamma * (1 - before / total)
+        before += abs(teacher[i])
+    if drift is None:
+        return returns, weights
+    size, gates = settings["drift_block_size"], {}
+    for i in places:
+        gates.setdefault((i - places[0]) // size, []).append(drift[i])
+    gates = {
+        block: math.exp(-settings["drift_tau"] * abs(sum(moved) / len(moved)))
+        for block, moved in gates.items()
+    }
+    each = [gates[(i - places[0]) // size] for i in places]
+    for i, gate in zip(places, each):
+        weights[i] *= gate * len(each) / sum(each)
+    return returns, weights
+
+
+CREDIT = dict(
+    objective="tropd", kl_discount_factor=0.9, importance_gamma=0.5, drift_tau=3.0,
+    drift_block_size=16, num_iterations=2, max_steps=2, learning_rate=1e-5,
+)  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        {},
+        dict(prefix_schedule="constant", prefix_length=11, prefix_weight=0.5),
+        dict(num_generations=2, gradient_accumulation_steps=4),
+    ],
+    ids=["alone", "prefix", "num_generations"],
+)
+def test_three_turns(tmp_path, more):
+    """Two calls and an answer: returns run across what the tool says, which has no loss, no gate
+    and no credit, and moves no other token's. Both steps on the batch are the loop by hand."""
+    settings = CREDIT | SPLIT | more
+    trainer = make(tmp_path, kind=ThreeTurns, **settings)
+    moved = every_step_is_the_loop(trainer, model(1))
+    assert min(moved) > 0.1
+    assert len(trainer.read) == 3
+    called = 0
+    for batch, stats, (options, out) in zip(
+        trainer.batches, trainer.rewards, trainer.credits, strict=True
+    ):
+        written, counted = (batch[f"{name}_mask"][0].bool() for name in ("completion", "loss"))
+        said = written & ~counted
+        text = trainer._tokenizer.decode(batch["completion_ids"][0][said])
+        called += text.count("<tool_response>\n42\n</tool_response>") == 2
+        place = torch.arange(len(said))
+        own = counted & (place >= batch["prefix_lengths"][0])
+        assert own.any() and (torch.equal(own, counted) or "prefix_length" in more)
+        old = batch.get("old_log_probs")  # from the second step on
+        teacher = stats.teacher_log_probs - (stats.log_probs if old is None else old)
+        drift = None if old is None else (old - stats.log_probs)[0].tolist()
+        reward = stats.reward[0].tolist()
+        returns, weights = credit_of_row(reward, own.tolist(), teacher[0].tolist(), drift, settings)
+        for name, exact in (("advantages", returns), ("token_weight", weights)):
+            found = options[name][0].double()
+            torch.testing.assert_close(found, torch.tensor(exact).double(), rtol=1e-4, atol=1e-5)
+        assert not out.stats.kept[0][~counted].any() and not out.stats.trust[0][~counted].any()
+        assert out.stats.kept[0][own].any()
+    assert called == 2 * (2 if "num_generations" in more else 1)
+
+
+def broken(number: int) -> int:
+    """Fails.
+
+    Args:
+        number: Which.
+    """
+    raise RuntimeError(f"no connection for {number}")
+
+
+broken.__name__ = "doubled"
+
+
+def test_a_tool_that_raises(tmp_path):
+    """The student reads the error as the tool's answer, the log has its share, and the run goes on:
+    one call that fails is no reason to lose the others."""
+    trainer = make(tmp_path, tool=broken, per_device_train_batch_size=2)
+    step_and_compare(trainer, model(1))
+    (row,) = (row for row in split(trainer.batches) if (row["completion_ids"] == 3).any())
+    said = trainer._tokenizer.decode(
+        row["completion_ids"][row["completion_mask"].bool() & ~row["loss_mask"].bool()]
+    )
+    assert "{'error': 'no connection for 21'}" in said
+    (log,) = (log for log in trainer.state.log_history if "loss" in log)
+    assert log["tools/failure_frequency"] == 1.0
+
+
+def test_a_tool_that_is_interrupted(tmp_path):
+    """The checkpoint before is whole, and the resumed run is the one that was not interrupted."""
+    save = dict(save_strategy="steps", save_steps=1, max_steps=2, per_device_train_batch_size=2)
+    calls = []
+
+    def interrupted(number):
+        calls.append(number)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return 2 * number
+
+    interrupted.__name__, interrupted.__doc__ = "doubled", doubled.__doc__
+    interrupted.__annotations__ = doubled.__annotations__
+    whole = make(tmp_path / "whole", **save)
+    whole.train()
+    trainer = make(tmp_path / "run", tool=interrupted, **save)
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    resumed = make(tmp_path / "run", **save)
+    resumed.train(resume_from_checkpoint=True)
+    assert resumed.losses == whole.losses[1:]
+    for ours, theirs in zip(resumed.model.parameters(), whole.model.parameters()):
+        assert torch.equal(ours, theirs)
