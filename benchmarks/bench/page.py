@@ -78,9 +78,11 @@ def caption(results: Results, tokens: list[int], path: Path) -> str:
     size = f"{tokens[0]:,}" if len(tokens) == 1 else f"{tokens[0]:,} to {tokens[-1]:,}"
     versions = ", ".join(f"{name} {on[key]}" for key, name in VERSIONS.items() if key in on)
     ignored = f", {facts['ignored']:.0%} of them ignored" if facts.get("ignored") else ""
+    commit = on.get("commit", "an unknown commit")
+    commit = commit.replace("-dirty", " with uncommitted changes")
     text = (
         f"**{size} tokens**{ignored}, {results.shape}, {facts['dtype']}: `{facts['command']}` at "
-        f"{on.get('commit', 'an unknown commit')}; {on.get('gpu', on['cpu'])}; Python "
+        f"{commit}; {on.get('gpu', on['cpu'])}; Python "
         f"{on['python']}, {versions}"
     )
     picture = path.with_suffix(".png")

@@ -393,6 +393,10 @@ def test_new_results_have_their_halves_in_the_page(tmp_path):
                         "20.0 ms (19.0-21.5)", "1.04", "410k", "2 MB", "1.5e-3"]  # fmt: skip
     assert cells[3] == ["", "CCE", "", "", "not installed: pip install x", "", "", "", ""]
     assert "NVIDIA H200" in text and "`tropd bench` at an unknown commit" in " ".join(text.split())
+    Results(facts | {"machine": on | {"commit": "12ab-dirty"}}, rows).write(
+        tmp_path / "gpu_h200.json"
+    )
+    assert "at 12ab with uncommitted changes;" in " ".join(page.render(tmp_path).split())
 
 
 def test_stored_results_name_no_path_of_a_machine():

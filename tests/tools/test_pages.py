@@ -152,6 +152,16 @@ def test_the_settings_are_those_of_a_run(page: Path, folder: Path, tmp_path: Pat
         assert run_of.model and config.rules()
 
 
+def test_the_first_run_asks_for_no_flag(folder: Path, monkeypatch):
+    """As it stands, on any machine: transformers refuses bf16 where there is no GPU."""
+    from tropd_kernels import cli
+
+    (settings,) = blocks(ROOT / "docs" / "index.md", "yaml")
+    monkeypatch.chdir(folder)
+    (folder / "first.yaml").write_text(settings, "utf-8")
+    assert cli.parse_run(["--config", "first.yaml"])[1].rules()
+
+
 # --- commands ----------------------------------------------------------------------------------
 
 
