@@ -1,4 +1,4 @@
-"""Measurements: memory, speed and learning against eager PyTorch and the field."""
+"""Measurements: memory, speed and learning against eager PyTorch and other libraries."""
 
 from pathlib import Path
 

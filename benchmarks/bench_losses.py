@@ -3,8 +3,8 @@
     python -m pytest benchmarks --benchmark-columns=median,iqr,min,rounds --benchmark-autosave
     python -m pytest benchmarks --tokens 1024 --vocab-size 151936 --hidden-size 1024
 
-Eager, `torch.compile` and our backends, one after the other. For ratios, and for the field, use
-`tropd bench`, whose runs take turns.
+Eager, `torch.compile` and our backends, one after the other. For ratios, and for other
+libraries, use `tropd bench`, whose runs take turns.
 """
 
 import pytest

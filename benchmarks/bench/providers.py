@@ -1,4 +1,4 @@
-"""Who computes a loss: ours on each backend, eager PyTorch, the field, and the bare products.
+"""Who computes a loss: ours on each backend, eager PyTorch, other libraries, and the bare products.
 
 A provider says which losses it computes, whether it knows a soft cap, what it needs, and how it is
 built. `why_not` gives in one line why it cannot run here; a row of the table then says so.

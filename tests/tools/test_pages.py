@@ -13,6 +13,8 @@ import json
 import re
 import shlex
 from collections.abc import Iterator
+from dataclasses import replace
+from functools import wraps
 from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
@@ -124,6 +126,41 @@ def run(code: str, scope: dict[str, object], page: Path) -> None:
         with pytest.raises(Exception, match=re.escape(expected[2])) as raised:
             exec(program, scope)
     assert type(raised.value).__name__ == expected[1]
+
+
+def test_the_loop_passes_all_that_scales_its_heads(folder: Path, monkeypatch):
+    """In each call, or a reader's capped model trains another distribution than it samples from."""
+    import tropd_kernels
+    from tropd_kernels import functional, modules
+
+    taken = {"bias", "logit_scale", "softcap"}
+    missing = []
+
+    def watched(function):
+        @wraps(function)
+        def call(*given, **named):
+            teachers = [x for x in given if isinstance(x, tropd_kernels.HiddenTeacher)]
+            missing.append(taken - named.keys())
+            missing.extend({"cap of the teacher"} for x in teachers if x.softcap != 9.0)
+            return function(*given, **named)
+
+        return call
+
+    for name in ("linear_distillation_loss", "linear_log_probs"):
+        of_function = watched(getattr(functional, name))
+        monkeypatch.setattr(tropd_kernels, name, of_function, raising=False)
+        if hasattr(modules, name):
+            monkeypatch.setattr(modules, name, of_function)
+    head_of = tropd_kernels.heads.read_head
+    monkeypatch.setattr(
+        tropd_kernels.heads, "read_head", lambda model: replace(head_of(model), softcap=9.0)
+    )
+    monkeypatch.chdir(folder)
+    page = ROOT / "docs" / "guides" / "loop.md"
+    scope: dict[str, object] = {}
+    for code in blocks(page, "python"):
+        run(code, scope, page)
+    assert missing and not any(missing)
 
 
 def test_a_block_that_does_not_raise_what_it_says_fails():
