@@ -110,13 +110,13 @@ def advise_to_build() -> None:
 def _load() -> str | None:
     spec = find_spec("tropd_kernels._C")
     if spec is None or spec.origin is None:
-        where, hidden = "installation", _hidden_installation()
-        if hidden is not None:
-            where = (
-                f"source tree, {Path(__file__).resolve().parents[1]}, which comes before the "
-                f"installation in {hidden}: run from another folder, or build it here"
-            )
-        return f"csrc/ is not built in this {where}; to build it: {build_command()}"
+        hidden, built_by = _hidden_installation(), build_command()
+        if hidden is None:
+            return f"csrc/ is not built in this installation; to build it: {built_by}"
+        return (
+            f"csrc/ is not built in {Path(__file__).resolve().parents[1]}, which comes before the "
+            f"installation in {hidden}: run from another folder, or build it here: {built_by}"
+        )
     try:
         torch.ops.load_library(spec.origin)
         best = next(filter(_allowed, torch.ops.tropd_native.instruction_sets()))
