@@ -49,6 +49,7 @@ def test_no_key_is_overlooked():
         ({"token_healing": True}, "would not be the data set's"),
         ({"continuous_batching_config": {}}, "in one batch"),
         ({"min_length": 8}, "set min_new_tokens"),
+        ({"encoder_repetition_penalty": 1.5}, "it favours the padding before a prompt"),
         ({"pad_token_id": -1}, "padded by the tokenizer's token"),
         ({"pad_token_id": 5000}, "padded by the tokenizer's token"),
         ({"bos_token_id": 5}, "prompts come as ids"),
@@ -115,7 +116,6 @@ def test_settings_that_generation_kwargs_leave_without_effect(given, setting, wo
         ({"begin_suppress_tokens": [2]}, []),
         ({"exponential_decay_length_penalty": [6, 3.0]}, None),
         ({"guidance_scale": 1.5}, 1.0),
-        ({"encoder_repetition_penalty": 1.5}, 1.0),
         ({"encoder_no_repeat_ngram_size": 2}, 0),
     ],
     ids=str,
@@ -170,7 +170,6 @@ def test_prompt_lookup(tmp_path):
         ({"no_repeat_ngram_size": 1.5}, "expected a whole number, got 1.5"),
         ({"num_beams": 0}, "must be in"), ({"min_new_tokens": -3}, "must be in"),
         ({"min_new_tokens": 2.5}, "expected a whole number"),
-        ({"encoder_repetition_penalty": -1.0}, "must be in"),
         ({"encoder_no_repeat_ngram_size": -1}, "must be in"),
         ({"prefill_chunk_size": 0}, "must be in"), ({"prompt_lookup_num_tokens": 0}, "must be in"),
         ({"do_sample": "no"}, "expected true or false, got 'no'"), ({"use_cache": 3}, "expected t"),
@@ -282,7 +281,7 @@ def test_values_of_which_a_sampler_is_made(tmp_path):
     given = {
         "sequence_bias": {(5,): 1.0}, "bad_words_ids": [[5, 6]], "suppress_tokens": [7],
         "exponential_decay_length_penalty": (2, 1.1), "guidance_scale": 1.5, "min_new_tokens": 2,
-        "encoder_repetition_penalty": 1.1, "no_repeat_ngram_size": 3, "num_beams": 2,
+        "no_repeat_ngram_size": 3, "num_beams": 2,
         "begin_suppress_tokens": [8], "typical_p": 0.9, "epsilon_cutoff": 0.01, "eta_cutoff": 0.01,
         "encoder_no_repeat_ngram_size": 3, "renormalize_logits": True, "watermarking_config": {},
         "top_h": 0.9, "min_p": 0.1, "repetition_penalty": 1.1, "remove_invalid_values": True,
@@ -309,6 +308,35 @@ def test_a_cache_that_cannot_be_made(tmp_path):
             ValueError, match="^cache_implementation: 'quantized' .* optimum-quanto"
         ):
             make(tmp_path, objective="gkd", **QUANTIZED)
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"repetition_penalty": 1.3},
+        {"generation_kwargs": {"no_repeat_ngram_size": 1}},
+        {"generation_kwargs": {"encoder_no_repeat_ngram_size": 1}},
+    ],
+    ids=str,
+)
+def test_padding_that_is_an_end_is_not_counted_as_written(tmp_path, given, monkeypatch):
+    """Padded rows once ended later than the same rows alone."""
+    make(tmp_path, objective="gkd", **given)
+    end = tiny.tokenizer()
+    end.pad_token = end.eos_token
+    monkeypatch.setattr(tiny, "tokenizer", lambda: end)
+    words = r"_(penalty|ngram_size): .* give the tokenizer a pad_token"
+    with pytest.raises(ValueError, match=words):
+        make(tmp_path, objective="gkd", **given)
+    make(tmp_path, objective="gkd", repetition_penalty=1.0)
+
+
+def test_a_cache_beside_a_model_that_wants_none(tmp_path):
+    student = tiny.model(0)
+    student.generation_config.use_cache = False
+    with pytest.raises(ValueError, match="^cache_implementation: 'static' .*set use_cache true"):
+        make(tmp_path, student, objective="gkd", **STATIC)
+    make(tmp_path, student, objective="gkd", **STATIC, generation_kwargs={"use_cache": True})
 
 
 def test_two_temperatures(tmp_path):

@@ -204,7 +204,15 @@ def test_of_an_answer_that_the_teacher_writes(tmp_path):
         (dict(prefix_relative=True), "prefix_relative: .* prefix_schedule is 'none'"),
         (dict(RELATIVE, prefix_length=4), "prefix_relative: .* and prefix_length 4: .* leave pref"),
         (dict(RELATIVE, lmbda=0.0), "prefix_relative: it would have no effect: with lmbda 0"),
+        (
+            dict(lmbda=0.0, prefix_schedule="constant", prefix_length=2),
+            "prefix_length: it would have no effect: with lmbda 0",
+        ),
         (dict(RELATIVE, precomputed_teacher=True), "prefix_relative: with precomputed_teacher"),
+        (
+            dict(accelerator_config={"dispatch_batches": True}),
+            "accelerator_config: with dispatch_batches",
+        ),
         (dict(prefix_schedule="cosine"), "prefix_length: 0 with prefix_schedule 'cosine': give bo"),
     ],
 )
@@ -222,7 +230,13 @@ def test_refused_by_the_config(settings, key):
             ["  w1", None, " w3", " w4"],
             "teacher_completion: .* 'w7 w8 w9' is empty: drop",
         ),
-        (dict(lmbda=0.0, num_generations=2), [" w1"] * 4, "num_generations: with lmbda 0 all 2"),
+        (dict(lmbda=0.0, num_generations=2), [" w1"] * 4, "num_generations: .*with lmbda 0"),
+        (dict(lmbda=0.0, top_p=0.3), [" w1"] * 4, "top_p: .* with lmbda 0 completions are the te"),
+        (
+            dict(lmbda=0.0, generation_kwargs={"num_beams": 3}),
+            [" w1"] * 4,
+            "generation_kwargs: .* with lmbda 0 completions are the texts in teacher_completion",
+        ),
     ],
 )
 def test_refused_before_a_model_is_loaded(tmp_path, settings, texts, error):

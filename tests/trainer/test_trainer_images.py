@@ -235,7 +235,7 @@ def test_an_answer_in_parts(tmp_path):
     answer = [{"role": "assistant", "content": [{"type": "text", "text": "w5 w6"}]}]
     data = vision.prompts(8, teacher_completion=[answer] * 8).remove_columns("prompt")
     data = data.add_column("prompt", talk)
-    trainer = make(tmp_path, "gemma3", data, lmbda=0.0)
+    trainer = make(tmp_path, "gemma3", data, lmbda=0.0, generation_kwargs=None)
     trainer.train()
     assert all(completion == [10, 11, 3] for *_, completion in rows_of(trainer, data))
 

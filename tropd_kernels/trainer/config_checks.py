@@ -274,16 +274,17 @@ def check_prefix(config: Config) -> None:
             f"of it later, but prefix_schedule is {config.prefix_schedule!r} and prefix_length "
             f"{config.prefix_length}: choose a schedule, and leave prefix_length out"
         )
-    if config.prefix_relative and config.lmbda == 0:
-        raise ValueError(
-            "prefix_relative: it would have no effect: with lmbda 0 every completion is a whole "
-            "answer: raise lmbda, or leave prefix_relative and prefix_schedule out"
-        )
     given = config.prefix_relative or config.prefix_length > 0
     if (config.prefix_schedule != "none") != given:
         raise ValueError(
             f"prefix_length: {config.prefix_length} with prefix_schedule "
             f"{config.prefix_schedule!r}: give both, or neither; or prefix_relative with a schedule"
+        )
+    if given and config.lmbda == 0:
+        key = "prefix_relative" if config.prefix_relative else "prefix_length"
+        raise ValueError(
+            f"{key}: it would have no effect: with lmbda 0 every completion is a whole answer: "
+            f"raise lmbda, or leave {key} and prefix_schedule out"
         )
     if config.prefix_length > config.max_completion_length:
         raise ValueError(
@@ -299,6 +300,12 @@ def check_prefix(config: Config) -> None:
 
 def check_generations(config: Config) -> None:
     _at_least("num_generations", config.num_generations, 1)
+    if getattr(config.accelerator_config, "dispatch_batches", None):
+        raise ValueError(
+            "accelerator_config: with dispatch_batches the first process sends its batches to the "
+            "others, which takes tensors, and rows are text until they are generated from: leave "
+            "it out"
+        )
     each = config.per_device_train_batch_size * config.gradient_accumulation_steps
     batch = each * config.world_size
     if batch % config.num_generations:

@@ -274,13 +274,16 @@ def check_conditions(args: Any) -> None:
 
 
 def check_inputs(args: Any, tools: Any, datasets: Mapping[str, Any], teacher_prompts: bool) -> None:
-    """Raises ValueError for settings of tools, or of a chat template, that are not used.
+    """Raises ValueError for settings of tools, a chat template or a sampler that are not used.
 
     teacher_prompts: whether a teacher reads the column of that name where there is one.
     """
     if args.max_tool_calling_iterations is not None and not tools:
         key = "max_tool_calling_iterations"
         raise no_effect(args, key, "there are no tools", "give tools to TrOPDTrainer")
+    columns = [present or () for _, _, present in data_sets(datasets)]
+    if args.lmbda == 0 and columns and all(args.prefix_column in some for some in columns):
+        refuse(args, _SAMPLING, f"with lmbda 0 completions are the texts in {args.prefix_column}")
     features = [getattr(data, "features", None) or {} for _, data, _ in data_sets(datasets)]
     text = all(_is_text(one, "prompt") for one in features)
     if teacher_prompts:

@@ -34,6 +34,7 @@ _NOT_TAKEN = {
     "forced_eos_token_id": "an end that the model did not write would be learned",
     "max_time": "how much is written would depend on the machine: lower max_completion_length",
     "min_length": "it counts the prompt with its padding: set min_new_tokens",
+    "encoder_repetition_penalty": "it favours the padding before a prompt: leave it out",
     "bos_token_id": _OF_THE_TOKENIZER, "pad_token_id": _OF_THE_TOKENIZER,
     "return_dict_in_generate": _IDS_ALONE, "output_scores": _IDS_ALONE,
     "output_logits": _IDS_ALONE, "output_attentions": _IDS_ALONE,
@@ -107,7 +108,7 @@ _CONDITIONS: tuple[tuple[tuple[str, ...], Callable[[Mapping[str, Any]], bool], s
 #: written before it.
 _FROM_THE_FIRST_TOKEN = (
     "min_new_tokens", "begin_suppress_tokens", "exponential_decay_length_penalty",
-    "guidance_scale", "encoder_repetition_penalty", "encoder_no_repeat_ngram_size",
+    "guidance_scale", "encoder_no_repeat_ngram_size",
     "min_tokens", "presence_penalty", "frequency_penalty", "structured_outputs", "guided_decoding",
     "thinking_token_budget",
 )  # fmt: skip
@@ -282,3 +283,26 @@ def _behind_a_prefix(key: str) -> str:
         f"{key} goes by where the student begins to write, and would take the teacher's prefix for "
         "a part of the prompt: set prefix_schedule 'none', or leave it out"
     )
+
+
+def check_padding_is_no_end(
+    given: Mapping[str, Any], pad: int | None, ends: Collection[int]
+) -> None:
+    """Raises ValueError for settings that take the padding before a prompt for tokens written.
+
+    They would keep a padded row from ending where the padding is an end. given: All settings of
+    transformers' sampler.
+    """
+    if pad not in ends:
+        return
+    for name, counts in (
+        ("repetition_penalty", given.get("repetition_penalty") not in WHOLE["repetition_penalty"]),
+        ("no_repeat_ngram_size", given.get("no_repeat_ngram_size") == 1),
+        ("encoder_no_repeat_ngram_size", given.get("encoder_no_repeat_ngram_size") == 1),
+    ):
+        if counts:
+            raise ValueError(
+                f"{name}: transformers counts the padding before a prompt as written, and the "
+                f"tokenizer pads with {pad}, an end of completions, which padded rows would write "
+                "less: give the tokenizer a pad_token of its own, or leave it out"
+            )

@@ -162,6 +162,11 @@ def check_cache(model: Any, config: GenerationConfig) -> None:
     kind = config.cache_implementation
     if kind is None:
         return
+    if config.use_cache is None and getattr(model.generation_config, "use_cache", None) is False:
+        raise ValueError(
+            f"cache_implementation: {kind!r} would have no effect: the student's generation_config "
+            "has use_cache False: set use_cache true in generation_kwargs, or leave it out"
+        )
     takes = getattr(model, "_supports_default_dynamic_cache", None)
     if takes is not None and not takes():
         raise ValueError(

@@ -47,7 +47,7 @@ from .data_checks import (
     known_columns,
 )
 from .effects import check_inputs, check_optimizers
-from .generation_keys import check_generation_ids, check_lookup
+from .generation_keys import check_generation_ids, check_lookup, check_padding_is_no_end
 from .loaded_teacher import check_models
 from .patching import base_of
 from .prefix import prefix_mask
@@ -202,6 +202,9 @@ class TrOPDTrainer(RewardedTrainer):
         check_rows(train_dataset, each * self.accelerator.num_processes, args.num_generations)
         if not self.use_vllm:
             sampling.check_cache(base_of(self.model), self.generation_config)
+            check_padding_is_no_end(
+                sampling.settings(args), self._tokenizer.pad_token_id, self.eos_token_ids
+            )
             if args.generation_kwargs:
                 sampling.check_processors(base_of(self.model), self.generation_config)
                 check_generation_ids(
