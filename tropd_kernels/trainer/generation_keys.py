@@ -285,16 +285,14 @@ def _behind_a_prefix(key: str) -> str:
     )
 
 
-def check_padding_is_no_end(
-    given: Mapping[str, Any], pad: int | None, ends: Collection[int]
-) -> None:
+def check_padding_is_no_end(args: Any, pad: int | None, ends: Collection[int]) -> None:
     """Raises ValueError for settings that take the padding before a prompt for tokens written.
 
-    They would keep a padded row from ending where the padding is an end. given: All settings of
-    transformers' sampler.
+    They would keep a padded row from ending where the padding is an end. args: a `TrOPDConfig`.
     """
     if pad not in ends:
         return
+    given = settings(args)
     for name, counts in (
         ("repetition_penalty", given.get("repetition_penalty") not in WHOLE["repetition_penalty"]),
         ("no_repeat_ngram_size", given.get("no_repeat_ngram_size") == 1),

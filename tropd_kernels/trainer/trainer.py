@@ -202,9 +202,7 @@ class TrOPDTrainer(RewardedTrainer):
         check_rows(train_dataset, each * self.accelerator.num_processes, args.num_generations)
         if not self.use_vllm:
             sampling.check_cache(base_of(self.model), self.generation_config)
-            check_padding_is_no_end(
-                sampling.settings(args), self._tokenizer.pad_token_id, self.eos_token_ids
-            )
+            check_padding_is_no_end(args, self._tokenizer.pad_token_id, self.eos_token_ids)
             if args.generation_kwargs:
                 sampling.check_processors(base_of(self.model), self.generation_config)
                 check_generation_ids(
