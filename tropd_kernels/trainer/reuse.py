@@ -10,9 +10,9 @@ from typing import Any
 
 import torch
 from datasets import IterableDataset
-from trl import DistillationTrainer  # type: ignore[attr-defined]
 from trl.trainer.utils import RepeatSampler, repeat_iterable_dataset
 
+from .checkpoints import RenamedCheckpoints
 from .patching import replaced
 from .sharding import holds_on_all
 
@@ -36,7 +36,7 @@ class EpochSampler(RepeatSampler):
         return super().__iter__()
 
 
-class BatchReuse(DistillationTrainer):
+class BatchReuse(RenamedCheckpoints):
     """`DistillationTrainer` with a reproducible order of rows, and several steps per batch."""
 
     args: Any

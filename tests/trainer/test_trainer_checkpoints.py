@@ -1,0 +1,79 @@
+"""A checkpoint's weights come back, under whatever names transformers has saved them."""
+
+import copy
+
+import pytest
+import tiny
+import torch
+import transformers
+from training import Spy, make
+
+MOE = dict(
+    kind=transformers.Qwen3MoeForCausalLM, config=transformers.Qwen3MoeConfig, num_experts=4,
+    num_experts_per_tok=2, moe_intermediate_size=16, head_dim=8, decoder_sparse_step=1,
+)  # fmt: skip
+IMAGES = ("qwen2_vl", "gemma3")
+
+
+class Weights(transformers.TrainerCallback):
+    """The model before the first step of a run, and after each."""
+
+    def __init__(self):
+        self.after = {}
+
+    def on_train_begin(self, args, state, control, model, **_):
+        self.first = copy.deepcopy(model.state_dict())
+
+    def on_step_end(self, args, state, control, model, **_):
+        self.after[state.global_step] = copy.deepcopy(model.state_dict())
+
+
+def trainer_of(folder, kind, seed, **settings):
+    settings = dict(
+        objective="gkd", max_steps=3, save_strategy="steps", save_steps=1, learning_rate=0.1,
+        generation_kwargs={"do_sample": False},
+    ) | settings  # fmt: skip
+    data, student, teacher = tiny.prompts(), None, None
+    if kind in IMAGES:
+        pytest.importorskip("PIL", reason="images need pillow")
+        import vision
+
+        data, student, teacher = vision.prompts(8), vision.model(kind, seed), vision.model(kind, 1)
+        processor = vision.processor(kind)
+        make_one = lambda *arguments, **more: Spy(
+            *arguments, **more | {"processing_class": processor}
+        )
+    else:
+        student, teacher = tiny.model(seed, **MOE), tiny.model(1, **MOE)
+        make_one = Spy
+    evaluate = data.select(range(4)) if "eval_strategy" in settings else None
+    trainer = make(folder, student, teacher, data, evaluate, kind=make_one, **settings)
+    trainer.weights = Weights()
+    trainer.add_callback(trainer.weights)
+    return trainer
+
+
+def equal(found, expected):
+    return [name for name in expected if not torch.equal(found[name], expected[name])] == []
+
+
+@pytest.mark.parametrize("kind", ["qwen3_moe", *IMAGES])
+def test_a_resumed_run_has_the_checkpoint_s_weights(tmp_path, kind):
+    whole = trainer_of(tmp_path, kind, 0)
+    whole.train()
+    resumed = trainer_of(tmp_path, kind, 9)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    assert equal(resumed.weights.first, whole.weights.after[2])
+    assert equal(resumed.weights.after[3], whole.weights.after[3])
+
+
+@pytest.mark.parametrize("kind", ["qwen3_moe", "qwen2_vl"])
+def test_the_best_checkpoint_is_loaded(tmp_path, kind):
+    trainer = trainer_of(
+        tmp_path, kind, 0, eval_strategy="steps", eval_steps=1, load_best_model_at_end=True,
+        metric_for_best_model="eval_loss", greater_is_better=True, save_total_limit=5,
+    )  # fmt: skip
+    trainer.train()
+    best = int(trainer.state.best_model_checkpoint.rsplit("-", 1)[1])
+    assert best < 3  # so that it is not what the run ends with
+    assert equal(trainer.model.state_dict(), trainer.weights.after[best])
