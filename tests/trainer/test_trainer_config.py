@@ -34,6 +34,7 @@ from tropd_kernels.trainer import TrOPDConfig, other_keys
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
 HERE = dict(use_cpu=True, bf16=False, report_to="none")
 URL = "http://127.0.0.1:1"
+SHRINKS = dict(prefix_schedule="linear", prefix_length=4)
 
 
 def config(**settings) -> TrOPDConfig:
@@ -197,6 +198,10 @@ def test_knobs_are_the_constructor_s(name):
         ({"prefix_schedule": "linear", "prefix_length": 600}, "prefix_length: 600 is more than"),
         ({"prefix_fraction": 1.5}, "prefix_fraction: must be in [0, 1]"),
         ({"prefix_steps": -1}, "prefix_steps"),
+        (SHRINKS | {"prefix_steps": 0}, "prefix_steps: must be a whole number of at least 1"),
+        (SHRINKS | {"prefix_fraction": 0.0}, "prefix_fraction: 0.0 of the run's steps are none"),
+        (SHRINKS | {"prefix_fraction": 0.05, "max_steps": 10},
+         "prefix_fraction: 0.05 of the run's steps are none, of 10: "),
         ({"kl_discount_factor": 1.1}, "kl_discount_factor: must be in [0, 1]"),
         ({"kl_discount_factor": 0.9, "objective": "gkd"}, "kl_discount_factor: objective 'gkd'"),
         ({"importance_gamma": -1.0}, "importance_gamma: must be in"),

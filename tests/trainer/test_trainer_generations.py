@@ -213,6 +213,7 @@ def test_of_an_answer_that_the_teacher_writes(tmp_path):
             dict(accelerator_config={"dispatch_batches": True}),
             "accelerator_config: with dispatch_batches",
         ),
+        (dict(accelerator_config={"split_batches": True}), "accelerator_config: with split_batch"),
         (dict(prefix_schedule="cosine"), "prefix_length: 0 with prefix_schedule 'cosine': give bo"),
     ],
 )

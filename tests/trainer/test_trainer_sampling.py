@@ -286,6 +286,14 @@ def test_keys_of_vllm_that_are_empty(tmp_path):
         assert (sampling_warning(args) is not None) == warns
 
 
+def test_a_watermark_by_default_values_is_another_sampler(tmp_path):
+    """transformers' own bias is 2."""
+    given = {"watermarking_config": {}, "sequence_bias": {}}
+    settings = dict(bf16=False, use_cpu=True, report_to="none", generation_kwargs=given)
+    args = TrOPDConfig(str(tmp_path), **settings)
+    assert (sampling_warning(args) or "").startswith("watermarking_config {}: completions are not")
+
+
 @pytest.mark.parametrize("peaked", [False, True])
 def test_what_k1_learns_from_a_truncated_sampler(peaked):
     """Its expected gradient, by enumeration: 1/m of the reverse KL's on the kept ids, so 0 where p

@@ -95,19 +95,40 @@ def test_keys_that_are_set_already():
 
 
 def test_processors():
-    """Their own template counts, not the tokenizer's, and they take keys for images as well."""
+    """Their own template counts, not the tokenizer's."""
     pytest.importorskip("PIL", reason="images need pillow")
     import vision
 
     processor = vision.processor("qwen2_vl")
     processor.tokenizer.chat_template = READS
-    for given in ({"padding": True}, {"min_pixels": 4}, {"do_resize": False}, {"images_kwargs": {}},
-                  {"processor_kwargs": {}}):  # fmt: skip
+    for given in ({"padding": True}, {"truncation": True}, {"text_kwargs": {}}):
         check_template_keys(given, processor, None, ())
     with pytest.raises(ValueError, match="^chat_template_kwargs: 'enable_thinking' would have no "):
         check_template_keys(THINKS, processor, None, ())
     processor.chat_template = READS
     check_template_keys(THINKS, processor, None, ())
+
+
+@pytest.mark.parametrize(
+    ("kind", "given"),
+    [
+        ("qwen2_vl", {"min_pixels": 4}), ("qwen2_vl", {"do_rescale": False}),
+        ("gemma3", {"do_normalize": False}), ("gemma3", {"do_pan_and_scan": True}),
+        ("gemma3", {"images_kwargs": {"do_resize": False}}),
+        ("llava_next", {"image_mean": [0.1, 0.1, 0.1]}),
+        ("idefics3", {"processor_kwargs": {"images_kwargs": {"do_normalize": False}}}),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_options_of_images(kind, given):
+    """Completions would be written from other pixels than those that the loss reads."""
+    pytest.importorskip("PIL", reason="images need pillow")
+    import vision
+
+    (key,) = given
+    words = f"^chat_template_kwargs: '{key}' .* the loss.*: set it on processing_class.image_proc"
+    with pytest.raises(ValueError, match=words):
+        check_template_keys(given, vision.processor(kind), None, ())
 
 
 @pytest.mark.parametrize("template", [READS, tiny.TEMPLATE])

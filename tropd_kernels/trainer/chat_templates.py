@@ -43,6 +43,13 @@ def check_template_keys(
             raise ValueError(
                 f"chat_template_kwargs: {key!r} is the trainer's own: {_SET_ALREADY[key]}"
             )
+    for key in given or ():
+        if key in _of_images(processor):
+            raise ValueError(
+                f"chat_template_kwargs: {key!r} would change the images that completions are "
+                "written from, and not those that the loss reads: set it on "
+                "processing_class.image_processor"
+            )
     # transformers_modules, for instance, comes from the hub.
     if not given or not type(processor).apply_chat_template.__module__.startswith("transformers."):
         return
@@ -75,6 +82,17 @@ def _variables(template: str) -> set[str]:
     """Names that the template reads without setting them first."""
     environment = chat_template_utils._compile_jinja_template(template).environment
     return set(meta.find_undeclared_variables(environment.parse(template)))
+
+
+def _of_images(processor: Any) -> set[str]:
+    """Keys that a processor passes to its image processor."""
+    part = getattr(processor, "image_processor", None)
+    if part is None:
+        return set()
+    own = getattr(getattr(part, "valid_kwargs", None), "__annotations__", {})
+    groups = getattr(getattr(processor, "valid_processor_kwargs", None), "__annotations__", {})
+    of_group = getattr(groups.get("images_kwargs"), "__annotations__", {})
+    return {"images_kwargs", "processor_kwargs", *own, *of_group} - {"return_tensors"}
 
 
 def _arguments(processor: Any) -> set[str]:

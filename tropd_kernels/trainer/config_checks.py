@@ -15,8 +15,9 @@ from .best_model import set_mode
 from .credentials import check_address
 from .effects import check_effects, refuse
 from .generation_keys import check_generation_keys
-from .prefix import SCHEDULES
+from .prefix import SCHEDULES, shrinking_steps
 from .protocols import PROTOCOLS
+from .sampling import settings
 from .signals import check_served
 from .special_tokens import check_map
 from .vllm_keys import check_vllm_keys
@@ -212,6 +213,10 @@ def check_rewards(config: Config) -> None:
         alone = "precomputed_teacher nothing is generated"
     elif not config.use_vllm and not (config.generation_kwargs or {}).get("do_sample", True):
         alone = "do_sample False in generation_kwargs these are all the same"
+    else:
+        for name, one in (("top_k", 1), ("top_p", 0), ("min_p", 1)):
+            if settings(config)[name] == one:
+                alone = f"{name} {settings(config)[name]} these are all the same"
     if alone is not None:
         raise ValueError(
             f"{key}: a verifier's advantages are relative to the other completions of a prompt, "
@@ -293,7 +298,9 @@ def check_prefix(config: Config) -> None:
         )
     _within("prefix_fraction", config.prefix_fraction, 0.0, 1.0)
     if config.prefix_steps is not None:
-        _at_least("prefix_steps", config.prefix_steps, 0)
+        _at_least("prefix_steps", config.prefix_steps, 1)
+    if config.max_steps > 0 or config.prefix_fraction == 0:
+        shrinking_steps(config, config.max_steps)
     if config.max_workspace_bytes is not None:
         _at_least("max_workspace_bytes", config.max_workspace_bytes, 1)
 
@@ -305,6 +312,12 @@ def check_generations(config: Config) -> None:
             "accelerator_config: with dispatch_batches the first process sends its batches to the "
             "others, which takes tensors, and rows are text until they are generated from: leave "
             "it out"
+        )
+    if getattr(config.accelerator_config, "split_batches", None):
+        raise ValueError(
+            "accelerator_config: with split_batches the processes would share out what each "
+            "already has for itself, and train on some prompts twice and on others never: leave it "
+            "out"
         )
     each = config.per_device_train_batch_size * config.gradient_accumulation_steps
     batch = each * config.world_size

@@ -16,7 +16,15 @@ from trl.data_utils import prepare_multimodal_messages
 from . import signals
 from .adapter import DistillationAdapter
 from .data_checks import check_answers, missing_guide_error, refuse_images
-from .prefix import column_ids, cut, have_column, is_complete, row_images, scheduled_length
+from .prefix import (
+    column_ids,
+    cut,
+    have_column,
+    is_complete,
+    row_images,
+    scheduled_length,
+    shrinking_steps,
+)
 from .served_teacher import ServedTeacher
 from .server import TeacherServerError
 from .stops import how_to_resume
@@ -36,9 +44,8 @@ class GuidedTrainer(DistillationAdapter):
         Args:
             answer: Tokens of the teacher's answer, which count with `prefix_relative`.
         """
-        args, step, steps = self.args, self.state.global_step, self.args.prefix_steps
-        if steps is None:
-            steps = round(args.prefix_fraction * self.state.max_steps)
+        args, step = self.args, self.state.global_step
+        steps = shrinking_steps(args, self.state.max_steps)
         initial = answer if args.prefix_relative else args.prefix_length
         return scheduled_length(args.prefix_schedule, initial, step, steps)
 

@@ -29,6 +29,24 @@ _ALPHA: dict[str, Callable[[float], float]] = {
 }
 
 
+def shrinking_steps(args: Any, max_steps: int) -> int:
+    """Optimizer steps after which a prefix that shrinks is gone.
+
+    Raises ValueError where no step would have one. args: a `TrOPDConfig`. max_steps: the run's.
+    """
+    if args.prefix_steps is not None:
+        return args.prefix_steps
+    steps = round(args.prefix_fraction * max_steps)
+    if steps < 1 and args.prefix_schedule not in ("none", "constant"):
+        of = f", of {max_steps}" if max_steps > 0 else ""
+        raise ValueError(
+            f"prefix_fraction: {args.prefix_fraction} of the run's steps are none{of}: no "
+            "completion would have a prefix: raise it, or set prefix_steps, or prefix_schedule "
+            "'none'"
+        )
+    return steps
+
+
 def scheduled_length(schedule: str, initial: int, step: int, steps: int) -> int:
     """Length of the prefix in tokens at this step, counted from 0.
 

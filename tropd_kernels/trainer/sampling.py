@@ -50,6 +50,7 @@ WHOLE: dict[str, tuple[Any, ...]] = {
     "guidance_scale": (1.0, None),
     "encoder_repetition_penalty": (1.0, None),
     "token_healing": (False, None),
+    "watermarking_config": (None,),  # {} is a watermark, by transformers' defaults
 } | dict.fromkeys(
     ("no_repeat_ngram_size", "encoder_no_repeat_ngram_size", "min_length", "min_new_tokens",
      "epsilon_cutoff", "eta_cutoff", "diversity_penalty", "penalty_alpha", "presence_penalty",
@@ -97,7 +98,7 @@ def off_policy_settings(args: Any) -> dict[str, Any]:
     return {
         name: value
         for name, value in given.items()
-        if name not in _HARMLESS and value not in ([], {}, *whole.get(name, (None,)))
+        if name not in _HARMLESS and value not in whole.get(name, (None, [], {}))
     }
 
 
