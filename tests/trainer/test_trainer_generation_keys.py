@@ -12,6 +12,7 @@ import tiny
 import torch
 import transformers
 from training import make
+from transformers.generation.configuration_utils import ALL_CACHE_IMPLEMENTATIONS
 
 from tropd_kernels.trainer import TrOPDConfig, generation_keys, sampling
 
@@ -296,6 +297,9 @@ def test_a_cache_that_cannot_be_made(tmp_path):
         ValueError, match="^cache_implementation: 'static' would have no effect: a R"
     ):
         make(tmp_path, student, **STATIC)
+    for kind in [kind for kind in ALL_CACHE_IMPLEMENTATIONS if "offloaded" in kind]:
+        with pytest.raises(ValueError, match=f"^cache_implementation: '{kind}' .* on a CPU"):
+            make(tmp_path, cache_implementation=kind)
     for given, words in (
         ({"backend": "of tomorrow"}, "of tomorrow"),
         ({"backend": "fp8", "bits": 3}, "bits"),

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
+import transformers
 
 pytest.importorskip("trl", reason="the trainer needs trl")
 pytest.importorskip("PIL", reason="images need pillow")
@@ -17,6 +20,7 @@ from training import make as text_trainer
 from trl.data_utils import prepare_multimodal_messages
 
 from tropd_kernels.trainer import TrOPDConfig
+from tropd_kernels.trainer.generation_keys import check_prefill
 from tropd_kernels.trainer.prefix import row_images
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
@@ -353,3 +357,41 @@ def test_two_columns_of_images(tmp_path):
         trainer = make(tmp_path, "qwen2_vl", rows, shuffle_dataset=False)
         with pytest.raises(ValueError, match=f"^{name}: it would not be read"):
             trainer.train()
+
+
+@pytest.mark.parametrize("kind", ["gemma3", "paligemma", "llava_next", "qwen2_vl"])
+def test_prompts_read_in_chunks(tmp_path, kind):
+    """Refused where a token attends to later ones; the others write what they would at once."""
+    data = list(vision.prompts(8, kind))
+    greedy = {"do_sample": False}
+    if kind in ("gemma3", "paligemma"):
+        with pytest.raises(
+            ValueError, match=f"^generation_kwargs: 'prefill_chunk_size': .* {kind}"
+        ):
+            make(tmp_path, kind, data, generation_kwargs=greedy | {"prefill_chunk_size": 3})
+        return
+    chunks = make(tmp_path, kind, data, generation_kwargs=greedy | {"prefill_chunk_size": 3})
+    chunks.train()
+    whole = make(tmp_path, kind, data, generation_kwargs=greedy)
+    whole.train()
+    assert torch.equal(chunks.batches[0]["completion_ids"], whole.batches[0]["completion_ids"])
+
+
+@pytest.mark.skipif(not hasattr(transformers, "HrmTextConfig"), reason="transformers has no HRM")
+def test_which_models_attend_to_later_tokens():
+    def check(config, sees_images):
+        args = SimpleNamespace(generation_kwargs={"prefill_chunk_size": 3}, use_vllm=False)
+        check_prefill(args, config, sees_images)
+
+    both = transformers.Gemma4TextConfig(use_bidirectional_attention="vision")
+    for config, sees_images in (
+        (transformers.Gemma3Config(), True),
+        (transformers.Gemma4Config(text_config=both), True),
+        (transformers.HrmTextConfig(), False),
+    ):
+        with pytest.raises(ValueError, match=f"'prefill_chunk_size': .* {config.model_type} "):
+            check(config, sees_images)
+    check(transformers.Gemma3Config(), False)  # prompts of text
+    check(transformers.Gemma3TextConfig(), False)
+    check(transformers.Gemma4Config(text_config=transformers.Gemma4TextConfig()), True)
+    check(transformers.HrmTextConfig(prefix_lm=False), False)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import re
 from types import SimpleNamespace
 
 import pytest
@@ -152,8 +153,14 @@ def test_prefix_beyond_the_context(tmp_path):
     trainer = make(
         tmp_path, data=data, max_completion_length=58, prefix_schedule="constant", prefix_length=58
     )
-    with pytest.raises(ValueError, match="exceed the student's context of 64"):
+    words = (
+        r"a prompt of (\d+) tokens, its prefix of (\d+) and (\d+) .* the student's context of 64"
+    )
+    with pytest.raises(ValueError, match=f"^{words}") as error:
         trainer.train()
+    prompt, prefix, rest = map(int, re.match(words, str(error.value)).groups())
+    assert prompt <= max(len(text.split()) for text in data["prompt"])
+    assert (prefix, rest) == (50, 58 - 2)
 
 
 def test_prompt_beyond_the_context(tmp_path):

@@ -127,18 +127,28 @@ def check_context(
     completion: int,  # tokens
     configs: Mapping[str, Any],
     tokenizer: PreTrainedTokenizerBase,
+    prefixes: Sequence[int] = (),
 ) -> None:
     """Raises ValueError where a prompt and a completion of full length exceed a model's context.
 
     An unknown context (`context_of`) is no limit. completion is 0 where the ids include it.
+    prefixes: Lengths of the prefixes at the ends of the ids, if there are any; completion is what
+    follows them.
     """
     for side, config in configs.items():
         context = context_of(config)
-        for ids in prompt_ids if context is not None else ():
+        for row, ids in enumerate(prompt_ids if context is not None else ()):
             if len(ids) + completion > context:
                 start = tokenizer.decode(ids[:16])
                 what, remedy = f"a prompt with its completion, {len(ids)} tokens,", ""
-                if completion:
+                if prefixes:
+                    what = (
+                        f"a prompt of {len(ids) - prefixes[row]} tokens, its prefix of "
+                        f"{prefixes[row]} and {completion} more, which the batch's shortest prefix "
+                        "leaves of max_completion_length,"
+                    )
+                    remedy = ", or lower max_completion_length or the prefixes' length"
+                elif completion:
                     what = f"a prompt of {len(ids)} tokens and max_completion_length {completion}"
                     remedy = ", or lower max_completion_length"
                 raise ValueError(

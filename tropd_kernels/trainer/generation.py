@@ -27,6 +27,7 @@ from .fields import (
     mark_written,
     read_fields,
 )
+from .generation_keys import check_prefill
 from .hooks import MULTIMODAL_FIELDS
 from .metric_logs import MetricLogs
 from .patching import evaluation_mode, replaced
@@ -50,6 +51,7 @@ class PrefixedGeneration(MetricLogs):
 
     def __init__(self, *arguments: Any, **keywords: Any):
         super().__init__(*arguments, **keywords)
+        check_prefill(self.args, self.model.config, self._is_vlm)
         if self._is_vlm and "suppress_tokens" in (self.args.generation_kwargs or {}):
             # It replaces TRL's own list: a generated image token would have no pixels.
             given = self.generation_config.suppress_tokens or ()
@@ -266,7 +268,10 @@ class PrefixedGeneration(MetricLogs):
         tokens = limit - min(lengths, default=limit - 1)
         # All rows get as many new tokens as the row with the shortest prefix needs.
         # A teacher reads no more of them than max_completion_length.
-        check_context(begun, tokens, {"student": self._contexts["student"]}, self._tokenizer)
+        check_context(
+            begun, tokens, {"student": self._contexts["student"]}, self._tokenizer,
+            prefixes=[len(head) for head in heads],
+        )  # fmt: skip
         with self._new_token_limit(tokens):
             rest = self._sample_completions(begun, images, fields, has_tool_images)
         return [

@@ -201,6 +201,31 @@ def check_lookup(args: Any, evaluates: bool) -> None:
             )
 
 
+#: Models in which the tokens of an image, or all of a prompt with one, attend to later ones.
+_IMAGES_LOOK_AHEAD = {"gemma3", "molmo2", "paligemma"}
+
+
+def check_prefill(args: Any, config: Any, sees_images: bool) -> None:
+    """Raises ValueError where a prompt that is read in chunks is not the one that the loss reads.
+
+    args: a `TrOPDConfig`. config: the student's. sees_images: whether prompts go through a
+    processor.
+    """
+    if args.use_vllm or (args.generation_kwargs or {}).get("prefill_chunk_size") is None:
+        return
+    text = config.get_text_config()
+    images_look_ahead = (
+        config.model_type in _IMAGES_LOOK_AHEAD
+        or getattr(text, "use_bidirectional_attention", None) == "vision"  # Gemma 4's
+    )
+    if getattr(text, "prefix_lm", False) or (sees_images and images_look_ahead):
+        raise ValueError(
+            "generation_kwargs: 'prefill_chunk_size': in prompts some tokens of a "
+            f"{config.model_type} model attend to later ones, which in chunks they would not, "
+            "unlike in the loss: leave it out"
+        )
+
+
 def check_generation_ids(given: Mapping[str, Any], ends: Collection[int], vocab_size: int) -> None:
     """Raises ValueError for entries of which transformers drops a part without a word.
 

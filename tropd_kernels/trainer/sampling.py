@@ -155,7 +155,7 @@ def truncating_warpers(args: Any) -> list[Any]:
     return [found[name] for name in order if name in found]
 
 
-def check_cache(model: Any, config: GenerationConfig) -> None:
+def check_cache(model: Any, config: GenerationConfig, device: torch.device) -> None:
     """Raises ValueError for a cache_implementation that this model, or this machine, does not have.
 
     transformers would ignore it, or fail at the first step. model: without PEFT's wrapper.
@@ -173,6 +173,11 @@ def check_cache(model: Any, config: GenerationConfig) -> None:
         raise ValueError(
             f"cache_implementation: {kind!r} would have no effect: a {type(model).__name__} has a "
             "state of its own: leave it out"
+        )
+    if kind.startswith("offloaded") and device.type == "cpu":
+        raise ValueError(
+            f"cache_implementation: {kind!r} moves the cache off a GPU, and this run is on a CPU: "
+            "leave it out"
         )
     if kind == "quantized":
         given: dict[str, Any] = {"backend": "quanto"} | dict(config.cache_config or {})

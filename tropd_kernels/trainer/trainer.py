@@ -201,7 +201,8 @@ class TrOPDTrainer(RewardedTrainer):
         each = args.per_device_train_batch_size * args.gradient_accumulation_steps
         check_rows(train_dataset, each * self.accelerator.num_processes, args.num_generations)
         if not self.use_vllm:
-            sampling.check_cache(base_of(self.model), self.generation_config)
+            device = self.accelerator.device
+            sampling.check_cache(base_of(self.model), self.generation_config, device)
             check_padding_is_no_end(args, self._tokenizer.pad_token_id, self.eos_token_ids)
             if args.generation_kwargs:
                 sampling.check_processors(base_of(self.model), self.generation_config)
