@@ -201,3 +201,13 @@ def test_column_follows_its_prompt():
         column_ids("w2", "w0 w1", text("w0 w1"), text, "answer")
     with pytest.raises(ValueError, match="answer: expected text to go with"):
         column_ids([{"role": "assistant", "content": "w2"}], "w0", text("w0"), text, "answer")
+
+
+def test_a_share_of_a_run_that_is_no_step(tmp_path):
+    """The config knows it by max_steps, the first step by the rows and epochs."""
+    trainer = make(
+        tmp_path, max_steps=-1, num_train_epochs=1, prefix_schedule="linear", prefix_length=2,
+        prefix_fraction=0.04,
+    )  # fmt: skip
+    with pytest.raises(ValueError, match="^prefix_fraction: 0.04 of the run's steps are none, of "):
+        trainer.train()
