@@ -67,6 +67,21 @@ def test_a_resumed_run_has_the_checkpoint_s_weights(tmp_path, kind):
     assert equal(resumed.weights.after[3], whole.weights.after[3])
 
 
+def test_a_checkpoint_in_several_files(tmp_path):
+    """As larger models are saved."""
+    whole = trainer_of(tmp_path, "qwen3_moe", 0)
+    whole.train()
+    folder = tmp_path / "checkpoint-2"
+    (folder / "model.safetensors").unlink()
+    model = copy.deepcopy(whole.model)
+    model.load_state_dict(whole.weights.after[2])
+    model.save_pretrained(folder, max_shard_size="20KB")
+    assert len(list(folder.glob("*.safetensors"))) > 1
+    resumed = trainer_of(tmp_path, "qwen3_moe", 9)
+    resumed.train(resume_from_checkpoint=str(folder))
+    assert equal(resumed.weights.first, whole.weights.after[2])
+
+
 @pytest.mark.parametrize("kind", ["qwen3_moe", "qwen2_vl"])
 def test_the_best_checkpoint_is_loaded(tmp_path, kind):
     trainer = trainer_of(

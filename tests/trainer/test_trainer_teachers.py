@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import socket
 
 import pytest
 import torch
@@ -231,15 +232,29 @@ def test_nobody_there(tmp_path):
     assert str(e.value).endswith("Look at the server")  # and not at teacher_server_timeout
 
 
-def test_an_unknown_host_is_said_at_once(caplog):
+@pytest.fixture
+def no_host(monkeypatch):
+    """An address whose name is unknown, without a resolver that may take its time to say so."""
+    resolve = socket.getaddrinfo
+
+    def getaddrinfo(host, *arguments, **more):
+        if host == "teacher.invalid":
+            raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
+        return resolve(host, *arguments, **more)
+
+    monkeypatch.setattr(socket, "getaddrinfo", getaddrinfo)
+    return "http://teacher.invalid:8000"
+
+
+def test_an_unknown_host_is_said_at_once(no_host, caplog):
     """It once took ten silent attempts, four minutes. In the middle of a run it may come back."""
     words = "no host of this name: .*Is teacher_model_server_url right"
     with pytest.raises(TeacherServerError, match=words):
-        TeacherServer("http://teacher.invalid:8000", retries=9)
+        TeacherServer(no_host, retries=9)
     assert not caplog.records
 
 
-def test_further_attempts_are_announced(served, caplog):
+def test_further_attempts_are_announced(served, no_host, caplog):
     def ours():  # urllib3's own lines reach nobody: its logger has a handler that drops them
         return [r.getMessage() for r in caplog.records if r.name.startswith("tropd_kernels")]
 
@@ -248,7 +263,7 @@ def test_further_attempts_are_announced(served, caplog):
     client.score([[5]], [[6]])
     (line,) = ours()
     assert "HTTP 503; the next attempt is in 0 s, and 1 more may follow" in line
-    client.url = "http://teacher.invalid:8000"
+    client.url = no_host
     with pytest.raises(TeacherServerError, match="no answer after 3 attempts: .*teacher.invalid"):
         client.score([[5]], [[6]])
     assert len(ours()) == 3

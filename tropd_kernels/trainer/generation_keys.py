@@ -104,6 +104,8 @@ _CONDITIONS: tuple[tuple[tuple[str, ...], Callable[[Mapping[str, Any]], bool], s
     (tuple(sorted(OF_DRAWS)), lambda given: given.get("do_sample", True),
      "with do_sample False nothing is drawn: leave that out"),
 )  # fmt: skip
+#: Models in which the tokens of an image, or all of a prompt with one, attend to later ones.
+_IMAGES_LOOK_AHEAD = {"gemma3", "molmo2", "paligemma"}
 #: Keys of transformers and of vLLM that act from the student's first token on, or on what was
 #: written before it.
 _FROM_THE_FIRST_TOKEN = (
@@ -201,10 +203,6 @@ def check_lookup(args: Any, evaluates: bool) -> None:
             )
 
 
-#: Models in which the tokens of an image, or all of a prompt with one, attend to later ones.
-_IMAGES_LOOK_AHEAD = {"gemma3", "molmo2", "paligemma"}
-
-
 def check_prefill(args: Any, config: Any, sees_images: bool) -> None:
     """Raises ValueError where a prompt that is read in chunks is not the one that the loss reads.
 
@@ -224,6 +222,27 @@ def check_prefill(args: Any, config: Any, sees_images: bool) -> None:
             f"{config.model_type} model attend to later ones, which in chunks they would not, "
             "unlike in the loss: leave it out"
         )
+
+
+def check_padding_is_no_end(args: Any, pad: int | None, ends: Collection[int]) -> None:
+    """Raises ValueError for settings that take the padding before a prompt for tokens written.
+
+    They would keep a padded row from ending where the padding is an end. args: a `TrOPDConfig`.
+    """
+    if pad not in ends:
+        return
+    given = settings(args)
+    for name, counts in (
+        ("repetition_penalty", given.get("repetition_penalty") not in WHOLE["repetition_penalty"]),
+        ("no_repeat_ngram_size", given.get("no_repeat_ngram_size") == 1),
+        ("encoder_no_repeat_ngram_size", given.get("encoder_no_repeat_ngram_size") == 1),
+    ):
+        if counts:
+            raise ValueError(
+                f"{name}: transformers counts the padding before a prompt as written, and the "
+                f"tokenizer pads with {pad}, an end of completions, which padded rows would write "
+                "less: give the tokenizer a pad_token of its own, or leave it out"
+            )
 
 
 def check_generation_ids(given: Mapping[str, Any], ends: Collection[int], vocab_size: int) -> None:
@@ -308,24 +327,3 @@ def _behind_a_prefix(key: str) -> str:
         f"{key} goes by where the student begins to write, and would take the teacher's prefix for "
         "a part of the prompt: set prefix_schedule 'none', or leave it out"
     )
-
-
-def check_padding_is_no_end(args: Any, pad: int | None, ends: Collection[int]) -> None:
-    """Raises ValueError for settings that take the padding before a prompt for tokens written.
-
-    They would keep a padded row from ending where the padding is an end. args: a `TrOPDConfig`.
-    """
-    if pad not in ends:
-        return
-    given = settings(args)
-    for name, counts in (
-        ("repetition_penalty", given.get("repetition_penalty") not in WHOLE["repetition_penalty"]),
-        ("no_repeat_ngram_size", given.get("no_repeat_ngram_size") == 1),
-        ("encoder_no_repeat_ngram_size", given.get("encoder_no_repeat_ngram_size") == 1),
-    ):
-        if counts:
-            raise ValueError(
-                f"{name}: transformers counts the padding before a prompt as written, and the "
-                f"tokenizer pads with {pad}, an end of completions, which padded rows would write "
-                "less: give the tokenizer a pad_token of its own, or leave it out"
-            )

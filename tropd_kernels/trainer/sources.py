@@ -121,34 +121,27 @@ def find_tokenizer(teacher: Any, args: Any) -> PreTrainedTokenizerBase | None:
     a tokenizer has that of its base. For a model that is loaded already only this machine is
     searched, at `args.teacher_model_revision`.
     """
-    options = pick(teacher_options(args), (*PLACE, *_CODE))
-    name = teacher if isinstance(teacher, str) else getattr(teacher.config, "_name_or_path", "")
-    if not isinstance(teacher, str):
-        options["local_files_only"] = True
-    if not name:
-        return None
-    with contextlib.suppress(*_NOT_FOUND):
-        return AutoTokenizer.from_pretrained(name, **options)
-    with contextlib.suppress(*_NOT_FOUND):
-        if (base := adapter_base(name, options)) is not None:
-            return AutoTokenizer.from_pretrained(base, **options)
-    return None
+    return _of_teacher(AutoTokenizer, teacher, args, _NOT_FOUND)
 
 
 def find_image_processor(teacher: Any, args: Any) -> Any:
-    """The teacher's image processor, or None where it cannot be found. It is looked up as
-    `find_tokenizer` does."""
+    """The teacher's image processor, looked up like its tokenizer."""
+    # Some want torchvision.
+    return _of_teacher(AutoImageProcessor, teacher, args, (*_NOT_FOUND, ImportError))
+
+
+def _of_teacher(kind: Any, teacher: Any, args: Any, not_found: tuple[type[Exception], ...]) -> Any:
     options = pick(teacher_options(args), (*PLACE, *_CODE))
     name = teacher if isinstance(teacher, str) else getattr(teacher.config, "_name_or_path", "")
     if not isinstance(teacher, str):
         options["local_files_only"] = True
     if not name:
         return None
-    with contextlib.suppress(*_NOT_FOUND, ImportError):  # it may want torchvision
-        return AutoImageProcessor.from_pretrained(name, **options)
-    with contextlib.suppress(*_NOT_FOUND, ImportError):
+    with contextlib.suppress(*not_found):
+        return kind.from_pretrained(name, **options)
+    with contextlib.suppress(*not_found):
         if (base := adapter_base(name, options)) is not None:
-            return AutoImageProcessor.from_pretrained(base, **options)
+            return kind.from_pretrained(base, **options)
     return None
 
 
