@@ -257,6 +257,8 @@ def test_swift_s_trainer_takes_both(swift, monkeypatch):
     adapter.install("jsd", beta=0.3)
     assert double._liger_kernel_available and double.gkd_loss is not theirs.gkd_loss
     assert double.LigerFusedLinearJSDLoss(beta=0.5, temperature=1.0).rule == GKD(0.3)
+    with pytest.raises(RuntimeError, match="has an objective from an earlier call"):
+        adapter.install("reverse_kl")  # of which the one name took, and not the other
     double.gkd_loss = lambda logits: None
     with pytest.raises(RuntimeError, match="gkd_loss is .logits., expected .student_logits"):
         adapter.install()
@@ -390,6 +392,11 @@ def test_tinker_sends_back_the_gradient(tokens, objective):
     assert found.loss_sum == pytest.approx(theirs.item(), rel=1e-5)
     weights = torch.stack([d.loss_fn_inputs["weights"].to_torch() for d in found.data])
     torch.testing.assert_close(-weights, gradient(theirs, log_probs), rtol=1e-5, atol=1e-6)
+    assert 0 < found.metrics["trust"] <= 1
+    for datum in data:  # without a token that counts
+        datum.loss_fn_inputs["mask"] = floats(torch.zeros(7))
+    none = TrainingClient._compute_custom_loss(data, custom_loss(objective), forward)
+    assert (none.loss_sum, none.metrics["trust"]) == (0, 1)
     del data[0].loss_fn_inputs["teacher_logprobs"]
     with pytest.raises(ValueError, match="teacher_logprobs"):
         TrainingClient._compute_custom_loss(data, custom_loss(objective), forward)

@@ -102,6 +102,12 @@ def sampled_losses(
     return losses, trust.masked_fill(counted & ~enters, math.nan)
 
 
+def mean_trust(trust: Tensor, counted: Tensor) -> Tensor:
+    """The mean of the gate's M over the tokens that entered; 1 where there is none."""
+    known = trust[counted & ~trust.isnan()]
+    return known.mean() if len(known) else trust.new_ones(())
+
+
 def token_uniforms(seed: int, ids: Tensor, offsets: Tensor) -> Tensor:
     """The gate's draws (n), one for each row of packed sequences; row i is about token i + 1.
 

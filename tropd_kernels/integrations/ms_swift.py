@@ -29,7 +29,11 @@ _GKD = ("student_logits", "teacher_output", "labels", "beta", "temperature", "ga
 
 
 def install(objective: str | None = None, **knobs: Any) -> None:
-    """Makes ms-swift's GKD trainer take the objective; None: its divergence of --beta."""
+    """Makes ms-swift's GKD trainer take the objective; None: its divergence of --beta.
+
+    Raises ValueError for an objective or knobs that it does not have, RuntimeError where the
+    trainer has an objective already, or another `gkd_loss`.
+    """
     from swift.rlhf_trainers import gkd_trainer
 
     check_version("ms-swift")
@@ -39,6 +43,10 @@ def install(objective: str | None = None, **knobs: Any) -> None:
 
 def take_over(trainer: Any, rule: TokenRule | None) -> None:
     """Replaces the two names of the trainer's module."""
+    if getattr(getattr(trainer, "gkd_loss", None), "serves_tropd", False):
+        raise RuntimeError(
+            "ms_swift.install: the trainer has an objective from an earlier call: install one, once"
+        )
     replace_function(
         "ms-swift", trainer, "gkd_loss", lambda original: loss_of(rule), parameters=_GKD,
         expected="98f9f0e63e2e",

@@ -17,7 +17,7 @@ from __future__ import annotations
 import sys
 from typing import Any
 
-from .log_probs import check_rule, drawn, named_rule, sampled_losses
+from .log_probs import check_rule, drawn, mean_trust, named_rule, sampled_losses
 
 
 def loss(inputs: Any, objective: str = "opd", seed: int = 0, **knobs: Any) -> Any:
@@ -39,8 +39,7 @@ def loss(inputs: Any, objective: str = "opd", seed: int = 0, **knobs: Any) -> An
     )  # fmt: skip
     if inputs.loss_weights is not None:
         losses = losses * inputs.loss_weights
-    known = trust[counted & ~trust.isnan()]
-    metrics = {"tropd/trust": known.mean() if len(known) else trust.new_ones(())}
+    metrics = {"tropd/trust": mean_trust(trust, counted)}
     return outputs_of(inputs)(loss=losses.sum(), metrics=metrics)
 
 

@@ -18,7 +18,7 @@ from typing import Any
 from torch import Tensor
 
 from .frameworks import check_version
-from .log_probs import check_rule, drawn, named_rule, sampled_losses
+from .log_probs import check_rule, drawn, mean_trust, named_rule, sampled_losses
 
 
 def register(name: str, objective: str = "opd", seed: int = 0, **knobs: Any) -> None:
@@ -48,7 +48,6 @@ def policy_loss(objective: str = "opd", seed: int = 0, **knobs: Any) -> Any:
             log_probs, old_log_probs + advantages, counted, rule,
             old_log_probs=old_log_probs, uniforms=drawn(seed, old_log_probs, counted),
         )  # fmt: skip
-        known = trust[counted & ~trust.isnan()]
-        return (losses * weights).sum(), {"trust": float(known.mean()) if len(known) else 1.0}
+        return (losses * weights).sum(), {"trust": float(mean_trust(trust, counted))}
 
     return loss

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .log_probs import check_rule, drawn, named_rule, sampled_losses
+from .log_probs import check_rule, drawn, mean_trust, named_rule, sampled_losses
 
 
 def custom_loss(objective: str = "opd", seed: int = 0, **knobs: Any) -> Any:
@@ -24,7 +24,7 @@ def custom_loss(objective: str = "opd", seed: int = 0, **knobs: Any) -> Any:
     rule = check_rule("tinker", named_rule("tinker", objective, knobs))
 
     def loss(data: list[Any], logprobs: list[Tensor]) -> tuple[Tensor, dict[str, float]]:
-        total, trusts = logprobs[0].new_zeros(()), []
+        total, trusts, masks = logprobs[0].new_zeros(()), [], []
         for datum, log_probs in zip(data, logprobs):
             given = {n: field.to_torch().to(log_probs) for n, field in datum.loss_fn_inputs.items()}
             if "teacher_logprobs" not in given:
@@ -44,7 +44,8 @@ def custom_loss(objective: str = "opd", seed: int = 0, **knobs: Any) -> Any:
                 old_log_probs=old, uniforms=drawn(seed, old, counted),
             )  # fmt: skip
             total = total + losses.sum()
-            trusts.append(trust[counted & ~trust.isnan()])
-        return total, {"trust": float(torch.cat(trusts).mean())}
+            trusts.append(trust)
+            masks.append(counted)
+        return total, {"trust": float(mean_trust(torch.cat(trusts), torch.cat(masks)))}
 
     return loss
