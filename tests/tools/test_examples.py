@@ -127,7 +127,7 @@ def test_the_lines_start_two_processes(models, tmp_path):
     assert len(COMMANDS) == 3
     train = ["-m", "tropd_kernels.cli", "train", "--config", "examples/train/run.yaml"]
     more = ["--model", str(models / "student"), "--teacher_model", str(models / "teacher"),
-            "--dataset", str(models / "prompts.jsonl"), "--max_steps", "1"]  # fmt: skip
+            "--dataset", str(models / "prompts.jsonl"), "--max_steps", "2"]  # fmt: skip
     out = str(tmp_path)
     alone, *together = (
         rows(started(command, more))
