@@ -4,6 +4,7 @@
 objective's default, the paper's.
 """
 
+from collections.abc import Mapping
 from typing import Any
 
 from . import task
@@ -50,9 +51,10 @@ SELECTIONS: dict[str, dict[str, Any]] = {
 SELECTION_SEEDS = 8
 
 
-def settings(arm: str, seed: int, steps: int, learning_rate: float) -> dict[str, Any]:
+def settings(arm: Mapping[str, Any], seed: int, steps: int, learning_rate: float) -> dict[str, Any]:
     """Arguments of `TrOPDConfig` for one run."""
-    return (ARMS | SELECTIONS)[arm] | {
+    return {
+        **arm,
         "seed": seed,
         "max_steps": steps,
         "learning_rate": learning_rate,

@@ -3,8 +3,9 @@
     teacher   2 layers of width 96, in its own notation, until it hardly errs; it has also read
               mistakes, so that it knows how to go on after a student's
     near      2 layers of width 64, only in the teacher's notation, stopped early
-    far       the same student, longer; a tenth of its steps are in the teacher's notation, the
+    middle    the same student, longer; two fifths of its steps are in the teacher's notation, the
               others in the bad one
+    far       likewise, with a tenth in the teacher's notation
 
 Each seed of the experiment has a student of its own: another initialisation, other problems.
 """
@@ -38,6 +39,7 @@ class Recipe:
 TEACHER = Recipe(width=96, share=None, steps=1500)
 STUDENTS = {
     "near": Recipe(width=64, share=1.0, steps=150),
+    "middle": Recipe(width=64, share=0.4, steps=800),
     "far": Recipe(width=64, share=0.1, steps=800),
 }
 

@@ -4,6 +4,7 @@ import json
 import random
 import tempfile
 import time
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -70,11 +71,13 @@ class _Accuracy(TrainerCallback):
         self.values.append(models.evaluate(model))
 
 
-def train(run: Run, cache: Path) -> dict[str, Any]:
-    """Trains and measures. `cache`: where pre-trained models are kept."""
+def train(run: Run, cache: Path, arm: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """Trains and measures. `cache`: where pre-trained models are kept; `arm`: settings of the arm,
+    where its name is none of `arms`."""
     teacher = models.load(models.TEACHER, 0, cache)
     student = models.load(models.STUDENTS[run.mismatch], run.seed, cache)
-    given = arms.settings(run.arm, run.seed, run.steps, run.learning_rate)
+    arm = arm or (arms.ARMS | arms.SELECTIONS)[run.arm]
+    given = arms.settings(arm, run.seed, run.steps, run.learning_rate)
     accuracy = _Accuracy()
     start = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:

@@ -1,0 +1,160 @@
+"""Which runs an experiment needs next, and the file that keeps those that are done.
+
+The file is results/<experiment>.jsonl, one run a line, in the order in which they ended. It is
+kept with the code, so an experiment goes on where another machine left it.
+"""
+
+import json
+import os
+import statistics
+import time
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+from benchmarks.learning.arms import STEPS
+from benchmarks.learning.run import Run, train
+
+from .claims import Record
+from .experiments import BEYOND, CHOOSING, RATES, SEEDS, Experiment, end
+
+RESULTS = Path(__file__).with_name("results")
+DIGITS = 4
+
+
+class Results:
+    """The records of one experiment, and the file that they are in."""
+
+    def __init__(self, experiment: Experiment, folder: Path = RESULTS):
+        self.experiment = experiment
+        self.path = folder / f"{experiment.name}.jsonl"
+        lines = self.path.read_text("utf-8").splitlines() if self.path.exists() else []
+        self.records: list[Record] = [json.loads(line) for line in lines]
+
+    def append(self, record: Record) -> None:
+        self.records.append(record)
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(record, separators=(",", ":")) + "\n")
+
+    def tried(self, mismatch: str, arm: str) -> dict[float, float]:
+        """Accuracy at the end by learning rate, the mean over the choosing seeds; rates that all of
+        them have tried."""
+        found = defaultdict(list)
+        for record in self.records:
+            if (record["mismatch"], record["arm"]) == (mismatch, arm) and record[
+                "seed"
+            ] in CHOOSING:
+                found[record["learning_rate"]].append(end(record))
+        return {
+            rate: statistics.fmean(values)
+            for rate, values in sorted(found.items())
+            if len(values) == len(CHOOSING)
+        }
+
+    def rates(self, mismatch: str, arm: str) -> tuple[float, ...]:
+        """The rates that the arm tries, as far as they are known."""
+        tried = self.tried(mismatch, arm)
+        if not set(RATES) <= set(tried):
+            return RATES
+        further = BEYOND.get(max(RATES, key=tried.__getitem__))
+        return (*RATES, further) if further else RATES
+
+    def chosen(self, mismatch: str, arm: str) -> float | None:
+        """The arm's learning rate, the smaller of two equally good ones; None: not known yet."""
+        tried = self.tried(mismatch, arm)
+        if not set(self.rates(mismatch, arm)) <= set(tried):
+            return None
+        return max(tried, key=tried.__getitem__)
+
+    def compared(self, mismatch: str) -> list[Record]:
+        """The runs of the experiment's seeds, each arm at the rate that it chose."""
+        rates = {arm: self.chosen(mismatch, arm) for arm in self.experiment.arms}
+        return [
+            record
+            for record in self.records
+            if record["mismatch"] == mismatch
+            and record["seed"] not in CHOOSING
+            and record["learning_rate"] == rates.get(record["arm"])
+        ]
+
+    def wanted(self) -> Iterator[Run]:
+        """What could run now and has not: rates first, then seed by seed, so that an interrupted
+        experiment has every arm equally often."""
+        key = ("mismatch", "arm", "seed", "learning_rate")
+        have = {tuple(record[name] for name in key) for record in self.records}
+        experiment = self.experiment
+        pairs = [(where, arm) for arm in experiment.arms for where in experiment.mismatches]
+        for mismatch, arm in pairs:
+            for seed in CHOOSING:
+                for rate in self.rates(mismatch, arm):
+                    if (mismatch, arm, seed, rate) not in have:
+                        yield Run(mismatch, arm, seed, STEPS, rate)
+        for seed in range(1, SEEDS + 1):
+            for mismatch, arm in pairs:
+                chosen = self.chosen(mismatch, arm)
+                if chosen is not None and (mismatch, arm, seed, chosen) not in have:
+                    yield Run(mismatch, arm, seed, STEPS, chosen)
+
+
+def run_all(results: Results, workers: int, cache: Path, hours: float) -> None:
+    """Trains what is missing, at most `hours` long; each worker is a process of one thread."""
+    os.environ["OMP_NUM_THREADS"] = "1"  # inherited by the workers
+    start, done = time.monotonic(), 0
+    running: dict[Future, Run] = {}
+    arms = results.experiment.arms
+    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
+        while True:
+            if time.monotonic() - start < 3600 * hours:
+                for run in results.wanted():
+                    if len(running) == workers:
+                        break
+                    if run not in running.values():
+                        running[pool.submit(_record, run, arms[run.arm], cache)] = run
+            if not running:
+                return
+            for future in wait(running, return_when=FIRST_COMPLETED).done:
+                run = running.pop(future)
+                results.append(future.result())
+                done += 1
+                seconds = time.monotonic() - start
+                print(f"{done} in {seconds:.0f} s: {run.mismatch} {run.arm} {run.seed} "
+                      f"{run.learning_rate:g}", flush=True)  # fmt: skip
+
+
+def _record(run: Run, arm: Mapping[str, Any], cache: Path) -> Record:
+    """One run, and what is kept of it."""
+    torch.set_num_threads(1)
+    transformers.logging.set_verbosity_error()
+    found = train(run, cache / "models", arm)
+    curves = found["curves"]
+    norms = curves["grad_norm"]
+    record = {
+        "mismatch": run.mismatch,
+        "arm": run.arm,
+        "seed": run.seed,
+        "learning_rate": run.learning_rate,
+        "accuracy": found["accuracy"],
+        "notation": found["notation"],
+        "largest_norm": max(norms),
+        "median_norm": statistics.median(norms),
+        "entropy": statistics.fmean(curves["entropy"]),
+        "trust": [curves["trust_ratio"][i] for i in (0, -1)],
+        "reverse_kl": curves["reverse_kl"][-1],
+        "seconds": found["seconds"],
+        "hardware": found["hardware"],
+        "versions": found["versions"],
+    }
+    return {name: _rounded(value) for name, value in record.items()}
+
+
+def _rounded(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_rounded(one) for one in value]
+    return float(f"{value:.{DIGITS}g}") if isinstance(value, float) else value
