@@ -99,8 +99,8 @@ def _aria():
         text_config=_TEXT | dict(model_type="aria_text", moe_num_experts=2, moe_topk=1,
                                  moe_num_shared_experts=1),
         vision_config=dict(model_type="idefics3_vision", hidden_size=32, intermediate_size=48,
-                           num_hidden_layers=1, num_attention_heads=2, image_size=980,
-                           patch_size=140),
+                           num_hidden_layers=1, num_attention_heads=2, image_size=14,
+                           patch_size=2),
         projector_patch_to_query_dict={49: 4}, image_token_index=IDS[IMAGE],
         tie_word_embeddings=False,
     )  # fmt: skip
@@ -173,11 +173,21 @@ def processor(kind: str) -> ProcessorMixin:
         )
     if kind == "aria":
         module = pytest.importorskip("transformers.models.aria.image_processing_pil_aria")
-        images = module.AriaImageProcessorPil()
+
+        class Thinned(module.AriaImageProcessorPil):
+            """Of the smaller of the two sizes that it makes, every 35th pixel each way: 14 x 14."""
+
+            def _preprocess(self, images, **options):
+                made = super()._preprocess(images, **options | {"max_image_size": 490})
+                for name in ("pixel_values", "pixel_mask"):
+                    made[name] = made[name][..., ::35, ::35]
+                return made
+
+        images = Thinned()
         tokens.image_token, tokens.image_token_id = IMAGE, IDS[IMAGE]
         template = _TEMPLATE.replace("PLACE", f"'{IMAGE}'")
         return transformers.AriaProcessor(
-            images, tokens, chat_template=template, size_conversion={980: 4}
+            images, tokens, chat_template=template, size_conversion={14: 4}
         )
     if kind == "paligemma":
         module = pytest.importorskip("transformers.models.siglip.image_processing_pil_siglip")
