@@ -389,3 +389,35 @@ def test_a_batch_that_its_padding_makes_too_wide(tmp_path):
         trainer.train()
     trainer = make(tmp_path, student, data=data, per_device_train_batch_size=1, **more)
     trainer.train()
+
+
+def gpt_neo(seed):
+    return tiny.model(
+        seed, kind=transformers.GPTNeoForCausalLM, config=transformers.GPTNeoConfig, num_heads=4,
+        max_position_embeddings=20, attention_types=[[["global", "local"], 1]], window_size=4,
+    )  # fmt: skip
+
+
+def mpt(seed):
+    return tiny.model(
+        seed, kind=transformers.MptForCausalLM, config=transformers.MptConfig,
+        d_model=32, n_layers=1, n_heads=4, max_seq_len=20,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("side", ["student", "teacher"])
+@pytest.mark.parametrize("made", [gpt_neo, mpt])
+def test_prompts_that_their_padding_makes_too_wide(tmp_path, made, side):
+    """... for what is generated, by the student or a teacher: 16 tokens and 6, of 20."""
+    models, more = [made(0), tiny.model(1)], {}
+    if side == "teacher":
+        models, more = [tiny.model(0), made(1)], dict(lmbda=0.0)
+    for multiple, refused in ((16, True), (32, True), (4, False), (None, False)):
+        trainer = make(tmp_path, *models, max_completion_length=6, pad_to_multiple_of=multiple,
+                       **more)  # fmt: skip
+        if refused:
+            words = f"^pad_to_multiple_of: prompts of {multiple} tokens, .* and 6 new ones exceed"
+            with pytest.raises(ValueError, match=words):
+                trainer.train()
+        else:
+            trainer.train()

@@ -101,6 +101,11 @@ SOMETIMES = {
     "lr_scheduler_kwargs": ({"num_cycles": 2}, dict(lr_scheduler_type="constant_with_warmup"),
                             dict(lr_scheduler_type="cosine_with_restarts")),
 }  # fmt: skip
+#: What these schedules cannot do without, at the default learning rate.
+NEEDED = {
+    "cosine_with_min_lr": {"min_lr_rate": 0.1}, "cosine_warmup_with_min_lr": {"min_lr_rate": 0.1},
+    "warmup_stable_decay": {"num_decay_steps": 1}, "greedy": {"min_lr": 0.0},
+}  # fmt: skip
 #: For the script that makes the trainer, or what happens in any case.
 OF_THE_SCRIPT = {
     "do_train", "do_eval", "do_predict", "resume_from_checkpoint", "local_rank",
@@ -175,7 +180,8 @@ def test_no_condition_refuses_a_default(settings):
     for name in transformers.training_args.OptimizerNames:
         config(optim=name.value, **settings)
     for name in transformers.SchedulerType:
-        config(lr_scheduler_type=name.value, eval_strategy="epoch", **settings)
+        given = {"lr_scheduler_kwargs": NEEDED[name.value]} if name.value in NEEDED else {}
+        config(lr_scheduler_type=name.value, eval_strategy="epoch", **given, **settings)
 
 
 @pytest.mark.parametrize("steps", [{"prefix_fraction": 0.5}, {"prefix_steps": 3}])

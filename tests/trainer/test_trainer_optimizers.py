@@ -77,7 +77,6 @@ def test_optimizers_with_arguments_beside_one(tmp_path):
 @pytest.mark.parametrize(
     "settings",
     [
-        dict(lr_scheduler_kwargs={"last_epoch": -1}),
         dict(lr_scheduler_type="cosine"), dict(warmup_steps=2), dict(warmup_steps=0.5),
         dict(lr_scheduler_type="cosine_with_restarts", lr_scheduler_kwargs={"num_cycles": 2}),
     ],
@@ -119,3 +118,63 @@ def test_what_is_given_trains(tmp_path):
     trainer.train()
     assert isinstance(getattr(trainer.optimizer, "optimizer", trainer.optimizer), torch.optim.SGD)
     assert not torch.equal(trainer.model.lm_head.weight, before)
+
+
+@pytest.mark.parametrize(
+    ("kind", "given", "words"),
+    [
+        (
+            "linear",
+            {"num_cycles": 2},
+            "it would have no effect: lr_scheduler_type 'linear' takes no",
+        ),
+        (
+            "cosine",
+            {"num_cycle": 2},
+            "'num_cycle' is no argument .* num_cycles .did you mean 'num_c",
+        ),
+        ("polynomial", {"num_cycles": 2}, "'num_cycles' is no argument .* takes lr_end, power"),
+        ("inverse_sqrt", {"last_epoch": 3}, "'last_epoch' is no argument .* takes timescale"),
+        ("reduce_lr_on_plateau", {"patient": 2}, "'patient' is no argument .*mean 'patience'"),
+        ("greedy", {"patient": 2}, "'patient' is no argument .*mean 'patience'"),
+        ("cosine_with_min_lr", None, "{} make no schedule .*One of min_lr or min_lr_rate"),
+        ("warmup_stable_decay", None, "{} make no schedule .*missing 1 .* 'num_decay_steps'"),
+        (
+            "warmup_stable_decay",
+            {"num_decay_steps": 5, "decay_type": "exp"},
+            "{.*} make no schedule",
+        ),
+        ("inverse_sqrt", {"timescale": 0}, "{.*} make no schedule .*division"),
+        ("cosine", {"num_cycles": "a"}, "{.*} make no schedule"),
+        (
+            "cosine_with_min_lr",
+            {"min_lr": 1e-5},
+            "with min_lr 1e-05 .* would never lower the learn",
+        ),
+        ("greedy", None, "with min_lr 0.001 .*'greedy' would never lower the learning_rate, 1e-06"),
+    ],
+    ids=str,
+)
+def test_schedules_that_cannot_be_made(tmp_path, kind, given, words):
+    """transformers would say so when training starts, without the key."""
+    with pytest.raises(ValueError, match=f"^lr_scheduler_kwargs: {words}"):
+        TrOPDConfig(
+            str(tmp_path), use_cpu=True, bf16=False, report_to="none", eval_strategy="epoch",
+            lr_scheduler_type=kind, lr_scheduler_kwargs=given,
+        )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("kind", "arguments"),
+    [
+        ("cosine_with_min_lr", {"min_lr_rate": 0.5, "num_cycles": 0.5}),
+        ("warmup_stable_decay", {"num_decay_steps": 1, "min_lr_ratio": 0.5}),
+        ("polynomial", {"power": 2.0}),
+    ],
+)
+def test_schedules_that_are_made(tmp_path, kind, arguments):
+    settings = dict(lr_scheduler_type=kind, lr_scheduler_kwargs=arguments, logging_steps=1)
+    trainer = given(tmp_path, (None, None), learning_rate=0.01, **settings)
+    trainer.train()
+    rates = [log["learning_rate"] for log in trainer.state.log_history if "learning_rate" in log]
+    assert rates[0] == 0.01 and 0 < rates[1] <= 0.01

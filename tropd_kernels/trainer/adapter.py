@@ -61,6 +61,7 @@ from .sharding import (
     refuse_fsdp_1,
     reshard,
 )
+from .shortcuts import check_shortcuts
 from .sides import ModelSide, read_side
 from .sources import class_of_student, find_image_processor
 from .special_tokens import back, full_table, students_columns, teachers_ids
@@ -242,6 +243,8 @@ class DistillationAdapter(BatchReuse, PrefixedGeneration):
             )
         eos = [*self.eos_token_ids, *self._teacher_eos]
         model = self.model_wrapped if self._adapters_off else self.teacher_model
+        if not self._adapters_off and not is_sharded(self.accelerator):
+            check_shortcuts(self.accelerator.unwrap_model(model), self.generation_config)
         teacher = {"model_wrapped": model, "use_vllm": False, "eos_token_ids": eos}
         assert self._teacher_head is not None
         own = in_other_ids(self.generation_config, range(self._teacher_head.vocab_size))

@@ -18,6 +18,7 @@ from .generation_keys import check_generation_keys
 from .prefix import SCHEDULES, shrinking_steps
 from .protocols import PROTOCOLS
 from .sampling import settings
+from .schedules import check_schedule
 from .signals import check_served
 from .special_tokens import check_map
 from .vllm_keys import check_vllm_keys
@@ -82,6 +83,7 @@ def check_trainer(config: Config) -> None:
         raise ValueError(f"vllm_mode: must be server or colocate, got {config.vllm_mode!r}")
     check_effects(config)
     set_mode(config)
+    check_schedule(config)
     if config.router_aux_loss_coef is not None:
         _within("router_aux_loss_coef", config.router_aux_loss_coef, 0.0, 1e9)
 

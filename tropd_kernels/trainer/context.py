@@ -185,6 +185,21 @@ def check_width(width: int, config: Any) -> None:
         )
 
 
+def check_generated_width(
+    prompt_ids: list[list[int]], tokens: int, config: Any, pad_to_multiple_of: int | None
+) -> None:
+    """Raises ValueError for prompts that, padded, leave too little room for so many new tokens."""
+    most, multiple = padded_context_of(config), pad_to_multiple_of or 1
+    kind = config.get_text_config().model_type
+    width = -(-max(map(len, prompt_ids)) // multiple) * multiple
+    if most is not None and width + tokens > most:
+        raise ValueError(
+            f"pad_to_multiple_of: prompts of {width} tokens, padding included, and {tokens} new "
+            f"ones exceed the {most} of a {kind} model, which counts padding: leave it out, "
+            f"give a divisor of {multiple}, or lower max_completion_length"
+        )
+
+
 def scale_warning(
     prompts: Sequence[int], rows: Sequence[int], configs: Mapping[str, Any]
 ) -> str | None:

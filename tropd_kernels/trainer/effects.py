@@ -13,6 +13,7 @@ from ..backends import has_row_engine
 from ..objectives.registry import rewarded
 from .data_checks import data_sets
 from .recipes import how_to_unset
+from .schedules import arguments_of
 from .teacher_prompts import COLUMN
 
 _NO_METRICS = "the trainer takes no compute_metrics and keeps no predictions: leave it out"
@@ -230,7 +231,7 @@ CONDITIONS = (
               "lr_scheduler_type {!r} has no warm-up", "choose constant_with_warmup or another one",
               of="lr_scheduler_type"),
     Condition(("lr_scheduler_kwargs",),
-              lambda a: _text(a.lr_scheduler_type) not in ("constant", "constant_with_warmup"),
+              lambda a: bool(arguments_of(a.lr_scheduler_type)),
               "lr_scheduler_type {!r} takes none", of="lr_scheduler_type"),
 )  # fmt: skip
 #: Settings that an optimizer, and a scheduler, given to the trainer has itself. The other ones of

@@ -17,7 +17,7 @@ from transformers import __version__ as transformers_version
 from trl import is_conversational  # type: ignore[attr-defined]
 
 from . import metrics, teacher_prompts
-from .context import check_context, check_lengths, scale_warning
+from .context import check_context, check_generated_width, check_lengths, scale_warning
 from .data_checks import check_prompts, check_row_modalities, check_tokens
 from .fields import (
     KeptFields,
@@ -33,7 +33,14 @@ from .metric_logs import MetricLogs
 from .patching import evaluation_mode, replaced
 from .prefix import have_column, is_complete
 from .sampling import pin_sampling_defaults
-from .sharding import check_images, generates_together, holds_on_all, weights_are_finite
+from .sharding import (
+    check_images,
+    generates_together,
+    holds_on_all,
+    is_sharded,
+    weights_are_finite,
+)
+from .shortcuts import check_shortcuts
 from .stops import raise_nonfinite_weights
 from .vocabulary import check_ids
 
@@ -45,6 +52,7 @@ class PrefixedGeneration(MetricLogs):
     chat_template_kwargs: Any
     generation_config: Any
     model: Any
+    pad_to_multiple_of: Any
     processing_class: Any
     _why_teacher_prompts = ""  # a stream may turn out not to have them, which are needed then
     _shared_vocab_size: int  # neither side writes or reads an id from here on
@@ -52,6 +60,8 @@ class PrefixedGeneration(MetricLogs):
     def __init__(self, *arguments: Any, **keywords: Any):
         super().__init__(*arguments, **keywords)
         check_prefill(self.args, self.model.config, self._is_vlm)
+        if not self.use_vllm and not is_sharded(self.accelerator):
+            check_shortcuts(self.model, self.generation_config)
         if self._is_vlm and "suppress_tokens" in (self.args.generation_kwargs or {}):
             # It replaces TRL's own list: a generated image token would have no pixels.
             given = self.generation_config.suppress_tokens or ()
@@ -287,6 +297,9 @@ class PrefixedGeneration(MetricLogs):
             check_images(self.accelerator, "pixel_values" in fields)
         model = self.accelerator.unwrap_model(self.model_wrapped)
         fields = read_fields(fields, model)
+        if not self.use_vllm:
+            tokens = self.generation_config.max_new_tokens
+            check_generated_width(prompt_ids, tokens, model.config, self.pad_to_multiple_of)
         with pin_sampling_defaults(model), evaluation_mode(model):
             return super()._generate_single_turn(prompt_ids, images, fields, *rest)
 

@@ -104,6 +104,15 @@ _CONDITIONS: tuple[tuple[tuple[str, ...], Callable[[Mapping[str, Any]], bool], s
     (tuple(sorted(OF_DRAWS)), lambda given: given.get("do_sample", True),
      "with do_sample False nothing is drawn: leave that out"),
 )  # fmt: skip
+#: Keys of transformers with which generation fails beside another setting: by all settings of the
+#: sampler, why, and the other setting.
+_FAILING: tuple[tuple[tuple[str, ...], Callable[[Mapping[str, Any]], bool], str, str], ...] = (
+    (("prefill_chunk_size", "prompt_lookup_num_tokens"),
+     lambda given: given.get("use_cache") is False, "goes on from a cache", "use_cache"),
+    (("prompt_lookup_num_tokens",),
+     lambda given: given["cache_implementation"] not in _NO_STATIC_CACHE,
+     "takes back what is not drawn, which a static cache does not", "cache_implementation"),
+)  # fmt: skip
 #: Models in which the tokens of an image, or all of a prompt with one, attend to later ones.
 _IMAGES_LOOK_AHEAD = {"gemma3", "molmo2", "paligemma"}
 #: Keys of transformers and of vLLM that act from the student's first token on, or on what was
@@ -150,6 +159,12 @@ def check_generation_conditions(args: Any) -> None:
                     raise ValueError(
                         f"generation_kwargs: {name!r} would have no effect: {remedy}, or leave it "
                         "out"
+                    )
+        for names, fails, why, other in _FAILING:
+            for name in names if fails(given) else ():
+                if own.get(name) is not None:
+                    raise ValueError(
+                        f"generation_kwargs: {name!r} {why}: leave {other} out, or leave it out"
                     )
     if args.prefix_schedule == "none":
         return

@@ -1,0 +1,61 @@
+"""Whether transformers can make the schedule of the learning rate that is asked for.
+
+It makes it when training starts, with errors that name one of its functions, not the key.
+"""
+
+import inspect
+from typing import Any
+
+import torch
+from transformers import SchedulerType, get_scheduler
+from transformers.optimization import TYPE_TO_SCHEDULER_FUNCTION
+
+from ..objectives.registry import nearest
+
+#: Arguments of schedules that transformers fills in itself.
+_FILLED_IN = {"optimizer", "num_warmup_steps", "num_training_steps", "last_epoch"}
+
+
+def arguments_of(kind: str | SchedulerType) -> list[str]:
+    """The arguments of a schedule, by its lr_scheduler_type, that lr_scheduler_kwargs can give."""
+    made_by: Any = TYPE_TO_SCHEDULER_FUNCTION[SchedulerType(kind)]
+    taken = inspect.signature(made_by).parameters
+    if any(one.kind is one.VAR_KEYWORD for one in taken.values()):  # passed on to a class
+        taken = inspect.signature(type(made_by(_optimizer(1.0)))).parameters
+    return [name for name in taken if name not in _FILLED_IN]
+
+
+def check_schedule(args: Any) -> None:
+    """Raises ValueError for lr_scheduler_kwargs with which, or without which, there is no schedule.
+
+    Of a schedule without arguments `effects` refuses them. args: a `TrOPDConfig`.
+    """
+    kind, given = SchedulerType(args.lr_scheduler_type), args.lr_scheduler_kwargs or {}
+    known = arguments_of(kind)
+    if not known:
+        return
+    takes = f"{kind.value!r}, which takes {', '.join(known)}"
+    for name in given.keys() - set(known):
+        raise ValueError(
+            f"lr_scheduler_kwargs: {name!r} is no argument of lr_scheduler_type {takes}"
+            f"{nearest(name, known)}"
+        )
+    try:
+        made: Any = get_scheduler(
+            kind, _optimizer(args.learning_rate), num_warmup_steps=0, num_training_steps=100,
+            scheduler_specific_kwargs=dict(given),
+        )  # fmt: skip
+    except (ArithmeticError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"lr_scheduler_kwargs: {given} make no schedule of lr_scheduler_type {takes}: {error}"
+        ) from error
+    lowest = max([given.get("min_lr") or 0.0, *getattr(made, "min_lrs", ())])
+    if lowest > args.learning_rate:
+        raise ValueError(
+            f"lr_scheduler_kwargs: with min_lr {lowest:g} lr_scheduler_type {kind.value!r} would "
+            f"never lower the learning_rate, {args.learning_rate:g}: set min_lr below that"
+        )
+
+
+def _optimizer(rate: float) -> torch.optim.Optimizer:
+    return torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=rate)
