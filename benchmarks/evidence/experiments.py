@@ -38,6 +38,11 @@ def end(record: Record) -> float:
     return statistics.fmean(record["accuracy"][-3:])
 
 
+def lost(record: Record) -> float:
+    """Accuracy before training minus that at the end."""
+    return record["accuracy"][0] - end(record)
+
+
 def throughout(record: Record) -> float:
     """Mean accuracy over training."""
     return statistics.fmean(record["accuracy"][1:])
@@ -48,8 +53,28 @@ def early(record: Record) -> float:
     return statistics.fmean(record["accuracy"][1:4])
 
 
+def early_trust(record: Record) -> float:
+    """Share of the student's tokens that the gate lets through, mean of steps 10, 20 and 30."""
+    return statistics.fmean(record["trust"][1:4])
+
+
+def excess_mass(record: Record) -> float:
+    """The student's mass on the teacher's top k minus the teacher's own there, at the end."""
+    teacher, student = record["topk_mass"]
+    return student - teacher
+
+
+def spike(record: Record) -> float:
+    """Largest gradient norm over the run's own median."""
+    return record["largest_norm"] / record["median_norm"]
+
+
 def measured(key: str) -> Measure:
     return lambda record: record[key]
+
+
+def _knobs(objective: str, **knobs: Any) -> dict[str, Any]:
+    return {"objective": objective, "objective_kwargs": knobs}
 
 
 _TROPD = ARMS["tropd"]
@@ -60,12 +85,9 @@ POWER = Experiment(
     arms={
         **{arm: ARMS[arm] for arm in ("opd", "eopd", "reopold", "clip_outlier", "mask_outlier")},
         "tropd": _TROPD,
-        "tropd_expected": {"objective": "tropd",
-                           "objective_kwargs": {"top_k": TOP_K, "gate": "expected"}},
-        "tropd_official_code": {"objective": "tropd",
-                                "objective_kwargs": {"top_k": TOP_K,
-                                                     "outlier": "forward_kl_reward",
-                                                     "top_k_tail": "renormalize_teacher"}},
+        "tropd_expected": _knobs("tropd", top_k=TOP_K, gate="expected"),
+        "tropd_official_code": _knobs("tropd", top_k=TOP_K, outlier="forward_kl_reward",
+                                      top_k_tail="renormalize_teacher"),
         "tropd_relative_prefix": _TROPD | _PREFIX,
     },
     mismatches=("near", "middle", "far"),
@@ -88,9 +110,59 @@ POWER = Experiment(
         Claim("TrOPD is above OPD over all of training", "tropd", "opd", throughout),
         Claim("the prefix is above none early (30 % of the steps)", "tropd_relative_prefix",
               "tropd", early),
-        Claim("OPD's norm spikes more (largest over its median)", "opd", "tropd",
-              lambda record: record["largest_norm"] / record["median_norm"]),
+        Claim("OPD's norm spikes more (largest over its median)", "opd", "tropd", spike),
     ),
 )  # fmt: skip
 
-EXPERIMENTS = {experiment.name: experiment for experiment in (POWER,)}
+TAIL = Experiment(
+    "tail",
+    arms={
+        "opd": ARMS["opd"],
+        "gkd": ARMS["gkd"],
+        "mopd": _knobs("mopd", top_k=64),
+        "forward_kl": {"objective": "forward_kl"},
+        "forward_kl_topk": _knobs("forward_kl", top_k=64),
+        "forward_kl_bucket": _knobs("forward_kl", top_k=64, top_k_tail="bucket"),
+        "forward_kl_renormalized": _knobs("forward_kl", top_k=64,
+                                          top_k_tail="renormalize_teacher"),
+        "tropd": {"objective": "tropd"},
+        "tropd_bucket": _knobs("tropd", top_k_tail="bucket"),
+    },
+    mismatches=("long_tail_near", "long_tail_far"),
+    claims=(
+        Claim("forward KL on the top k everywhere ends below its start", "forward_kl_topk", None,
+              lost),
+        Claim("TrOPD ends above forward KL on the top k everywhere", "tropd", "forward_kl_topk",
+              end),
+        Claim("TrOPD ends above MOPD", "tropd", "mopd", end),
+        Claim("TrOPD ends above OPD", "tropd", "opd", end),
+        Claim("forward KL on the top k: a bucket for the tail ends above none",
+              "forward_kl_bucket", "forward_kl_topk", end),
+        Claim("forward KL on the top k: the teacher renormalised there ends above raw",
+              "forward_kl_renormalized", "forward_kl_topk", end),
+        Claim("TrOPD: a bucket for the tail ends above none", "tropd_bucket", "tropd", end),
+        Claim("raw, the top k draws more of the student's mass than with a bucket",
+              "forward_kl_topk", "forward_kl_bucket", excess_mass),
+    ),
+)  # fmt: skip
+
+PREFIX = Experiment(
+    "prefix",
+    arms={
+        "tropd": {"objective": "tropd"},
+        "tropd_prefix": {"objective": "tropd", "prefix_schedule": "cosine", "prefix_length": 12},
+        "tropd_relative_prefix": {"objective": "tropd"} | _PREFIX,
+    },
+    mismatches=("long_tail_far",),
+    claims=(
+        Claim("the relative prefix raises trust early (30 % of the steps)",
+              "tropd_relative_prefix", "tropd", early_trust),
+        Claim("the relative prefix raises accuracy early", "tropd_relative_prefix", "tropd",
+              early),
+        Claim("the relative prefix ends above none", "tropd_relative_prefix", "tropd", end),
+        Claim("the relative prefix ends above one of 12 tokens", "tropd_relative_prefix",
+              "tropd_prefix", end),
+    ),
+)  # fmt: skip
+
+EXPERIMENTS = {experiment.name: experiment for experiment in (POWER, TAIL, PREFIX)}

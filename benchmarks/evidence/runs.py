@@ -19,7 +19,7 @@ import torch
 import transformers
 
 from benchmarks.learning.arms import STEPS
-from benchmarks.learning.run import Run, train
+from benchmarks.learning.run import EVERY, Run, train
 
 from .claims import Record
 from .experiments import BEYOND, CHOOSING, RATES, SEEDS, Experiment, end
@@ -116,7 +116,7 @@ def run_all(results: Results, workers: int, cache: Path, hours: float) -> None:
                     if len(running) == workers:
                         break
                     if run not in running.values():
-                        running[pool.submit(_record, run, arms[run.arm], cache)] = run
+                        running[pool.submit(record_of, run, arms[run.arm], cache)] = run
             if not running:
                 return
             for future in wait(running, return_when=FIRST_COMPLETED).done:
@@ -128,7 +128,7 @@ def run_all(results: Results, workers: int, cache: Path, hours: float) -> None:
                       f"{run.learning_rate:g}", flush=True)  # fmt: skip
 
 
-def _record(run: Run, arm: Mapping[str, Any], cache: Path) -> Record:
+def record_of(run: Run, arm: Mapping[str, Any], cache: Path) -> Record:
     """One run, and what is kept of it."""
     torch.set_num_threads(1)
     transformers.logging.set_verbosity_error()
@@ -145,7 +145,8 @@ def _record(run: Run, arm: Mapping[str, Any], cache: Path) -> Record:
         "largest_norm": max(norms),
         "median_norm": statistics.median(norms),
         "entropy": statistics.fmean(curves["entropy"]),
-        "trust": [curves["trust_ratio"][i] for i in (0, -1)],
+        "trust": curves["trust_ratio"][:1] + curves["trust_ratio"][EVERY - 1 :: EVERY],
+        "topk_mass": [curves[f"{side}_topk_mass"][-1] for side in ("teacher", "student")],
         "reverse_kl": curves["reverse_kl"][-1],
         "seconds": found["seconds"],
         "hardware": found["hardware"],

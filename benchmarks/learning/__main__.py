@@ -82,8 +82,8 @@ def run_all(runs: list[Run], workers: int, cache: Path) -> None:
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(workers, mp_context=context) as pool:
         # First the models that several runs share, or two workers would train the same one.
-        needed = {(models.TEACHER, 0)} if missing else set()
-        needed |= {(models.STUDENTS[run.mismatch], run.seed) for run in missing}
+        needed = {(models.STUDENTS[run.mismatch], run.seed) for run in missing}
+        needed |= {(models.TEACHERS[student.task], 0) for student, _ in needed}
         for future in [pool.submit(pretrain, *one, cache) for one in needed]:
             future.result()
         for done, future in enumerate(

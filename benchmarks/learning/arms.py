@@ -7,8 +7,6 @@ objective's default, the paper's.
 from collections.abc import Mapping
 from typing import Any
 
-from . import task
-
 TOP_K = 4
 STEPS = 100
 #: The same for all arms, chosen by a sweep over OPD and TrOPD (`--sweep`).
@@ -60,7 +58,6 @@ def settings(arm: Mapping[str, Any], seed: int, steps: int, learning_rate: float
         "learning_rate": learning_rate,
         "lr_scheduler_type": "constant",
         "per_device_train_batch_size": BATCH,
-        "max_completion_length": task.LONGEST + 1,
         "temperature": 1.0,
         "max_grad_norm": 1.0,  # logged before it is clipped
         "weight_decay": 0.0,

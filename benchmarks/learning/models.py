@@ -34,13 +34,19 @@ class Recipe:
     batch: int = 64
     learning_rate: float = 3e-3
     layers: int = 2
+    task: str = "short"
 
 
-TEACHER = Recipe(width=96, share=None, steps=1500)
+#: One for each task.
+TEACHERS = {
+    name: Recipe(width=96, share=None, steps=1500, task=name) for name in ("short", "long_tail")
+}
 STUDENTS = {
     "near": Recipe(width=64, share=1.0, steps=150),
     "middle": Recipe(width=64, share=0.4, steps=800),
     "far": Recipe(width=64, share=0.1, steps=800),
+    "long_tail_near": Recipe(width=64, share=1.0, steps=150, task="long_tail"),
+    "long_tail_far": Recipe(width=64, share=0.1, steps=800, task="long_tail"),
 }
 
 
@@ -63,7 +69,7 @@ def build(recipe: Recipe, seed: int) -> LlamaForCausalLM:
     torch.manual_seed(seed)
     model = LlamaForCausalLM(
         LlamaConfig(
-            vocab_size=len(task.TOKENS),
+            vocab_size=len(task.TASKS[recipe.task].tokens),
             hidden_size=recipe.width,
             intermediate_size=3 * recipe.width,
             num_hidden_layers=recipe.layers,
@@ -104,38 +110,39 @@ def pretrain(model: LlamaForCausalLM, recipe: Recipe, seed: int) -> None:
 def _batch(rng: random.Random, recipe: Recipe) -> tuple[torch.Tensor, torch.Tensor]:
     """Ids (B, T), padded on the right, and labels (B, T), ignored on the prompts."""
     rows, labels = [], []
+    writing = task.TASKS[recipe.task]
     for _ in range(recipe.batch):
         problem = task.draw(rng)
         if recipe.share is None:
-            text, right = task.lesson(problem, rng)
+            text, right = writing.lesson(problem, rng)
         else:
-            text = right = task.habit(problem, rng, recipe.share)
-        asked = [task.IDS[token] for token in task.prompt(problem)]
-        fill = task.LONGEST - len(text)
-        rows.append(asked + [task.IDS[token] for token in text] + [task.PAD] * fill)
-        counted = [task.IDS.get(token, _IGNORED) for token in right]
+            text = right = writing.habit(problem, rng, recipe.share)
+        asked = [writing.ids[token] for token in task.prompt(problem)]
+        fill = writing.longest - len(text)
+        rows.append(asked + [writing.ids[token] for token in text] + [task.PAD] * fill)
+        counted = [writing.ids.get(token, _IGNORED) for token in right]
         labels.append([_IGNORED] * len(asked) + counted + [_IGNORED] * fill)
     return torch.tensor(rows), torch.tensor(labels)
 
 
 @torch.no_grad()
-def evaluate(model: LlamaForCausalLM) -> dict[str, float]:
+def evaluate(model: LlamaForCausalLM, writing: task.Task = task.SHORT) -> dict[str, float]:
     """Greedy decoding of the held-out problems: shares that are right, and in the teacher's
     notation."""
     training = model.training
     model.eval()
     problems = task.held_out()
-    prompts = torch.tensor([[task.IDS[t] for t in task.prompt(p)] for p in problems])
+    prompts = torch.tensor([[writing.ids[t] for t in task.prompt(p)] for p in problems])
     ids = model.generate(
         prompts,
         attention_mask=torch.ones_like(prompts),
-        max_new_tokens=task.LONGEST,
+        max_new_tokens=writing.longest,
         do_sample=False,
     )
     model.train(training)
     right = own = 0
     for problem, row in zip(problems, ids[:, prompts.shape[1] :].tolist()):
-        written = [task.TOKENS[i] for i in row if i != task.PAD]
+        written = [writing.tokens[i] for i in row if i != task.PAD]
         right += task.is_right(problem, written)
-        own += task.is_own_notation(written)
+        own += writing.is_own_notation(written)
     return {"accuracy": right / len(problems), "notation": own / len(problems)}

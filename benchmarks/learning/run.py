@@ -31,6 +31,8 @@ CURVES = {
     "tropd/reverse_kl": "reverse_kl",
     "tropd/reward_mean": "reward_mean",
     "tropd/reward_min": "reward_min",
+    "tropd/teacher_topk_mass": "teacher_topk_mass",
+    "tropd/student_topk_mass": "student_topk_mass",
     "tropd/prefix_length": "prefix_length",
     "tropd/prefix_nll": "prefix_nll",
 }
@@ -54,7 +56,8 @@ class Run:
 class _Accuracy(TrainerCallback):
     """Measures on the held-out problems before training, every `EVERY` steps and at the end."""
 
-    def __init__(self):
+    def __init__(self, writing: task.Task):
+        self.writing = writing
         self.steps: list[int] = []
         self.values: list[dict[str, float]] = []
 
@@ -68,17 +71,20 @@ class _Accuracy(TrainerCallback):
     def _measure(self, model: Any, step: int) -> None:
         # Greedy decoding draws nothing, so that the runs' random numbers stay as they were.
         self.steps.append(step)
-        self.values.append(models.evaluate(model))
+        self.values.append(models.evaluate(model, self.writing))
 
 
 def train(run: Run, cache: Path, arm: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """Trains and measures. `cache`: where pre-trained models are kept; `arm`: settings of the arm,
     where its name is none of `arms`."""
-    teacher = models.load(models.TEACHER, 0, cache)
-    student = models.load(models.STUDENTS[run.mismatch], run.seed, cache)
+    recipe = models.STUDENTS[run.mismatch]
+    writing = task.TASKS[recipe.task]
+    teacher = models.load(models.TEACHERS[recipe.task], 0, cache)
+    student = models.load(recipe, run.seed, cache)
     arm = arm or (arms.ARMS | arms.SELECTIONS)[run.arm]
     given = arms.settings(arm, run.seed, run.steps, run.learning_rate)
-    accuracy = _Accuracy()
+    given |= {"max_completion_length": writing.longest + 1}
+    accuracy = _Accuracy(writing)
     start = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
         trainer = TrOPDTrainer(
@@ -86,7 +92,7 @@ def train(run: Run, cache: Path, arm: Mapping[str, Any] | None = None) -> dict[s
             teacher,
             TrOPDConfig(folder, **given),
             train_dataset=prompts(run),
-            processing_class=task.tokenizer(),
+            processing_class=writing.tokenizer(),
             callbacks=[accuracy],
         )
         trainer.remove_callback(PrinterCallback)

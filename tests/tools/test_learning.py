@@ -16,27 +16,29 @@ from benchmarks.learning import arms, intervals, measures, models, report, task
 from benchmarks.learning.run import Run, train_to_file
 
 
-def test_solutions_are_right_in_the_teachers_notation_alone():
+@pytest.mark.parametrize("writing", task.TASKS.values(), ids=task.TASKS)
+def test_solutions_are_right_in_the_teachers_notation_alone(writing):
     """Carries that the habit forgets are the gap between student and teacher."""
     rng = random.Random(0)
     problems = [task.draw(rng) for _ in range(200)]
     assert not set(problems) & set(task.held_out())
     for problem in problems:
-        good, bad = (task.habit(problem, rng, share) for share in (1.0, 0.0))
-        assert task.is_right(problem, good) and task.is_own_notation(good)
-        assert len(good) == task.LONGEST and not task.is_own_notation(bad)
+        good, bad = (writing.habit(problem, rng, share) for share in (1.0, 0.0))
+        assert task.is_right(problem, good) and writing.is_own_notation(good)
+        assert len(good) == writing.longest and not writing.is_own_notation(bad)
         carries = any(x + y > 9 for x, y in zip(*(divmod(n, 10) for n in problem)))
         assert task.is_right(problem, bad) is not carries
     assert not task.is_right((47, 85), ["#", "1", "3", "2"])  # does not end
 
 
-def test_lessons_hold_right_labels_for_wrong_texts():
+@pytest.mark.parametrize("writing", task.TASKS.values(), ids=task.TASKS)
+def test_lessons_hold_right_labels_for_wrong_texts(writing):
     rng = random.Random(0)
     differ = 0
     for _ in range(50):
         problem = task.draw(rng)
-        text, right = task.lesson(problem, rng)
-        assert len(text) == len(right) <= task.LONGEST
+        text, right = writing.lesson(problem, rng)
+        assert len(text) == len(right) <= writing.longest
         assert task.is_right(problem, [token for token in right if token])
         differ += text != right
     assert 10 < differ < 50
@@ -54,8 +56,8 @@ def test_interval_is_students():
 
 def test_a_run_becomes_a_report(tmp_path, monkeypatch):
     """From nothing to the tables, with hardly trained models; a second call trains nothing."""
-    tiny = replace(models.TEACHER, width=16, steps=2, batch=4, layers=1)
-    monkeypatch.setattr(models, "TEACHER", tiny)
+    tiny = replace(models.TEACHERS["short"], width=16, steps=2, batch=4, layers=1)
+    monkeypatch.setitem(models.TEACHERS, "short", tiny)
     monkeypatch.setitem(models.STUDENTS, "near", replace(tiny, share=1.0))
     monkeypatch.setattr(arms, "BATCH", 4)
     monkeypatch.setattr(arms, "ARMS", {arm: arms.ARMS[arm] for arm in ("opd", "tropd")})

@@ -1,0 +1,110 @@
+"""The evidence: its test, its correction, and the order of its runs, from one that is missing to a
+verdict."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from dataclasses import replace
+
+import pytest
+
+pytest.importorskip("trl", reason="the trainer needs trl")
+
+from benchmarks.evidence import claims, runs
+from benchmarks.evidence.claims import Claim
+from benchmarks.evidence.experiments import BEYOND, CHOOSING, EXPERIMENTS, POWER, RATES, SEEDS, end
+from benchmarks.learning import arms, models
+from tropd_kernels.trainer import TrOPDConfig
+
+
+def test_sign_flip_by_hand():
+    """Of the eight choices of signs of 1, 2, 3, two reach 6; of -1, 2, 3, four reach 4."""
+    assert claims.sign_flip([1.0, 2.0, 3.0]) == 2 / 8
+    assert claims.sign_flip([-1.0, 2.0, 3.0]) == 4 / 8
+    assert claims.sign_flip([0.0, 0.0]) == 1.0
+    assert claims.sign_flip([0.1] * 20) == 2 / 2**20
+    # 0.1 + 0.2 and 0.3 are the same sum, whatever rounding says.
+    assert claims.sign_flip([0.1, 0.2, -0.3]) == 1.0
+    for none in ([], [1.0] * 21):
+        with pytest.raises(ValueError, match="1 to 20"):
+            claims.sign_flip(none)
+
+
+def test_holm_by_hand():
+    """Holm's own steps: 3 · 0.01, then 2 · 0.03, and never below what came before."""
+    assert claims.holm([0.03, 0.01, 0.04]) == pytest.approx([0.06, 0.03, 0.06])
+    assert claims.holm([0.6, 0.7]) == [1.0, 1.0]
+    assert claims.verdict(0.1, 0.04) == claims.CONFIRMED
+    assert claims.verdict(-0.1, 0.04) == claims.REVERSE
+    assert claims.verdict(0.1, 0.05) == claims.OPEN
+
+
+def test_differences_are_taken_seed_by_seed():
+    records = [
+        {"arm": arm, "seed": seed, "value": value}
+        for arm, seed, value in (("a", 1, 3.0), ("a", 2, 5.0), ("b", 2, 1.0), ("b", 3, 9.0))
+    ]
+    claim = Claim("", "a", "b", lambda record: record["value"])
+    assert claim.differences(records) == [4.0]
+    assert replace(claim, less=None).differences(records) == [3.0, 5.0]
+
+
+@pytest.mark.parametrize("experiment", EXPERIMENTS.values(), ids=EXPERIMENTS)
+def test_an_experiment_can_run(experiment, tmp_path):
+    """Its arms are settings that the trainer takes, and its claims name them."""
+    for arm in experiment.arms.values():
+        TrOPDConfig(str(tmp_path), **arms.settings(arm, 1, arms.STEPS, 1e-3))
+    named = {name for claim in (*experiment.claims, *experiment.looks)
+             for name in (claim.more, claim.less) if name}  # fmt: skip
+    assert named <= set(experiment.arms)
+    assert set(experiment.mismatches) <= set(models.STUDENTS)
+
+
+def record(mismatch: str, arm: str, seed: int, rate: float, accuracy: float) -> claims.Record:
+    return {"mismatch": mismatch, "arm": arm, "seed": seed, "learning_rate": rate,
+            "accuracy": [0.0] + [accuracy] * 10}  # fmt: skip
+
+
+@pytest.mark.parametrize(("best", "rates"), [(1e-3, RATES), (3e-3, (*RATES, BEYOND[3e-3]))])
+def test_rates_first_then_seeds(tmp_path, best, rates):
+    """An arm tries one rate more where the best is at an end, then runs at its own."""
+    experiment = replace(POWER, arms={"opd": arms.ARMS["opd"]}, mismatches=("near",))
+    results = runs.Results(experiment, tmp_path)
+    tried = []
+    while (run := next(results.wanted())).seed in CHOOSING:
+        tried.append(run.learning_rate)
+        results.append(
+            record("near", "opd", run.seed, run.learning_rate, float(run.learning_rate == best))
+        )
+    assert sorted(tried) == sorted(list(rates) * len(CHOOSING))
+    assert results.chosen("near", "opd") == best
+    ahead = list(results.wanted())
+    assert [(run.seed, run.learning_rate) for run in ahead] == [
+        (seed, best) for seed in range(1, SEEDS + 1)
+    ]
+    results.append(record("near", "opd", 1, best, 0.5))
+    again = runs.Results(experiment, tmp_path)  # from the file
+    assert [run.seed for run in again.wanted()] == list(range(2, SEEDS + 1))
+    assert [end(found) for found in again.compared("near")] == [0.5]
+
+
+def test_runs_become_records(tmp_path, monkeypatch):
+    """Two real runs, hardly trained, in a process of their own; no more than was allowed."""
+    tiny = replace(models.TEACHERS["short"], width=16, steps=2, batch=4, layers=1)
+    monkeypatch.setitem(models.TEACHERS, "short", tiny)
+    monkeypatch.setitem(models.STUDENTS, "near", replace(tiny, share=1.0))
+    monkeypatch.setattr(arms, "BATCH", 4)
+    run = next(runs.Results(POWER, tmp_path).wanted())
+    run = replace(run, steps=10)
+    found = runs.record_of(run, POWER.arms[run.arm], tmp_path)
+    results = runs.Results(POWER, tmp_path)
+    results.append(found)
+    assert json.loads(results.path.read_text("utf-8")) == found
+    assert len(found["accuracy"]) == 2 and len(found["trust"]) == 2
+    assert found["largest_norm"] >= found["median_norm"] > 0
+    assert found["seconds"] > 0 and "torch" in found["versions"]
+    others = itertools.islice(results.wanted(), 2)
+    assert (run.arm, run.seed, run.learning_rate) not in [
+        (other.arm, other.seed, other.learning_rate) for other in others
+    ]
