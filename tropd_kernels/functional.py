@@ -56,6 +56,7 @@ def linear_distillation_loss(
     scores: Tensor | None = None,  # (*)
     uniforms: Tensor | None = None,  # (*)
     mixing: Tensor | None = None,  # (*)
+    blending: Tensor | None = None,  # (*)
     ids: Tensor | None = None,  # (*, K)
     reference_teacher: HiddenTeacher | LogitsTeacher | None = None,
     seed: int | Tensor | None = None,
@@ -98,6 +99,9 @@ def linear_distillation_loss(
         mixing: Each token's weight w in [0, 1] of `Divergence("mixed")`, w KL(q || p) +
             (1 - w) KL(p || q). For example `torch.sigmoid((entropy - 0.8) / 0.1)` of the
             `teacher_entropy` in an earlier call's statistics, a soft form of EOPD's gate.
+        blending: Each token's weight w in [0, 1] of the target that the objective's powers make,
+            q^(1 - w) (q^a sg(p)^b r^c)^w renormalised: by default 1; 0 is the teacher alone. For
+            objectives with such powers (`Veto`, `ExOPD`, `DemoPSD`).
         ids: int64, the set K of an objective with `top_k_ids="given"`: distinct within a token,
             -1 at padding.
         seed: An integer from which the draws are derived instead, per token
@@ -167,7 +171,8 @@ def linear_distillation_loss(
             labels, teacher, objective,
             per_token=dict(old_log_probs=old_log_probs, advantages=advantages, uniforms=uniforms,
                            token_weight=token_weight, teacher_prefix=teacher_prefix,
-                           mixing=mixing, task_advantages=task_advantages, scores=scores),
+                           mixing=mixing, blending=blending, task_advantages=task_advantages,
+                           scores=scores),
             reference=reference_teacher, ids=ids,
             temperature=temperature, seed=seed, ignore_index=ignore_index, normalizer=normalizer,
             reduction=reduction, backend=backend, group=group,
@@ -193,6 +198,7 @@ def distillation_loss(
     scores: Tensor | None = None,  # (*)
     uniforms: Tensor | None = None,  # (*)
     mixing: Tensor | None = None,  # (*)
+    blending: Tensor | None = None,  # (*)
     ids: Tensor | None = None,  # (*, K)
     reference_teacher: HiddenTeacher | LogitsTeacher | None = None,
     seed: int | Tensor | None = None,
@@ -227,7 +233,8 @@ def distillation_loss(
             student_logits(logits, group), labels, teacher, objective,
             per_token=dict(old_log_probs=old_log_probs, advantages=advantages, uniforms=uniforms,
                            token_weight=token_weight, teacher_prefix=teacher_prefix,
-                           mixing=mixing, task_advantages=task_advantages, scores=scores),
+                           mixing=mixing, blending=blending, task_advantages=task_advantages,
+                           scores=scores),
             reference=reference_teacher, ids=ids,
             temperature=temperature, seed=seed, ignore_index=ignore_index, normalizer=normalizer,
             reduction=reduction, backend=backend, group=group,

@@ -58,17 +58,21 @@ def dense_teacher(t: Tensor, labels: Tensor) -> ReferenceTeacher:
     return ReferenceTeacher(log_q, _pick(log_q, labels), _entropy(log_q), dense=True)
 
 
-def target_logits(t: Tensor, z: Tensor, r: Tensor | None, rule: TokenRule) -> Tensor:
+def target_logits(
+    t: Tensor, z: Tensor, r: Tensor | None, rule: TokenRule, blending: Tensor | None = None
+) -> Tensor:
     """Logits (N, V) of the target that stands in for the teacher, of the transformed logits of
-    teacher, student and reference teacher: q^a sg(p)^b r^c, -inf where one of them excludes."""
-    sides = (rule.teacher_power, t), (rule.student_power, z.detach()), (rule.reference_power, r)
-    total, excluded = torch.zeros_like(t), torch.zeros_like(t, dtype=torch.bool)
-    for power, logits in sides:
-        if power != 0:
+    teacher, student and reference teacher: q^(1 - w) (q^a sg(p)^b r^c)^w with w = blending (N,), or
+    1; -inf where one of them excludes, if its power is not 0."""
+    w = torch.ones_like(t[:, :1]) if blending is None else blending.unsqueeze(-1)
+    total = (1 - w + w * rule.teacher_power) * t.log_softmax(-1)
+    for power, logits in ((rule.student_power, z.detach()), (rule.reference_power, r)):
+        if power:
             log_prob = logits.log_softmax(-1)
             here = log_prob == -math.inf
-            total, excluded = total + power * torch.where(here, 0.0, log_prob), excluded | here
-    return total.masked_fill(excluded, -math.inf)
+            total = total + w * power * log_prob.masked_fill(here, 0.0)
+            total = total.masked_fill(here & (w != 0), -math.inf)
+    return total
 
 
 def sampled_teacher(label_log_probs: Tensor) -> ReferenceTeacher:

@@ -110,6 +110,10 @@ def bad_inputs(ranks):
             disagree("mixing") + ".*other values", dict(mixing=torch.ones(n)),
             dict(objective=OBJECTIVES["mixed"], mixing=torch.zeros(n)),
         ),
+        "blending": (
+            disagree("blending") + ".*other values", dict(blending=torch.ones(n)),
+            dict(objective=OBJECTIVES["veto"], blending=torch.zeros(n)),
+        ),
         "task_advantages": (
             disagree("task_advantages") + ".*other values", dict(task_advantages=torch.ones(n)),
             dict(objective=TokenRule(task_weight=1.0), task_advantages=torch.zeros(n)),

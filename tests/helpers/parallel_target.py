@@ -36,6 +36,7 @@ def targets(ranks):
                     reduction="none", incoming=incoming,
                 ),
             )  # fmt: skip
+            yield f"{backend} {name} blended", partial(case, blending=torch.linspace(1, 0, 7))
         yield f"{backend} a lower reference", partial(a_lower_reference, backend)
         yield f"{backend} excluded ids", partial(excluded_ids, backend, ends(37, ranks))
     yield "disagreement", partial(disagreement, ranks)

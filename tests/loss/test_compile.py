@@ -27,7 +27,7 @@ from tropd_kernels.loss.problem import NO_GRADIENTS, Side
 RULE = OBJECTIVES["forward_kl_top_k"]
 
 
-def op_arguments(backend, device, needs, weight=True, **options):
+def op_arguments(backend, device, needs, weight=True, rule=RULE, inputs=None, **options):
     problem = make_problem(tokens=5, device=device)
     problem.labels[2] = -100
     hidden = problem.hidden.float().requires_grad_()
@@ -36,8 +36,8 @@ def op_arguments(backend, device, needs, weight=True, **options):
     made = flat_problem(
         Side(student, head if weight else None),
         Side(problem.teacher_hidden.float(), problem.teacher_weight.float()),
-        problem.labels, RULE, backend, {"uniforms": problem.options["uniforms"]}, needs,
-        **options,
+        problem.labels, rule, backend, {"uniforms": problem.options["uniforms"]} | (inputs or {}),
+        needs, **options,
     )  # fmt: skip
     later = NO_GRADIENTS if needs.any else BOTH
     scale = torch.full((), 0.25, device=device)
@@ -50,6 +50,14 @@ def op_arguments(backend, device, needs, weight=True, **options):
 )
 def test_opcheck(backend, needs, device):
     torch.library.opcheck(ops.distill, op_arguments(backend, device, needs))
+
+
+@pytest.mark.parametrize("backend", ["torch", "native", "triton"])
+def test_opcheck_of_a_target_with_weights(backend, device):
+    rule, inputs = replace(RULE, student_power=0.3), {"blending": torch.rand(5, device=device)}
+    for needs in (BOTH, NO_GRADIENTS):
+        arguments = op_arguments(backend, device, needs, rule=rule, inputs=inputs)
+        torch.library.opcheck(ops.distill, arguments)
 
 
 def test_opcheck_on_logits_and_of_the_backward(device):

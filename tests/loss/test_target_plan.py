@@ -60,7 +60,8 @@ def test_a_width_that_no_teacher_has(size):
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="of a CPU's engine")
 @pytest.mark.parametrize("form", ["hidden", "logits"])
-def test_workspace_is_what_the_plan_says(form):
+@pytest.mark.parametrize("blended", [False, True])
+def test_workspace_is_what_the_plan_says(form, blended):
     """As `test_memory` has it of other calls: at most a tenth over the plan's figure."""
     tokens, v, h, g = 1024, 50_000, 64, 64
     draw = torch.randn(tokens, h), torch.randn(v, h) * 3 / h**0.5
@@ -73,11 +74,12 @@ def test_workspace_is_what_the_plan_says(form):
         else:
             teachers.append(LogitsTeacher((states @ head.T).bfloat16()))
     labels = torch.randint(v, (tokens,))
+    blending = torch.rand(tokens) if blended else None
 
     def run():
         linear_distillation_loss(
             hidden, weight, labels, teachers[0], RULE, reference_teacher=teachers[1],
-            backend="torch",
+            backend="torch", blending=blending,
         ).loss.backward()  # fmt: skip
         hidden.grad = weight.grad = None
 

@@ -15,6 +15,7 @@ from tropd_kernels import (
     OPDVR,
     TOPD,
     TVOPD,
+    DemoPSD,
     ExOPD,
     Log1pOPD,
     LogitsTeacher,
@@ -88,6 +89,12 @@ RULES = {
     "Veto, arXiv 2601.07155: beta 0.8 for reasoning, forward KL": (
         Veto(student_power=0.8),
         TokenRule(policy_gradient=0.0, divergence="forward_kl", student_power=0.8),
+    ),
+    "DemoPSD, arXiv 2607.02502: alpha_max 0.15, reverse KL": (
+        DemoPSD(),
+        TokenRule(
+            policy_gradient=0.0, divergence="reverse_kl", teacher_power=0.85, student_power=0.15
+        ),
     ),
     "ExOPD, arXiv 2602.12125: lambda_vals 1.25": (
         ExOPD(), TokenRule(teacher_power=1.25, reference_power=-0.25, prefix_weight=BETA),

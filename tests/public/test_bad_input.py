@@ -40,6 +40,7 @@ from tropd_kernels import (
     SampledTeacher,
     TokenRule,
     TrOPD,
+    Veto,
     available_backends,
     backends,
     plan_chunks,
@@ -235,16 +236,18 @@ def test_a_teacher_of_another_precision(call, backend, device):
 TASK = TokenRule(task_weight=1.0)
 PER_TOKEN = [
     "old_log_probs", "advantages", "task_advantages", "token_weight", "uniforms", "teacher_prefix",
-    "mixing",
+    "mixing", "blending",
 ]  # fmt: skip
 
 
 @pytest.mark.parametrize("name", PER_TOKEN)
 @pytest.mark.parametrize("call", [head_loss, logits_loss])
 def test_per_token_tensors(name, call):
-    if name in ("mixing", "task_advantages"):
-        rule = TASK if name == "task_advantages" else Divergence("mixed")
-        call = partial(call, objective=rule)
+    readers = {
+        "mixing": Divergence("mixed"), "task_advantages": TASK, "blending": Veto(student_power=0.5),
+    }  # fmt: skip
+    if name in readers:
+        call = partial(call, objective=readers[name])
     boolean = name == "teacher_prefix"
     dtype = torch.bool if boolean else torch.float32
     good = torch.zeros(SHAPE, dtype=dtype)
@@ -285,6 +288,10 @@ def test_advantages_of_a_rule_without_a_reward(call):
 
 def mixed(weight):
     return dict(objective=Divergence("mixed"), mixing=filled(weight))
+
+
+def blended(weight):
+    return dict(objective=Veto(student_power=0.5), blending=filled(weight))
 
 
 VALUES = {
@@ -341,6 +348,9 @@ VALUES = {
     "mixing above 1": (lambda: mixed(1.01), "mixing", "[0, 1]", "forward KL"),
     "mixing below 0": (lambda: mixed(-0.01), "mixing", "[0, 1]", "forward KL"),
     "mixing NaN": (lambda: mixed(NAN), "mixing", "[0, 1]", "forward KL"),
+    "blending above 1": (lambda: blended(1.01), "blending", "[0, 1]", "0 the teacher"),
+    "blending below 0": (lambda: blended(-0.01), "blending", "[0, 1]", "0 the teacher"),
+    "blending NaN": (lambda: blended(NAN), "blending", "[0, 1]", "0 the teacher"),
 }  # fmt: skip
 
 

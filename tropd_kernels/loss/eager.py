@@ -138,7 +138,7 @@ def _teacher(
         if problem.reference is not None:
             other = _logits(problem.reference, problem, tokens)
         if rule.reshapes_target:
-            t = reference.target_logits(t, z, other, rule)
+            t = reference.target_logits(t, z, other, rule, inputs.blending)
         return reference.dense_teacher(t, labels)
     known = inputs.label_log_probs
     if known is None:

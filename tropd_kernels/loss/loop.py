@@ -280,7 +280,8 @@ class _Walk:
             if student:
                 read.append(self.student.of(tokens, room[0]))
             if teacher:
-                read.append(self._teacher_logits(tokens, read[0] if student else None, room))
+                z = read[0] if student else None
+                read.append(self._teacher_logits(part, tokens, z, room))
             keep_given(known, inputs, problem.vocab_size)
             if read:
                 both = read[1] if len(read) > 1 else None
@@ -402,7 +403,7 @@ class _Walk:
         if z is None:
             z = self.student.of(tokens, room[0], hidden)
         if t is None and self.teacher is not None:
-            t = self._teacher_logits(tokens, z, room)
+            t = self._teacher_logits(part, tokens, z, room)
         return RowBatch(
             student=z,
             teacher=t,
@@ -411,7 +412,7 @@ class _Walk:
         )
 
     def _teacher_logits(
-        self, tokens: Tokens, z: Tensor | None, room: Sequence[Tensor | None]
+        self, part: slice, tokens: Tokens, z: Tensor | None, room: Sequence[Tensor | None]
     ) -> Tensor:
         """The teacher's logits, or what stands in for them, in the teacher's buffer."""
         assert self.teacher is not None
@@ -428,7 +429,8 @@ class _Walk:
             sides.append((rule.reference_power, r, self.reference.transform))
         assert room[1] is not None
         out = room[1][: t.shape[0], : self.columns]
-        write_target(out, *sides)
+        blending = self.inputs.get("blending")
+        write_target(out, *sides, blending=None if blending is None else blending[part])
         return out
 
     def _inputs(self, part: slice, tokens: Tokens) -> TokenInputs:

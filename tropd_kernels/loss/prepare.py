@@ -239,7 +239,8 @@ _READ_BY_SOME: dict[str, tuple[Callable[[TokenRule], bool], str, str]] = {
 
 
 def _check_read(rule: TokenRule, per_token: dict[str, Tensor | None]) -> None:
-    """Each of them is given with a rule that reads it, and with no other; advantages may be."""
+    """Each of them is given with a rule that reads it, and with no other; advantages and blending
+    may be given with one that does."""
     for name, (reads, what, reader) in _READ_BY_SOME.items():
         given = per_token[name] is not None
         if reads(rule) and not given:
@@ -251,6 +252,8 @@ def _check_read(rule: TokenRule, per_token: dict[str, Tensor | None]) -> None:
             _raise_idle(name, rule, reader)
     if per_token["advantages"] is not None and not rule.reads_advantages:
         _raise_idle("advantages", rule, "a policy_gradient")
+    if per_token["blending"] is not None and not rule.reshapes_target:
+        _raise_idle("blending", rule, "a student_power or another power, such as Veto")
 
 
 def _raise_idle(name: str, rule: TokenRule, reader: str) -> NoReturn:

@@ -30,8 +30,8 @@ def may_look(problem: Problem) -> bool:
 def tokens_that_count(problem: Problem) -> Tensor | None:
     """Indices of the tokens that count, or None where all do. Raises ValueError on values that
     cannot be right: labels outside the vocabulary, weights, advantages or scores that are not
-    finite, draws or mixing weights out of range, a teacher's log-probs above 0 or NaN, ids that
-    repeat, or that the vocabulary does not have."""
+    finite, draws, mixing or blending weights out of range, a teacher's log-probs above 0 or NaN,
+    ids that repeat, or that the vocabulary does not have."""
     labels, inputs, ignore_index = problem.labels, problem.inputs, problem.options.ignore_index
     if not may_look(problem):
         return None  # it would wait for the GPU
@@ -49,9 +49,10 @@ def tokens_that_count(problem: Problem) -> Tensor | None:
     if inputs.uniforms is not None:
         u = inputs.uniforms
         checks["uniforms"] = (~((u >= 0) & (u < 1)) & counts).any()
-    if inputs.mixing is not None:
-        w = inputs.mixing
-        checks["mixing"] = (~((w >= 0) & (w <= 1)) & counts).any()
+    for name in ("mixing", "blending"):
+        w = getattr(inputs, name)
+        if w is not None:
+            checks[name] = (~((w >= 0) & (w <= 1)) & counts).any()
     for name, values in _given_log_probs(problem, counts).items():
         checks[name] = (~(values <= LOG_PROB_MARGIN)).any()  # NaN, too
     if inputs.ids is not None:
@@ -153,6 +154,8 @@ def _raise_bad_value(name: str, problem: Problem, outside: Tensor, counts: Tenso
         raise ValueError("uniforms must lie in [0, 1), as torch.rand draws them")
     if name == "mixing":
         raise ValueError("mixing must lie in [0, 1]: 1 is the forward KL, 0 the reverse KL")
+    if name == "blending":
+        raise ValueError("blending must lie in [0, 1]: 1 is the rule's target, 0 the teacher")
     if name in ("label_log_probs", "topk_log_probs"):
         _raise_not_log_probs(name, _given_log_probs(problem, counts)[name])
     raise ValueError(

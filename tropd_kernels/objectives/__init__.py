@@ -29,7 +29,7 @@ from .named import (
     TrOPD,
     TrOPD_AOPD,
 )
-from .named_divergences import CADENCE, GKD, LSM, MOPD, SFT, Divergence, TopKJSD, Veto
+from .named_divergences import CADENCE, GKD, LSM, MOPD, SFT, DemoPSD, Divergence, TopKJSD, Veto
 from .rewards import REWARDS
 from .rule import TokenRule, decode_rule
 from .rule_checks import GATES, NORMALIZE, OUTLIERS, TAILS
@@ -57,6 +57,7 @@ __all__ = [
     "TOPD",
     "TVOPD",
     "ClipOutlier",
+    "DemoPSD",
     "Divergence",
     "DivergenceSpec",
     "EntropyOPD",

@@ -125,8 +125,8 @@ def Veto(*, student_power: float, divergence: str = "forward_kl") -> TokenRule:
     """Veto (arXiv 2601.07155): a divergence of `Divergence` to a target between both models,
     q sg(p)^student_power, renormalised; at 0 the target is the teacher. student_power is the
     paper's beta, which has no default, as the paper searches it by task: 0.8 for reasoning, 1 for
-    code, 0.3 for summaries, each falling to 0 linearly, by a schedule of the caller's. DemoPSD
-    (2607.02502) gives each token powers of its own, which no rule can say.
+    code, 0.3 for summaries, each falling to 0 linearly, by a schedule of the caller's. The call's
+    `blending` lowers it token by token.
 
     Examples:
         >>> from tropd_kernels import Veto
@@ -135,6 +135,34 @@ def Veto(*, student_power: float, divergence: str = "forward_kl") -> TokenRule:
     """
     number("student_power", student_power, low=0.0)
     return replace(Divergence(divergence), student_power=student_power)
+
+
+def DemoPSD(*, student_power: float = 0.15) -> TokenRule:
+    """DemoPSD (arXiv 2607.02502): the reverse KL to q^(1 - a) sg(p)^a, renormalised, with the
+    larger an a the further p and q are apart at the token. student_power is the largest a, the
+    paper's alpha_max, and the call's `blending` is each token's share of it, in the paper
+    2 sigmoid(beta d) - 1 with d the Jensen-Shannon divergence of p and q, which is the loss of
+    `GKD()` token by token, and a beta between 25 and 100 by task. Without `blending` every token
+    has the largest. The paper's p in the target and in d is a moving average of the student: pass
+    it as `reference_teacher`, and move the power from student_power to reference_power. Its sums
+    are over the student's top 100 with a bucket, of probabilities of at least 1e-8; these are
+    exact, over the vocabulary.
+
+    Examples:
+        >>> from tropd_kernels import DemoPSD
+        >>> DemoPSD()
+        TokenRule(policy_gradient=0.0, divergence='reverse_kl', teacher_power=0.85,
+        student_power=0.15)
+    """
+    number("student_power", student_power, 0.0, 1.0)
+    if student_power in (0, 1):
+        raise ValueError(
+            f"student_power={student_power!r} leaves nothing of the "
+            f"{'teacher' if student_power else 'student'} in the target: give a number between 0 "
+            "and 1"
+        )
+    rule = Divergence("reverse_kl")
+    return replace(rule, teacher_power=1 - student_power, student_power=student_power)
 
 
 def LSM(*, top_k: int = 32) -> TokenRule:

@@ -22,6 +22,7 @@ from .rule import TokenRule
 OF_A_CALL = {
     "mixed": "mixing",
     "cadence": "mixing",
+    "demopsd": "blending",
     "kdrl": "task_advantages",
     "opdvr": "task_advantages",
     "exopd": "reference_teacher",

@@ -109,7 +109,8 @@ class RuleFields:
             sg(p)^student_power r^reference_power with r the call's `reference_teacher` and
             renormalised over the vocabulary, which stands in for q everywhere: reward, gate,
             divergences, entropy, K and the teacher's statistics. An id that a side with a power
-            other than 0 excludes has probability 0. Dense teachers only.
+            other than 0 excludes has probability 0. Dense teachers only. The call's `blending` w
+            gives each token a target between q and this one: q^(1 - w) q'^w.
         student_power: Power of sg(p) in it.
         reference_power: Power of r in it.
 

@@ -96,8 +96,8 @@ class RowOptions:
 class TokenInputs:
     """What is known of each of n tokens besides logits and label, None where it is not.
 
-    token_weight, old_log_probs, advantages, task_advantages, uniforms, mixing, scores: (n,).
-    teacher_prefix: (n,) bool. Of a top-k or sampled teacher: ids and topk_log_probs (n, K),
+    token_weight, old_log_probs, advantages, task_advantages, uniforms, mixing, blending, scores:
+    (n,). teacher_prefix: (n,) bool. Of a top-k or sampled teacher: ids and topk_log_probs (n, K),
     label_log_probs (n,), teacher_entropy (n,).
     """
 
@@ -108,6 +108,7 @@ class TokenInputs:
     teacher_prefix: Tensor | None = None
     uniforms: Tensor | None = None
     mixing: Tensor | None = None
+    blending: Tensor | None = None
     scores: Tensor | None = None
     ids: Tensor | None = None
     topk_log_probs: Tensor | None = None
