@@ -203,18 +203,63 @@ def test_verl_s_engine_gives_the_reference_s_loss_and_gradient(verl_losses, name
     selected = (labels >= 0) & ~truth.stats.trust.isnan()  # M is made for them alone
     assert selected.any()
     assert trust == pytest.approx(float(truth.stats.trust[selected].mean()), rel=1e-6)
+    if truth.stats.score is not None:
+        score = truth.stats.score[labels >= 0]
+        share = score[score >= truth.stats.threshold].sum() / score.sum()
+        for name, value in (
+            ("select_threshold", truth.stats.threshold),
+            ("selected_score_share", share),
+        ):
+            assert metrics[f"distillation/{name}"].aggregate() == pytest.approx(float(value), 1e-5)
+
+
+def own(verl_losses, rule, monkeypatch):
+    """Registers a rule for one test."""
+    for registry in (verl_losses.DISTILLATION_LOSS_REGISTRY, integration.RULES):
+        monkeypatch.setitem(registry, "mine", None)
+        monkeypatch.delitem(registry, "mine")  # undone at the end, and with it the registration
+    integration.register("mine", rule, "top_k")
 
 
 def test_a_rule_of_one_s_own_is_registered_alike(verl_losses, monkeypatch):
     """It has no sum over the k ids, and so no masses to report."""
-    for registry in (verl_losses.DISTILLATION_LOSS_REGISTRY, integration.RULES):
-        monkeypatch.setitem(registry, "mine", None)
-        monkeypatch.delitem(registry, "mine")  # undone at the end, and with it the registration
-    integration.register("mine", ClipOutlier(threshold=-2.0), "top_k")
+    own(verl_losses, ClipOutlier(threshold=-2.0), monkeypatch)
     data, log_q, *_ = micro_batch("top_k", nested=True)
     loss, metrics = run_verl(verl_losses, data, torch.randn(len(log_q), V), *configs("mine"))
     assert loss.isfinite() and "distillation/label_in_topk" in metrics
+    assert not [name for name in metrics if "mass" in name or "select" in name]
     assert all(math.isfinite(metric.aggregate()) for metric in metrics.values())
+
+
+def test_ranks_whose_micro_batches_select_nothing(verl_losses, monkeypatch):
+    """verl's own way from micro-batches to ranks to a number, which fails where ranks give
+    different numbers of values: here no token of one micro-batch reaches the threshold."""
+    from verl.utils.metric import Metric
+    from verl.utils.py_functional import append_to_dict
+
+    rule = replace(TrOPD(), select_by="entropy", select_threshold=2.0)
+    own(verl_losses, rule, monkeypatch)
+    data, log_q, *_ = micro_batch("top_k", nested=True)
+    logits = torch.randn(len(log_q), V, generator=torch.Generator().manual_seed(2))
+    some, none = (
+        run_verl(verl_losses, data, scale * logits, *configs("mine"))[1] for scale in (2, 50)
+    )
+    share = some["distillation/selected_score_share"].aggregate()
+    lowest = some["distillation/select_threshold"].aggregate()
+    assert 0.1 < share < 0.99 and 2 < lowest < 2.5
+    ranks = []
+    for batches in ((some, some), (some, none)):
+        metrics = {}
+        for batch in batches:
+            append_to_dict(metrics, batch)
+        ranks.append(metrics)
+    found = {name: Metric.aggregate_dp([rank[name] for rank in ranks]) for name in ranks[0]}
+    assert found["distillation/selected_score_share"] == pytest.approx(share * 3 / 4)
+    assert found["distillation/select_threshold"] == pytest.approx((3 * lowest + 2.0) / 4)
+    for name in ("student_mass_min", "student_mass_max", "teacher_mass_min", "teacher_mass_max"):
+        name = f"distillation/{name}"
+        assert found[name] == some[name].aggregate(), name
+    assert all(math.isfinite(value) for value in found.values())
 
 
 def test_other_losses_stay_verl_s_own(verl_losses):

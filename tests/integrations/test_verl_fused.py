@@ -1,6 +1,7 @@
 """verl's own FSDP 2 engine with the loss in its model's forward, against the same engine on logits
 that exist: losses, metrics and the gradients of a whole model, in float32 on a CPU."""
 
+import math
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,7 +14,7 @@ pytest.importorskip("tensordict")
 import verl_engine as helper
 from verl_engine import K, V, gradients, loss_function, make_batch
 
-from tropd_kernels import OPD, Divergence
+from tropd_kernels import OPD, Divergence, TrOPD
 from tropd_kernels.integrations import verl as integration
 from tropd_kernels.integrations import verl_fused
 from tropd_kernels.integrations.verl_batch import NEEDS_LABEL, RULES
@@ -111,6 +112,20 @@ def own(name, rule, teacher, monkeypatch):
         monkeypatch.delitem(registry, name)  # undone at the end, and with it the registration
     monkeypatch.setattr("tropd_kernels.integrations.verl.NEEDS_LABEL", set(NEEDS_LABEL))
     integration.register(name, rule, teacher)
+
+
+@pytest.mark.parametrize("by", ["teacher_entropy", "disagreement"])
+def test_a_selection_s_metrics_are_those_on_logits(engines, by, monkeypatch):
+    """One value of each micro-batch, fused and on logits."""
+    own("mine", replace(TrOPD(), select_by=by, select_fraction=0.5), "top_k", monkeypatch)
+    theirs, ours = (
+        run(engine, fused, "mine", form="top_k") for fused, engine in enumerate(engines)
+    )
+    assert_same(ours, theirs)
+    for name in ("select_threshold", "selected_score_share"):
+        values = ours[0]["metrics"][f"distillation/{name}"].values
+        assert len(values) == 2 and all(0 <= value < math.inf for value in values), name
+    assert by == "disagreement" or 0 < min(values) < max(values) < 1
 
 
 def test_verl_s_own_forward_kl_is_ours_on_raw_masses(engines, monkeypatch):

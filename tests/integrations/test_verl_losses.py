@@ -98,9 +98,12 @@ def test_a_sampled_loss_from_log_probs_is_the_reference_s(name):
     entropy = -(log_p.exp() * log_p).sum(-1)
     lp = log_p.gather(-1, labels[:, None])[:, 0]
     lq[::5] = -math.inf  # whatever stands at tokens that do not count
-    losses, trust = sampled_losses(
+    losses, trust, score = sampled_losses(
         lp, lq, counted, SAMPLED[name], old_log_probs=old, entropy=entropy, uniforms=uniforms
     )
+    assert (score is None) == (truth.stats.score is None)
+    if score is not None:
+        torch.testing.assert_close(score, truth.stats.score, equal_nan=True)
     (found,) = torch.autograd.grad(losses.sum(), logits)
     torch.testing.assert_close(losses, truth.loss)
     expected_trust = torch.where(counted, truth.stats.trust, 0.0)
@@ -238,12 +241,57 @@ def test_every_name_can_be_served():
 
 
 def test_a_mean_is_over_the_tokens_that_have_the_value(monkeypatch):
-    """A selection leaves the others without a gate; a rule without sums has no masses at all."""
-    for name in ("verl", "verl.utils", "verl.utils.metric"):
-        monkeypatch.setitem(sys.modules, name, ModuleType(name))
-    sys.modules["verl.utils.metric"].AggregationType = SimpleNamespace(MEAN="mean")
-    sys.modules["verl.utils.metric"].Metric = lambda kind, value: value
+    """A selection leaves the others without a gate."""
+    metrics_of = plain_metrics(monkeypatch)
     some = torch.tensor([1.0, math.nan, 0.0, 1.0])
     counted = torch.tensor([True, True, True, False])
-    found = integration._metrics(counted, tropd_trust=some, student_mass=some * math.nan)
-    assert found == {"distillation/trust": 0.5}
+    found = metrics_of(TrOPD(), counted, tropd_trust=some, student_mass=some / 2)
+    assert found == {
+        "trust": 0.5, "student_mass": 0.25, "student_mass_min": 0.0, "student_mass_max": 0.5
+    }  # fmt: skip
+
+
+def test_metrics_of_a_selection(monkeypatch):
+    """By hand; the last token does not count, and has the highest score."""
+    metrics_of = plain_metrics(monkeypatch)
+    rule = replace(TrOPD(), select_by="disagreement", select_threshold=3.0)
+    counted = torch.tensor([True, True, True, True, False])
+    trust = torch.tensor([math.nan, 1.0, 1.0, math.nan, 0.0])
+    score = torch.tensor([2.0, 6.0, 4.0, 0.5, math.nan])
+    found = metrics_of(rule, counted, tropd_trust=trust, tropd_score=score)
+    share = 10.0 / 12.5
+    assert found == {"trust": 1.0, "select_threshold": 4.0, "selected_score_share": share}
+    infinite = score.where(score < 5, math.inf)
+    found = metrics_of(rule, counted, tropd_trust=trust, tropd_score=infinite)
+    assert found["select_threshold"] == 4.0 and found["selected_score_share"] == 4.0 / 6.5
+    fraction = replace(rule, select_threshold=None, select_fraction=0.5)
+    infinite = torch.where(trust == 1, math.inf, score)  # the selected ones, of which none is known
+    found = metrics_of(fraction, counted, tropd_trust=trust, tropd_score=infinite)
+    assert found["select_threshold"] == 2.0 and found["selected_score_share"] == 0.0
+    found = metrics_of(fraction, counted, tropd_trust=trust, tropd_score=0 * score)
+    assert found["select_threshold"] == 0.0 and found["selected_score_share"] == 1.0
+    rewards = replace(rule, select_by="reward")
+    found = metrics_of(rewards, counted, tropd_trust=trust, tropd_score=-score)
+    assert found == {"trust": 1.0, "select_threshold": -6.0}
+
+    none = trust * math.nan
+    found = metrics_of(rule, counted, tropd_trust=none, tropd_score=score, teacher_mass=none)
+    assert found == {
+        "trust": 1.0, "select_threshold": 3.0, "selected_score_share": 0.0, "teacher_mass": 1.0,
+        "teacher_mass_min": math.inf, "teacher_mass_max": -math.inf,
+    }  # fmt: skip
+
+
+def plain_metrics(monkeypatch):
+    """`_metrics` with numbers for verl's metrics, under names without a prefix."""
+    for name in ("verl", "verl.utils", "verl.utils.metric"):
+        monkeypatch.setitem(sys.modules, name, ModuleType(name))
+    kinds = SimpleNamespace(MEAN="mean", MIN="min", MAX="max")
+    sys.modules["verl.utils.metric"].AggregationType = kinds
+    sys.modules["verl.utils.metric"].Metric = lambda kind, value: value
+
+    def metrics_of(rule, counted, **seen):
+        found = integration._metrics(rule, counted, seen)
+        return {name.removeprefix("distillation/"): value for name, value in found.items()}
+
+    return metrics_of

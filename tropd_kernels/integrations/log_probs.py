@@ -60,9 +60,10 @@ def sampled_losses(
     entropy: Tensor | None = None,  # (*)
     uniforms: Tensor | None = None,  # (*)
     with_entropy: str = "pass entropy=",
-) -> tuple[Tensor, Tensor]:
-    """Loss of each token and the gate's M, 0 where `counted` is not, from log-probs alone. At a
-    token that the rule does not select the loss is 0 and M is NaN.
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Loss of each token and the gate's M, 0 where `counted` is not, from log-probs alone, and the
+    scores by which the rule selects, NaN where `counted` is not; None if it selects none. At a
+    token that is not selected the loss is 0 and M is NaN.
 
     Those of a sampled teacher in `distillation_loss`; differentiable in log_probs, and in entropy
     where the rule has an entropy bonus. with_entropy: how a caller gets the entropy, for the error.
@@ -82,10 +83,10 @@ def sampled_losses(
     known = {"old_log_probs": rows(old_log_probs), "uniforms": rows(uniforms)}
     batch = RowBatch(student=None, teacher=None, labels=None, **known)
     options = RowOptions(rule, LogitTransform(), LogitTransform())
-    enters = counted
+    enters, ranked = counted, None
     if rule.score is not None:
-        ranked = scores(stats, batch, options).masked_fill(~counted.reshape(-1), math.nan)
-        enters = counted & selected(ranked, rule).view(counted.shape)
+        ranked = scores(stats, batch, options).view(counted.shape).masked_fill(~counted, math.nan)
+        enters = counted & selected(ranked, rule)
     apply_rule(stats, coefs, gate(stats, batch, options), None, batch, options)
 
     def where(mask: Tensor, row: Tensor) -> Tensor:
@@ -99,7 +100,7 @@ def sampled_losses(
             finite = torch.where(counted & ~values.isinf(), values, 0.0)
             losses = losses + where(enters, coefs[coef]) * (finite - finite.detach())
     trust = where(counted, stats[Stat.TRUST])
-    return losses, trust.masked_fill(counted & ~enters, math.nan)
+    return losses, trust.masked_fill(counted & ~enters, math.nan), ranked
 
 
 def mean_trust(trust: Tensor, counted: Tensor) -> Tensor:

@@ -32,7 +32,7 @@ def loss(inputs: Any, objective: str = "opd", seed: int = 0, **knobs: Any) -> An
             "asks a reference model for the tokens of the rl component"
         )
     counted = inputs.loss_mask.bool()
-    losses, trust = sampled_losses(
+    losses, trust, _ = sampled_losses(
         inputs.trainer_logprobs, inputs.ref_logprobs, counted, rule,
         old_log_probs=inputs.inference_logprobs,
         uniforms=drawn(seed, inputs.inference_logprobs, counted),

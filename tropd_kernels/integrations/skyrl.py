@@ -44,7 +44,7 @@ def policy_loss(objective: str = "opd", seed: int = 0, **knobs: Any) -> Any:
     ) -> tuple[Tensor, dict[str, float]]:
         weights = log_probs.new_ones(log_probs.shape) if loss_mask is None else loss_mask
         counted = weights != 0
-        losses, trust = sampled_losses(
+        losses, trust, _ = sampled_losses(
             log_probs, old_log_probs + advantages, counted, rule,
             old_log_probs=old_log_probs, uniforms=drawn(seed, old_log_probs, counted),
         )  # fmt: skip

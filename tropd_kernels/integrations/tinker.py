@@ -39,7 +39,7 @@ def custom_loss(objective: str = "opd", seed: int = 0, **knobs: Any) -> Any:
                 )
             old = given.get("sampling_logprobs", log_probs.detach())
             counted = given.get("mask", torch.ones_like(log_probs)) != 0
-            losses, trust = sampled_losses(
+            losses, trust, _ = sampled_losses(
                 log_probs, given["teacher_logprobs"], counted, rule,
                 old_log_probs=old, uniforms=drawn(seed, old, counted),
             )  # fmt: skip

@@ -40,7 +40,10 @@ verl/workers/rollout/vllm_rollout/utils.py), n being the tokens of a packed micr
 * No step and no sample index arrive. The Bernoulli gate's draws are a function of
   (`actor.data_loader_seed`, a hash of the sequence's token ids, position): the same for a token in
   any micro-batch and on any rank, and again when the same sequence is trained on once more.
-* A fraction of the tokens (`select_by`, EntropyOPD) is of those of the micro-batch.
+* A fraction of the tokens (`select_by`, EntropyOPD) is of those of the micro-batch. verl logs the
+  means over micro-batches and ranks of `distillation/select_threshold`, the lowest finite score
+  that was selected, and of `distillation/selected_score_share`, the selected tokens' share of the
+  sum of the finite scores.
 
 Not served: `use_policy_gradient`, under which verl would take these losses as rewards, and
 `log_prob_min_clamp`, which nothing here reads, raise ValueError; rules whose mean is over the kept
@@ -54,6 +57,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
+import math
 from typing import Any
 
 from torch import Tensor
@@ -169,10 +173,10 @@ def _from_log_probs(config, distillation_config, model_output, data) -> tuple[Te
 
     rule = rule_of(distillation_config)
     if "distillation_losses" in model_output:
-        return _computed(model_output, data)
+        return _computed(rule, model_output, data)
     counted = padded(data["response_mask"]).bool()
     old, entropy = data.get("old_log_probs", None), model_output.get("entropy", None)
-    losses, trust = sampled_losses(
+    losses, trust, score = sampled_losses(
         no_padding_2_padding(model_output["log_probs"], data),
         no_padding_2_padding(data["teacher_logprobs"], data).squeeze(-1),
         counted,
@@ -182,13 +186,14 @@ def _from_log_probs(config, distillation_config, model_output, data) -> tuple[Te
         uniforms=no_padding_2_padding(uniforms_of(config, data), data),
         with_entropy="set actor_rollout_ref.actor.calculate_entropy=true",
     )
-    return losses, _metrics(counted, tropd_trust=trust)
+    seen = {"tropd_trust": trust} | ({} if score is None else {"tropd_score": score})
+    return losses, _metrics(rule, counted, seen)
 
 
 def _from_logits(config, distillation_config, model_output, data) -> tuple[Tensor, dict]:
     """A registered loss for a top-k teacher: what was computed where logits or hidden states were,
     as verl wants it."""
-    rule_of(distillation_config)
+    rule = rule_of(distillation_config)
     if "tropd_trust" not in model_output:
         raise RuntimeError(
             f"loss_mode={distillation_config.distillation_loss.loss_mode!r} saw neither the "
@@ -196,35 +201,60 @@ def _from_logits(config, distillation_config, model_output, data) -> tuple[Tenso
             "actor_rollout_ref.model.use_fused_kernels=false elsewhere, or take a loss of a "
             f"sampled teacher ({', '.join(SAMPLED)})"
         )
-    return _computed(model_output, data)
+    return _computed(rule, model_output, data)
 
 
-def _computed(model_output: Any, data: Any) -> tuple[Tensor, dict]:
+def _computed(rule: TokenRule, model_output: Any, data: Any) -> tuple[Tensor, dict]:
     """Losses (B, R) and metrics of what stands in the model's output."""
     from verl.workers.utils.padding import no_padding_2_padding
 
-    names = ("student_mass", "teacher_mass", "tropd_trust", "tropd_label_in_topk")
+    names = ["tropd_trust", "tropd_label_in_topk", "tropd_score"]
+    if rule.uses_top_k or rule.uses_sums:  # else there are no masses
+        names += ["student_mass", "teacher_mass"]
     seen = {n: no_padding_2_padding(model_output[n], data) for n in names if n in model_output}
     losses = no_padding_2_padding(model_output["distillation_losses"], data)
-    return losses, _metrics(padded(data["response_mask"]).bool(), **seen)
+    return losses, _metrics(rule, padded(data["response_mask"]).bool(), seen)
 
 
-def _metrics(counted: Tensor, **values: Tensor) -> dict[str, Any]:
-    """Means over the tokens that count and have the value, and of the masses the least and the
-    largest, under verl's names and as verl aggregates them."""
+def _metrics(rule: TokenRule, counted: Tensor, seen: dict[str, Tensor]) -> dict[str, Any]:
+    """Means over the tokens that count and have the value, of the masses the least and the largest,
+    and of a selection its threshold and what it holds, under verl's names and as verl aggregates
+    them.
+
+    verl fails where ranks give different numbers of values. So every micro-batch gives all: one in
+    which no token is selected 1 for a mean, and infinities, which count for nothing, for extremes.
+    """
     from verl.utils.metric import AggregationType, Metric
 
-    found = {}
-    for name, rows in values.items():
-        known = rows.detach()[counted].double()
-        known = known[~known.isnan()]
-        if not len(known):  # a rule without sums over the k ids has no masses
-            continue
-        named = f"distillation/{name.removeprefix('tropd_')}"
-        found[named] = Metric(AggregationType.MEAN, float(known.mean()))
+    at_tokens = {name.removeprefix("tropd_"): rows.detach()[counted].double()
+                 for name, rows in seen.items()}  # fmt: skip
+    means: dict[str, float] = {}
+    extremes = {}
+    if "score" in at_tokens:
+        means |= _selection(rule, at_tokens.pop("score"), ~at_tokens["trust"].isnan())
+    for name, values in at_tokens.items():
+        known = values[~values.isnan()].tolist()
+        means[name] = sum(known) / len(known) if known else 1.0
         if name.endswith("_mass"):
-            found[f"{named}_min"] = Metric(AggregationType.MIN, float(known.min()))
-            found[f"{named}_max"] = Metric(AggregationType.MAX, float(known.max()))
+            extremes[f"{name}_min"] = Metric(AggregationType.MIN, min(known, default=math.inf))
+            extremes[f"{name}_max"] = Metric(AggregationType.MAX, max(known, default=-math.inf))
+    found = {name: Metric(AggregationType.MEAN, value) for name, value in means.items()} | extremes
+    return {f"distillation/{name}": metric for name, metric in found.items()}
+
+
+def _selection(rule: TokenRule, scores: Tensor, selected: Tensor) -> dict[str, float]:
+    """The lowest finite score that was selected, and the selected tokens' share of the sum of the
+    finite scores, but for rewards, which have both signs. Where no finite score was selected the
+    first is the rule's threshold, or the highest of them: of a token that the teacher rules out the
+    score may be infinite, and so a fraction may take such tokens alone."""
+    finite = scores.isfinite()
+    held, known = scores[finite & selected].tolist(), scores[finite].tolist()
+    lowest = max(known, default=math.nan)
+    if rule.select_threshold is not None:
+        lowest = rule.select_threshold
+    found = {"select_threshold": min(held, default=lowest)}
+    if rule.score != "reward":
+        found["selected_score_share"] = sum(held) / sum(known) if any(known) else 1.0
     return found
 
 

@@ -56,6 +56,8 @@ class Rows:
     def carried(self, out: DistillationOutput, k: int | None) -> dict[str, Tensor]:
         """What verl takes from here to the loss."""
         found = {"distillation_losses": out.loss, "tropd_trust": out.stats.trust}
+        if out.stats.score is not None:
+            found["tropd_score"] = out.stats.score
         if k is not None:
             found["student_mass"] = out.stats.student_topk_mass
             found["teacher_mass"] = out.stats.teacher_topk_mass
@@ -78,7 +80,8 @@ def top_k_losses(
     process_group: Any = None,
 ) -> dict[str, Tensor]:
     """What verl carries from the logits to the loss, each (n), by name: the loss of each token,
-    the masses of the k ids, the gate's M, and whether the label is among the k ids.
+    the masses of the k ids, the gate's M, whether the label is among the k ids, and the score by
+    which the rule selects tokens, if it does.
 
     k: how many of the columns are the top-k; by default all. process_group: the ranks over which
     the logits are split.
