@@ -221,8 +221,8 @@ def _metrics(rule: TokenRule, counted: Tensor, seen: dict[str, Tensor]) -> dict[
     and of a selection its threshold and what it holds, under verl's names and as verl aggregates
     them.
 
-    verl fails where ranks give different numbers of values. So every micro-batch gives all: one in
-    which no token is selected 1 for a mean, and infinities, which count for nothing, for extremes.
+    verl fails if ranks give different numbers of values, so every micro-batch gives all of them. If
+    no token is selected, a mean is 1, and an extreme is an infinity that changes no other.
     """
     from verl.utils.metric import AggregationType, Metric
 
@@ -244,14 +244,14 @@ def _metrics(rule: TokenRule, counted: Tensor, seen: dict[str, Tensor]) -> dict[
 
 def _selection(rule: TokenRule, scores: Tensor, selected: Tensor) -> dict[str, float]:
     """The lowest finite score that was selected, and the selected tokens' share of the sum of the
-    finite scores, but for rewards, which have both signs. Where no finite score was selected the
-    first is the rule's threshold, or the highest of them: of a token that the teacher rules out the
-    score may be infinite, and so a fraction may take such tokens alone."""
+    finite scores, except for rewards, which have both signs. If no finite score was selected, the
+    first is the rule's threshold, or else the highest finite score: tokens that the teacher rules
+    out have infinite scores, and a fraction may take only those."""
     finite = scores.isfinite()
     held, known = scores[finite & selected].tolist(), scores[finite].tolist()
-    lowest = max(known, default=math.nan)
-    if rule.select_threshold is not None:
-        lowest = rule.select_threshold
+    lowest = rule.select_threshold
+    if lowest is None:
+        lowest = max(known, default=math.nan)
     found = {"select_threshold": min(held, default=lowest)}
     if rule.score != "reward":
         found["selected_score_share"] = sum(held) / sum(known) if any(known) else 1.0

@@ -138,15 +138,17 @@ def Veto(*, student_power: float, divergence: str = "forward_kl") -> TokenRule:
 
 
 def DemoPSD(*, student_power: float = 0.15) -> TokenRule:
-    """DemoPSD (arXiv 2607.02502): the reverse KL to q^(1 - a) sg(p)^a, renormalised, with the
-    larger an a the further p and q are apart at the token. student_power is the largest a, the
-    paper's alpha_max, and the call's `blending` is each token's share of it, in the paper
-    2 sigmoid(beta d) - 1 with d the Jensen-Shannon divergence of p and q, which is the loss of
-    `GKD()` token by token, and a beta between 25 and 100 by task. Without `blending` every token
-    has the largest. The paper's p in the target and in d is a moving average of the student: pass
-    it as `reference_teacher`, and move the power from student_power to reference_power. Its sums
-    are over the student's top 100 with a bucket, of probabilities of at least 1e-8; these are
-    exact, over the vocabulary.
+    """DemoPSD (arXiv 2607.02502): the reverse KL to q^(1 - a) sg(p)^a, renormalised, where a grows
+    with the distance of p and q at the token. student_power is the largest a, the paper's
+    alpha_max; the call's `blending` is each token's share of it, which the paper sets to
+    2 sigmoid(beta d) - 1. There d is the Jensen-Shannon divergence of p and q, the token's loss
+    under `GKD()` (at least 0 but for rounding), and beta lies between 25 and 100 by task. Without
+    `blending` every token has the largest a.
+
+    The paper's p in the target and in d is a moving average of the student: pass it as
+    `reference_teacher`, and move the power from student_power to reference_power. Its sums are over
+    the student's top 100 with a bucket, with a floor of 1e-8 under probabilities; these are exact,
+    over the vocabulary. Its importance ratio, of at most 2, is a `token_weight`.
 
     Examples:
         >>> from tropd_kernels import DemoPSD
