@@ -10,7 +10,7 @@ import pytest
 from tropd_kernels import native
 
 SHOWN = """
-import json, torch
+import json
 from tropd_kernels import available_backends, native, products
 ops, sets = torch.ops.tropd_native, native.instruction_sets()
 in_use = ops.use_instruction_set(sets[0])
@@ -19,21 +19,38 @@ print(json.dumps([sets, in_use, native.BF16_PRODUCTS, multiplies, products.bf16_
 print(available_backends("cpu")["native"])
 """
 
+#: A process under each cap, in this order, and one without. They import torch, which takes most of
+#: a process's time, once: nothing of it is capped.
+EACH = f"""
+import os, sys, torch
+for cap in [None, *sys.argv[1:]]:
+    sys.stdout.flush()
+    child = os.fork()
+    if child == 0:
+        if cap is not None:
+            os.environ["TROPD_CPU"] = cap
+        exec({SHOWN!r})
+        sys.stdout.flush()
+        os._exit(0)
+    assert os.waitpid(child, 0)[1] == 0, cap
+"""
 
-def run(cap: str | None, code: str = SHOWN) -> subprocess.CompletedProcess:
+
+def run(cap: str | None, code: str, *arguments: str) -> subprocess.CompletedProcess:
     environment = {key: value for key, value in os.environ.items() if key != "TROPD_CPU"}
     if cap is not None:
         environment["TROPD_CPU"] = cap
     return subprocess.run(
-        [sys.executable, "-c", code], env=environment, capture_output=True, text=True
+        [sys.executable, "-c", code, *arguments], env=environment, capture_output=True, text=True
     )
 
 
-def shown(cap: str | None) -> tuple[list, str]:
-    done = run(cap)
+def shown(caps: tuple[str, ...]) -> list[tuple[list, str]]:
+    """Without a cap, then under each."""
+    done = run(None, EACH, *caps)
     assert done.returncode == 0, done.stderr
-    facts, description = done.stdout.splitlines()
-    return json.loads(facts), description
+    lines = done.stdout.splitlines()
+    return [(json.loads(facts), said) for facts, said in zip(lines[::2], lines[1::2], strict=True)]
 
 
 needs_native = pytest.mark.skipif(native.WHY_NOT is not None, reason="csrc/ is not built")
@@ -41,10 +58,10 @@ needs_native = pytest.mark.skipif(native.WHY_NOT is not None, reason="csrc/ is n
 
 @needs_native
 def test_a_cap_leaves_what_does_not_exceed_it():
-    (all_sets, _, all_products, _, _), uncapped = shown(None)
+    ((all_sets, _, all_products, _, _), uncapped), *capped = shown(tuple(native.CAPS))
     assert "TROPD_CPU" not in uncapped
-    for i, cap in enumerate(native.CAPS):
-        (sets, in_use, products, multiplies, bf16), description = shown(cap)
+    for i, (cap, found) in enumerate(zip(native.CAPS, capped, strict=True)):
+        (sets, in_use, products, multiplies, bf16), description = found
         above = ["AVX2", "AVX512", "AMX"][i:]
         kept = [
             [name for name in names if not name.replace("-", "").startswith(tuple(above))]
