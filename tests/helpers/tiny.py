@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from functools import cache
+
 import torch
+from accelerate.utils import imports
 from datasets import Dataset
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 from transformers import (
@@ -11,6 +14,9 @@ from transformers import (
     LlamaForCausalLM,
     PreTrainedTokenizerFast,
 )
+
+# Several times a step it is asked whether PEFT and DeepSpeed are there, and reads their metadata.
+imports._is_package_available = cache(imports._is_package_available)
 
 SPECIAL = ("<pad>", "<s>", "</s>", "<|end|>", "<unk>")
 WORDS = tuple(f"w{i}" for i in range(91))

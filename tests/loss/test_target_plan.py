@@ -63,7 +63,7 @@ def test_a_width_that_no_teacher_has(size):
 @pytest.mark.parametrize("blended", [False, True])
 def test_workspace_is_what_the_plan_says(form, blended):
     """As `test_memory` has it of other calls: at most a tenth over the plan's figure."""
-    tokens, v, h, g = 1024, 50_000, 64, 64
+    tokens, v, h, g = 512, 50_000, 64, 64
     draw = torch.randn(tokens, h), torch.randn(v, h) * 3 / h**0.5
     hidden, weight = (t.bfloat16().requires_grad_() for t in draw)
     teachers = []

@@ -11,7 +11,7 @@ from __future__ import annotations
 import difflib
 import inspect
 from collections.abc import Callable, Iterable, Mapping
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 from . import named, named_divergences
@@ -66,6 +66,7 @@ OBJECTIVES = _NAMED | {
 }
 
 
+@cache  # a config asks for them at every step
 def knobs(objective: str) -> tuple[str, ...]:
     """Names of the arguments that this objective's constructor takes."""
     if objective in _DIVERGENCE_KNOBS:
