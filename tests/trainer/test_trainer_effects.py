@@ -32,8 +32,7 @@ save_strategy save_on_each_node save_safetensors enable_jit_checkpoint push_to_h
 hub_private_repo hub_model_id hub_revision ignore_data_skip
 restore_callback_states_from_checkpoint full_determinism seed use_cpu
 accelerator_config parallelism_config dataloader_drop_last dataloader_num_workers
-dataloader_pin_memory dataloader_persistent_workers dataloader_prefetch_factor
-dataloader_multiprocessing_context remove_unused_columns
+dataloader_pin_memory dataloader_prefetch_factor remove_unused_columns
 ddp_find_unused_parameters ddp_bucket_cap_mb ddp_broadcast_buffers ddp_static_graph ddp_backend
 ddp_timeout fsdp fsdp_config deepspeed debug skip_memory_metrics model_init_kwargs
 trust_remote_code teacher_model_name_or_path teacher_model_revision teacher_model_init_kwargs
@@ -80,6 +79,8 @@ SOMETIMES = {
     "logging_steps": (3, dict(logging_strategy="epoch"), dict(logging_strategy="steps")),
     "num_train_epochs": (2, dict(max_steps=3), {}),
     "dataloader_in_order": (False, {}, dict(dataloader_num_workers=1)),
+    "dataloader_persistent_workers": (True, {}, dict(dataloader_num_workers=1)),
+    "dataloader_multiprocessing_context": ("spawn", {}, dict(dataloader_num_workers=1)),
     "vllm_server_host": ("a", _SERVER | _AT, _SERVER),
     "vllm_server_port": (9, dict(use_vllm=True), _SERVER),
     "save_total_limit": (2, dict(save_strategy="no"), {}),
@@ -206,8 +207,6 @@ def test_optimizers_that_take_no_settings_of_adam():
         for key, value in keys.items():
             args = theirs(optim=name, **{key: value})
             changes = Trainer.get_optimizer_cls_and_kwargs(args, model) != plain
-            if (key, name) == ("optim_args", "sgd"):  # which takes others than eps
-                changes = True
             seen.add(changes)
             try:
                 config(optim=name, **{key: value})
@@ -251,6 +250,33 @@ def test_settings_of_what_is_not_there(tmp_path):
     )
     with pytest.raises(ValueError, match=words):
         make(tmp_path, data=unread, precomputed_teacher=True, objective="opd", **options)
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ("momentom=0.9", "transformers passes no 'momentom' on to SGD"),
+        ("momentum=0.9, foo=1", "transformers passes no 'foo' on to SGD"),
+        ("lr=3", "lr is a key of its own: set learning_rate, or leave optim_args out"),
+        ("weight_decay=0.1", "weight_decay is a key of its own"),
+    ],
+)
+def test_arguments_that_no_optimizer_sees(given, words):
+    with pytest.raises(ValueError, match=f"^optim_args: it would have no effect: {words}"):
+        config(optim="sgd", optim_args=given)
+    with pytest.raises(ValueError, match="^optim_args: expected name=value, separated by commas"):
+        config(optim="sgd", optim_args="momentum")
+    config(optim="sgd", optim_args="momentum=0.9, nesterov=true")
+    config(optim="galore_adamw", optim_target_modules=["attn"], optim_args="rank=4")
+
+
+def test_the_alias_that_was_given_is_named():
+    for name in ("activation_checkpointing", "gradient_checkpointing"):
+        key = f"{name}_kwargs"
+        with pytest.raises(ValueError, match=f"^{key}: it has an effect with {name} True alone"):
+            config(**{key: {"use_reentrant": False}})
+        args = config(**{name: True, key: {"use_reentrant": False}})
+        assert replace(args) == args
 
 
 def test_what_zero_3_gathers():

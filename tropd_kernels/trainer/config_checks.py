@@ -3,9 +3,12 @@
 Each raises ValueError that begins with the key. Some store the value in the form that is read.
 """
 
+import math
 from collections.abc import Sequence
 from numbers import Integral, Real
 from typing import Any, get_args, get_type_hints
+
+from transformers.training_args import trainer_log_levels
 
 from ..arguments import check_sampling
 from ..objectives import TokenRule
@@ -39,12 +42,58 @@ TYPES: dict[type, tuple[type, str]] = {
 }
 
 
+#: Bounds of numbers of TRL and transformers. Beyond them some have another meaning without a word,
+#: and others fail when training starts, in words that do not name the key.
+_BOUNDS: dict[str, tuple[float, float]] = {
+    **dict.fromkeys(("gradient_accumulation_steps", "per_device_train_batch_size",
+                     "per_device_eval_batch_size", "save_total_limit"), (1, math.inf)),
+    **dict.fromkeys(("learning_rate", "weight_decay", "adam_epsilon", "max_grad_norm",
+                     "neftune_noise_alpha", "eval_delay"), (0.0, 1e9)),
+    **dict.fromkeys(("adam_beta1", "adam_beta2"), (0.0, 0.999999)),
+    "dataloader_num_workers": (0, math.inf), "seed": (0, 2**32 - 1),
+}  # fmt: skip
+
+
 def check_numbers(config: Config) -> None:
     """Checks numbers of TRL and transformers, whose own errors do not name the key."""
-    for key in ("gradient_accumulation_steps", "per_device_train_batch_size",
-                "per_device_eval_batch_size"):  # fmt: skip
-        _at_least(key, getattr(config, key), 1)
-    _within("learning_rate", config.learning_rate, 0.0, 1e9)
+    for key, (low, high) in _BOUNDS.items():
+        value = getattr(config, key)
+        if value is not None and high == math.inf:
+            _at_least(key, value, low)
+        elif value is not None:
+            _within(key, value, low, high)
+    for key in ("save_steps", "eval_steps"):
+        if (value := getattr(config, key)) is not None and not value > 0:
+            raise ValueError(
+                f"{key}: must be positive, got {value!r}; {key.removesuffix('steps')}strategy 'no' "
+                "leaves it undone"
+            )
+    if config.max_steps < 1 and config.max_steps != -1:
+        raise ValueError(
+            f"max_steps: must be at least 1, or -1 for num_train_epochs, got {config.max_steps!r}"
+        )
+    if config.max_steps == -1 and not config.num_train_epochs > 0:
+        raise ValueError(
+            f"num_train_epochs: must be positive, got {config.num_train_epochs!r}: nothing would "
+            "be trained (evaluate() needs no epochs)"
+        )
+    # Aliases, of which transformers gives each the other's value.
+    alias = getattr(config, "activation_checkpointing_kwargs", None)
+    if alias and not (
+        config.gradient_checkpointing
+        if config.activation_checkpointing is None
+        else config.activation_checkpointing
+    ):
+        raise ValueError(
+            "activation_checkpointing_kwargs: it has an effect with activation_checkpointing True "
+            "alone: set that, or leave activation_checkpointing_kwargs out"
+        )
+    for key in ("log_level", "log_level_replica"):
+        if getattr(config, key) not in trainer_log_levels:
+            raise ValueError(
+                f"{key}: must be one of {', '.join(trainer_log_levels)}; got "
+                f"{getattr(config, key)!r}"
+            )
     for key in ("temperature", "repetition_penalty", "top_k", "top_p", "min_p"):
         setattr(config, key, _sampling(key, key, getattr(config, key)))
     multiple: Any = config.pad_to_multiple_of  # text, from the command line
@@ -88,8 +137,8 @@ def check_trainer(config: Config) -> None:
         _within("router_aux_loss_coef", config.router_aux_loss_coef, 0.0, 1e9)
 
 
-#: Bounds of transformers' own keys, beyond which most do nothing and some fail at the first step.
-_BOUNDS: dict[str, tuple[type, float, float]] = {
+#: The same of transformers' keys of generation.
+_GENERATION_BOUNDS: dict[str, tuple[type, float, float]] = {
     "typical_p": (float, 1e-9, 1.0), "top_h": (float, 1e-9, 1.0),
     "epsilon_cutoff": (float, 0.0, 1.0), "eta_cutoff": (float, 0.0, 1.0),
     "encoder_repetition_penalty": (float, 1e-9, 1e9), "length_penalty": (float, -1e9, 1e9),
@@ -104,8 +153,8 @@ _BOUNDS: dict[str, tuple[type, float, float]] = {
 
 def _check_generation(config: Config, given: dict[str, Any]) -> None:
     check_generation_keys(given, config.use_vllm)
-    for name in () if config.use_vllm else given.keys() & _BOUNDS.keys():
-        kind, low, high = _BOUNDS[name]
+    for name in () if config.use_vllm else given.keys() & _GENERATION_BOUNDS.keys():
+        kind, low, high = _GENERATION_BOUNDS[name]
         if given[name] is not None:
             check_type(f"generation_kwargs: {name}", given[name], [kind])
             _within(f"generation_kwargs: {name}", given[name], low, high)
@@ -427,7 +476,7 @@ def _within(key: str, value: float, low: float, high: float) -> None:
         raise ValueError(f"{key}: must be in [{low:g}, {high:g}], got {value!r}")
 
 
-def _at_least(key: str, value: int, low: int) -> None:
+def _at_least(key: str, value: int, low: float) -> None:
     if value < low:
         raise ValueError(f"{key}: must be a whole number of at least {low}, got {value!r}")
 

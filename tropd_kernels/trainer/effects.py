@@ -9,6 +9,8 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import MISSING, dataclass, fields
 from typing import Any
 
+from transformers import Trainer
+
 from ..backends import has_row_engine
 from ..objectives.registry import rewarded
 from .data_checks import data_sets
@@ -187,8 +189,9 @@ CONDITIONS = (
     Condition(("ds3_gather_for_generation",), _zero_3, "there is no DeepSpeed of ZeRO's stage 3"),
     Condition(("num_train_epochs",), lambda a: a.max_steps <= 0,
               "max_steps, {}, say where training ends", "leave those out", of="max_steps"),
-    Condition(("dataloader_in_order",), lambda a: a.dataloader_num_workers > 0,
-              "there are no workers that could be overtaken", "set dataloader_num_workers"),
+    Condition(("dataloader_in_order", "dataloader_persistent_workers",
+               "dataloader_multiprocessing_context"), lambda a: a.dataloader_num_workers > 0,
+              "there are no workers", "set dataloader_num_workers"),
     Condition(("logging_steps",),
               # eval_steps are these where they are not given.
               lambda a: "steps" in (a.logging_strategy, a.eval_strategy),
@@ -272,6 +275,36 @@ def check_conditions(args: Any) -> None:
             continue
         for key in _given(args, condition.keys):
             raise condition.error(key, args)
+    if args.optim_args:
+        _check_optim_args(args)
+
+
+def _check_optim_args(args: Any) -> None:
+    """Raises ValueError for a part of optim_args that the optimizer never sees.
+
+    transformers leaves out what it does not know of torch's optimizers. Those of other packages are
+    not looked at: some want the model.
+    """
+    names = []
+    for part in args.optim_args.replace(" ", "").split(","):
+        name, _, value = part.partition("=")
+        if not name or not value:
+            raise ValueError(
+                f"optim_args: expected name=value, separated by commas, got {args.optim_args!r}"
+            )
+        names.append(name)
+    # Each group of parameters has its own, from the config.
+    own = {"lr": "learning_rate", "weight_decay": "weight_decay"}
+    for name in own.keys() & names:
+        raise no_effect(args, "optim_args", f"{name} is a key of its own", f"set {own[name]}")
+    try:
+        kind, passed = Trainer.get_optimizer_cls_and_kwargs(args)
+    except (ImportError, ValueError):
+        return
+    if kind.__module__.startswith("torch."):
+        for name in [name for name in names if name not in passed]:
+            reason = f"transformers passes no {name!r} on to {kind.__name__}"
+            raise no_effect(args, "optim_args", reason)
 
 
 def check_inputs(args: Any, tools: Any, datasets: Mapping[str, Any], teacher_prompts: bool) -> None:
