@@ -29,7 +29,8 @@ TROPD_INLINE Terms<T> terms(
     case SKEW_FORWARD:
     case SKEW_REVERSE:
     case TOPK_JSD: {
-      Vector<T> lm = log_sum<T>(q * c, p * rest, lq + d.log_c, lp + d.log_rest);
+      Vector<T> lm = d.generator == SKEW_REVERSE ? log_sum<T>(p * c, q * rest, lp + d.log_c, lq + d.log_rest)
+                                                 : log_sum<T>(q * c, p * rest, lq + d.log_c, lp + d.log_rest);
       if (d.generator == JSD) {
         Vector<T> student = product<T>(p, lp - lm) * rest;
         return {product<T>(q, lq - lm) * c + student, student};
@@ -38,7 +39,7 @@ TROPD_INLINE Terms<T> terms(
       both = both == both ? both : all<T>(0);
       if (d.generator == SKEW_REVERSE) {
         Vector<T> student = product<T>(p, lp - lm);
-        return {student, student + both * c};
+        return {student, student + both * rest};
       }
       const T factor = d.generator == TOPK_JSD ? c : T(1);
       return {product<T>(q, lq - lm) * factor, both * (-factor * rest)};

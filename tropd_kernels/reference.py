@@ -409,7 +409,7 @@ def generator_divergence(
     if kind == "skew_forward":
         return _expect(log_q, log_q - _log_mix(c, log_q, log_p))
     if kind == "skew_reverse":
-        return _expect(log_p, log_p - _log_mix(c, log_q, log_p))
+        return _expect(log_p, log_p - _log_mix(c, log_p, log_q))
     if kind == "topk_jsd":  # the other half of it is a policy gradient
         return c * _expect(log_q, log_q - _log_mix(c, log_q, log_p), on_k)
     if kind == "topk_reverse_kl":

@@ -1,6 +1,7 @@
 """The table of divergences against the engines: one that an engine has no formula for is refused
 there, and never computed as another."""
 
+import math
 import os
 import runpy
 import shutil
@@ -36,6 +37,25 @@ def practice(monkeypatch, **how) -> TokenRule:
     monkeypatch.setitem(DIVERGENCES, "practice", DivergenceSpec(**how))
     top_k = 5 if how.get("ids") == "top_k" else None
     return TokenRule(policy_gradient=0.0, divergence="practice", top_k=top_k)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("name", ["skew_forward", "skew_reverse"])
+def test_the_skewed_kls_by_hand(backend, name):
+    """DistiLLM's (2402.03898): alpha is the share of the first argument in the mixture. p(y) =
+    1/2, 1/2 and q(y) = 1/4, 3/4, alpha = 1/5: the mixtures are 1/5 q + 4/5 p = 9/20, 11/20, and
+    1/5 p + 4/5 q = 3/10, 7/10. With the shares swapped a small alpha leaves little of a KL."""
+    p, q = [1 / 2, 1 / 2], [1 / 4, 3 / 4]
+    first, mixture = {
+        "skew_forward": (q, [9 / 20, 11 / 20]), "skew_reverse": (p, [3 / 10, 7 / 10]),
+    }[name]  # fmt: skip
+    expected = sum(a * math.log(a / m) for a, m in zip(first, mixture, strict=True))
+    if not available_backends("cpu")[backend].startswith("available"):
+        pytest.skip(available_backends("cpu")[backend])
+    z, t = (torch.tensor([row], dtype=torch.float64).log() for row in (p, q))
+    label, rule = torch.zeros(1, dtype=torch.int64), Divergence(name, alpha=0.2)
+    out = distillation_loss(z, label, LogitsTeacher(t), rule, backend=backend)
+    assert out.loss.item() == pytest.approx(expected, rel=1e-12)
 
 
 def test_every_divergence_is_among_the_tests_objectives():

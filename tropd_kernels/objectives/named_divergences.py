@@ -43,7 +43,7 @@ def Divergence(
     "jsd"              beta KL(q || M) + (1 - beta) KL(p || M), M = beta q + (1 - beta) p, with
                        `beta` 0.5; 0 means forward KL and 1 reverse KL, as in TRL and Liger
     "skew_forward"     KL(q || alpha q + (1 - alpha) p), `alpha` 0.1 (DistiLLM)
-    "skew_reverse"     KL(p || (1 - alpha) p + alpha q), `alpha` 0.1 (DistiLLM)
+    "skew_reverse"     KL(p || alpha p + (1 - alpha) q), `alpha` 0.1 (DistiLLM)
     "alpha"            sum q (u^alpha - alpha u - 1 + alpha) / (alpha (alpha - 1)); 0 means forward
                        KL, 1 reverse KL, `alpha` 0.5 is four times the squared Hellinger distance
     "chi2"             sum (p - q)^2 / q

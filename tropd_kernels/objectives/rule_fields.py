@@ -72,9 +72,9 @@ class RuleFields:
         divergence: One of `DIVERGENCES`, on every token; None: none.
         divergence_parameter: Its parameter: beta of "jsd" and "topk_jsd", alpha of `skew_*` and
             "alpha", the head's teacher mass of "akl"; unused elsewhere. Near a limit ("jsd" at 0
-            and 1, `skew_*` at 0, "alpha" at 1) float32 loses digits where student and teacher
-            nearly agree: at 4e-4 nats of KL a token a "skew_reverse" of 0.1 has its gradient to
-            1e-3, one of 0.01 to a tenth.
+            and 1, `skew_*` at 1, "alpha" at 1) float32 loses digits where student and teacher
+            nearly agree: at 4e-4 nats of KL a token a "skew_reverse" of 0.9 has its gradient to
+            2e-3, one of 0.99 to a tenth.
         nll_weight: Weight on -log p(y).
         label_smoothing: Share in [0, 1] of the NLL's weight that is on the mean of -log p over
             all ids (that student and teacher share) in place of -log p(y), as in PyTorch's

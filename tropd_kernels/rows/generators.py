@@ -8,7 +8,7 @@ that u itself, which overflows, is never formed. 0 log 0 = 0.
 |-----------------|------------------------------------------------|-------------------------------|
 | jsd             | c q (lq - lm) + (1-c) p (lp - lm)              | (1-c) p (lp - lm)             |
 | skew_forward    | q (lq - lm)                                    | -(1-c) p q / m                |
-| skew_reverse    | p (lp - lm)                                    | p (lp - lm) + c p q / m       |
+| skew_reverse    | p (lp - lm), m = c p + (1-c) q                 | p (lp - lm) + (1-c) p q / m   |
 | topk_jsd        | c q (lq - lm)                                  | -c (1-c) p q / m              |
 | alpha           | (p^c q^(1-c) - c p - (1-c) q) / (c (c-1))      | (p^c q^(1-c) - p) / (c-1)     |
 | chi2            | p^2/q - 2 p + q                                | 2 (p^2/q - p)                 |
@@ -17,9 +17,9 @@ that u itself, which overflows, is never formed. 0 log 0 = 0.
 | mopd            | p (lp - lq) - p + q                            | p (lp - lq)                   |
 | topk_reverse_kl | p (lp - lq)                                    | p (lp - lq)                   |
 
-with m = c q + (1-c) p, lm = log m. The last is no f-divergence: what its tails add to value and
-gradient is in `rule.reverse_kl`. Agarwal et al. (2306.13649) for jsd, Ko et al. (2402.03898) for
-the skewed KLs, ToDi (2505.16297), the survey (2606.22793) for mopd.
+with m = c q + (1-c) p but for skew_reverse, lm = log m. The last is no f-divergence: what its tails
+add to value and gradient is in `rule.reverse_kl`. Agarwal et al. (2306.13649) for jsd, Ko et al.
+(2402.03898) for the skewed KLs, ToDi (2505.16297), the survey (2606.22793) for mopd.
 """
 
 from __future__ import annotations
@@ -35,7 +35,8 @@ def generator_terms(kind: str, c: float, lp: Tensor, lq: Tensor) -> tuple[Tensor
     id)."""
     p, q = lp.exp(), lq.exp()
     if kind in ("jsd", "skew_forward", "skew_reverse", "topk_jsd"):
-        lm = torch.logaddexp(lq + math.log(c), lp + math.log1p(-c))
+        first, second = (lp, lq) if kind == "skew_reverse" else (lq, lp)
+        lm = torch.logaddexp(first + math.log(c), second + math.log1p(-c))
         student = _product(p, lp - lm)
         both = (lp + lq - lm).exp().nan_to_num_(nan=0.0)  # p q / m
         if kind == "jsd":
@@ -43,7 +44,7 @@ def generator_terms(kind: str, c: float, lp: Tensor, lq: Tensor) -> tuple[Tensor
         if kind == "skew_forward":
             return _product(q, lq - lm), -(1 - c) * both
         if kind == "skew_reverse":
-            return student, student + c * both
+            return student, student + (1 - c) * both
         return c * _product(q, lq - lm), -c * (1 - c) * both
     if kind in ("alpha", "chi2"):
         c = 2.0 if kind == "chi2" else c

@@ -16,7 +16,8 @@ def _generator(lp, lq, p, q, KIND: tl.constexpr, C: tl.constexpr, GUARDED: tl.co
         smallest: tl.constexpr = (
             2.2250738585072014e-308 if p.dtype == tl.float64 else 1.1754943508222875e-38
         )
-        m = tl.maximum(C * q + (1 - C) * p, smallest)
+        TEACHER: tl.constexpr = 1 - C if KIND == "skew_reverse" else C  # its share of m
+        m = tl.maximum(TEACHER * q + (1 - TEACHER) * p, smallest)
         lm = tl.log(m)
         from_student = p * (lp - lm)
         from_teacher = q * (lq - lm)
@@ -32,7 +33,7 @@ def _generator(lp, lq, p, q, KIND: tl.constexpr, C: tl.constexpr, GUARDED: tl.co
             slope = (C - 1) * both
         elif KIND == "skew_reverse":
             value = from_student
-            slope = from_student + C * both
+            slope = from_student + TEACHER * both
         else:  # topk_jsd
             value = C * from_teacher
             slope = C * (C - 1) * both
