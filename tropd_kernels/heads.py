@@ -278,7 +278,12 @@ def _unwrap(model: Any) -> Any:
         elif _acts_around_the_model(model.base_model, adapter):
             why = "it works through the PEFT wrapper, which a call of the backbone skips"
         if why:
-            raise ValueError(f"got a {kind} adapter, expected LoRA or another in the layers: {why}")
+            tokens = getattr(adapter, "alora_invocation_tokens", None)
+            activated = " with alora_invocation_tokens" if tokens else ""
+            raise ValueError(
+                f"got a {kind} adapter{activated}, expected plain LoRA or another in the layers: "
+                f"{why}"
+            )
         return _unwrap(model.get_base_model())
     wanted = ("config", "base_model", "get_output_embeddings")
     if missing := [name for name in wanted if not hasattr(model, name)]:

@@ -94,6 +94,32 @@ def test_keys_that_act_beside_others(key, idle, active):
 
 
 @pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ({"min_new_tokens": 50}, "'min_new_tokens': with 50 no completion would end within max_c"),
+        (
+            {"exponential_decay_length_penalty": [10, 1.5]},
+            "'exp.*' would have no effect: it begins",
+        ),
+        (
+            {"exponential_decay_length_penalty": [3]},
+            "'exp.*': expected a start in tokens and a fac",
+        ),
+        ({"watermarking_config": {"foo": 2}}, "transformers refuses them: Watermarking.* 'foo'"),
+        ({"watermarking_config": {"greenlist_ratio": 2}}, "transformers refuses them: .*greenlist"),
+        ({"early_stopping": "soon", "num_beams": 2}, "transformers refuses them: `early_stopping`"),
+        ({"guidance_scale": "a"}, "guidance_scale: expected a number, got 'a'"),
+    ],
+    ids=str,
+)
+def test_values_that_fail_later_or_reach_no_completion(given, words):
+    with pytest.raises(ValueError, match=f"^generation_kwargs: {words}"):
+        config(given, max_completion_length=10)
+    for taken in ({"min_new_tokens": 10}, {"exponential_decay_length_penalty": [9, 1.5]}):
+        config(taken, max_completion_length=10)
+
+
+@pytest.mark.parametrize(
     ("given", "setting", "words"),
     [
         ({"do_sample": False}, {"top_p": 0.5}, "^top_p: it would have no effect: with do_sample F"),
@@ -230,7 +256,6 @@ def test_a_setting_given_twice_that_is_no_conflict(setting, given):
     "given",
     [
         {"sequence_bias": {}}, {"bad_words_ids": []}, {"bad_words_ids": [5]},
-        {"exponential_decay_length_penalty": 5},
     ],
     ids=str,
 )  # fmt: skip

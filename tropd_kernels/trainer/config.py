@@ -23,10 +23,8 @@ from .best_model import set_direction
 from .config_checks import (
     PREFIX_WEIGHT,
     SELECTION,
-    TYPES,
     check_credit,
     check_generations,
-    check_numbers,
     check_objective_keys,
     check_prefix,
     check_rewards,
@@ -34,7 +32,6 @@ from .config_checks import (
     check_selection,
     check_teacher,
     check_trainer,
-    check_type,
 )
 from .credentials import redacted, shown
 from .effects import check_conditions
@@ -44,6 +41,7 @@ from .other_keys import names_unknown_keys
 from .own_rule import Objective, RuleSchedule, read_objective, saved_form
 from .recipes import RECIPES, Applied, apply_knobs, apply_recipe, describe, saved_name
 from .sources import check_revisions
+from .value_checks import TYPES, check_numbers, check_type
 
 STAGE_FRACTION = 0.5
 #: How a mapping is given on the command line.

@@ -3,12 +3,8 @@
 Each raises ValueError that begins with the key. Some store the value in the form that is read.
 """
 
-import math
 from collections.abc import Sequence
-from numbers import Integral, Real
 from typing import Any, get_args, get_type_hints
-
-from transformers.training_args import trainer_log_levels
 
 from ..arguments import check_sampling
 from ..objectives import TokenRule
@@ -24,6 +20,7 @@ from .sampling import settings
 from .schedules import check_schedule
 from .signals import check_served
 from .special_tokens import check_map
+from .value_checks import at_least, check_type, sampling_value, within
 from .vllm_keys import check_vllm_keys
 
 #: A TrOPDConfig, whose file imports this one.
@@ -32,80 +29,6 @@ Config = Any
 PREFIX_WEIGHT = 0.001
 #: The fields that select tokens, named as in `TokenRule`.
 SELECTION = "select_by", "select_fraction", "select_threshold"
-#: For each annotation the type that a field takes, and its name in errors.
-TYPES: dict[type, tuple[type, str]] = {
-    bool: (bool, "true or false"),
-    int: (Integral, "a whole number"),
-    float: (Real, "a number"),
-    str: (str, "text"),
-    type(None): (type(None), ""),
-}
-
-
-#: Bounds of numbers of TRL and transformers. Beyond them some have another meaning without a word,
-#: and others fail when training starts, in words that do not name the key.
-_BOUNDS: dict[str, tuple[float, float]] = {
-    **dict.fromkeys(("gradient_accumulation_steps", "per_device_train_batch_size",
-                     "per_device_eval_batch_size", "save_total_limit"), (1, math.inf)),
-    **dict.fromkeys(("learning_rate", "weight_decay", "adam_epsilon", "max_grad_norm",
-                     "neftune_noise_alpha", "eval_delay"), (0.0, 1e9)),
-    **dict.fromkeys(("adam_beta1", "adam_beta2"), (0.0, 0.999999)),
-    "dataloader_num_workers": (0, math.inf), "seed": (0, 2**32 - 1),
-}  # fmt: skip
-
-
-def check_numbers(config: Config) -> None:
-    """Checks numbers of TRL and transformers, whose own errors do not name the key."""
-    for key, (low, high) in _BOUNDS.items():
-        value = getattr(config, key)
-        if value is not None and high == math.inf:
-            _at_least(key, value, low)
-        elif value is not None:
-            _within(key, value, low, high)
-    for key in ("save_steps", "eval_steps"):
-        if (value := getattr(config, key)) is not None and not value > 0:
-            raise ValueError(
-                f"{key}: must be positive, got {value!r}; {key.removesuffix('steps')}strategy 'no' "
-                "leaves it undone"
-            )
-    if config.max_steps < 1 and config.max_steps != -1:
-        raise ValueError(
-            f"max_steps: must be at least 1, or -1 for num_train_epochs, got {config.max_steps!r}"
-        )
-    if config.max_steps == -1 and not config.num_train_epochs > 0:
-        raise ValueError(
-            f"num_train_epochs: must be positive, got {config.num_train_epochs!r}: nothing would "
-            "be trained (evaluate() needs no epochs)"
-        )
-    # Aliases, of which transformers gives each the other's value.
-    alias = getattr(config, "activation_checkpointing_kwargs", None)
-    if alias and not (
-        config.gradient_checkpointing
-        if config.activation_checkpointing is None
-        else config.activation_checkpointing
-    ):
-        raise ValueError(
-            "activation_checkpointing_kwargs: it has an effect with activation_checkpointing True "
-            "alone: set that, or leave activation_checkpointing_kwargs out"
-        )
-    for key in ("log_level", "log_level_replica"):
-        if getattr(config, key) not in trainer_log_levels:
-            raise ValueError(
-                f"{key}: must be one of {', '.join(trainer_log_levels)}; got "
-                f"{getattr(config, key)!r}"
-            )
-    for key in ("temperature", "repetition_penalty", "top_k", "top_p", "min_p"):
-        setattr(config, key, _sampling(key, key, getattr(config, key)))
-    multiple: Any = config.pad_to_multiple_of  # text, from the command line
-    if not (multiple in (None, "auto") or str(multiple).lower() in ("none", "null")):
-        if not str(multiple).isdecimal() or int(multiple) < 1:
-            raise ValueError(
-                "pad_to_multiple_of: must be a whole number of at least 1, 'auto' or None, got "
-                f"{multiple!r}"
-            )
-    limit = config.max_completion_length
-    if limit is None or limit < 1:
-        raise ValueError(f"max_completion_length: must be at least 1 token, got {limit!r}")
 
 
 def check_trainer(config: Config) -> None:
@@ -134,10 +57,10 @@ def check_trainer(config: Config) -> None:
     set_mode(config)
     check_schedule(config)
     if config.router_aux_loss_coef is not None:
-        _within("router_aux_loss_coef", config.router_aux_loss_coef, 0.0, 1e9)
+        within("router_aux_loss_coef", config.router_aux_loss_coef, 0.0, 1e9)
 
 
-#: The same of transformers' keys of generation.
+#: Bounds of transformers' own keys, beyond which most do nothing and some fail at the first step.
 _GENERATION_BOUNDS: dict[str, tuple[type, float, float]] = {
     "typical_p": (float, 1e-9, 1.0), "top_h": (float, 1e-9, 1.0),
     "epsilon_cutoff": (float, 0.0, 1.0), "eta_cutoff": (float, 0.0, 1.0),
@@ -146,6 +69,7 @@ _GENERATION_BOUNDS: dict[str, tuple[type, float, float]] = {
     "encoder_no_repeat_ngram_size": (int, 0, 1e9), "min_new_tokens": (int, 0, 1e9),
     "prefill_chunk_size": (int, 1, 1e9), "prompt_lookup_num_tokens": (int, 1, 1e9),
     "max_matching_ngram_size": (int, 1, 1e9), "max_cache_len": (int, 1, 1e9),
+    "guidance_scale": (float, -1e9, 1e9),
     **dict.fromkeys(("do_sample", "use_cache", "remove_invalid_values", "renormalize_logits"),
                     (bool, 0, 1)),
 }  # fmt: skip
@@ -157,7 +81,7 @@ def _check_generation(config: Config, given: dict[str, Any]) -> None:
         kind, low, high = _GENERATION_BOUNDS[name]
         if given[name] is not None:
             check_type(f"generation_kwargs: {name}", given[name], [kind])
-            _within(f"generation_kwargs: {name}", given[name], low, high)
+            within(f"generation_kwargs: {name}", given[name], low, high)
     for name in given.keys() & {"suppress_tokens", "begin_suppress_tokens"}:
         if not isinstance(given[name], (Sequence, type(None))) or isinstance(given[name], str):
             raise ValueError(
@@ -169,7 +93,7 @@ def _check_generation(config: Config, given: dict[str, Any]) -> None:
     for name in given.keys() & {"temperature", "repetition_penalty", "top_k", "top_p", "min_p"}:
         key = f"generation_kwargs: {name}"
         check_type(key, given[name], [*(get_args(hints[name]) or [hints[name]]), type(None)])
-        given[name] = _sampling(name, key, given[name])
+        given[name] = sampling_value(name, key, given[name])
     if config.use_vllm:
         check_vllm_keys(given, config.vllm_mode)
     config.generation_kwargs = given
@@ -192,7 +116,7 @@ def check_objective_keys(config: Config) -> None:
         check_knobs(config.objective, ["prefix_weight"], "prefix_weight")
     if config.stage_fraction is not None:
         check_knobs(config.objective, ["stage"], "stage_fraction")
-        _within("stage_fraction", config.stage_fraction, 0.0, 1.0)
+        within("stage_fraction", config.stage_fraction, 0.0, 1.0)
         if "stage" in arguments:
             raise ValueError(
                 f"stage_fraction: objective_kwargs holds the run at stage {arguments['stage']}"
@@ -254,7 +178,7 @@ def check_rewards(config: Config) -> None:
             raise ValueError(f"reward_weights: expected a list of numbers, got {weights!r:.80}")
         for weight in weights:
             check_type("reward_weights", weight, [float])
-            _within("reward_weights", weight, -1e9, 1e9)
+            within("reward_weights", weight, -1e9, 1e9)
     rules = [rule for rule in config.rules() if rule.uses_task_advantages]
     if not rules:
         return
@@ -323,7 +247,7 @@ def check_prefix(config: Config) -> None:
             f"prefix_schedule: must be one of {', '.join(SCHEDULES)}; got "
             f"{config.prefix_schedule!r}"
         )
-    _at_least("prefix_length", config.prefix_length, 0)
+    at_least("prefix_length", config.prefix_length, 0)
     if config.prefix_relative and (config.prefix_length or config.prefix_schedule == "none"):
         raise ValueError(
             f"prefix_relative: the prefix is the whole answer at first, and the schedule's share "
@@ -347,17 +271,17 @@ def check_prefix(config: Config) -> None:
             f"prefix_length: {config.prefix_length} is more than max_completion_length "
             f"{config.max_completion_length}"
         )
-    _within("prefix_fraction", config.prefix_fraction, 0.0, 1.0)
+    within("prefix_fraction", config.prefix_fraction, 0.0, 1.0)
     if config.prefix_steps is not None:
-        _at_least("prefix_steps", config.prefix_steps, 1)
+        at_least("prefix_steps", config.prefix_steps, 1)
     if config.max_steps > 0 or config.prefix_fraction == 0:
         shrinking_steps(config, config.max_steps)
     if config.max_workspace_bytes is not None:
-        _at_least("max_workspace_bytes", config.max_workspace_bytes, 1)
+        at_least("max_workspace_bytes", config.max_workspace_bytes, 1)
 
 
 def check_generations(config: Config) -> None:
-    _at_least("num_generations", config.num_generations, 1)
+    at_least("num_generations", config.num_generations, 1)
     if getattr(config.accelerator_config, "dispatch_batches", None):
         raise ValueError(
             "accelerator_config: with dispatch_batches the first process sends its batches to the "
@@ -431,11 +355,11 @@ def check_teacher(config: Config) -> None:
     if config.special_token_map is not None:
         check_map(config.special_token_map)
     if config.teacher_update_rate is not None:
-        _within("teacher_update_rate", config.teacher_update_rate, 1e-9, 1.0)
-    _at_least("teacher_sync_steps", config.teacher_sync_steps, 1)
-    _at_least("teacher_server_retries", config.teacher_server_retries, 0)
-    _at_least("teacher_server_concurrency", config.teacher_server_concurrency, 1)
-    _within("teacher_server_timeout", config.teacher_server_timeout, 1e-3, 1e9)
+        within("teacher_update_rate", config.teacher_update_rate, 1e-9, 1.0)
+    at_least("teacher_sync_steps", config.teacher_sync_steps, 1)
+    at_least("teacher_server_retries", config.teacher_server_retries, 0)
+    at_least("teacher_server_concurrency", config.teacher_server_concurrency, 1)
+    within("teacher_server_timeout", config.teacher_server_timeout, 1e-3, 1e9)
     protocol = config.teacher_server_protocol
     if protocol is not None and protocol not in PROTOCOLS:
         raise ValueError(
@@ -445,17 +369,17 @@ def check_teacher(config: Config) -> None:
 
 
 def check_credit(config: Config) -> None:
-    _within("lmbda", config.lmbda, 0.0, 1.0)
-    _at_least("num_iterations", config.num_iterations, 1)
-    _at_least("drift_block_size", config.drift_block_size, 1)
+    within("lmbda", config.lmbda, 0.0, 1.0)
+    at_least("num_iterations", config.num_iterations, 1)
+    at_least("drift_block_size", config.drift_block_size, 1)
     if config.drift_tau is not None:
-        _within("drift_tau", config.drift_tau, 1e-6, 1e6)
+        within("drift_tau", config.drift_tau, 1e-6, 1e6)
         if config.num_iterations == 1:
             raise ValueError(
                 "drift_tau: with num_iterations 1 the policy that learns is the one that "
                 "sampled, so every gate is 1: set num_iterations to 2 or more"
             )
-    _within("kl_discount_factor", config.kl_discount_factor, 0.0, 1.0)
+    within("kl_discount_factor", config.kl_discount_factor, 0.0, 1.0)
     rules = config.rules()
     if config.kl_discount_factor and not any(rule.policy_gradient for rule in rules):
         raise ValueError(
@@ -463,45 +387,9 @@ def check_credit(config: Config) -> None:
             f"{', '.join(rewarded())} have"
         )
     if config.importance_gamma is not None:
-        _within("importance_gamma", config.importance_gamma, 0.0, 1e6)
+        within("importance_gamma", config.importance_gamma, 0.0, 1e6)
         if not config.uses_teacher:
             raise ValueError(
                 f"importance_gamma: objective {config.objective!r} asks no teacher, so there is "
                 "no discrepancy to weigh tokens by"
             )
-
-
-def _within(key: str, value: float, low: float, high: float) -> None:
-    if not low <= value <= high:  # written so that NaN fails
-        raise ValueError(f"{key}: must be in [{low:g}, {high:g}], got {value!r}")
-
-
-def _at_least(key: str, value: int, low: float) -> None:
-    if value < low:
-        raise ValueError(f"{key}: must be a whole number of at least {low}, got {value!r}")
-
-
-def _sampling(name: str, key: str, value: Any) -> Any:
-    """A sampler's setting in the type that samplers take. key: its name in errors."""
-    if value is None:
-        return None
-    if name == "top_k":
-        _at_least(key, value, 0)
-        return value
-    _within(key, value, 0.0, 1e9 if name in ("temperature", "repetition_penalty") else 1.0)
-    if name in ("temperature", "repetition_penalty") and value == 0:
-        raise ValueError(f"{key}: must be positive, got 0")
-    return float(value)  # they refuse an int
-
-
-def check_type(key: str, value: Any, kinds: Sequence[type]) -> None:
-    """Raises ValueError for a value of none of these `TYPES`."""
-    if isinstance(value, bool):  # which Python counts among the numbers
-        fits = bool in kinds
-    else:
-        fits = isinstance(value, tuple(TYPES[kind][0] for kind in kinds))
-    if not fits:
-        words = " or ".join(TYPES[kind][1] for kind in kinds if kind is not type(None))
-        raise ValueError(
-            f"{key}: expected {words}, got {value!r:.80}: give that, or leave the key out"
-        )

@@ -147,6 +147,7 @@ def check_generation_conditions(args: Any) -> None:
     own: Mapping[str, Any] = args.generation_kwargs or {}
     _check_given_once(args, own)
     if not args.use_vllm:
+        _check_values(args, own)
         given = settings(args)
         if given["cache_implementation"] == "paged":
             raise ValueError(
@@ -173,6 +174,31 @@ def check_generation_conditions(args: Any) -> None:
             raise ValueError(_behind_a_prefix(f"generation_kwargs: {name!r}"))
     if args.vllm_structured_outputs_regex is not None:
         raise ValueError(_behind_a_prefix("vllm_structured_outputs_regex:"))
+
+
+def _check_values(args: Any, own: Mapping[str, Any]) -> None:
+    """Raises ValueError for values that transformers refuses once the models are loaded, and for
+    lengths that no completion reaches."""
+    try:  # the cache is looked at with the model
+        GenerationConfig(**{k: v for k, v in own.items() if k != "cache_implementation"})
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"generation_kwargs: transformers refuses them: {error}") from error
+    longest = args.max_completion_length
+    shortest = own.get("min_new_tokens") or 0
+    if shortest > longest:
+        raise ValueError(
+            f"generation_kwargs: 'min_new_tokens': with {shortest} no completion would end within "
+            f"max_completion_length {longest}: lower it, or leave it out"
+        )
+    if (decay := own.get("exponential_decay_length_penalty")) is not None:
+        key = "generation_kwargs: 'exponential_decay_length_penalty'"
+        if not isinstance(decay, (list, tuple)) or len(decay) != 2:
+            raise ValueError(f"{key}: expected a start in tokens and a factor, got {decay!r:.80}")
+        if decay[0] >= longest:
+            raise ValueError(
+                f"{key} would have no effect: it begins after {decay[0]} tokens, and "
+                f"max_completion_length is {longest}: lower the start, or leave it out"
+            )
 
 
 def _check_given_once(args: Any, own: Mapping[str, Any]) -> None:
