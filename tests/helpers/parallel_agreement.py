@@ -9,6 +9,7 @@ from itertools import chain, product
 import pytest
 import torch
 import torch.distributed as dist
+from pairs import covering
 from problems import OBJECTIVES, TEACHERS, make_problem, relative_error, serves
 from sharding import arguments, bare, ends, everything, mine, shard_of
 
@@ -101,18 +102,35 @@ def served():
                 yield name, form
 
 
+#: Numbers of ranks that `test_parallel` runs on.
+RANKS = (2, 4)
+_PLACES = list(product(RANKS, BACKENDS, (bare, everything)))
+#: Every objective and form at every place, from another one on each, and a few of these in which
+#: every two values meet.
+_ALL = [
+    (*of_rule, *place)
+    for i, of_rule in enumerate(served())
+    for place in _PLACES[i % len(_PLACES) :] + _PLACES[: i % len(_PLACES)]
+]
+_PAIRS = [_ALL[i] for i in covering(_ALL)]
+
+
 def every_objective(ranks):
     """V is divisible by neither number of ranks, and the heads are cut at different ids."""
-    combinations = list(product(BACKENDS, (bare, everything)))
-    for i, (name, form) in enumerate(served()):
-        # Every objective and form with each backend and each kind of problem: with one of either on
-        # two ranks, with the other ones on four.
-        at = i % 4 if ranks == 2 else 3 - i % 4
-        backend, make = combinations[at % len(combinations)]
-        yield (
-            f"{backend} {name} {form} {make.__name__}",
-            partial(compare, make(), name, form, backend),
-        )
+    yield from _cases([at for at in _PAIRS if at[2] == ranks])
+
+
+def on_either_number_of_ranks(ranks):
+    """Those that the pairs have on the other number of ranks alone."""
+    met = {(name, form) for name, form, on, *_ in _PAIRS if on == ranks}
+    left = {at[:2]: at for at in reversed(_ALL) if at[2] == ranks and at[:2] not in met}
+    yield from _cases(left.values())
+
+
+def _cases(places):
+    for name, form, _, backend, make in places:
+        case = partial(compare, make(), name, form, backend)
+        yield f"{backend} {name} {form} {make.__name__}", case
 
 
 def cross_entropy(ranks):

@@ -3,9 +3,9 @@
 A test spawns its processes once, which is what takes the time, and runs many cases in them: each is
 reported by name, rank and traceback, and the first that fails ends the rank.
 
-agreement: every objective, teacher form, backend and option, equal to the whole head's loss,
-statistics and gradients. communication: bytes sent, as `parallel` states them, at three heights of
-the head. bad_inputs: what one rank alone is given is an error on every rank.
+agreement: every objective, teacher form, backend and option, in pairs, equal to the whole head's
+loss, statistics and gradients. communication: bytes sent, as `parallel` states them, at three
+heights of the head. bad_inputs: what one rank alone is given is an error on every rank.
 """
 
 import os
@@ -17,7 +17,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from flat import flat_problem
-from parallel_agreement import agreement
+from parallel_agreement import RANKS, agreement, on_either_number_of_ranks
 from parallel_bad_input import bad_inputs
 from parallel_target import targets
 from problems import OBJECTIVES, K
@@ -158,9 +158,15 @@ def all_cases(ranks):
         yield from ((f"{cases.__name__}: {name}", case) for name, case in cases(ranks))
 
 
-@pytest.mark.parametrize("ranks", [2, 4])
+@pytest.mark.parametrize("ranks", RANKS)
 def test_agreement_with_the_whole_head_communication_and_bad_input(ranks, tmp_path):
     run(ranks, tmp_path, all_cases)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks", RANKS)
+def test_every_objective_on_either_number_of_ranks(ranks, tmp_path):
+    run(ranks, tmp_path, on_either_number_of_ranks)
 
 
 @pytest.mark.parametrize(
