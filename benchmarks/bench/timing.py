@@ -55,6 +55,7 @@ def take_turns(
     peaks: dict[str, int | None] = {}
     failed: dict[str, str] = {}
     gc.collect()
+    frozen = gc.get_freeze_count()  # by the caller, who goes on without it
     gc.freeze()  # each turn collects garbage: not all of torch again
     try:
         for turn in range(repeats + 1):
@@ -72,7 +73,8 @@ def take_turns(
                 if name in failed:  # only now is what it held without an owner
                     empty_cache(device)
     finally:
-        gc.unfreeze()
+        if not frozen:
+            gc.unfreeze()
 
     def turns(name: str) -> Turns:
         forward, backward = zip(*seconds[name])
