@@ -16,6 +16,7 @@ def speed_up() -> None:
     _look_dtypes_up()
     _keep_shapes()
     _broadcast_only_what_differs()
+    _convert_only_what_differs()
 
 
 def _replace_once_a_launch() -> None:
@@ -98,3 +99,48 @@ def _broadcast_only_what_differs() -> None:
         return broadcast(lhs, rhs)
 
     semantic.broadcast_impl_value = broadcast_impl_value
+
+
+def _convert_only_what_differs() -> None:
+    """Each operation seeks the type that two operands have in common, converts both, and makes a
+    tensor of a number."""
+    semantic = interpreter.interpreter_semantic
+    convert, broadcast = semantic.binary_op_type_checking_impl, semantic.broadcast_impl_value
+    floats, integers = {"fp32", "fp64"}, {"int32", "int64"}
+    constants: dict[tuple, tl.tensor] = {}
+
+    def constant(number, beside):
+        """A tensor of the other operand's type and shape; None where they may have another type in
+        common."""
+        if type(number) is not int:
+            if type(number) is not float or beside.dtype.name not in floats:
+                return None
+        elif not -(2**31) <= number < 2**31:
+            return None
+        key = number, beside.type.name
+        if key not in constants:
+            made = semantic.scalar_constant(number, dtype=beside.dtype)
+            made = broadcast(beside, made)[1]
+            if not abs(number) > 0:  # -0.0 equals 0.0 as a key, and NaN not itself
+                return made
+            constants[key] = made
+        return constants[key]
+
+    def binary_op_type_checking_impl(
+        lhs, rhs, allow_lhs_ptr=False, allow_rhs_ptr=False, arithmetic_check=True, div_or_mod=False
+    ):
+        beside = lhs if type(lhs) is tl.tensor else rhs
+        if type(beside) is tl.tensor:
+            name = beside.dtype.name
+            if name in floats or name in integers:
+                other = rhs if beside is lhs else lhs
+                if type(other) is tl.tensor:
+                    if lhs.type.name == rhs.type.name:  # which names the shape, too
+                        return lhs, rhs
+                elif arithmetic_check:
+                    made = constant(other, beside)
+                    if made is not None:
+                        return (lhs, made) if beside is lhs else (made, rhs)
+        return convert(lhs, rhs, allow_lhs_ptr, allow_rhs_ptr, arithmetic_check, div_or_mod)
+
+    semantic.binary_op_type_checking_impl = binary_op_type_checking_impl
