@@ -22,7 +22,11 @@ def main(given: list[str] | None = None) -> int:
     parser.add_argument("--workers", type=int, default=2, help="processes of one thread each")
     parser.add_argument("--hours", type=float, default=12.0, help="no run is started later")
     options = parser.parse_args(given)
-    if options.what != "report":
+    if options.what == "report":
+        from . import report  # matplotlib, which a worker does not need
+
+        report.write()
+    else:
         run_all(Results(EXPERIMENTS[options.what]), options.workers, CACHE, options.hours)
     return 0
 

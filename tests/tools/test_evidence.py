@@ -108,3 +108,49 @@ def test_runs_become_records(tmp_path, monkeypatch):
     assert (run.arm, run.seed, run.learning_rate) not in [
         (other.arm, other.seed, other.learning_rate) for other in others
     ]
+
+
+def synthetic(results: runs.Results, seeds: int) -> None:
+    """Every run of a small experiment, TrOPD above OPD by more than the seeds differ."""
+    for arm, accuracy in (("opd", 0.3), ("tropd", 0.5)):
+        for seed in CHOOSING:
+            for rate in RATES:
+                results.append(whole(record("near", arm, seed, rate, float(rate == 1e-3))))
+        for seed in range(1, seeds + 1):
+            results.append(whole(record("near", arm, seed, 1e-3, accuracy + 0.001 * seed)))
+
+
+def whole(found: claims.Record) -> claims.Record:
+    return found | {"seconds": 10.0, "hardware": "a CPU", "versions": {"torch": "2"}}
+
+
+@pytest.mark.parametrize("seeds", [5, SEEDS])
+def test_no_verdict_before_every_seed_has_run(tmp_path, monkeypatch, seeds):
+    pytest.importorskip("matplotlib", reason="the report draws")
+    from benchmarks.evidence import report
+
+    experiment = replace(
+        POWER,
+        arms={arm: arms.ARMS[arm] for arm in ("opd", "tropd")},
+        mismatches=("near",),
+        claims=(Claim("ends above", "tropd", "opd", end), Claim("not", "opd", "tropd", end)),
+        looks=(Claim("only seen", "tropd", "opd", end),),
+    )
+    monkeypatch.setattr(report, "EXPERIMENTS", {"power": experiment})
+    synthetic(runs.Results(experiment, tmp_path), seeds)
+    page = tmp_path / "page.md"
+    page.write_text(f"before\n{report.BEGIN}\nold\n{report.END}\nafter\n", "utf-8")
+    report.write(tmp_path, page)
+    text = page.read_text("utf-8")
+    assert text.startswith("before\n") and text.endswith("\nafter\n") and "old" not in text
+    assert f"{2 * seeds} of 40 runs and 18 to choose" in text
+    rows = {line.split("|")[1].strip(): line for line in text.splitlines() if "|" in line}
+    assert "0.20 ± 0.00" in rows["ends above"] and "-0.20 ± 0.00" in rows["not"]
+    if seeds == SEEDS:  # two claims: Holm doubles the smaller p, 2 / 2²⁰
+        assert f"{4 / 2**20:.2g}" in rows["ends above"]
+        assert claims.CONFIRMED in rows["ends above"] and claims.REVERSE in rows["not"]
+    else:
+        assert "5 of 20 seeds, no verdict" in rows["ends above"]
+        assert claims.CONFIRMED not in text and claims.REVERSE not in text
+    assert "0.20 ± 0.00" in rows["only seen"]
+    assert (tmp_path / "power.png").exists()

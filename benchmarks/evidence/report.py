@@ -1,0 +1,132 @@
+"""Tables and pictures of the experiments, in the page between two marks.
+
+A verdict stands only where every seed of every arm has run. To look at the p-values on the way, and
+to stop where they please, would find what is not there.
+"""
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+from benchmarks import ROOT, markdown
+from benchmarks.learning.intervals import interval
+
+from . import claims, plot
+from .claims import Claim
+from .experiments import BEYOND, EXPERIMENTS, SEEDS, end
+from .runs import RESULTS, Results
+
+PAGE = ROOT / "docs" / "evidence.md"
+BEGIN, END = "<!-- generated: begin -->", "<!-- generated: end -->"
+
+
+def write(results: Path = RESULTS, page: Path = PAGE) -> None:
+    """Renews the page's tables and the pictures beside the results."""
+    blocks = []
+    for experiment in EXPERIMENTS.values():
+        found = Results(experiment, results)
+        if any(found.compared(mismatch) for mismatch in experiment.mismatches):
+            picture = results / f"{experiment.name}.png"
+            plot.draw(found, picture)
+            blocks.append(section(found, Path("..") / picture.relative_to(ROOT)
+                                  if picture.is_relative_to(ROOT) else picture))  # fmt: skip
+    text = page.read_text(encoding="utf-8")
+    new = "\n\n".join([BEGIN, *blocks, END])
+    page.write_text(text.replace(markdown.block(text, BEGIN, END), new), encoding="utf-8")
+
+
+def section(results: Results, picture: Path) -> str:
+    experiment = results.experiment
+    parts = [
+        f"## Tables: {experiment.name}",
+        head(results),
+        f"![Differences]({picture.as_posix()})",
+        claims_table(results),
+    ]
+    if experiment.looks:
+        parts += [
+            "Looked at besides, with Student's intervals and without a verdict:",
+            looks_table(results),
+        ]
+    return "\n\n".join([*parts, "Accuracy at the end, and the learning rate that each arm chose:",
+                        ends_table(results)])  # fmt: skip
+
+
+def head(results: Results) -> str:
+    """What ran, on what."""
+    every = [record for m in results.experiment.mismatches for record in results.compared(m)]
+    machines = sorted({record["hardware"] for record in results.records})
+    versions = sorted({", ".join(f"{name} {number}" for name, number in record["versions"].items())
+                       for record in results.records})  # fmt: skip
+    hours = sum(record["seconds"] for record in results.records) / 3600
+    arms, mismatches = len(results.experiment.arms), len(results.experiment.mismatches)
+    return (
+        f"`python -m benchmarks.evidence {results.experiment.name}`: {len(every)} of "
+        f"{SEEDS * arms * mismatches} runs and {len(results.records) - len(every)} to choose "
+        f"learning rates, {hours:.1f} hours of processes of one thread. {'; '.join(machines)}; "
+        f"{'; '.join(versions)}."
+    )
+
+
+def is_whole(results: Results) -> bool:
+    """Whether every seed of every arm has run."""
+    return all(
+        len(claims.by_seed(results.compared(mismatch), arm)) == SEEDS
+        for mismatch in results.experiment.mismatches
+        for arm in results.experiment.arms
+    )
+
+
+def claims_table(results: Results) -> str:
+    """One claim and mismatch a row."""
+    experiment, whole = results.experiment, is_whole(results)
+    found = differences(experiment.claims, results)
+    p = [claims.sign_flip(values) if values else 1.0 for _, _, values in found]
+    rows = []
+    for (claim, mismatch, values), corrected in zip(found, claims.holm(p)):
+        if whole:
+            mean = interval(values).mean
+            said = [f"{corrected:.2g}", claims.verdict(mean, corrected)]
+        else:
+            said = ["", f"{len(values)} of {SEEDS} seeds, no verdict"]
+        rows.append([claim.text, mismatch, _interval(values), *said])
+    return markdown.table(["claim", "mismatch", "difference", "p, corrected", "verdict"], rows)
+
+
+def looks_table(results: Results) -> str:
+    found = differences(results.experiment.looks, results)
+    rows = [[claim.text, mismatch, _interval(values)] for claim, mismatch, values in found]
+    return markdown.table(["difference", "mismatch", "mean and interval"], rows)
+
+
+def ends_table(results: Results) -> str:
+    """One arm a row, one mismatch a column."""
+    experiment = results.experiment
+    rows = []
+    for arm in experiment.arms:
+        cells = []
+        for mismatch in experiment.mismatches:
+            runs = claims.by_seed(results.compared(mismatch), arm).values()
+            rate = results.chosen(mismatch, arm)
+            edge = " (the last tried)" if rate in BEYOND.values() else ""
+            ends = _interval([end(run) for run in runs])
+            cells.append(f"{ends} at {rate:g}{edge}" if rate else "not run")
+        rows.append([f"`{arm}`", *cells])
+    return markdown.table(["arm", *experiment.mismatches], rows)
+
+
+def differences(stated: Sequence[Claim], results: Results) -> list[tuple[Claim, str, list[float]]]:
+    """Claim, mismatch and the differences of its seeds."""
+    return [
+        (claim, mismatch, claim.differences(results.compared(mismatch)))
+        for claim in stated
+        for mismatch in results.experiment.mismatches
+    ]
+
+
+def _interval(values: Sequence[float]) -> str:
+    if not values:
+        return "not run"
+    found = interval(values)
+    digits = 2 if math.isnan(found.half) or max(abs(found.mean), found.half) < 10 else 1
+    return found.text(digits)
