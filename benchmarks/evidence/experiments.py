@@ -150,17 +150,17 @@ PREFIX = Experiment(
     "prefix",
     arms={
         "tropd": {"objective": "tropd"},
-        "tropd_prefix": {"objective": "tropd", "prefix_schedule": "cosine", "prefix_length": 12},
+        "tropd_prefix": {"objective": "tropd", "prefix_schedule": "cosine", "prefix_length": 17},
         "tropd_relative_prefix": {"objective": "tropd"} | _PREFIX,
     },
-    mismatches=("long_tail_far",),
+    mismatches=("foreign",),
     claims=(
         Claim("the relative prefix raises trust early (30 % of the steps)",
               "tropd_relative_prefix", "tropd", early_trust),
         Claim("the relative prefix raises accuracy early", "tropd_relative_prefix", "tropd",
               early),
         Claim("the relative prefix ends above none", "tropd_relative_prefix", "tropd", end),
-        Claim("the relative prefix ends above one of 12 tokens", "tropd_relative_prefix",
+        Claim("the relative prefix ends above one of 17 tokens", "tropd_relative_prefix",
               "tropd_prefix", end),
     ),
 )  # fmt: skip

@@ -38,15 +38,14 @@ class Recipe:
 
 
 #: One for each task.
-TEACHERS = {
-    name: Recipe(width=96, share=None, steps=1500, task=name) for name in ("short", "long_tail")
-}
+TEACHERS = {name: Recipe(width=96, share=None, steps=1500, task=name) for name in task.TASKS}
 STUDENTS = {
     "near": Recipe(width=64, share=1.0, steps=150),
     "middle": Recipe(width=64, share=0.4, steps=800),
     "far": Recipe(width=64, share=0.1, steps=800),
-    "long_tail_near": Recipe(width=64, share=1.0, steps=150, task="long_tail"),
+    "long_tail_near": Recipe(width=64, share=1.0, steps=200, task="long_tail"),
     "long_tail_far": Recipe(width=64, share=0.1, steps=800, task="long_tail"),
+    "foreign": Recipe(width=64, share=0.0, steps=800, task="remarks"),
 }
 
 
