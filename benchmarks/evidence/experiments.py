@@ -165,4 +165,28 @@ PREFIX = Experiment(
     ),
 )  # fmt: skip
 
-EXPERIMENTS = {experiment.name: experiment for experiment in (POWER, TAIL, PREFIX)}
+_GKD = ARMS["gkd"]
+
+COST = Experiment(
+    "cost",
+    arms={
+        "gkd": _GKD,
+        "gkd_tolerance_0.01": _GKD | {"gradient_tolerance": 0.01},
+        "gkd_tolerance_0.03": _GKD | {"gradient_tolerance": 0.03},
+        "gkd_selected_0.3": _GKD | {"select_by": "entropy", "select_fraction": 0.3},
+        "gkd_selected_0.1": _GKD | {"select_by": "entropy", "select_fraction": 0.1},
+    },
+    mismatches=("long_tail_far",),
+    claims=(
+        Claim("a gradient tolerance of 0.01 costs accuracy", "gkd", "gkd_tolerance_0.01", end),
+        Claim("a gradient tolerance of 0.03 costs accuracy", "gkd", "gkd_tolerance_0.03", end),
+        Claim("a gradient tolerance of 0.01 leaves a larger reverse KL", "gkd_tolerance_0.01",
+              "gkd", measured("reverse_kl")),
+        Claim("a gradient tolerance of 0.03 leaves a larger reverse KL", "gkd_tolerance_0.03",
+              "gkd", measured("reverse_kl")),
+        Claim("three tenths of the tokens cost accuracy", "gkd", "gkd_selected_0.3", end),
+        Claim("a tenth of the tokens costs accuracy", "gkd", "gkd_selected_0.1", end),
+    ),
+)  # fmt: skip
+
+EXPERIMENTS = {experiment.name: experiment for experiment in (POWER, TAIL, PREFIX, COST)}
