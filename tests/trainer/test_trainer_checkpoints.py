@@ -1,5 +1,7 @@
 """A checkpoint's weights come back, under whatever names transformers has saved them."""
 
+import warnings
+
 import pytest
 import torch
 import transformers
@@ -80,3 +82,21 @@ def test_the_best_checkpoint_is_loaded(tmp_path, kind):
     best = int(trainer.state.best_model_checkpoint.rsplit("-", 1)[1])
     assert best < 3  # so that it is not what the run ends with
     assert equal(trainer.model, trainer.weights.models[best])
+
+
+@pytest.mark.parametrize("save_only_model", [True, False])
+def test_a_checkpoint_of_the_weights_alone(tmp_path, save_only_model):
+    """The schedule begins anew, which transformers does without a word."""
+    settings = dict(
+        max_steps=4, save_strategy="steps", save_steps=2, lr_scheduler_type="linear",
+        save_only_model=save_only_model,
+    )  # fmt: skip
+    make(tmp_path, **settings).train()
+    resumed = make(tmp_path, **settings)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    words = "has no scheduler.pt, as where save_only_model is set: the optimizer and the schedule"
+    assert any(words in str(one.message) for one in caught) == save_only_model
+    rates = [log["learning_rate"] for log in resumed.state.log_history if "learning_rate" in log]
+    assert (rates[2] == rates[0]) == save_only_model

@@ -1,24 +1,44 @@
-"""Checkpoints of models whose weights are saved under other names than they have in the model.
+"""Checkpoints of which transformers' `Trainer` would load a part without a word.
 
-Such are image models and mixtures of experts, which transformers saves under their original names.
-Its `Trainer` loads a checkpoint without the renaming of `from_pretrained`, keeps what it has where
-a name is missing, and goes on: from the weights in hand, with a line in the log.
+Weights may be saved under other names than they have in the model, as those of image models and of
+mixtures of experts. The `Trainer` loads them without the renaming of `from_pretrained`, keeps what
+it has where a name is missing, and goes on: from the weights in hand, with a line in the log.
+
+A checkpoint of `save_only_model` has neither the optimizer nor the schedule: both begin anew, in
+the middle of the run.
 """
 
+import warnings
+from pathlib import Path
 from typing import Any
 
+from transformers.trainer import SCHEDULER_NAME
 from trl import DistillationTrainer  # type: ignore[attr-defined]
 
 
-class RenamedCheckpoints(DistillationTrainer):
+class WholeCheckpoints(DistillationTrainer):
     """`DistillationTrainer` that resumes, and loads the best checkpoint, by `from_pretrained` where
-    the names differ."""
+    the names differ, and warns of a checkpoint without the optimizer."""
 
     _loading: tuple[str, Any]  # the folder that is being loaded, and into which model
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         self._loading = resume_from_checkpoint, self.model if model is None else model
         super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is None or self.is_deepspeed_enabled:  # which has files of its own
+            return
+        if not Path(checkpoint, SCHEDULER_NAME).is_file() and self.is_world_process_zero():
+            warnings.warn(
+                f"resume_from_checkpoint: {checkpoint} has no {SCHEDULER_NAME}, as where "
+                "save_only_model is set: the optimizer and the schedule of the learning rate begin "
+                f"anew, at step {self.state.global_step}, and the run is not the one that was "
+                "interrupted: save without save_only_model, or begin a run with that folder as "
+                "model",
+                stacklevel=2,
+            )
 
     def _load_best_model(self) -> None:
         self._loading = self.state.best_model_checkpoint, self.model

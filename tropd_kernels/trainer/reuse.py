@@ -12,7 +12,7 @@ import torch
 from datasets import IterableDataset
 from trl.trainer.utils import RepeatSampler, repeat_iterable_dataset
 
-from .checkpoints import RenamedCheckpoints
+from .checkpoints import WholeCheckpoints
 from .patching import replaced
 from .sharding import holds_on_all
 
@@ -36,7 +36,7 @@ class EpochSampler(RepeatSampler):
         return super().__iter__()
 
 
-class BatchReuse(RenamedCheckpoints):
+class BatchReuse(WholeCheckpoints):
     """`DistillationTrainer` with a reproducible order of rows, and several steps per batch."""
 
     args: Any
