@@ -67,9 +67,10 @@ class _TrOPD:
         return self()
 
     def official_code(self) -> TokenRule:
-        """As the authors' code is reported to compute it, at second hand: their repository
-        (Xingrun-Xing2/TrOPD) holds no training code. On an outlier, minus the forward KL is a
-        detached reward of the sampled token, of a teacher renormalised on its top-k."""
+        """As the authors' code is reported to compute it, at second hand: the copies of their
+        repository (Xingrun-Xing2/TrOPD) that were read hold no training code, and a reader of its
+        recipe/tropd describes it. On an outlier, minus the forward KL is a detached reward of the
+        sampled token, of a teacher renormalised on its top-k."""
         return self(outlier="forward_kl_reward", top_k_tail="renormalize_teacher")
 
 
@@ -137,9 +138,10 @@ def EOPD(
     prefix_weight: float | None = 0.001,
 ) -> TokenRule:
     """Entropy-aware OPD (arXiv 2603.07079): PPO-clipped OPD, plus forward KL on the teacher's top-k
-    where the teacher's entropy exceeds `entropy_threshold` nats. 0.8 nats and k 16 are the paper's.
-    It states no clip: 0.2 is the default of verl, on which the authors' code rests. That code
-    (WLS04/EOPD) is reported not to renormalise the teacher: top_k_tail="raw".
+    where the teacher's entropy exceeds `entropy_threshold` nats. 0.8 nats, k 16 (appendix F) and
+    the weight 1 of the forward KL are the paper's; the clip of 0.2 is also the default of verl, on
+    which the authors' code rests. That code (WLS04/EOPD) is reported not to renormalise the
+    teacher: top_k_tail="raw".
 
     Examples:
         >>> from tropd_kernels import EOPD
@@ -181,6 +183,10 @@ def REOPOLD(
     tokens at or below the floor; stage 2 keeps the tokens whose student entropy is above the
     batch's `entropy_quantile`. The mean is over the tokens kept. The trainer switches the stage.
 
+    The paper's own text could not be had, and its readers disagree: the floor is also read as
+    log(mixing) / (1 - mixing), and mixing as 0.1 (both SaFo-Lab/PW-OPSD) or 0.3
+    (EIT-NLP/PowerOPD). They agree on the quantile.
+
     Examples:
         >>> from tropd_kernels import REOPOLD
         >>> REOPOLD(stage=2)
@@ -209,7 +215,8 @@ def AOPD(
     *, top_k: int | None = 64, top_k_tail: str = "raw", prefix_weight: float | None = 0.001
 ) -> TokenRule:
     """AOPD (arXiv 2605.06387): K1 where the reward is positive, forward KL to the teacher's top-k
-    where it is not. top_k 64 is TrOPD's; no published value was found.
+    where it is not. The paper's gate is q(y) - p(y) > 0, which is the same. top_k 64 is TrOPD's; no
+    published value was found.
 
     Examples:
         >>> from tropd_kernels import AOPD
@@ -245,9 +252,9 @@ def TrOPD_AOPD(
 
 
 def PowerOPD(*, alpha: float = 5.0, prefix_weight: float | None = 0.001) -> TokenRule:
-    """PowerOPD (arXiv 2606.17199): OPD with the bounded reward q(y)^alpha - p(y)^alpha. `alpha` 5
-    is that of the authors' code (EIT-NLP/PowerOPD); the paper reports 0.1 to 500 and names no one.
-    For a small `alpha` it is about alpha times K1, so the gradient shrinks, too.
+    """PowerOPD (arXiv 2606.17199, equation 4): OPD with the bounded reward q(y)^alpha - p(y)^alpha.
+    `alpha` 5 is that of the authors' code (EIT-NLP/PowerOPD); the paper reports 0.1 to 500 and
+    names no one. For a small `alpha` it is about alpha times K1, so the gradient shrinks, too.
 
     Examples:
         >>> from tropd_kernels import PowerOPD
@@ -291,8 +298,8 @@ def TOPD(
 def Log1pOPD(*, prefix_weight: float | None = 0.001) -> TokenRule:
     """OPD with the reward sign(R) log(1 + abs(R)) ("Demystifying OPD", arXiv 2607.13399), which
     grows as the logarithm of K1. Its other cure is
-    `TokenRule(clip_reward_low=..., clip_reward_high=...)`, for whose bounds no published value was
-    found.
+    `TokenRule(clip_reward_low=..., clip_reward_high=...)`, for whose bounds it names no value;
+    PowerOPD's baseline has -1 and 1 (2606.17199, section 5).
 
     Examples:
         >>> from tropd_kernels import Log1pOPD

@@ -14,6 +14,7 @@ from transformers import Trainer
 from ..backends import has_row_engine
 from ..objectives.registry import rewarded
 from .data_checks import data_sets
+from .optimizers import LION, NO_OPTIM_ARGS, NOT_ADAM, WARM_BY_THEMSELVES
 from .recipes import how_to_unset
 from .schedules import arguments_of
 from .teacher_prompts import COLUMN
@@ -64,23 +65,8 @@ _SAMPLING = ("top_p", "top_k", "min_p", "repetition_penalty", "generation_kwargs
 _CREDIT = ("kl_discount_factor", "importance_gamma", "drift_tau")
 _SERVED = ("teacher_server_timeout", "teacher_server_retries", "teacher_server_concurrency",
            "teacher_server_protocol")  # fmt: skip
-# As transformers creates optimizers and schedules. DeepSpeed's own have other rules.
-_GALORE = {
-    f"galore_{kind}{layerwise}"
-    for kind in ("adamw", "adamw_8bit", "adafactor")
-    for layerwise in ("", "_layerwise")
-}
-_NOT_ADAM = _GALORE | {
-    "adafactor", "sgd", "adagrad", "rmsprop", "rmsprop_bnb", "rmsprop_bnb_8bit",
-    "rmsprop_bnb_32bit", "lomo", "adalomo", "grokadamw", "schedule_free_sgd",
-}  # fmt: skip
-_LION = {"lion_8bit", "lion_32bit", "paged_lion_8bit", "paged_lion_32bit"}
-_NO_OPTIM_ARGS = _LION | {
-    "adamw_torch", "adamw_torch_fused", "adamw_torch_xla", "adamw_torch_npu_fused", "adafactor",
-    "adamw_bnb_8bit", "adamw_8bit", "paged_adamw_32bit", "paged_adamw_8bit", "lomo", "adalomo",
-}  # fmt: skip
+# As transformers creates schedules. DeepSpeed's own have other rules.
 _NO_WARMUP = {"constant", "reduce_lr_on_plateau", "greedy"}
-_WARM_BY_THEMSELVES = {"schedule_free_adamw", "schedule_free_sgd"}
 
 
 @dataclass(frozen=True)
@@ -182,9 +168,9 @@ CONDITIONS = (
     Condition(("max_workspace_bytes",), lambda a: has_row_engine(a.backend),
               "the backend 'reference' makes all logits at once", "choose another backend"),
     Condition(("adam_beta1", "adam_beta2"),
-              lambda a: _deepspeed(a) or _text(a.optim) not in _NOT_ADAM,
+              lambda a: _deepspeed(a) or _text(a.optim) not in NOT_ADAM,
               "the optimizer {!r} does not take it", "choose one of Adam's kind", of="optim"),
-    Condition(("adam_epsilon",), lambda a: _deepspeed(a) or _text(a.optim) not in _NOT_ADAM | _LION,
+    Condition(("adam_epsilon",), lambda a: _deepspeed(a) or _text(a.optim) not in NOT_ADAM | LION,
               "the optimizer {!r} does not take it", "choose one of Adam's kind", of="optim"),
     Condition(("ds3_gather_for_generation",), _zero_3, "there is no DeepSpeed of ZeRO's stage 3"),
     Condition(("num_train_epochs",), lambda a: a.max_steps <= 0,
@@ -222,7 +208,7 @@ CONDITIONS = (
               "name one of them in report_to"),
     Condition(("project", "trackio_space_id", "trackio_bucket_id", "trackio_static_space_id"),
               lambda a: "trackio" in a.report_to, "report_to does not name trackio", "add it"),
-    Condition(("optim_args",), lambda a: _deepspeed(a) or _text(a.optim) not in _NO_OPTIM_ARGS,
+    Condition(("optim_args",), lambda a: _deepspeed(a) or _text(a.optim) not in NO_OPTIM_ARGS,
               "the optimizer {!r} takes none", of="optim"),
     Condition(("optim_target_modules",),
               lambda a: _deepspeed(a) or _text(a.optim).startswith(("galore", "apollo")),
@@ -230,7 +216,7 @@ CONDITIONS = (
               of="optim"),
     Condition(("warmup_steps",),
               lambda a: _deepspeed(a) or _text(a.lr_scheduler_type) not in _NO_WARMUP
-              or _text(a.optim) in _WARM_BY_THEMSELVES,
+              or _text(a.optim) in WARM_BY_THEMSELVES,
               "lr_scheduler_type {!r} has no warm-up", "choose constant_with_warmup or another one",
               of="lr_scheduler_type"),
     Condition(("lr_scheduler_kwargs",),

@@ -1,15 +1,19 @@
 """Recipes: the settings that a publication states, set at once and overruled key by key.
 
-    tropd_paper          TrOPD (arXiv 2606.01249), with the rule `TrOPD.paper()`
-    tropd_official_code  the same settings, with the rule `TrOPD.official_code()`
+    tropd_paper          TrOPD (arXiv 2606.01249, section 5.1), with the rule `TrOPD.paper()`
+    tropd_official_code  the same, with the weight decay and the bound of the gradient's norm of the
+                         authors' script, as reported, and the rule `TrOPD.official_code()`
     opd                  Thinking Machines' `tinker-cookbook`, with its learning rate of full
-                         fine-tuning; that of a LoRA is 1e-4
-    reopold, eopd        the objectives of arXiv 2603.11137 and 2603.07079, and no more: how their
-                         runs were optimized is not known here
+                         fine-tuning; that of a LoRA is 1e-4. Its Adam has the second beta of
+                         `train_step` and, by tinker's default, gradients of any norm
+    eopd                 EOPD (arXiv 2603.07079, table 9 in appendix A), as reported. The authors'
+                         script is not in their repository: its weight decay may be verl's, 0.01
+    reopold              the objective of arXiv 2603.11137, and no more: how its runs were optimized
+                         is not known here
 
 What a source does not state stays at TRL's default. The size of a run stays the user's, as it
-follows from data and machine: steps, prompts a step and max_completion_length (TrOPD's paper: 200
-steps of 128 prompts, up to 8096 tokens).
+follows from data and machine: steps, prompts a step and max_completion_length (TrOPD: 200 steps of
+128 prompts, up to 8096 tokens; EOPD: 128 prompts in 4 steps, up to 4096 tokens, for 2 or 3 epochs).
 
 A recipe sets keys that were not given. One that was given stays, also with its default's value.
 In a saved config, which gives all keys, the recipe's name says that they hold it already.
@@ -22,6 +26,7 @@ from typing import Any
 
 from ..objectives import EOPD, OPD, REOPOLD, TokenRule, TrOPD
 from ..objectives.registry import OBJECTIVES, build_rule, knobs, nearest
+from .optimizers import NOT_ADAM
 
 
 @dataclass(frozen=True)
@@ -49,8 +54,6 @@ class Recipe:
 _OF_TROPD = {
     "learning_rate": 5e-6,
     "lr_scheduler_type": "constant",
-    "weight_decay": 0.1,
-    "max_grad_norm": 1.0,
     "num_generations": 4,
     "temperature": 1.0,
     "prefix_schedule": "cosine",
@@ -59,16 +62,27 @@ _OF_TROPD = {
 _OF_OPD = {
     "learning_rate": 5e-5,
     "lr_scheduler_type": "constant",
+    "adam_beta2": 0.95,
+    "max_grad_norm": 0.0,
     "num_generations": 4,
+    "temperature": 1.0,
+}
+_OF_EOPD = {
+    "learning_rate": 3e-6,
+    "lr_scheduler_type": "cosine",
+    "num_generations": 1,
     "temperature": 1.0,
 }
 RECIPES = {
     "tropd_paper": Recipe("arXiv 2606.01249", "tropd", TrOPD.paper(), _OF_TROPD),
     "tropd_official_code": Recipe(
-        "arXiv 2606.01249, its code", "tropd", TrOPD.official_code(), _OF_TROPD
+        "arXiv 2606.01249, its code as reported",
+        "tropd",
+        TrOPD.official_code(),
+        {**_OF_TROPD, "weight_decay": 0.1, "max_grad_norm": 1.0},
     ),
     "reopold": Recipe("arXiv 2603.11137", "reopold", REOPOLD(), {}),
-    "eopd": Recipe("arXiv 2603.07079", "eopd", EOPD(), {}),
+    "eopd": Recipe("arXiv 2603.07079", "eopd", EOPD(), _OF_EOPD),
     "opd": Recipe("tinker-cookbook, for full fine-tuning", "opd", OPD(), _OF_OPD),
 }
 
@@ -129,6 +143,8 @@ def apply_knobs(config: Any) -> None:
 def _pointless(config: Any, given: Collection[str]) -> set[str]:
     """Keys that the given ones leave without effect."""
     keys: set[str] = set()
+    if getattr(config.optim, "value", config.optim) in NOT_ADAM:
+        keys.add("adam_beta2")
     # With lmbda 0 all completions of a prompt may be one text, the data set's.
     if config.precomputed_teacher or config.lmbda == 0:
         keys |= {"num_generations", "prefix_schedule", "prefix_relative"}
