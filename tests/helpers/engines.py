@@ -57,7 +57,7 @@ _END = """
 import os
 torch.distributed.barrier()
 torch.distributed.destroy_process_group()
-os._exit(0)
+os._exit(other and os.waitpid(other, 0)[1] != 0)
 """
 
 
@@ -80,11 +80,17 @@ def on_two_processes(code: str, folder: Path, engine: str, *arguments: str) -> l
 
 
 def launch(code: str, folder: Path, engine: str, *arguments: str) -> None:
-    (folder / "process.py").write_text(code + _END)
+    (folder / "process.py").write_text(f"other = 0\n{code}{_END}")
+    run_python(
+        ["-m", "accelerate.commands.launch", *launch_flags(engine), "--num_processes=2",
+         "--num_machines=1", "--mixed_precision=no", "--dynamo_backend=no",
+         "--main_process_port=0", str(folder / "process.py"), str(folder), engine, *arguments]
+    )  # fmt: skip
+
+
+def run_python(arguments: list[str]) -> None:
     process = subprocess.Popen(
-        [sys.executable, "-m", "accelerate.commands.launch", *launch_flags(engine),
-         "--num_processes=2", "--num_machines=1", "--mixed_precision=no", "--dynamo_backend=no",
-         "--main_process_port=0", str(folder / "process.py"), str(folder), engine, *arguments],
+        [sys.executable, *arguments],
         env={**os.environ, "PYTHONPATH": os.pathsep.join(map(str, IMPORTED)),
              "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"},
         cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
@@ -93,13 +99,14 @@ def launch(code: str, folder: Path, engine: str, *arguments: str) -> None:
     try:
         _, errors = process.communicate(timeout=280)
     finally:
-        if process.poll() is None:  # with the processes that it launched
+        if process.poll() is None:  # with the processes that it started
             os.killpg(process.pid, signal.SIGKILL)
     assert process.returncode == 0, errors[-3000:]
 
 
 #: Modules of tests whose program `ONE_STEP` runs under DDP, and its arguments behind the engine's.
-#: They share a launch: starting two processes takes longer than all the programs.
+#: They share two processes, which fork once all is imported: to start them takes longer than all
+#: the programs. From the environment on, which torchrun would make, they are as launched.
 TOGETHER = {
     "test_trainer_features": [],
     "test_trainer_processes": [],
@@ -108,26 +115,33 @@ TOGETHER = {
     "test_trainer_verifier": [],
 }
 _TOGETHER = """
-import importlib, os, sys, torch
+import importlib, os, socket, sys, torch
 from engines import TOGETHER
 folder = sys.argv[1]
+programs = {name: importlib.import_module(name).ONE_STEP for name in TOGETHER}
+with socket.create_server(("127.0.0.1", 0)) as free:
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
+os.environ |= {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+other = os.fork()
+rank = "0" if other else "1"
+os.environ |= {"RANK": rank, "LOCAL_RANK": rank}
 for name, arguments in TOGETHER.items():
     sys.argv = [name, f"{folder}/{name}", "ddp", *arguments]
     os.makedirs(sys.argv[1], exist_ok=True)
-    exec(compile(importlib.import_module(name).ONE_STEP, name, "exec"), {})
+    exec(compile(programs[name], name, "exec"), {})
 """
 
 
 def saved_together(name: str, factory: pytest.TempPathFactory) -> list:
     """What each process has saved in the program of this module of `TOGETHER`. The first test that
-    asks launches all programs; tests in other workers of pytest-xdist wait for it."""
+    asks runs all programs; tests in other workers of pytest-xdist wait for it."""
     folder = factory.getbasetemp()
     folder = (folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder) / "together"
     folder.mkdir(exist_ok=True)
     with (folder / "lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not (folder / "done").exists():
-            launch(_TOGETHER, folder, "ddp")
+            run_python(["-c", _TOGETHER + _END, str(folder)])
             (folder / "done").touch()
     return saved_by(folder / name)
 
