@@ -387,3 +387,20 @@ def test_regions_are_shown(tmp_path, capsys):
 @pytest.mark.parametrize("stop", [3, 4])  # within an epoch, and at its end
 def test_resumed_run_has_the_same_losses(tmp_path, stop):
     resume_and_compare(tmp_path, stop, max_steps=6, prefix_schedule="cosine", prefix_length=4)
+
+
+@pytest.mark.parametrize("size", [98, 110])
+def test_cross_entropy_beside_a_teacher_that_is_not_read(tmp_path, size):
+    """It is over all of the student's ids, whatever the teacher has of them."""
+    student = tiny.model(0, vocab_size=104)
+    twin = copy.deepcopy(student).double()
+    trainer = make(tmp_path, student, tiny.model(1, vocab_size=size), objective="sft")
+    trainer.train()
+    (batch,), total = trainer.batches, 0.0
+    for i in range(4):
+        prompt, labels = (batch[f"{part}_ids"][i][batch[f"{part}_mask"][i].bool()]
+                          for part in ("prompt", "completion"))  # fmt: skip
+        with torch.no_grad():
+            logits = twin(torch.cat([prompt, labels])[None]).logits[0, len(prompt) - 1 : -1]
+        total -= logits.log_softmax(-1).gather(1, labels[:, None]).sum().item()
+    assert trainer.losses == pytest.approx([total / batch["completion_mask"].sum().item()])

@@ -57,6 +57,12 @@ def test_keys_that_are_not_read(given, template, words):
         check(given, template)
 
 
+def test_a_message_that_goes_on():
+    """transformers would refuse it at the first prompt."""
+    with pytest.raises(ValueError, match="^chat_template_kwargs: 'continue_final_message': every"):
+        check({"continue_final_message": True}, READS)
+
+
 def test_the_template_in_use():
     """One of several by name, that for tools, and one that TRL puts in the tokenizer's place."""
     several = {"default": tiny.TEMPLATE, "tool_use": READS, "rag": READS}

@@ -43,6 +43,11 @@ def check_template_keys(
             raise ValueError(
                 f"chat_template_kwargs: {key!r} is the trainer's own: {_SET_ALREADY[key]}"
             )
+    if given and given.get("continue_final_message"):
+        raise ValueError(
+            "chat_template_kwargs: 'continue_final_message': every prompt ends with the beginning "
+            "of an answer, add_generation_prompt, beside which it fails: leave it out"
+        )
     for key in given or ():
         if key in _of_images(processor):
             raise ValueError(
