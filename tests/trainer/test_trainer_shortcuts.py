@@ -76,11 +76,7 @@ def one_row(folder, student, given, **settings):
         (without_cache, LOOKUP, "a LlamaForCausalLM fails with it: Assisted decoding requires"),
         (qwen3_5, LOOKUP, "a Qwen3_5ForCausalLM fails with it: assisted generation is not suppor"),
         # Its state does not go from one chunk to the next, without a word.
-        (
-            jamba,
-            CHUNKS,
-            "a JambaForCausalLM writes another text with it than without: leave it out",
-        ),
+        (jamba, CHUNKS, "a JambaForCausalLM writes another text with it than without: leave it o"),
     ],
 )
 def test_a_model_without_the_shortcut(tmp_path, made, given, words):
@@ -98,11 +94,11 @@ def test_chunks_of_one_token_are_single_steps(tmp_path):
 def test_a_model_with_the_shortcut(tmp_path, made):
     """Asking it draws no number, and chunks change nothing that is written."""
     written = []
-    for given in (None, CHUNKS, *([LOOKUP] if made is tiny.model else ())):
+    for given in (None, CHUNKS):
         trainer = one_row(tmp_path, made(), given)
         trainer.train()
         written.append(trainer.batches[0]["completion_ids"])
-    assert torch.equal(written[0], written[1])
+    assert torch.equal(*written)
 
 
 def test_a_teacher_without_the_shortcut(tmp_path):
