@@ -178,3 +178,19 @@ def test_schedules_that_are_made(tmp_path, kind, arguments):
     trainer.train()
     rates = [log["learning_rate"] for log in trainer.state.log_history if "learning_rate" in log]
     assert rates[0] == 0.01 and 0 < rates[1] <= 0.01
+
+
+def test_a_decay_that_is_longer_than_the_run(tmp_path):
+    """The rate would begin in the middle of it, without a word."""
+    settings = dict(use_cpu=True, bf16=False, report_to="none", max_steps=100)
+    for decay, warmup, refused in ((500, 0, True), (95, 10, True), (90, 10, False), (20, 0, False)):
+        settings |= dict(
+            lr_scheduler_type="warmup_stable_decay", warmup_steps=warmup,
+            lr_scheduler_kwargs={"num_decay_steps": decay},
+        )  # fmt: skip
+        if refused:
+            words = "^lr_scheduler_kwargs: .* would have at most .* of learning_rate within max_st"
+            with pytest.raises(ValueError, match=words):
+                TrOPDConfig(str(tmp_path), **settings)
+        else:
+            TrOPDConfig(str(tmp_path), **settings)

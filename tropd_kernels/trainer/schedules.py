@@ -40,15 +40,25 @@ def check_schedule(args: Any) -> None:
             f"lr_scheduler_kwargs: {name!r} is no argument of lr_scheduler_type {takes}"
             f"{nearest(name, known)}"
         )
+    # How long epochs are is not known yet.
+    steps = args.max_steps if args.max_steps > 0 else 1_000_000
+    warmup = args.get_warmup_steps(steps)
     try:
         made: Any = get_scheduler(
-            kind, _optimizer(args.learning_rate), num_warmup_steps=0, num_training_steps=100,
+            kind, _optimizer(args.learning_rate), num_warmup_steps=warmup, num_training_steps=steps,
             scheduler_specific_kwargs=dict(given),
         )  # fmt: skip
+        highest = made.lr_lambdas[0](warmup) if hasattr(made, "lr_lambdas") else 1.0
     except (ArithmeticError, TypeError, ValueError) as error:
         raise ValueError(
             f"lr_scheduler_kwargs: {given} make no schedule of lr_scheduler_type {takes}: {error}"
         ) from error
+    if warmup < args.max_steps and highest < 0.999:
+        raise ValueError(
+            f"lr_scheduler_kwargs: with {given} and warmup_steps {warmup} lr_scheduler_type "
+            f"{kind.value!r} would have at most {highest:.1%} of learning_rate within max_steps "
+            f"{steps}: shorten its parts"
+        )
     lowest = max([given.get("min_lr") or 0.0, *getattr(made, "min_lrs", ())])
     if lowest > args.learning_rate:
         raise ValueError(
