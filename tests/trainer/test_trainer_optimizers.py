@@ -165,19 +165,20 @@ def test_schedules_that_cannot_be_made(tmp_path, kind, given, words):
 
 
 @pytest.mark.parametrize(
-    ("kind", "arguments"),
+    ("kind", "arguments", "first"),
     [
-        ("cosine_with_min_lr", {"min_lr_rate": 0.5, "num_cycles": 0.5}),
-        ("warmup_stable_decay", {"num_decay_steps": 1, "min_lr_ratio": 0.5}),
-        ("polynomial", {"power": 2.0}),
+        ("cosine_with_min_lr", {"min_lr_rate": 0.5, "num_cycles": 0.5}, 0.01),
+        ("warmup_stable_decay", {"num_decay_steps": 1, "min_lr_ratio": 0.5}, 0.01),
+        ("polynomial", {"power": 2.0}, 0.01),
+        ("cosine_warmup_with_min_lr", {"min_lr_rate": 0.5}, 0.0075),  # a step ahead
     ],
 )
-def test_schedules_that_are_made(tmp_path, kind, arguments):
+def test_schedules_that_are_made(tmp_path, kind, arguments, first):
     settings = dict(lr_scheduler_type=kind, lr_scheduler_kwargs=arguments, logging_steps=1)
     trainer = given(tmp_path, (None, None), learning_rate=0.01, **settings)
     trainer.train()
     rates = [log["learning_rate"] for log in trainer.state.log_history if "learning_rate" in log]
-    assert rates[0] == 0.01 and 0 < rates[1] <= 0.01
+    assert rates[0] == pytest.approx(first) and 0 < rates[1] <= 0.01
 
 
 def test_a_decay_that_is_longer_than_the_run(tmp_path):

@@ -53,7 +53,8 @@ def check_schedule(args: Any) -> None:
         raise ValueError(
             f"lr_scheduler_kwargs: {given} make no schedule of lr_scheduler_type {takes}: {error}"
         ) from error
-    if warmup < args.max_steps and highest < 0.999:
+    # A decay of so many steps may have begun before the run does; others are as long as the run.
+    if "num_decay_steps" in given and warmup < args.max_steps and highest < 0.999:
         raise ValueError(
             f"lr_scheduler_kwargs: with {given} and warmup_steps {warmup} lr_scheduler_type "
             f"{kind.value!r} would have at most {highest:.1%} of learning_rate within max_steps "
