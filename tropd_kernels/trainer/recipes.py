@@ -1,8 +1,9 @@
 """Recipes: the settings that a publication states, set at once and overruled key by key.
 
-    tropd_paper          TrOPD (arXiv 2606.01249, section 5.1), with the rule `TrOPD.paper()`
-    tropd_official_code  the same, with the weight decay and the bound of the gradient's norm of the
-                         authors' script, as reported, and the rule `TrOPD.official_code()`
+    tropd_paper          TrOPD (arXiv 2606.01249, section 5.1), with the rule `TrOPD.paper()`;
+                         weight decay and the bound of the gradient's norm, of which that section
+                         says nothing, are those of the authors' script, as reported
+    tropd_official_code  the same settings, with the rule `TrOPD.official_code()`
     opd                  Thinking Machines' `tinker-cookbook`, with its learning rate of full
                          fine-tuning; that of a LoRA is 1e-4. Its Adam has the second beta of
                          `train_step` and, by tinker's default, gradients of any norm
@@ -54,6 +55,8 @@ class Recipe:
 _OF_TROPD = {
     "learning_rate": 5e-6,
     "lr_scheduler_type": "constant",
+    "weight_decay": 0.1,
+    "max_grad_norm": 1.0,
     "num_generations": 4,
     "temperature": 1.0,
     "prefix_schedule": "cosine",
@@ -76,10 +79,7 @@ _OF_EOPD = {
 RECIPES = {
     "tropd_paper": Recipe("arXiv 2606.01249", "tropd", TrOPD.paper(), _OF_TROPD),
     "tropd_official_code": Recipe(
-        "arXiv 2606.01249, its code as reported",
-        "tropd",
-        TrOPD.official_code(),
-        {**_OF_TROPD, "weight_decay": 0.1, "max_grad_norm": 1.0},
+        "arXiv 2606.01249, its code as reported", "tropd", TrOPD.official_code(), _OF_TROPD
     ),
     "reopold": Recipe("arXiv 2603.11137", "reopold", REOPOLD(), {}),
     "eopd": Recipe("arXiv 2603.07079", "eopd", EOPD(), _OF_EOPD),
