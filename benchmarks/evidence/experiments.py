@@ -98,10 +98,10 @@ POWER = Experiment(
         Claim("TrOPD ends above clipping", "tropd", "clip_outlier", end),
         Claim("TrOPD ends above masking", "tropd", "mask_outlier", end),
         Claim("the prefix ends above TrOPD without it", "tropd_relative_prefix", "tropd", end),
-        Claim("OPD's largest gradient norm exceeds TrOPD's", "opd", "tropd",
+        Claim("OPD's largest gradient norm exceeds TrOPD's, each at its rate", "opd", "tropd",
               measured("largest_norm")),
-        Claim("masking keeps more entropy than clipping", "mask_outlier", "clip_outlier",
-              measured("entropy")),
+        Claim("masking keeps more entropy than clipping, each at its rate", "mask_outlier",
+              "clip_outlier", measured("entropy")),
     ),
     looks=(
         Claim("the expected gate ends above the sampled one", "tropd_expected", "tropd", end),

@@ -25,7 +25,8 @@ from .claims import Record
 from .experiments import BEYOND, CHOOSING, RATES, SEEDS, Experiment, end
 
 RESULTS = Path(__file__).with_name("results")
-DIGITS = 4
+#: A share of 256 held-out problems is exact in so many digits.
+DIGITS = 8
 
 
 class Results:
@@ -34,8 +35,11 @@ class Results:
     def __init__(self, experiment: Experiment, folder: Path = RESULTS):
         self.experiment = experiment
         self.path = folder / f"{experiment.name}.jsonl"
-        lines = self.path.read_text("utf-8").splitlines() if self.path.exists() else []
-        self.records: list[Record] = [json.loads(line) for line in lines]
+        text = self.path.read_text("utf-8") if self.path.exists() else ""
+        whole, _, rest = text.rpartition("\n")
+        if rest:  # a machine that stopped left half of a line
+            self.path.write_text(f"{whole}\n" if whole else "", encoding="utf-8")
+        self.records: list[Record] = [json.loads(line) for line in whole.splitlines()]
 
     def append(self, record: Record) -> None:
         self.records.append(record)
@@ -63,7 +67,7 @@ class Results:
         tried = self.tried(mismatch, arm)
         if not set(RATES) <= set(tried):
             return RATES
-        further = BEYOND.get(max(RATES, key=tried.__getitem__))
+        further = BEYOND.get(_best({rate: tried[rate] for rate in RATES}))
         return (*RATES, further) if further else RATES
 
     def chosen(self, mismatch: str, arm: str) -> float | None:
@@ -71,7 +75,7 @@ class Results:
         tried = self.tried(mismatch, arm)
         if not set(self.rates(mismatch, arm)) <= set(tried):
             return None
-        return max(tried, key=tried.__getitem__)
+        return _best(tried)
 
     def compared(self, mismatch: str) -> list[Record]:
         """The runs of the experiment's seeds, each arm at the rate that it chose."""
@@ -103,6 +107,12 @@ class Results:
                     yield Run(mismatch, arm, seed, STEPS, chosen)
 
 
+def _best(tried: Mapping[float, float]) -> float:
+    """The smallest rate of those whose accuracy is the largest but for rounding."""
+    most = max(tried.values())
+    return min(rate for rate, accuracy in tried.items() if accuracy > most - 1e-9)
+
+
 def run_all(results: Results, workers: int, cache: Path, hours: float) -> None:
     """Trains what is missing, at most `hours` long; each worker is a process of one thread."""
     os.environ["OMP_NUM_THREADS"] = "1"  # inherited by the workers
@@ -119,13 +129,22 @@ def run_all(results: Results, workers: int, cache: Path, hours: float) -> None:
                         running[pool.submit(record_of, run, arms[run.arm], cache)] = run
             if not running:
                 return
+            failed = None
             for future in wait(running, return_when=FIRST_COMPLETED).done:
                 run = running.pop(future)
+                if future.exception() is not None:
+                    failed = failed or future
+                    continue
                 results.append(future.result())
                 done += 1
                 seconds = time.monotonic() - start
                 print(f"{done} in {seconds:.0f} s: {run.mismatch} {run.arm} {run.seed} "
                       f"{run.learning_rate:g}", flush=True)  # fmt: skip
+            if failed:  # what others are at is kept before it is raised
+                for future in wait(running).done:
+                    if future.exception() is None:
+                        results.append(future.result())
+                failed.result()
 
 
 def record_of(run: Run, arm: Mapping[str, Any], cache: Path) -> Record:
@@ -152,10 +171,11 @@ def record_of(run: Run, arm: Mapping[str, Any], cache: Path) -> Record:
         "hardware": found["hardware"],
         "versions": found["versions"],
     }
-    return {name: _rounded(value) for name, value in record.items()}
+    return {name: rounded(value) for name, value in record.items()}
 
 
-def _rounded(value: Any) -> Any:
+def rounded(value: Any) -> Any:
+    """Numbers to `DIGITS` digits, also within a list."""
     if isinstance(value, list):
-        return [_rounded(one) for one in value]
+        return [rounded(one) for one in value]
     return float(f"{value:.{DIGITS}g}") if isinstance(value, float) else value

@@ -74,7 +74,7 @@ def build(recipe: Recipe, seed: int) -> LlamaForCausalLM:
             num_hidden_layers=recipe.layers,
             num_attention_heads=4,
             num_key_value_heads=4,
-            max_position_embeddings=64,
+            max_position_embeddings=128,
             pad_token_id=task.PAD,
             bos_token_id=task.BOS,
             eos_token_id=task.EOS,

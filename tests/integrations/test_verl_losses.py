@@ -270,6 +270,8 @@ def test_metrics_of_a_selection(monkeypatch):
     assert found["select_threshold"] == 2.0 and found["selected_score_share"] == 0.0
     found = metrics_of(fraction, counted, tropd_trust=trust, tropd_score=0 * score)
     assert found["select_threshold"] == 0.0 and found["selected_score_share"] == 1.0
+    found = metrics_of(fraction, counted, tropd_trust=0 * trust, tropd_score=math.nan * score)
+    assert found["select_threshold"] == 0.0 and found["selected_score_share"] == 1.0
     rewards = replace(rule, select_by="reward")
     found = metrics_of(rewards, counted, tropd_trust=trust, tropd_score=-score)
     assert found == {"trust": 1.0, "select_threshold": -6.0}

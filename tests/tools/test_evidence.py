@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import itertools
 import json
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import pytest
@@ -14,7 +15,7 @@ pytest.importorskip("trl", reason="the trainer needs trl")
 from benchmarks.evidence import claims, runs
 from benchmarks.evidence.claims import Claim
 from benchmarks.evidence.experiments import BEYOND, CHOOSING, EXPERIMENTS, POWER, RATES, SEEDS, end
-from benchmarks.learning import arms, models
+from benchmarks.learning import arms, models, task
 from tropd_kernels.trainer import TrOPDConfig
 
 
@@ -87,6 +88,61 @@ def test_rates_first_then_seeds(tmp_path, best, rates):
     again = runs.Results(experiment, tmp_path)  # from the file
     assert [run.seed for run in again.wanted()] == list(range(2, SEEDS + 1))
     assert [end(found) for found in again.compared("near")] == [0.5]
+
+
+def test_equally_good_rates(tmp_path):
+    """As many right answers of as many: the smaller rate, whatever rounding says of their means."""
+    experiment = replace(POWER, arms={"opd": arms.ARMS["opd"]}, mismatches=("near",))
+    results = runs.Results(experiment, tmp_path)
+    right = {3e-4: (0, 0, 0), 1e-3: (200, 223, 247), 3e-3: (223, 200, 247)}
+    for rate, values in right.items():
+        for seed, value in zip(CHOOSING, values):
+            found = record("near", "opd", seed, rate, value / 256)
+            found["accuracy"][-2:] = (value - 1) / 256, (value + 3) / 256
+            results.append(found)
+    assert results.chosen("near", "opd") == 1e-3
+    line = {"accuracy": [n / 256 for n in range(257)]}
+    assert runs.rounded(line["accuracy"]) == line["accuracy"]
+
+
+def test_half_a_line_is_not_a_run(tmp_path):
+    results = runs.Results(POWER, tmp_path)
+    results.append(record("near", "opd", 1, 1e-3, 0.5))
+    before = results.path.read_text("utf-8")
+    results.path.write_text(before + '{"mismatch": "ne', "utf-8")
+    again = runs.Results(POWER, tmp_path)
+    assert again.records == results.records
+    again.append(record("near", "opd", 2, 1e-3, 0.5))
+    assert len(runs.Results(POWER, tmp_path).records) == 2
+    results.path.write_text('{"mismatch"', "utf-8")
+    assert runs.Results(POWER, tmp_path).records == []
+
+
+def test_a_run_that_fails_loses_no_other(tmp_path, monkeypatch):
+    """What has ended, or is under way, is kept; then the error is raised."""
+
+    def trained(run, arm, cache):
+        if run.learning_rate == RATES[1]:
+            raise RuntimeError("this run fails")
+        return record(run.mismatch, run.arm, run.seed, run.learning_rate, 0.5)
+
+    monkeypatch.setattr(runs, "record_of", trained)
+    monkeypatch.setattr(runs, "ProcessPoolExecutor", lambda n, mp_context: ThreadPoolExecutor(n))
+    results = runs.Results(POWER, tmp_path)
+    with pytest.raises(RuntimeError, match="this run fails"):
+        runs.run_all(results, 3, tmp_path, hours=1.0)
+    kept = [(found["seed"], found["learning_rate"]) for found in results.records]
+    assert (CHOOSING[0], RATES[0]) in kept and (CHOOSING[0], RATES[2]) in kept
+    assert runs.Results(POWER, tmp_path).records == results.records
+
+
+@pytest.mark.parametrize("name", models.STUDENTS)
+def test_a_context_holds_the_longest_prefix_and_as_much_again(name):
+    """A row whose prefix is short generates as much beside the longest prefix."""
+    recipe = models.STUDENTS[name]
+    longest = task.TASKS[recipe.task].longest
+    positions = models.build(recipe, 1).config.max_position_embeddings
+    assert positions >= len(task.prompt((1, 2))) + 2 * (longest + 1)
 
 
 def test_runs_become_records(tmp_path, monkeypatch):

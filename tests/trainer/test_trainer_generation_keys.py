@@ -102,6 +102,10 @@ def test_keys_that_act_beside_others(key, idle, active):
             "'exp.*' would have no effect: it begins",
         ),
         (
+            {"exponential_decay_length_penalty": ["a", 1.1]},
+            "'exponential_decay_length_penalty': expected a start in tokens and a factor",
+        ),
+        (
             {"exponential_decay_length_penalty": [3]},
             "'exp.*': expected a start in tokens and a fac",
         ),

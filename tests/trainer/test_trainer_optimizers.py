@@ -15,7 +15,7 @@ from tropd_kernels.trainer import TrOPDConfig
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
 
 
-def given(folder, optimizers, student=None, peft=None, **settings):
+def given(folder, optimizers, student=None, peft=None, evaluate=None, **settings):
     """A trainer with these optimizers, or with those that a function makes of the student."""
     student = tiny.model(0) if student is None else student
     args = TrOPDConfig(
@@ -27,7 +27,7 @@ def given(folder, optimizers, student=None, peft=None, **settings):
         optimizers = optimizers(student)
     return Spy(
         student, tiny.model(1), args, tiny.prompts(), processing_class=tiny.tokenizer(),
-        optimizers=optimizers, peft_config=peft,
+        optimizers=optimizers, peft_config=peft, eval_dataset=evaluate,
     )  # fmt: skip
 
 
@@ -151,7 +151,13 @@ def test_what_is_given_trains(tmp_path):
             {"min_lr": 1e-5},
             "with min_lr 1e-05 .* would never lower the learn",
         ),
-        ("greedy", None, "with min_lr 0.001 .*'greedy' would never lower the learning_rate, 1e-06"),
+        ("reduce_lr_on_plateau", {"min_lr": [1e-8]}, "{.*} make no schedule .*expected 2 min_lrs"),
+        ("reduce_lr_on_plateau", {"min_lr": [1e-8, 1e-2]}, "with min_lr 0.01 .* would never lower"),
+        (
+            "greedy",
+            None,
+            "with its default min_lr 0.001 .*'greedy' would never lower the learning_rate, 1e-06",
+        ),
     ],
     ids=str,
 )
@@ -162,6 +168,17 @@ def test_schedules_that_cannot_be_made(tmp_path, kind, given, words):
             str(tmp_path), use_cpu=True, bf16=False, report_to="none", eval_strategy="epoch",
             lr_scheduler_type=kind, lr_scheduler_kwargs=given,
         )  # fmt: skip
+
+
+def test_a_lowest_rate_for_each_group(tmp_path):
+    """transformers has two, with weight decay and without."""
+    trainer = given(
+        tmp_path, (None, None), learning_rate=0.01, eval_strategy="epoch",
+        lr_scheduler_type="reduce_lr_on_plateau", lr_scheduler_kwargs={"min_lr": [1e-8, 0.0]},
+        evaluate=tiny.prompts(),
+    )  # fmt: skip
+    trainer.train()
+    assert trainer.lr_scheduler.min_lrs == [1e-8, 0.0]
 
 
 @pytest.mark.parametrize(

@@ -245,13 +245,13 @@ def _metrics(rule: TokenRule, counted: Tensor, seen: dict[str, Tensor]) -> dict[
 def _selection(rule: TokenRule, scores: Tensor, selected: Tensor) -> dict[str, float]:
     """The lowest finite score that was selected, and the selected tokens' share of the sum of the
     finite scores, except for rewards, which have both signs. If no finite score was selected, the
-    first is the rule's threshold, or else the highest finite score: tokens that the teacher rules
-    out have infinite scores, and a fraction may take only those."""
+    first is the rule's threshold, or else the highest finite score, or 0: tokens that the teacher
+    rules out have infinite scores, and a fraction may take only those."""
     finite = scores.isfinite()
     held, known = scores[finite & selected].tolist(), scores[finite].tolist()
     lowest = rule.select_threshold
     if lowest is None:
-        lowest = max(known, default=math.nan)
+        lowest = max(known, default=0.0)  # NaN would be the mean of the whole step
     found = {"select_threshold": min(held, default=lowest)}
     if rule.score != "reward":
         found["selected_score_share"] = sum(held) / sum(known) if any(known) else 1.0

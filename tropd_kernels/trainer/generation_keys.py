@@ -6,7 +6,7 @@ the ones that would break the trainer.
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import fields
-from numbers import Integral
+from numbers import Integral, Real
 from typing import Any
 
 from transformers import GenerationConfig
@@ -192,7 +192,8 @@ def _check_values(args: Any, own: Mapping[str, Any]) -> None:
         )
     if (decay := own.get("exponential_decay_length_penalty")) is not None:
         key = "generation_kwargs: 'exponential_decay_length_penalty'"
-        if not isinstance(decay, (list, tuple)) or len(decay) != 2:
+        pair = isinstance(decay, (list, tuple)) and len(decay) == 2
+        if not (pair and all(isinstance(one, Real) for one in decay)):
             raise ValueError(f"{key}: expected a start in tokens and a factor, got {decay!r:.80}")
         if decay[0] >= longest:
             raise ValueError(

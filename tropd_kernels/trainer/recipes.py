@@ -158,7 +158,8 @@ def _pointless(config: Any, given: Collection[str]) -> set[str]:
 def overruled(config: Any) -> list[str]:
     """The keys of its recipe that have other values."""
     keys = RECIPES[config.recipe].keys
-    return [key for key, value in keys.items() if getattr(config, key) != value]
+    idle = {"adam_beta2"} if getattr(config.optim, "value", config.optim) in NOT_ADAM else ()
+    return [key for key, value in keys.items() if getattr(config, key) != value and key not in idle]
 
 
 def how_to_unset(config: Any, key: str) -> str:

@@ -60,13 +60,17 @@ def check_schedule(args: Any) -> None:
             f"{kind.value!r} would have at most {highest:.1%} of learning_rate within max_steps "
             f"{steps}: shorten its parts"
         )
-    lowest = max([given.get("min_lr") or 0.0, *getattr(made, "min_lrs", ())])
+    own = given.get("min_lr") or 0.0
+    lowest = max([*(own if isinstance(own, list) else [own]), *getattr(made, "min_lrs", ())])
     if lowest > args.learning_rate:
+        whose = "" if "min_lr" in given else "its default "
         raise ValueError(
-            f"lr_scheduler_kwargs: with min_lr {lowest:g} lr_scheduler_type {kind.value!r} would "
-            f"never lower the learning_rate, {args.learning_rate:g}: set min_lr below that"
+            f"lr_scheduler_kwargs: with {whose}min_lr {lowest:g} lr_scheduler_type {kind.value!r} "
+            f"would never lower the learning_rate, {args.learning_rate:g}: set min_lr below that"
         )
 
 
 def _optimizer(rate: float) -> torch.optim.Optimizer:
-    return torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=rate)
+    """With two groups, as transformers has them: with weight decay, and without."""
+    groups = [{"params": [torch.zeros(1, requires_grad=True)]} for _ in range(2)]
+    return torch.optim.SGD(groups, lr=rate)

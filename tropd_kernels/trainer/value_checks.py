@@ -20,26 +20,34 @@ TYPES: dict[type, tuple[type, str]] = {
 }
 #: Bounds of numbers of TRL and transformers. Beyond them some have another meaning without a word,
 #: and others fail when training starts, in words that do not name the key.
-_BOUNDS: dict[str, tuple[float, float]] = {
-    **dict.fromkeys(("gradient_accumulation_steps", "per_device_train_batch_size",
-                     "per_device_eval_batch_size", "save_total_limit"), (1, math.inf)),
-    **dict.fromkeys(("learning_rate", "weight_decay", "adam_epsilon", "max_grad_norm",
-                     "neftune_noise_alpha", "eval_delay"), (0.0, 1e9)),
+_AT_LEAST = {
+    "gradient_accumulation_steps": 1, "per_device_train_batch_size": 1,
+    "per_device_eval_batch_size": 1, "dataloader_num_workers": 0,
+}  # fmt: skip
+_WITHIN: dict[str, tuple[float, float]] = {
+    **dict.fromkeys(("learning_rate", "weight_decay", "adam_epsilon", "neftune_noise_alpha",
+                     "eval_delay"), (0.0, 1e9)),
     **dict.fromkeys(("adam_beta1", "adam_beta2"), (0.0, 0.999999)),
-    "dataloader_num_workers": (0, math.inf), "seed": (0, 2**32 - 1),
+    "max_grad_norm": (0.0, math.inf), "seed": (0, 2**32 - 1),
 }  # fmt: skip
 
 
 def check_numbers(config: Any) -> None:
     """Checks numbers of TRL and transformers, whose own errors do not name the key."""
-    for key, (low, high) in _BOUNDS.items():
-        value = getattr(config, key)
-        if value is not None and high == math.inf:
-            at_least(key, value, low)
-        elif value is not None:
+    for key, least in _AT_LEAST.items():
+        if (value := getattr(config, key)) is not None:
+            at_least(key, value, least)
+    for key, (low, high) in _WITHIN.items():
+        if (value := getattr(config, key)) is not None:
             within(key, value, low, high)
+    if (limit := config.save_total_limit) is not None and limit < 1:
+        raise ValueError(
+            f"save_total_limit: must be at least 1 checkpoint, got {limit!r}: leave it out to keep "
+            "all"
+        )
     for key in ("save_steps", "eval_steps"):
-        if (value := getattr(config, key)) is not None and not value > 0:
+        by_steps = getattr(config, f"{key.removesuffix('steps')}strategy") == "steps"
+        if by_steps and (value := getattr(config, key)) is not None and not value > 0:
             raise ValueError(
                 f"{key}: must be positive, got {value!r}; {key.removesuffix('steps')}strategy 'no' "
                 "leaves it undone"
