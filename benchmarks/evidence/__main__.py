@@ -3,13 +3,11 @@
 import argparse
 import sys
 
-from benchmarks import ROOT
+from benchmarks.learning.__main__ import CACHE
 
 from . import __doc__ as about
 from .experiments import EXPERIMENTS
 from .runs import Results, run_all
-
-CACHE = ROOT / "build" / "learning"
 
 
 def main(given: list[str] | None = None) -> int:

@@ -14,42 +14,12 @@ for each seed:
 Beside each verdict stands the mean difference with Student's 95 % interval, which is not corrected.
 """
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Sequence
 
 import numpy as np
 
 LEVEL = 0.05
 CONFIRMED, REVERSE, OPEN = "**confirmed**", "**the reverse**", "open"
-
-Record = dict[str, Any]
-Measure = Callable[[Record], float]
-
-
-@dataclass(frozen=True)
-class Claim:
-    """`text` says that `measure` is larger for arm `more` than for arm `less`. less None: larger at
-    the end of a run of `more` than before it, where `measure` is a difference already."""
-
-    text: str
-    more: str
-    less: str | None
-    measure: Measure
-
-    def differences(self, records: Sequence[Record]) -> list[float]:
-        """The claimed difference of each seed that has both arms; `records` of one mismatch."""
-        ours = by_seed(records, self.more)
-        if self.less is None:
-            return [self.measure(record) for record in ours.values()]
-        theirs = by_seed(records, self.less)
-        return [
-            self.measure(ours[seed]) - self.measure(theirs[seed]) for seed in ours if seed in theirs
-        ]
-
-
-def by_seed(records: Sequence[Record], arm: str) -> dict[int, Record]:
-    return {record["seed"]: record for record in records if record["arm"] == arm}
 
 
 def sign_flip(differences: Sequence[float]) -> float:

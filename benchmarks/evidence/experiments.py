@@ -6,12 +6,17 @@ optimizer are the same for all.
 
 import statistics
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from benchmarks.learning.arms import ARMS, TOP_K
-
-from .claims import Claim, Measure, Record
+from benchmarks.learning.measures import (
+    Claim,
+    Measure,
+    Result,
+    early_accuracy,
+    mean_accuracy,
+)
 
 #: Learning rates that every arm tries, and the further one where the best is at an end.
 RATES = (3e-4, 1e-3, 3e-3)
@@ -30,41 +35,31 @@ class Experiment:
     arms: Mapping[str, Mapping[str, Any]]
     mismatches: tuple[str, ...]
     claims: tuple[Claim, ...]
-    looks: tuple[Claim, ...] = field(default=())
+    looks: tuple[Claim, ...] = ()
 
 
-def end(record: Record) -> float:
+def end(record: Result) -> float:
     """Accuracy at the end: the mean of the last three measurements, steps 80, 90 and 100."""
     return statistics.fmean(record["accuracy"][-3:])
 
 
-def lost(record: Record) -> float:
+def lost(record: Result) -> float:
     """Accuracy before training minus that at the end."""
     return record["accuracy"][0] - end(record)
 
 
-def throughout(record: Record) -> float:
-    """Mean accuracy over training."""
-    return statistics.fmean(record["accuracy"][1:])
-
-
-def early(record: Record) -> float:
-    """Mean accuracy over the first 30 % of the steps."""
-    return statistics.fmean(record["accuracy"][1:4])
-
-
-def early_trust(record: Record) -> float:
+def early_trust(record: Result) -> float:
     """Share of the student's tokens that the gate lets through, mean of steps 10, 20 and 30."""
     return statistics.fmean(record["trust"][1:4])
 
 
-def excess_mass(record: Record) -> float:
+def excess_mass(record: Result) -> float:
     """The student's mass on the teacher's top k minus the teacher's own there, at the end."""
     teacher, student = record["topk_mass"]
     return student - teacher
 
 
-def spike(record: Record) -> float:
+def spike(record: Result) -> float:
     """Largest gradient norm over the run's own median."""
     return record["largest_norm"] / record["median_norm"]
 
@@ -107,9 +102,9 @@ POWER = Experiment(
         Claim("the expected gate ends above the sampled one", "tropd_expected", "tropd", end),
         Claim("the paper's outlier ends above the official code's", "tropd",
               "tropd_official_code", end),
-        Claim("TrOPD is above OPD over all of training", "tropd", "opd", throughout),
+        Claim("TrOPD is above OPD over all of training", "tropd", "opd", mean_accuracy),
         Claim("the prefix is above none early (30 % of the steps)", "tropd_relative_prefix",
-              "tropd", early),
+              "tropd", early_accuracy),
         Claim("OPD's norm spikes more (largest over its median)", "opd", "tropd", spike),
     ),
 )  # fmt: skip
@@ -158,7 +153,7 @@ PREFIX = Experiment(
         Claim("the relative prefix raises trust early (30 % of the steps)",
               "tropd_relative_prefix", "tropd", early_trust),
         Claim("the relative prefix raises accuracy early", "tropd_relative_prefix", "tropd",
-              early),
+              early_accuracy),
         Claim("the relative prefix ends above none", "tropd_relative_prefix", "tropd", end),
         Claim("the relative prefix ends above one of 17 tokens", "tropd_relative_prefix",
               "tropd_prefix", end),

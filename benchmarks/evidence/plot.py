@@ -12,9 +12,9 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 from benchmarks.learning.intervals import interval
+from benchmarks.learning.measures import by_seed
 from benchmarks.learning.run import EVERY
 
-from .claims import by_seed
 from .runs import Results
 
 #: Okabe and Ito's, told apart with any colour vision; TrOPD's arms are solid, the others dashed.

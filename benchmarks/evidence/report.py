@@ -5,14 +5,15 @@ to stop where they please, would find what is not there.
 """
 
 import math
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
 from benchmarks import ROOT, markdown
 from benchmarks.learning.intervals import interval
+from benchmarks.learning.measures import Claim, by_seed
 
 from . import claims, plot
-from .claims import Claim
 from .experiments import BEYOND, EXPERIMENTS, SEEDS, end
 from .runs import RESULTS, Results
 
@@ -28,19 +29,18 @@ def write(results: Path = RESULTS, page: Path = PAGE) -> None:
         if any(found.compared(mismatch) for mismatch in experiment.mismatches):
             picture = results / f"{experiment.name}.png"
             plot.draw(found, picture)
-            blocks.append(section(found, Path("..") / picture.relative_to(ROOT)
-                                  if picture.is_relative_to(ROOT) else picture))  # fmt: skip
+            blocks.append(section(found, os.path.relpath(picture, page.parent)))
     text = page.read_text(encoding="utf-8")
     new = "\n\n".join([BEGIN, *blocks, END])
     page.write_text(text.replace(markdown.block(text, BEGIN, END), new), encoding="utf-8")
 
 
-def section(results: Results, picture: Path) -> str:
+def section(results: Results, picture: str) -> str:
     experiment = results.experiment
     parts = [
         f"## Tables: {experiment.name}",
         head(results),
-        f"![Differences]({picture.as_posix()})",
+        f"![Differences]({picture})",
         claims_table(results),
     ]
     if experiment.looks:
@@ -71,7 +71,7 @@ def head(results: Results) -> str:
 def is_whole(results: Results) -> bool:
     """Whether every seed of every arm has run."""
     return all(
-        len(claims.by_seed(results.compared(mismatch), arm)) == SEEDS
+        len(by_seed(results.compared(mismatch), arm)) == SEEDS
         for mismatch in results.experiment.mismatches
         for arm in results.experiment.arms
     )
@@ -106,7 +106,7 @@ def ends_table(results: Results) -> str:
     for arm in experiment.arms:
         cells = []
         for mismatch in experiment.mismatches:
-            runs = claims.by_seed(results.compared(mismatch), arm).values()
+            runs = by_seed(results.compared(mismatch), arm).values()
             rate = results.chosen(mismatch, arm)
             edge = " (the last tried)" if rate in BEYOND.values() else ""
             ends = _interval([end(run) for run in runs])

@@ -19,9 +19,9 @@ import torch
 import transformers
 
 from benchmarks.learning.arms import STEPS
+from benchmarks.learning.measures import Result
 from benchmarks.learning.run import EVERY, Run, train
 
-from .claims import Record
 from .experiments import BEYOND, CHOOSING, RATES, SEEDS, Experiment, end
 
 RESULTS = Path(__file__).with_name("results")
@@ -39,9 +39,9 @@ class Results:
         whole, _, rest = text.rpartition("\n")
         if rest:  # a machine that stopped left half of a line
             self.path.write_text(f"{whole}\n" if whole else "", encoding="utf-8")
-        self.records: list[Record] = [json.loads(line) for line in whole.splitlines()]
+        self.records: list[Result] = [json.loads(line) for line in whole.splitlines()]
 
-    def append(self, record: Record) -> None:
+    def append(self, record: Result) -> None:
         self.records.append(record)
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with self.path.open("a", encoding="utf-8") as file:
@@ -77,7 +77,7 @@ class Results:
             return None
         return _best(tried)
 
-    def compared(self, mismatch: str) -> list[Record]:
+    def compared(self, mismatch: str) -> list[Result]:
         """The runs of the experiment's seeds, each arm at the rate that it chose."""
         rates = {arm: self.chosen(mismatch, arm) for arm in self.experiment.arms}
         return [
@@ -147,7 +147,7 @@ def run_all(results: Results, workers: int, cache: Path, hours: float) -> None:
                 failed.result()
 
 
-def record_of(run: Run, arm: Mapping[str, Any], cache: Path) -> Record:
+def record_of(run: Run, arm: Mapping[str, Any], cache: Path) -> Result:
     """One run, and what is kept of it."""
     torch.set_num_threads(1)
     transformers.logging.set_verbosity_error()

@@ -24,7 +24,6 @@ from tropd_kernels import (
     DemoPSD,
     Divergence,
     LogitsTeacher,
-    TokenRule,
     Veto,
     linear_distillation_loss,
 )
@@ -218,28 +217,6 @@ def test_a_score_of_the_target(term, chunks, by, backend, device, monkeypatch):
     torch.testing.assert_close(found[2].score, truth[2].score, equal_nan=True)
     for key, gradient in truth[1].items():
         assert relative_error(found[1][key], gradient) < 1e-10, key
-
-
-@fast
-def test_gradcheck(backend, device):
-    """Finite differences of the forward in float64, of a target that does not read the student."""
-    problem = with_everything(make_problem(3, 11, width=4, device=device))
-    problem.labels = problem.labels.clamp_min(0)
-    rule = TokenRule(policy_gradient=0.0, divergence="jeffreys", teacher_power=1.25,
-                     reference_power=-0.25)  # fmt: skip
-    teacher = problem.teacher("hidden", F64)
-    given = dict(
-        backend=backend, reduction="none", **problem.student_head, blending=weights(problem),
-        reference_teacher=reference_of(problem, "hidden", F64), temperature=1.2,
-    )  # fmt: skip
-
-    def loss(hidden, weight, bias):
-        return linear_distillation_loss(
-            hidden, weight, problem.labels, teacher, rule, bias=bias, **given
-        ).loss
-
-    leaves = [t.clone().requires_grad_() for t in (problem.hidden, problem.weight, problem.bias)]
-    assert torch.autograd.gradcheck(loss, leaves, fast_mode=True)
 
 
 # --- calls ----------------------------------------------------------------------------------------

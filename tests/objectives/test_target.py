@@ -197,7 +197,8 @@ def test_plain_rules_make_no_target(device, monkeypatch):
 
 
 @fast
-def test_gradcheck(backend, device):
+@pytest.mark.parametrize("blended", [False, True])
+def test_gradcheck(blended, backend, device):
     """Finite differences of the forward in float64, of a target that does not read the student."""
     problem = with_everything(make_problem(3, 11, width=4, device=device))
     problem.labels = problem.labels.clamp_min(0)
@@ -207,6 +208,7 @@ def test_gradcheck(backend, device):
     given = dict(
         backend=backend, reduction="none", **problem.student_head,
         reference_teacher=reference_of(problem, "hidden", F64), temperature=1.2,
+        blending=torch.tensor([0.0, 0.5, 1.0], dtype=F64, device=device) if blended else None,
     )  # fmt: skip
 
     def loss(hidden, weight, bias):

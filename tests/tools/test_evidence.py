@@ -13,9 +13,9 @@ import pytest
 pytest.importorskip("trl", reason="the trainer needs trl")
 
 from benchmarks.evidence import claims, runs
-from benchmarks.evidence.claims import Claim
 from benchmarks.evidence.experiments import BEYOND, CHOOSING, EXPERIMENTS, POWER, RATES, SEEDS, end
 from benchmarks.learning import arms, models, task
+from benchmarks.learning.measures import Claim, Result
 from tropd_kernels.trainer import TrOPDConfig
 
 
@@ -62,7 +62,7 @@ def test_an_experiment_can_run(experiment, tmp_path):
     assert set(experiment.mismatches) <= set(models.STUDENTS)
 
 
-def record(mismatch: str, arm: str, seed: int, rate: float, accuracy: float) -> claims.Record:
+def record(mismatch: str, arm: str, seed: int, rate: float, accuracy: float) -> Result:
     return {"mismatch": mismatch, "arm": arm, "seed": seed, "learning_rate": rate,
             "accuracy": [0.0] + [accuracy] * 10}  # fmt: skip
 
@@ -136,6 +136,12 @@ def test_a_run_that_fails_loses_no_other(tmp_path, monkeypatch):
     assert runs.Results(POWER, tmp_path).records == results.records
 
 
+def test_no_run_is_started_after_the_hours(tmp_path):
+    results = runs.Results(POWER, tmp_path)
+    runs.run_all(results, 1, tmp_path, hours=0.0)
+    assert results.records == [] and not results.path.exists()
+
+
 @pytest.mark.parametrize("name", models.STUDENTS)
 def test_a_context_holds_the_longest_prefix_and_as_much_again(name):
     """A row whose prefix is short generates as much beside the longest prefix."""
@@ -146,7 +152,7 @@ def test_a_context_holds_the_longest_prefix_and_as_much_again(name):
 
 
 def test_runs_become_records(tmp_path, monkeypatch):
-    """Two real runs, hardly trained, in a process of their own; no more than was allowed."""
+    """A real run, hardly trained: what is kept of it, and that it is not wanted again."""
     tiny = replace(models.TEACHERS["short"], width=16, steps=2, batch=4, layers=1)
     monkeypatch.setitem(models.TEACHERS, "short", tiny)
     monkeypatch.setitem(models.STUDENTS, "near", replace(tiny, share=1.0))
@@ -176,7 +182,7 @@ def synthetic(results: runs.Results, seeds: int) -> None:
             results.append(whole(record("near", arm, seed, 1e-3, accuracy + 0.001 * seed)))
 
 
-def whole(found: claims.Record) -> claims.Record:
+def whole(found: Result) -> Result:
     return found | {"seconds": 10.0, "hardware": "a CPU", "versions": {"torch": "2"}}
 
 

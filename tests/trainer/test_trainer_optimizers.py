@@ -151,6 +151,9 @@ def test_what_is_given_trains(tmp_path):
             {"min_lr": 1e-5},
             "with min_lr 1e-05 .* would never lower the learn",
         ),
+        ("reduce_lr_on_plateau", {"min_lr": "a"}, "{.*} make no schedule .*'>' not supported"),
+        ("reduce_lr_on_plateau", {"min_lr": (1e-8, 1e-2)}, "with min_lr 0.01 .* never lower"),
+        ("cosine_with_min_lr", {"min_lr": [1e-8]}, "{.*} make no schedule "),
         ("reduce_lr_on_plateau", {"min_lr": [1e-8]}, "{.*} make no schedule .*expected 2 min_lrs"),
         ("reduce_lr_on_plateau", {"min_lr": [1e-8, 1e-2]}, "with min_lr 0.01 .* would never lower"),
         (

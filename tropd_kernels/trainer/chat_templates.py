@@ -45,8 +45,8 @@ def check_template_keys(
             )
     if given and given.get("continue_final_message"):
         raise ValueError(
-            "chat_template_kwargs: 'continue_final_message': every prompt ends with the beginning "
-            "of an answer, add_generation_prompt, beside which it fails: leave it out"
+            "chat_template_kwargs: 'continue_final_message' continues the last message, but the "
+            "trainer begins an answer after it (add_generation_prompt): leave it out"
         )
     for key in given or ():
         if key in _of_images(processor):

@@ -165,7 +165,8 @@ def check_generation_conditions(args: Any) -> None:
             for name in names if fails(given) else ():
                 if own.get(name) is not None:
                     raise ValueError(
-                        f"generation_kwargs: {name!r} {why}: leave {other} out, or leave it out"
+                        f"generation_kwargs: {name!r} {why}, but {other} is {given[other]!r}: "
+                        "leave out one of the two"
                     )
     if args.prefix_schedule == "none":
         return

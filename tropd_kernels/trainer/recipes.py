@@ -143,7 +143,7 @@ def apply_knobs(config: Any) -> None:
 def _pointless(config: Any, given: Collection[str]) -> set[str]:
     """Keys that the given ones leave without effect."""
     keys: set[str] = set()
-    if getattr(config.optim, "value", config.optim) in NOT_ADAM:
+    if _has_no_betas(config):
         keys.add("adam_beta2")
     # With lmbda 0 all completions of a prompt may be one text, the data set's.
     if config.precomputed_teacher or config.lmbda == 0:
@@ -158,8 +158,12 @@ def _pointless(config: Any, given: Collection[str]) -> set[str]:
 def overruled(config: Any) -> list[str]:
     """The keys of its recipe that have other values."""
     keys = RECIPES[config.recipe].keys
-    idle = {"adam_beta2"} if getattr(config.optim, "value", config.optim) in NOT_ADAM else ()
-    return [key for key, value in keys.items() if getattr(config, key) != value and key not in idle]
+    idle = {"adam_beta2"} if _has_no_betas(config) else set()
+    return [key for key in keys if key not in idle and getattr(config, key) != keys[key]]
+
+
+def _has_no_betas(config: Any) -> bool:
+    return getattr(config.optim, "value", config.optim) in NOT_ADAM
 
 
 def how_to_unset(config: Any, key: str) -> str:

@@ -49,6 +49,9 @@ def check_schedule(args: Any) -> None:
             scheduler_specific_kwargs=dict(given),
         )  # fmt: skip
         highest = made.lr_lambdas[0](warmup) if hasattr(made, "lr_lambdas") else 1.0
+        # Those by a metric have one for each group of parameters.
+        lowest = max(getattr(made, "min_lrs", None) or [given.get("min_lr") or 0.0])
+        above = lowest > args.learning_rate
     except (ArithmeticError, TypeError, ValueError) as error:
         raise ValueError(
             f"lr_scheduler_kwargs: {given} make no schedule of lr_scheduler_type {takes}: {error}"
@@ -60,9 +63,7 @@ def check_schedule(args: Any) -> None:
             f"{kind.value!r} would have at most {highest:.1%} of learning_rate within max_steps "
             f"{steps}: shorten its parts"
         )
-    own = given.get("min_lr") or 0.0
-    lowest = max([*(own if isinstance(own, list) else [own]), *getattr(made, "min_lrs", ())])
-    if lowest > args.learning_rate:
+    if above:
         whose = "" if "min_lr" in given else "its default "
         raise ValueError(
             f"lr_scheduler_kwargs: with {whose}min_lr {lowest:g} lr_scheduler_type {kind.value!r} "

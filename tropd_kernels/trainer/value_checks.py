@@ -97,7 +97,7 @@ def within(key: str, value: float, low: float, high: float) -> None:
         raise ValueError(f"{key}: must be in [{low:g}, {high:g}], got {value!r}")
 
 
-def at_least(key: str, value: int, low: float) -> None:
+def at_least(key: str, value: int, low: int) -> None:
     if value < low:
         raise ValueError(f"{key}: must be a whole number of at least {low}, got {value!r}")
 
