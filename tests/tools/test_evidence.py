@@ -136,7 +136,9 @@ def test_a_run_that_fails_loses_no_other(tmp_path, monkeypatch):
     assert runs.Results(POWER, tmp_path).records == results.records
 
 
-def test_no_run_is_started_after_the_hours(tmp_path):
+def test_no_run_is_started_after_the_hours(tmp_path, monkeypatch):
+    monkeypatch.setattr(runs, "record_of", lambda run, *_: pytest.fail(f"{run} began"))
+    monkeypatch.setattr(runs, "ProcessPoolExecutor", lambda n, mp_context: ThreadPoolExecutor(n))
     results = runs.Results(POWER, tmp_path)
     runs.run_all(results, 1, tmp_path, hours=0.0)
     assert results.records == [] and not results.path.exists()

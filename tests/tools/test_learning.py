@@ -44,6 +44,19 @@ def test_lessons_hold_right_labels_for_wrong_texts(writing):
     assert 10 < differ < 50
 
 
+def test_a_long_tail_is_zipf_s():
+    """The n-th of 1000 signs has 1 / (n H) of the mass, H = 1 + 1/2 + ... + 1/1000 = 7.485: the
+    first 0.134, the first 64 together 0.634."""
+    rng, writing = random.Random(0), task.LONG_TAIL
+    texts = [writing.habit((47, 85), rng, 1.0) for _ in range(4000)]
+    signs = [int(token[1:]) for text in texts for token in text if token in writing.own]
+    assert len(signs) == 4000 * 2 * 3
+    # Four standard deviations of a share of 24,000 draws.
+    for most, share in ((1, 0.1336), (64, 0.6337)):
+        found = sum(sign < most for sign in signs) / len(signs)
+        assert found == pytest.approx(share, abs=4 * math.sqrt(share * (1 - share) / len(signs)))
+
+
 def test_interval_is_students():
     """The standard example: 1 to 5 has mean 3, deviation sqrt(2.5) and t = 2.776."""
     found = intervals.interval([1, 2, 3, 4, 5])

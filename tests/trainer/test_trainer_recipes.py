@@ -19,7 +19,7 @@ from training import make, resume_and_compare, step_and_compare
 from transformers import HfArgumentParser
 
 from tropd_kernels import EOPD, OPD, REOPOLD, TokenRule, TrOPD, cli
-from tropd_kernels.trainer import TrOPDConfig, TrOPDTrainer, card
+from tropd_kernels.trainer import TrOPDConfig, TrOPDTrainer, card, recipes
 from tropd_kernels.trainer.recipes import RECIPES
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
@@ -238,7 +238,8 @@ def test_what_is_refused():
 
 def test_an_optimizer_without_betas():
     """... is not refused for the recipe's."""
-    assert config("opd", optim="sgd").adam_beta2 == 0.999
+    without = config("opd", optim="sgd")
+    assert without.adam_beta2 == 0.999 and "adam_beta2" not in recipes.describe(without)
     assert config("opd", optim="adamw_torch").adam_beta2 == 0.95
 
 

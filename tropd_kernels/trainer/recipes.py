@@ -142,9 +142,7 @@ def apply_knobs(config: Any) -> None:
 
 def _pointless(config: Any, given: Collection[str]) -> set[str]:
     """Keys that the given ones leave without effect."""
-    keys: set[str] = set()
-    if _has_no_betas(config):
-        keys.add("adam_beta2")
+    keys = _of_another_optimizer(config)
     # With lmbda 0 all completions of a prompt may be one text, the data set's.
     if config.precomputed_teacher or config.lmbda == 0:
         keys |= {"num_generations", "prefix_schedule", "prefix_relative"}
@@ -157,13 +155,13 @@ def _pointless(config: Any, given: Collection[str]) -> set[str]:
 
 def overruled(config: Any) -> list[str]:
     """The keys of its recipe that have other values."""
-    keys = RECIPES[config.recipe].keys
-    idle = {"adam_beta2"} if _has_no_betas(config) else set()
+    keys, idle = RECIPES[config.recipe].keys, _of_another_optimizer(config)
     return [key for key in keys if key not in idle and getattr(config, key) != keys[key]]
 
 
-def _has_no_betas(config: Any) -> bool:
-    return getattr(config.optim, "value", config.optim) in NOT_ADAM
+def _of_another_optimizer(config: Any) -> set[str]:
+    """Keys of recipes that the config's optimizer does not take."""
+    return {"adam_beta2"} if getattr(config.optim, "value", config.optim) in NOT_ADAM else set()
 
 
 def how_to_unset(config: Any, key: str) -> str:
@@ -176,7 +174,8 @@ def how_to_unset(config: Any, key: str) -> str:
 def describe(config: Any) -> str:
     """What the recipe of a config says, and what the user set otherwise, in Markdown."""
     recipe, other = RECIPES[config.recipe], overruled(config)
-    shown = _shown({key: getattr(config, key) for key in recipe.settings if key not in other})
+    without = {*other, *_of_another_optimizer(config)}
+    shown = _shown({key: getattr(config, key) for key in recipe.settings if key not in without})
     changed = {key: getattr(config, key) for key in other}
     if config.objective == recipe.objective:
         own = _knob_values(recipe.objective, recipe.rule, recipe.knobs)
