@@ -28,8 +28,8 @@ SEEDS = 20
 
 @dataclass(frozen=True)
 class Experiment:
-    """`claims` are corrected together, over all mismatches. `looks` are claims that were not stated
-    as such: differences with an interval and without a verdict."""
+    """`claims` get a verdict, and are corrected together over all mismatches. `looks` are shown
+    with their intervals alone."""
 
     name: str
     arms: Mapping[str, Mapping[str, Any]]

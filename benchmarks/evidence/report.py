@@ -1,7 +1,7 @@
 """Tables and pictures of the experiments, in the page between two marks.
 
-A verdict stands only where every seed of every arm has run. To look at the p-values on the way, and
-to stop where they please, would find what is not there.
+A verdict stands only where every seed of every arm has run. An experiment that is stopped when its
+p-values please finds what is not there.
 """
 
 import math
@@ -40,7 +40,7 @@ def section(results: Results, picture: str) -> str:
     parts = [
         f"## Tables: {experiment.name}",
         head(results),
-        f"![Differences]({picture})",
+        f"![Accuracy over steps]({picture})",
         claims_table(results),
     ]
     if experiment.looks:

@@ -52,9 +52,8 @@ class Results:
         them have tried."""
         found = defaultdict(list)
         for record in self.records:
-            if (record["mismatch"], record["arm"]) == (mismatch, arm) and record[
-                "seed"
-            ] in CHOOSING:
+            chooses = record["seed"] in CHOOSING
+            if chooses and (record["mismatch"], record["arm"]) == (mismatch, arm):
                 found[record["learning_rate"]].append(end(record))
         return {
             rate: statistics.fmean(values)
