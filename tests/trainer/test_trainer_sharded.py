@@ -188,8 +188,8 @@ from engines import use
 settings = use(sys.argv[2])
 from training import make
 try:
-    make(sys.argv[1], **settings)
-except NotImplementedError as error:
+    make(sys.argv[1], generation_kwargs=dict.fromkeys(sys.argv[3:], 2), **settings)
+except (NotImplementedError, ValueError) as error:
     torch.save(str(error), f"{sys.argv[1]}/{torch.distributed.get_rank()}.pt")
 """
 
@@ -198,3 +198,11 @@ except NotImplementedError as error:
 def test_the_first_fsdp_is_refused(tmp_path):
     for message in on_two_processes(_REFUSED, tmp_path, "fsdp1"):
         assert message.startswith("FSDP: ") and "set fsdp_version to 2" in message
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("engine", SHARDED)
+def test_a_prompt_in_chunks_is_refused(tmp_path, engine):
+    """A process with a longer prompt would wait for the others in its last chunk."""
+    for message in on_two_processes(_REFUSED, tmp_path, engine, "prefill_chunk_size"):
+        assert message.startswith("generation_kwargs: 'prefill_chunk_size': under FSDP and ZeRO-3")

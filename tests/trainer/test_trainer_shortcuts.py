@@ -11,7 +11,7 @@ import torch
 import transformers
 from training import make
 
-from tropd_kernels.trainer import TrOPDConfig
+from tropd_kernels.trainer import TrOPDConfig, generation
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
 CHUNKS, LOOKUP = {"prefill_chunk_size": 3}, {"prompt_lookup_num_tokens": 2}
@@ -114,6 +114,15 @@ def test_a_teacher_without_the_shortcut(tmp_path):
                 trainer.train()
         else:
             trainer.train()
+
+
+@pytest.mark.parametrize("given", [CHUNKS, LOOKUP], ids=str)
+def test_a_sharded_model(tmp_path, monkeypatch, given):
+    """No model is asked, and processes may not take different numbers of forwards."""
+    monkeypatch.setattr(generation, "is_sharded", lambda accelerator: True)
+    (name,) = given
+    with pytest.raises(ValueError, match=f"^generation_kwargs: '{name}': under FSDP and ZeRO-3 "):
+        one_row(tmp_path, tiny.model(0), given)
 
 
 @pytest.mark.parametrize(

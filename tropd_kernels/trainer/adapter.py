@@ -243,8 +243,9 @@ class DistillationAdapter(BatchReuse, PrefixedGeneration):
             )
         eos = [*self.eos_token_ids, *self._teacher_eos]
         model = self.model_wrapped if self._adapters_off else self.teacher_model
-        if not self._adapters_off and not is_sharded(self.accelerator):
-            check_shortcuts(self.accelerator.unwrap_model(model), self.generation_config)
+        if not self._adapters_off:
+            writer, sharded = self.accelerator.unwrap_model(model), is_sharded(self.accelerator)
+            check_shortcuts(writer, self.generation_config, sharded)
         teacher = {"model_wrapped": model, "use_vllm": False, "eos_token_ids": eos}
         assert self._teacher_head is not None
         own = in_other_ids(self.generation_config, range(self._teacher_head.vocab_size))

@@ -60,8 +60,8 @@ class PrefixedGeneration(MetricLogs):
     def __init__(self, *arguments: Any, **keywords: Any):
         super().__init__(*arguments, **keywords)
         check_prefill(self.args, self.model.config, self._is_vlm)
-        if not self.use_vllm and not is_sharded(self.accelerator):
-            check_shortcuts(self.model, self.generation_config)
+        if not self.use_vllm:
+            check_shortcuts(self.model, self.generation_config, is_sharded(self.accelerator))
         if self._is_vlm and "suppress_tokens" in (self.args.generation_kwargs or {}):
             # It replaces TRL's own list: a generated image token would have no pixels.
             given = self.generation_config.suppress_tokens or ()

@@ -3,6 +3,8 @@
 `prefill_chunk_size` reads a prompt in parts, `prompt_lookup_num_tokens` several tokens at once.
 Some models with a recurrent state fail at that (Mamba), others lose the state between two chunks
 without a word (Jamba). No list says which: the model is asked, with a prompt of a few tokens.
+Where processes share parameters, every forward is all processes', and a longer prompt has more of
+them: there the settings are refused.
 """
 
 from typing import Any
@@ -22,18 +24,25 @@ _ROUNDING = 5e-3
 
 
 @torch.no_grad()
-def check_shortcuts(model: Any, config: GenerationConfig) -> None:
-    """Raises ValueError for a shortcut with which a model fails or writes another text.
+def check_shortcuts(model: Any, config: GenerationConfig, sharded: bool) -> None:
+    """Raises ValueError for a shortcut with which a model fails or writes another text, and for
+    any of a model in shards.
 
     It takes a few forwards, and no random numbers.
 
     Args:
-        model: Without accelerate's wrappers; its parameters are whole on this process.
+        model: Without accelerate's wrappers.
         config: How it is to generate.
+        sharded: Whether its parameters are, or will be, shared among processes.
     """
     given = [name for name in _SHORTCUTS if getattr(config, name) is not None]
     if not given:
         return
+    if sharded:
+        raise ValueError(
+            f"generation_kwargs: {given[0]!r}: under FSDP and ZeRO-3 all processes take part in "
+            "each forward, and with it some would have more of them than others: leave it out"
+        )
     kind = type(base_of(model)).__name__
     with pin_sampling_defaults(model), evaluation_mode(model):
         try:
