@@ -190,6 +190,10 @@ with_columns(**{
     "`chosen`, `rejected`, without a prompt": dict(chosen=ANSWERS, rejected=ANSWERS),
     "`input_ids`": dict(input_ids=[[7, 8]] * 8),
     "messages of `from` and `value`": dict(prompt=[[{"from": "human", "value": "w7"}]] * 8),
+    "messages in parts": dict(
+        prompt=[[{"role": "user", "content": [{"type": "text", "text": "w7"}]}]] * 8
+    ),
+    "a column `audio`": dict(prompt=TALK, audio=[None] * 8),
     "a column `tools`": dict(prompt=TALK, tools=[[{"name": "f"}]] * 8),
 })  # fmt: skip
 with_settings(**{

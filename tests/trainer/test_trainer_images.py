@@ -320,13 +320,26 @@ def test_columns_of_other_modalities(tmp_path, column):
         {"prompt": TALK, "image": None},
         {"prompt": TALK, "images": []},
         {"prompt": [{"role": "user", "content": [{"type": "image"}]}]},
+        {"prompt": [{"role": "user", "content": [{"type": "video", "video": "a.mp4"}]}]},
+        {"prompt": [{"role": "user", "content": [{"type": "image_url", "image_url": "a"}]}]},
     ],
 )
 def test_images_beside_a_model_of_text(tmp_path, row):
     """Of a column without an image TRL would still write each message as a list of parts, which a
     template for text prints as Python does."""
     trainer = text_trainer(tmp_path, data=[row] * 8)
-    with pytest.raises(ValueError, match="^prompt: its images would not be read: the process"):
+    with pytest.raises(ValueError, match="^prompt: its (images|videos) would not be read: the pro"):
+        trainer.train()
+
+
+@pytest.mark.parametrize("column", ["video", "videos", "audio", "audios", "pixel_values"])
+def test_columns_of_other_modalities_beside_a_model_of_text(tmp_path, column):
+    rows = [{"prompt": TALK, column: [1.0]}] * 8
+    words = f"^train_dataset: the column '{column}' would not be read: .* tokenizer"
+    with pytest.raises(ValueError, match=words):
+        text_trainer(tmp_path, data=tiny.Dataset.from_list(rows))
+    trainer = text_trainer(tmp_path, data=rows, remove_unused_columns=False)
+    with pytest.raises(ValueError, match=f"^{column}: it would not be read: .* tokenizer"):
         trainer.train()
 
 

@@ -31,7 +31,7 @@ def check(given, template, tools=(), used=None):
 
 def test_keys_that_are_read():
     for given in (
-        THINKS, {"date_string": "w3"}, {"documents": []}, {"padding": False, "truncation": True},
+        THINKS, {"date_string": "w3"}, {"documents": []}, {"padding": False, "truncation": False},
         {"tokenizer_kwargs": {}}, {"continue_final_message": False}, {}, None,
     ):  # fmt: skip
         check(given, READS)
@@ -45,7 +45,7 @@ def test_keys_that_are_read():
         (THINKS, tiny.TEMPLATE, "reads no variable besides messages and tools: leave it out"),
         ({"documents": []}, tiny.TEMPLATE, "reads no variable"),
         ({"seen": 3}, READS, "reads"),  # set before it is read
-        ({"trunctation": True}, tiny.TEMPLATE, "did you mean 'truncation'"),
+        ({"sanitize_contrl_tokens": True}, tiny.TEMPLATE, "did you mean 'sanitize_control_tok"),
     ],
     ids=str,
 )
@@ -89,12 +89,65 @@ def test_templates_that_cannot_be_looked_into():
     check_template_keys(THINKS, tokenizer, None, ())
 
 
+@pytest.mark.parametrize(
+    ("given", "key"),
+    [
+        ({"truncation": True, "max_length": 5}, "truncation"), ({"max_length": 5}, "max_length"),
+        ({"padding": True}, "padding"), ({"padding": "max_length"}, "padding"),
+        ({"tokenizer_kwargs": {"max_length": 5}}, "max_length"),
+        ({"processor_kwargs": {"text_kwargs": {"truncation": True}}}, "truncation"),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_keys_that_cut_or_pad(given, key):
+    """An answer would begin in the middle of a question, or after padding."""
+    with pytest.raises(ValueError, match=f"^chat_template_kwargs: '{key}' would cut or pad promp"):
+        check(given, READS)
+
+
+#: What templates make of a content that is a list of parts.
+PRINTS = tiny.TEMPLATE
+DROPS = tiny.TEMPLATE.replace("m['content']", "m['content'] if m['content'] is string else ''")
+ADDS = tiny.TEMPLATE.replace("m['content']", "' ' + m['content']")
+WRITES = tiny.TEMPLATE.replace(
+    "{{ m['content'] }}",
+    "{% if m['content'] is string %}{{ m['content'] }}"
+    "{% else %}{% for part in m['content'] %}{{ part['text'] }} {% endfor %}{% endif %}",
+)
+
+
+@pytest.mark.parametrize("template", [PRINTS, DROPS, ADDS, WRITES])
+@pytest.mark.parametrize("column", ["prompt", "teacher_prompt"])
+def test_contents_in_parts(tmp_path, template, column):
+    """A template for text prints the list as Python does, leaves it out, or fails."""
+    tokenizer = tiny.tokenizer()
+    tokenizer.chat_template = template
+    text, parts = "w1", [{"type": "text", "text": "w3"}, {"type": "text", "text": "w4"}]
+    rows = [{"prompt": [{"role": "user", "content": text}]} for _ in range(4)]
+    rows = [row | {column: [{"role": "user", "content": parts}]} for row in rows]
+    args = TrOPDConfig(
+        str(tmp_path), max_steps=1, per_device_train_batch_size=4, max_completion_length=4,
+        bf16=False, use_cpu=True, report_to="none", save_strategy="no", disable_tqdm=True,
+        gradient_checkpointing=False,
+    )  # fmt: skip
+    data = tiny.Dataset.from_list(rows)
+    trainer = Spy(tiny.model(0), tiny.model(1), args, data, processing_class=tokenizer)
+    if template == WRITES:
+        trainer.train()
+        written = tokenizer.convert_tokens_to_ids(["<s>", "w3", "w4", "<|end|>", "<s>"])
+        assert trainer.batches[0][f"{column}_ids"].tolist() == [written] * 4
+        return
+    with pytest.raises(ValueError, match="^chat template: it does not read .* parts.*'w3'.*text"):
+        trainer.train()
+
+
 def test_keys_that_are_set_already():
     """They would fail as an argument given twice, when the first prompt is tokenized."""
     for key, remedy in (
         ("chat_template", "set the chat_template of processing_class"),
         ("tools", "give tools to TrOPDTrainer"), ("messages", "leave it out"),
         ("add_generation_prompt", "leave it out"), ("return_dict", "leave it out"),
+        ("return_tensors", "leave it out"), ("return_assistant_tokens_mask", "leave it out"),
     ):  # fmt: skip
         with pytest.raises(ValueError, match=f"^chat_template_kwargs: '{key}' is the.*: {remedy}$"):
             check({key: None}, READS)
@@ -107,7 +160,7 @@ def test_processors():
 
     processor = vision.processor("qwen2_vl")
     processor.tokenizer.chat_template = READS
-    for given in ({"padding": True}, {"truncation": True}, {"text_kwargs": {}}):
+    for given in ({"padding": False}, {"text_kwargs": {}}, {"text_kwargs": {"truncation": None}}):
         check_template_keys(given, processor, None, ())
     with pytest.raises(ValueError, match="^chat_template_kwargs: 'enable_thinking' would have no "):
         check_template_keys(THINKS, processor, None, ())

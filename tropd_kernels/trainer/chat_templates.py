@@ -5,7 +5,7 @@ another family of models.
 """
 
 import inspect
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import Any
 
 from jinja2 import TemplateError, meta  # which torch brings
@@ -19,10 +19,16 @@ _SET_ALREADY = {
     "chat_template": "set the chat_template of processing_class",
     "tools": "give tools to TrOPDTrainer",
     **dict.fromkeys(
-        ("conversation", "messages", "add_generation_prompt", "tokenize", "return_dict"),
+        ("conversation", "messages", "add_generation_prompt", "tokenize", "return_dict",
+         "return_tensors", "return_assistant_tokens_mask"),
         "leave it out",
     ),
-}
+}  # fmt: skip
+#: Keys with which a tokenizer cuts or pads, and the values with which it does not.
+_LENGTHS = {
+    "truncation": (False, None, "do_not_truncate"), "padding": (False, None, "do_not_pad"),
+    "max_length": (None,),
+}  # fmt: skip
 
 
 def check_template_keys(
@@ -48,6 +54,11 @@ def check_template_keys(
             "chat_template_kwargs: 'continue_final_message' continues the last message, but the "
             "trainer begins an answer after it (add_generation_prompt): leave it out"
         )
+    for key in _cut_or_padded(given or {}):
+        raise ValueError(
+            f"chat_template_kwargs: {key!r} would cut or pad prompts, and an answer would begin "
+            "there: leave it out; longer prompts are for the data set to shorten"
+        )
     for key in given or ():
         if key in _of_images(processor):
             raise ValueError(
@@ -72,6 +83,54 @@ def check_template_keys(
                 f"{', '.join(own) or 'no variable'} besides messages and tools"
                 f"{nearest(key, takes - _SET_ALREADY.keys())}: leave it out"
             )
+
+
+def _cut_or_padded(given: Mapping[str, Any]) -> Iterator[str]:
+    """Keys that change the length of prompts, those for a tokenizer in a mapping, too."""
+    for key, value in given.items():
+        if key in _LENGTHS and value not in _LENGTHS[key]:
+            yield key
+        elif isinstance(value, Mapping):
+            yield from _cut_or_padded(value)
+
+
+def check_parts(prompts: Iterable[Any], tokenizer: Any, **arguments: Any) -> None:
+    """Raises ValueError for messages in parts of text, if the chat template does not read them.
+
+    Templates for text print such a list as Python does, or leave it out.
+
+    arguments: of `apply_chat_template`.
+    """
+    for prompt in prompts:
+        firsts = [_first_text(message.get("content")) for message in prompt]
+        if all(text is None for text in firsts):
+            continue
+        # One part of each message: how several are joined is the template's own.
+        ways: list[list[Any]] = [
+            [one if text is None else one | {"content": made(text)}
+             for one, text in zip(prompt, firsts)]
+            for made in (str, lambda text: [{"type": "text", "text": text}])
+        ]  # fmt: skip
+        try:
+            as_text, as_parts = (
+                tokenizer.apply_chat_template(way, tokenize=False, **arguments).split()
+                for way in ways
+            )
+        except (TemplateError, TypeError):
+            as_text, as_parts = [], None
+        if as_parts != as_text:
+            raise ValueError(
+                "chat template: it does not read a content that is a list of parts, as in "
+                f"{prompt!r:.200}: write each message's content as text"
+            )
+
+
+def _first_text(content: Any) -> str | None:
+    """The first text among the parts of a message; None for a content that has no parts."""
+    if not isinstance(content, list):
+        return None
+    texts = [part["text"] for part in content if isinstance(part.get("text"), str)]
+    return texts[0] if texts else ""
 
 
 def _templates(own: Any, tools: Collection[Any]) -> Iterator[str]:

@@ -99,25 +99,35 @@ def check_unread(
             )
 
 
-#: TRL's columns of images.
+#: TRL's columns of images, and columns of what it reads in no column.
 _IMAGES = {"image", "images"}
+_OTHERS = {"video", "videos", "audio", "audios", "pixel_values"}
+#: What the parts of a message show, by their types.
+_SHOWN = {
+    "image": "images", "image_url": "images", "video": "videos", "video_url": "videos",
+    "audio": "sounds", "audio_url": "sounds", "input_audio": "sounds",
+}  # fmt: skip
 _BLIND = (
     "the processing class is a tokenizer, and the model sees no images: give one that does, with "
     "its processor"
 )
+_OF_TEXT = "the processing class is a tokenizer, of text alone:"
 
 
 def check_modalities(datasets: Mapping[str, Any], processor: Any) -> None:
     """Raises ValueError for a column that TRL would drop unseen: it reads images alone, in one of
-    two columns. Beside a tokenizer, for a column of images."""
+    two columns. Beside a tokenizer, for a column of images, too."""
     sees = isinstance(processor, ProcessorMixin)
-    unread = _unread_columns(processor) if sees else _IMAGES
-    why = "a prompt goes with images alone, in the column 'images' or 'image':" if sees else _BLIND
+    unread = _unread_columns(processor) if sees else _IMAGES | _OTHERS
     for name, _, present in data_sets(datasets):
         for column in sorted(unread & {*(present or ())}):
+            if sees:
+                why = "a prompt goes with images alone, in the column 'images' or 'image':"
+            else:
+                why = f"{_BLIND}, or" if column in _IMAGES else _OF_TEXT
             raise ValueError(
-                f"{name}: the column {column!r} would not be read: {why}{'' if sees else ', or'} "
-                f"drop it by remove_columns({column!r})"
+                f"{name}: the column {column!r} would not be read: {why} drop it by "
+                f"remove_columns({column!r})"
             )
         if {*(present or ())} >= _IMAGES:
             raise ValueError(
@@ -132,30 +142,29 @@ def check_row_modalities(rows: Sequence[Mapping[str, Any]], processor: Any) -> N
     TRL decides by the first row which of the two columns of images it reads. Beside a tokenizer
     such a column would have every message written as a list of parts, even without an image.
     """
-    if not isinstance(processor, ProcessorMixin):
-        for row in rows:
-            if _IMAGES & row.keys() or _shows_images(row):
-                raise ValueError(f"prompt: its images would not be read: {_BLIND}; in {row!r:.200}")
-        return
-    read = {name for name in ("images", "image") if name in rows[0]}
-    read -= {"image"} if "images" in read else set()
-    unread = (_unread_columns(processor) | _IMAGES) - read
+    sees = isinstance(processor, ProcessorMixin)
+    if sees:
+        read = {name for name in ("images", "image") if name in rows[0]}
+        read -= {"image"} if "images" in read else set()
+        unread = (_unread_columns(processor) | _IMAGES) - read
+        why = "a prompt goes with images alone, in the column 'images' or 'image', the same in all "
+        why += "rows;"
+    else:
+        unread, why = _OTHERS, f"{_OF_TEXT} drop it;"
     for row in rows:
+        if not sees and (shown := (["images"] if _IMAGES & row.keys() else _shown(row))):
+            why = _BLIND if shown[0] == "images" else f"{_OF_TEXT} drop such rows"
+            raise ValueError(f"prompt: its {shown[0]} would not be read: {why}; in {row!r:.200}")
         for column in sorted(unread & row.keys()):
             value = row[column]
             if value is not None and not (hasattr(value, "__len__") and len(value) == 0):
-                raise ValueError(
-                    f"{column}: it would not be read: a prompt goes with images alone, in the "
-                    f"column 'images' or 'image', the same in all rows; in the row {row!r:.200}"
-                )
+                raise ValueError(f"{column}: it would not be read: {why} in the row {row!r:.200}")
 
 
 def _unread_columns(processor: Any) -> set[str]:
     """Columns of other modalities than images, and what a processor makes of them."""
     made = set(getattr(processor, "model_input_names", ()))
-    return {"video", "videos", "audio", "audios", "pixel_values"} | {
-        column for column in made if not column.endswith(("_ids", "_mask"))
-    }
+    return _OTHERS | {column for column in made if not column.endswith(("_ids", "_mask"))}
 
 
 def check_no_splits(dataset: Any) -> None:
@@ -268,16 +277,16 @@ def refuse_images(rows: Sequence[Mapping[str, Any]]) -> None:
     A served teacher would answer without having seen it.
     """
     for row in rows:
-        if row.get("images") or row.get("image") is not None or _shows_images(row):
+        if row.get("images") or row.get("image") is not None or "images" in _shown(row):
             raise NotImplementedError(
                 "teacher_model_server_url: images are not sent to a teacher's server: load the "
                 "teacher in this process"
             )
 
 
-def _shows_images(row: Mapping[str, Any]) -> bool:
-    """Whether an image is among the parts of a row's messages."""
+def _shown(row: Mapping[str, Any]) -> list[str]:
+    """What the parts of a row's messages are besides text: images, videos, sounds."""
     messages = row["prompt"] if isinstance(row["prompt"], list) else []
     contents = [message.get("content") for message in messages]
     parts = [part for content in contents if isinstance(content, list) for part in content]
-    return any(part["type"] == "image" for part in parts)
+    return [_SHOWN[part["type"]] for part in parts if part["type"] in _SHOWN]

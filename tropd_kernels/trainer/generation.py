@@ -17,6 +17,7 @@ from transformers import __version__ as transformers_version
 from trl import is_conversational  # type: ignore[attr-defined]
 
 from . import metrics, teacher_prompts
+from .chat_templates import check_parts
 from .context import check_context, check_generated_width, check_lengths, scale_warning
 from .data_checks import check_prompts, check_row_modalities, check_tokens
 from .fields import (
@@ -49,11 +50,13 @@ class PrefixedGeneration(MetricLogs):
     """TRL's generation, in which a completion may begin with ids that the student did not write."""
 
     args: Any
+    chat_template: Any
     chat_template_kwargs: Any
     generation_config: Any
     model: Any
     pad_to_multiple_of: Any
     processing_class: Any
+    tools: Any
     _why_teacher_prompts = ""  # a stream may turn out not to have them, which are needed then
     _shared_vocab_size: int  # neither side writes or reads an id from here on
 
@@ -123,6 +126,11 @@ class PrefixedGeneration(MetricLogs):
         """
         # With 5.3 TRL asks for padding itself, and takes it off again.
         pads_itself = transformers_version.startswith("5.3.")
+        if not isinstance(self.processing_class, ProcessorMixin) and isinstance(prompts[0], list):
+            check_parts(
+                prompts, self.processing_class, tools=self.tools or None,
+                chat_template=self.chat_template, **self.chat_template_kwargs,
+            )  # fmt: skip
         if not isinstance(self.processing_class, ProcessorMixin) or pads_itself:
             return super()._tokenize_prompts(prompts)
         if not is_conversational({"prompt": prompts[0]}):
