@@ -5,8 +5,9 @@ optimizer are the same for all.
 """
 
 import statistics
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from benchmarks.learning.arms import ARMS, TOP_K
@@ -17,6 +18,9 @@ from benchmarks.learning.measures import (
     early_accuracy,
     mean_accuracy,
 )
+from benchmarks.learning.run import EVERY, Run
+
+from . import language, records
 
 #: Learning rates that every arm tries, and the further one where the best is at an end.
 RATES = (3e-4, 1e-3, 3e-3)
@@ -24,6 +28,31 @@ BEYOND = {3e-4: 1e-4, 3e-3: 1e-2}
 #: Seeds on which an arm chooses its rate, none of the experiment's.
 CHOOSING = (101, 102, 103)
 SEEDS = 20
+
+
+def end(record: Result) -> float:
+    """Accuracy at the end: the mean of the last three measurements, steps 80, 90 and 100."""
+    return statistics.fmean(record["accuracy"][-3:])
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What an arm chooses its learning rate by. `sign`: 1 where more is better, else -1."""
+
+    name: str
+    measure: Measure
+    sign: int = 1
+
+
+@dataclass(frozen=True)
+class Curve:
+    """Numbers of a record, one every `every` steps, that a picture shows over the steps from
+    `first` on."""
+
+    key: str
+    label: str
+    every: int = EVERY
+    first: int = 0
 
 
 @dataclass(frozen=True)
@@ -36,11 +65,13 @@ class Experiment:
     mismatches: tuple[str, ...]
     claims: tuple[Claim, ...]
     looks: tuple[Claim, ...] = ()
-
-
-def end(record: Result) -> float:
-    """Accuracy at the end: the mean of the last three measurements, steps 80, 90 and 100."""
-    return statistics.fmean(record["accuracy"][-3:])
+    seeds: int = SEEDS
+    choosing: tuple[int, ...] = CHOOSING
+    rates: tuple[float, ...] = RATES
+    beyond: Mapping[float, float] = field(default_factory=lambda: BEYOND)
+    outcome: Outcome = Outcome("Accuracy at the end", end)
+    curves: tuple[Curve, ...] = (Curve("accuracy", "held-out accuracy"),)
+    record_of: Callable[[Run, Mapping[str, Any], Path], Result] = records.record_of
 
 
 def lost(record: Result) -> float:
@@ -184,4 +215,46 @@ COST = Experiment(
     ),
 )  # fmt: skip
 
-EXPERIMENTS = {experiment.name: experiment for experiment in (POWER, TAIL, PREFIX, COST)}
+
+def end_distance(record: Result) -> float:
+    """Reverse KL to the teacher on held-out prompts after the last step, nats a token."""
+    return record["held_out_kl"][-1]
+
+
+def end_entropy(record: Result) -> float:
+    """The student's entropy, mean of the last ten steps."""
+    return statistics.fmean(record["entropy"][-10:])
+
+
+def largest_norm(record: Result) -> float:
+    return max(record["grad_norm"])
+
+
+LANGUAGE = Experiment(
+    "language",
+    arms={name: ARMS[name] for name in ("opd", "reverse_kl", "gkd")}
+    | {"tropd": {"objective": "tropd"}},
+    mismatches=(language.STUDENT,),
+    claims=(),  # three seeds cannot confirm one: the smallest p of their sign flips is 2 / 8
+    looks=(
+        Claim("OPD ends farther from the teacher than TrOPD", "opd", "tropd", end_distance),
+        Claim("TrOPD ends farther than the exact reverse KL", "tropd", "reverse_kl", end_distance),
+        Claim("GKD ends farther than the exact reverse KL", "gkd", "reverse_kl", end_distance),
+        Claim("OPD's largest gradient norm exceeds TrOPD's", "opd", "tropd", largest_norm),
+        Claim("TrOPD keeps more entropy than OPD", "tropd", "opd", end_entropy),
+    ),
+    seeds=3,
+    choosing=(101,),
+    rates=(1e-4, 3e-4),
+    beyond={},
+    outcome=Outcome("Reverse KL to the teacher on held-out prompts, nats a token, at the end",
+                    end_distance, sign=-1),
+    curves=(
+        Curve("held_out_kl", "held-out reverse KL, nats a token", every=language.EVERY),
+        Curve("entropy", "entropy, nats", every=1, first=1),
+        Curve("grad_norm", "gradient norm before clipping", every=1, first=1),
+    ),
+    record_of=language.record_of,
+)  # fmt: skip
+
+EXPERIMENTS = {experiment.name: experiment for experiment in (POWER, TAIL, PREFIX, COST, LANGUAGE)}

@@ -14,7 +14,7 @@ from benchmarks.learning.intervals import interval
 from benchmarks.learning.measures import Claim, by_seed
 
 from . import claims, plot
-from .experiments import BEYOND, EXPERIMENTS, SEEDS, end
+from .experiments import EXPERIMENTS
 from .runs import RESULTS, Results
 
 PAGE = ROOT / "docs" / "evidence.md"
@@ -40,38 +40,42 @@ def section(results: Results, picture: str) -> str:
     parts = [
         f"## Tables: {experiment.name}",
         head(results),
-        f"![Accuracy over steps]({picture})",
-        claims_table(results),
+        f"![Curves over steps]({picture})",
     ]
+    if experiment.claims:
+        parts.append(claims_table(results))
     if experiment.looks:
         parts += [
-            "Looked at besides, with Student's intervals and without a verdict:",
+            "Looked at, with Student's intervals and without a verdict:",
             looks_table(results),
         ]
-    return "\n\n".join([*parts, "Accuracy at the end, and the learning rate that each arm chose:",
-                        ends_table(results)])  # fmt: skip
+    parts += [
+        f"{experiment.outcome.name}, and the learning rate that each arm chose:",
+        ends_table(results),
+    ]
+    return "\n\n".join(parts)
 
 
 def head(results: Results) -> str:
     """What ran, on what."""
-    every = [record for m in results.experiment.mismatches for record in results.compared(m)]
+    experiment = results.experiment
+    every = [record for m in experiment.mismatches for record in results.compared(m)]
     machines = sorted({record["hardware"] for record in results.records})
     versions = sorted({", ".join(f"{name} {number}" for name, number in record["versions"].items())
                        for record in results.records})  # fmt: skip
     hours = sum(record["seconds"] for record in results.records) / 3600
-    arms, mismatches = len(results.experiment.arms), len(results.experiment.mismatches)
+    whole = experiment.seeds * len(experiment.arms) * len(experiment.mismatches)
     return (
-        f"`python -m benchmarks.evidence {results.experiment.name}`: {len(every)} of "
-        f"{SEEDS * arms * mismatches} runs and {len(results.records) - len(every)} to choose "
-        f"learning rates, {hours:.1f} hours of processes of one thread. {'; '.join(machines)}; "
-        f"{'; '.join(versions)}."
+        f"`python -m benchmarks.evidence {experiment.name}`: {len(every)} of {whole} runs and "
+        f"{len(results.records) - len(every)} to choose learning rates, {hours:.1f} hours of "
+        f"processes of one thread. {'; '.join(machines)}; {'; '.join(versions)}."
     )
 
 
 def is_whole(results: Results) -> bool:
     """Whether every seed of every arm has run."""
     return all(
-        len(by_seed(results.compared(mismatch), arm)) == SEEDS
+        len(by_seed(results.compared(mismatch), arm)) == results.experiment.seeds
         for mismatch in results.experiment.mismatches
         for arm in results.experiment.arms
     )
@@ -88,7 +92,7 @@ def claims_table(results: Results) -> str:
             mean = interval(values).mean
             said = [f"{corrected:.2g}", claims.verdict(mean, corrected)]
         else:
-            said = ["", f"{len(values)} of {SEEDS} seeds, no verdict"]
+            said = ["", f"{len(values)} of {experiment.seeds} seeds, no verdict"]
         rows.append([claim.text, mismatch, _interval(values), *said])
     return markdown.table(["claim", "mismatch", "difference", "p, corrected", "verdict"], rows)
 
@@ -108,8 +112,8 @@ def ends_table(results: Results) -> str:
         for mismatch in experiment.mismatches:
             runs = by_seed(results.compared(mismatch), arm).values()
             rate = results.chosen(mismatch, arm)
-            edge = " (the last tried)" if rate in BEYOND.values() else ""
-            ends = _interval([end(run) for run in runs])
+            edge = " (the last tried)" if rate in experiment.beyond.values() else ""
+            ends = _interval([experiment.outcome.measure(run) for run in runs])
             cells.append(f"{ends} at {rate:g}{edge}" if rate else "not run")
         rows.append([f"`{arm}`", *cells])
     return markdown.table(["arm", *experiment.mismatches], rows)

@@ -13,20 +13,14 @@ from collections.abc import Iterator, Mapping
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any
-
-import torch
-import transformers
 
 from benchmarks.learning.arms import STEPS
 from benchmarks.learning.measures import Result
-from benchmarks.learning.run import EVERY, Run, train
+from benchmarks.learning.run import Run
 
-from .experiments import BEYOND, CHOOSING, RATES, SEEDS, Experiment, end
+from .experiments import Experiment
 
 RESULTS = Path(__file__).with_name("results")
-#: A share of 256 held-out problems is exact in so many digits.
-DIGITS = 8
 
 
 class Results:
@@ -48,33 +42,34 @@ class Results:
             file.write(json.dumps(record, separators=(",", ":")) + "\n")
 
     def tried(self, mismatch: str, arm: str) -> dict[float, float]:
-        """Accuracy at the end by learning rate, the mean over the choosing seeds; rates that all of
-        them have tried."""
+        """The outcome by learning rate, the mean over the choosing seeds; rates that all of them
+        have tried."""
+        choosing, outcome = self.experiment.choosing, self.experiment.outcome
         found = defaultdict(list)
         for record in self.records:
-            chooses = record["seed"] in CHOOSING
+            chooses = record["seed"] in choosing
             if chooses and (record["mismatch"], record["arm"]) == (mismatch, arm):
-                found[record["learning_rate"]].append(end(record))
+                found[record["learning_rate"]].append(outcome.measure(record))
         return {
             rate: statistics.fmean(values)
             for rate, values in sorted(found.items())
-            if len(values) == len(CHOOSING)
+            if len(values) == len(choosing)
         }
 
     def rates(self, mismatch: str, arm: str) -> tuple[float, ...]:
         """The rates that the arm tries, as far as they are known."""
-        tried = self.tried(mismatch, arm)
-        if not set(RATES) <= set(tried):
-            return RATES
-        further = BEYOND.get(_best({rate: tried[rate] for rate in RATES}))
-        return (*RATES, further) if further else RATES
+        tried, rates = self.tried(mismatch, arm), self.experiment.rates
+        if not set(rates) <= set(tried):
+            return rates
+        further = self.experiment.beyond.get(self._best({rate: tried[rate] for rate in rates}))
+        return (*rates, further) if further else rates
 
     def chosen(self, mismatch: str, arm: str) -> float | None:
         """The arm's learning rate, the smaller of two equally good ones; None: not known yet."""
         tried = self.tried(mismatch, arm)
         if not set(self.rates(mismatch, arm)) <= set(tried):
             return None
-        return _best(tried)
+        return self._best(tried)
 
     def compared(self, mismatch: str) -> list[Result]:
         """The runs of the experiment's seeds, each arm at the rate that it chose."""
@@ -83,7 +78,7 @@ class Results:
             record
             for record in self.records
             if record["mismatch"] == mismatch
-            and record["seed"] not in CHOOSING
+            and record["seed"] not in self.experiment.choosing
             and record["learning_rate"] == rates.get(record["arm"])
         ]
 
@@ -95,21 +90,21 @@ class Results:
         experiment = self.experiment
         pairs = [(where, arm) for arm in experiment.arms for where in experiment.mismatches]
         for mismatch, arm in pairs:
-            for seed in CHOOSING:
+            for seed in experiment.choosing:
                 for rate in self.rates(mismatch, arm):
                     if (mismatch, arm, seed, rate) not in have:
                         yield Run(mismatch, arm, seed, STEPS, rate)
-        for seed in range(1, SEEDS + 1):
+        for seed in range(1, experiment.seeds + 1):
             for mismatch, arm in pairs:
                 chosen = self.chosen(mismatch, arm)
                 if chosen is not None and (mismatch, arm, seed, chosen) not in have:
                     yield Run(mismatch, arm, seed, STEPS, chosen)
 
-
-def _best(tried: Mapping[float, float]) -> float:
-    """The smallest rate of those whose accuracy is the largest but for rounding."""
-    most = max(tried.values())
-    return min(rate for rate, accuracy in tried.items() if accuracy > most - 1e-9)
+    def _best(self, tried: Mapping[float, float]) -> float:
+        """The smallest rate of those whose outcome is the best but for rounding."""
+        sign = self.experiment.outcome.sign
+        best = max(sign * value for value in tried.values())
+        return min(rate for rate, value in tried.items() if sign * value > best - 1e-9)
 
 
 def run_all(results: Results, workers: int, cache: Path, hours: float) -> None:
@@ -117,7 +112,7 @@ def run_all(results: Results, workers: int, cache: Path, hours: float) -> None:
     os.environ["OMP_NUM_THREADS"] = "1"  # inherited by the workers
     start, done = time.monotonic(), 0
     running: dict[Future, Run] = {}
-    arms = results.experiment.arms
+    experiment = results.experiment
     with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
         while True:
             if time.monotonic() - start < 3600 * hours:
@@ -125,7 +120,8 @@ def run_all(results: Results, workers: int, cache: Path, hours: float) -> None:
                     if len(running) == workers:
                         break
                     if run not in running.values():
-                        running[pool.submit(record_of, run, arms[run.arm], cache)] = run
+                        settings = experiment.arms[run.arm]
+                        running[pool.submit(experiment.record_of, run, settings, cache)] = run
             if not running:
                 return
             failed = None
@@ -144,37 +140,3 @@ def run_all(results: Results, workers: int, cache: Path, hours: float) -> None:
                     if future.exception() is None:
                         results.append(future.result())
                 failed.result()
-
-
-def record_of(run: Run, arm: Mapping[str, Any], cache: Path) -> Result:
-    """One run, and what is kept of it."""
-    torch.set_num_threads(1)
-    transformers.logging.set_verbosity_error()
-    found = train(run, cache / "models", arm)
-    curves = found["curves"]
-    norms = curves["grad_norm"]
-    record = {
-        "mismatch": run.mismatch,
-        "arm": run.arm,
-        "seed": run.seed,
-        "learning_rate": run.learning_rate,
-        "accuracy": found["accuracy"],
-        "notation": found["notation"],
-        "largest_norm": max(norms),
-        "median_norm": statistics.median(norms),
-        "entropy": statistics.fmean(curves["entropy"]),
-        "trust": curves["trust_ratio"][:1] + curves["trust_ratio"][EVERY - 1 :: EVERY],
-        "topk_mass": [curves[f"{side}_topk_mass"][-1] for side in ("teacher", "student")],
-        "reverse_kl": curves["reverse_kl"][-1],
-        "seconds": found["seconds"],
-        "hardware": found["hardware"],
-        "versions": found["versions"],
-    }
-    return {name: rounded(value) for name, value in record.items()}
-
-
-def rounded(value: Any) -> Any:
-    """Numbers to `DIGITS` digits, also within a list."""
-    if isinstance(value, list):
-        return [rounded(one) for one in value]
-    return float(f"{value:.{DIGITS}g}") if isinstance(value, float) else value

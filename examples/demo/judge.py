@@ -28,8 +28,28 @@ def judge(
     seed: int,
     dtype: torch.dtype,
 ) -> Judgement:
-    """The KL is a mean over the tokens of completions that the student samples. They are drawn with
-    `seed`, the same draws before and after training, and the run's own draws go on as without."""
+    """The exact KL, and what the student says: `distance` and `write`."""
+    kl = distance(
+        student, teacher, tokenizer, prompts, new_tokens=new_tokens, seed=seed, dtype=dtype
+    )
+    return Judgement(kl, write(student, tokenizer, prompts, new_tokens))
+
+
+def distance(
+    student: PreTrainedModel,
+    teacher: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: tuple[str, ...],
+    *,
+    new_tokens: int,
+    seed: int,
+    dtype: torch.dtype,
+) -> float:
+    """KL(student || teacher), a mean over the tokens of completions that the student samples.
+
+    They are drawn with `seed`, the same draws before and after training, and the run's own draws go
+    on as without.
+    """
     student_head, teacher_head = read_head(student), read_head(teacher)
     autocast = torch.autocast(student.device.type, dtype, enabled=dtype != torch.float32)
     with torch.random.fork_rng(), torch.no_grad():
@@ -45,7 +65,7 @@ def judge(
             HiddenTeacher(teacher_hidden.to(dtype), teacher_head.weight.to(dtype)),
             objective=Divergence("reverse_kl"),
         )
-    return Judgement(out.loss.item(), write(student, tokenizer, prompts, new_tokens))
+    return out.loss.item()
 
 
 def write(

@@ -118,5 +118,8 @@ def _convert(gguf: Path, folder: Path) -> None:
         model.save_pretrained(unfinished)
         tokenizer.save_pretrained(unfinished)
         unfinished.rename(folder)
+    except OSError:
+        if not folder.exists():  # else another process has been faster
+            raise
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)

@@ -197,6 +197,32 @@ def test_layers_are_evenly_spaced_with_first_and_last():
             pick_layers(7, wanted)
 
 
+@pytest.mark.parametrize("first", [False, True], ids=["alone", "another was first"])
+def test_two_processes_may_convert_at_once(teacher, tmp_path, monkeypatch, first):
+    """The one that is later leaves the other's checkpoint as it is, and nothing beside it."""
+    from examples.demo import model
+
+    folder = tmp_path / "model"
+
+    class Tokenizer:
+        def save_pretrained(self, unfinished):
+            if first:
+                folder.mkdir()
+                (folder / "theirs").touch()
+
+    def from_gguf(kind, found):
+        return type(kind, (), {"from_pretrained": staticmethod(lambda *_, **__: found)})
+
+    monkeypatch.setattr(model, "AutoTokenizer", from_gguf("AutoTokenizer", Tokenizer()))
+    loads = from_gguf("AutoModelForCausalLM", teacher)
+    loads.from_config = staticmethod(lambda config, dtype: type(teacher)(config))
+    monkeypatch.setattr(model, "AutoModelForCausalLM", loads)
+    model._convert(tmp_path / "a.gguf", folder)
+    assert (folder / "theirs").exists() == first
+    assert (folder / "model.safetensors").exists() != first
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
 def test_student_is_the_teacher_without_the_layers_left_out(teacher):
     from examples.demo.model import make_student, pick_layers
 

@@ -12,8 +12,19 @@ import pytest
 
 pytest.importorskip("trl", reason="the trainer needs trl")
 
-from benchmarks.evidence import claims, runs
-from benchmarks.evidence.experiments import BEYOND, CHOOSING, EXPERIMENTS, POWER, RATES, SEEDS, end
+import tiny
+
+from benchmarks.evidence import claims, language, records, runs
+from benchmarks.evidence.experiments import (
+    BEYOND,
+    CHOOSING,
+    EXPERIMENTS,
+    LANGUAGE,
+    POWER,
+    RATES,
+    SEEDS,
+    end,
+)
 from benchmarks.learning import arms, models, task
 from benchmarks.learning.measures import Claim, Result
 from tropd_kernels.trainer import TrOPDConfig
@@ -59,7 +70,8 @@ def test_an_experiment_can_run(experiment, tmp_path):
     named = {name for claim in (*experiment.claims, *experiment.looks)
              for name in (claim.more, claim.less) if name}  # fmt: skip
     assert named <= set(experiment.arms)
-    assert set(experiment.mismatches) <= set(models.STUDENTS)
+    assert set(experiment.mismatches) <= {*models.STUDENTS, language.STUDENT}
+    assert experiment.claims or experiment.looks
 
 
 def record(mismatch: str, arm: str, seed: int, rate: float, accuracy: float) -> Result:
@@ -102,7 +114,7 @@ def test_equally_good_rates(tmp_path):
             results.append(found)
     assert results.chosen("near", "opd") == 1e-3
     line = {"accuracy": [n / 256 for n in range(257)]}
-    assert runs.rounded(line["accuracy"]) == line["accuracy"]
+    assert records.rounded(line["accuracy"]) == line["accuracy"]
 
 
 def test_half_a_line_is_not_a_run(tmp_path):
@@ -126,9 +138,8 @@ def test_a_run_that_fails_loses_no_other(tmp_path, monkeypatch):
             raise RuntimeError("this run fails")
         return record(run.mismatch, run.arm, run.seed, run.learning_rate, 0.5)
 
-    monkeypatch.setattr(runs, "record_of", trained)
     monkeypatch.setattr(runs, "ProcessPoolExecutor", lambda n, mp_context: ThreadPoolExecutor(n))
-    results = runs.Results(POWER, tmp_path)
+    results = runs.Results(replace(POWER, record_of=trained), tmp_path)
     with pytest.raises(RuntimeError, match="this run fails"):
         runs.run_all(results, 3, tmp_path, hours=1.0)
     kept = [(found["seed"], found["learning_rate"]) for found in results.records]
@@ -137,9 +148,9 @@ def test_a_run_that_fails_loses_no_other(tmp_path, monkeypatch):
 
 
 def test_no_run_is_started_after_the_hours(tmp_path, monkeypatch):
-    monkeypatch.setattr(runs, "record_of", lambda run, *_: pytest.fail(f"{run} began"))
+    began = replace(POWER, record_of=lambda run, *_: pytest.fail(f"{run} began"))
     monkeypatch.setattr(runs, "ProcessPoolExecutor", lambda n, mp_context: ThreadPoolExecutor(n))
-    results = runs.Results(POWER, tmp_path)
+    results = runs.Results(began, tmp_path)
     runs.run_all(results, 1, tmp_path, hours=0.0)
     assert results.records == [] and not results.path.exists()
 
@@ -161,7 +172,7 @@ def test_runs_become_records(tmp_path, monkeypatch):
     monkeypatch.setattr(arms, "BATCH", 4)
     run = next(runs.Results(POWER, tmp_path).wanted())
     run = replace(run, steps=10)
-    found = runs.record_of(run, POWER.arms[run.arm], tmp_path)
+    found = records.record_of(run, POWER.arms[run.arm], tmp_path)
     results = runs.Results(POWER, tmp_path)
     results.append(found)
     assert json.loads(results.path.read_text("utf-8")) == found
@@ -172,6 +183,34 @@ def test_runs_become_records(tmp_path, monkeypatch):
     assert (run.arm, run.seed, run.learning_rate) not in [
         (other.arm, other.seed, other.learning_rate) for other in others
     ]
+
+
+def test_language_runs_become_records(tmp_path, monkeypatch):
+    """On a random teacher: curves of every step, and distances that the arm chooses its rate by."""
+    teacher = tiny.model(num_hidden_layers=3, max_position_embeddings=128).requires_grad_(False)
+    monkeypatch.setattr(language, "load_teacher", lambda cache: (teacher, tiny.tokenizer()))
+    monkeypatch.setattr(language, "LAYERS", 2)
+    monkeypatch.setattr(language, "EVERY", 2)
+    results = runs.Results(LANGUAGE, tmp_path)
+    run = replace(next(results.wanted()), steps=3)
+    found = LANGUAGE.record_of(run, LANGUAGE.arms[run.arm], tmp_path)
+    results.append(found)
+    assert json.loads(results.path.read_text("utf-8")) == found
+    assert {curve.key for curve in LANGUAGE.curves} <= set(found)
+    assert len(found["held_out_kl"]) == 3 and len(found["grad_norm"]) == 3
+    assert len(set(found["held_out_kl"])) == 3  # the student has moved
+    others = [(other.arm, other.seed, other.learning_rate) for other in results.wanted()]
+    assert (run.arm, run.seed, run.learning_rate) not in others
+    assert len(others) == len(LANGUAGE.arms) * len(LANGUAGE.rates) - 1
+
+
+def test_a_rate_is_chosen_by_the_smaller_distance(tmp_path):
+    results = runs.Results(LANGUAGE, tmp_path)
+    for rate, distance in zip(LANGUAGE.rates, (0.4, 0.3)):
+        (seed,) = LANGUAGE.choosing
+        results.append({"mismatch": language.STUDENT, "arm": "opd", "seed": seed,
+                        "learning_rate": rate, "held_out_kl": [2.0, distance]})  # fmt: skip
+    assert results.chosen(language.STUDENT, "opd") == LANGUAGE.rates[1]
 
 
 def synthetic(results: runs.Results, seeds: int) -> None:
