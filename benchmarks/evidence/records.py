@@ -33,6 +33,7 @@ def record_of(run: Run, arm: Mapping[str, Any], cache: Path) -> Result:
             "trust": curves["trust_ratio"][:1] + curves["trust_ratio"][EVERY - 1 :: EVERY],
             "topk_mass": [curves[f"{side}_topk_mass"][-1] for side in ("teacher", "student")],
             "reverse_kl": curves["reverse_kl"][-1],
+            "forward_kl": curves["forward_kl"][-1],
             "seconds": found["seconds"],
             "hardware": found["hardware"],
             "versions": found["versions"],

@@ -29,6 +29,7 @@ CURVES = {
     "loss": "loss",
     "tropd/trust_ratio": "trust_ratio",
     "tropd/reverse_kl": "reverse_kl",
+    "tropd/forward_kl": "forward_kl",
     "tropd/reward_mean": "reward_mean",
     "tropd/reward_min": "reward_min",
     "tropd/teacher_topk_mass": "teacher_topk_mass",
