@@ -9,7 +9,7 @@ import transformers
 pytest.importorskip("trl", reason="the trainer needs trl")
 
 import tiny
-from training import SGD, Spy, make
+from training import SGD, Spy, make, step_and_compare
 
 from tropd_kernels.trainer import TrOPDConfig
 
@@ -118,3 +118,25 @@ def test_options_with_which_a_student_cannot_be_loaded(tmp_path):
     yarn["rope_theta"] = 10000.0
     made = make(tmp_path / "run", str(tmp_path), model_init_kwargs={"rope_parameters": yarn})
     assert made.model.config.rope_parameters["factor"] == 4.0
+
+
+def gemma_3n(seed):
+    """Four layers of two kinds, all of whose keys are their own."""
+    return tiny.model(
+        seed, kind=transformers.Gemma3nForCausalLM, config=transformers.Gemma3nTextConfig,
+        vocab_size_per_layer_input=tiny.VOCAB, hidden_size_per_layer_input=8, head_dim=8,
+        laurel_rank=4, num_kv_shared_layers=0, num_hidden_layers=4, sliding_window=16,
+        layer_types=["sliding_attention"] * 3 + ["full_attention"], intermediate_size=[48] * 4,
+        activation_sparsity_pattern=[0.0] * 4,
+    )  # fmt: skip
+
+
+def test_a_backward_of_nan(tmp_path):
+    """transformers' Gemma 3n has one behind the padding of a shorter prompt, and a finite loss."""
+    trainer = make(tmp_path, gemma_3n(0), gemma_3n(1), max_steps=2, objective="gkd")
+    with pytest.raises(FloatingPointError, match=r"at step 1, .*Gemma 3n.* prompts of one length"):
+        trainer.train()
+    rows = [{"prompt": f"w{i} w{i + 1} w{i + 2}"} for i in range(8)]
+    teacher = gemma_3n(1)
+    trainer = make(tmp_path, gemma_3n(0), teacher, rows, objective="gkd")
+    step_and_compare(trainer, teacher, tolerance=1e-4)

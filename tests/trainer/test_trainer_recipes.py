@@ -247,11 +247,42 @@ def test_an_error_about_a_key_of_the_recipe(tmp_path):
     """The user cannot leave out what the recipe sets."""
     with pytest.raises(ValueError, match="^num_generations: .* give num_generations its default"):
         config("opd", generation_kwargs={"do_sample": False})
+    with pytest.raises(ValueError, match="^learning_rate: .* beside recipe 'opd'$"):
+        with_sgd(tmp_path, learning_rate=0.2)
+
+
+def with_sgd(folder, scheduled=False, **settings):
+    """The recipe "opd" beside an optimizer of the user's own, maybe with a scheduler."""
     student = tiny.model(0)
     optimizer = torch.optim.SGD(student.parameters(), lr=0.1)
-    args = config("opd", per_device_train_batch_size=4, max_completion_length=4)
-    with pytest.raises(ValueError, match="^learning_rate: .* beside recipe 'opd'$"):
-        TrOPDTrainer(student, tiny.model(1), args, tiny.prompts(), optimizers=(optimizer, None))
+    args = TrOPDConfig(
+        str(folder), recipe="opd", max_steps=2, per_device_train_batch_size=4,
+        max_completion_length=4, save_strategy="no", disable_tqdm=True,
+        gradient_checkpointing=False, logging_steps=1, **(HERE | settings),
+    )  # fmt: skip
+    scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 1, 0.5) if scheduled else None
+    return TrOPDTrainer(
+        student, tiny.model(1), args, tiny.prompts(), processing_class=tiny.tokenizer(),
+        optimizers=(optimizer, scheduler),
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("scheduled", [False, True])
+def test_an_optimizer_of_the_user_s(tmp_path, capsys, scheduled):
+    """It decides, and with it a scheduler; the rest of the recipe applies, and all that is said."""
+    trainer = with_sgd(tmp_path, scheduled)
+    *_, line = capsys.readouterr().out.strip().splitlines()
+    unused = "`learning_rate=5e-05`, " + "`lr_scheduler_type='constant'`, " * scheduled
+    said = f" Not applied, as the trainer is given its optimizer: {unused}`adam_beta2=0.95`."
+    assert line.startswith("Recipe `opd` (") and line.endswith(said)
+    assert "`num_generations=4`" in line and line.count("learning_rate") == 1
+    trainer.train()
+    trainer.create_model_card()
+    assert f"- {line}\n" in (tmp_path / "README.md").read_text()
+    rates = [log["learning_rate"] for log in trainer.state.log_history if "learning_rate" in log]
+    assert rates == [0.1, 0.05 if scheduled else 0.1]
+    with pytest.raises(ValueError, match="^weight_decay: it would have no effect: the optimizer"):
+        with_sgd(tmp_path, scheduled, weight_decay=0.3)
 
 
 # --- on the command line -----------------------------------------------------------------------

@@ -7,7 +7,7 @@ machine's paths. What is not known is left out.
 """
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import MISSING, dataclass, fields
 from importlib.metadata import version
 from pathlib import Path
@@ -266,13 +266,21 @@ def named_model(model: Any) -> Named:
 
 @dataclass(frozen=True)
 class Subject:
-    """The models of a card: the student before training, and a phrase for the teacher, if any."""
+    """The models of a card: the student before training, and a phrase for the teacher, if any; and
+    the keys of a recipe that did not apply."""
 
     student: Named
     teacher: str | None = None
+    unused: Collection[str] = ()
 
 
-def subject(model: Any, teacher: Any, served: str | None, args: TrOPDConfig) -> Subject:
+def subject(
+    model: Any,
+    teacher: Any,
+    served: str | None,
+    args: TrOPDConfig,
+    unused: Collection[str] = (),
+) -> Subject:
     """The subject by `TrOPDTrainer`'s arguments. served: the name of a teacher behind a server."""
     if args.precomputed_teacher:
         who: str | None = "a teacher whose log-probs were computed before and came with the data"
@@ -291,7 +299,7 @@ def subject(model: Any, teacher: Any, served: str | None, args: TrOPDConfig) -> 
         who = named_model(teacher).link()
     else:
         who = None
-    return Subject(named_model(model), who)
+    return Subject(named_model(model), who, unused)
 
 
 def write(
@@ -328,7 +336,7 @@ def write(
         "## Training procedure",
         *(badges or []),
         f"Objective: {title}: {words}.",
-        *_settings(args, judges),
+        *_settings(args, judges, about.unused),
         "### Framework versions",
         "\n".join(f"- {name}: {number}" for name, number in _versions(peft).items()),
         "## Citations",
@@ -358,9 +366,9 @@ def _objective(args: TrOPDConfig) -> tuple[str, str, Source | None]:
     return "a schedule of rules", f"from `{first!r}` to `{last!r}`", None
 
 
-def _settings(args: TrOPDConfig, judges: Sequence[str]) -> list[str]:
+def _settings(args: TrOPDConfig, judges: Sequence[str], unused: Collection[str]) -> list[str]:
     """A list, if any, of the settings that influenced the loss or the completions."""
-    lines = [describe(args)] if args.recipe else []
+    lines = [describe(args, unused)] if args.recipe else []
     knobs: dict[str, Any] = dict(args.objective_kwargs or {})  # type: ignore[arg-type]
     if args.beta is not None:
         knobs["beta"] = args.beta

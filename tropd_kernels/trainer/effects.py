@@ -15,7 +15,7 @@ from ..backends import has_row_engine
 from ..objectives.registry import rewarded
 from .data_checks import data_sets
 from .optimizers import LION, NO_OPTIM_ARGS, NOT_ADAM, WARM_BY_THEMSELVES
-from .recipes import how_to_unset
+from .recipes import describe, how_to_unset, sets
 from .schedules import arguments_of
 from .teacher_prompts import COLUMN
 
@@ -313,9 +313,9 @@ def check_inputs(args: Any, tools: Any, datasets: Mapping[str, Any], teacher_pro
         raise no_effect(args, "chat_template_kwargs", reason, "write them as messages")
 
 
-def check_optimizers(args: Any, optimizers: tuple[Any, Any]) -> None:
+def check_optimizers(args: Any, optimizers: tuple[Any, Any]) -> list[str]:
     """Raises ValueError for settings of which a given optimizer or scheduler has its own, and for
-    a scheduler of another optimizer."""
+    a scheduler of another optimizer. Those of the recipe are printed instead, and returned."""
     optimizer, scheduler = optimizers
     scheduled = getattr(scheduler, "optimizer", optimizer)
     if scheduler is not None and (optimizer is None or scheduled is not optimizer):
@@ -325,15 +325,22 @@ def check_optimizers(args: Any, optimizers: tuple[Any, Any]) -> None:
             f"optimizer of its own, and {other}: give that optimizer with it, or None for both"
         )
     if _deepspeed(args):  # its config takes them from here, and has to agree with them
-        return
+        return []
+    unused = []
     for what, given, keys in (
         ("optimizer", optimizer, _OF_AN_OPTIMIZER), ("scheduler", scheduler, _OF_A_SCHEDULER),
     ):  # fmt: skip
         for key in _given(args, keys) if given is not None else ():
             if key == "optim" and _text(args.optim) in _STEP_WITH_THE_LOSS:
                 continue
+            if sets(args, key):
+                unused.append(key)
+                continue
             reason = f"the {what} given to the trainer, a {type(given).__name__}, decides"
             raise no_effect(args, key, reason, "set it there")
+    if unused and args.process_index == 0:
+        print(describe(args, unused))
+    return unused
 
 
 def _is_text(features: Mapping[str, Any], column: str) -> bool:

@@ -164,6 +164,12 @@ def _of_another_optimizer(config: Any) -> set[str]:
     return {"adam_beta2"} if getattr(config.optim, "value", config.optim) in NOT_ADAM else set()
 
 
+def sets(config: Any, key: str) -> bool:
+    """Whether a key has its value of the config's recipe."""
+    settings = RECIPES[config.recipe].settings if config.recipe else {}
+    return key in settings and getattr(config, key) == settings[key]
+
+
 def how_to_unset(config: Any, key: str) -> str:
     """What to do, for an error, so that a key has its default."""
     if config.recipe is not None and key in RECIPES[config.recipe].settings:
@@ -171,10 +177,13 @@ def how_to_unset(config: Any, key: str) -> str:
     return f"leave {key} out"
 
 
-def describe(config: Any) -> str:
-    """What the recipe of a config says, and what the user set otherwise, in Markdown."""
+def describe(config: Any, unused: Collection[str] = ()) -> str:
+    """What the recipe of a config says, and what the user set otherwise, in Markdown.
+
+    unused: keys of it which the optimizer given to the trainer has itself.
+    """
     recipe, other = RECIPES[config.recipe], overruled(config)
-    without = {*other, *_of_another_optimizer(config)}
+    without = {*other, *_of_another_optimizer(config), *unused}
     shown = _shown({key: getattr(config, key) for key in recipe.settings if key not in without})
     changed = {key: getattr(config, key) for key in other}
     if config.objective == recipe.objective:
@@ -187,7 +196,12 @@ def describe(config: Any) -> str:
         values = _knob_values(config.objective, config.rule_of_all(), given)
         changed |= {k: value for k, value in values.items() if k not in own or own[k] != value}
     text = f"Recipe `{config.recipe}` ({recipe.source}): {', '.join(shown) or 'nothing'}."
-    return f"{text} Overruled: {', '.join(_shown(changed))}." if changed else text
+    if changed:
+        text += f" Overruled: {', '.join(_shown(changed))}."
+    if unused:
+        left = _shown({key: getattr(config, key) for key in recipe.settings if key in unused})
+        text += f" Not applied, as the trainer is given its optimizer: {', '.join(left)}."
+    return text
 
 
 def _knob_values(objective: str, rule: TokenRule, given: Mapping[str, Any]) -> dict[str, Any]:

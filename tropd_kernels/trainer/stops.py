@@ -40,6 +40,8 @@ def raise_nonfinite_weights(step: int, folder: str) -> None:
     """Raises FloatingPointError: sampling would fail on a NaN probability with a vaguer message."""
     raise FloatingPointError(
         f"the student's weights hold NaN or infinity at step {step}, though the losses so far were "
-        "finite: lower learning_rate or max_grad_norm, or take an objective of bounded loss, and "
-        f"{how_to_resume(folder)}"
+        "finite: lower learning_rate or max_grad_norm, or take an objective of bounded loss; if "
+        "the first grad_norm in the log is NaN, the model's own backward makes it, as "
+        "transformers' Gemma 3n's does behind the padding of shorter prompts: train on prompts of "
+        f"one length. Then {how_to_resume(folder)}"
     )

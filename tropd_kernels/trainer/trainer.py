@@ -168,7 +168,7 @@ class TrOPDTrainer(RewardedTrainer):
             self._why_teacher_prompts = teacher_prompts.OTHERS_HAVE_IT
         self._adapters_teach_alone = teaches_alone(loaded, args, rewarded)
         judges = check_reward_funcs(reward_funcs, reward_processing_classes, args, tools, datasets)
-        check_optimizers(args, optimizers)
+        unused = check_optimizers(args, optimizers)
         check_lookup(args, evaluates=eval_dataset is not None)
         check_datasets(train_dataset, eval_dataset, args, loaded)
         check_unread(datasets, args, tools, rewarded)
@@ -177,7 +177,7 @@ class TrOPDTrainer(RewardedTrainer):
             has_text = present is None or args.prefix_column in present
             self._server = ServedTeacher(args, writes=args.is_guided and not has_text)
         served = self._server.model if self._server else None
-        self._card_subject = card.subject(model, loaded, served, args)
+        self._card_subject = card.subject(model, loaded, served, args, unused)
         if isinstance(args.objective, str):
             self._tag_names = [*self._tag_names, args.objective]
         if processing_class is None:
