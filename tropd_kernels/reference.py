@@ -252,12 +252,14 @@ def rewards(
 def with_task(rule: TokenRule, reward: Tensor, advantages: Tensor | None) -> Tensor:
     """The reward, where the sign of the task's advantages keeps it, and the weighted advantages."""
     if rule.reward_filter is not None:
-        keeps = {
-            "positive": advantages > 0,
-            "negative": advantages < 0,
-            "agree": (reward * advantages.sign() > 0) | reward.isnan(),
+        agrees = (reward * advantages.sign() > 0) | reward.isnan()
+        keeps, scale = {
+            "positive": (advantages > 0, 1.0),
+            "negative": (advantages < 0, 1.0),
+            "agree": (agrees, 1.0),
+            "agree_scaled": (agrees, advantages.abs()),
         }[rule.reward_filter]
-        reward = torch.where(keeps, reward, 0 * advantages)  # of NaN it is NaN
+        reward = torch.where(keeps, scale * reward, 0 * advantages)  # of NaN it is NaN
     return reward + rule.task_weight * advantages if rule.task_weight else reward
 
 

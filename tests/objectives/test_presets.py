@@ -10,9 +10,11 @@ from tropd_kernels import (
     AOPD,
     CADENCE,
     EOPD,
+    GKD,
     KDRL,
     LSM,
     OPDVR,
+    REOPOLD,
     TOPD,
     TVOPD,
     DemoPSD,
@@ -78,6 +80,22 @@ RULES = {
     "OPDVR, arXiv 2608.24696": (
         OPDVR(), TokenRule(reward_filter="agree", prefix_weight=BETA),
     ),
+    "GKD, arXiv 2306.13649: TRL's default beta": (
+        GKD(), TokenRule(policy_gradient=0.0, divergence="jsd", divergence_parameter=0.5),
+    ),
+    "AOPD, arXiv 2605.06387: tau 0": (
+        AOPD(),
+        TokenRule(
+            gate="threshold", threshold=0.0, outlier="forward_kl", top_k=64, prefix_weight=BETA
+        ),
+    ),
+    "REOPOLD, arXiv 2603.11137: stage 1, lambda 0.2": (
+        REOPOLD(),
+        TokenRule(
+            gate="threshold", threshold=math.log(0.2 / 0.8), outlier="mask", normalize="kept",
+            prefix_weight=BETA,
+        ),
+    ),
     "LSM, arXiv 2603.25562: kl_topk_tokens 32, kl_topk_source ref, norm_to_one_for_kl": (
         LSM(),
         TokenRule(
@@ -111,9 +129,7 @@ def test_the_rule_of_a_preset(name):
 def test_a_preset_without_arguments_is_here():
     """... so that no default changes without its source beside it. The others are older; Veto's
     power has no default."""
-    elsewhere = {"OPD", "ClipOutlier", "MaskOutlier", "EntropyOPD", "REOPOLD", "GKD", "MOPD"} | {
-        "AOPD", "TopKJSD", "SFT",
-    }  # fmt: skip
+    elsewhere = {"OPD", "ClipOutlier", "MaskOutlier", "EntropyOPD", "MOPD", "TopKJSD", "SFT"}
     here = [preset for preset, _ in RULES.values()]
     names = tropd_kernels.__all__
     for name in names[names.index("TrOPD") : names.index("SFT") + 1]:

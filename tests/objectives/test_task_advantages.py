@@ -37,7 +37,7 @@ def test_the_task_counts_on_both_sides_of_the_gate(reward_filter, outlier, backe
     loss, gradient, stats = loss_and_gradient(
         z, labels, LogitsTeacher(t), rule, backend, reduction="none", task_advantages=task
     )
-    kept = 0.0 if reward_filter in ("negative", "agree") else 1.0
+    kept = 1.0 if reward_filter in (None, "positive") else 0.0
     inside, outside = -0.6931471806 * kept + 1.5, OUTSIDE[outlier] * kept + 1.5
     total = 2 * (0.5 * inside + 0.5 * outside)
     kl = 0.5 * 0.1732867951 if outlier == "forward_kl" else 0.0  # which no filter drops
@@ -86,13 +86,40 @@ def test_opdvr_by_hand(backend, device):
 
 
 @backends
+def test_grpd_by_hand(backend, device):
+    """2608.24696 by the authors' README and scripts (LeapLabTHU/OPDVR): what OPDVR keeps, times
+    abs(A). Without the factor a group of seven right answers would teach as much by each of them as
+    by the one that is wrong."""
+    z, t, labels = two_tokens(device)
+    ln2 = math.log(2)
+    grpd = OPDVR(reward_filter="agree_scaled")
+    each = (0.125, [-ln2 / 8, 0.0]), (-0.875, [0.0, 7 * ln2 / 8]), (3.0, [-3 * ln2, 0.0])
+    for a, expected in each:
+        task = torch.full((2,), a, dtype=torch.float64, device=device)
+        loss, gradient, stats = loss_and_gradient(
+            z, labels, LogitsTeacher(t), grpd, backend, reduction="none", task_advantages=task
+        )
+        assert loss.tolist() == pytest.approx(expected, rel=1e-12)
+        assert gradient.any(-1).tolist() == [each != 0 for each in expected]
+        one_hot = torch.eye(3, dtype=torch.float64, device=device)[0]
+        kept = 0 if a > 0 else 1
+        exact = loss[kept] * (one_hot - z[kept].exp())
+        torch.testing.assert_close(gradient[kept], exact, rtol=1e-8, atol=1e-12)
+        assert stats.reward.tolist() == pytest.approx([ln2, -ln2])
+
+
+@backends
 @pytest.mark.parametrize("a", [1.0, -1.0, 0.0])
-def test_an_infinite_reward_agrees_and_one_that_is_no_number_shows(a, backend, device, monkeypatch):
+@pytest.mark.parametrize("reward_filter", ["agree", "agree_scaled"])
+def test_an_infinite_reward_agrees_and_one_that_is_no_number_shows(
+    reward_filter, a, backend, device, monkeypatch
+):
     monkeypatch.setattr("tropd_kernels.loss.values.may_look", lambda problem: False)
     z, t, labels = two_tokens(device)
     given = torch.tensor([math.nan, -math.inf], dtype=torch.float64, device=device)
     loss, gradient, _ = loss_and_gradient(
-        z, labels, LogitsTeacher(t), OPDVR(), backend, reduction="none", advantages=given,
+        z, labels, LogitsTeacher(t), OPDVR(reward_filter=reward_filter), backend,
+        reduction="none", advantages=given,
         task_advantages=torch.full((2,), a, dtype=torch.float64, device=device),
     )  # fmt: skip
     assert loss[0].isnan() and gradient[0].isnan().any()

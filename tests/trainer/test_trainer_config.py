@@ -99,7 +99,7 @@ def test_knobs_are_the_constructor_s(name):
         ({"objective": "veto"}, "objective 'veto' needs student_power, which has no default"),
         ({"objective": "kdrl"}, "objective: 'kdrl' reads task_advantages= in every call"),
         ({"objective": "opdvr"},
-         "or give reward functions and the objective {'reward_filter': 'agree'}. Known here: "),
+         "or give reward functions and the objective {'reward_filter': 'agree_scaled'}. Known"),
         ({"objective": "TrOPD"}, "unknown 'TrOPD' (did you mean 'tropd'?)"),
         ({"objective_kwargs": "{top_k: 8}"}, "objective_kwargs: '{top_k: 8}' is no JSON: Expect"),
         ({"model_init_kwargs": "{x"}, "model_init_kwargs: '{x' is no JSON"),

@@ -135,7 +135,7 @@ CASES = {
     ),
     "kdrl, filtered": dict(objective=KDRL(task_weight=2.0, reward_filter="negative")),
     "a rule that filters": dict(objective=TokenRule(reward_filter="positive")),
-    "opdvr, from a config": dict(objective={"reward_filter": "agree"}),
+    "grpd, from a config": dict(objective={"reward_filter": "agree_scaled"}, scale_rewards="none"),
     "with returns": dict(kl_discount_factor=0.5, scale_rewards="none"),
 }  # fmt: skip
 
@@ -190,11 +190,11 @@ def test_logs_and_rewards_are_grpo_s(tmp_path):
 def test_an_evaluation_has_no_filter(tmp_path):
     """Its advantages are 0, which no filter passes: the loss would be 0 or of nothing."""
     losses = []
-    for which in (None, "negative", "positive", "agree"):
+    for which in (None, "negative", "positive", "agree", "agree_scaled"):
         rule = KDRL(task_weight=1.0, reward_filter=which)
         trainer = judged(tmp_path, objective=rule, evaluate=tiny.prompts(4))
         losses.append(trainer.evaluate()["eval_loss"])
-    assert losses[0] != 0 and losses == [losses[0]] * 4
+    assert losses[0] != 0 and losses == [losses[0]] * 5
 
 
 def test_a_run_resumed_with_new_reward_functions(tmp_path):

@@ -139,9 +139,9 @@ def EOPD(
 ) -> TokenRule:
     """Entropy-aware OPD (arXiv 2603.07079): PPO-clipped OPD, plus forward KL on the teacher's top-k
     where the teacher's entropy exceeds `entropy_threshold` nats. 0.8 nats, k 16 (appendix F) and
-    the weight 1 of the forward KL are the paper's; the clip of 0.2 is also the default of verl, on
-    which the authors' code rests. That code (WLS04/EOPD) is reported not to renormalise the
-    teacher: top_k_tail="raw".
+    the weight 1 of the forward KL are the paper's, as its readers have it; the authors' code
+    renormalises the teacher on its top-k, and not the student, and shows k 32. The clip of 0.2 is
+    the default of verl, on which that code rests.
 
     Examples:
         >>> from tropd_kernels import EOPD
@@ -183,9 +183,9 @@ def REOPOLD(
     tokens at or below the floor; stage 2 keeps the tokens whose student entropy is above the
     batch's `entropy_quantile`. The mean is over the tokens kept. The trainer switches the stage.
 
-    The paper's own text could not be had, and its readers disagree: the floor is also read as
-    log(mixing) / (1 - mixing), and mixing as 0.1 (both SaFo-Lab/PW-OPSD) or 0.3
-    (EIT-NLP/PowerOPD). They agree on the quantile.
+    The paper's own text could not be had. Of its readers four have this floor, three of them as
+    its equation 7, and one (SaFo-Lab/PW-OPSD) log(mixing) / (1 - mixing). They disagree on mixing:
+    0.2, 0.1 (PW-OPSD) or 0.3 (EIT-NLP/PowerOPD). The quantile is 0.8 with all but one, who has 0.5.
 
     Examples:
         >>> from tropd_kernels import REOPOLD
@@ -216,7 +216,8 @@ def AOPD(
 ) -> TokenRule:
     """AOPD (arXiv 2605.06387): K1 where the reward is positive, forward KL to the teacher's top-k
     where it is not. The paper's gate is q(y) - p(y) > 0, which is the same. top_k 64 is TrOPD's; no
-    published value was found.
+    published value was found. One reader of the paper divides the forward KL's sum by k, which
+    this, as TrOPD's, does not.
 
     Examples:
         >>> from tropd_kernels import AOPD
@@ -355,11 +356,12 @@ def KDRL(
     )
 
 
-def OPDVR(*, prefix_weight: float | None = 0.001) -> TokenRule:
+def OPDVR(*, reward_filter: str | None = "agree", prefix_weight: float | None = 0.001) -> TokenRule:
     """OPDVR, OPD with verifiable reward (arXiv 2608.24696): a token's reward R counts where it has
     the sign of the call's `task_advantages`, which themselves do not enter: 1 on every token of a
-    right answer, -1 on those of a wrong one (in its GRPD, GRPO's). So a right answer is never made
-    less likely, nor a wrong one more likely. RA-OPD (2608.27960) decides by whole answers:
+    right answer, -1 on those of a wrong one. So a right answer is never made less likely, nor a
+    wrong one more likely. Its GRPD, with GRPO's advantages, also multiplies what is kept by their
+    size: reward_filter="agree_scaled". RA-OPD (2608.27960) decides by whole answers:
     `credit.reward_aligned_mask`.
 
     Examples:
@@ -367,7 +369,7 @@ def OPDVR(*, prefix_weight: float | None = 0.001) -> TokenRule:
         >>> OPDVR()
         TokenRule(prefix_weight=0.001, reward_filter='agree')
     """
-    return TokenRule(reward_filter="agree", prefix_weight=prefix_weight)
+    return TokenRule(reward_filter=reward_filter, prefix_weight=prefix_weight)
 
 
 def ExOPD(

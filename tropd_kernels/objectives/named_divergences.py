@@ -109,9 +109,9 @@ def GKD(beta: float = 0.5) -> TokenRule:
 def CADENCE() -> TokenRule:
     """Forward and reverse KL with a weight for each token, as CADENCE (arXiv 2607.16955) and SEAD
     (2606.28562) mix them: `Divergence("mixed")`. Their schedules of the weight are the caller's,
-    who passes it as `mixing`: CADENCE's follows the student's coverage of the teacher's top-k,
-    SEAD's falls from 0.8 to 0 by a cosine. The KLs here are exact, where CADENCE estimates them
-    from the sampled token; tokens that SEAD skips have `token_weight` 0.
+    who passes it as `mixing`: CADENCE's falls from 1 to 0 by a cosine, sooner where the student
+    covers the teacher's top 20, SEAD's from 0.8 to 0 by a cosine. The KLs here are exact, where
+    CADENCE estimates them from the sampled token; tokens that SEAD skips have `token_weight` 0.
 
     Examples:
         >>> from tropd_kernels import CADENCE
@@ -185,7 +185,8 @@ def LSM(*, top_k: int = 32) -> TokenRule:
 
 def MOPD(*, top_k: int = 64) -> TokenRule:
     """sum over K of p (log p - log q) - p + q: a reverse KL on the teacher's top-k that is never
-    negative and needs no renormalising (the survey's mass-corrected form, arXiv 2606.22793).
+    negative and needs no renormalising (the survey's mass-corrected form, arXiv 2606.22793). Not
+    multi-teacher OPD, which others call MOPD: `OPD()`, with each sequence's own teacher.
 
     Examples:
         >>> from tropd_kernels import MOPD

@@ -30,7 +30,7 @@ OF_A_CALL = {
 #: What serves in a config that has reward functions.
 _INSTEAD = {
     "kdrl": ", or set task_weight with another objective",
-    "opdvr": ", or give reward functions and the objective {'reward_filter': 'agree'}",
+    "opdvr": ", or give reward functions and the objective {'reward_filter': 'agree_scaled'}",
 }
 #: Divergences over the vocabulary, each an objective by its own name, and the knobs of each.
 _DIVERGENCE_KNOBS = {

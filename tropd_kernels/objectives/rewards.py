@@ -30,7 +30,7 @@ from typing import Any
 from .checks import number
 
 REWARD_POLICIES = ("old", "current")
-REWARD_FILTERS = ("positive", "negative", "agree")
+REWARD_FILTERS = ("positive", "negative", "agree", "agree_scaled")
 
 
 @dataclass(frozen=True, kw_only=True)

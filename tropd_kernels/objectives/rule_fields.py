@@ -103,8 +103,9 @@ class RuleFields:
         task_weight: Weight of A, the call's `task_advantages`, on every token that the student
             sampled, inside and outside the gate; a token that is not selected has none.
         reward_filter: "positive" keeps R' only where A > 0, "negative" only where A < 0,
-            "agree" only where R' has the sign of A; elsewhere R' is 0, the floored one and
-            minus the KL as well. Back-propagated divergences stay. None keeps all.
+            "agree" only where R' has the sign of A, "agree_scaled" there times abs(A); elsewhere
+            R' is 0, the floored one and minus the KL as well. Back-propagated divergences stay.
+            None keeps all.
         teacher_power: Power of q in the target q', proportional to q^teacher_power
             sg(p)^student_power r^reference_power with r the call's `reference_teacher` and
             renormalised over the vocabulary, which stands in for q everywhere: reward, gate,

@@ -263,12 +263,14 @@ def _with_task(reward: Tensor, task: Tensor | None, rule: TokenRule) -> Tensor:
     if task is None:
         return reward
     if rule.reward_filter is not None:
-        keeps = {
-            "positive": task > 0,
-            "negative": task < 0,
-            "agree": ((reward > 0) & (task > 0)) | ((reward < 0) & (task < 0)) | reward.isnan(),
+        agrees = ((reward > 0) & (task > 0)) | ((reward < 0) & (task < 0)) | reward.isnan()
+        kept, keeps = {
+            "positive": (reward, task > 0),
+            "negative": (reward, task < 0),
+            "agree": (reward, agrees),
+            "agree_scaled": (task.abs() * reward, agrees),
         }[rule.reward_filter]
-        reward = torch.where(keeps, reward, 0 * task)  # of NaN it is NaN
+        reward = torch.where(keeps, kept, 0 * task)  # of NaN it is NaN
     return reward + rule.task_weight * task if rule.task_weight else reward
 
 

@@ -48,8 +48,10 @@ def _with_task(reward, task, WEIGHT: tl.constexpr, FILTER: tl.constexpr):
         reward = tl.where(task > 0, reward, 0 * task)
     elif FILTER == "negative":
         reward = tl.where(task < 0, reward, 0 * task)
-    elif FILTER == "agree":
+    elif FILTER == "agree" or FILTER == "agree_scaled":
         agrees = ((reward > 0) & (task > 0)) | ((reward < 0) & (task < 0)) | (reward != reward)
+        if FILTER == "agree_scaled":
+            reward = tl.abs(task) * reward
         reward = tl.where(agrees, reward, 0 * task)
     else:
         tl.static_assert(FILTER is None, "this filter has no formula in Triton")
