@@ -13,6 +13,7 @@ from tropd_kernels import (
     CADENCE,
     EOPD,
     GKD,
+    LSM,
     MOPD,
     OPD,
     OPDVR,
@@ -20,6 +21,7 @@ from tropd_kernels import (
     TOPD,
     TVOPD,
     Divergence,
+    ExOPD,
     Log1pOPD,
     LogitsTeacher,
     PowerOPD,
@@ -95,6 +97,11 @@ def mopd(lp, lq, k):
     return (lp.exp() * (lp - lq) - lp.exp() + lq.exp()).sum(-1)
 
 
+def lsm(lp, lq, k):
+    ids = lq.topk(k).indices
+    return kl(lp.gather(-1, ids).log_softmax(-1), lq.gather(-1, ids).log_softmax(-1))
+
+
 def veto(lp, lq, beta):
     return kl((lq + beta * lp.detach()).log_softmax(-1), lp)
 
@@ -115,6 +122,7 @@ DIVERGENCES = {
         Divergence("akl"), akl,
     ),
     "AKL: another share": (Divergence("akl", head_mass=0.8), akl, 0.8),
+    "LSM: compute_memory_efficient_kl of hhh675597/revisiting_opd": (LSM(top_k=4), lsm, 4),
     "MOPD: a Bregman divergence; no source but its own formula": (MOPD(top_k=4), mopd, 4),
     "Veto: softmax(z_T + beta z_S), by a reader of 2601.07155": (
         Veto(student_power=0.8), veto, 0.8,
@@ -219,6 +227,26 @@ def test_the_expected_gradient_of_sign_tv_is_that_of_twice_the_total_variation()
     mean = (gradient.view(N, V, V) * p[..., None]).sum(1)
     _, expected = theirs(lambda lp, lq: (lp.exp() - lq.exp()).abs().sum(-1), z, t)
     torch.testing.assert_close(mean, expected, rtol=1e-10, atol=1e-12)
+
+
+def test_exopds_reward_is_its_authors_but_for_a_constant_of_the_position():
+    """dp_actor.py of RUCBM/G-OPD: minus (log p - log r) plus 1.25 (log q - log r), whose mean under
+    the student is another than that of the renormalised target's reward, at each position."""
+    z, t, _ = problem()
+    r = problem(5)[1]
+    lp, lq, lr = (x.log_softmax(-1) for x in (z, t, r))
+    apart = []
+    for y in range(V):
+        labels = torch.full((N,), y)
+        found = distillation_loss(
+            z, labels, LogitsTeacher(t), ExOPD(), reference_teacher=LogitsTeacher(r),
+            backend="reference",
+        )  # fmt: skip
+        theirs = -(lp - lr) + 1.25 * (lq - lr)
+        apart.append(found.stats.reward - label_of(theirs, labels))
+    assert apart[0].abs().min() > 0.01
+    for one in apart[1:]:
+        torch.testing.assert_close(one, apart[0], rtol=1e-9, atol=1e-12)
 
 
 def test_reopold_is_its_readers():

@@ -314,8 +314,8 @@ def TVOPD(*, scale: float = 1.0, prefix_weight: float | None = 0.001) -> TokenRu
     """TV-OPD (arXiv 2609.08341): OPD with the reward `scale` * sign(R), whose expected gradient on
     the student's own tokens is that of twice `scale` times the total variation. At a fixed `scale`
     of 1 it is the paper's Sign-TV. TV-OPD lowers the scale with the total variation, which is the
-    caller's: with D the mean of max(1 - q(y)/p(y), 0) in an exponential average (0.95), step by
-    step sqrt(D / D of the first step), within [0.1, 1].
+    caller's: with D the mean of max(1 - q(y)/p(y), 0) in an exponential average (0.95) of the steps
+    before, sqrt(D / D of the first step), within [0.1, 1].
 
     Examples:
         >>> from tropd_kernels import TVOPD
