@@ -253,13 +253,15 @@ def with_task(rule: TokenRule, reward: Tensor, advantages: Tensor | None) -> Ten
     """The reward, where the sign of the task's advantages keeps it, and the weighted advantages."""
     if rule.reward_filter is not None:
         agrees = (reward * advantages.sign() > 0) | reward.isnan()
-        keeps, scale = {
-            "positive": (advantages > 0, 1.0),
-            "negative": (advantages < 0, 1.0),
-            "agree": (agrees, 1.0),
-            "agree_scaled": (agrees, advantages.abs()),
+        keeps = {
+            "positive": advantages > 0,
+            "negative": advantages < 0,
+            "agree": agrees,
+            "agree_scaled": agrees,
         }[rule.reward_filter]
-        reward = torch.where(keeps, scale * reward, 0 * advantages)  # of NaN it is NaN
+        if rule.reward_filter == "agree_scaled":
+            reward = advantages.abs() * reward
+        reward = torch.where(keeps, reward, 0 * advantages)  # of NaN it is NaN
     return reward + rule.task_weight * advantages if rule.task_weight else reward
 
 
