@@ -7,7 +7,7 @@ may send the teacher's log-probs along with them (`teacher_tensors`).
 
 import contextlib
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -44,6 +44,9 @@ from .sharding import (
 from .shortcuts import check_shortcuts
 from .stops import raise_nonfinite_weights
 from .vocabulary import check_ids
+
+#: What TRL is given in the place of a processor's fields while tools are called.
+_PLACES = "places"
 
 
 class PrefixedGeneration(MetricLogs):
@@ -226,8 +229,33 @@ class PrefixedGeneration(MetricLogs):
             images = [row_images or [] for row_images in images]
         return ids, completions, tool_mask, images, tool_images
 
+    def _tool_call_loop(
+        self, prompts, prompt_ids, completion_ids, completions, images, multimodal_fields
+    ):
+        """With the places of the batch's rows for their fields, of which TRL selects those of the
+        rows that go on after a tool's answer.
+
+        It would select from the fields themselves, which need not have an item for each row.
+        """
+        if multimodal_fields:
+            self._asked = [list(prompt) for prompt in prompts]  # TRL's grow by the answers
+            multimodal_fields = {_PLACES: list(range(len(prompts)))}
+        return super()._tool_call_loop(
+            prompts, prompt_ids, completion_ids, completions, images, multimodal_fields
+        )
+
+    def _fields_after_tools(
+        self, places: list[int], prompt_ids: list[list[int]]
+    ) -> Mapping[str, Any]:
+        """Fields of these rows' prompts, with the types of the tokens that have followed them."""
+        asked, _, fields = self._tokenize_prompts([self._asked[place] for place in places])
+        added = [len(ids) - len(own) for ids, own in zip(prompt_ids, asked, strict=True)]
+        return extend_token_fields(fields, asked, added, self.model.config)
+
     def _generate_single_turn(self, prompt_ids, images, multimodal_fields, has_tool_images=False):
         rows, self._rows = self._rows, None  # None in the turns that follow a tool's answer
+        if _PLACES in multimodal_fields:
+            multimodal_fields = self._fields_after_tools(multimodal_fields[_PLACES], prompt_ids)
         prefixes = None
         if rows is not None:
             self._check_batch(rows, prompt_ids)

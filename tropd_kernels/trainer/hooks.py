@@ -25,6 +25,10 @@ HOOKS = (
     ("_save_checkpoint", "self model trial"),
     ("_set_signature_columns_if_needed", "self"),
     ("_tokenize_prompts", "self prompts"),
+    (
+        "_tool_call_loop",
+        "self prompts prompt_ids completion_ids completions images multimodal_fields",
+    ),
     ("compute_loss", "self model inputs return_outputs num_items_in_batch"),
     ("training_step", "self model inputs num_items_in_batch"),
 )
