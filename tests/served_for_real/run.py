@@ -56,13 +56,15 @@ class Kept(TrOPDTrainer):
 
 
 def trainer(folder: str, tokenizer, teacher=None, **settings) -> Kept:
+    if settings.get("objective", "tropd") == "tropd":
+        settings = dict(objective="tropd", objective_kwargs={"top_k": TOP_K}) | settings
     defaults = dict(
-        objective="tropd", objective_kwargs={"top_k": TOP_K}, max_steps=4,
-        per_device_train_batch_size=4, max_completion_length=COMPLETION, learning_rate=0.01,
-        optim="sgd", lr_scheduler_type="constant", bf16=False, use_cpu=True, logging_strategy="no",
+        max_steps=4, per_device_train_batch_size=4, max_completion_length=COMPLETION,
+        learning_rate=0.01, optim="sgd", lr_scheduler_type="constant", bf16=False, use_cpu=True,
+        logging_strategy="no",
         report_to="none", save_strategy="no", disable_tqdm=True, gradient_checkpointing=False,
     )  # fmt: skip
-    if teacher is None:
+    if teacher is None or "teacher_server_protocol" in settings:
         defaults |= dict(teacher_model_server_url=URL, teacher_server_retries=1)
     args = TrOPDConfig(str(OUTPUT / folder), **(defaults | settings))
     data = Dataset.from_dict({"prompt": TEXTS * 2})
@@ -94,15 +96,41 @@ def check_losses(tokenizer) -> None:
             report(f"four losses, {kind}, {protocol}", passed, figure)
 
 
-def check_limits(tokenizer) -> None:
-    def refused(name: str, words: str, call) -> None:
-        try:
-            call()
-        except (TeacherServerError, ValueError) as error:
-            report(name, words in str(error), error)
-        else:
-            report(name, False, "not refused")
+def check_states(tokenizer) -> None:
+    """The same with its hidden states, of which the head here makes whole distributions."""
+    kinds = {
+        "tropd": {}, "gkd": dict(objective="gkd", beta=0.5),
+        "reverse_kl at temperature 0.7": dict(objective="reverse_kl", temperature=0.7),
+    }  # fmt: skip
+    protocol = "vllm_hidden_states"
+    for kind, settings in kinds.items():
+        here = trainer("loaded", tokenizer, str(TEACHER), **settings)
+        here.train()
+        settings |= dict(teacher_server_protocol=protocol)
+        there = trainer("states", tokenizer, str(TEACHER), **settings)
+        there.train()
+        far = difference(there.losses, here.losses)
+        report(f"four losses, {kind}, {protocol}", far < BOUND, f"{far:.1e} apart")
+    client = there._server
+    states = client.score([[5]], [[6] * (CONTEXT - 1)])[0].states
+    report("states that fill the context", len(states) == CONTEXT - 1, tuple(states.shape))
+    refused(f"a sequence beyond the context, {protocol}", "--max-model-len",
+            lambda: client.score([[5]], [[6] * CONTEXT]))  # fmt: skip
+    ids = client.count_ids(2**17)
+    report(f"the number of ids, {protocol}", ids == len(tokenizer), ids)
+    check_speed({protocol: client})
 
+
+def refused(name: str, words: str, call) -> None:
+    try:
+        call()
+    except (TeacherServerError, ValueError) as error:
+        report(name, words in str(error), error)
+    else:
+        report(name, False, "not refused")
+
+
+def check_limits(tokenizer) -> None:
     more = {"top_k": MOST + 1}
     refused("k above the limit", f"--max-logprobs {MOST + 1}",
             lambda: trainer("k", tokenizer, objective_kwargs=more))  # fmt: skip
@@ -124,16 +152,20 @@ def check_limits(tokenizer) -> None:
             lambda: client.score([[5]] * 4, [[6], [7], [8] * CONTEXT, [9]], TOP_K))  # fmt: skip
 
 
-def check_speed() -> None:
-    """Tokens a second of scoring, interleaved; the first round warms up."""
-    draw = random.Random(0)
-    texts = [[draw.randrange(1000, 40000) for _ in range(64)] for _ in range(32)]
-    prompts, completions = [t[:16] for t in texts], [t[16:] for t in texts]
+def clients_of_log_probs() -> dict[str, TeacherServer]:
     clients = {
         "vllm, batched": TeacherServer(URL), "vllm, one a request": TeacherServer(URL),
         "vllm_generate": TeacherServer(URL, protocol="vllm_generate"),
     }  # fmt: skip
     clients["vllm, one a request"]._shares = False
+    return clients
+
+
+def check_speed(clients: dict[str, TeacherServer]) -> None:
+    """Tokens a second of scoring, interleaved; the first round warms up."""
+    draw = random.Random(0)
+    texts = [[draw.randrange(1000, 40000) for _ in range(64)] for _ in range(32)]
+    prompts, completions = [t[:16] for t in texts], [t[16:] for t in texts]
     rates: dict[str, list[float]] = {name: [] for name in clients}
     for _ in range(4):
         for name, client in clients.items():
@@ -175,7 +207,9 @@ def check_resume(tokenizer, server: subprocess.Popen, start_again) -> None:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--vllm", required=True, help="the Python of vLLM's environment")
-    parser.add_argument("--without", nargs="*", default=[], choices=["losses", "colocate"])
+    parser.add_argument(
+        "--without", nargs="*", default=[], choices=["losses", "states", "colocate"]
+    )
     asked = parser.parse_args()
     warnings.simplefilter("ignore")
     teacher, tokenizer = load_teacher(CACHE)
@@ -191,8 +225,11 @@ def main() -> int:
         if "losses" not in asked.without:
             check_losses(tokenizer)
         check_limits(tokenizer)
-        check_speed()
+        check_speed(clients_of_log_probs())
         check_resume(tokenizer, server, start)
+    if "states" not in asked.without:
+        with start("--runner", "pooling", "--pooler-config", '{"task": "token_embed"}'):
+            check_states(tokenizer)
     if "colocate" not in asked.without:
         script = Path(__file__).with_name("colocate.py")
         code = subprocess.run(

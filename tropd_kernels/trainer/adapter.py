@@ -62,7 +62,8 @@ from .sharding import (
     reshard,
 )
 from .shortcuts import check_shortcuts
-from .sides import ModelSide, read_side
+from .sides import ModelSide, read_side, side_of
+from .signals import HIDDEN
 from .sources import class_of_student, find_image_processor
 from .special_tokens import back, full_table, students_columns, teachers_ids
 from .teacher_prompts import teachers_view
@@ -317,8 +318,10 @@ class DistillationAdapter(BatchReuse, PrefixedGeneration):
         # TRL's redirection replaces the forward that accelerate has put into autocast.
         with self.accelerator.autocast():
             student, router_logits = self._student_side(unwrapped_student, inputs)
-            teacher = None
-            if self.has_teacher and self.needs_teacher():
+            teacher: ModelSide | RowTeachers | None = None
+            if HIDDEN in inputs:
+                teacher = side_of(inputs[HIDDEN], self._teacher_head)
+            elif self.has_teacher and self.needs_teacher():
                 read = teachers_view(inputs)
                 teacher = self._teacher_side(unwrapped_student, read)
                 if self._adapters_teach_alone and self._adapters_off and self.model.training:

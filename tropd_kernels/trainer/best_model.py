@@ -10,7 +10,7 @@ from typing import Any
 
 from ..objectives.registry import nearest
 from .metrics import PREFIX
-from .progress import what_to_watch
+from .progress import gives_whole, what_to_watch
 
 #: Of each metric that an evaluation logs (`metrics.py`, `rewarded.py`), whether a greater value is
 #: better; None where neither is: it depends on the run.
@@ -84,7 +84,7 @@ def surrogate_warning(config: Any) -> str | None:
     return (
         f"metric_for_best_model: {config.metric_for_best_model!r} says nothing about progress, "
         "for the loss of a policy gradient is a surrogate: choose "
-        f"{what_to_watch(config.loads_teacher)}"
+        f"{what_to_watch(gives_whole(config))}"
     )
 
 

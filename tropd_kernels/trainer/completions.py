@@ -44,6 +44,13 @@ class TokenScores:
     log_probs: Tensor | None = None
 
 
+@dataclass(frozen=True, eq=False)
+class HiddenStates:
+    """A teacher's last hidden states (C, H) that predict the C tokens of one completion."""
+
+    states: Tensor
+
+
 def read_choices(answer: Mapping[str, Any], count: int) -> list[Mapping[str, Any]]:
     """The choices of an answer to `count` prompts, in their order. Raises ValueError for others.
 

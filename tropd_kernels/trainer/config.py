@@ -214,8 +214,10 @@ class TrOPDConfig(DistillationConfig):
     teacher_server_concurrency: int = _setting("requests at once, that share the sequences.", 8)
     teacher_server_protocol: str | None = _setting(
         "'vllm' (/v1/completions), 'vllm_generate' (/inference/v1/generate) or 'sglang' "
-        "(/generate); None (default) finds it out. The seeds of texts, with which a resumed run "
-        "repeats them, SGLang obeys only under --enable-deterministic-inference."
+        "(/generate); None (default) finds out which. 'vllm_hidden_states' (/pooling): every "
+        "objective and temperature, by the head of the checkpoint that teacher_model names; it "
+        "writes no text. Seeds of texts, with which a resumed run repeats them, SGLang obeys only "
+        "under --enable-deterministic-inference."
     )
     precomputed_teacher: bool = _setting(
         "the data set's columns hold fixed completions, `completion_ids` (C), and the teacher's "

@@ -15,7 +15,7 @@ from .credentials import check_address
 from .effects import check_effects, refuse
 from .generation_keys import check_generation_keys
 from .prefix import SCHEDULES, shrinking_steps
-from .protocols import PROTOCOLS
+from .protocols import PROTOCOLS, sends_states
 from .sampling import settings
 from .schedules import check_schedule
 from .signals import check_served
@@ -331,7 +331,8 @@ def check_teacher(config: Config) -> None:
                 f"{key}: with precomputed_teacher the completions are those of the data set; "
                 f"leave {key} out"
             )
-    if source:
+    states = sends_states(config.teacher_server_protocol)
+    if source and not states:
         try:
             what = f"{source}: objective {config.objective!r}"
             for rule in config.rules_of_all():
@@ -347,7 +348,7 @@ def check_teacher(config: Config) -> None:
     url = config.teacher_model_server_url
     if url is not None:
         check_address("teacher_model_server_url", url)
-    if url and config.temperature != 1:
+    if url and not states and config.temperature != 1:
         raise ValueError(
             f"temperature: a server gives log-probs at temperature 1, not {config.temperature}: "
             "set temperature 1, or load the teacher in this process"

@@ -16,6 +16,7 @@ from trl.data_utils import prepare_multimodal_messages
 from . import signals
 from .adapter import DistillationAdapter
 from .data_checks import check_answers, missing_guide_error, refuse_images
+from .loaded_teacher import check_dtypes
 from .prefix import (
     column_ids,
     cut,
@@ -28,12 +29,25 @@ from .prefix import (
 from .served_teacher import ServedTeacher
 from .server import TeacherServerError
 from .stops import how_to_resume
+from .teacher_head import on_device
+from .vocabulary import check_server_tokenizer
 
 
 class GuidedTrainer(DistillationAdapter):
     """`DistillationAdapter` whose teacher may write prefixes, whole answers, or only log-probs."""
 
     _server: ServedTeacher | None = None
+
+    def _meet_server(self, server: ServedTeacher) -> None:
+        """Compares tokenizers, ids and heads. Raises ValueError where they do not fit."""
+        check_server_tokenizer(self._tokenizer, server.tokenize)
+        if server.is_asked:
+            self.share_vocabulary(server.count_ids(self._shared_vocab_size))
+        if server.head is None:
+            return
+        self._teacher_head = on_device(server.head, self.accelerator.device)
+        if self.accelerator.mixed_precision == "no":
+            check_dtypes(self._student_head.weight.dtype, server.head.weight.dtype)
 
     def reads_teacher_prompts(self) -> bool:
         return self._server is not None or self.has_teacher

@@ -15,6 +15,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from trl import RichProgressCallback  # type: ignore[attr-defined]
 
 from ..objectives import TokenRule
+from .protocols import sends_states
 
 STATE = "trainer_state.json"
 
@@ -65,6 +66,11 @@ def watch(rule: TokenRule, whole_teacher: bool) -> str | None:
     trust = "" if rule.gate == "always" else ", and tropd/trust_ratio, which should rise"
     kl = what_to_watch(whole_teacher)
     return f"The loss is a surrogate, and its value says little. Watch {kl}{trust}."
+
+
+def gives_whole(args: Any) -> bool:
+    """Whether the teacher of a `TrOPDConfig` gives whole distributions."""
+    return args.loads_teacher or sends_states(args.teacher_server_protocol)
 
 
 def what_to_watch(whole_teacher: bool) -> str:

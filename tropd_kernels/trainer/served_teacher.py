@@ -9,9 +9,12 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from ..heads import Head
 from . import signals
 from .config import TrOPDConfig
+from .protocols import VLLMHiddenStates
 from .server import TeacherServer
+from .teacher_head import load_head
 
 #: Tokens that the first request scores: one value may pass for a log-prob though it is none.
 _PROBE_TOKENS = 8
@@ -20,14 +23,19 @@ _PROBE_TOKENS = 8
 class ServedTeacher(TeacherServer):
     """The server of a config.
 
-    writes: whether the teacher has to generate texts, and not only to score them.
+    writes: whether the teacher has to generate texts, and not only to score them. checkpoint: name
+    or folder of the served model, whose head is loaded for a server of hidden states.
+
+    head: that head; None where the server gives log-probs.
 
     Raises TeacherServerError if the server does not answer, has no model of that name, or does not
     support what the objective needs; ValueError if its context is too short for
     max_completion_length.
     """
 
-    def __init__(self, args: TrOPDConfig, writes: bool):
+    head: Head | None = None
+
+    def __init__(self, args: TrOPDConfig, writes: bool, checkpoint: Any = None):
         assert args.teacher_model_server_url is not None
         super().__init__(
             args.teacher_model_server_url, args.teacher_model_name_or_path,
@@ -35,6 +43,8 @@ class ServedTeacher(TeacherServer):
             concurrency=args.teacher_server_concurrency, protocol=args.teacher_server_protocol,
         )  # fmt: skip
         self._args = args
+        if isinstance(self.protocol, VLLMHiddenStates) and args.uses_teacher:
+            self.head = self.protocol.head = load_head(checkpoint, args)
         self.scores, self.is_asked = args.uses_teacher, args.uses_teacher or writes
         if self.is_asked:
             self._check_room(1, args.max_completion_length or 0, "the shortest prompt, of 1 token,")
@@ -43,6 +53,10 @@ class ServedTeacher(TeacherServer):
             self.check_scores(top_k, min(args.max_completion_length or 1, _PROBE_TOKENS))
         if writes:
             self.check_text(**self._sampling())
+
+    def count_ids(self, most: int) -> int:
+        """Number of the ids 0 ... most - 1 that the teacher has, and its head."""
+        return super().count_ids(most if self.head is None else min(most, self.head.vocab_size))
 
     def check_prompts(
         self, prompt_ids: list[list[int]], tokenizer: PreTrainedTokenizerBase

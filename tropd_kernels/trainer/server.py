@@ -20,9 +20,9 @@ import urllib3
 from torch import Tensor
 
 from .completions import (
+    HiddenStates,
     TokenScores,
     is_unknown_id,
-    no_scores,
     quote,
     read_any,
     read_json,
@@ -122,8 +122,9 @@ class TeacherServer:
 
     def score(
         self, prompts: Sequence[Sequence[int]], completions: Sequence[Sequence[int]], top_k: int = 0
-    ) -> list[TokenScores]:
-        """Log-probs of each completion's tokens after its prompt.
+    ) -> list[Any]:
+        """Log-probs of each completion's tokens after its prompt, as `TokenScores`; the hidden
+        states that predict them, as `HiddenStates`, of a protocol that sends those.
 
         Args:
             prompts: Token ids.
@@ -141,11 +142,11 @@ class TeacherServer:
             for place, (prompt, completion) in enumerate(sequences)
         ]
 
-        def ask(places: list[int]) -> list[TokenScores]:
+        def ask(places: list[int]) -> list[TokenScores | HiddenStates]:
             some = [names[i] for i in places], [sequences[i] for i in places]
             return self._score_together(*some, top_k)
 
-        scores = [no_scores(top_k)] * len(sequences)
+        scores = [self.protocol.nothing(top_k)] * len(sequences)
         requests = self._requests(sequences, top_k)
         for places, found in zip(requests, self._map(ask, requests), strict=True):
             for place, one in zip(places, found, strict=True):
@@ -202,7 +203,7 @@ class TeacherServer:
         requests: list[list[int]] = []
         held = 0
         for place in places:
-            size = sum(map(len, sequences[place])) * (top_k + 1)
+            size = sum(map(len, sequences[place])) * self.protocol.size(top_k)
             if not requests or len(requests[-1]) == most or held + size > MOST_LOG_PROBS:
                 requests.append([])
                 held = 0
@@ -212,7 +213,7 @@ class TeacherServer:
 
     def _score_together(
         self, names: Sequence[str], sequences: Sequence[Sample], top_k: int
-    ) -> list[TokenScores]:
+    ) -> list[TokenScores | HiddenStates]:
         """The scores of sequences in one request; of each by itself where there are none.
 
         So an error names the sequence that is at fault, and a server need not know batches.
@@ -235,9 +236,10 @@ class TeacherServer:
         scores = []
         for name, part, one in zip(names, parts, sequences, strict=True):
             with self._reading(name, response):
-                scores.append(protocol.read_scores(part, one, top_k))
-            if (ids := scores[-1].ids) is not None:
-                self._check_ids(name, ids)
+                read = protocol.read_scores(part, one, top_k)
+            if isinstance(read, TokenScores) and read.ids is not None:
+                self._check_ids(name, read.ids)
+            scores.append(read)
         return scores
 
     def _check_ids(self, what: str, ids: Tensor) -> None:
@@ -326,6 +328,8 @@ class TeacherServer:
         owners = {entry.get("owned_by") for entry in self._models.values()}
         if not owners & {"vllm", "sglang"}:
             for name, kind in PROTOCOLS.items():
+                if kind.sends_states:
+                    continue
                 if self._request("GET", kind.path, None, "a look at its paths").status == 405:
                     return name
         return "sglang" if "sglang" in owners else "vllm"
@@ -384,10 +388,7 @@ class TeacherServer:
         remedies = protocol.remedies if protocol else ()
         words, remedy = refusal(response.status, self._without_key(response.data), remedies, known)
         if protocol and response.status in (404, 405) and not remedy:
-            remedy = (
-                f"There is nothing at {protocol.path}: set teacher_server_protocol to None, or to "
-                "what the server speaks"
-            )
+            remedy = f"There is nothing at {protocol.path}: {protocol.no_path}"
         return self._error(what, f"HTTP {response.status}{tries}: {words}", remedy)
 
     def _without_key(self, answer: bytes) -> bytes:

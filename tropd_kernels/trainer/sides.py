@@ -68,7 +68,11 @@ def read_side(
     fields = read_fields(fields, model)
     with passing_fields(model, inputs, **positions_after_padding(model, mask)):
         hidden = last_hidden_state(model, ids, mask, inputs["completion_ids"].shape[1], **fields)
-    head = current(head, model)  # an engine may have replaced the parameters by shards
+    return side_of(hidden, current(head, model))  # an engine may have put shards into its place
+
+
+def side_of(hidden: Tensor, head: Head) -> ModelSide:
+    """Hidden states with the head that reads them, on its device."""
     weight, bias, device = head.weight, head.bias, head.weight.device
     dtype = weight.dtype
     if torch.is_autocast_enabled(device.type):

@@ -4,6 +4,7 @@
 |-------------------------|---------------------------------|--------------------------|
 | a server (`server.py`)  | `prompt_logprobs`, K = top_k    | likewise                 |
 | columns of the data set | teacher_ids, teacher_log_probs  | teacher_label_log_probs  |
+| a server of states      | teacher_hidden (B, C, H), for the teacher's head           |
 
 With columns the completions are fixed too, in `completion_ids`, since log-probs belong to tokens.
 TRL shuffles and splits the tensors with their completions; the loss gets them as a `TopKTeacher` or
@@ -19,11 +20,12 @@ from torch import Tensor
 
 from ..objectives import TokenRule
 from ..teachers import SampledTeacher, TopKTeacher, check_serves
-from .completions import TokenScores
+from .completions import HiddenStates, TokenScores
 from .log_probs import MARGIN, check_labels, impossible_masses
 
 COMPLETION = "completion_ids"
 LABEL, IDS, LOG_PROBS = "teacher_label_log_probs", "teacher_ids", "teacher_log_probs"
+HIDDEN = "teacher_hidden"
 #: Tolerance between two columns' values for one log-prob, which may be stored in bfloat16.
 _RELATIVE, _ABSOLUTE = 0.02, 0.05
 
@@ -51,15 +53,22 @@ def required_top_k(rule: TokenRule) -> int:
     return rule.top_k if rule.uses_top_k else 0
 
 
-def batch_tensors(scores: Sequence[TokenScores], width: int, device: Any) -> dict[str, Tensor]:
-    """Stacks one TokenScores per completion into tensors (B, width) and (B, width, K).
+def batch_tensors(
+    scores: Sequence[TokenScores | HiddenStates], width: int, device: Any
+) -> dict[str, Tensor]:
+    """Stacks one TokenScores per completion into tensors (B, width) and (B, width, K), or one
+    HiddenStates into one (B, width, H).
 
     Values beyond a completion's end are filled in and have no effect.
     """
-    batch = {LABEL: _stack([s.label_log_probs for s in scores], width, 0.0)}
-    if scores and scores[0].ids is not None:
-        batch[IDS] = _stack([s.ids for s in scores], width, -1)
-        batch[LOG_PROBS] = _stack([s.log_probs for s in scores], width, -torch.inf)
+    states = [s.states for s in scores if isinstance(s, HiddenStates)]
+    if states:
+        return {HIDDEN: _stack(states, width, 0.0).to(device)}
+    known = [s for s in scores if isinstance(s, TokenScores)]
+    batch = {LABEL: _stack([s.label_log_probs for s in known], width, 0.0)}
+    if known and known[0].ids is not None:
+        batch[IDS] = _stack([s.ids for s in known], width, -1)
+        batch[LOG_PROBS] = _stack([s.log_probs for s in known], width, -torch.inf)
     return {name: tensor.to(device) for name, tensor in batch.items()}
 
 

@@ -29,12 +29,13 @@ from transformers.utils.peft_utils import find_adapter_config_file
 
 from .effects import OF_LOADED_TEACHER, refuse
 from .patching import replaced
+from .protocols import sends_states
 from .self_teacher import is_self
 
 #: Options of `from_pretrained` that say where files are ...
 PLACE = ("cache_dir", "local_files_only", "revision", "subfolder", "token")
 #: ... and whether and which code is loaded with them.
-_CODE = ("code_revision", "trust_remote_code")
+CODE = ("code_revision", "trust_remote_code")
 #: What transformers raises for missing files, or files of neither a tokenizer nor a config.
 _NOT_FOUND = (OSError, ValueError, KeyError)
 #: Errors of transformers that say what is wrong, but not with which model.
@@ -65,7 +66,7 @@ def pick(options: Mapping[str, Any], names: tuple[str, ...]) -> dict[str, Any]:
 def check_one_teacher(teacher: Any, args: Any) -> None:
     """Raises ValueError for a teacher (model or name) besides `teacher_model_name_or_path`."""
     named = args.teacher_model_name_or_path
-    if teacher is None or named is None:
+    if teacher is None or named is None or args.teacher_model_server_url:  # there a served name
         return
     config = getattr(teacher, "config", None)
     name = teacher if isinstance(teacher, str) else getattr(config, "_name_or_path", "")
@@ -82,6 +83,14 @@ def teacher_to_load(teacher_model: Any, args: Any) -> Any:
 
     args: a `TrOPDConfig`. Raises ValueError for settings without effect, and a missing teacher.
     """
+    if sends_states(args.teacher_server_protocol):
+        if isinstance(teacher_model, str):
+            return None
+        raise ValueError(
+            "teacher_model: by a teacher_server_protocol of hidden states it is the name or folder "
+            "of the checkpoint that is served, of which the head is loaded: got "
+            f"{'none' if teacher_model is None else f'a {type(teacher_model).__name__}'}"
+        )
     if not args.loads_teacher:
         if teacher_model is None:
             return None
@@ -131,7 +140,7 @@ def find_image_processor(teacher: Any, args: Any) -> Any:
 
 
 def _of_teacher(kind: Any, teacher: Any, args: Any, not_found: tuple[type[Exception], ...]) -> Any:
-    options = pick(teacher_options(args), (*PLACE, *_CODE))
+    options = pick(teacher_options(args), (*PLACE, *CODE))
     name = teacher if isinstance(teacher, str) else getattr(teacher.config, "_name_or_path", "")
     if not isinstance(teacher, str):
         options["local_files_only"] = True
@@ -150,7 +159,7 @@ def find_processor(student: Any, args: Any) -> Any:
 
     None for a model, and where TRL's own look-up, by name and revision, finds the same.
     """
-    options = pick(student_options(args), (*PLACE, *_CODE))
+    options = pick(student_options(args), (*PLACE, *CODE))
     theirs = {"revision": options.get("revision"), "trust_remote_code": args.trust_remote_code}
     if not isinstance(student, str) or options.items() <= theirs.items():
         return None
@@ -168,7 +177,7 @@ def model_class(name: str, options: Mapping[str, Any]) -> Any:
         ImportError: The name is an adapter's, and PEFT is not installed.
         OSError, ValueError: As transformers raises them for a model that it cannot find.
     """
-    options = pick(options, (*PLACE, *_CODE, "gguf_file"))
+    options = pick(options, (*PLACE, *CODE, "gguf_file"))
     try:
         config = AutoConfig.from_pretrained(name, **options)
     except _NOT_FOUND:

@@ -63,7 +63,6 @@ from .stops import raise_nonfinite
 from .student_checks import check_adapters, check_optimized, check_trainable
 from .verifier import Verifier
 from .verifier_checks import check_reward_funcs
-from .vocabulary import check_server_tokenizer
 
 _IGNORED = -100
 
@@ -79,7 +78,8 @@ class TrOPDTrainer(RewardedTrainer):
             `model_init_kwargs` give a `dtype`.
         teacher_model: Likewise, also an adapter's folder; None takes
             `args.teacher_model_name_or_path`. Objective "sft", a served and a precomputed teacher
-            need none. By name it is loaded in its checkpoint's dtype, unless
+            need none; a server of hidden states needs the name of its checkpoint, for the head. By
+            name it is loaded in its checkpoint's dtype, unless
             `teacher_model_init_kwargs` give a `dtype`. "self" is the student itself, frozen as it
             is given (with adapters: without them) or averaged (`teacher_update_rate`): a run that
             is resumed has to be given the same one. The vocabularies may be padded to different
@@ -175,7 +175,7 @@ class TrOPDTrainer(RewardedTrainer):
         if args.teacher_model_server_url:
             present = known_columns(train_dataset)  # others are checked when they are read
             has_text = present is None or args.prefix_column in present
-            self._server = ServedTeacher(args, writes=args.is_guided and not has_text)
+            self._server = ServedTeacher(args, args.is_guided and not has_text, teacher_model)
         served = self._server.model if self._server else None
         self._card_subject = card.subject(model, loaded, served, args, unused)
         if isinstance(args.objective, str):
@@ -195,9 +195,7 @@ class TrOPDTrainer(RewardedTrainer):
         )
         check_optimized(self.model, self.optimizer)
         if self._server is not None:
-            check_server_tokenizer(self._tokenizer, self._server.tokenize)
-            if self._server.is_asked:
-                self.share_vocabulary(self._server.count_ids(self._shared_vocab_size))
+            self._meet_server(self._server)
         each = args.per_device_train_batch_size * args.gradient_accumulation_steps
         check_rows(train_dataset, each * self.accelerator.num_processes, args.num_generations)
         if not self.use_vllm:
@@ -274,7 +272,7 @@ class TrOPDTrainer(RewardedTrainer):
                 )
         callbacks = self.callback_handler.callbacks
         if self.is_world_process_zero() and progress.prints_logs(callbacks):
-            whole = self.args.loads_teacher
+            whole = progress.gives_whole(self.args)
             if (advice := progress.watch(self._rule(), whole)) is not None:
                 print(advice, flush=True)
         try:

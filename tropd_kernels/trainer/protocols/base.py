@@ -4,7 +4,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
-from ..completions import TokenScores
+from ..completions import HiddenStates, TokenScores, no_scores
 
 Body = dict[str, Any]
 #: Ids of a prompt, and of the completion that is scored after it.
@@ -28,11 +28,23 @@ class Protocol(ABC):
     """Tokens that the server's context needs beyond those that it scores."""
     writing_room: ClassVar[int]
     """... beyond a prompt and the tokens that are asked after it."""
+    sends_states: ClassVar[bool] = False
+    """Whether it sends hidden states in place of log-probs, and no texts."""
+    no_path: ClassVar[str] = "set teacher_server_protocol to None, or to what the server speaks"
+    """What to do about a server without the path."""
     remedies: ClassVar[tuple[tuple[str, str], ...]]
     """Patterns of refusals, and what to do about each; {k}: log-probs asked, {names}: models."""
 
     def __init__(self, model: str, models: Mapping[str, str | None]):
         self.model = model
+
+    def size(self, top_k: int) -> int:
+        """How much is sent for a token, in log-probs."""
+        return top_k + 1
+
+    def nothing(self, top_k: int) -> TokenScores | HiddenStates:
+        """What is read of a completion without tokens."""
+        return no_scores(top_k)
 
     @abstractmethod
     def scoring(self, sequences: Sequence[Sample], top_k: int) -> Body:
@@ -53,7 +65,9 @@ class Protocol(ABC):
         """The parts of an answer that belong to each of `count` sequences, in their order."""
 
     @abstractmethod
-    def read_scores(self, part: Any, sequence: Sample, top_k: int) -> TokenScores: ...
+    def read_scores(
+        self, part: Any, sequence: Sample, top_k: int
+    ) -> TokenScores | HiddenStates: ...
 
     @abstractmethod
     def read_text(self, part: Any, max_tokens: int) -> list[int]: ...
