@@ -22,6 +22,8 @@ class Faults:
     reason: str | None = None  # the words of such an answer
     headers: dict[str, str] = field(default_factory=dict)  # sent with such an answer
     dead: bool = False  # closes every connection
+    under: str = ""  # the path that a proxy puts before the server's own
+    breaks: int = 0  # so many of the next answers to a POST end in their middle
     drips: str | None = None  # "headers" or "body": 100 bytes of it come one at a time
     no_log_probs: bool = False
     most: int | None = None  # log-probs a position, of a server that caps them and does not say so
@@ -90,10 +92,15 @@ def listen(content, served, api_key=None):
                 if body is not None:
                     requests.append({"path": self.path} | body)
                 status = faults.status.pop(0) if body and faults.status else 200
+                self.breaks = body is not None and faults.breaks > 0
+                faults.breaks -= self.breaks
+            path = self.path.removeprefix(faults.under)
             if faults.dead:
                 self.close_connection = True
             elif faults.page is not None:
                 self.answer(200, faults.page.encode())
+            elif not self.path.startswith(faults.under):
+                self.answer(404, b"no such team")
             elif status != 200:
                 words = {"error": {"message": faults.reason or f"made to fail with {status}"}}
                 self.answer(status, words, faults.headers)
@@ -101,7 +108,7 @@ def listen(content, served, api_key=None):
                 self.answer(401, {"error": "Unauthorized"})
             else:
                 try:
-                    answered = content(self.path, body)
+                    answered = content(path, body)
                 except Refused as refusal:
                     self.answer(refusal.status, refusal.answer)
                 else:
@@ -122,6 +129,8 @@ def listen(content, served, api_key=None):
             if faults.drips == "body":
                 self.drip(data[:100])
                 data = data[100:]
+            if self.breaks:
+                data, self.close_connection = data[: len(data) // 2], True
             with contextlib.suppress(ConnectionError):  # by a client that has waited long enough
                 self.wfile.write(data)
 
