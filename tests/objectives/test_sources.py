@@ -203,10 +203,10 @@ REWARDS = {
     "TOP-D: NeMo-RL#4011": (
         TOPD(), lambda lq, lp: (0.2 * lq.exp() + 0.8 * lp.exp()).log() - lp,
     ),
-    "Demystifying OPD: two readers of 2607.13399": (
+    "Demystifying OPD: a reader of 2607.13399": (
         Log1pOPD(), lambda lq, lp: (lq - lp).sign() * (lq - lp).abs().log1p(),
     ),
-    "TV-OPD: two readers of 2609.08341": (TVOPD(), lambda lq, lp: (lq - lp).sign()),
+    "TV-OPD: two summaries of 2609.08341": (TVOPD(), lambda lq, lp: (lq - lp).sign()),
 }  # fmt: skip
 
 
