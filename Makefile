@@ -15,6 +15,7 @@
 #   make clean     removes what the above made, but for .venv
 #
 # ARGS passes more to demo, train, test, test-all, compiled, bench and sanitize: make test ARGS="-k prefix -x"
+# TESTS are the folders of make test: make test TESTS="tests/native tests/rows"
 # CPU=avx2 or CPU=portable makes demo, test, test-all and bench run as on a CPU that has no more.
 
 PYTHON  ?= python3
@@ -43,10 +44,11 @@ train: $(READY)
 	.venv/bin/tropd train --config examples/train/run.yaml --peft true --learning_rate 1e-3 --output_dir build/train/lora $(ARGS)
 	$(PY) -m examples.train.show build/train/full build/train/lora
 
+TESTS ?= tests
 # One thread a worker, or the workers' torch threads fight over the cores.
 PYTEST = -m pytest -n $(WORKERS) --dist worksteal --timeout 300 -p no:benchmark
 test: $(READY)
-	$(CAPS) OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(PY) $(PYTEST) -m "not slow" tests $(ARGS)
+	$(CAPS) OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(PY) $(PYTEST) -m "not slow" $(TESTS) $(ARGS)
 
 test-all: $(READY)
 	$(CAPS) OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(PY) $(PYTEST) tests $(ARGS)
