@@ -68,7 +68,7 @@ NEEDED   = deepspeed==0.19.8 hjson msgpack py-cpuinfo einops verl==0.9.1 tensord
            torchdata==0.11.0 protobuf cachetools jsonschema jsonschema-specifications referencing rpds-py attrs \
            uvicorn h11 fastapi starlette opentelemetry-api veomni==0.1.12 torchtitan==0.3.0 spmd-types tyro \
            docstring_parser jaxtyping wadler_lindig loguru nemo-automodel==0.7.0 ms-swift==4.6.0 tinker==0.38.0 httpx sniffio distro \
-           pytorch-lightning==2.6.6 lightning-utilities torchmetrics
+           pytorch-lightning==2.6.6 lightning-utilities torchmetrics megatron-core==0.16.1
 # SkyRL says that it needs Python 3.12; one of its files is read.
 UNCHECKED = skyrl==0.4.0
 engines: $(ENGINES)/.ready

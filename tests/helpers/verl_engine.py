@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ast
 import types
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -41,6 +42,20 @@ def use_cpu(patch: Any) -> None:
     patch.setattr(platform_manager, "_current_platform", Platform())
     patch.setattr(transformer_impl, "device_name", "cpu")
     patch.setattr(monkey_patch, "is_trl_available", lambda: False)
+
+
+def use_megatron(patch: Any) -> None:
+    """Megatron's groups on the CPU, the vocabulary split over all processes; ended by its
+    `destroy_model_parallel`."""
+    from megatron.core import parallel_state, tensor_parallel
+    from verl.workers.engine.megatron import transformer_impl
+
+    use_cpu(patch)
+    patch.setattr(torch.cuda, "current_device", lambda: "cpu")
+    patch.setattr(transformer_impl, "get_device_id", lambda: "cpu")
+    random = tensor_parallel.get_cuda_rng_tracker()  # which nothing here draws from
+    patch.setattr(random, "fork", lambda *_: nullcontext())
+    parallel_state.initialize_model_parallel(torch.distributed.get_world_size())
 
 
 def make_model(folder: Path, **settings: Any) -> Path:

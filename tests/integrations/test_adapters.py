@@ -6,12 +6,13 @@ from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
+from adapters import PPO_CLIP, K, V, assert_same, gradient, make_batch
 from torch import nn
 
 from tropd_kernels import GKD, LogitsTeacher, distillation_loss
 from tropd_kernels.integrations import frameworks
 
-N, H, V, K = 12, 8, 31, 4
+H = 8
 
 
 @pytest.fixture
@@ -21,25 +22,7 @@ def draw():
 
 @pytest.fixture
 def batch(draw):
-    """Logits (2, N / 2, V) of both sides, and labels of which some do not count."""
-    student = (2 * torch.randn(2, N // 2, V, generator=draw)).requires_grad_()
-    teacher = 2 * torch.randn(2, N // 2, V, generator=draw)
-    labels = torch.randint(V, (2, N // 2), generator=draw)
-    labels[0, ::3] = -100
-    return student, teacher, labels
-
-
-def gradient(loss, leaf):
-    return torch.autograd.grad(loss, leaf)[0]
-
-
-def assert_same(ours, theirs, leaf):
-    """Losses, and gradients to 1e-5 of the largest."""
-    torch.testing.assert_close(ours.float(), theirs.float(), rtol=1e-5, atol=1e-6)
-    found, expected = gradient(ours, leaf), gradient(theirs, leaf)
-    largest = expected.abs().max().item()
-    assert largest > 1e-4
-    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5 * largest)
+    return make_batch(draw)
 
 
 # --- NeMo AutoModel ---
@@ -76,6 +59,12 @@ def test_nemo_s_loss_takes_our_objectives_and_refuses_what_it_cannot_honour(nemo
         nemo[1](chunk_size=4)
     with pytest.raises(ValueError, match="kd_loss_fn: objective 'jsd' takes no 'alpha'"):
         nemo[1](objective="jsd", alpha=1)
+
+
+def test_nemo_s_hook_of_another_shape_is_named(nemo, monkeypatch):
+    monkeypatch.setattr(nemo[0], "forward", lambda self, logits: None)
+    with pytest.raises(RuntimeError, match="KDLoss.forward is .self, logits., expected .self, stu"):
+        nemo[1]()
 
 
 def test_nemo_s_split_vocabulary_is_taken_as_it_is(nemo, batch, group):
@@ -125,7 +114,7 @@ def titan_gradients(loss, model, ids, labels, **inputs):
     return value.detach(), metrics, [p.grad.clone() for p in model.parameters()]
 
 
-@pytest.mark.parametrize("form", ["none", "top_k", "hidden"])
+@pytest.mark.parametrize("form", ["none", "sampled", "top_k", "hidden"])
 def test_titan_s_chunked_loss_is_ours_without_logits(titan, draw, form):
     """Its own wrapper around a loss on logits, and ours in the same place."""
     from dataclasses import dataclass
@@ -144,6 +133,19 @@ def test_titan_s_chunked_loss_is_ours_without_logits(titan, draw, form):
             kl = (log_q.exp() * (log_q - pred.log_softmax(-1))).sum(-1)
             return kl[labels != -100].sum() / global_valid_tokens, {}
 
+    class PPO(ForwardKL):
+        """K1 as an advantage, with PPO's clip."""
+
+        @dataclass(kw_only=True, slots=True)
+        class Config(BaseLoss.Config):
+            pass
+
+        def __call__(self, pred, labels, global_valid_tokens=None, *, log_q, old, **_):
+            log_p = pred.log_softmax(-1).gather(-1, labels.clamp_min(0)[..., None])[..., 0]
+            ratio, advantage = (log_p - old).exp(), log_q - old
+            loss = -torch.minimum(ratio * advantage, ratio.clamp(0.8, 1.2) * advantage)
+            return loss[labels != -100].sum() / global_valid_tokens, {}
+
     model, ids = Decoder(), torch.randint(V, (2, 8), generator=draw)
     labels = ids.roll(-1, 1)
     labels[:, -1] = -100
@@ -151,7 +153,12 @@ def test_titan_s_chunked_loss_is_ours_without_logits(titan, draw, form):
     log_q = (hidden @ weight.T).log_softmax(-1)
     top = log_q.topk(K)
     inputs, theirs = {}, {}
-    if form == "none":
+    label = log_q.gather(-1, labels.clamp_min(0)[..., None])[..., 0]
+    if form == "sampled":
+        old = torch.randn(2, 8, generator=draw) / 4 - 3
+        inner, objective = PPO.Config(), dict(objective="opd", knobs=PPO_CLIP)
+        theirs, inputs = dict(log_q=label, old=old), dict(label_log_probs=label, old_log_probs=old)
+    elif form == "none":
         inner, objective = CrossEntropyLoss.Config(), dict(objective="sft")
     else:
         inner, objective = ForwardKL.Config(), dict(objective="forward_kl")
@@ -161,7 +168,6 @@ def test_titan_s_chunked_loss_is_ours_without_logits(titan, draw, form):
         renormalized = torch.full_like(log_q, -1e9).scatter(-1, top.indices, top.values)
         theirs = dict(log_q=renormalized.log_softmax(-1))
         objective["knobs"] = dict(top_k=K, top_k_tail="renormalize_teacher")
-        label = log_q.gather(-1, labels.clamp_min(0)[..., None])[..., 0]
         inputs = dict(teacher_ids=top.indices, teacher_log_probs=top.values, label_log_probs=label)
     wrapper = ChunkedLossWrapper.Config(num_chunks=4, loss_fn=inner).build()
     expected = titan_gradients(wrapper, model, ids, labels, **theirs)
@@ -173,6 +179,14 @@ def test_titan_s_chunked_loss_is_ours_without_logits(titan, draw, form):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5 * b.abs().max().item())
     assert set(found[1]) == {"distillation/trust/mean"}
     ChunkedLossWrapper._combine_chunk_metrics(found[1], found[1])  # a name that it can add up
+
+
+def test_titan_s_hook_of_another_shape_is_named(titan, monkeypatch):
+    from torchtitan.components.loss import ChunkedLossWrapper
+
+    monkeypatch.setattr(ChunkedLossWrapper, "__call__", lambda self, logits: None)
+    with pytest.raises(RuntimeError, match="ChunkedLossWrapper.__call__ is .self, logits., expect"):
+        titan.DistillationLoss.Config().build()
 
 
 def test_titan_s_options_that_cannot_be_honoured_are_refused(titan):
@@ -264,144 +278,6 @@ def test_swift_s_trainer_takes_both(swift, monkeypatch):
         adapter.install()
 
 
-# --- losses from log-probs ---
-
-
-@pytest.fixture
-def tokens(draw):
-    """Log-probs (2, 7) of the student, of the policy that sampled, and of the teacher; a mask."""
-    log_probs = (torch.randn(2, 7, generator=draw) / 2 - 2).requires_grad_()
-    old = log_probs.detach() + torch.randn(2, 7, generator=draw) / 4
-    teacher = torch.randn(2, 7, generator=draw) - 2
-    mask = torch.ones(2, 7, dtype=torch.bool)
-    mask[0, :2] = mask[1, 5] = False
-    return log_probs, old, teacher, mask
-
-
-PPO = dict(clip_ratio_low=0.2, clip_ratio_high=0.2)
-
-
-def test_prime_rl_s_reverse_kl_is_opd(tokens):
-    """A double of its module: with the reward of the sampling policy, its importance ratio times
-    the reference's log-ratio."""
-    from tropd_kernels.integrations import prime_rl
-
-    double = ModuleType("loss_of_prime_rl")
-    sys.modules["loss_of_prime_rl"] = double
-    double.LossOutputs = SimpleNamespace
-    inputs_type = type("LossInputs", (SimpleNamespace,), {"__module__": "loss_of_prime_rl"})
-    log_probs, old, teacher, mask = (t[0] for t in tokens)
-    weights = torch.linspace(0.5, 2, 7)
-    inputs = inputs_type(
-        trainer_logprobs=log_probs, inference_logprobs=old, ref_logprobs=teacher, advantages=None,
-        loss_mask=mask, loss_weights=weights,
-    )  # fmt: skip
-    ours = prime_rl.loss(inputs, objective="opd")
-    ratio = (log_probs - old).exp()
-    theirs = -(mask * (teacher - old) * ratio * weights).sum()
-    assert_same(ours.loss, theirs, tokens[0])
-    assert ours.metrics["tropd/trust"] == 1
-    inputs.ref_logprobs = None
-    with pytest.raises(ValueError, match="no ref_logprobs"):
-        prime_rl.loss(inputs)
-    with pytest.raises(ValueError, match=r"trainer\.loss: .*cannot be served: it needs more"):
-        prime_rl.loss(inputs, objective="tropd")
-    del sys.modules["loss_of_prime_rl"]
-
-
-@pytest.fixture
-def skyrl(monkeypatch):
-    """SkyRL's own ppo_utils, with doubles of what it imports of SkyRL, which wants Python 3.12."""
-    import importlib.util
-    from pathlib import Path
-
-    package = importlib.util.find_spec("skyrl")
-    if package is None:
-        pytest.skip("needs skyrl: make engines")
-    for needed in ("ray", "jaxtyping", "loguru"):
-        pytest.importorskip(needed)
-    root = Path(package.origin).parent
-    names = ("skyrl", "skyrl.backends", "skyrl.backends.skyrl_train",
-             "skyrl.backends.skyrl_train.utils", "skyrl.train", "skyrl.train.config")  # fmt: skip
-    for name in names:
-        module = ModuleType(name)
-        module.__path__ = [str(root.joinpath(*name.split(".")[1:]))]
-        monkeypatch.setitem(sys.modules, name, module)
-    config = sys.modules["skyrl.train.config"]
-    for name in ("AlgorithmConfig", "OffPolicyCorrectionConfig"):
-        setattr(config, name, SimpleNamespace)
-    return importlib.import_module("skyrl.backends.skyrl_train.utils.ppo_utils")
-
-
-def test_skyrl_s_ppo_loss_is_opd_with_its_advantages(skyrl, tokens):
-    from tropd_kernels.integrations import skyrl as adapter
-
-    log_probs, old, teacher, mask = tokens
-    weights = mask / mask.sum()
-    config = SimpleNamespace(
-        policy_loss_type="regular", eps_clip_low=0.2, eps_clip_high=0.2,
-        off_policy_correction=SimpleNamespace(
-            tis_ratio_type=None, sequence_mask_metric=None, outlier_token_is_threshold_low=None,
-            outlier_token_is_threshold_high=None, token_mask_is_threshold_low=None,
-            token_mask_is_threshold_high=None,
-        ),
-    )  # fmt: skip
-    call = (log_probs, old, teacher - old)
-    theirs, metrics = skyrl.ppo_policy_loss(*call, config=config, loss_mask=weights)
-    assert 0 < metrics["clip_ratio"]
-    adapter.register("tropd_test", "opd", **PPO)
-    ours, metrics = skyrl.PolicyLossRegistry.get("tropd_test")(
-        *call, config=config, loss_mask=weights, rollout_logprobs=None
-    )
-    assert_same(ours, theirs, log_probs)
-    assert metrics == {"trust": 1.0}
-    with pytest.raises(ValueError, match="tropd_test"):
-        adapter.register("tropd_test")
-    with pytest.raises(ValueError, match="skyrl: .*cannot be served"):
-        adapter.register("other", "gkd")
-
-
-@pytest.mark.parametrize("objective", ["opd", "mask_outlier"])
-def test_tinker_sends_back_the_gradient(tokens, objective):
-    """Through its own client's computation of a custom loss, without a server."""
-    tinker = pytest.importorskip("tinker", reason="needs tinker: make engines")
-    from tinker.lib.public_interfaces.training_client import TrainingClient
-
-    from tropd_kernels.integrations.tinker import custom_loss
-
-    log_probs, old, teacher, mask = tokens
-    floats = lambda t: tinker.TensorData(
-        data=t.float().tolist(), dtype="float32", shape=list(t.shape)
-    )
-    data, outputs = [], []
-    for row in range(2):
-        data.append(tinker.Datum(
-            model_input=tinker.ModelInput.from_ints(list(range(7))),
-            loss_fn_inputs={
-                "target_tokens": tinker.TensorData(data=[1] * 7, dtype="int64", shape=[7]),
-                "teacher_logprobs": floats(teacher[row]), "sampling_logprobs": floats(old[row]),
-                "mask": floats(mask[row]),
-            },
-        ))  # fmt: skip
-        outputs.append({"logprobs": floats(log_probs[row].detach())})
-    forward = SimpleNamespace(loss_fn_outputs=outputs)
-    found = TrainingClient._compute_custom_loss(data, custom_loss(objective), forward)
-    reward = teacher - old
-    kept = mask & ((reward > -1.3863) if objective == "mask_outlier" else mask)
-    theirs = -(kept * reward * (log_probs - old).exp()).sum()
-    assert found.loss_sum == pytest.approx(theirs.item(), rel=1e-5)
-    weights = torch.stack([d.loss_fn_inputs["weights"].to_torch() for d in found.data])
-    torch.testing.assert_close(-weights, gradient(theirs, log_probs), rtol=1e-5, atol=1e-6)
-    assert 0 < found.metrics["trust"] <= 1
-    for datum in data:  # without a token that counts
-        datum.loss_fn_inputs["mask"] = floats(torch.zeros(7))
-    none = TrainingClient._compute_custom_loss(data, custom_loss(objective), forward)
-    assert (none.loss_sum, none.metrics["trust"]) == (0, 1)
-    del data[0].loss_fn_inputs["teacher_logprobs"]
-    with pytest.raises(ValueError, match="teacher_logprobs"):
-        TrainingClient._compute_custom_loss(data, custom_loss(objective), forward)
-
-
 # --- slime and miles ---
 
 
@@ -418,9 +294,11 @@ def megatron(monkeypatch, group):
     return mpu
 
 
+@pytest.mark.parametrize("miles", [False, True])
 @pytest.mark.parametrize("own", [False, True])
-def test_slime_s_policy_loss_is_opd_on_its_logits(megatron, draw, own):
-    """A double of its step: packed samples, temperature, a mean of each sample, PPO's clip."""
+def test_slime_s_policy_loss_is_opd_on_its_logits(megatron, draw, own, miles):
+    """A double of its step: packed samples, temperature, a mean of each sample, PPO's clip. miles
+    gives the teacher's log-probs of prompts, too."""
     from tropd_kernels.integrations import slime
 
     totals, lengths = [6, 4, 5], [4, 1, 3]
@@ -429,10 +307,13 @@ def test_slime_s_policy_loss_is_opd_on_its_logits(megatron, draw, own):
     sampled = [-2 * torch.rand(n, generator=draw) - 2 for n in lengths]
     teacher = [-3 * torch.rand(n, generator=draw) - 1 for n in lengths]
     masks = torch.tensor([1.0, 1, 0, 1, 1, 1, 1, 1])
-    args = SimpleNamespace(rollout_temperature=0.8, use_rollout_logprobs=own, tropd_knobs=PPO)
+    args = SimpleNamespace(rollout_temperature=0.8, use_rollout_logprobs=own, tropd_knobs=PPO_CLIP)
     key = "rollout_log_probs" if own else "log_probs"
     batch = {"unconcat_tokens": ids, "total_lengths": totals, "response_lengths": lengths,
              "teacher_log_probs": teacher, key: sampled}  # fmt: skip
+    if miles:
+        prompts = [torch.zeros(total - length) for total, length in zip(totals, lengths)]
+        batch["teacher_log_probs"] = [torch.cat(pair) for pair in zip(prompts, teacher)]
 
     def mean(values):
         parts = (values * masks).split(lengths)
@@ -458,6 +339,10 @@ def test_slime_s_batch_without_a_teacher_and_split_samples_are_refused(megatron)
     args = SimpleNamespace(rollout_temperature=1.0, use_rollout_logprobs=False)
     with pytest.raises(ValueError, match="no teacher_log_probs"):
         slime.loss(args, {}, torch.zeros(1, 2, V), None)
+    args.use_tis, args.entropy_coef = True, 0.0
+    with pytest.raises(ValueError, match="--use-tis is read by slime's own loss"):
+        slime.loss(args, {}, torch.zeros(1, 2, V), None)
+    args.use_tis = False
     megatron.get_context_parallel_world_size = lambda: 2
     with pytest.raises(NotImplementedError, match="context parallelism"):
         slime.loss(args, {}, torch.zeros(1, 2, V), None)

@@ -354,6 +354,17 @@ def test_a_verl_with_another_plug_in_point_is_named():
         take_over_logits(losses)
 
 
+def test_hooks_of_another_shape_are_named(verl_losses, monkeypatch):
+    from tropd_kernels.integrations import verl_fused
+
+    monkeypatch.setattr(verl_losses, "distillation_loss", lambda config, data: None)
+    with pytest.raises(RuntimeError, match="losses.distillation_loss is .config, data., expected"):
+        integration.register("mine", TrOPD(), "top_k")
+    engine = type("Engine", (), {"forward_step": lambda self, batch: None})
+    with pytest.raises(RuntimeError, match="Engine.forward_step is .self, batch., expected"):
+        verl_fused.check_engine(engine)
+
+
 def test_the_example_fits_verl_s_configuration(verl_losses):
     hydra = pytest.importorskip("hydra", reason="needs hydra: make engines")
     import verl

@@ -1,56 +1,20 @@
-"""Megatron's logits, split over the vocabulary of two processes: verl's own layout and loss, with
-doubles of what they import of Megatron."""
-
-import sys
-from pathlib import Path
-from types import ModuleType, SimpleNamespace
+"""Megatron's logits, split over the vocabulary of two processes: verl's own layout and loss, over
+Megatron's groups."""
 
 import pytest
 import torch
 import torch.distributed as dist
 
 pytest.importorskip("verl", reason="needs verl: make engines")
-pytest.importorskip("tensordict")
+pytest.importorskip("megatron.core", reason="needs megatron-core: make engines")
 
-import verl
-from verl_engine import PROMPTS, RESPONSES, K, loss_function, make_batch
+from verl_engine import PROMPTS, RESPONSES, K, loss_function, make_batch, use_megatron
 
 from tropd_kernels import Divergence
 from tropd_kernels.integrations import verl as integration
-from tropd_kernels.integrations.verl_batch import RULES
 
 V = 96
 LENGTHS = [p + r for p, r in zip(PROMPTS, RESPONSES)]
-
-
-def use_doubles(patch):
-    """Megatron's parallel state of this process group, and what else verl imports of it."""
-    ranks, rank = dist.get_world_size(), dist.get_rank()
-    state = dict(
-        get_tensor_model_parallel_group=lambda: dist.group.WORLD,
-        get_tensor_model_parallel_world_size=lambda: ranks,
-        get_tensor_model_parallel_rank=lambda: rank,
-        get_context_parallel_world_size=lambda: 1, get_context_parallel_rank=lambda: 0,
-    )  # fmt: skip
-    utility = SimpleNamespace(
-        vocab_range_from_per_partition_vocab_size=lambda size, at, _: (size * at, size * (at + 1))
-    )
-    modules = {
-        "megatron": {}, "megatron.core": {}, "megatron.core.fusions": {},
-        "megatron.core.tensor_parallel": {}, "megatron.core.parallel_state": state,
-        "megatron.core.packed_seq_params": {"PackedSeqParams": SimpleNamespace},
-        "megatron.core.fusions.fused_cross_entropy": {
-            "calculate_logits_max": lambda logits: (logits.float(), logits.float().amax(-1))
-        },
-        "megatron.core.tensor_parallel.utils": {"VocabUtility": utility},
-        "verl.models.mcore": {},
-    }  # fmt: skip
-    for name, values in modules.items():
-        module = ModuleType(name)
-        module.__path__ = [str(Path(verl.__file__).parent / "models/mcore")]
-        vars(module).update(values)
-        patch.setitem(sys.modules, name, module)
-    sys.modules["megatron.core"].parallel_state = sys.modules["megatron.core.parallel_state"]
 
 
 def losses_of(function, data, logits, data_format):
@@ -63,18 +27,19 @@ def losses_of(function, data, logits, data_format):
     return found, leaf.grad
 
 
-def process(rank, folder, data_format):
+def process(rank, folder):
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
     with pytest.MonkeyPatch.context() as patch:
-        use_doubles(patch)
-        compare(rank, data_format)
+        use_megatron(patch)
+        rule = Divergence("forward_kl", top_k=K, top_k_tail="raw")
+        integration.register("raw_forward_kl", rule, "top_k")
+        for data_format in ("thd", "bshd"):
+            compare(rank, data_format)
     dist.destroy_process_group()
 
 
 def compare(rank, data_format):
-    rule = Divergence("forward_kl", top_k=K, top_k_tail="raw")
-    integration.register("raw_forward_kl", rule, "top_k")
     data = make_batch("top_k", False, vocab=V, label=True)
     theirs = make_batch("top_k", False, vocab=V)
     padded = [length + length % 2 for length in LENGTHS]  # to the number of ranks
@@ -122,20 +87,20 @@ def compare(rank, data_format):
     expected = cut * (scale / packed_scale)[:, None]
     torch.testing.assert_close(ours_gradient.flatten(0, 1)[at], expected, rtol=1e-4, atol=1e-6)
     assert 0 < truth["tropd_trust"].flatten()[own_rows].mean() < 1  # some are outliers
-    del RULES["raw_forward_kl"]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("data_format", ["thd", "bshd"])
-def test_split_logits_give_the_losses_of_whole_ones(tmp_path, data_format):
-    torch.multiprocessing.spawn(process, (str(tmp_path), data_format), nprocs=2)
+def test_split_logits_give_the_losses_of_whole_ones(tmp_path):
+    """In both of Megatron's layouts, in processes that import all of this once."""
+    torch.multiprocessing.spawn(process, (str(tmp_path),), nprocs=2)
 
 
 def test_in_one_process(group, monkeypatch):
     """The same in this process, which shows a failure where it is; padded to two all the same."""
-    use_doubles(monkeypatch)
-    state = sys.modules["megatron.core.parallel_state"]
-    monkeypatch.setattr(state, "get_tensor_model_parallel_world_size", lambda: 2)
+    from megatron.core import parallel_state
+
+    use_megatron(monkeypatch)
+    monkeypatch.setattr(parallel_state, "get_tensor_model_parallel_world_size", lambda: 2)
     data = make_batch("top_k", False, vocab=V)
     rows = sum(length + length % 2 for length in LENGTHS)
     logits = torch.randn(1, rows, V, generator=torch.Generator().manual_seed(3))
@@ -145,3 +110,4 @@ def test_in_one_process(group, monkeypatch):
     assert found["distillation_losses"].isfinite().all() and gradient.abs().sum() > 0
     padding = torch.cat([torch.arange(n + n % 2) >= n for n in LENGTHS])
     assert padding.any() and gradient[0][padding].abs().sum() == 0
+    parallel_state.destroy_model_parallel()

@@ -19,6 +19,7 @@ from typing import Any
 __all__ = [
     "FRAMEWORKS",
     "Framework",
+    "check_parameters",
     "check_version",
     "fingerprint",
     "overview",
@@ -62,6 +63,9 @@ FRAMEWORKS = {
         ),
         Framework("veomni", "veomni", "0.1.12", "as verl, with actor.strategy=veomni"),
         Framework(
+            "megatron-core", "megatron-core", "0.16.1", "as verl, with actor.strategy=megatron"
+        ),
+        Framework(
             "torchtitan",
             "torchtitan",
             "0.3.0",
@@ -95,6 +99,12 @@ FRAMEWORKS = {
             "slime",
             None,
             "624b824",
+            "--custom-loss-function-path tropd_kernels.integrations.slime.loss",
+        ),
+        Framework(
+            "miles",
+            None,
+            "00c9154",
             "--custom-loss-function-path tropd_kernels.integrations.slime.loss",
         ),
         Framework(
@@ -146,6 +156,26 @@ def fingerprint(function: Callable) -> str:
     return hashlib.sha256(source.encode()).hexdigest()[:12]
 
 
+def check_parameters(
+    framework: str,
+    owner: Any,
+    name: str,
+    parameters: tuple[str, ...],
+    source: Callable | None = None,
+) -> None:
+    """Raises RuntimeError, with its name, where the function `owner.name` of a framework is missing
+    or takes other parameters than those that an adapter was written for."""
+    function = getattr(owner, name, None)
+    found = None if function is None else tuple(inspect.signature(source or function).parameters)
+    if found != parameters:
+        got = "missing" if found is None else f"({', '.join(found)})"
+        raise RuntimeError(
+            f"{owner.__name__}.{name} is {got}, expected ({', '.join(parameters)}) as in "
+            f"{framework} {FRAMEWORKS[framework].tested}: this version has another plug-in point, "
+            "and only what needs none of its functions can be used"
+        )
+
+
 def replace_function(
     framework: str,
     owner: Any,
@@ -154,8 +184,11 @@ def replace_function(
     *,
     parameters: tuple[str, ...],
     expected: str,
+    source: Callable | None = None,
 ) -> None:
     """Puts `replacement(original)` in the place of `owner.name`; a second time it does nothing.
+
+    source: the function that was read, if another is called by that name.
 
     Raises RuntimeError, with the function's name, where it is missing or takes other parameters
     than those that the replacement was written for. Warns where its source is another.
@@ -163,16 +196,10 @@ def replace_function(
     original = getattr(owner, name, None)
     if getattr(original, "serves_tropd", False):
         return
+    check_parameters(framework, owner, name, parameters, source)
     where = f"{owner.__name__}.{name}"
     tested = f"{framework} {FRAMEWORKS[framework].tested}"
-    found = None if original is None else tuple(inspect.signature(original).parameters)
-    if original is None or found != parameters:
-        got = "missing" if found is None else f"({', '.join(found)})"
-        raise RuntimeError(
-            f"{where} is {got}, expected ({', '.join(parameters)}) as in {tested}: this version "
-            "has another plug-in point, and only what needs none of its functions can be used"
-        )
-    if fingerprint(original) != expected:
+    if fingerprint(source or original) != expected:
         warnings.warn(
             f"{where} is another than in {tested}, with which its replacement was tested: compare "
             f"a first step's loss with {framework}'s own",

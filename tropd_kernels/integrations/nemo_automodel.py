@@ -18,8 +18,15 @@ from torch import Tensor
 
 from ..functional import distillation_loss
 from ..teachers import LogitsTeacher
-from .frameworks import check_version
+from .frameworks import check_parameters, check_version
 from .log_probs import named_rule
+
+try:
+    from nemo_automodel.components.loss import kd_loss
+except ImportError:
+    kd_loss = None
+
+_OF_A_LOSS = ("self", "student_logits", "teacher_logits", "labels", "num_batch_labels")
 
 
 class KDLoss(torch.nn.Module):
@@ -42,6 +49,8 @@ class KDLoss(torch.nn.Module):
     ):
         super().__init__()
         check_version("nemo-automodel")
+        if kd_loss is not None:
+            check_parameters("nemo-automodel", kd_loss.KDLoss, "forward", _OF_A_LOSS)
         if not fp32_upcast or chunk_size:
             raise ValueError(
                 "kd_loss_fn: fp32_upcast=False and chunk_size have no effect here: rows are summed "

@@ -7,7 +7,9 @@ slime gives logits (1, T, V / ranks) of packed samples, whose vocabulary Megatro
 the tensor-parallel ranks: they go into `distillation_loss` as they are, with that group. The batch
 has the teacher's log-probs of each response's tokens where slime's on-policy distillation asks for
 them (`--use-opd`); leave its coefficient, which would add them to the advantages, out of it: this
-loss reads no advantages. Written from slime/backends/megatron_utils/loss.py at 624b824.
+loss reads no advantages. Options of slime's own loss that would have no effect are refused. Written
+from slime/backends/megatron_utils/loss.py at 624b824, and miles' at 00c9154, whose teacher's
+log-probs are of whole samples.
 """
 
 from __future__ import annotations
@@ -22,6 +24,12 @@ from ..functional import distillation_loss
 from ..teachers import SampledTeacher
 from .log_probs import check_rule, named_rule, token_uniforms
 
+#: Of slime's own loss, with the value that asks for nothing.
+NOT_READ = dict(
+    use_tis=False, use_opsm=False, use_kl_loss=False, use_score_centering=False, entropy_coef=0.0,
+    rollout_top_p=1.0,
+)  # fmt: skip
+
 
 def loss(
     args: Any, batch: Any, logits: Tensor, sum_of_sample_mean: Callable[[Tensor], Tensor]
@@ -31,6 +39,12 @@ def loss(
 
     name, knobs = getattr(args, "tropd_objective", "opd"), getattr(args, "tropd_knobs", None) or {}
     rule = check_rule("slime", named_rule("tropd_knobs", name, knobs), logits=True)
+    for option, usual in NOT_READ.items():
+        if getattr(args, option, usual) != usual:
+            raise ValueError(
+                f"slime: --{option.replace('_', '-')} is read by slime's own loss, and has no "
+                f"effect on this one: leave it {usual!r}, got {getattr(args, option)!r}"
+            )
     if mpu.get_context_parallel_world_size() > 1:
         raise NotImplementedError("slime: context parallelism splits the samples: set it to 1")
     if batch.get("teacher_log_probs") is None:
@@ -50,7 +64,8 @@ def loss(
     draws = token_uniforms(getattr(args, "tropd_seed", 0), ids, torch.tensor(ends).to(ids.device))
 
     def of_responses(values: list[Tensor]) -> Tensor:
-        return torch.cat([v.to(logits.device) for v in values]).float()
+        cut = (v[len(v) - n :].to(logits.device) for v, n in zip(values, lengths))
+        return torch.cat(list(cut)).float()
 
     teacher = SampledTeacher(of_responses(batch["teacher_log_probs"]))
     out = distillation_loss(

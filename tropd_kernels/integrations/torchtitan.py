@@ -24,9 +24,11 @@ from torchtitan.components.loss import BaseLoss, ChunkedLossWrapper
 
 from ..functional import linear_distillation_loss
 from ..teachers import HiddenTeacher, SampledTeacher, Teacher, TopKTeacher
-from .frameworks import check_version
+from .frameworks import check_parameters, check_version
 from .heads import in_head
 from .log_probs import named_rule
+
+_OF_A_LOSS = ("self", "pred", "labels", "global_valid_tokens", "loss_inputs")
 
 
 class DistillationLoss(ChunkedLossWrapper):
@@ -42,6 +44,7 @@ class DistillationLoss(ChunkedLossWrapper):
 
     def __init__(self, config: Config, *, compile_config: Any = None):
         check_version("torchtitan")
+        check_parameters("torchtitan", ChunkedLossWrapper, "__call__", _OF_A_LOSS)
         if compile_config is not None and "loss" in compile_config.components:
             if compile_config.enable:
                 raise ValueError(

@@ -16,8 +16,9 @@ verl asks the teacher accordingly:
 |         | tropd_eopd                                                                       |
 
 With `use_fused_kernels` hidden states and the head go into `linear_distillation_loss`, in the FSDP
-engine's model (`verl_fused`) or in VeOmni's; no logits are formed. Without it the losses are those
-of the logits that verl has formed. What is replaced in verl stands in `verl_replaced`.
+engine's model (`verl_fused`), in VeOmni's or in Megatron's (`verl_megatron`); no logits are formed.
+Without it the losses are those of the logits that verl has formed. What is replaced in verl stands
+in `verl_replaced`.
 
 What verl gives (verl 0.9.1: verl/trainer/distillation/losses.py,
 verl/workers/engine/fsdp/transformer_impl.py, verl/experimental/teacher_loop/teacher_manager.py,
@@ -48,9 +49,7 @@ verl/workers/rollout/vllm_rollout/utils.py), n being the tokens of a packed micr
 Not served: `use_policy_gradient`, under which verl would take these losses as rewards, and
 `log_prob_min_clamp`, which nothing here reads, raise ValueError; rules whose mean is over the kept
 tokens (REOPOLD), since the mean is verl's, and what needs the whole distribution are refused by
-`register`. Megatron's logits, split over the vocabulary, serve every loss; its fused kernels form
-none and serve sampled losses alone. `loss_max_clamp` is verl's own and stops the gradient of a loss
-beyond it.
+`register`. `loss_max_clamp` is verl's own and stops the gradient of a loss beyond it.
 """
 
 from __future__ import annotations
@@ -76,7 +75,7 @@ from ..objectives import (
     TopKJSD,
     TrOPD,
 )
-from .frameworks import check_version
+from .frameworks import check_parameters, check_version
 from .log_probs import sampled_losses
 from .verl_batch import NEEDS_LABEL, RULES, padded, rule_of, uniforms_of
 
@@ -99,6 +98,8 @@ TOP_K = {
 TOP_K_AND_LABEL = {"tropd_eopd": EOPD()}
 #: The forms of teacher that a rule can be registered for.
 TEACHERS = {"sampled": SAMPLED, "top_k": TOP_K, "top_k_and_label": TOP_K_AND_LABEL}
+#: What verl gives a registered loss.
+_OF_A_LOSS = ("config", "distillation_config", "model_output", "data")
 
 
 def register(name: str, rule: TokenRule, teacher: str) -> None:
@@ -112,6 +113,8 @@ def register(name: str, rule: TokenRule, teacher: str) -> None:
     from verl.trainer.distillation import losses
 
     from .verl_replaced import take_over_logits
+
+    check_parameters("verl", losses, "distillation_loss", _OF_A_LOSS)
 
     top_k = teacher != "sampled"
     if top_k:

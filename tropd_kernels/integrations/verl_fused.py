@@ -26,11 +26,17 @@ import torch
 from torch import Tensor
 from verl.models.transformers.dense_common import CausalLMOutputForPPO
 from verl.utils import tensordict_utils
-from verl.workers.engine import EngineRegistry, FSDPEngineWithLMHead, VeOmniEngineWithLMHead
+from verl.workers.engine import (
+    EngineRegistry,
+    FSDPEngineWithLMHead,
+    MegatronEngineWithLMHead,
+    VeOmniEngineWithLMHead,
+)
 
 from ..functional import linear_log_probs
 from ..heads import read_head
 from ..objectives import TokenRule
+from .frameworks import check_parameters, check_version
 from .heads import in_head
 from .verl_batch import RULES, k_of, rows_of, rule_of
 from .verl_replaced import CURRENT, take_over_hidden
@@ -38,6 +44,13 @@ from .verl_rows import Rows, head_losses
 
 #: (device, vendor) of verl's platforms.
 PLATFORMS = (("cuda", "nvidia"), ("cuda", "amd"), ("npu", "huawei"))
+_OF_ENGINES = {
+    "forward_step": ("self", "micro_batch", "loss_function", "forward_only"),
+    "prepare_model_inputs": ("self", "micro_batch"),
+    "prepare_model_outputs": (
+        "self", "output", "output_args", "micro_batch", "logits_processor_func"
+    ),
+}  # fmt: skip
 #: What verl itself takes from the model's output to the loss.
 _CARRIED_BY_VERL = ("distillation_losses", "student_mass", "teacher_mass")
 
@@ -47,6 +60,7 @@ class Request:
     """What is asked of the head: log-probs, with the loss of a rule where there is one.
 
     labels: (n), of each row. differentiable: whether verl has a loss of log-probs or entropy, too.
+    sums_d_hidden: whether the ranks of a split vocabulary add up their gradients of hidden states.
     """
 
     labels: Tensor
@@ -55,6 +69,7 @@ class Request:
     k: int | None = None
     differentiable: bool = True
     entropy: bool = True
+    sums_d_hidden: bool = False
     found: dict[str, Tensor] = field(default_factory=dict)
 
     def of_head(self, hidden: Tensor, weight: Tensor, **head: Any) -> dict[str, Tensor]:
@@ -107,23 +122,16 @@ class FusedLoss:
         """verl's, and the request."""
         inputs, arguments = super().prepare_model_inputs(micro_batch)  # type: ignore[misc]
         self.tropd_request = None
-        if self._tropd_configs is not None and _asks(micro_batch, "use_fused_kernels"):
+        if self._tropd_configs is not None and asks(micro_batch, "use_fused_kernels"):
             actor, distillation = self._tropd_configs
             rule = rule_of(distillation)
-            if not _asks(micro_batch, "use_remove_padding", True):
+            if not asks(micro_batch, "use_remove_padding", True):
                 raise ValueError(
                     "a fused distillation loss takes packed rows: set "
                     "actor_rollout_ref.model.use_remove_padding=true, or use_fused_kernels=false"
                 )
             rows = rows_of(actor, distillation, micro_batch, pad=arguments["pad_size"])
-            self.tropd_request = Request(
-                rows.labels,
-                rule,
-                rows,
-                k_of(distillation),
-                differentiable=distillation.distillation_loss.use_task_rewards,
-                entropy=_asks(micro_batch, "calculate_entropy"),
-            )
+            self.tropd_request = request_of(distillation, micro_batch, rule, rows)
         return inputs, arguments
 
     def prepare_model_outputs(
@@ -240,22 +248,50 @@ def configs_of(loss_function: Any, sampled: bool = True) -> tuple[Any, Any] | No
     return (named["config"], distillation) if sampled or k_of(distillation) else None
 
 
+def request_of(distillation: Any, micro_batch: Any, rule: TokenRule, rows: Rows) -> Request:
+    """What verl asks of the head for a loss of ours."""
+    return Request(
+        rows.labels,
+        rule,
+        rows,
+        k_of(distillation),
+        differentiable=distillation.distillation_loss.use_task_rewards,
+        entropy=asks(micro_batch, "calculate_entropy"),
+    )
+
+
+def check_engine(engine: type) -> None:
+    """Raises RuntimeError, with its name, for a method before which `FusedLoss` puts one, if it
+    takes other arguments."""
+    for name, parameters in _OF_ENGINES.items():
+        check_parameters("verl", engine, name, parameters)
+
+
 def register_engines(platforms: tuple = PLATFORMS) -> None:
-    """Makes verl take `FusedEngine` for fsdp and fsdp2, and for veomni its like, if it is there."""
+    """Makes verl take `FusedEngine` for fsdp and fsdp2, and their likes for veomni and megatron,
+    where these are there."""
+    check_engine(FSDPEngineWithLMHead)
     engines: dict[str, type] = {"fsdp": FusedEngine, "fsdp2": FusedEngine}
     if VeOmniEngineWithLMHead is not None:
         from veomni.ops.kernels import cross_entropy
 
+        check_version("veomni")
         take_over_hidden(cross_entropy)
         engines["veomni"] = type("FusedVeOmniEngine", (FusedVeOmni, VeOmniEngineWithLMHead), {})
+    if MegatronEngineWithLMHead is not None:
+        from .verl_megatron import FusedMegatronEngine
+
+        engines["megatron"] = FusedMegatronEngine
     for strategy, engine in engines.items():
         known = EngineRegistry._engines["language_model"][strategy]
         for device, vendor in platforms:
-            if (device, vendor) not in known:
+            # Megatron's engine on an NPU is another: MindSpeed's.
+            if (device, vendor) not in known and (strategy, device) != ("megatron", "npu"):
                 EngineRegistry.register("language_model", strategy, device, vendor)(engine)
 
 
-def _asks(micro_batch: Any, key: str, default: bool = False) -> bool:
+def asks(micro_batch: Any, key: str, default: bool = False) -> bool:
+    """A flag that verl gives with a batch."""
     return bool(tensordict_utils.get_non_tensor_data(micro_batch, key=key, default=default))
 
 

@@ -4,6 +4,7 @@
 |----------------------------------------------------------|---------------------------------------|
 | losses.compute_topk_loss                                 | is verl's forward KL for every name   |
 | veomni's chunk_topk_distill_function                     | the same, from hidden states          |
+| model_forward_fused.linear_cross_entropy (Megatron)      | gets hidden states, gives log-probs   |
 | vllm_async_server.extract_prompt_logprobs                | drops a label's log-prob beyond the k |
 | async_sglang_server._extract_prompt_logprobs_sglang      | the same                              |
 | AsyncTeacherLLMServerManager                             |                                       |
@@ -34,6 +35,7 @@ _ON_HIDDEN = (
     "hidden_states", "weights", "labels", "teacher_topk_ids", "teacher_topk_log_probs",
     "chunk_size", "ignore_index", "shift_labels", "temperature", "log_prob_min_clamp",
 )  # fmt: skip
+_ON_HEAD = ("ctx", "hidden", "weight", "labels", "temperature", "reduction", "dist_process_group")
 _OF_VLLM = ("output", "num_prompt_logprobs", "result_dict")
 _OF_SGLANG = ("meta_info", "num_prompt_logprobs", "sequence_length", "result_dict")
 _OF_MANAGER = (
@@ -126,6 +128,38 @@ def take_over_hidden(cross_entropy: Any) -> None:
     replace_function(
         "veomni", cross_entropy, "chunk_topk_distill_function", ours,
         parameters=_ON_HIDDEN, expected="f9fb38d6ceef",
+    )  # fmt: skip
+
+
+def take_over_head(fused: Any, kernel: Any) -> None:
+    """Puts ours before `linear_cross_entropy`, which verl calls with the hidden states and this
+    rank's part of Megatron's head, for the request at hand. fused: verl's module that calls it;
+    kernel: the one that has it."""
+
+    def ours(original: Callable) -> Callable:
+        def linear_cross_entropy(hidden, weight, labels, temperature, reduction, group):
+            request = CURRENT.get()
+            if request is None:
+                return original(hidden, weight, labels, temperature, reduction, group)
+            hidden = hidden.flatten(0, -2)
+            if len(hidden) != len(request.labels):
+                raise NotImplementedError(
+                    f"Megatron has {len(hidden)} rows where the batch has {len(request.labels)}: a "
+                    "fused distillation loss takes no padding by pad_to_length or for fp8. Leave "
+                    "it out, or set actor_rollout_ref.model.use_fused_kernels=false"
+                )
+            if request.sums_d_hidden and hidden.requires_grad:
+                hidden.register_hook(lambda gradient: gradient / group.size())  # ours is the sum
+            found = request.of_head(hidden, weight, temperature=temperature, process_group=group)
+            names = ("distillation_losses", "student_mass", "teacher_mass")
+            request.found |= {name: found[name] for name in names if name in found}
+            return found["log_probs"], found.get("entropy", found["log_probs"])
+
+        return linear_cross_entropy
+
+    replace_function(
+        "verl", fused, "linear_cross_entropy", ours, source=kernel.LinearCrossEntropy.forward,
+        parameters=_ON_HEAD, expected="3f0631b40a0f",
     )  # fmt: skip
 
 
