@@ -21,6 +21,7 @@ from transformers import CohereConfig, CohereForCausalLM, PhiConfig, PhiForCausa
 
 from tropd_kernels.heads import read_head
 from tropd_kernels.trainer import TeacherServer, TeacherServerError, TrOPDConfig, server
+from tropd_kernels.trainer.progress import gives_whole
 from tropd_kernels.trainer.teacher_head import load_head
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
@@ -127,13 +128,22 @@ def test_an_evaluation(tmp_path, start):
     assert there.evaluate()["eval_loss"] == pytest.approx(expected["eval_loss"], rel=1e-4)
 
 
-def test_a_teacher_with_a_larger_vocabulary(tmp_path, start):
-    larger = dict(vocab_size=tiny.VOCAB + 8)
-    here = make(tmp_path, teacher=teacher(**larger), objective="gkd", **STEPS)
+@pytest.mark.parametrize("size", [tiny.VOCAB + 8, tiny.VOCAB - 6])
+def test_a_teacher_of_another_vocabulary(tmp_path, start, size):
+    """A server takes every id that its tokenizer has, also beyond a smaller head."""
+    here = make(tmp_path, teacher=teacher(vocab_size=size), objective="gkd", **STEPS)
     here.train()
-    there = remote(tmp_path, start(teacher(**larger)), objective="gkd", **STEPS)
+    there = remote(tmp_path, start(teacher(vocab_size=size)), objective="gkd", **STEPS)
     there.train()
+    assert there._shared_vocab_size == min(size, tiny.VOCAB)
     assert there.losses == pytest.approx(here.losses, rel=1e-4)
+
+
+def test_whole_distributions_are_watched():
+    config = lambda **more: TrOPDConfig("out", use_cpu=True, bf16=False, **more)
+    url = dict(teacher_model_server_url="http://teacher:8000")
+    assert gives_whole(config()) and gives_whole(config(**url, **STATES))
+    assert not gives_whole(config(**url))
 
 
 def test_requests_hold_no_more_than_they_may(start, monkeypatch):
