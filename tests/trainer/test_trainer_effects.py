@@ -23,7 +23,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
 _EFFECTIVE = """
 output_dir per_device_train_batch_size max_steps learning_rate
 lr_scheduler_type warmup_ratio optim weight_decay gradient_accumulation_steps
-max_grad_norm bf16 fp16 tf32 activation_checkpointing
+max_grad_norm bf16 tf32 activation_checkpointing
 activation_checkpointing_kwargs gradient_checkpointing use_liger_kernel neftune_noise_alpha
 torch_empty_cache_steps logging_strategy logging_first_step log_on_each_node
 logging_dir log_level log_level_replica disable_tqdm report_to run_name eval_strategy
@@ -99,6 +99,7 @@ SOMETIMES = {
     "eval_steps": (3, dict(eval_strategy="epoch"), dict(eval_strategy="steps")),
     "eval_delay": (2, {}, dict(eval_strategy="epoch")),
     "save_steps": (3, dict(save_strategy="no"), dict(save_strategy="steps")),
+    "fp16": (True, {}, None),
     "lr_scheduler_kwargs": ({"num_cycles": 2}, dict(lr_scheduler_type="constant_with_warmup"),
                             dict(lr_scheduler_type="cosine_with_restarts")),
 }  # fmt: skip

@@ -315,6 +315,23 @@ def test_columns_of_other_modalities(tmp_path, column):
 
 
 @pytest.mark.parametrize(
+    "part",
+    [
+        {"type": "video", "video": "a.mp4"}, {"type": "audio", "audio": "a.wav"},
+        {"type": "image_url", "image_url": {"url": "a.png"}}, {"type": "image", "url": "a.png"},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_parts_that_are_no_images(tmp_path, part):
+    """TRL reads images of one form."""
+    talk = [{"role": "user", "content": [part, {"type": "text", "text": "w1"}]}]
+    trainer = make(tmp_path, "qwen2_vl", [{"prompt": talk}] * 8)
+    words = f"^prompt: a part of type '{part['type']}' would not be read: .*'image': image"
+    with pytest.raises(ValueError, match=words):
+        trainer.train()
+
+
+@pytest.mark.parametrize(
     "row",
     [
         {"prompt": TALK, "image": None},

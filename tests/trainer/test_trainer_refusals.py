@@ -6,6 +6,7 @@ import dataclasses
 import json
 import math
 import re
+import warnings
 from types import SimpleNamespace
 
 import pytest
@@ -226,6 +227,15 @@ def test_prompts_of_every_kind():
     parts = [{"type": "image", "image": None}, {"type": "text", "text": "w1"}]
     for prompt in ("", "w1", [USER], [USER, CALL], [{"role": "user", "content": parts}]):
         check_prompts([{"prompt": prompt}] * 2)
+
+
+def test_a_prompt_with_its_answer():
+    """The student would write a second one behind it."""
+    answered = [USER, {"role": "assistant", "content": "w2"}]
+    with pytest.warns(UserWarning, match="^prompt: .* the assistant's.* take it out"):
+        check_prompts([{"prompt": answered}] * 2)
+    with warnings.catch_warnings(action="error"):
+        check_prompts([{"prompt": [*answered, USER]}, {"prompt": [USER]}])
 
 
 def test_text_and_messages_in_one_batch(tmp_path):

@@ -1,5 +1,6 @@
 """Data sets and prompts that are refused, each with what is wrong and what to do."""
 
+import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
 from typing import Any
 
@@ -102,7 +103,8 @@ def check_unread(
 #: TRL's columns of images, and columns of what it reads in no column.
 _IMAGES = {"image", "images"}
 _OTHERS = {"video", "videos", "audio", "audios", "pixel_values"}
-#: What the parts of a message show, by their types.
+#: What the parts of a message show, by their types; and the keys of images that TRL does not read.
+_ELSEWHERE = ("url", "path", "base64")
 _SHOWN = {
     "image": "images", "image_url": "images", "video": "videos", "video_url": "videos",
     "audio": "sounds", "audio_url": "sounds", "input_audio": "sounds",
@@ -155,6 +157,14 @@ def check_row_modalities(rows: Sequence[Mapping[str, Any]], processor: Any) -> N
         if not sees and (shown := (["images"] if _IMAGES & row.keys() else _shown(row))):
             why = _BLIND if shown[0] == "images" else f"{_OF_TEXT} drop such rows"
             raise ValueError(f"prompt: its {shown[0]} would not be read: {why}; in {row!r:.200}")
+        for part in _parts(row) if sees else ():
+            kind, elsewhere = part["type"], any(part.get(key) for key in _ELSEWHERE)
+            if kind in _SHOWN and (kind != "image" or (elsewhere and not part.get("image"))):
+                raise ValueError(
+                    f"prompt: a part of type {kind!r} would not be read: a prompt goes with images "
+                    "alone, in its column or as {'type': 'image', 'image': image}; in the row "
+                    f"{row!r:.200}"
+                )
         for column in sorted(unread & row.keys()):
             value = row[column]
             if value is not None and not (hasattr(value, "__len__") and len(value) == 0):
@@ -224,6 +234,7 @@ def check_rows(dataset: Any, batch: int, generations: int) -> None:
 
 def check_prompts(rows: Sequence[Mapping[str, Any]], column: str = "prompt") -> None:
     """Raises ValueError for a row whose prompt is neither text nor messages, and for a mixed batch.
+    Warns of messages that end with an answer.
 
     TRL decides by the first row of a batch which of the two all of its rows are.
     """
@@ -237,6 +248,12 @@ def check_prompts(rows: Sequence[Mapping[str, Any]], column: str = "prompt") -> 
                 "drop them"
             )
         firsts.setdefault(list if isinstance(prompt, list) else str, prompt)
+        if isinstance(prompt, list) and prompt[-1]["role"] == "assistant":
+            warnings.warn(
+                f"{column}: the last message is the assistant's, and the student writes another "
+                "after it: if it is the answer, take it out of the prompt",
+                stacklevel=5,  # TRL's call of the trainer's hook
+            )
     if len(firsts) > 1:
         raise ValueError(
             f"{column}: text and messages in one batch, {firsts[str]!r:.80} and "
@@ -286,7 +303,11 @@ def refuse_images(rows: Sequence[Mapping[str, Any]]) -> None:
 
 def _shown(row: Mapping[str, Any]) -> list[str]:
     """What the parts of a row's messages are besides text: images, videos, sounds."""
+    return [_SHOWN[part["type"]] for part in _parts(row) if part["type"] in _SHOWN]
+
+
+def _parts(row: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """The parts of which a row's messages consist."""
     messages = row["prompt"] if isinstance(row["prompt"], list) else []
     contents = [message.get("content") for message in messages]
-    parts = [part for content in contents if isinstance(content, list) for part in content]
-    return [_SHOWN[part["type"]] for part in parts if part["type"] in _SHOWN]
+    return [part for content in contents if isinstance(content, list) for part in content]

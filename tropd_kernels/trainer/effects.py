@@ -172,6 +172,8 @@ CONDITIONS = (
               "the optimizer {!r} does not take it", "choose one of Adam's kind", of="optim"),
     Condition(("adam_epsilon",), lambda a: _deepspeed(a) or _text(a.optim) not in NOT_ADAM | LION,
               "the optimizer {!r} does not take it", "choose one of Adam's kind", of="optim"),
+    Condition(("fp16",), lambda a: a.device.type != "cpu",
+              "on a CPU accelerate leaves the weights' own dtype", "set bf16"),
     Condition(("ds3_gather_for_generation",), _zero_3, "there is no DeepSpeed of ZeRO's stage 3"),
     Condition(("num_train_epochs",), lambda a: a.max_steps <= 0,
               "max_steps, {}, say where training ends", "leave those out", of="max_steps"),
