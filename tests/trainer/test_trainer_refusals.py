@@ -7,6 +7,7 @@ import json
 import math
 import re
 import warnings
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -236,6 +237,18 @@ def test_a_prompt_with_its_answer():
         check_prompts([{"prompt": answered}] * 2)
     with warnings.catch_warnings(action="error"):
         check_prompts([{"prompt": [*answered, USER]}, {"prompt": [USER]}])
+
+
+@pytest.mark.parametrize(
+    "data",
+    ["a.jsonl", Path("a.jsonl"), ["w1"] * 8, iter([{"prompt": "w1"}]), tiny.prompts().to_pandas()],
+    ids=["name", "path", "texts", "iterator", "frame"],
+)
+def test_what_is_no_data_set(tmp_path, data):
+    """It would fail at the first batch, in words of its own."""
+    words = f"^train_dataset: a {type(data).__name__} is no data set of rows: .*load_dataset"
+    with pytest.raises(ValueError, match=words):
+        make(tmp_path, data=data)
 
 
 def test_text_and_messages_in_one_batch(tmp_path):

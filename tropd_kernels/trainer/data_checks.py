@@ -2,6 +2,7 @@
 
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
+from os import PathLike
 from typing import Any
 
 from transformers import ProcessorMixin
@@ -59,6 +60,12 @@ def _check_dataset(argument: str, given: Any, columns: Sequence[str]) -> None:
     A streaming data set has no length.
     """
     for name, data, present in data_sets({argument: given}):
+        if _is_no_data_set(data):
+            raise ValueError(
+                f"{name}: a {type(data).__name__} is no data set of rows: give one of the package "
+                "datasets (load_dataset, Dataset.from_pandas, IterableDataset.from_generator), or "
+                "a list of mappings"
+            )
         if hasattr(data, "__len__") and len(data) == 0:
             raise ValueError(f"{name}: the data set is empty; expected rows with a 'prompt'")
         if present is None:
@@ -71,6 +78,15 @@ def _check_dataset(argument: str, given: Any, columns: Sequence[str]) -> None:
                 f"{name}: no column {', '.join(map(repr, missing))}; it has "
                 f"{', '.join(map(repr, present))}: {remedy}"
             )
+
+
+def _is_no_data_set(data: Any) -> bool:
+    """Whether it is a file's name, a frame of pandas, an iterator, or a list of other things than
+    rows."""
+    if isinstance(data, (str, PathLike, Iterator)) or hasattr(data, "iloc"):
+        return True
+    listed = isinstance(data, Sequence) and len(data) > 0
+    return listed and not isinstance(data[0], Mapping)
 
 
 def check_unread(
