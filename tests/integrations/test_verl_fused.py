@@ -16,7 +16,7 @@ from verl_engine import K, V, gradients, loss_function, make_batch
 
 from tropd_kernels import OPD, Divergence, TrOPD
 from tropd_kernels.integrations import verl as integration
-from tropd_kernels.integrations import verl_fused
+from tropd_kernels.integrations import verl_fused, verl_request
 from tropd_kernels.integrations.verl_batch import NEEDS_LABEL, RULES
 
 NAMES = [*integration.SAMPLED, *integration.TOP_K, *integration.TOP_K_AND_LABEL]
@@ -344,14 +344,14 @@ def test_in_bfloat16_the_teacher_and_the_draws_keep_their_digits(cpu, folder):
     """FSDP casts what a model's forward is given; what the loss is given is none of that."""
     seen = []
 
-    class Watch(verl_fused.Request):
+    class Watch(verl_request.Request):
         def of_head(self, hidden, weight, **head):
             seen.append((hidden.dtype, self.rows.teacher_log_probs.dtype, self.rows.uniforms.dtype))
             return super().of_head(hidden, weight, **head)
 
     engine = helper.make_engine(folder, True, dtype="bf16")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(verl_fused, "Request", Watch)
+        patch.setattr(verl_request, "Request", Watch)
         run(engine, True, "tropd")
     assert set(seen) == {(torch.bfloat16, torch.float32, torch.float32)}
 

@@ -20,8 +20,8 @@ from verl.workers.engine import MegatronEngineWithLMHead
 
 from .frameworks import check_parameters, check_version
 from .verl_batch import rows_of, rule_of
-from .verl_fused import asks, configs_of, request_of
 from .verl_replaced import CURRENT, as_megatron, take_over_head
+from .verl_request import asks, configs_of, request_of
 
 _OF_A_STEP = (
     "self",
