@@ -44,7 +44,7 @@ train: $(READY)
 	.venv/bin/tropd train --config examples/train/run.yaml --peft true --learning_rate 1e-3 --output_dir build/train/lora $(ARGS)
 	$(PY) -m examples.train.show build/train/full build/train/lora
 
-TESTS ?= tests
+TESTS = tests
 # One thread a worker, or the workers' torch threads fight over the cores.
 PYTEST = -m pytest -n $(WORKERS) --dist worksteal --timeout 300 -p no:benchmark
 test: $(READY)
