@@ -89,7 +89,10 @@ def run(engine, name, *, label=False, batch=None, actor=None, **settings):
     of_output = partial(
         engine.postprocess_micro_batch_func, forward_only=False, loss_function=function
     )
-    output, of_output = engine.forward_step(iter([data]), model, function, of_output)
+    step = partial(
+        engine.forward_step, logits_processor_func=function, postprocess_micro_batch_func=of_output
+    )  # as forward_backward_batch of verl names them
+    output, of_output = step(iter([data]), model)
     loss, found = of_output(output)
     loss.backward()
     return found | {"gradients": {n: p.grad.clone() for n, p in model.named_parameters()}}

@@ -40,7 +40,11 @@ class FusedMegatron:
     """What the engine has beside verl's."""
 
     def forward_step(
-        self, batch_iter: Iterator, model: Any, logits_processor_func: Any, of_output: Callable
+        self,
+        batch_iter: Iterator,
+        model: Any,
+        logits_processor_func: Any,
+        postprocess_micro_batch_func: Callable,
     ) -> tuple[Any, Callable]:
         """verl's of one micro-batch, with the loss in the model's forward if it is one of ours."""
         batch = next(batch_iter).to(get_device_id())
@@ -54,7 +58,7 @@ class FusedMegatron:
         CURRENT.set(request)
         try:
             output, loss = super().forward_step(  # type: ignore[misc]
-                iter([batch]), model, logits_processor_func, of_output
+                iter([batch]), model, logits_processor_func, postprocess_micro_batch_func
             )
         finally:
             CURRENT.set(None)
