@@ -7,10 +7,11 @@ import pytest
 pytest.importorskip("trl", reason="the trainer needs trl")
 
 import tiny
+from jinja2 import TemplateError
 from training import Spy
 
 from tropd_kernels.trainer import TrOPDConfig
-from tropd_kernels.trainer.chat_templates import check_template_keys
+from tropd_kernels.trainer.chat_templates import check_parts, check_template_keys
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
 #: Reads a switch, as Qwen3's does, a date with a default, as Llama 3's does, and documents.
@@ -114,12 +115,19 @@ WRITES = tiny.TEMPLATE.replace(
     "{% if m['content'] is string %}{{ m['content'] }}"
     "{% else %}{% for part in m['content'] %}{{ part['text'] }} {% endfor %}{% endif %}",
 )
+# As LLaVA's: of a content that is text it writes nothing.
+LISTS = tiny.TEMPLATE.replace(
+    "{{ m['content'] }}",
+    "{% for part in m['content'] | selectattr('type', 'equalto', 'text') %}"
+    "{{ part['text'] | trim }} {% endfor %}",
+)
+FIRST = WRITES.replace("m['content'] %}", "m['content'][:1] %}")
 
 
-@pytest.mark.parametrize("template", [PRINTS, DROPS, ADDS, WRITES])
+@pytest.mark.parametrize("template", [PRINTS, DROPS, ADDS, FIRST, WRITES, LISTS])
 @pytest.mark.parametrize("column", ["prompt", "teacher_prompt"])
 def test_contents_in_parts(tmp_path, template, column):
-    """A template for text prints the list as Python does, leaves it out, or fails."""
+    """A template for text prints the list as Python does, leaves it or a part out, or fails."""
     tokenizer = tiny.tokenizer()
     tokenizer.chat_template = template
     text, parts = "w1", [{"type": "text", "text": "w3"}, {"type": "text", "text": "w4"}]
@@ -132,13 +140,36 @@ def test_contents_in_parts(tmp_path, template, column):
     )  # fmt: skip
     data = tiny.Dataset.from_list(rows)
     trainer = Spy(tiny.model(0), tiny.model(1), args, data, processing_class=tokenizer)
-    if template == WRITES:
+    if template in (WRITES, LISTS):
         trainer.train()
         written = tokenizer.convert_tokens_to_ids(["<s>", "w3", "w4", "<|end|>", "<s>"])
         assert trainer.batches[0][f"{column}_ids"].tolist() == [written] * 4
         return
     with pytest.raises(ValueError, match="^chat template: it does not read .* parts.*'w3'.*text"):
         trainer.train()
+
+
+def render_check(content, template, role="user"):
+    tokenizer = tiny.tokenizer()
+    tokenizer.chat_template = template
+    check_parts([[{"role": role, "content": content}]], tokenizer)
+
+
+def test_a_template_s_own_error():
+    """It is raised of text, too, and keeps its words."""
+    own = "{% if messages[0]['role'] != 'user' %}{{ raise_exception('roles must alternate') }}"
+    for template in (PRINTS, WRITES):
+        with pytest.raises(TemplateError, match="^roles must alternate$"):
+            render_check([{"type": "text", "text": "w3"}], own + "{% endif %}" + template, "system")
+
+
+def test_text_that_a_template_leaves_out_or_trims():
+    """Thoughts, for instance: of text, too."""
+    no_thoughts = WRITES.replace("part['text']", "part['text'].split('</think>')[-1] | trim")
+    no_thoughts = no_thoughts.replace(
+        "{{ m['content'] }}", "{{ m['content'].split('</think>')[-1] | trim }}"
+    )
+    render_check([{"type": "text", "text": "<think>w3</think> w4 "}], no_thoughts)
 
 
 def test_keys_that_are_set_already():

@@ -97,40 +97,46 @@ def _cut_or_padded(given: Mapping[str, Any]) -> Iterator[str]:
 def check_parts(prompts: Iterable[Any], tokenizer: Any, **arguments: Any) -> None:
     """Raises ValueError for messages in parts of text, if the chat template does not read them.
 
-    Templates for text print such a list as Python does, or leave it out.
+    Templates for text print such a list as Python does, leave it or a part out, or fail. Of the
+    same contents as text a template may leave parts out, too, and raise errors of its own.
 
     arguments: of `apply_chat_template`.
     """
+
+    def render(messages: Any) -> str:
+        return tokenizer.apply_chat_template(messages, tokenize=False, **arguments)
+
     for prompt in prompts:
-        firsts = [_first_text(message.get("content")) for message in prompt]
-        if all(text is None for text in firsts):
+        listed = [m["content"] for m in prompt if isinstance(m.get("content"), list)]
+        texts = [text.strip() for content in listed for text in _texts(content)]
+        if not texts:
             continue
-        # One part of each message: how several are joined is the template's own.
-        ways: list[list[Any]] = [
-            [one if text is None else one | {"content": made(text)}
-             for one, text in zip(prompt, firsts)]
-            for made in (str, lambda text: [{"type": "text", "text": text}])
-        ]  # fmt: skip
         try:
-            as_text, as_parts = (
-                tokenizer.apply_chat_template(way, tokenize=False, **arguments).split()
-                for way in ways
-            )
+            rendered = render(prompt)
         except (TemplateError, TypeError):
-            as_text, as_parts = [], None
-        if as_parts != as_text:
+            rendered = ""
+        printed = any(repr(content) in rendered for content in listed)
+        missing = [text for text in texts if text not in rendered]
+        if missing and not printed:
+            as_text = render([_as_text(message) for message in prompt])
+            missing = [text for text in missing if text in as_text]
+        if printed or missing:
             raise ValueError(
                 "chat template: it does not read a content that is a list of parts, as in "
                 f"{prompt!r:.200}: write each message's content as text"
             )
 
 
-def _first_text(content: Any) -> str | None:
-    """The first text among the parts of a message; None for a content that has no parts."""
+def _as_text(message: Mapping[str, Any]) -> Mapping[str, Any]:
+    content = message.get("content")
     if not isinstance(content, list):
-        return None
-    texts = [part["text"] for part in content if isinstance(part.get("text"), str)]
-    return texts[0] if texts else ""
+        return message
+    return {**message, "content": "\n".join(_texts(content))}
+
+
+def _texts(content: Iterable[Any]) -> list[str]:
+    """The texts among the parts of a message."""
+    return [part["text"] for part in content if isinstance(part.get("text"), str)]
 
 
 def _templates(own: Any, tools: Collection[Any]) -> Iterator[str]:
