@@ -28,9 +28,11 @@ DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.
 
 @contextlib.contextmanager
 def serve(
-    model, tokenizer, *, max_model_len=None, name="teacher", api_key=None, task="token_embed"
-):
-    """Served while the block runs. task: as in --pooler-config."""
+    model, tokenizer, *, max_model_len=None, name="teacher", api_key=None, task="token_embed",
+    root=None,
+):  # fmt: skip
+    """Served while the block runs. task: as in --pooler-config; root: what is served, as --model
+    names it."""
     served, lock = Served(), threading.Lock()
     faults = served.faults
     context = max_model_len or model.config.max_position_embeddings
@@ -40,8 +42,8 @@ def serve(
         if path == "/v1/models" and body is None:
             if faults.models is not OWN:
                 return {"object": "list", "data": faults.models}
-            own = {"id": name, "object": "model", "owned_by": "vllm", "root": name, "parent": None,
-                   "max_model_len": context}  # fmt: skip
+            own = {"id": name, "object": "model", "owned_by": "vllm", "root": root or name,
+                   "parent": None, "max_model_len": context}  # fmt: skip
             return {"object": "list", "data": [own]}
         if path == "/tokenize" and body is not None:
             special = body.get("add_special_tokens", True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import contextlib
 import json
+import warnings
 
 import pytest
 
@@ -17,7 +18,13 @@ import torch
 import urllib3
 from safetensors.torch import load_file, save_file
 from training import make, step_and_compare, unloadable
-from transformers import CohereConfig, CohereForCausalLM, PhiConfig, PhiForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    CohereConfig,
+    CohereForCausalLM,
+    PhiConfig,
+    PhiForCausalLM,
+)
 
 from tropd_kernels.heads import read_head
 from tropd_kernels.trainer import TeacherServer, TeacherServerError, TrOPDConfig, server
@@ -53,6 +60,7 @@ def start(tmp_path, monkeypatch):
         def begin(model=None, **settings):
             model = teacher() if model is None else model
             model.save_pretrained(tmp_path / "served")
+            settings.setdefault("root", str(tmp_path / "served"))
             running = served_states.serve(model, tiny.tokenizer(), **settings)
             return stack.enter_context(running), str(tmp_path / "served")
 
@@ -212,6 +220,33 @@ def test_a_checkpoint_without_a_head(tmp_path):
         load_head(str(tmp_path), TrOPDConfig("out", use_cpu=True))
 
 
+@pytest.mark.parametrize("root", ["org/served", "served/", None, "org/base", "/models/served-base"])
+def test_another_checkpoint_than_the_served_one(tmp_path, start, root):
+    """Of the same width it could not be seen in the states."""
+    running, checkpoint = start()
+    entry = {"id": "teacher", "owned_by": "vllm", "root": root}
+    running.faults.models = [entry if root else {"id": "teacher", "owned_by": "vllm"}]
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        remote(tmp_path, (running, checkpoint), objective="gkd")
+    told = [str(one.message) for one in caught if str(one.message).startswith("teacher_model:")]
+    if root and "base" in root:
+        (words,) = told
+        assert checkpoint in words and repr(root) in words
+    else:
+        assert not told
+
+
+def test_an_adapter_has_no_head(tmp_path, start):
+    peft = pytest.importorskip("peft")
+    running, checkpoint = start()
+    base = AutoModelForCausalLM.from_pretrained(checkpoint)
+    adapted = peft.get_peft_model(base, peft.LoraConfig(target_modules=["q_proj"]))
+    adapted.save_pretrained(tmp_path / "adapter")
+    with pytest.raises(ValueError, match=r"^teacher_model: .*is an adapter: .*merged checkpoint"):
+        remote(tmp_path, (running, str(tmp_path / "adapter")), objective="gkd")
+
+
 # --- what is refused ---------------------------------------------------------------------------
 
 
@@ -272,7 +307,7 @@ def test_such_a_server_writes_nothing(tmp_path, start, guide):
 
 def test_the_checkpoint_is_missing(tmp_path, start):
     running, _ = start()
-    for given in (None, teacher()):
+    for given in (None, teacher(), "self"):
         with pytest.raises(ValueError, match=r"^teacher_model: .*checkpoint that is served"):
             make(tmp_path, unloadable(tmp_path), given, objective="gkd", **STATES,
                  teacher_model_server_url=running.url)  # fmt: skip
@@ -296,6 +331,18 @@ def test_servers_that_do_not_fit(tmp_path, start, settings, words):
         make(tmp_path, unloadable(tmp_path), checkpoint, objective="gkd", **STATES,
              max_completion_length=11, teacher_model_server_url=running.url,
              teacher_model_name_or_path="teacher")  # fmt: skip
+
+
+@pytest.mark.parametrize("key", ["dtype", "attn_implementation", "device_map"])
+def test_options_that_no_head_is_loaded_with(tmp_path, start, key):
+    running, checkpoint = start()
+    words = f"^teacher_model_init_kwargs: '{key}' would have no effect: .* head"
+    with pytest.raises(ValueError, match=words):
+        make(tmp_path, unloadable(tmp_path), checkpoint, objective="gkd", **STATES,
+             teacher_model_server_url=running.url,
+             teacher_model_init_kwargs={key: "auto", "local_files_only": True})  # fmt: skip
+    with pytest.raises(ValueError, match="^special_token_map: .* no teacher is loaded"):
+        remote(tmp_path, (running, checkpoint), special_token_map={"<s>": "<|end|>"})
 
 
 def test_a_server_of_log_probs(tmp_path):

@@ -241,8 +241,15 @@ def test_a_prompt_with_its_answer():
 
 @pytest.mark.parametrize(
     "data",
-    ["a.jsonl", Path("a.jsonl"), ["w1"] * 8, iter([{"prompt": "w1"}]), tiny.prompts().to_pandas()],
-    ids=["name", "path", "texts", "iterator", "frame"],
+    [
+        "a.jsonl",
+        Path("a.jsonl"),
+        ["w1"] * 8,
+        iter([{"prompt": "w1"}]),
+        tiny.prompts().to_pandas(),
+        lambda: iter([{"prompt": "w1"}]),
+    ],
+    ids=["name", "path", "texts", "iterator", "frame", "generator function"],
 )
 def test_what_is_no_data_set(tmp_path, data):
     """It would fail at the first batch, in words of its own."""

@@ -11,10 +11,11 @@ import torch
 
 pytest.importorskip("trl", reason="the trainer needs trl")
 
+import served_states
 import tiny
 from training import make
 
-from tropd_kernels.trainer import TrOPDConfig, TrOPDTrainer
+from tropd_kernels.trainer import TeacherServerError, TrOPDConfig, TrOPDTrainer
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
 REFUSED = "teacher_model: its tokenizer is not the student's"
@@ -63,6 +64,22 @@ def test_the_tokenizer_of_the_teacher_s_revision(tmp_path, hub):
     shutil.copy(hub / "refs" / "other", hub / "refs" / "main")
     for key, value in (("model_revision", "ours"), ("model_init_kwargs", {"revision": "ours"})):
         assert teacher_size(tmp_path, **{f"teacher_{key}": value}) == SIZES["ours"]
+
+
+@pytest.mark.parametrize(
+    "place",
+    [dict(teacher_model_revision="other"), dict(teacher_model_init_kwargs={"revision": "other"})],
+)
+def test_the_head_of_a_served_revision(tmp_path, hub, place):
+    """The states of one revision go with the head of that revision."""
+    served = tiny.model(1, hidden_size=SIZES["other"])
+    with served_states.serve(served, tiny.tokenizer(), root="me/model") as running:
+        states = dict(teacher_server_protocol="vllm_hidden_states", objective="gkd")
+        states["teacher_model_server_url"] = running.url
+        trainer = make(tmp_path, teacher="me/model", **states, **place)
+        assert trainer._server.head.weight.shape[1] == SIZES["other"]
+        with pytest.raises(TeacherServerError, match="of width 16"):
+            make(tmp_path, teacher="me/model", **states)
 
 
 def test_the_tokenizer_of_the_teacher_s_cache(tmp_path, hub):

@@ -81,9 +81,11 @@ def _check_dataset(argument: str, given: Any, columns: Sequence[str]) -> None:
 
 
 def _is_no_data_set(data: Any) -> bool:
-    """Whether it is a file's name, a frame of pandas, an iterator, or a list of other things than
-    rows."""
+    """Whether it is a file's name, a frame of pandas, an iterator or a function that makes one, or
+    a list of other things than rows."""
     if isinstance(data, (str, PathLike, Iterator)) or hasattr(data, "iloc"):
+        return True
+    if not hasattr(data, "__getitem__") and not hasattr(data, "__iter__"):
         return True
     listed = isinstance(data, Sequence) and len(data) > 0
     return listed and not isinstance(data[0], Mapping)

@@ -15,6 +15,7 @@ from ..backends import has_row_engine
 from ..objectives.registry import rewarded
 from .data_checks import data_sets
 from .optimizers import LION, NO_OPTIM_ARGS, NOT_ADAM, WARM_BY_THEMSELVES
+from .protocols import sends_states
 from .recipes import describe, how_to_unset, sets
 from .schedules import arguments_of
 from .teacher_prompts import COLUMN
@@ -235,6 +236,8 @@ _OF_A_SCHEDULER = ("lr_scheduler_type", "lr_scheduler_kwargs", "warmup_ratio", "
 _STEP_WITH_THE_LOSS = {"lomo", "adalomo"}
 #: Settings of a teacher that is loaded into this process.
 OF_LOADED_TEACHER = ("teacher_model_init_kwargs", "teacher_model_revision", "special_token_map")
+#: Those that also say where the head of a served teacher is.
+OF_SERVED_HEAD = {"teacher_model_init_kwargs", "teacher_model_revision"}
 
 
 def check_effects(args: Any) -> None:
@@ -252,8 +255,12 @@ def check_effects(args: Any) -> None:
             )
     if not args.loads_teacher:
         source = "precomputed_teacher" if args.precomputed_teacher else "teacher_model_server_url"
-        also = ("teacher_model_name_or_path",) if args.precomputed_teacher else ()
-        refuse(args, (*OF_LOADED_TEACHER, *also), f"with {source} no teacher is loaded")
+        unread = {*OF_LOADED_TEACHER}
+        if args.precomputed_teacher:
+            unread.add("teacher_model_name_or_path")
+        elif sends_states(args.teacher_server_protocol):
+            unread -= OF_SERVED_HEAD
+        refuse(args, unread, f"with {source} no teacher is loaded")
 
 
 def check_conditions(args: Any) -> None:

@@ -5,6 +5,8 @@ its context. So a run does not stop at its first step, or train on texts that we
 """
 
 import random
+import warnings
+from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
@@ -45,6 +47,7 @@ class ServedTeacher(TeacherServer):
         self._args = args
         if isinstance(self.protocol, VLLMHiddenStates) and args.uses_teacher:
             self.head = self.protocol.head = load_head(checkpoint, args)
+            self._compare(checkpoint)
         self.scores, self.is_asked = args.uses_teacher, args.uses_teacher or writes
         if self.is_asked:
             self._check_room(1, args.max_completion_length or 0, "the shortest prompt, of 1 token,")
@@ -53,6 +56,17 @@ class ServedTeacher(TeacherServer):
             self.check_scores(top_k, min(args.max_completion_length or 1, _PROBE_TOKENS))
         if writes:
             self.check_text(**self._sampling())
+
+    def _compare(self, checkpoint: str) -> None:
+        """Warns of a head that is not the served model's, by the name of its folder."""
+        root = self._models.get(self.model, {}).get("root")
+        if isinstance(root, str) and Path(root).name != Path(checkpoint).name:
+            warnings.warn(
+                f"teacher_model: the head is that of {checkpoint}, and the server has {root!r} as "
+                f"{self.model!r}: if that is another checkpoint, the teacher's distributions are "
+                "wrong: give the served one",
+                stacklevel=4,  # the trainer's caller
+            )
 
     def count_ids(self, most: int) -> int:
         """Number of the ids 0 ... most - 1 that the teacher has, and its head."""

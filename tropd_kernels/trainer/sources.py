@@ -84,13 +84,8 @@ def teacher_to_load(teacher_model: Any, args: Any) -> Any:
     args: a `TrOPDConfig`. Raises ValueError for settings without effect, and a missing teacher.
     """
     if sends_states(args.teacher_server_protocol):
-        if isinstance(teacher_model, str):
-            return None
-        raise ValueError(
-            "teacher_model: by a teacher_server_protocol of hidden states it is the name or folder "
-            "of the checkpoint that is served, of which the head is loaded: got "
-            f"{'none' if teacher_model is None else f'a {type(teacher_model).__name__}'}"
-        )
+        _check_served_head(teacher_model, args)
+        return None
     if not args.loads_teacher:
         if teacher_model is None:
             return None
@@ -110,6 +105,25 @@ def teacher_to_load(teacher_model: Any, args: Any) -> Any:
     if loaded is None:
         refuse(args, OF_LOADED_TEACHER, "there is no teacher_model")
     return loaded
+
+
+def _check_served_head(teacher_model: Any, args: Any) -> None:
+    """Raises ValueError for what is no checkpoint's name, and for options that no head has."""
+    if not isinstance(teacher_model, str) or is_self(teacher_model):
+        got = f"a {type(teacher_model).__name__}"
+        if teacher_model is None or is_self(teacher_model):
+            got = "none" if teacher_model is None else repr(teacher_model)
+        raise ValueError(
+            "teacher_model: by a teacher_server_protocol of hidden states it is the name or folder "
+            f"of the checkpoint that is served, of which the head is loaded: got {got}"
+        )
+    for key in args.teacher_model_init_kwargs or ():
+        if key not in (*PLACE, *CODE):
+            raise ValueError(
+                f"teacher_model_init_kwargs: {key!r} would have no effect: of a teacher that sends "
+                "hidden states the head is loaded, as it is in the checkpoint: leave it out; "
+                f"{', '.join((*PLACE, *CODE))} are read"
+            )
 
 
 def check_revisions(args: Any) -> None:

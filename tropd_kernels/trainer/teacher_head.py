@@ -13,7 +13,7 @@ from transformers import AutoConfig
 from transformers.utils.hub import cached_file
 
 from ..heads import Head, read_head
-from .sources import CODE, PLACE, model_class, named_errors, pick, teacher_options
+from .sources import CODE, PLACE, adapter_base, model_class, named_errors, pick, teacher_options
 
 _ONE_FILE = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
@@ -29,6 +29,11 @@ def load_head(name: str, args: Any) -> Head:
     options = teacher_options(args)
     place = pick(options, PLACE)
     with named_errors(f"teacher_model: the head of {name}"):
+        if (base := adapter_base(name, options)) is not None:
+            raise ValueError(
+                f"it is an adapter: merge it into {base} (merge_and_unload, save_pretrained), and "
+                "serve and give that merged checkpoint"
+            )
         kind = model_class(name, options)
         config = AutoConfig.from_pretrained(name, **pick(options, (*PLACE, *CODE)))
         with torch.device("meta"):
