@@ -227,13 +227,16 @@ def test_knobs_are_the_constructor_s(name):
         ({"teacher_model_server_url": URL, "objective": "gkd"},
          "teacher_model_server_url: objective 'gkd': TokenRule"),
         ({"teacher_model_server_url": URL, "objective_kwargs": {"top_k": None}},
-         "or set top_k. A HiddenTeacher is a teacher_model that is loaded"),
+         "A HiddenTeacher is a teacher_model that is loaded in this process, or by "
+         "teacher_server_protocol 'vllm_hidden_states' a served one"),
         ({"teacher_model_server_url": URL, "objective": "reverse_kl",
           "objective_kwargs": {"top_k": 4, "top_k_ids": "student"}},
          "which a TopKTeacher does not score"),
         ({"objective": "reverse_kl", "objective_kwargs": {"top_k_ids": "given"}},
          "which no config holds"),
-        ({"teacher_model_server_url": URL, "temperature": 0.7}, "temperature: a server gives"),
+        ({"teacher_model_server_url": URL, "temperature": 0.7},
+         "temperature: a server of log-probs gives those at temperature 1, not 0.7: set "
+         "temperature 1, or teacher_server_protocol 'vllm_hidden_states'"),
         ({"teacher_model_server_url": URL, "precomputed_teacher": True}, "give one of them"),
         ({"teacher_server_retries": -1}, "teacher_server_retries: must be a whole number"),
         ({"teacher_server_concurrency": 0}, "teacher_server_concurrency: must be"),

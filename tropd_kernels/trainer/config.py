@@ -193,7 +193,7 @@ class TrOPDConfig(DistillationConfig):
     teacher_sync_steps: int = _setting("optimizer steps from one such update to the next.", 1)
     teacher_model_server_url: str | None = _setting(
         "a teacher behind HTTP, on vLLM or SGLang, instead of one in this process: for objectives "
-        "of K1 and the teacher's top-k, at temperature 1. "
+        "of K1 and the teacher's top-k at temperature 1, by 'vllm_hidden_states' for all. "
         "`teacher_model_name_or_path` is then the served name, if the server has several. Its "
         "tokenizer is checked where the server offers /tokenize, its log-probs by a first request "
         "before a model is loaded, and each prompt against the context that it states: it needs "

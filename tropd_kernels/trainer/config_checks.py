@@ -15,7 +15,7 @@ from .credentials import check_address
 from .effects import check_effects, refuse
 from .generation_keys import check_generation_keys
 from .prefix import SCHEDULES, shrinking_steps
-from .protocols import PROTOCOLS, sends_states
+from .protocols import PROTOCOLS, VLLMHiddenStates, sends_states
 from .sampling import settings
 from .schedules import check_schedule
 from .signals import check_served
@@ -318,6 +318,10 @@ def check_sample(config: Config) -> None:
         raise ValueError(f"{key}: {str(error).removeprefix(f'{key} ')}") from error
 
 
+#: With which a served teacher gives whole distributions.
+_WHOLE = f"teacher_server_protocol {VLLMHiddenStates.name!r}"
+
+
 def check_teacher(config: Config) -> None:
     source = "teacher_model_server_url" if config.teacher_model_server_url else None
     if config.precomputed_teacher:
@@ -341,17 +345,19 @@ def check_teacher(config: Config) -> None:
             for rule in config.rules():
                 check_served(rule)
         except ValueError as error:
+            remedy = "" if config.precomputed_teacher else f", or by {_WHOLE} a served one"
             raise ValueError(
                 f"{what}: {error}. A HiddenTeacher is a teacher_model that is loaded in this "
-                "process"
+                f"process{remedy}"
             ) from error
     url = config.teacher_model_server_url
     if url is not None:
         check_address("teacher_model_server_url", url)
     if url and not states and config.temperature != 1:
         raise ValueError(
-            f"temperature: a server gives log-probs at temperature 1, not {config.temperature}: "
-            "set temperature 1, or load the teacher in this process"
+            "temperature: a server of log-probs gives those at temperature 1, not "
+            f"{config.temperature}: set temperature 1, or {_WHOLE}, or load the teacher in this "
+            "process"
         )
     if config.special_token_map is not None:
         check_map(config.special_token_map)

@@ -29,7 +29,7 @@ from transformers.utils.peft_utils import find_adapter_config_file
 
 from .effects import OF_LOADED_TEACHER, refuse
 from .patching import replaced
-from .protocols import sends_states
+from .protocols import VLLMHiddenStates, sends_states
 from .self_teacher import is_self
 
 #: Options of `from_pretrained` that say where files are ...
@@ -91,7 +91,8 @@ def teacher_to_load(teacher_model: Any, args: Any) -> Any:
             return None
         raise ValueError(
             "teacher_model: teacher_model_server_url and precomputed_teacher stand for the "
-            "teacher: give one of the three"
+            "teacher: give one of the three, or the served checkpoint with teacher_server_protocol "
+            f"{VLLMHiddenStates.name!r}"
         )
     check_one_teacher(teacher_model, args)
     loaded = args.teacher_model_name_or_path if teacher_model is None else teacher_model
