@@ -226,6 +226,10 @@ def test_tinker_s_forms_are_told_apart(tokens):
         datum = SimpleNamespace(loss_fn_inputs={"teacher_logprobs": Field(given)})
         with pytest.raises(ValueError, match=form):
             custom_loss(objective, **knobs)([datum], [given])
+    given = log_probs[0][:, None].expand(-1, K - 1)
+    datum = SimpleNamespace(loss_fn_inputs={"teacher_logprobs": Field(given)})
+    with pytest.raises(ValueError, match=f"tinker: .*{K - 1} ids a token.*top_k={K}"):
+        custom_loss("forward_kl", top_k=K)([datum], [given])
     for objective, knobs, why in (
         ("tropd", {}, "policy_gradient, gate reads more"),
         ("gkd", {}, "needs more of the teacher"),

@@ -18,7 +18,6 @@ as on the whole vocabulary. mask is (T) in either case.
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -76,13 +75,18 @@ def custom_loss(objective: str = "opd", seed: int = 0, **knobs: Any) -> Any:
 def top_k_loss(log_probs: Tensor, teacher: Tensor, counted: Tensor, rule: TokenRule) -> Tensor:
     """The sum over the tokens that count, of log-probs (T, K) of both sides."""
     k = log_probs.shape[1]
+    if k != rule.top_k:
+        raise ValueError(
+            f"tinker: target_tokens has {k} ids a token, and the objective top_k={rule.top_k}: "
+            "give both the same"
+        )
     least = torch.finfo(log_probs.dtype).tiny
     rest = (-log_probs.logsumexp(-1, keepdim=True).expm1()).clamp_min(least).log()
     logits = torch.cat([log_probs, rest], 1)
     ids = torch.arange(k, device=logits.device).expand(len(logits), k)
     labels = torch.zeros_like(ids[:, 0]).masked_fill(~counted, -100)  # which the rule does not read
     answers = TopKTeacher(ids, teacher, teacher[:, 0])
-    return distillation_loss(logits, labels, answers, replace(rule, top_k=k), reduction="sum").loss
+    return distillation_loss(logits, labels, answers, rule, reduction="sum").loss
 
 
 def check_top_k(where: str, rule: TokenRule) -> None:
