@@ -2,6 +2,7 @@
 logits. The model is Megatron's own, on a CPU, with another decoder: its attention to packed rows
 wants a GPU."""
 
+import copy
 import sys
 from functools import partial
 from types import SimpleNamespace
@@ -75,14 +76,17 @@ def make_engine(fused, sequence_parallel):
     return engine
 
 
-def run(engine, name, *, label=False, batch=None, actor=None, **settings):
-    """Loss, metrics, and gradients of one micro-batch."""
+def run(engine, name, *, label=False, batch=None, actor=None, unsaid=False, **settings):
+    """Loss, metrics, and gradients of one micro-batch. unsaid: it leaves use_fused_kernels to the
+    engine."""
     from verl.utils import tensordict_utils as tu
 
     fused = engine.engine_config.use_fused_kernels
     form = "sampled" if name in integration.SAMPLED else "top_k"
     data = make_batch(form, fused, label=label, vocab=V, **(batch or {}))
     tu.assign_non_tensor(data, num_micro_batch=1, dp_size=1, batch_num_tokens=17)
+    if unsaid:
+        data.pop("use_fused_kernels")
     function = loss_function(name, dict(strategy="megatron", **(actor or {})), **settings)
     (model,) = engine.module
     model.zero_grad()
@@ -190,3 +194,47 @@ def test_another_function_of_the_head_is_named(here):
     with pytest.raises(RuntimeError, match="linear_cross_entropy is .hidden., expected .ctx"):
         verl_replaced.take_over_head(fused, kernel)
     assert "tropd_kernels.integrations.verl_megatron" in sys.modules
+
+
+def test_a_batch_that_does_not_say_whether_is_computed_as_the_engine_is(here):
+    theirs, ours = (make_engine(fused, False) for fused in (False, True))
+    assert_same(*(run(e, "tropd", unsaid=True) for e in (ours, theirs)))
+
+
+@pytest.mark.parametrize(
+    ("fused", "name"), [(True, "tropd"), (True, "tropd_opd"), (False, "tropd")]
+)
+def test_rows_that_lie_otherwise_are_refused(here, monkeypatch, fused, name):
+    """Without fused kernels only a top-k teacher's: verl lays out a sampled one's itself."""
+    from megatron.core import parallel_state
+
+    engine = make_engine(fused, False)
+    with monkeypatch.context() as patch:
+        patch.setattr(parallel_state, "get_context_parallel_world_size", lambda: 2)
+        engine.tf_config.experimental_attention_variant = "dsv4_hybrid"
+        with pytest.raises(NotImplementedError, match="'zigzag'.*'contiguous'"):
+            run(engine, name)
+    engine = make_engine(fused, False)
+    engine.engine_config.dynamic_context_parallel = True
+    with pytest.raises(NotImplementedError, match="no dynamic_context_parallel"):
+        run(engine, name)
+
+
+def test_rows_that_verl_lays_out_may_lie_otherwise(here):
+    engine = make_engine(False, False)
+    engine.engine_config.dynamic_context_parallel = True
+    with pytest.raises(RuntimeError, match="Dynamic CP micro-batch is missing local_cp_size"):
+        run(engine, "tropd_opd")  # verl's own check, behind ours
+
+
+def test_another_megatron_engine_leaves_verl_s_and_the_others_ours(here, monkeypatch):
+    from verl.workers.engine import EngineRegistry
+
+    monkeypatch.setattr(EngineRegistry, "_engines", copy.deepcopy(EngineRegistry._engines))
+    monkeypatch.delitem(sys.modules, "tropd_kernels.integrations.verl_megatron")
+    monkeypatch.setattr(verl_fused.MegatronEngineWithLMHead, "forward_step", lambda self: None)
+    with pytest.warns(UserWarning, match="megatron engine.*forward_step is .self., expected"):
+        verl_fused.register_engines((("cpu", "another"),))
+    engines = EngineRegistry._engines["language_model"]
+    assert engines["fsdp"]["cpu", "another"] is verl_fused.FusedEngine
+    assert ("cpu", "another") not in engines["megatron"]

@@ -1,6 +1,7 @@
 """VeOmni's hook: its own function of hidden states, from its source, and a double of verl's engine
 for it, for VeOmni's models want another transformers than this one."""
 
+import copy
 import importlib.util
 import sys
 from pathlib import Path
@@ -84,6 +85,18 @@ def test_a_veomni_of_another_version_is_named(kernels):
         RuntimeError, match="chunk_topk_distill_function is .hidden_states, weights"
     ):
         verl_replaced.take_over_hidden(kernels)
+
+
+def test_another_veomni_leaves_verl_s_engine_and_the_others_ours(kernels, monkeypatch):
+    from verl.workers.engine import EngineRegistry
+
+    monkeypatch.setattr(EngineRegistry, "_engines", copy.deepcopy(EngineRegistry._engines))
+    monkeypatch.setattr(verl_fused, "VeOmniEngineWithLMHead", type("Engine", (), {}))
+    with pytest.warns(UserWarning, match="veomni engine.*chunk_topk_distill_function is missing"):
+        verl_fused.register_engines((("cpu", "another"),))
+    engines = EngineRegistry._engines["language_model"]
+    assert engines["fsdp"]["cpu", "another"] is verl_fused.FusedEngine
+    assert ("cpu", "another") not in engines.get("veomni", {})
 
 
 @pytest.mark.parametrize("name", ["tropd", "tropd_forward_kl", "tropd_opd"])

@@ -19,6 +19,7 @@ the head as a unit of its own (verl#5633), and its log-probs then come from here
 from __future__ import annotations
 
 import functools
+import warnings
 from dataclasses import dataclass
 from typing import Any
 
@@ -208,21 +209,37 @@ def check_engine(engine: type) -> None:
         check_parameters("verl", engine, name, parameters)
 
 
+def veomni_engine() -> type:
+    """The engine for veomni."""
+    from veomni.ops.kernels import cross_entropy
+
+    check_version("veomni")
+    take_over_hidden(cross_entropy)
+    return type("FusedVeOmniEngine", (FusedVeOmni, VeOmniEngineWithLMHead), {})
+
+
+def megatron_engine() -> type:
+    """The engine for megatron."""
+    from .verl_megatron import FusedMegatronEngine
+
+    return FusedMegatronEngine
+
+
 def register_engines(platforms: tuple = PLATFORMS) -> None:
     """Makes verl take `FusedEngine` for fsdp and fsdp2, and their likes for veomni and megatron,
-    where these are there."""
+    where these are there. One of the latter that is another than was read is warned of and stays
+    verl's: FSDP needs none of it."""
     check_engine(FSDPEngineWithLMHead)
     engines: dict[str, type] = {"fsdp": FusedEngine, "fsdp2": FusedEngine}
-    if VeOmniEngineWithLMHead is not None:
-        from veomni.ops.kernels import cross_entropy
-
-        check_version("veomni")
-        take_over_hidden(cross_entropy)
-        engines["veomni"] = type("FusedVeOmniEngine", (FusedVeOmni, VeOmniEngineWithLMHead), {})
-    if MegatronEngineWithLMHead is not None:
-        from .verl_megatron import FusedMegatronEngine
-
-        engines["megatron"] = FusedMegatronEngine
+    for strategy, verls, ours in (
+        ("veomni", VeOmniEngineWithLMHead, veomni_engine),
+        ("megatron", MegatronEngineWithLMHead, megatron_engine),
+    ):
+        if verls is not None:
+            try:
+                engines[strategy] = ours()
+            except (ImportError, RuntimeError) as why:
+                warnings.warn(f"verl's {strategy} engine stays verl's own: {why}", stacklevel=2)
     for strategy, engine in engines.items():
         known = EngineRegistry._engines["language_model"][strategy]
         for device, vendor in platforms:
