@@ -169,7 +169,8 @@ def test_text_that_a_template_leaves_out_or_trims():
     no_thoughts = no_thoughts.replace(
         "{{ m['content'] }}", "{{ m['content'].split('</think>')[-1] | trim }}"
     )
-    render_check([{"type": "text", "text": "<think>w3</think> w4 "}], no_thoughts)
+    for texts in (["<think>w3</think> w4 "], ["w3\n", "w4"]):
+        render_check([{"type": "text", "text": text} for text in texts], no_thoughts)
 
 
 def test_keys_that_are_set_already():
