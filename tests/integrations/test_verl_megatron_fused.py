@@ -64,7 +64,8 @@ def make_engine(fused, sequence_parallel):
     engine = object.__new__(kind)
     engine.engine_config = SimpleNamespace(
         use_fused_kernels=fused, use_remove_padding=True, pad_to_length=False,
-        dynamic_context_parallel=False, entropy_from_logits_with_chunking=False,
+        dynamic_context_parallel=False, context_parallel_size=1, pad_bshd_to_minibatch_max=False,
+        entropy_from_logits_with_chunking=False,
     )  # fmt: skip
     engine.model_config = SimpleNamespace(
         hf_config=SimpleNamespace(architectures=["Qwen3ForCausalLM"]),
@@ -79,27 +80,32 @@ def make_engine(fused, sequence_parallel):
 def run(engine, name, *, label=False, batch=None, actor=None, unsaid=False, **settings):
     """Loss, metrics, and gradients of one micro-batch. unsaid: it leaves use_fused_kernels to the
     engine."""
-    from verl.utils import tensordict_utils as tu
+    from verl.workers.engine.megatron import transformer_impl
 
     fused = engine.engine_config.use_fused_kernels
     form = "sampled" if name in integration.SAMPLED else "top_k"
-    data = make_batch(form, fused, label=label, vocab=V, **(batch or {}))
-    tu.assign_non_tensor(data, num_micro_batch=1, dp_size=1, batch_num_tokens=17)
+    data = make_batch(
+        form, fused, label=label, vocab=V, micro_batch_size_per_gpu=4, **(batch or {})
+    )
     if unsaid:
         data.pop("use_fused_kernels")
     function = loss_function(name, dict(strategy="megatron", **(actor or {})), **settings)
     (model,) = engine.module
     model.zero_grad()
-    of_output = partial(
-        engine.postprocess_micro_batch_func, forward_only=False, loss_function=function
-    )
-    step = partial(
-        engine.forward_step, logits_processor_func=function, postprocess_micro_batch_func=of_output
-    )  # as forward_backward_batch of verl names them
-    output, of_output = step(iter([data]), model)
+    outputs = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(transformer_impl, "get_forward_backward_func", lambda: partial(step, outputs))
+        engine.forward_backward_batch(data, function)
+    return outputs[0] | {"gradients": {n: p.grad.clone() for n, p in model.named_parameters()}}
+
+
+def step(outputs, *, forward_step_func, data_iterator, model, **_):
+    """Megatron's schedule without a pipeline, which wants a GPU."""
+    output, of_output = forward_step_func(data_iterator, *model)
     loss, found = of_output(output)
     loss.backward()
-    return found | {"gradients": {n: p.grad.clone() for n, p in model.named_parameters()}}
+    outputs.append(found)
+    return outputs
 
 
 def assert_same(ours, theirs, metrics=True):
@@ -201,6 +207,17 @@ def test_a_batch_that_does_not_say_whether_is_computed_as_the_engine_is(here):
     assert_same(*(run(e, "tropd", unsaid=True) for e in (ours, theirs)))
 
 
+def with_dynamic_parallelism(engine):
+    """From its step on: the groups that verl's scheduler wants are not here."""
+
+    def forward_step(*arguments, **named):
+        engine.engine_config.dynamic_context_parallel = True
+        return type(engine).forward_step(engine, *arguments, **named)
+
+    engine.forward_step = forward_step
+    return engine
+
+
 @pytest.mark.parametrize(
     ("fused", "name"), [(True, "tropd"), (True, "tropd_opd"), (False, "tropd")]
 )
@@ -214,15 +231,13 @@ def test_rows_that_lie_otherwise_are_refused(here, monkeypatch, fused, name):
         engine.tf_config.experimental_attention_variant = "dsv4_hybrid"
         with pytest.raises(NotImplementedError, match="'zigzag'.*'contiguous'"):
             run(engine, name)
-    engine = make_engine(fused, False)
-    engine.engine_config.dynamic_context_parallel = True
+    engine = with_dynamic_parallelism(make_engine(fused, False))
     with pytest.raises(NotImplementedError, match="no dynamic_context_parallel"):
         run(engine, name)
 
 
 def test_rows_that_verl_lays_out_may_lie_otherwise(here):
-    engine = make_engine(False, False)
-    engine.engine_config.dynamic_context_parallel = True
+    engine = with_dynamic_parallelism(make_engine(False, False))
     with pytest.raises(RuntimeError, match="Dynamic CP micro-batch is missing local_cp_size"):
         run(engine, "tropd_opd")  # verl's own check, behind ours
 
