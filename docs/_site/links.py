@@ -18,7 +18,7 @@ from mkdocs.structure.pages import Page
 
 ROOT = Path(__file__).resolve().parents[2]
 #: Where the pages' pictures lie.
-PICTURES = ("benchmarks/learning/results", "benchmarks/results")
+PICTURES = ("benchmarks/evidence/results", "benchmarks/learning/results", "benchmarks/results")
 #: What a browser would fetch from elsewhere.
 FETCHED = re.compile(
     r'<(?:script|img|iframe|source)[^>]* src="(?:https?:)?//|<link[^>]*"(?:https?:)?//'

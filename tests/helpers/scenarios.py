@@ -183,6 +183,7 @@ with_columns(**{
     "several turns, with a system prompt": dict(
         prompt=[[{"role": "system", "content": "w9"}, *a, *b, *a] for a, b in zip(TALK, ANSWERS)]
     ),
+    "... that end with the answer": dict(prompt=[a + b for a, b in zip(TALK, ANSWERS)]),
     "`prompt`, `completion`": dict(prompt=TALK, completion=ANSWERS),
     "`prompt`, `chosen`, `rejected`": dict(prompt=TEXTS, chosen=TEXTS, rejected=TEXTS),
     "`text`": dict(text=TEXTS),
@@ -190,7 +191,6 @@ with_columns(**{
     "`chosen`, `rejected`, without a prompt": dict(chosen=ANSWERS, rejected=ANSWERS),
     "`input_ids`": dict(input_ids=[[7, 8]] * 8),
     "messages of `from` and `value`": dict(prompt=[[{"from": "human", "value": "w7"}]] * 8),
-    "... that end with the answer": dict(prompt=[a + b for a, b in zip(TALK, ANSWERS)]),
     "messages in parts": dict(
         prompt=[[{"role": "user", "content": [{"type": "text", "text": "w7"}]}]] * 8
     ),
