@@ -6,24 +6,18 @@ GKD the whole vocabulary of 49,152 ids.
 """
 
 import random
-import tempfile
-import time
 from collections.abc import Mapping
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
 from datasets import Dataset
-from transformers import PrinterCallback, TrainerCallback
 
 from benchmarks.learning.arms import settings
-from benchmarks.learning.collect import hardware
 from benchmarks.learning.measures import Result
-from benchmarks.learning.run import Run
+from benchmarks.learning.run import Measured, Run, trained
 from examples.demo.judge import distance
 from examples.demo.model import load_teacher, make_student
-from tropd_kernels.trainer import TrOPDConfig, TrOPDTrainer
 
 from . import questions
 from .records import named
@@ -39,33 +33,6 @@ EVERY = 20
 JUDGED = 0
 
 
-class _Distance(TrainerCallback):
-    """Measures before training, every `EVERY` steps and at the end."""
-
-    def __init__(self, teacher: Any, tokenizer: Any):
-        self.models = teacher, tokenizer
-        self.values: list[float] = []
-
-    def on_train_begin(self, args, state, control, model=None, **rest):
-        self._measure(model)
-
-    def on_step_end(self, args, state, control, model=None, **rest):
-        if state.global_step % EVERY == 0 or state.global_step == state.max_steps:
-            self._measure(model)
-
-    def _measure(self, student: Any) -> None:
-        self.values.append(
-            distance(
-                student,
-                *self.models,
-                questions.HELD_OUT,
-                new_tokens=TOKENS,
-                seed=JUDGED,
-                dtype=torch.float32,
-            )
-        )
-
-
 def record_of(run: Run, arm: Mapping[str, Any], cache: Path) -> Result:
     """One run, and what is kept of it."""
     torch.set_num_threads(1)
@@ -73,20 +40,11 @@ def record_of(run: Run, arm: Mapping[str, Any], cache: Path) -> Result:
     student = make_student(teacher, LAYERS)
     given = settings(arm, run.seed, run.steps, run.learning_rate)
     given |= {"per_device_train_batch_size": BATCH, "max_completion_length": TOKENS}
-    measured = _Distance(teacher, tokenizer)
-    start = time.perf_counter()
-    with tempfile.TemporaryDirectory() as folder:
-        trainer = TrOPDTrainer(
-            student,
-            teacher,
-            TrOPDConfig(folder, **given),
-            train_dataset=_asked(run),
-            processing_class=tokenizer,
-            callbacks=[measured],
-        )
-        trainer.remove_callback(PrinterCallback)
-        trainer.train()
-    logs = [log for log in trainer.state.log_history if "grad_norm" in log]
+    judged = {"new_tokens": TOKENS, "seed": JUDGED, "dtype": torch.float32}
+    measured = Measured(
+        lambda model: distance(model, teacher, tokenizer, questions.HELD_OUT, **judged), EVERY
+    )
+    logs, of_run = trained(student, teacher, given, _asked(run), tokenizer, measured)
     return named(
         run,
         {
@@ -94,9 +52,7 @@ def record_of(run: Run, arm: Mapping[str, Any], cache: Path) -> Result:
             "entropy": [log["entropy"] for log in logs],
             "grad_norm": [log["grad_norm"] for log in logs],
             "trust": [log["tropd/trust_ratio"] for log in logs],
-            "seconds": time.perf_counter() - start,
-            "hardware": hardware(),
-            "versions": {name: version(name) for name in ("torch", "transformers", "trl")},
+            **of_run,
         },
     )
 

@@ -4,7 +4,7 @@ import json
 import random
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -54,25 +54,58 @@ class Run:
         return folder / self.mismatch / name
 
 
-class _Accuracy(TrainerCallback):
-    """Measures on the held-out problems before training, every `EVERY` steps and at the end."""
+class Measured(TrainerCallback):
+    """Measures the student before training, every `every` steps and at the end.
 
-    def __init__(self, writing: task.Task):
-        self.writing = writing
+    A measurement draws none of the run's random numbers, so that runs stay as they were.
+    """
+
+    def __init__(self, measure: Callable[[Any], Any], every: int):
+        self.measure, self.every = measure, every
         self.steps: list[int] = []
-        self.values: list[dict[str, float]] = []
+        self.values: list[Any] = []
 
     def on_train_begin(self, args, state, control, model=None, **rest):
         self._measure(model, 0)
 
     def on_step_end(self, args, state, control, model=None, **rest):
-        if state.global_step % EVERY == 0 or state.global_step == state.max_steps:
+        if state.global_step % self.every == 0 or state.global_step == state.max_steps:
             self._measure(model, state.global_step)
 
     def _measure(self, model: Any, step: int) -> None:
-        # Greedy decoding draws nothing, so that the runs' random numbers stay as they were.
         self.steps.append(step)
-        self.values.append(models.evaluate(model, self.writing))
+        self.values.append(self.measure(model))
+
+
+def trained(
+    student: Any,
+    teacher: Any,
+    given: Mapping[str, Any],
+    rows: Dataset,
+    tokenizer: Any,
+    measured: Measured,
+) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """Trains the student: each step's log, and what a record says of every run.
+
+    given: settings of `TrOPDConfig`."""
+    start = time.perf_counter()
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = TrOPDTrainer(
+            student,
+            teacher,
+            TrOPDConfig(folder, **given),
+            train_dataset=rows,
+            processing_class=tokenizer,
+            callbacks=[measured],
+        )
+        trainer.remove_callback(PrinterCallback)
+        trainer.train()
+    logs = [log for log in trainer.state.log_history if "grad_norm" in log]
+    return logs, {
+        "seconds": time.perf_counter() - start,
+        "hardware": hardware(),
+        "versions": {name: version(name) for name in ("torch", "transformers", "trl")},
+    }
 
 
 def train(run: Run, cache: Path, arm: Mapping[str, Any] | None = None) -> dict[str, Any]:
@@ -85,30 +118,16 @@ def train(run: Run, cache: Path, arm: Mapping[str, Any] | None = None) -> dict[s
     arm = arm or (arms.ARMS | arms.SELECTIONS)[run.arm]
     given = arms.settings(arm, run.seed, run.steps, run.learning_rate)
     given |= {"max_completion_length": writing.longest + 1}
-    accuracy = _Accuracy(writing)
-    start = time.perf_counter()
-    with tempfile.TemporaryDirectory() as folder:
-        trainer = TrOPDTrainer(
-            student,
-            teacher,
-            TrOPDConfig(folder, **given),
-            train_dataset=prompts(run),
-            processing_class=writing.tokenizer(),
-            callbacks=[accuracy],
-        )
-        trainer.remove_callback(PrinterCallback)
-        trainer.train()
-    logs = [log for log in trainer.state.log_history if "grad_norm" in log]
+    accuracy = Measured(lambda model: models.evaluate(model, writing), EVERY)
+    logs, of_run = trained(student, teacher, given, prompts(run), writing.tokenizer(), accuracy)
     return {
         **asdict(run),
         "settings": given,
-        "versions": {name: version(name) for name in ("torch", "transformers", "trl")},
-        "hardware": hardware(),
         "eval_steps": accuracy.steps,
         "accuracy": [value["accuracy"] for value in accuracy.values],
         "notation": [value["notation"] for value in accuracy.values],
         "curves": {ours: [log.get(theirs) for log in logs] for theirs, ours in CURVES.items()},
-        "seconds": time.perf_counter() - start,
+        **of_run,
     }
 
 

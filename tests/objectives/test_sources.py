@@ -218,7 +218,7 @@ def test_a_reward_is_its_sources(name):
 
 
 def test_the_expected_gradient_of_sign_tv_is_that_of_twice_the_total_variation():
-    """Proposition 1 of 2609.08341, by two readers: over all labels, each as often as the student
+    """Proposition 1 of 2609.08341, by two summaries: over all labels, each as often as the student
     writes it."""
     z, t, _ = problem()
     rows, each = torch.arange(N).repeat_interleave(V), torch.arange(V).repeat(N)
