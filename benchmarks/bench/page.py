@@ -18,7 +18,7 @@ from benchmarks.bench.table import count, figures, megabytes, seconds, times
 
 README = ROOT / "README.md"
 PAGE, RESULTS = ROOT / "docs" / "benchmarks.md", ROOT / "benchmarks" / "results"
-#: README's table: the losses of one file that all compute.
+#: README's table: the losses of one file that all compute, beside the bare products.
 SUMMARY_BEGIN, SUMMARY_END = "<!-- summary: begin (tropd bench --page) -->", "<!-- summary: end -->"
 SUMMARY, SUMMARY_LOSSES = "cpu_4096.json", ("gkd", "reverse_kl")
 BEGIN, END = "<!-- figures: begin (tropd bench --page) -->", "<!-- figures: end -->"
@@ -60,7 +60,7 @@ def summary(folder: Path = RESULTS) -> str:
     """What should stand in README."""
     path = folder / SUMMARY
     results = read(path)
-    rows = [row for row in results.rows if row.loss in SUMMARY_LOSSES]
+    rows = [row for row in results.rows if row.loss in SUMMARY_LOSSES and row.who != GEMMS]
     head = caption(results, [rows[0].tokens], path)
     return "\n\n".join([SUMMARY_BEGIN, f"{head}\n\n{by_loss(rows)}", SUMMARY_END])
 

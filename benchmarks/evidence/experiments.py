@@ -172,6 +172,32 @@ TAIL = Experiment(
     ),
 )  # fmt: skip
 
+#: The mechanism alone. A raw KL on the top k is least where no mass of the student's is outside,
+#: which is not at the teacher: a student who starts there would leave. A bucket for the tail makes
+#: it the KL of two whole distributions, which is least at the teacher.
+UNLEARN = Experiment(
+    "unlearn",
+    arms={name: TAIL.arms[name] for name in (
+        "forward_kl", "forward_kl_topk", "forward_kl_bucket", "forward_kl_renormalized", "tropd",
+        "tropd_bucket")},
+    mismatches=("long_tail_itself",),
+    claims=(
+        Claim("raw, a student who is the teacher ends farther from it (forward KL) than with a "
+              "bucket", "forward_kl_topk", "forward_kl_bucket", measured("forward_kl")),
+        Claim("raw, it puts more mass on the top k than the teacher", "forward_kl_topk", None,
+              excess_mass),
+        Claim("raw, its accuracy falls", "forward_kl_topk", None, lost),
+        Claim("the teacher renormalised there, it ends farther than with a bucket",
+              "forward_kl_renormalized", "forward_kl_bucket", measured("forward_kl")),
+        Claim("TrOPD: raw outliers leave it farther than with a bucket", "tropd", "tropd_bucket",
+              measured("forward_kl")),
+    ),
+    seeds=10,
+    choosing=(101,),
+    rates=(1e-3,),  # that of the first experiment: one rate for all, since none has to learn
+    beyond={},
+)  # fmt: skip
+
 PREFIX = Experiment(
     "prefix",
     arms={
@@ -278,5 +304,6 @@ LANGUAGE = Experiment(
 )  # fmt: skip
 
 EXPERIMENTS = {
-    experiment.name: experiment for experiment in (POWER, TAIL, PREFIX, COST, SGD, LANGUAGE)
+    experiment.name: experiment
+    for experiment in (POWER, TAIL, UNLEARN, PREFIX, COST, SGD, LANGUAGE)
 }

@@ -6,8 +6,10 @@
     middle    the same student, longer; two fifths of its steps are in the teacher's notation, the
               others in the bad one
     far       likewise, with a tenth in the teacher's notation
+    itself    the teacher: what an objective does to a student who has nothing to learn
 
-Each seed of the experiment has a student of its own: another initialisation, other problems.
+Each seed of the experiment has a student of its own, but for the last: another initialisation,
+other problems.
 """
 
 import os
@@ -46,7 +48,20 @@ STUDENTS = {
     "long_tail_near": Recipe(width=64, share=1.0, steps=200, task="long_tail"),
     "long_tail_far": Recipe(width=64, share=0.1, steps=800, task="long_tail"),
     "foreign": Recipe(width=64, share=0.0, steps=800, task="remarks"),
+    "long_tail_itself": TEACHERS["long_tail"],
 }
+
+
+def load_teacher(task_name: str, folder: Path) -> LlamaForCausalLM:
+    return load(TEACHERS[task_name], 0, folder)
+
+
+def load_student(mismatch: str, seed: int, folder: Path) -> LlamaForCausalLM:
+    """One of its own for each seed, but where the student is its teacher already."""
+    recipe = STUDENTS[mismatch]
+    if recipe == TEACHERS[recipe.task]:
+        return load_teacher(recipe.task, folder)
+    return load(recipe, seed, folder)
 
 
 def load(recipe: Recipe, seed: int, folder: Path) -> LlamaForCausalLM:

@@ -111,10 +111,10 @@ def trained(
 def train(run: Run, cache: Path, arm: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """Trains and measures. `cache`: where pre-trained models are kept; `arm`: settings of the arm,
     where its name is none of `arms`."""
-    recipe = models.STUDENTS[run.mismatch]
-    writing = task.TASKS[recipe.task]
-    teacher = models.load(models.TEACHERS[recipe.task], 0, cache)
-    student = models.load(recipe, run.seed, cache)
+    task_name = models.STUDENTS[run.mismatch].task
+    writing = task.TASKS[task_name]
+    teacher = models.load_teacher(task_name, cache)
+    student = models.load_student(run.mismatch, run.seed, cache)
     arm = arm or (arms.ARMS | arms.SELECTIONS)[run.arm]
     given = arms.settings(arm, run.seed, run.steps, run.learning_rate)
     given |= {"max_completion_length": writing.longest + 1}

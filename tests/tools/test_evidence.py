@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import pytest
+import torch
 
 pytest.importorskip("trl", reason="the trainer needs trl")
 
@@ -162,6 +163,18 @@ def test_a_context_holds_the_longest_prefix_and_as_much_again(name):
     longest = task.TASKS[recipe.task].longest
     positions = models.build(recipe, 1).config.max_position_embeddings
     assert positions >= len(task.prompt((1, 2))) + 2 * (longest + 1)
+
+
+def test_a_student_who_is_the_teacher_already(tmp_path, monkeypatch):
+    """Every seed has the one teacher, whose weights a student of the same recipe would not have."""
+    small = replace(models.TEACHERS["long_tail"], width=16, steps=1, batch=2, layers=1)
+    monkeypatch.setitem(models.TEACHERS, "long_tail", small)
+    monkeypatch.setitem(models.STUDENTS, "long_tail_itself", small)
+    teacher = models.load_teacher("long_tail", tmp_path).lm_head.weight
+    for seed in (1, 2):
+        student = models.load_student("long_tail_itself", seed, tmp_path)
+        assert torch.equal(student.lm_head.weight, teacher)
+    assert not torch.equal(models.load(small, 1, tmp_path).lm_head.weight, teacher)
 
 
 def test_runs_become_records(tmp_path, monkeypatch):
