@@ -5,8 +5,8 @@
       objective: jsd        # and its knobs: beta: 0.3
       temperature: 1.0
 
-Its recipes hand both models' logits to the loss, split over the vocabulary under tensor
-parallelism; they are read as they are, and no softmax of them is kept.
+Its recipes give the loss both models' logits, split over the vocabulary under tensor parallelism;
+they are read as they are, and no softmax of them is kept.
 """
 
 from __future__ import annotations
@@ -15,42 +15,50 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from ..functional import distillation_loss
+from ..objectives import TokenRule
 from ..teachers import LogitsTeacher
 from .frameworks import check_parameters, check_version
 from .log_probs import named_rule
 
-try:
-    from nemo_automodel.components.loss import kd_loss
-except ImportError:
-    kd_loss = None
-
 _OF_A_LOSS = ("self", "student_logits", "teacher_logits", "labels", "num_batch_labels")
 
 
-class KDLoss(torch.nn.Module):
-    """NeMo AutoModel's KDLoss with an objective of ours, "forward_kl" being its own.
+def kd_loss(
+    rule: TokenRule, student_logits: Tensor, teacher_logits: Tensor, labels: Tensor,
+    num_batch_labels: int | None = None, *, ignore_index: int = -100, temperature: float = 1.0,
+    tp_group: Any = None,
+) -> Tensor:  # fmt: skip
+    """The mean over the tokens that count, or their sum over num_batch_labels, times temperature^2,
+    of logits (*, V / ranks) and labels (*). tp_group None: the ranks of the student's DTensor."""
+    group = vocabulary_group(student_logits) if tp_group is None else tp_group
+    teacher = LogitsTeacher(local(teacher_logits, group).detach())
+    out = distillation_loss(
+        local(student_logits, group), local(labels, None), teacher, rule, temperature=temperature,
+        ignore_index=ignore_index, process_group=group, normalizer=num_batch_labels,
+    )  # fmt: skip
+    return out.loss * temperature**2
 
-    ignore_index, temperature, tp_group, num_batch_labels: as there; the loss is multiplied by
-    temperature^2. fp32_upcast, chunk_size: what is summed is in float32, and no chunk is kept, in
-    any case; a value that asks for something else is refused. knobs: of the objective.
+
+class KDLoss(torch.nn.Module):
+    """In the place of NeMo AutoModel's class: `kd_loss` with its options.
+
+    ignore_index, temperature, tp_group: as there. fp32_upcast, chunk_size: sums are in float32, and
+    no chunk is kept, in any case; ValueError for a value that asks for something else. objective,
+    knobs: "forward_kl" is its own.
     """
 
     def __init__(
-        self,
-        objective: str = "forward_kl",
-        ignore_index: int = -100,
-        temperature: float = 1.0,
-        fp32_upcast: bool = True,
-        tp_group: Any = None,
-        chunk_size: int = 0,
-        **knobs: Any,
-    ):
+        self, objective: str = "forward_kl", ignore_index: int = -100, temperature: float = 1.0,
+        fp32_upcast: bool = True, tp_group: Any = None, chunk_size: int = 0, **knobs: Any,
+    ):  # fmt: skip
+        from nemo_automodel.components.loss import kd_loss as theirs
+
         super().__init__()
         check_version("nemo-automodel")
-        if kd_loss is not None:
-            check_parameters("nemo-automodel", kd_loss.KDLoss, "forward", _OF_A_LOSS)
+        check_parameters("nemo-automodel", theirs.KDLoss, "forward", _OF_A_LOSS)
         if not fp32_upcast or chunk_size:
             raise ValueError(
                 "kd_loss_fn: fp32_upcast=False and chunk_size have no effect here: rows are summed "
@@ -59,28 +67,11 @@ class KDLoss(torch.nn.Module):
         self.rule = named_rule("kd_loss_fn", objective, knobs)
         self.ignore_index, self.temperature, self.tp_group = ignore_index, temperature, tp_group
 
-    def forward(
-        self,
-        student_logits: Tensor,
-        teacher_logits: Tensor,
-        labels: Tensor,
-        num_batch_labels: int | None = None,
-    ) -> Tensor:
-        """The mean over the tokens that count, or their sum over num_batch_labels."""
-        group = self.tp_group
-        if group is None:
-            group = vocabulary_group(student_logits)
-        whole = group is None
-        student, teacher, labels = (
-            local(tensor, whole or tensor is labels)
-            for tensor in (student_logits, teacher_logits, labels)
-        )
-        out = distillation_loss(
-            student, labels, LogitsTeacher(teacher.detach()), self.rule,
-            temperature=self.temperature, ignore_index=self.ignore_index, process_group=group,
-            normalizer=num_batch_labels,
+    def forward(self, student_logits, teacher_logits, labels, num_batch_labels=None) -> Tensor:
+        return kd_loss(
+            self.rule, student_logits, teacher_logits, labels, num_batch_labels,
+            ignore_index=self.ignore_index, temperature=self.temperature, tp_group=self.tp_group,
         )  # fmt: skip
-        return out.loss * self.temperature**2
 
 
 def vocabulary_group(logits: Tensor) -> Any:
@@ -91,8 +82,8 @@ def vocabulary_group(logits: Tensor) -> Any:
     return None
 
 
-def local(tensor: Any, whole: bool) -> Tensor:
-    """A DTensor's whole or this rank's part; any other tensor as it is."""
-    if not hasattr(tensor, "full_tensor"):
+def local(tensor: Tensor, group: Any) -> Tensor:
+    """A DTensor's part of this rank where a group splits it, else its whole; others as they are."""
+    if not isinstance(tensor, DTensor):
         return tensor
-    return tensor.full_tensor() if whole else tensor.to_local()
+    return tensor.full_tensor() if group is None else tensor.to_local()
