@@ -10,16 +10,22 @@ import transformers
 
 from benchmarks.learning.measures import Result
 from benchmarks.learning.run import EVERY, Run, train
+from tropd_kernels.trainer import TrOPDTrainer
 
 #: A share of 256 held-out problems is exact in so many digits.
 DIGITS = 8
 
 
-def record_of(run: Run, arm: Mapping[str, Any], cache: Path) -> Result:
+def record_of(
+    run: Run,
+    arm: Mapping[str, Any],
+    cache: Path,
+    trainer: type[TrOPDTrainer] = TrOPDTrainer,
+) -> Result:
     """One run on the tasks of `benchmarks.learning`."""
     torch.set_num_threads(1)
     transformers.logging.set_verbosity_error()
-    found = train(run, cache / "models", arm)
+    found = train(run, cache / "models", arm, trainer)
     curves = found["curves"]
     norms = curves["grad_norm"]
     return named(

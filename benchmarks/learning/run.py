@@ -84,13 +84,14 @@ def trained(
     rows: Dataset,
     tokenizer: Any,
     measured: Measured,
+    trainer_class: type[TrOPDTrainer] = TrOPDTrainer,
 ) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     """Trains the student: each step's log, and what a record says of every run.
 
     given: settings of `TrOPDConfig`."""
     start = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
-        trainer = TrOPDTrainer(
+        trainer = trainer_class(
             student,
             teacher,
             TrOPDConfig(folder, **given),
@@ -108,7 +109,12 @@ def trained(
     }
 
 
-def train(run: Run, cache: Path, arm: Mapping[str, Any] | None = None) -> dict[str, Any]:
+def train(
+    run: Run,
+    cache: Path,
+    arm: Mapping[str, Any] | None = None,
+    trainer_class: type[TrOPDTrainer] = TrOPDTrainer,
+) -> dict[str, Any]:
     """Trains and measures. `cache`: where pre-trained models are kept; `arm`: settings of the arm,
     where its name is none of `arms`."""
     task_name = models.STUDENTS[run.mismatch].task
@@ -119,7 +125,9 @@ def train(run: Run, cache: Path, arm: Mapping[str, Any] | None = None) -> dict[s
     given = arms.settings(arm, run.seed, run.steps, run.learning_rate)
     given |= {"max_completion_length": writing.longest + 1}
     accuracy = Measured(lambda model: models.evaluate(model, writing), EVERY)
-    logs, of_run = trained(student, teacher, given, prompts(run), writing.tokenizer(), accuracy)
+    logs, of_run = trained(
+        student, teacher, given, prompts(run), writing.tokenizer(), accuracy, trainer_class
+    )
     return {
         **asdict(run),
         "settings": given,
