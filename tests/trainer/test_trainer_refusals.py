@@ -310,6 +310,28 @@ def test_weights_that_diverged(tmp_path, lora, evaluate):
     assert all(map(math.isfinite, trainer.losses))
 
 
+class SpoilsTheLast(Spoils):
+    def on_step_end(self, args, state, control, **keywords):
+        if state.global_step == state.max_steps:
+            super().on_step_end(args, state, control, **keywords)
+
+
+@pytest.mark.parametrize("strategy", ["no", "steps"])
+def test_weights_that_the_last_step_spoilt(tmp_path, strategy):
+    """Nothing is sampled after it. A checkpoint of such weights would be named as one to go on
+    from, and take the place of the one before."""
+    saves = strategy == "steps"
+    limits = dict(save_steps=1, save_total_limit=1) if saves else {}
+    trainer = make(tmp_path, max_steps=2, save_strategy=strategy, **limits)
+    trainer.add_callback(SpoilsTheLast)
+    kept = ["checkpoint-1"] if saves else []
+    way = f"go on from {tmp_path / kept[0]} by" if kept else "begin anew: no checkpoint is in"
+    with pytest.raises(FloatingPointError, match=f"the student's weights .* at step 2.* {way}"):
+        trainer.train()
+    assert [folder.name for folder in tmp_path.glob("checkpoint-*")] == kept
+    assert (tmp_path / "trainer_state.json").is_file()
+
+
 def test_adapter_on_the_head_is_refused(tmp_path):
     peft = pytest.importorskip("peft")
     config = peft.LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj", "lm_head"])

@@ -148,7 +148,8 @@ from engines import use
 settings = use(sys.argv[2])
 from training import make
 from tropd_kernels.trainer import generation
-trainer = make(sys.argv[1], per_device_train_batch_size=1, max_steps=3, **settings)
+steps = int(sys.argv[3])
+trainer = make(sys.argv[1], per_device_train_batch_size=1, max_steps=steps, **settings)
 rank, looks, look = trainer.accelerator.process_index, [], generation.weights_are_finite
 def spoilt(model):
     parts = [getattr(p, "ds_tensor", p).data for p in model.parameters()]
@@ -165,9 +166,12 @@ except FloatingPointError as error:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("steps", [1, 3])
 @pytest.mark.parametrize("engine", SHARDED)
-def test_a_spoilt_shard_stops_every_process(tmp_path, engine):
-    for rank, (message, looks) in enumerate(on_two_processes(_DIVERGED, tmp_path, engine)):
+def test_a_spoilt_shard_stops_every_process(tmp_path, engine, steps):
+    """Before the next step generates, and after the last one."""
+    found = on_two_processes(_DIVERGED, tmp_path, engine, str(steps))
+    for rank, (message, looks) in enumerate(found):
         assert message.startswith("the student's weights hold NaN or infinity at step 1")
         assert looks == [True, rank == 0]
 

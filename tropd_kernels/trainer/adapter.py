@@ -387,6 +387,7 @@ class DistillationAdapter(BatchReuse, PrefixedGeneration):
                 parameter.requires_grad_(flag)
 
     def _save_checkpoint(self, model, trial):
+        self.check_weights()  # or the run would be told to go on from what it has spoilt
         super()._save_checkpoint(model, trial)
         if self._teacher_sync is not None and self.args.should_save:
             folder = Path(self._get_output_dir(trial=trial))

@@ -273,14 +273,18 @@ class PrefixedGeneration(MetricLogs):
                     [read[i] for i in places], self.max_completion_length,
                     {side: self._contexts[side]}, self._tokenizer,
                 )  # fmt: skip
-            if not holds_on_all(self.accelerator, weights_are_finite(self.model)):
-                raise_nonfinite_weights(self.state.global_step, self.args.output_dir)
+            self.check_weights()
             prefixes = self.write_prefixes(rows, prompt_ids, images, multimodal_fields)
         if prefixes is None:
             return self._sample_completions(prompt_ids, images, multimodal_fields, has_tool_images)
         return self._continue_prefixes(
             prefixes, prompt_ids, images, multimodal_fields, has_tool_images
         )
+
+    def check_weights(self) -> None:
+        """Raises FloatingPointError, on every process, for weights that a step has spoilt."""
+        if not holds_on_all(self.accelerator, weights_are_finite(self.model)):
+            raise_nonfinite_weights(self.state.global_step, self.args.output_dir)
 
     def _check_batch(self, rows: list[dict], prompt_ids: list[list[int]]) -> None:
         check_tokens(rows, prompt_ids)

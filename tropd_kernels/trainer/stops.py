@@ -37,7 +37,8 @@ def raise_nonfinite(
 
 
 def raise_nonfinite_weights(step: int, folder: str) -> None:
-    """Raises FloatingPointError: sampling would fail on a NaN probability with a vaguer message."""
+    """Raises FloatingPointError: sampling would fail on a NaN probability with a vaguer message,
+    and the end of a run would not notice."""
     raise FloatingPointError(
         f"the student's weights hold NaN or infinity at step {step}, though the losses so far were "
         "finite: lower learning_rate or max_grad_norm, or take an objective of bounded loss; if "

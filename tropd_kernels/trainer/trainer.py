@@ -113,7 +113,7 @@ class TrOPDTrainer(RewardedTrainer):
         NotImplementedError: FSDP's first version (FSDP2 and ZeRO-3 are supported), and models of
             tensor parallelism.
         FloatingPointError: While training: a loss that is NaN or infinite, after its batch is saved
-            under `output_dir`, and such weights, before they generate.
+            under `output_dir`, and such weights, before they generate or are saved, and at the end.
 
     Errors while training say from which checkpoint the run can be resumed, if one was saved.
     """
@@ -276,7 +276,9 @@ class TrOPDTrainer(RewardedTrainer):
             if (advice := progress.watch(self._rule(), whole)) is not None:
                 print(advice, flush=True)
         try:
-            return super().train(resume_from_checkpoint, *rest, **keywords)
+            output = super().train(resume_from_checkpoint, *rest, **keywords)
+            self.check_weights()  # nothing was generated after the last step
+            return output
         finally:
             progress.close(self.callback_handler.callbacks)
             if self.is_in_train:  # transformers does this only at a regular end
