@@ -233,7 +233,7 @@ def rewards(
     elif rule.reward == "log1p":
         reward = torch.where(level < 0, -1.0, 1.0) * level.abs().log1p()
     elif rule.reward == "tanh":
-        reward = level.tanh()
+        reward = (level / (1.0 if rule.reward_parameter is None else rule.reward_parameter)).tanh()
     elif rule.reward == "sign":
         reward = torch.where(level.isnan(), level, level.sign())
     elif rule.reward == "log_ratio":

@@ -35,7 +35,7 @@ FAST = ("torch", "native", "triton")
 BACKENDS = ("reference", *FAST)
 backends = pytest.mark.parametrize("backend", BACKENDS)
 
-PARAMETERS = {"power": (5.0, 0.5), "proximal": (0.4, 1.0)}
+PARAMETERS = {"power": (5.0, 0.5), "proximal": (0.4, 1.0), "tanh": (None, 2.0)}
 TRANSFORMS = [(name, a) for name in REWARDS for a in PARAMETERS.get(name, (None,))]
 #: What shapes the reward besides its transform.
 SHAPES = {
@@ -101,7 +101,7 @@ def test_every_reward_against_the_reference(
 # --- by hand ------------------------------------------------------------------------------------
 
 #: T at q/p = 2 and at q/p = 1/2 for the probabilities 1/4 and 1/2: 2^-5 - 2^-10, log(0.4 * 2 +
-#: 0.6), log(0.4 / 2 + 0.6), log(1 + log 2), and (2 - 1/2) / (2 + 1/2).
+#: 0.6), log(0.4 / 2 + 0.6), log(1 + log 2), (2 - 1/2) / (2 + 1/2), and (2 - 1) / (2 + 1).
 BY_HAND = {
     ("log_ratio", None): (0.6931471806, -0.6931471806),
     ("power", 5.0): (0.0302734375, -0.0302734375),
@@ -110,6 +110,7 @@ BY_HAND = {
     ("proximal", 1.0): (0.6931471806, -0.6931471806),
     ("log1p", None): (0.5265890341, -0.5265890341),
     ("tanh", None): (0.6, -0.6),
+    ("tanh", 2.0): (0.3333333333, -0.3333333333),
     ("sign", None): (1.0, -1.0),
 }
 
@@ -253,6 +254,8 @@ def test_neutral_settings_change_no_bit(gate, outlier, backend, device):
     same_bits(
         problem, "hidden", backend, rule, replace(rule, clip_reward_low=-n, clip_reward_high=n)
     )
+    bounded = replace(rule, reward="tanh")
+    same_bits(problem, "hidden", backend, bounded, replace(bounded, reward_parameter=1.0))
     keep = replace(rule, reward_filter="positive")
     same_bits(problem, "hidden", backend, rule, keep, task_advantages=one)
     zero = replace(rule, task_weight=1.0)
@@ -301,6 +304,7 @@ ENDS = {
     ("proximal", 1.0): (-math.inf, math.inf),
     ("log1p", None): (-math.inf, math.inf),
     ("tanh", None): (-1.0, 1.0),
+    ("tanh", 2.0): (-1.0, 1.0),
     ("sign", None): (-1.0, 1.0),
 }
 

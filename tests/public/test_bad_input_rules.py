@@ -270,8 +270,12 @@ RULES = {
         "above 0",
     ),
     "reward with another's parameter": (
-        lambda: TokenRule(reward="tanh", reward_parameter=2.0), ValueError, "reward='tanh'",
-        "takes no reward_parameter", "'power' or 'proximal'",
+        lambda: TokenRule(reward="sign", reward_parameter=2.0), ValueError, "reward='sign'",
+        "takes no reward_parameter", "'power' or 'proximal' or 'tanh'",
+    ),
+    "tanh of 0": (
+        lambda: TokenRule(reward="tanh", reward_parameter=0.0), ValueError, "reward='tanh'",
+        "above 0", "0.0",
     ),
     "parameter of no transform": (
         lambda: TokenRule(reward_parameter=0.5), ValueError, "'log_ratio'", "reward_parameter",

@@ -11,8 +11,10 @@ and tames its size; with q = exp(lq) and p = exp(lo):
 | power     | q^a - p^a                 | a > 0       | [-1, 1]       | PowerOPD 2606.17199 |
 | proximal  | log(a q/p + 1 - a)        | a in (0, 1] | from log(1-a) | TOP-D 2607.04751    |
 | log1p     | sign(R0) log(1 + abs(R0)) |             | unbounded     | 2607.13399          |
-| tanh      | tanh(R0)                  |             | [-1, 1]       |                     |
+| tanh      | tanh(R0 / a)              | a > 0, or 1 | [-1, 1]       | in 2606.17199       |
 | sign      | sign(R0)                  |             | {-1, 0, 1}    | TV-OPD 2609.08341   |
+
+"tanh" is one of PowerOPD's baselines; its authors' code has a = 5.
 
 A small `a` of "power" costs digits, since q^a and p^a are then both near 1: the reward, about a R0,
 is off by 1e-7 in float32.
@@ -39,6 +41,8 @@ class RewardSpec:
 
     largest: float | None = None
     """The parameter lies above 0 and is at most this; None: it takes no parameter."""
+    default: float | None = None
+    """The parameter where none is given; None: one has to be."""
     bounded: bool = False
     """The reward is finite where the teacher gives the token probability 0. "proximal" is so, too,
     below 1."""
@@ -49,20 +53,22 @@ REWARDS: dict[str, RewardSpec] = {
     "power": RewardSpec(largest=math.inf, bounded=True),
     "proximal": RewardSpec(largest=1.0),
     "log1p": RewardSpec(),
-    "tanh": RewardSpec(bounded=True),
+    "tanh": RewardSpec(largest=math.inf, default=1.0, bounded=True),
     "sign": RewardSpec(bounded=True),
 }
 
 
 def check_reward_parameter(reward: str, value: Any, name: str = "reward_parameter") -> None:
     """Raises where `reward` has no value at this parameter, called `name`."""
-    largest = REWARDS[reward].largest
+    largest, default = REWARDS[reward].largest, REWARDS[reward].default
     if largest is None:
         if value is not None:
             raise ValueError(
                 f"reward={reward!r} takes no {name}, got {value!r}: leave it None, or choose "
                 f"{' or '.join(repr(r) for r, spec in REWARDS.items() if spec.largest)}"
             )
+        return
+    if value is None and default is not None:
         return
     if value is None:
         raise ValueError(f"reward={reward!r} needs a {name}: give {_range(largest)}")

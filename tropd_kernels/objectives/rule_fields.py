@@ -9,7 +9,7 @@ import math
 from dataclasses import dataclass
 
 from .divergences import DIVERGENCES, NO_DIVERGENCE, DivergenceSpec
-from .rewards import is_bounded
+from .rewards import REWARDS, is_bounded
 
 #: log(0.2 / 0.8): the static threshold of REOPOLD and of TrOPD's clipping ablation.
 STATIC_THRESHOLD = math.log(0.25)
@@ -93,7 +93,7 @@ class RuleFields:
             advantages are not transformed. The divergence "topk_jsd" brings its own, "proximal"
             with its beta.
         reward_parameter: Its parameter: a > 0 of "power", a in (0, 1] of "proximal", where 1 is the
-            log-ratio; None elsewhere.
+            log-ratio, a > 0 of "tanh", whose None is 1; None elsewhere.
         reward_policy: Whose log-prob R0 is relative to. "old": the sampling policy's, lo.
             "current": the student's own, sg(lp), where the sample is stale. rho keeps lo, as
             does the acceptance P.
@@ -183,6 +183,8 @@ class RuleFields:
         """Name and parameter of the reward's transform."""
         if self.divergence_spec.mixes_reward:
             return "proximal", self.divergence_parameter
+        if self.reward_parameter is None:
+            return self.reward, REWARDS[self.reward].default
         return self.reward, self.reward_parameter
 
     @property

@@ -29,7 +29,8 @@ def transformed(kind: str, parameter: float | None, lq: Tensor, lo: Tensor) -> T
     if kind == "log1p":
         return torch.copysign(ratio.abs().log1p(), ratio)
     if kind == "tanh":
-        return ratio.tanh()
+        assert parameter is not None
+        return (ratio / parameter).tanh()
     if kind == "sign":
         return torch.where(ratio.isnan(), ratio, ratio.sign())
     raise NotImplementedError(f"reward={kind!r} has no formula in torch")

@@ -33,7 +33,7 @@ def _transformed(
         size = tl.log(1 + tl.abs(ratio))
         reward = tl.where(ratio < 0, -size, size)
     elif REWARD == "tanh":  # as 2 sigmoid(2 x) - 1, which saturates cleanly
-        reward = 2 / (1 + tl.exp(-2 * ratio)) - 1
+        reward = 2 / (1 + tl.exp(ratio * (-2 / PARAMETER))) - 1
     elif REWARD == "sign":  # of NaN it is NaN
         reward = tl.where(ratio > 0, 1.0, tl.where(ratio < 0, -1.0, 0 * ratio))
     else:
