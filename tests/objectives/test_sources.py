@@ -25,6 +25,7 @@ from tropd_kernels import (
     Log1pOPD,
     LogitsTeacher,
     PowerOPD,
+    TokenRule,
     Veto,
     credit,
     distillation_loss,
@@ -207,6 +208,9 @@ REWARDS = {
         Log1pOPD(), lambda lq, lp: (lq - lp).sign() * (lq - lp).abs().log1p(),
     ),
     "TV-OPD: two summaries of 2609.08341": (TVOPD(), lambda lq, lp: (lq - lp).sign()),
+    "tanh: table 1 of 2606.17199, EIT-NLP/PowerOPD at 65819e1, tau 5": (
+        TokenRule(reward="tanh", reward_parameter=5.0), lambda lq, lp: ((lq - lp) / 5).tanh(),
+    ),
 }  # fmt: skip
 
 
@@ -302,52 +306,39 @@ def test_opdvr_and_grpd_are_their_authors(group_relative):
     assert_same(found, theirs(rewarded(transform), z, t, labels))
 
 
-# Credit over time
+# Credit that reads logits
 
 
-def over_time(seed=0):
-    draw = torch.Generator().manual_seed(seed)
-    rewards = torch.randn(3, 7, generator=draw, dtype=torch.float64)
-    mask = torch.rand(3, 7, generator=draw) < 0.7
-    assert mask.any(1).all()
-    return rewards, mask
+def stats_of(rule, z, t, labels):
+    return distillation_loss(z, labels, LogitsTeacher(t), rule, backend="reference").stats
 
 
-def test_importance_weights_are_their_authors():
-    """dp_actor.py of YannX1e/Importance-Weighted-On-Policy-Distillation, whose iw_opd_weight_max of
-    1.5 is 1 + gamma; TRL's IWOPDTrainer has the same, with iw_opd_gamma 0.5."""
-    rewards, mask = over_time()
-    gap = rewards.abs() * mask
-    before = (gap.cumsum(-1) - gap) / gap.sum(-1, keepdim=True)
-    expected = (1 + (1.5 - 1) * (1 - before)) * mask
-    torch.testing.assert_close(credit.importance_weights(rewards, mask), expected)
-
-
-def test_top_ds_credit_is_prime_rls():
-    """_sample_returns of prime-rl#2966, token by token."""
-    rewards, mask = over_time()
-    found = credit.reward_plus_future_mean(rewards, mask)
-    for row in range(3):
-        own = rewards[row][mask[row]]
-        later = own.flip(0).cumsum(0).flip(0) - own
-        count = torch.arange(len(own) - 1, -1, -1).clamp(min=1)
-        torch.testing.assert_close(found[row][mask[row]], own + later / count)
-
-
-def test_drift_gates_are_their_readers():
-    """Equation 1 of 2606.24084 by a reader: exp(-tau abs(mean of a block's drift)), over its own
-    mean."""
-    old, new = over_time(1)[0], over_time(2)[0]
-    blocks = [old[:, i : i + 3] - new[:, i : i + 3] for i in (0, 3, 6)]
-    gates = [(-0.7 * b.mean(-1, keepdim=True).abs()).exp().expand_as(b) for b in blocks]
-    gates = torch.cat(gates, -1)
-    found = credit.drift_gates(old, new, block_size=3, tau=0.7)
-    torch.testing.assert_close(found, gates / gates.mean())
+@pytest.mark.parametrize("top_k", [None, 4])
+def test_the_baseline_is_vopds(top_k):
+    """opd_trainer.py of holi-lab/vOPD at c77a078, the code of 2605.07865: log q - log p of the
+    token plus KL(p || q), whole or on the student's top k, where both sides are renormalised; it
+    has k 100."""
+    z, t, labels = problem()
+    lp, lq = z.log_softmax(-1), t.log_softmax(-1)
+    ids = lp.topk(top_k or V).indices
+    on_k = [x.gather(-1, ids).log_softmax(-1) for x in (lp, lq)]
+    expected = label_of(lq - lp, labels) + kl(*on_k)
+    stats = stats_of(OPD(), z, t, labels)
+    baseline = stats.reverse_kl
+    if top_k is not None:
+        rule = Divergence(
+            "reverse_kl", top_k=top_k, top_k_ids="student", top_k_tail="renormalize_both"
+        )
+        baseline = ours(rule, z, t, labels)[0]
+    found = credit.exact_kl_baseline(stats.reward[None], baseline[None])
+    torch.testing.assert_close(found[0], expected, rtol=1e-9, atol=1e-12)
 
 
 def test_delta_advantages_are_their_readers():
-    """OPD^2, 2607.15161, by a reader: both advantages less their mean under the student, and the
-    delta's kept where the signs agree."""
+    """OPD^2, 2607.15161, by a reader and by train_reproduce.py of
+    rehaanahmad2013/on-policy-delta-distillation at 4ec7f8d: both advantages less their mean under
+    the student, and the delta's kept where the signs agree. Theirs is the mean over the student's
+    top 1024 ids, renormalised."""
     z, t, labels = problem()
     lp, lq, lr = z.log_softmax(-1), t.log_softmax(-1), problem(5)[1].log_softmax(-1)
     p = lp.exp()
@@ -358,19 +349,6 @@ def test_delta_advantages_are_their_readers():
     opd, delta = centred(lq - lp), centred(lq - lr)
     expected = torch.where(delta * opd > 0, delta, 0.0)
     assert 0 < (expected == 0).sum() < N
-    of = [
-        distillation_loss(z, labels, LogitsTeacher(each), OPD(), backend="reference").stats
-        for each in (lq, lr)
-    ]
+    of = [stats_of(OPD(), z, each, labels) for each in (lq, lr)]
     found = credit.delta_advantages(*(x[None] for s in of for x in (s.reward, s.reverse_kl)))
     torch.testing.assert_close(found[0], expected, rtol=1e-9, atol=1e-12)
-
-
-def test_reward_aligned_answers_are_their_readers():
-    """RA-OPD, 2608.27960, by two readers: (2 R - 1) G >= 0, with G the answer's sum of rewards."""
-    rewards, mask = over_time()
-    total = (rewards * mask).sum(-1, keepdim=True)
-    for right in (torch.tensor([[1], [0], [1]]), torch.tensor([[0], [1], [0]])):
-        outcomes = (2 * right - 1).double().expand_as(rewards)
-        expected = mask & ((2 * right - 1) * total >= 0)
-        assert torch.equal(credit.reward_aligned_mask(rewards, outcomes, mask), expected)

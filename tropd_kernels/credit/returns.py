@@ -22,8 +22,9 @@ def return_to_go(
 
     `discount` is tinker-cookbook's `kl_discount_factor`: 0 gives the immediate reward, 1 the plain
     return-to-go. As there, a masked token adds no reward but keeps its place: the exponent and the
-    window count positions, not tokens that count. The cookbook also centres the result on the batch
-    mean; that is left to the caller.
+    window count positions, not tokens that count. MiniLLM (2306.08543) divides the return by the
+    number of tokens that are left: the quotient of two calls, the second with rewards of 1 and no
+    discount.
 
     With `window` this is the K-step return without a bootstrap: 1 gives the immediate reward, the
     sequence's length the whole return. KETCHUP (2504.19024) takes K-step returns of rewards that it
@@ -75,8 +76,8 @@ def reward_plus_future_mean(
     A_t = R_t + mean of R_j over the tokens j > t of the sequence that count. The mean makes the
     weight of the future independent of its length. TOP-D transforms the rewards first,
     R = log(alpha q/p + 1 - alpha), and z-normalizes the result over the tokens of a group of
-    rollouts (prime-rl#2966). Both are left to the caller. Two choices are this library's: the last
-    token keeps R_t, and masked tokens do not count in the mean.
+    rollouts (prime-rl#2966). Both are left to the caller. As there, the last token keeps R_t, and
+    masked tokens do not count in the mean.
 
     A reward of -inf makes every earlier advantage of its sequence -inf. TOP-D's transform bounds
     rewards from below by log(1 - alpha).
@@ -126,7 +127,8 @@ def generalized_advantages(
     is that of the next token n that counts, discounted by discount^(n-t), since `discount` counts
     positions as in `return_to_go`. `gae_lambda` counts tokens that count: tool output between two
     of them is one step of the student and costs one factor. With discount 1 this is what verl and
-    miles do.
+    miles do; a lower one verl counts by tokens, too. verl and TRL's PPO whiten the result, which is
+    left to the caller.
 
     An infinite reward makes every earlier advantage of its sequence infinite, unless discount or
     gae_lambda is 0. Values have to be finite: an infinite one makes earlier advantages NaN.
@@ -189,10 +191,11 @@ def exact_kl_baseline(
 ) -> Tensor:
     """Rewards plus the exact KL(p || q) at their position: zero mean under the student.
 
-    From the on-policy distillation survey (2606.22793). The K1 reward lq - lp of a token drawn from
-    the student has mean -KL(p || q), so the sum has mean 0 at every position. On a rollout that is
-    reused after updates, the mean is the change of KL(p || q) since sampling; the gradient stays
-    unbiased, as with any baseline that does not depend on the token drawn.
+    The baseline of vOPD (2605.07865) and of the on-policy distillation survey (2606.22793). The K1
+    reward lq - lp of a token drawn from the student has mean -KL(p || q), so the sum has mean 0 at
+    every position. On a rollout that is reused after updates, the mean is the change of KL(p || q)
+    since sampling; the gradient stays unbiased, as with any baseline that does not depend on the
+    token drawn.
 
     Where `reverse_kl` is infinite (the teacher gives probability 0 to an id that the student may
     draw) there is no such baseline, and the reward passes unchanged. This depends on the position
@@ -200,7 +203,10 @@ def exact_kl_baseline(
 
     Args:
         rewards: K1 rewards, nats.
-        reverse_kl: KL(p || q) over the whole vocabulary, nats: needs a dense teacher.
+        reverse_kl: KL(p || q) over the whole vocabulary, nats: needs a dense teacher. vOPD's
+            cheaper form takes the one on the student's top 100, the token losses of
+            `Divergence("reverse_kl", top_k=100, top_k_ids="student",
+            top_k_tail="renormalize_both")`; the sum's mean is then not quite 0.
         mask: Which tokens count.
 
     Returns:
@@ -238,8 +244,8 @@ def delta_advantages(
 
     so A is log q - log r at the token, less its mean under the student. The teacher's own advantage
     A_q gates it: a token that the two would move in opposite directions has advantage 0. The paper
-    estimates the mean on the student's 1024 likeliest ids, and multiplies rewards by 0.1, which is
-    left to the caller.
+    estimates the mean on the student's 1024 likeliest ids (a replication renormalises p there), and
+    multiplies rewards by 0.1, which is left to the caller.
 
     Both pairs are the statistics `reward` and `reverse_kl` of two calls with `OPD()`, one beside
     the teacher and one with the base model in its place. Where both give the token probability 0

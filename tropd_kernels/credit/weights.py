@@ -83,7 +83,8 @@ def turn_weights(
     change neither the size of the loss nor the share of a sequence. The mean over its tokens
     becomes the mean over its turns of the mean over a turn's tokens: verl's "seq-mean-token-mean",
     with turns for sequences. ATOD (2606.27814) and SAGE-OPD (2606.19659) weigh turns by a score as
-    well; multiply such a score into the result.
+    well; multiply such a score into the result. TurnOPD (2607.05804) moves from tokens to turns in
+    the course of training; its formula was not found.
 
     Args:
         turn_ids: Integer ids; a turn is a run of equal ids within a sequence. A turn without a

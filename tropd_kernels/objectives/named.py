@@ -184,8 +184,10 @@ def REOPOLD(
     batch's `entropy_quantile`. The mean is over the tokens kept. The trainer switches the stage.
 
     The paper's own text could not be had. Of its readers four have this floor, three of them as
-    its equation 7, and one (SaFo-Lab/PW-OPSD) log(mixing) / (1 - mixing). They disagree on mixing:
-    0.2, 0.1 (PW-OPSD) or 0.3 (EIT-NLP/PowerOPD). The quantile is 0.8 with all but one, who has 0.5.
+    its equation 7, and four (SaFo-Lab/PW-OPSD, the code of vOPD's authors, two summaries)
+    log(mixing) / (1 - mixing). A floor f is that of mixing = 1 / (1 + exp(-f)). They disagree on
+    mixing, too: 0.2, 0.1 (PW-OPSD) or 0.3 (EIT-NLP/PowerOPD). The quantile is 0.8 with all but one,
+    who has 0.5.
 
     Examples:
         >>> from tropd_kernels import REOPOLD
@@ -217,7 +219,7 @@ def AOPD(
     """AOPD (arXiv 2605.06387): K1 where the reward is positive, forward KL to the teacher's top-k
     where it is not. The paper's gate is q(y) - p(y) > 0, which is the same. top_k 64 is TrOPD's; no
     published value was found. One reader of the paper divides the forward KL's sum by k, which
-    this, as TrOPD's, does not.
+    this, as TrOPD's, does not. Another's code has a top_k of 16, and K1 up to p(y) - q(y) = 0.1.
 
     Examples:
         >>> from tropd_kernels import AOPD
