@@ -9,8 +9,9 @@ import torch
 from adapters import PPO_CLIP, K, V, assert_same, gradient, make_batch
 from torch import nn
 
-from tropd_kernels import GKD, LogitsTeacher, distillation_loss
+from tropd_kernels import GKD, LogitsTeacher, TrOPD, distillation_loss
 from tropd_kernels.integrations import frameworks
+from tropd_kernels.integrations.log_probs import row_uniforms
 
 H = 8
 
@@ -23,6 +24,17 @@ def draw():
 @pytest.fixture
 def batch(draw):
     return make_batch(draw)
+
+
+def assert_drawn(losses, logits, teacher, labels, leaf):
+    """Losses of the paper's gate by seed, which draws for a sequence by its labels, in any batch:
+    trainers that pass no seed made the objective raise."""
+    assert torch.equal(row_uniforms(0, labels)[1:], row_uniforms(0, labels[1:]))
+    for seed, ours in losses.items():
+        draws = dict(uniforms=row_uniforms(seed, labels))
+        truth = distillation_loss(logits(), labels, LogitsTeacher(teacher), TrOPD(top_k=K), **draws)
+        assert_same(ours, truth.loss, leaf)
+    assert len({loss.item() for loss in losses.values()}) == len(losses)
 
 
 # --- NeMo AutoModel ---
@@ -59,6 +71,12 @@ def test_nemo_s_loss_takes_our_objectives_and_refuses_what_it_cannot_honour(nemo
         nemo[1](chunk_size=4)
     with pytest.raises(ValueError, match="kd_loss_fn: objective 'jsd' takes no 'alpha'"):
         nemo[1](objective="jsd", alpha=1)
+
+
+def test_nemo_s_gate_is_drawn_by_the_labels(nemo, batch):
+    losses = {seed: nemo[1]("tropd", seed=seed, top_k=K)(*batch) for seed in (0, 1)}
+    student, teacher, labels = batch
+    assert_drawn(losses, lambda: student, teacher, labels, student)
 
 
 def test_nemo_s_hook_of_another_shape_is_named(nemo, monkeypatch):
@@ -258,6 +276,25 @@ def test_swift_s_fused_loss_is_the_one_on_logits(swift, draw):
     assert_same(ours, total / count, student)
     with pytest.raises(ValueError, match="weight_hard_loss"):
         adapter.FusedLoss(None, weight_hard_loss=0.5)
+    with pytest.raises(ValueError, match="compiled of Liger's loss"):
+        adapter.FusedLoss(None, compiled=True)
+
+
+def test_swift_s_gates_are_drawn_by_the_labels(swift, batch, draw):
+    theirs, adapter = swift
+    student, teacher, labels = batch
+    output = theirs.TeacherOutput(full_logits=teacher, labels=labels)
+    losses = {}
+    for seed in (0, 1):
+        total, count = adapter.loss_of(TrOPD(top_k=K), seed)(student, output, labels, 0.5, 1.0)
+        losses[seed] = total / count
+    assert_drawn(losses, lambda: student, teacher, labels, student)
+    hidden = torch.randn(*labels.shape, H, generator=draw).requires_grad_()
+    weight, identity = torch.randn(V, H, generator=draw), torch.eye(V)
+    heads = dict(student_weight=weight, teacher_weight=identity)
+    call = dict(student_input=hidden, teacher_input=teacher, true_labels=labels, **heads)
+    losses = {seed: adapter.FusedLoss(TrOPD(top_k=K), seed)(**call) for seed in (0, 1)}
+    assert_drawn(losses, lambda: hidden @ weight.T, teacher, labels, hidden)
 
 
 def test_swift_s_trainer_takes_both(swift, monkeypatch):
@@ -268,9 +305,10 @@ def test_swift_s_trainer_takes_both(swift, monkeypatch):
     double.gkd_loss, double._liger_kernel_available = theirs.gkd_loss, False
     monkeypatch.setitem(sys.modules, "swift.rlhf_trainers.gkd_trainer", double)
     monkeypatch.setattr(sys.modules["swift.rlhf_trainers"], "gkd_trainer", double, raising=False)
-    adapter.install("jsd", beta=0.3)
+    adapter.install("jsd", seed=5, beta=0.3)
     assert double._liger_kernel_available and double.gkd_loss is not theirs.gkd_loss
-    assert double.LigerFusedLinearJSDLoss(beta=0.5, temperature=1.0).rule == GKD(0.3)
+    fused = double.LigerFusedLinearJSDLoss(beta=0.5, temperature=1.0)
+    assert (fused.rule, fused.seed) == double.gkd_loss.args == (GKD(0.3), 5)
     with pytest.raises(RuntimeError, match="has an objective from an earlier call"):
         adapter.install("reverse_kl")  # of which the one name took, and not the other
     double.gkd_loss = lambda logits: None

@@ -132,6 +132,13 @@ def drawn(seed: int, log_probs: Tensor, mask: Tensor) -> Tensor:
     """The draws (*, T) where a trainer gives no token ids: a sequence is named by the bits of its
     log-probs under the policy that sampled it, at the tokens that count."""
     bits = log_probs.detach().float().masked_fill(~mask, 0.0).view(torch.int32).long()
-    rows = bits.reshape(-1, bits.shape[-1])
-    offsets = torch.arange(0, rows.numel() + 1, max(rows.shape[1], 1), device=bits.device)
-    return token_uniforms(seed, rows.flatten() & 0xFFFFFFFF, offsets).view(log_probs.shape)
+    return row_uniforms(seed, bits)
+
+
+def row_uniforms(seed: int, ids: Tensor) -> Tensor:
+    """The draws (*, T) where each row is a sequence, named by its ids, integers of 32 bits: those
+    of the labels are the same on all ranks that share a vocabulary, and at every pass over a data
+    set."""
+    rows = ids.reshape(-1, ids.shape[-1])
+    offsets = torch.arange(0, rows.numel() + 1, max(rows.shape[1], 1), device=ids.device)
+    return token_uniforms(seed, rows.flatten() & 0xFFFFFFFF, offsets).view(ids.shape)

@@ -24,14 +24,15 @@ from ..functional import distillation_loss, linear_distillation_loss
 from ..objectives import GKD, Divergence, TokenRule
 from ..teachers import HiddenTeacher, LogitsTeacher, Teacher, TopKTeacher
 from .frameworks import check_version, replace_function
-from .log_probs import named_rule
+from .log_probs import named_rule, row_uniforms
 
 _GKD = ("student_logits", "teacher_output", "labels", "beta", "temperature", "gather_fn",
         "log_softmax_fn", "kl_div_fn", "chunk_size")  # fmt: skip
 
 
-def install(objective: str | None = None, **knobs: Any) -> None:
-    """Makes ms-swift's GKD trainer take the objective; None: its divergence of --beta.
+def install(objective: str | None = None, seed: int = 0, **knobs: Any) -> None:
+    """Makes ms-swift's GKD trainer take the objective; None: its divergence of --beta. seed: of the
+    draws of a Bernoulli gate, which go with a sequence's labels, too.
 
     Raises ValueError for an objective or knobs that it does not have, RuntimeError where the
     trainer has an objective already, or another `gkd_loss`.
@@ -45,30 +46,34 @@ def install(objective: str | None = None, **knobs: Any) -> None:
             "ms_swift.install: the trainer has an objective from an earlier call: install one, once"
         )
     replace_function(
-        "ms-swift", gkd_trainer, "gkd_loss", lambda original: loss_of(rule), parameters=_GKD,
+        "ms-swift", gkd_trainer, "gkd_loss", lambda original: loss_of(rule, seed), parameters=_GKD,
         expected="98f9f0e63e2e",
     )  # fmt: skip
-    gkd_trainer.LigerFusedLinearJSDLoss = partial(FusedLoss, rule)
+    gkd_trainer.LigerFusedLinearJSDLoss = partial(FusedLoss, rule, seed)
     gkd_trainer._liger_kernel_available = True
 
 
-def loss_of(rule: TokenRule | None) -> Callable:
+def loss_of(rule: TokenRule | None, seed: int = 0) -> Callable:
     """`gkd_loss` of this rule, which takes what ms-swift gives its own; None: GKD of its beta."""
-    return partial(gkd_loss, rule)
+    return partial(gkd_loss, rule, seed)
 
 
-def gkd_loss(rule, student_logits, teacher_output, labels, beta, temperature):
+def gkd_loss(rule, seed, student_logits, teacher_output, labels, beta, temperature):
     """(sum over the tokens that count, their number), of student_logits (B, T, V), a TeacherOutput
     and labels (B, T), shifted; the teacher's own labels mark the same tokens in its sequences."""
     answers = teacher_output.select(teacher_output.labels != -100)
-    logits, tokens = student_logits[labels != -100], labels[labels != -100]
+    counts = labels != -100
+    logits, tokens = student_logits[counts], labels[counts]
+    draws = row_uniforms(seed, labels)[counts]
     if answers.is_topk_mode:
         # Tokens that the teacher did not score count for nothing, as there.
         tokens = tokens.masked_fill(answers.topk_logprobs.isinf().all(-1), -100)
         rule, teacher = of_top_k(rule, beta, temperature, answers, tokens)
     else:
         rule, teacher = rule or GKD(beta), LogitsTeacher(answers.full_logits.detach())
-    out = distillation_loss(logits, tokens, teacher, rule, temperature=temperature, reduction="sum")
+    out = distillation_loss(
+        logits, tokens, teacher, rule, uniforms=draws, temperature=temperature, reduction="sum"
+    )
     return out.loss, (tokens != -100).sum()
 
 
@@ -92,16 +97,17 @@ def of_top_k(rule, beta, temperature, answers, labels) -> tuple[TokenRule, Teach
 
 
 def fused_loss(
-    rule: TokenRule, student_input: Tensor, student_weight: Tensor, teacher_input: Tensor,
-    teacher_weight: Tensor, true_labels: Tensor, student_bias: Tensor | None = None,
-    teacher_bias: Tensor | None = None, **options: Any,
+    rule: TokenRule, seed: int, student_input: Tensor, student_weight: Tensor,
+    teacher_input: Tensor, teacher_weight: Tensor, true_labels: Tensor,
+    student_bias: Tensor | None = None, teacher_bias: Tensor | None = None, **options: Any,
 ) -> Tensor:  # fmt: skip
     """The mean over the tokens that count, of hidden states (B, T, H), heads (V, H) and labels
     (B, T), shifted."""
     teacher = HiddenTeacher(teacher_input, teacher_weight, teacher_bias)
     return linear_distillation_loss(
-        student_input, student_weight, true_labels, teacher, rule, bias=student_bias, **options
-    ).loss
+        student_input, student_weight, true_labels, teacher, rule, bias=student_bias,
+        uniforms=row_uniforms(seed, true_labels), **options,
+    ).loss  # fmt: skip
 
 
 class FusedLoss:
@@ -110,14 +116,14 @@ class FusedLoss:
     Raises ValueError for an option of Liger's that is not served.
     """
 
-    def __init__(self, rule: TokenRule | None, *, beta: float = 0.5, ignore_index: int = -100,
-                 temperature: float = 1.0, compiled: bool = False, **others: Any):  # fmt: skip
-        usual = dict(weight_hard_loss=0.0, weight_soft_loss=1.0)
+    def __init__(self, rule: TokenRule | None, seed: int = 0, *, beta: float = 0.5,
+                 ignore_index: int = -100, temperature: float = 1.0, **others: Any):  # fmt: skip
+        usual = dict(weight_hard_loss=0.0, weight_soft_loss=1.0, compiled=False)
         wrong = [name for name, value in others.items() if usual.get(name, ...) != value]
         if wrong:
             raise ValueError(f"ms-swift: {', '.join(wrong)} of Liger's loss is not served here")
-        self.rule = rule or GKD(beta)
+        self.rule, self.seed = rule or GKD(beta), seed
         self.options: dict[str, Any] = dict(ignore_index=ignore_index, temperature=temperature)
 
-    def __call__(self, **inputs: Tensor) -> Tensor:
-        return fused_loss(self.rule, **inputs, **self.options)
+    def __call__(self, **inputs: Any) -> Tensor:
+        return fused_loss(self.rule, self.seed, **inputs, **self.options)

@@ -21,7 +21,7 @@ from ..functional import distillation_loss
 from ..objectives import TokenRule
 from ..teachers import LogitsTeacher
 from .frameworks import check_parameters, check_version
-from .log_probs import named_rule
+from .log_probs import named_rule, row_uniforms
 
 _OF_A_LOSS = ("self", "student_logits", "teacher_logits", "labels", "num_batch_labels")
 
@@ -29,15 +29,17 @@ _OF_A_LOSS = ("self", "student_logits", "teacher_logits", "labels", "num_batch_l
 def kd_loss(
     rule: TokenRule, student_logits: Tensor, teacher_logits: Tensor, labels: Tensor,
     num_batch_labels: int | None = None, *, ignore_index: int = -100, temperature: float = 1.0,
-    tp_group: Any = None,
+    tp_group: Any = None, seed: int = 0,
 ) -> Tensor:  # fmt: skip
     """The mean over the tokens that count, or their sum over num_batch_labels, times temperature^2,
     of logits (*, V / ranks) and labels (*). tp_group None: the ranks of the student's DTensor."""
     group = vocabulary_group(student_logits) if tp_group is None else tp_group
     teacher = LogitsTeacher(local(teacher_logits, group).detach())
+    labels = local(labels, None)
     out = distillation_loss(
-        local(student_logits, group), local(labels, None), teacher, rule, temperature=temperature,
-        ignore_index=ignore_index, process_group=group, normalizer=num_batch_labels,
+        local(student_logits, group), labels, teacher, rule, temperature=temperature,
+        uniforms=row_uniforms(seed, labels), ignore_index=ignore_index, process_group=group,
+        normalizer=num_batch_labels,
     )  # fmt: skip
     return out.loss * temperature**2
 
@@ -47,12 +49,14 @@ class KDLoss(torch.nn.Module):
 
     ignore_index, temperature, tp_group: as there. fp32_upcast, chunk_size: sums are in float32, and
     no chunk is kept, in any case; ValueError for a value that asks for something else. objective,
-    knobs: "forward_kl" is its own.
+    knobs: "forward_kl" is its own. seed: of the draws of a Bernoulli gate, which go with a
+    sequence's labels, too.
     """
 
     def __init__(
         self, objective: str = "forward_kl", ignore_index: int = -100, temperature: float = 1.0,
-        fp32_upcast: bool = True, tp_group: Any = None, chunk_size: int = 0, **knobs: Any,
+        fp32_upcast: bool = True, tp_group: Any = None, chunk_size: int = 0, seed: int = 0,
+        **knobs: Any,
     ):  # fmt: skip
         from nemo_automodel.components.loss import kd_loss as theirs
 
@@ -65,12 +69,13 @@ class KDLoss(torch.nn.Module):
                 "in float32, and no softmax is kept. Leave them out"
             )
         self.rule = named_rule("kd_loss_fn", objective, knobs)
-        self.ignore_index, self.temperature, self.tp_group = ignore_index, temperature, tp_group
+        self.ignore_index, self.temperature = ignore_index, temperature  # which the recipes read
+        self.options: dict[str, Any] = dict(tp_group=tp_group, seed=seed)
 
     def forward(self, student_logits, teacher_logits, labels, num_batch_labels=None) -> Tensor:
         return kd_loss(
             self.rule, student_logits, teacher_logits, labels, num_batch_labels,
-            ignore_index=self.ignore_index, temperature=self.temperature, tp_group=self.tp_group,
+            ignore_index=self.ignore_index, temperature=self.temperature, **self.options,
         )  # fmt: skip
 
 
