@@ -68,7 +68,8 @@ OBJECTIVES = {
     ),
     "log1p": TokenRule(reward="log1p", gate="threshold", outlier="forward_kl", top_k=K),
     "tanh_clip": TokenRule(
-        reward="tanh", gate="expected", outlier="clip", threshold=-0.5, clip_reward_high=0.4
+        reward="tanh", reward_parameter=1.5, gate="expected", outlier="clip", threshold=-0.5,
+        clip_reward_high=0.4,
     ),
     "tv_opd": TVOPD(scale=0.5),
     "lsm": LSM(top_k=K),
