@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+import statistics
 import sys
 from functools import partial
 
@@ -112,6 +113,55 @@ def test_an_evaluation_logs_rewards(tmp_path):
     assert found["eval_rewards/distinct/mean"] == found["eval_reward"]
     assert "eval_frac_reward_zero_std" not in found
     assert not any(batch["task_advantages"].any() for batch in batches)
+
+
+def test_the_spread_of_an_evaluation_s_rewards(tmp_path):
+    """Over all completions that a function judges, not a mean over batches: one of a single row
+    has none."""
+
+    def judge(completions, **columns):
+        return [None if len(text.split()) == 4 else len(text.split()) for text in completions]
+
+    rows = tiny.prompts(16).select(range(3, 8))
+    spreads = []
+    for size in (5, 2, 1):
+        trainer = judged(
+            tmp_path, [distinct, judge], evaluate=rows, per_device_eval_batch_size=size
+        )
+        trainer._sample_completions = lambda prompts, *_: [
+            [5 + sum(ids) % 80] * (1 + sum(ids) % 5) + [2] for ids in prompts
+        ]
+        for _ in range(2):  # the second has nothing of the first
+            trainer.seen = []
+            found = trainer.evaluate()
+            ids = [row for batch, _ in trainer.seen for row in batch["completion_ids"]]
+            texts = tiny.tokenizer().batch_decode(ids, skip_special_tokens=True)
+            judged_by = zip(distinct(texts), judge(texts))
+            exact = {
+                "rewards/distinct/std": distinct(texts),
+                "rewards/judge/std": [reward for reward in judge(texts) if reward is not None],
+                "reward_std": [own + (other or 0) for own, other in judged_by],
+            }
+            for name, rewards in exact.items():
+                assert found[f"eval_{name}"] == pytest.approx(statistics.stdev(rewards)), name
+            spreads.append(found["eval_reward_std"])
+    assert spreads == pytest.approx([spreads[0]] * 6)
+    assert spreads[0] > 0 and 1 < len(exact["rewards/judge/std"]) < 5
+
+
+def test_the_spread_of_several_steps_rewards(tmp_path):
+    """In training GRPO's: the mean of the generation batches' spreads."""
+    rewards = []
+
+    def judge(completions, **columns):
+        rewards.append([len(rewards) + number for number in distinct(completions)])
+        return rewards[-1]
+
+    trainer = judged(tmp_path, judge, max_steps=2, logging_steps=2)
+    trainer.train()
+    assert len(rewards) == 2
+    expected = sum(map(statistics.stdev, rewards)) / 2
+    assert log_of(trainer)["reward_std"] == pytest.approx(expected)
 
 
 def test_functions_by_name_on_the_command_line(tmp_path, monkeypatch):

@@ -14,10 +14,10 @@ import tiny
 from datasets import Dataset
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from training import SGD, Spy, every_step_is_the_loop, split, step_and_compare
-from transformers import PreTrainedTokenizerFast
+from transformers import BloomConfig, BloomForCausalLM, PreTrainedTokenizerFast
 from trl.chat_template_utils import qwen3_chat_template
 
-from tropd_kernels.trainer import TrOPDConfig
+from tropd_kernels.trainer import TrOPDConfig, metrics
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<tool_call>", "</tool_call>", "<think>",
@@ -68,22 +68,27 @@ class Calls(Spy):
         return written
 
 
-def model(seed):
-    made = tiny.model(seed, vocab_size=len(characters()), max_position_embeddings=2048)
+def model(seed, **changes):
+    changes = {"max_position_embeddings": 2048} | changes
+    made = tiny.model(seed, vocab_size=len(characters()), **changes)
     made.generation_config.eos_token_id = [2]
     return made
 
 
-def make(folder, tool=doubled, kind=Calls, **settings):
-    talk = [[{"role": "user", "content": f"Double {n}."}] for n in range(2)]
-    data = Dataset.from_dict({"prompt": talk, "teacher_completion": [CALL, ANSWER]})
+def make(folder, tool=doubled, kind=Calls, numbers=(0, 1), models=None, **settings):
+    talk = [[{"role": "user", "content": f"Double {n}."}] for n in numbers]
+    texts = [ANSWER if n else CALL for n in numbers]
+    data = Dataset.from_dict({"prompt": talk, "teacher_completion": texts})
     defaults = dict(
         max_steps=1, max_completion_length=300, bf16=False, use_cpu=True, seed=5,
         report_to="none", save_strategy="no", disable_tqdm=True, gradient_checkpointing=False,
         logging_steps=1, **SGD,
     )  # fmt: skip
     args = TrOPDConfig(str(folder), **(defaults | settings))
-    return kind(model(0), model(1), args, data, processing_class=characters(), tools=[tool])
+    student, teacher = models or (model(0), model(1))
+    return kind(
+        student, teacher, args, data, data, processing_class=characters(), tools=[tool]
+    )  # fmt: skip
 
 
 SPLIT = dict(per_device_train_batch_size=1, gradient_accumulation_steps=2)
@@ -113,6 +118,108 @@ def test_a_step_leaves_out_what_the_tool_says(tmp_path, settings):
     (log,) = (log for log in trainer.state.log_history if "loss" in log)
     assert log["completions/mean_length"] == sum(row["loss_mask"].sum() for row in rows) / 2
     assert log["tools/call_frequency"] == 0.5
+
+
+YARN = dict(rope_type="yarn", rope_theta=1e4, factor=4.0, original_max_position_embeddings=256)
+BEYOND = {
+    "scaled": dict(max_position_embeddings=256, rope_parameters=YARN),
+    "none": dict(kind=BloomForCausalLM, config=BloomConfig, n_head=4, n_layer=2),
+}
+
+
+@pytest.mark.parametrize("positions", BEYOND)
+def test_an_answer_beyond_the_config_s_positions(tmp_path, positions):
+    """TRL drops an answer beyond max_position_embeddings without a word, and fails without that
+    attribute. The model's config is the same in every turn."""
+    models = [model(seed, **BEYOND[positions]) for seed in (0, 1)]
+    if positions == "none":  # the helper's models have it
+        for made in models:
+            del made.config.max_position_embeddings
+    configs = []
+
+    class Kept(Calls):
+        def _sample_completions(self, prompt_ids, *arguments):
+            configs.append(self.model.config.to_dict())
+            return super()._sample_completions(prompt_ids, *arguments)
+
+    trainer = make(tmp_path, kind=Kept, models=models, per_device_train_batch_size=2)
+    trainer.train()
+    _, (read,) = trainer.read
+    assert len(read) > 256
+    assert trainer._tokenizer.decode(read).count("<tool_response>\n42\n</tool_response>") == 1
+    assert configs[0] == configs[1]
+
+
+def test_an_answer_that_fills_the_context(tmp_path):
+    """It leaves no room to go on: the row ends at its call."""
+    trainer = make(tmp_path / "wide", per_device_train_batch_size=2)
+    trainer.train()
+    (prompt, _), (read,) = trainer.read
+    for room, turns in ((0, 1), (1, 2)):
+        models = [model(seed, max_position_embeddings=len(read) + room) for seed in (0, 1)]
+        trainer = make(
+            tmp_path / str(room), models=models, per_device_train_batch_size=2,
+            max_completion_length=len(read) - len(prompt),
+        )  # fmt: skip
+        trainer.train()
+        assert len(trainer.read) == turns
+
+
+def failing_first():
+    calls = []
+
+    def tool(number):
+        calls.append(number)
+        if len(calls) == 1:
+            raise RuntimeError("no connection")
+        return 2 * number
+
+    tool.__name__, tool.__doc__ = "doubled", doubled.__doc__
+    tool.__annotations__ = doubled.__annotations__
+    return tool
+
+
+@pytest.mark.parametrize("size", [5, 2, 1])
+def test_frequencies_are_over_rows_and_calls(tmp_path, size):
+    """Not over the means of batches, of which some have few calls or none."""
+    trainer = make(
+        tmp_path, tool=failing_first(), numbers=(0, 0, 0, 1, 2), per_device_train_batch_size=1,
+        per_device_eval_batch_size=size,
+    )  # fmt: skip
+    found = trainer.evaluate()
+    assert found["eval_tools/call_frequency"] == pytest.approx(3 / 5)
+    assert found["eval_tools/failure_frequency"] == pytest.approx(1 / 3)
+
+
+def test_frequencies_of_several_steps(tmp_path):
+    """Steps of one call and of two, in one log."""
+    trainer = make(
+        tmp_path, tool=failing_first(), numbers=(0, 1, 0, 0), per_device_train_batch_size=2,
+        max_steps=2, logging_steps=2, shuffle_dataset=False,
+    )  # fmt: skip
+    trainer.train()
+    (log,) = (log for log in trainer.state.log_history if "loss" in log)
+    assert log["tools/call_frequency"] == 3 / 4
+    assert log["tools/failure_frequency"] == pytest.approx(1 / 3)
+
+
+def test_a_repeated_row_of_an_evaluation_calls_nothing(tmp_path, monkeypatch):
+    """accelerate repeats rows where the last batch has too few for all processes."""
+    monkeypatch.setattr(metrics, "first_occurrences", lambda _, rows: torch.arange(rows) < 2)
+    calls = []
+
+    def tool(number):
+        calls.append(number)
+        return 2 * number
+
+    tool.__name__, tool.__doc__ = "doubled", doubled.__doc__
+    tool.__annotations__ = doubled.__annotations__
+    trainer = make(
+        tmp_path, tool=tool, numbers=(0, 1, 0), per_device_train_batch_size=1,
+        per_device_eval_batch_size=3,
+    )  # fmt: skip
+    assert trainer.evaluate()["eval_tools/call_frequency"] == 1 / 2
+    assert len(calls) == 1
 
 
 class ThreeTurns(Calls):

@@ -6,8 +6,11 @@ may send the teacher's log-probs along with them (`teacher_tensors`).
 """
 
 import contextlib
+import copy
+import math
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -18,7 +21,13 @@ from trl import is_conversational  # type: ignore[attr-defined]
 
 from . import metrics, teacher_prompts
 from .chat_templates import check_parts
-from .context import check_context, check_generated_width, check_lengths, scale_warning
+from .context import (
+    check_context,
+    check_generated_width,
+    check_lengths,
+    context_of,
+    scale_warning,
+)
 from .data_checks import check_prompts, check_row_modalities, check_tokens
 from .fields import (
     KeptFields,
@@ -240,9 +249,34 @@ class PrefixedGeneration(MetricLogs):
         if multimodal_fields:
             self._asked = [list(prompt) for prompt in prompts]  # TRL's grow by the answers
             multimodal_fields = {_PLACES: list(range(len(prompts)))}
-        return super()._tool_call_loop(
+        rows = len(prompts)
+        if not self.model.training:  # a repeated row is not counted, and calls nothing
+            first = metrics.first_occurrences(self.accelerator, rows).tolist()
+            for repeated in (own for own, counts in zip(completions, first) if not counts):
+                repeated[0].pop("tool_calls", None)
+            rows = sum(first)
+        found = super(PrefixedGeneration, self._with_context())._tool_call_loop(
             prompts, prompt_ids, completion_ids, completions, images, multimodal_fields
         )
+        *_, calls, failures, _ = found
+        self.log_sums(metrics.tool_totals(self.accelerator, calls, failures, rows))
+        return found
+
+    def _with_context(self) -> "PrefixedGeneration":
+        """The trainer as TRL's loop over tools reads it: the config has the student's context.
+
+        The loop drops answers beyond `max_position_embeddings`, which is another length under a
+        scaling, and which some configs lack. The model itself generates with the config it has.
+        """
+        context = context_of(self._contexts["student"])
+        config = SimpleNamespace(max_position_embeddings=math.inf if context is None else context)
+        config.text_config = config
+        view = copy.copy(self)
+        vars(view).update(
+            model=SimpleNamespace(config=config),
+            _generate_single_turn=self._generate_single_turn,
+        )
+        return view
 
     def _fields_after_tools(
         self, places: list[int], prompt_ids: list[list[int]]

@@ -1,10 +1,13 @@
-"""Which values a log reports: quotients of sums, extremes, and exact means of an evaluation."""
+"""Which values a log reports: quotients, extremes, spreads, and exact means of an evaluation."""
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import torch
+from torch import Tensor
 from trl import DistillationTrainer  # type: ignore[attr-defined]
+from trl.trainer.utils import nanstd
 
 from . import metrics
 
@@ -18,6 +21,7 @@ class MetricLogs(DistillationTrainer):
     def __init__(self, *arguments: Any, **keywords: Any):
         super().__init__(*arguments, **keywords)
         self._sums: dict[str, dict[str, tuple[float, float]]] = {"train": {}, "eval": {}}
+        self._spread_over: dict[str, dict[str, Tensor]] = {"train": {}, "eval": {}}
         self._eval_loss_sums = torch.zeros(2, device=self.accelerator.device)  # sum, count
         self._eval_rows_seen = 0
         self._eval_set = ""  # name of the data set under evaluation, where there are several
@@ -42,16 +46,28 @@ class MetricLogs(DistillationTrainer):
             before = known.get(name, (0.0, 0.0))
             known[name] = before[0] + value, before[1] + count
 
+    def log_spreads(self, values: Mapping[str, Tensor]) -> None:
+        """Adds values (N,), whose standard deviation over all that were added the next log reports.
+
+        NaNs are left out, and so is the deviation of fewer than two values.
+        """
+        known = self._spread_over[self.mode]
+        for name, own in values.items():
+            known[name] = torch.cat([known[name], own]) if name in known else own
+
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         reported, sums = self._metrics[self.mode], self._sums[self.mode]
         for name, extreme in metrics.EXTREMES.items():  # TRL would log their mean
             if values := reported.get(name):
                 reported[name] = [extreme(values)]
         reported |= {name: [total / count] for name, (total, count) in sums.items() if count}
+        spreads = {name: nanstd(own).item() for name, own in self._spread_over[self.mode].items()}
+        reported |= {name: [value] for name, value in spreads.items() if not math.isnan(value)}
         for name in sums.keys() & reported.keys():  # TRL's mean over tokens of which one is unknown
             if math.isnan(sum(reported[name])):
                 del reported[name]
         sums.clear()
+        self._spread_over[self.mode].clear()
         if self.mode == "eval" and self._eval_set:
             # TRL gives every data set's metrics the same names: evaluate() would return the last's.
             for name in list(reported):
@@ -65,6 +81,7 @@ class MetricLogs(DistillationTrainer):
     def _forget(self, mode: str) -> None:
         """Drops what an earlier loop left unlogged, which an exception may have ended."""
         self._sums[mode].clear()
+        self._spread_over[mode].clear()
         self._metrics[mode].clear()
 
     def evaluation_loop(self, *arguments, **keywords):

@@ -4,7 +4,7 @@ Each metric is a sum and a count over the tokens that it concerns. Both are adde
 micro-batches, and the steps or batches until the next log; the division comes last, so that a batch
 of few tokens has little weight. A value that an objective does not compute (NaN), or that no batch
 has, is not logged. The loss of an evaluation is treated alike, and so are TRL's metrics that are
-means over tokens (entropy) or completions (their lengths).
+means over tokens (entropy), completions (their lengths) or calls of tools.
 
 | metric               | over              | meaning                                               |
 |----------------------|-------------------|-------------------------------------------------------|
@@ -55,8 +55,10 @@ PREFIX = "tropd/"
 
 #: TRL's, of completions.
 _LENGTHS = "completions/"
+#: TRL's, of calls.
+_TOOLS = "tools/"
 #: Where transformers, TRL or the trainer itself logs: the first parts of names, and whole names.
-_OWN_PARTS = (PREFIX, _LENGTHS, "tools/")
+_OWN_PARTS = (PREFIX, _LENGTHS, _TOOLS)
 _OWN_NAMES = {
     "loss", "grad_norm", "learning_rate", "epoch", "num_input_tokens_seen", "runtime",
     "samples_per_second", "steps_per_second", "train_loss", "train_runtime", "total_flos",
@@ -155,6 +157,18 @@ def completion_totals(
         _LENGTHS + "mean_length": (written, rows),
         _LENGTHS + "clipped_ratio": (clipped, rows),
         _LENGTHS + "mean_terminated_length": (whole, terminated),
+    }
+
+
+def tool_totals(
+    accelerator: Any, calls: int, failures: int, rows: int
+) -> dict[str, tuple[float, float]]:
+    """Sums and counts of all processes' calls, of which TRL logs means of means. A collective."""
+    sums = torch.tensor([calls, failures, rows], dtype=torch.float, device=accelerator.device)
+    called, failed, rows = accelerator.reduce(sums, reduction="sum").tolist()
+    return {
+        _TOOLS + "call_frequency": (called, rows),
+        _TOOLS + "failure_frequency": (failed, called),
     }
 
 

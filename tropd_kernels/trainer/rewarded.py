@@ -8,6 +8,9 @@ values are GRPO's:
     reward, reward_std          of the weighted sum
     frac_reward_zero_std        share of the groups whose rewards are equal, which teach nothing
 
+A standard deviation is over a generation batch, as GRPO's: where a log covers several, it has the
+mean of theirs. In an evaluation it is over all completions, whatever the batches.
+
 An evaluation writes one completion of a prompt: its rewards are logged, its advantages are 0, and
 its loss is without a `reward_filter`, which would leave nothing of it.
 """
@@ -68,8 +71,11 @@ class RewardedTrainer(GuidedTrainer):
         for mean, std, own in [*values, ("reward", "reward_std", total)]:
             known = own[~own.isnan()]
             sums[mean] = (known.sum().item(), float(len(known)))
-            spreads[std] = nanstd(own).item()
+            spreads[std] = own
         if self.model.training:
             sums["frac_reward_zero_std"] = (equal.sum().item(), float(len(equal)))
+            stds = {name: nanstd(own).item() for name, own in spreads.items()}
+            self.log_values({name: std for name, std in stds.items() if std == std})
+        else:
+            self.log_spreads(spreads)
         self.log_sums(sums | self._verifier.metrics())
-        self.log_values({name: std for name, std in spreads.items() if std == std})
