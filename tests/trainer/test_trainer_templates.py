@@ -11,7 +11,7 @@ from jinja2 import TemplateError
 from training import Spy
 
 from tropd_kernels.trainer import TrOPDConfig
-from tropd_kernels.trainer.chat_templates import check_parts, check_template_keys
+from tropd_kernels.trainer.chat_templates import check_contents, check_template_keys
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
 #: Reads a switch, as Qwen3's does, a date with a default, as Llama 3's does, and documents.
@@ -128,39 +128,129 @@ FIRST = WRITES.replace("m['content'] %}", "m['content'][:1] %}")
 @pytest.mark.parametrize("column", ["prompt", "teacher_prompt"])
 def test_contents_in_parts(tmp_path, template, column):
     """A template for text prints the list as Python does, leaves it or a part out, or fails."""
-    tokenizer = tiny.tokenizer()
-    tokenizer.chat_template = template
-    text, parts = "w1", [{"type": "text", "text": "w3"}, {"type": "text", "text": "w4"}]
-    rows = [{"prompt": [{"role": "user", "content": text}]} for _ in range(4)]
-    rows = [row | {column: [{"role": "user", "content": parts}]} for row in rows]
-    args = TrOPDConfig(
-        str(tmp_path), max_steps=1, per_device_train_batch_size=4, max_completion_length=4,
-        bf16=False, use_cpu=True, report_to="none", save_strategy="no", disable_tqdm=True,
-        gradient_checkpointing=False,
-    )  # fmt: skip
-    data = tiny.Dataset.from_list(rows)
-    trainer = Spy(tiny.model(0), tiny.model(1), args, data, processing_class=tokenizer)
+    user = in_parts("user", "w3")
+    user[0]["content"] += [{"type": "text", "text": "w4"}]
+    prompt = in_parts("user", "w1") if template == LISTS else [{"role": "user", "content": "w1"}]
+    row = {"prompt": prompt} | {column: user}
     if template in (WRITES, LISTS):
-        trainer.train()
-        written = tokenizer.convert_tokens_to_ids(["<s>", "w3", "w4", "<|end|>", "<s>"])
-        assert trainer.batches[0][f"{column}_ids"].tolist() == [written] * 4
+        batch, _ = train_on(tmp_path, template, **row)
+        written = tiny.tokenizer().convert_tokens_to_ids(["<s>", "w3", "w4", "<|end|>", "<s>"])
+        assert batch[f"{column}_ids"].tolist() == [written] * 4
         return
     with pytest.raises(ValueError, match="^chat template: it does not read .* parts.*'w3'.*text"):
-        trainer.train()
+        train_on(tmp_path, template, **row)
+
+
+def train_on(folder, template, prompt, **columns):
+    tokenizer = tiny.tokenizer()
+    tokenizer.chat_template = template
+    args = TrOPDConfig(
+        str(folder), max_steps=1, per_device_train_batch_size=4, max_completion_length=4,
+        bf16=False, use_cpu=True, report_to="none", save_strategy="no", disable_tqdm=True,
+        gradient_checkpointing=False, **{"lmbda": 0.0} if "teacher_completion" in columns else {},
+    )  # fmt: skip
+    data = tiny.Dataset.from_list([{"prompt": prompt} | columns] * 4)
+    trainer = Spy(tiny.model(0), tiny.model(1), args, data, processing_class=tokenizer)
+    trainer.train()
+    return trainer.batches[0], tokenizer.convert_tokens_to_ids
+
+
+def in_parts(role, text):
+    return [{"role": role, "content": [{"type": "text", "text": text}]}]
+
+
+TALK = [{"role": "user", "content": "w3"}]
+UNREAD = "^chat template: it does not read a content that is text, as in .*'w3'.*list of parts"
+
+
+@pytest.mark.parametrize("template", [PRINTS, DROPS, ADDS, FIRST, WRITES, LISTS])
+@pytest.mark.parametrize("column", ["prompt", "teacher_prompt"])
+def test_contents_of_text(tmp_path, template, column):
+    """Of a text a template for parts finds none, and writes nothing."""
+    prompt = in_parts("user", "w1") if template == LISTS else TALK
+    row = {"prompt": prompt} | {column: TALK}
+    if template == LISTS:
+        with pytest.raises(ValueError, match=UNREAD):
+            train_on(tmp_path, template, **row)
+        return
+    batch, id_of = train_on(tmp_path, template, **row)
+    assert (batch[f"{column}_ids"] == id_of("w3")).sum(1).tolist() == [1] * 4
+
+
+@pytest.mark.parametrize("template", [WRITES, LISTS])
+@pytest.mark.parametrize("answer", ["w3", [{"role": "assistant", "content": "w3"}]], ids=str)
+def test_answers_of_text(tmp_path, template, answer):
+    prompt = in_parts("user", "w1")
+    if template == LISTS:
+        with pytest.raises(ValueError, match=UNREAD):
+            train_on(tmp_path, template, prompt, teacher_completion=answer)
+        answer = in_parts("assistant", "w3")
+    batch, id_of = train_on(tmp_path, template, prompt, teacher_completion=answer)
+    assert batch["completion_ids"].tolist() == [[id_of("w3"), id_of("<|end|>")]] * 4
+
+
+def test_text_of_one_role():
+    """... or of a turn that is as short as its role's name; a system prompt may be read as text."""
+    mixed = LISTS.replace(
+        "{% for part", "{% if m['role'] == 'system' %}{{ m['content'] }}{% endif %}{{ m['role'] }}"
+        "{% for part"
+    )  # fmt: skip
+    talk = [{"role": "system", "content": "w3"}, {"role": "user", "content": "user"}]
+    with pytest.raises(ValueError, match="^chat template: it does not read a content that is text"):
+        check_contents([talk], template_of(mixed))
+    check_contents([[talk[0], *in_parts("user", "w4")]], template_of(mixed))
+    raises = LISTS.replace("{% for part", "{{ m['content'] + [] and '' }}{% for part")
+    with pytest.raises(ValueError, match="^chat template: it does not read a content that is text"):
+        check_contents([TALK], template_of(raises))
+
+
+def test_text_that_a_template_leaves_out():
+    """Also of parts, or as thoughts of earlier turns, which the branch for lists may leave in."""
+    thoughts = WRITES.replace("{{ m['content'] }}", "{{ m['content'].split('</think>')[-1] }}")
+    talk = [{"role": "user", "content": "<think>w3</think>"}, {"role": "assistant", "content": ""}]
+    check_contents([talk], template_of(thoughts))
+    users = "{% for m in messages if m['role'] == 'user' %}"
+    silent = WRITES.replace("{% for m in messages %}", users)
+    check_contents([[{"role": "system", "content": "w5"}, *TALK]], template_of(silent))
+
+
+def template_of(template):
+    tokenizer = tiny.tokenizer()
+    tokenizer.chat_template = template
+    return tokenizer
+
+
+@pytest.mark.parametrize("kind", ["qwen2_vl", "gemma3"])
+def test_contents_beside_a_processor(tmp_path, kind):
+    """TRL writes all of them in parts, which a template for text prints as Python does."""
+    pytest.importorskip("PIL", reason="images need pillow")
+    import vision
+
+    args = TrOPDConfig(
+        str(tmp_path), max_steps=1, per_device_train_batch_size=2, max_completion_length=4,
+        bf16=False, use_cpu=True, report_to="none", save_strategy="no", disable_tqdm=True,
+    )  # fmt: skip
+    for data in (vision.prompts(2), tiny.Dataset.from_list([{"prompt": TALK}] * 2)):
+        processor = vision.processor(kind)
+        processor.chat_template = PRINTS
+        models = vision.model(kind, 0), vision.model(kind, 1)
+        trainer = Spy(*models, args, data, processing_class=processor)
+        with pytest.raises(
+            ValueError, match="^chat template: .* list of parts.*: beside a processor"
+        ):
+            trainer.train()
 
 
 def render_check(content, template, role="user"):
-    tokenizer = tiny.tokenizer()
-    tokenizer.chat_template = template
-    check_parts([[{"role": role, "content": content}]], tokenizer)
+    check_contents([[{"role": role, "content": content}]], template_of(template))
 
 
-def test_a_template_s_own_error():
-    """It is raised of text, too, and keeps its words."""
+def test_a_template_s_own_error(tmp_path):
+    """It is raised in either form, and keeps its words."""
     own = "{% if messages[0]['role'] != 'user' %}{{ raise_exception('roles must alternate') }}"
     for template in (PRINTS, WRITES):
         with pytest.raises(TemplateError, match="^roles must alternate$"):
-            render_check([{"type": "text", "text": "w3"}], own + "{% endif %}" + template, "system")
+            train_on(tmp_path, own + "{% endif %}" + template, in_parts("system", "w3"))
 
 
 def test_text_that_a_template_leaves_out_or_trims():

@@ -11,6 +11,7 @@ from typing import Any
 from jinja2 import TemplateError, meta  # which torch brings
 from transformers import ProcessorMixin
 from transformers.utils import chat_template_utils
+from trl.data_utils import prepare_multimodal_messages
 
 from ..objectives.registry import nearest
 
@@ -29,6 +30,8 @@ _LENGTHS = {
     "truncation": (False, None, "do_not_truncate"), "padding": (False, None, "do_not_pad"),
     "max_length": (None,),
 }  # fmt: skip
+#: Stands for texts: no template has it of its own, or leaves it out as it may thoughts.
+_MARK = "mark7f3a"
 
 
 def check_template_keys(
@@ -94,49 +97,69 @@ def _cut_or_padded(given: Mapping[str, Any]) -> Iterator[str]:
             yield from _cut_or_padded(value)
 
 
-def check_parts(prompts: Iterable[Any], tokenizer: Any, **arguments: Any) -> None:
-    """Raises ValueError for messages in parts of text, if the chat template does not read them.
+def check_contents(conversations: Iterable[Any], processor: Any, **arguments: Any) -> None:
+    """Raises ValueError for messages of text or in parts, if the chat template does not read them.
 
-    Templates for text print such a list as Python does, leave it or a part out, or fail. Of the
-    same contents as text a template may leave parts out, too, and raise errors of its own.
+    Templates for text print a list of parts as Python does, leave it or a part out, or fail; those
+    for parts find none in a text. What a template leaves out in either form is its own affair.
 
     arguments: of `apply_chat_template`.
     """
+    remedies = {
+        str: "write each message's content as a list of parts, [{'type': 'text', 'text': ...}]",
+        list: "write each message's content as text",
+    }
+    if converts := isinstance(processor, ProcessorMixin):
+        remedies[list] = "beside a processor every content is one: give it a template that does"
+    for conversation in conversations:
+        if converts:  # as TRL does
+            conversation = prepare_multimodal_messages(conversation)
+        for form, remedy in remedies.items():
+            if _is_unread(form, conversation, processor, arguments):
+                is_ = "text" if form is str else "a list of parts"
+                raise ValueError(
+                    f"chat template: it does not read a content that is {is_}, as in "
+                    f"{conversation!r:.200}: {remedy}"
+                )
 
-    def render(messages: Any) -> str:
-        return tokenizer.apply_chat_template(messages, tokenize=False, **arguments)
 
-    for prompt in prompts:
-        listed = [m["content"] for m in prompt if isinstance(m.get("content"), list)]
-        texts = [text.strip() for content in listed for text in _texts(content)]
-        if not texts:
-            continue
+def _is_unread(form: type, conversation: Any, processor: Any, arguments: Mapping[str, Any]) -> bool:
+    """Whether contents of this type are written worse than they would be in the other form."""
+    own = [isinstance(message.get("content"), form) for message in conversation]
+    texts = [_has_text(p) for m, is_own in zip(conversation, own) if is_own for p in _parts(m)]
+
+    def written(as_text: bool) -> str:
+        marked = [
+            {**message, "content": _marked(message, as_text)} if is_own else message
+            for message, is_own in zip(conversation, own)
+        ]
         try:
-            rendered = render(prompt)
+            return processor.apply_chat_template(marked, tokenize=False, **arguments)
         except (TemplateError, TypeError):
-            rendered = ""
-        printed = any(repr(content) in rendered for content in listed)
-        missing = [text for text in texts if text not in rendered]
-        if missing and not printed:
-            as_text = render([_as_text(message) for message in prompt])
-            missing = [text for text in missing if text in as_text]
-        if printed or missing:
-            raise ValueError(
-                "chat template: it does not read a content that is a list of parts, as in "
-                f"{prompt!r:.200}: write each message's content as text"
-            )
+            return ""
+
+    if not any(texts):
+        return False
+    found = written(form is str)
+    if form is list and f"'text': {_MARK!r}" in found:
+        return True
+    less = found.count(_MARK) < sum(texts)
+    return less and found.count(_MARK) < written(form is not str).count(_MARK)
 
 
-def _as_text(message: Mapping[str, Any]) -> Mapping[str, Any]:
-    content = message.get("content")
-    if not isinstance(content, list):
-        return message
-    return {**message, "content": "\n".join(_texts(content))}
+def _marked(message: Mapping[str, Any], as_text: bool) -> Any:
+    """The content with a mark in the place of each of its texts, as one text or in parts."""
+    parts = [{**part, "text": _MARK} if _has_text(part) else part for part in _parts(message)]
+    return "\n".join(part["text"] for part in parts if _has_text(part)) if as_text else parts
 
 
-def _texts(content: Iterable[Any]) -> list[str]:
-    """The texts among the parts of a message."""
-    return [part["text"] for part in content if isinstance(part.get("text"), str)]
+def _parts(message: Mapping[str, Any]) -> list[dict[str, Any]]:
+    content = message["content"]
+    return [{"type": "text", "text": content}] if isinstance(content, str) else content
+
+
+def _has_text(part: Mapping[str, Any]) -> bool:
+    return isinstance(part.get("text"), str) and bool(part["text"].strip())
 
 
 def _templates(own: Any, tools: Collection[Any]) -> Iterator[str]:

@@ -20,7 +20,7 @@ from transformers import __version__ as transformers_version
 from trl import is_conversational  # type: ignore[attr-defined]
 
 from . import metrics, teacher_prompts
-from .chat_templates import check_parts
+from .chat_templates import check_contents
 from .context import (
     check_context,
     check_generated_width,
@@ -129,6 +129,13 @@ class PrefixedGeneration(MetricLogs):
         """Whether there is a teacher that reads a row's `teacher_prompt`."""
         return False
 
+    def check_contents(self, conversations: list[list[dict]]) -> None:
+        """Raises ValueError for messages whose content the chat template does not read."""
+        check_contents(
+            conversations, self.processing_class, tools=self.tools or None,
+            chat_template=self.chat_template, **self.chat_template_kwargs,
+        )  # fmt: skip
+
     # TRL's hooks.
 
     def _tokenize_prompts(self, prompts):
@@ -138,11 +145,8 @@ class PrefixedGeneration(MetricLogs):
         """
         # With 5.3 TRL asks for padding itself, and takes it off again.
         pads_itself = transformers_version.startswith("5.3.")
-        if not isinstance(self.processing_class, ProcessorMixin) and isinstance(prompts[0], list):
-            check_parts(
-                prompts, self.processing_class, tools=self.tools or None,
-                chat_template=self.chat_template, **self.chat_template_kwargs,
-            )  # fmt: skip
+        if isinstance(prompts[0], list):
+            self.check_contents(prompts)
         if not isinstance(self.processing_class, ProcessorMixin) or pads_itself:
             return super()._tokenize_prompts(prompts)
         if not is_conversational({"prompt": prompts[0]}):

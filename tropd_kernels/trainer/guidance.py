@@ -177,6 +177,7 @@ class GuidedTrainer(DistillationAdapter):
         images = row_images(row)
         if images or self._is_vlm:
             text = prepare_multimodal_messages(text, images=images)
+        self.check_contents([text])
         return self.processing_class.apply_chat_template(
             conversation=[text],
             tools=self.tools or None,
