@@ -102,6 +102,23 @@ def test_a_reward_model(tmp_path):
     )
 
 
+def test_a_reward_model_whose_template_reads_parts(tmp_path):
+    """It would judge a conversation without a word, for completions are text."""
+    tokenizer = tiny.tokenizer()
+    tokenizer.chat_template = "{% for m in messages %}<s>{% for p in m['content'] %}"
+    tokenizer.chat_template += "{{ p['text'] }}{% endfor %}<|end|>{% endfor %}"
+    chats = [[{"role": "user", "content": text}] for text in tiny.prompts()["prompt"]]
+    data = tiny.Dataset.from_dict({"prompt": chats})
+    words = "^reward_funcs: .*chat template: it does not read a content that is text"
+    for tokens in (tiny.tokenizer(), tokenizer):
+        trainer = judged(tmp_path, reward_model(), data=data, reward_processing_classes=tokens)
+        if tokens is not tokenizer:
+            trainer.train()
+            continue
+        with pytest.raises(ValueError, match=words):
+            trainer.train()
+
+
 def test_an_evaluation_logs_rewards(tmp_path):
     """Of one completion a prompt, which has no group, and of each row once."""
     trainer = judged(tmp_path, evaluate=tiny.prompts(7), per_device_eval_batch_size=3)

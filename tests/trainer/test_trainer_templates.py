@@ -106,6 +106,30 @@ def test_keys_that_cut_or_pad(given, key):
         check(given, READS)
 
 
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        (5, "expected a mapping of arguments by their names, got 5"),
+        ([("stride", 1)], "expected a mapping"), ("stride", "expected a mapping"),
+        ({1: 2}, "expected a mapping"),
+        ({"verbose": False, "add_special_tokens": True}, "'add_special_tokens' with"),
+        ({"text": "w1"}, "'text' with"), ({"padding": False}, "'padding' with"),
+        ({"max_length": None}, "'max_length' with"), ({"text_pair": ["w1"]}, "'text_pair' with"),
+        ({"is_split_into_words": True}, "'is_split_into_words' with"),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_arguments_of_the_tokenizer(given, words):
+    """They would fail at the first prompt, as arguments given twice, or make other than ids."""
+    with pytest.raises(ValueError, match=f"^chat_template_kwargs: 'tokenizer_kwargs': {words}"):
+        check({"tokenizer_kwargs": given}, READS)
+
+
+def test_arguments_of_the_tokenizer_that_work():
+    for given in ({}, {"split_special_tokens": True}, {"verbose": False}, None):
+        check({"tokenizer_kwargs": given} | THINKS, READS)
+
+
 #: What templates make of a content that is a list of parts.
 PRINTS = tiny.TEMPLATE
 DROPS = tiny.TEMPLATE.replace("m['content']", "m['content'] if m['content'] is string else ''")
@@ -288,6 +312,18 @@ def test_processors():
         check_template_keys(THINKS, processor, None, ())
     processor.chat_template = READS
     check_template_keys(THINKS, processor, None, ())
+
+
+@pytest.mark.parametrize("given", [5, {"text": "w1"}, {"is_split_into_words": True}], ids=str)
+@pytest.mark.parametrize("kind", ["qwen2_vl", "idefics3"])
+def test_arguments_of_a_processor(kind, given):
+    pytest.importorskip("PIL", reason="images need pillow")
+    import vision
+
+    with pytest.raises(ValueError, match="^chat_template_kwargs: 'text_kwargs': "):
+        check_template_keys({"text_kwargs": given}, vision.processor(kind), None, ())
+    with pytest.raises(ValueError, match="^chat_template_kwargs: 'is_split_into_words' with this "):
+        check_template_keys({"is_split_into_words": True}, vision.processor(kind), None, ())
 
 
 @pytest.mark.parametrize(

@@ -30,6 +30,8 @@ _LENGTHS = {
     "truncation": (False, None, "do_not_truncate"), "padding": (False, None, "do_not_pad"),
     "max_length": (None,),
 }  # fmt: skip
+#: A template that writes the text of the first message alone, given in parts.
+PLAIN = "{{ messages[0]['content'][0]['text'] }}"
 #: Stands for texts: no template has it of its own, or leaves it out as it may thoughts.
 _MARK = "mark7f3a"
 
@@ -72,6 +74,7 @@ def check_template_keys(
     # transformers_modules, for instance, comes from the hub.
     if not given or not type(processor).apply_chat_template.__module__.startswith("transformers."):
         return
+    _check_arguments(given, processor)
     used = list(_templates(template or processor.chat_template, tools))
     try:
         read = set().union(*map(_variables, used))
@@ -86,6 +89,41 @@ def check_template_keys(
                 f"{', '.join(own) or 'no variable'} besides messages and tools"
                 f"{nearest(key, takes - _SET_ALREADY.keys())}: leave it out"
             )
+
+
+def _check_arguments(given: Mapping[str, Any], processor: Any) -> None:
+    """Raises ValueError for arguments with which prompts are not tokenized, asked one by one."""
+    if not _makes_ids(processor, {}):  # of text without an image
+        return
+    takes = _arguments(processor)
+    for key, value in given.items():
+        if key not in takes:
+            continue
+        single = {repr(key): {key: value}}
+        if key.endswith("_kwargs") and value is not None:
+            if not isinstance(value, Mapping) or not all(isinstance(name, str) for name in value):
+                raise ValueError(
+                    f"chat_template_kwargs: {key!r}: expected a mapping of arguments by their "
+                    f"names, got {value!r:.80}"
+                )
+            single = {f"{key!r}: {name!r}": {key: {name: value[name]}} for name in value}
+        for where, arguments in single.items():
+            if not _makes_ids(processor, arguments):
+                raise ValueError(
+                    f"chat_template_kwargs: {where} with this value is no argument with which "
+                    "prompts can be tokenized, or it is given already: leave it out"
+                )
+
+
+def _makes_ids(processor: Any, arguments: Mapping[str, Any]) -> bool:
+    talk = [{"role": "user", "content": [{"type": "text", "text": "a"}]}]
+    try:
+        ids = processor.apply_chat_template(
+            [talk, talk], chat_template=PLAIN, tokenize=True, return_dict=True, **arguments
+        )["input_ids"]
+    except (AttributeError, TypeError, ValueError):
+        return False
+    return len(ids) == 2 and all(isinstance(row, list) for row in ids)
 
 
 def _cut_or_padded(given: Mapping[str, Any]) -> Iterator[str]:

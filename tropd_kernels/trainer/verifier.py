@@ -31,6 +31,7 @@ from trl.trainer.utils import (
     start_event_loop_in_daemon,
 )
 
+from .chat_templates import check_contents
 from .metrics import is_own
 from .sharding import holds_on_all, prepare_frozen, reshard
 from .sources import named_errors
@@ -110,6 +111,7 @@ class Verifier(GRPOTrainer):
         """
         prompts = [row["prompt"] for row in rows]
         try:
+            self._check_contents(prompts, completions)
             found = self._calculate_rewards(rows, prompts, completions, ids)
         except Exception as error:  # before its only collective, in which the others wait
             where = "in a reward model's tokenizer or a row's columns"
@@ -125,6 +127,14 @@ class Verifier(GRPOTrainer):
             raise ValueError(f"reward_funcs: {text}{self._how_to_resume()}") from cause
         self._check_finite(found)
         return found
+
+    def _check_contents(self, prompts: list, completions: list) -> None:
+        """Raises ValueError for messages that a reward model's chat template does not read."""
+        if isinstance(prompts[0], list):
+            whole = [prompt + own for prompt, own in zip(prompts, completions)]
+            for judge, tokenizer in zip(self.reward_funcs, self.reward_processing_classes):
+                if isinstance(judge, nn.Module):
+                    check_contents(whole, tokenizer, **self._trainer.chat_template_kwargs)
 
     def _check_finite(self, found: Tensor) -> None:
         """Of gathered rewards, which all processes have, so that all raise."""
