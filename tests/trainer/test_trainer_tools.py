@@ -14,7 +14,13 @@ import tiny
 from datasets import Dataset
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from training import SGD, Spy, every_step_is_the_loop, split, step_and_compare
-from transformers import BloomConfig, BloomForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    BloomConfig,
+    BloomForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+    PreTrainedTokenizerFast,
+)
 from trl.chat_template_utils import qwen3_chat_template
 
 from tropd_kernels.trainer import TrOPDConfig, metrics
@@ -150,6 +156,19 @@ def test_an_answer_beyond_the_config_s_positions(tmp_path, positions):
     assert configs[0] == configs[1]
 
 
+class GoesOn(Calls):
+    """Writes in its own words after an answer."""
+
+    def _sample_completions(self, prompt_ids, *arguments):
+        if "read" not in self.__dict__:
+            return super()._sample_completions(prompt_ids, *arguments)
+        self.read.append(prompt_ids)
+        self.limit = self.generation_config.max_new_tokens
+        own = super(Calls, self)._sample_completions(prompt_ids, *arguments)
+        self.written = [len(ids) for ids in own]
+        return own
+
+
 def test_an_answer_that_fills_the_context(tmp_path):
     """It leaves no room to go on: the row ends at its call."""
     trainer = make(tmp_path / "wide", per_device_train_batch_size=2)
@@ -159,10 +178,32 @@ def test_an_answer_that_fills_the_context(tmp_path):
         models = [model(seed, max_position_embeddings=len(read) + room) for seed in (0, 1)]
         trainer = make(
             tmp_path / str(room), models=models, per_device_train_batch_size=2,
-            max_completion_length=len(read) - len(prompt),
+            max_completion_length=len(read) - len(prompt), kind=GoesOn,
         )  # fmt: skip
         trainer.train()
         assert len(trainer.read) == turns
+
+
+def test_a_turn_after_an_answer_ends_with_the_completion(tmp_path):
+    """TRL writes a whole completion after an answer and cuts it: beyond a table of positions."""
+    gpt2 = dict(kind=GPT2LMHeadModel, config=GPT2Config, n_head=4, n_layer=2, n_embd=32)
+    trainer = make(
+        tmp_path / "0", models=[model(seed, **gpt2) for seed in (0, 1)], numbers=(1000, 0),
+        kind=GoesOn, per_device_train_batch_size=2, shuffle_dataset=False,
+    )  # fmt: skip
+    trainer.train()
+    prompts, (read,) = trainer.read
+    spent = len(read) - len(prompts[1])
+    assert len(prompts[0]) > len(prompts[1]) and trainer.limit == 300 - spent
+    context = len(prompts[0]) + spent + 20
+    models = [model(seed, max_position_embeddings=context, **gpt2) for seed in (0, 1)]
+    trainer = make(
+        tmp_path / "1", models=models, numbers=(1000, 0), kind=GoesOn,
+        per_device_train_batch_size=2, shuffle_dataset=False, max_completion_length=spent + 20,
+        generation_kwargs={"min_new_tokens": 20},
+    )  # fmt: skip
+    trainer.train()
+    assert trainer.written == [20]
 
 
 def failing_first():

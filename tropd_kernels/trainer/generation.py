@@ -250,9 +250,9 @@ class PrefixedGeneration(MetricLogs):
 
         It would select from the fields themselves, which need not have an item for each row.
         """
-        if multimodal_fields:
-            self._asked = [list(prompt) for prompt in prompts]  # TRL's grow by the answers
-            multimodal_fields = {_PLACES: list(range(len(prompts)))}
+        self._asked = [list(prompt) for prompt in prompts]  # TRL's grow by the answers
+        self._asked_ids = prompt_ids
+        multimodal_fields = {_PLACES: list(range(len(prompts)))}
         rows = len(prompts)
         if not self.model.training:  # a repeated row is not counted, and calls nothing
             first = metrics.first_occurrences(self.accelerator, rows).tolist()
@@ -267,7 +267,8 @@ class PrefixedGeneration(MetricLogs):
         return found
 
     def _with_context(self) -> "PrefixedGeneration":
-        """The trainer as TRL's loop over tools reads it: the config has the student's context.
+        """The trainer as TRL's loop over tools reads it: the config has the student's context, and
+        its turns end with the completion.
 
         The loop drops answers beyond `max_position_embeddings`, which is another length under a
         scaling, and which some configs lack. The model itself generates with the config it has.
@@ -278,9 +279,22 @@ class PrefixedGeneration(MetricLogs):
         view = copy.copy(self)
         vars(view).update(
             model=SimpleNamespace(config=config),
-            _generate_single_turn=self._generate_single_turn,
+            _generate_single_turn=self._go_on,
         )
         return view
+
+    def _go_on(self, prompt_ids, images, multimodal_fields, has_tool_images=False):
+        """A turn after tools' answers, of the tokens that are left: TRL cuts a whole completion's,
+        for which a table of positions may have no room."""
+        fields, tokens = multimodal_fields, self.max_completion_length
+        if _PLACES in fields:  # not where tools answer with images
+            places = fields[_PLACES]
+            spent = [len(ids) - len(self._asked_ids[i]) for ids, i in zip(prompt_ids, places)]
+            fields = self._fields_after_tools(places, prompt_ids)
+            if not self.use_vllm:  # a server writes for all processes at once
+                tokens = max(tokens - min(spent), 1)
+        with self._new_token_limit(tokens):
+            return self._generate_single_turn(prompt_ids, images, fields, has_tool_images)
 
     def _fields_after_tools(
         self, places: list[int], prompt_ids: list[list[int]]
@@ -292,8 +306,6 @@ class PrefixedGeneration(MetricLogs):
 
     def _generate_single_turn(self, prompt_ids, images, multimodal_fields, has_tool_images=False):
         rows, self._rows = self._rows, None  # None in the turns that follow a tool's answer
-        if _PLACES in multimodal_fields:
-            multimodal_fields = self._fields_after_tools(multimodal_fields[_PLACES], prompt_ids)
         prefixes = None
         if rows is not None:
             self._check_batch(rows, prompt_ids)
