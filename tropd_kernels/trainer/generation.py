@@ -10,6 +10,7 @@ import copy
 import math
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -20,7 +21,7 @@ from transformers import __version__ as transformers_version
 from trl import is_conversational  # type: ignore[attr-defined]
 
 from . import metrics, teacher_prompts
-from .chat_templates import check_contents
+from .chat_templates import PLAIN, check_contents, check_template_keys
 from .context import (
     check_context,
     check_generated_width,
@@ -52,10 +53,12 @@ from .sharding import (
 )
 from .shortcuts import check_shortcuts
 from .stops import raise_nonfinite_weights
-from .vocabulary import check_ids
+from .vocabulary import check_ids, check_whole
 
 #: What TRL is given in the place of a processor's fields while tools are called.
 _PLACES = "places"
+#: Tokens of a text that is still tokenized within a second or two.
+_LONG = 2**17
 
 
 class PrefixedGeneration(MetricLogs):
@@ -135,6 +138,27 @@ class PrefixedGeneration(MetricLogs):
             conversations, self.processing_class, tools=self.tools or None,
             chat_template=self.chat_template, **self.chat_template_kwargs,
         )  # fmt: skip
+
+    def check_tokenizing(self) -> None:
+        """Raises ValueError for `chat_template_kwargs` that do nothing, or what they should not,
+        and where prompts, as text or as messages, would be cut."""
+        check_template_keys(
+            self.chat_template_kwargs, self.processing_class, self.chat_template, self.tools
+        )
+        # Longer ones are refused.
+        longest = min(context_of(self.model.config) or _LONG, _LONG)
+
+        def ids(as_messages: bool, text: str) -> list[int]:
+            talk = [{"role": "user", "content": [{"type": "text", "text": text}]}]
+            return self._tokenize_prompts([talk if as_messages else text])[0][0]
+
+        with replaced(self, chat_template=PLAIN):
+            for tokenize in (partial(ids, False), partial(ids, True)):
+                try:
+                    tokenize("a")
+                except Exception:  # as of a processor that wants an image: the first prompt says so
+                    continue
+                check_whole(tokenize, self._tokenizer, longest)
 
     # TRL's hooks.
 

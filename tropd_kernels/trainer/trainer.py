@@ -36,7 +36,6 @@ from ..objectives import SFT, TokenRule
 from ..teachers import Teacher
 from . import card, metrics, progress, rewards, row_teachers, sampling, signals, teacher_prompts
 from .best_model import surrogate_warning
-from .chat_templates import check_template_keys
 from .config import TrOPDConfig
 from .data_checks import (
     check_datasets,
@@ -190,9 +189,7 @@ class TrOPDTrainer(RewardedTrainer):
             model, loaded, args, train_dataset, eval_dataset, processing_class, callbacks,
             optimizers, quantization_config, peft_config, tools,
         )  # fmt: skip
-        check_template_keys(
-            self.chat_template_kwargs, self.processing_class, self.chat_template, self.tools
-        )
+        self.check_tokenizing()
         check_optimized(self.model, self.optimizer)
         if self._server is not None:
             self._meet_server(self._server)

@@ -5,10 +5,14 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from .patching import replaced
 from .prefix import first_difference
 
 #: Text on which two tokenizers of one vocabulary, but different merges or rules, differ.
 _PROBE = "The 2nd test: naïve façade, x = -3.14;\n\n  if (a != b) { 数学 }\tEnd."
+
+#: transformers' name of a warning.
+_TOO_LONG = "sequence-length-is-longer-than-the-specified-maximum"
 
 
 def differing(ours: Mapping[str, int], theirs: Mapping[str, int]) -> list[str]:
@@ -47,6 +51,33 @@ def check_same_texts(student: PreTrainedTokenizerBase, teacher: PreTrainedTokeni
     if ours != theirs:
         raise _other_tokenizer(
             f"the text {_PROBE[:24]!r}... has {len(ours)} and {len(theirs)} tokens"
+        )
+
+
+def check_whole(
+    tokenize: Callable[[str], Sequence[int]], tokenizer: PreTrainedTokenizerBase, tokens: int
+) -> None:
+    """Raises ValueError where a text of up to so many tokens is cut, by whatever code or setting.
+
+    A text of tokens that the tokenizer has is doubled until it is that long, and has to have more
+    tokens each time.
+    """
+    ids = sorted(tokenizer.get_vocab().values())
+    text = f"{tokenizer.decode(ids[:: len(ids) // 64 + 1], skip_special_tokens=True)} "
+    # Or it would warn of a text that its models do not read, and say so but once.
+    known = {**tokenizer.deprecation_warnings, _TOO_LONG: True}
+    with replaced(tokenizer, deprecation_warnings=known):
+        before, count = 0, len(tokenize(text))
+        while before < count < tokens:
+            text += text
+            before, count = count, len(tokenize(text))
+    if count <= before:
+        raise ValueError(
+            f"processing_class: a {type(tokenizer).__name__} cuts texts: of one of {len(text)} "
+            f"characters, and of its half, it makes {count} tokens, so prompts and answers would "
+            "end early without a word: take one that does not, or leave out what makes it do so in "
+            "chat_template_kwargs or its own settings; longer prompts are for the data set to "
+            "shorten"
         )
 
 
