@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -211,3 +212,24 @@ def test_a_share_of_a_run_that_is_no_step(tmp_path):
     )  # fmt: skip
     with pytest.raises(ValueError, match="^prefix_fraction: 0.04 of the run's steps are none, of "):
         trainer.train()
+
+
+def test_one_limit_for_the_processes_that_a_server_writes_for(tmp_path):
+    """TRL sends the main process's limit. Here the other's rows want seven tokens, and ours two."""
+    trainer = make(tmp_path, max_completion_length=10)
+    others = torch.tensor([7])
+    trainer.accelerator = SimpleNamespace(
+        num_processes=2, device=torch.device("cpu"), gather=lambda ours: torch.cat([ours, others])
+    )
+    trainer.use_vllm, trainer.vllm_generation = True, SimpleNamespace(max_completion_length=10)
+    limits = []
+
+    def sample(prompt_ids, *rest):
+        limits.append(trainer.vllm_generation.max_completion_length)
+        return [[9] * limits[0] for _ in prompt_ids]
+
+    trainer._sample_completions = sample
+    prefixes, prompts = [[7] * 8, [7] * 9], [[4, 5], [4, 5]]
+    completions = trainer._continue_prefixes(prefixes, prompts, None, {}, False)
+    assert limits == [7]
+    assert completions == [[7] * 8 + [9] * 2, [7] * 9 + [9]]

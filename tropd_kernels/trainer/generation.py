@@ -390,6 +390,9 @@ class PrefixedGeneration(MetricLogs):
         )
         lengths = [len(prefix) for prefix, done in zip(prefixes, complete) if not done]
         tokens = limit - min(lengths, default=limit - 1)
+        if self.use_vllm and processes > 1:  # a server takes one limit for all, the main process's
+            ours = torch.tensor([tokens], device=self.accelerator.device)
+            tokens = int(self.accelerator.gather(ours).max())
         # All rows get as many new tokens as the row with the shortest prefix needs.
         # A teacher reads no more of them than max_completion_length.
         check_context(
