@@ -140,3 +140,22 @@ def test_a_backward_of_nan(tmp_path):
     teacher = gemma_3n(1)
     trainer = make(tmp_path, gemma_3n(0), teacher, rows, objective="gkd")
     step_and_compare(trainer, teacher, tolerance=1e-4)
+
+
+def test_a_student_with_a_z_loss_of_its_own(tmp_path):
+    """Bamba's forward adds it to every loss; the trainer calls its backbone alone."""
+    student = tiny.model(
+        0, kind=transformers.BambaForCausalLM, config=transformers.BambaConfig,
+        z_loss_coefficient=0.01, attn_layer_indices=[1], mamba_n_heads=4, mamba_d_head=16,
+        mamba_d_state=8, mamba_n_groups=1, mamba_chunk_size=16,
+    )  # fmt: skip
+    folder = str(tmp_path / "bamba")
+    student.save_pretrained(folder)
+    tiny.tokenizer().save_pretrained(folder)
+    words = "^model: BambaForCausalLM has a z_loss_coefficient of 0.01"
+    for given in (student, folder):
+        with pytest.raises(ValueError, match=words):
+            make(tmp_path, given)
+    make(tmp_path, folder, model_init_kwargs={"z_loss_coefficient": 0.0})
+    student.z_loss_coefficient = 0
+    make(tmp_path, student).train()

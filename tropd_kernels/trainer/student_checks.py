@@ -1,10 +1,12 @@
 """Students that are refused before training: nothing to train, an optimizer of other parameters, or
-adapters with a further loss."""
+a further loss, of the model itself or of its adapters."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+
+from .patching import base_of
 
 #: PEFT's LoRA options with a loss that a training loop has to add, and the weights of that loss.
 _OWN_LOSSES = {
@@ -34,6 +36,19 @@ def check_optimized(model: torch.nn.Module, optimizer: torch.optim.Optimizer | N
             f"optimizers: the {type(optimizer).__name__} has none of the student's parameters that "
             "require a gradient: make it from the model that is given, with its adapter if there "
             "is one"
+        )
+
+
+def check_z_loss(model: torch.nn.Module) -> None:
+    """Raises ValueError for a model that adds a z-loss to its own loss (Bamba)."""
+    base = base_of(model)
+    if weight := getattr(base, "z_loss_coefficient", None):
+        raise ValueError(
+            f"model: {type(base).__name__} has a z_loss_coefficient of {weight:g}, the weight of a "
+            "loss over all tokens of prompts, completions and padding, which is not computed here: "
+            "set model.z_loss_coefficient = 0, or for a model by name model_init_kwargs "
+            '{"z_loss_coefficient": 0}; the z_loss of a rule is that loss over the tokens that '
+            "count"
         )
 
 
