@@ -313,7 +313,8 @@ def test_columns_that_do_not_fit(tmp_path, served):
         trained(short)
     with pytest.raises(ValueError, match="completion_ids: holds the id -100: take padding off"):
         trained(data.map(lambda row: {"completion_ids": [-100, *row["completion_ids"][1:]]}))
-    trained(data.with_format("torch"))
+    for kind in ("torch", "numpy"):
+        trained(data.with_format(kind))
     with pytest.raises(ValueError, match="completion_ids: expected a list of at least one id"):
         trained(data.map(lambda row: {"completion_ids": []}))
 

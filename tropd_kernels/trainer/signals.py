@@ -169,7 +169,7 @@ def _log_probs(row: Mapping[str, Any], name: str, tokens: int, dims: int) -> Ten
 
 def _completion(row: Mapping[str, Any]) -> list[int]:
     ids = row.get(COMPLETION)
-    if isinstance(ids, Tensor):  # a data set with_format("torch")
+    if hasattr(ids, "tolist"):  # a data set with_format("torch") or ("numpy")
         ids = ids.tolist()
     if not isinstance(ids, (list, tuple)) or not ids:
         raise ValueError(
