@@ -77,6 +77,68 @@ def test_adapters_off_is_the_base(tmp_path, kept):
     assert torch.equal(trainer.model.lm_head.original_module.weight, tiny.model(0).lm_head.weight)
 
 
+def initialised(name):
+    """A LoRA configuration, a model for it, and what prepares that."""
+    peft = pytest.importorskip("peft")
+    lora, model = peft.tuners.lora, tiny.model(0)
+    options = dict(init_lora_weights=name)
+    known = dict(mica="MiCALinearVariant", lora_ga="LoraGAConfig", kasa="KasaConfig")
+    if not any(hasattr(m, known.get(name, "LoraConfig")) for m in (lora.config, lora.variants)):
+        pytest.skip(f"this peft has no {name}")
+    if name == "kasa":
+        options = dict(kasa_config=lora.config.KasaConfig(beta=0.0, gamma=0.0))
+    elif name == "lora_ga":
+        options |= dict(lora_ga_config=lora.config.LoraGAConfig())
+    elif name == "loftq":
+        pytest.importorskip("scipy")
+        options |= dict(loftq_config=lora.config.LoftQConfig())
+    config = peft.LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"], r=4, **options)
+    ids = torch.tensor([[9, 8, 7, 6, 5]])
+
+    def prepare():
+        if name == "corda":  # which needs attrs
+            corda = pytest.importorskip("peft.tuners.lora.corda")
+            corda.preprocess_corda(model, config, run_model=lambda: model(ids))
+        elif name == "lora_ga":
+            step = lambda: model(ids, labels=ids).loss.backward()
+            lora.loraga.preprocess_loraga(model, config, step)
+        elif name == "loftq":
+            pytest.importorskip("bitsandbytes")
+
+    return model, config, prepare
+
+
+@pytest.mark.parametrize(
+    "name",
+    [True, False, "gaussian", "eva", "orthogonal", "mica", "pissa", "pissa_niter_4", "olora",
+     "OLoRA", "corda", "lora_ga", "loftq", "kasa"],
+)  # fmt: skip
+def test_adapters_that_change_the_base(tmp_path, name):
+    """PEFT is asked: with the adapter off, is it still the model that was given?"""
+    student, config, prepare = initialised(name)
+    keeps = type(name) is bool or name in ("gaussian", "eva", "orthogonal", "mica")
+    words = "^teacher_model: 'self' is the student without its adapters, whose own weights "
+
+    def check(given, config=None):
+        if keeps:
+            make(tmp_path, given, "self", told(), peft=config)
+            return
+        with pytest.raises(ValueError, match=words):
+            make(tmp_path, given, "self", told(), peft=config)
+
+    check(tiny.model(0), config)
+    prepare()
+    wrapped = pytest.importorskip("peft").get_peft_model(student, config)
+    own = dict(tiny.model(0).named_parameters())
+    kept = all(
+        torch.equal(parameter, own[key.replace(".base_layer", "")])
+        for key, parameter in wrapped.get_base_model().named_parameters()
+        if "lora_" not in key
+    )
+    assert kept == keeps
+    check(wrapped)
+
+
 def test_adapter_parameters_keep_their_flags(tmp_path):
     """PEFT trains all of an adapter after it has been switched off and on."""
     model = adapter()

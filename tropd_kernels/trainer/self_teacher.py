@@ -28,6 +28,8 @@ SELF = "self"
 #: Settings of a teacher that is the student itself.
 OF_SELF = ("teacher_update_rate", "teacher_sync_steps")
 _FILE = "teacher.pt"
+#: PEFT's initialisations that take a part of a layer's weights into the adapter, or quantise them.
+_CHANGE_WEIGHTS = ("pissa", "olora", "corda", "lora_ga", "loftq")
 
 
 def is_self(teacher: Any) -> bool:
@@ -54,6 +56,7 @@ def check_self(
             "teacher_update_rate: with adapters the teacher is the student without them, which "
             "does not move: leave it out, or train the whole model"
         )
+    _check_weights_kept(student, peft_config)
     alone = needs_prompts(student, teacher, args, rewarded)
     if alone and isinstance(processor, ProcessorMixin):
         raise NotImplementedError(
@@ -67,6 +70,24 @@ def check_self(
             "teacher_model: 'self' would read what the student reads, and teach it nothing: give "
             f"the data set a column {COLUMN!r}; it has {', '.join(map(repr, present))}"
         )
+
+
+def _check_weights_kept(student: Any, peft_config: Any) -> None:
+    """Raises ValueError for adapters without which the student is not the one that was given."""
+    known = student.peft_config.values() if _is_adapted(student) else ()
+    for config in (peft_config, *known):
+        init, option = getattr(config, "init_lora_weights", None), None
+        if isinstance(init, str) and init.lower().startswith(_CHANGE_WEIGHTS):
+            option = f"init_lora_weights={init!r}"
+        elif getattr(config, "kasa_config", None) is not None:
+            option = "kasa_config"
+        if option is not None:
+            raise ValueError(
+                f"teacher_model: 'self' is the student without its adapters, whose own weights "
+                f"{option} of the adapter changes: choose another initialisation (PEFT's "
+                "path_initial_model_for_weight_conversion converts a trained adapter), or give the "
+                "student's name as teacher_model, which loads a frozen copy"
+            )
 
 
 def needs_prompts(student: Any, teacher: Any, args: Any, rewarded: bool) -> bool:
