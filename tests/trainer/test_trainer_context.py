@@ -255,21 +255,46 @@ def bart(seed):
     )  # fmt: skip
 
 
-def test_a_model_whose_positions_count_padding(tmp_path):
+def deepseek_v4(seed):
+    """Two layers: one looks at what is near, one at keys of four tokens each."""
+    made = tiny.model(
+        seed, kind=transformers.DeepseekV4ForCausalLM, config=transformers.DeepseekV4Config,
+        layer_types=["sliding_attention", "compressed_sparse_attention"], n_routed_experts=4,
+        num_experts_per_tok=2, moe_intermediate_size=32, q_lora_rank=16, head_dim=8,
+        num_key_value_heads=1, o_groups=2, o_lora_rank=16, index_n_heads=2, index_head_dim=8,
+        router_aux_loss_coef=0.0,
+    )  # fmt: skip
+    made.set_experts_implementation("eager")
+    return made
+
+
+def lfm2(seed, bias=True):
+    """A bias of its convolutions is added to the padding as well."""
+    made = tiny.model(
+        seed, kind=transformers.Lfm2ForCausalLM, config=transformers.Lfm2Config,
+        layer_types=["conv", "full_attention"], conv_bias=bias,
+    )  # fmt: skip
+    for name, parameter in made.named_parameters():
+        if name.endswith("bias"):
+            torch.nn.init.normal_(parameter, std=0.3)
+    return made
+
+
+@pytest.mark.parametrize("made", [bart, deepseek_v4])
+def test_a_model_whose_positions_count_padding(tmp_path, made):
     """Behind padding it is another model; on prompts of one length it is itself."""
     same, other = (tiny.Dataset.from_dict({"prompt": texts}) for texts in (
         ["w7 w8 w9", "w1 w2 w3"], ["w7 w8 w9", "w1"]))  # fmt: skip
-    model, ids = bart(0).eval(), torch.tensor([[9, 8, 7, 6]])
+    model, ids = made(0).eval(), torch.tensor([[9, 8, 7, 6]])
     hidden = [model(ids).logits, model(torch.tensor([[0, 0, 9, 8, 7, 6]]), torch.tensor(
         [[0, 0, 1, 1, 1, 1]])).logits[:, 2:]]  # fmt: skip
     assert not torch.allclose(*hidden, atol=0.01)
     two = dict(per_device_train_batch_size=2)
-    make(tmp_path, bart(0), tiny.model(1), data=same, **two).train()
+    make(tmp_path, made(0), tiny.model(1), data=same, **two).train()
+    words = f"student is a {made.__name__} model, whose positions count the pa"
     for more, data in (({}, other), ({"pad_to_multiple_of": 8}, same)):
-        trainer = make(tmp_path, bart(0), tiny.model(1), data=data, **two, **more)
-        with pytest.raises(
-            ValueError, match="student is a bart model, whose positions count the pa"
-        ):
+        trainer = make(tmp_path, made(0), tiny.model(1), data=data, **two, **more)
+        with pytest.raises(ValueError, match=words):
             trainer.train()
 
 
@@ -289,6 +314,7 @@ def rwkv(seed):
     [
         (xlstm, "^a xlstm model takes no attention_mask, so that"),
         (rwkv, "^a rwkv model takes an attention_mask and does not heed it"),
+        (lfm2, "^a lfm2 model takes an attention_mask and does not heed it"),
     ],
 )
 def test_a_model_that_takes_no_mask(tmp_path, made, words, side):
@@ -303,6 +329,17 @@ def test_a_model_that_takes_no_mask(tmp_path, made, words, side):
                 trainer.train()
         else:
             trainer.train()
+
+
+def test_a_model_that_is_named_nowhere(tmp_path, monkeypatch):
+    """Padding that only later tokens read is found by asking, and for each model of a class."""
+    monkeypatch.setattr("tropd_kernels.trainer.context._COUNT_PADDING", set())
+    words = "a deepseek_v4 model takes an attention_mask and does not heed it"
+    with pytest.raises(ValueError, match=words):
+        make(tmp_path, deepseek_v4(0), tiny.model(1)).train()
+    make(tmp_path, lfm2(0, bias=False), tiny.model(1)).train()
+    with pytest.raises(ValueError, match="a lfm2 model takes an attention_mask and does not"):
+        make(tmp_path, lfm2(0), tiny.model(1)).train()
 
 
 def test_rows_that_are_scaled_by_the_longest(tmp_path):

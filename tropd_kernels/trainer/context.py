@@ -16,10 +16,10 @@ _POSITION_FREE = {
     "nemotron_h", "rwkv", "zamba",
 }  # fmt: skip
 #: Decoders that count positions from the beginning of a padded row, ignore the attention mask in
-#: that, and take no position_ids.
+#: that, and take no position_ids. DeepSeek-V4 counts so the windows that it compresses keys in.
 _COUNT_PADDING = {
-    "bart", "bigbird_pegasus", "blenderbot", "blenderbot-small", "marian", "mbart", "mvp",
-    "pegasus", "plbart", "prophetnet", "roformer", "trocr", "whisper",
+    "bart", "bigbird_pegasus", "blenderbot", "blenderbot-small", "deepseek_v4", "marian", "mbart",
+    "mvp", "pegasus", "plbart", "prophetnet", "roformer", "trocr", "whisper",
 }  # fmt: skip
 #: Models whose tables of distances or of masks are as long as a padded row.
 _AS_WIDE_AS_THE_BATCH = {"mpt", "gpt_neo", "openai-gpt"} | _COUNT_PADDING
