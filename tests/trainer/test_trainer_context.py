@@ -342,6 +342,22 @@ def test_a_model_that_is_named_nowhere(tmp_path, monkeypatch):
         make(tmp_path, lfm2(0), tiny.model(1)).train()
 
 
+def test_padding_is_told_from_rounding(tmp_path):
+    """In half precision by the first token, which RWKV's state decays from."""
+
+    def trainer(made, *lengths):
+        texts = [" ".join(tiny.WORDS[:length]) for length in lengths]
+        student, teacher = made(0).to(torch.bfloat16), tiny.model(1, dtype=torch.bfloat16)
+        return make(
+            tmp_path, student, teacher, tiny.Dataset.from_dict({"prompt": texts}),
+            per_device_train_batch_size=2, max_completion_length=20,
+        )  # fmt: skip
+
+    trainer(tiny.model, 20, 9).train()
+    with pytest.raises(ValueError, match="a rwkv model takes an attention_mask and does not heed"):
+        trainer(rwkv, 20, 19).train()
+
+
 def test_rows_that_are_scaled_by_the_longest(tmp_path):
     """LongRoPE's factors are chosen by the batch: the trainer says so once."""
     models = [tiny.model(s, rope_parameters=LONG, max_position_embeddings=64) for s in (0, 1)]
