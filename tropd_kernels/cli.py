@@ -101,6 +101,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error(f"unknown arguments: {' '.join(rest)}")
     # torch's, as it is imported; numpy comes along with all that needs it.
     warnings.filterwarnings("ignore", "Failed to initialize NumPy")
+    # transformers' name for what TRL switches on under its old one.
+    warnings.filterwarnings("ignore", "`(is_)?gradient_checkpointing` is deprecated", FutureWarning)
     try:
         if options.command == "train":
             return train(rest)

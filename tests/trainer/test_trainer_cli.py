@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import warnings
 
 import pytest
 
@@ -119,6 +120,13 @@ def test_train_from_a_file(run_file, peft):
     card = (out / "README.md").read_text()
     assert "of `student`, trained to match `teacher` on `prompts.jsonl`." in card
     assert str(run_file.parent) not in card and "Objective: TrOPD" in card
+
+
+def test_no_warning_of_what_nobody_set(run_file):
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        assert cli.main(["train", "--config", str(run_file), "--max_steps", "1"]) == 0
+    assert [one for one in caught if "deprecated" in str(one.message)] == []
 
 
 def test_train_with_a_served_teacher(run_file, capsys):
