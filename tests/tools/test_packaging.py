@@ -257,6 +257,9 @@ def test_the_source_distribution_is_the_repository_and_installs(tmp_path: Path) 
 
 @pytest.fixture(scope="module")
 def wheel_of_this_checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """TROPD_WHEEL: one that has just been made."""
+    if "TROPD_WHEEL" in os.environ:
+        return ROOT / os.environ["TROPD_WHEEL"]
     checkout = copy_of_the_build(tmp_path_factory.mktemp("checkout"))
     shutil.copytree(ROOT / "csrc", checkout / "csrc", dirs_exist_ok=True)
     return build_wheel(checkout, TROPD_BUILD_EXT="1")[0]
