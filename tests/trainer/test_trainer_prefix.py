@@ -214,9 +214,13 @@ def test_a_share_of_a_run_that_is_no_step(tmp_path):
         trainer.train()
 
 
-def test_one_limit_for_the_processes_that_a_server_writes_for(tmp_path):
+@pytest.mark.parametrize(
+    ("mode", "width", "limit"), [("server", 1, 7), ("colocate", 2, 7), ("colocate", 1, 2)]
+)
+def test_one_limit_for_the_processes_that_a_server_writes_for(tmp_path, mode, width, limit):
     """TRL sends the main process's limit. Here the other's rows want seven tokens, and ours two."""
     trainer = make(tmp_path, max_completion_length=10)
+    trainer.args.vllm_mode, trainer.args.vllm_tensor_parallel_size = mode, width
     others = torch.tensor([7])
     trainer.accelerator = SimpleNamespace(
         num_processes=2, device=torch.device("cpu"), gather=lambda ours: torch.cat([ours, others])
@@ -231,5 +235,5 @@ def test_one_limit_for_the_processes_that_a_server_writes_for(tmp_path):
     trainer._sample_completions = sample
     prefixes, prompts = [[7] * 8, [7] * 9], [[4, 5], [4, 5]]
     completions = trainer._continue_prefixes(prefixes, prompts, None, {}, False)
-    assert limits == [7]
+    assert limits == [limit]
     assert completions == [[7] * 8 + [9] * 2, [7] * 9 + [9]]

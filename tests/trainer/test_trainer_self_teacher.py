@@ -108,6 +108,15 @@ def initialised(name):
     return model, config, prepare
 
 
+@pytest.mark.parametrize("bias", ["all", "lora_only"])
+def test_adapters_that_train_the_base(tmp_path, bias):
+    """Biases of the model's own layers move with the adapter, and stay where it is off."""
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(target_modules=["q_proj"], bias=bias)
+    with pytest.raises(ValueError, match=f"^teacher_model: 'self' .* bias='{bias}' .*bias='none'"):
+        make(tmp_path, tiny.model(0), "self", told(), peft=config)
+
+
 @pytest.mark.parametrize(
     "name",
     [True, False, "gaussian", "eva", "orthogonal", "mica", "pissa", "pissa_niter_4", "olora",

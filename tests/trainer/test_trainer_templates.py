@@ -213,6 +213,18 @@ def test_answers_of_text(tmp_path, template, answer):
     assert batch["completion_ids"].tolist() == [[id_of("w3"), id_of("<|end|>")]] * 4
 
 
+def test_a_template_that_looks_for_words():
+    """It prints a text for what it holds, which a mark in its place does not."""
+    looks = LISTS.replace(
+        "{% for part",
+        "{% if m['content'] is string and '</q>' in m['content'] %}{{ m['content'] }}{% endif %}"
+        "{% for part",
+    )  # fmt: skip
+    check_contents([[{"role": "user", "content": "<q>w3</q>"}]], template_of(looks))
+    with pytest.raises(ValueError, match=UNREAD):
+        check_contents([TALK], template_of(looks))
+
+
 def test_text_of_one_role():
     """... or of a turn that is as short as its role's name; a system prompt may be read as text."""
     mixed = LISTS.replace(

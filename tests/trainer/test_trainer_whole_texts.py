@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+import tokenizers
 import transformers
 
 pytest.importorskip("trl", reason="the trainer needs trl")
@@ -11,6 +12,7 @@ import tiny
 from training import Spy, make
 
 from tropd_kernels.trainer import TrOPDConfig
+from tropd_kernels.trainer.vocabulary import check_whole
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
 
@@ -114,3 +116,22 @@ def test_the_probe_warns_of_nothing(tmp_path, caplog):
     assert said not in caplog.text
     trainer._tokenizer("w1 " * 20)
     assert said in caplog.text
+
+
+def words(*tokens, special=()):
+    """A tokenizer of these words, without an unknown one."""
+    vocabulary = {token: i for i, token in enumerate((*tokens, *special))}
+    made = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary))
+    made.pre_tokenizer = tokenizers.pre_tokenizers.Split("", "isolated")
+    fast = transformers.PreTrainedTokenizerFast(tokenizer_object=made)
+    fast.add_special_tokens({"additional_special_tokens": list(special)})
+    return fast
+
+
+@pytest.mark.parametrize(
+    "tokenizer",
+    [words(special=("a", "b", "c")), words("a", "b", "+", "=")],
+    ids=["special tokens alone", "no space"],
+)
+def test_small_vocabularies_cut_nothing(tokenizer):
+    check_whole(lambda text: tokenizer(text)["input_ids"], tokenizer, 64)

@@ -130,15 +130,15 @@ def token_uniforms(seed: int, ids: Tensor, offsets: Tensor) -> Tensor:
 
 def drawn(seed: int, log_probs: Tensor, mask: Tensor) -> Tensor:
     """The draws (*, T) where a trainer gives no token ids: a sequence is named by the bits of its
-    log-probs under the policy that sampled it, at the tokens that count."""
+    log-probs under the policy that sampled it, 0 at the tokens that do not count."""
     bits = log_probs.detach().float().masked_fill(~mask, 0.0).view(torch.int32).long()
     return row_uniforms(seed, bits)
 
 
 def row_uniforms(seed: int, ids: Tensor) -> Tensor:
-    """The draws (*, T) where each row is a sequence, named by its ids, integers of 32 bits: those
-    of the labels are the same on all ranks that share a vocabulary, and at every pass over a data
-    set."""
+    """The draws (*, T) where each row is a sequence, named by its ids, integers of 32 bits, padding
+    included. Those of the labels are the same on all ranks that share a vocabulary, and at every
+    pass that batches the data alike."""
     rows = ids.reshape(-1, ids.shape[-1])
     offsets = torch.arange(0, rows.numel() + 1, max(rows.shape[1], 1), device=ids.device)
     return token_uniforms(seed, rows.flatten() & 0xFFFFFFFF, offsets).view(ids.shape)

@@ -166,23 +166,32 @@ def _is_unread(form: type, conversation: Any, processor: Any, arguments: Mapping
     own = [isinstance(message.get("content"), form) for message in conversation]
     texts = [_has_text(p) for m, is_own in zip(conversation, own) if is_own for p in _parts(m)]
 
-    def written(as_text: bool) -> str:
-        marked = [
-            {**message, "content": _marked(message, as_text)} if is_own else message
-            for message, is_own in zip(conversation, own)
-        ]
+    def rendered(messages: Any) -> str:
         try:
-            return processor.apply_chat_template(marked, tokenize=False, **arguments)
+            return processor.apply_chat_template(messages, tokenize=False, **arguments)
         except (TemplateError, TypeError):
             return ""
+
+    def written(as_text: bool) -> str:
+        return rendered(
+            [
+                {**message, "content": _marked(message, as_text)} if is_own else message
+                for message, is_own in zip(conversation, own)
+            ]
+        )
 
     if not any(texts):
         return False
     found = written(form is str)
     if form is list and f"'text': {_MARK!r}" in found:
         return True
-    less = found.count(_MARK) < sum(texts)
-    return less and found.count(_MARK) < written(form is not str).count(_MARK)
+    if found.count(_MARK) >= min(sum(texts), written(form is not str).count(_MARK)):
+        return False
+    # Unless the template looks for words that the mark is not.
+    given = [part["text"].strip() for m, is_own in zip(conversation, own) if is_own
+             for part in _parts(m) if _has_text(part)]  # fmt: skip
+    whole = rendered(conversation)
+    return not all(whole.count(text) > found.count(text) for text in given)
 
 
 def _marked(message: Mapping[str, Any], as_text: bool) -> Any:

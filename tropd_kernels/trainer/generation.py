@@ -154,10 +154,6 @@ class PrefixedGeneration(MetricLogs):
 
         with replaced(self, chat_template=PLAIN):
             for tokenize in (partial(ids, False), partial(ids, True)):
-                try:
-                    tokenize("a")
-                except Exception:  # as of a processor that wants an image: the first prompt says so
-                    continue
                 check_whole(tokenize, self._tokenizer, longest)
 
     # TRL's hooks.
@@ -390,7 +386,9 @@ class PrefixedGeneration(MetricLogs):
         )
         lengths = [len(prefix) for prefix, done in zip(prefixes, complete) if not done]
         tokens = limit - min(lengths, default=limit - 1)
-        if self.use_vllm and processes > 1:  # a server takes one limit for all, the main process's
+        vllm = self.args
+        shared = vllm.vllm_mode == "server" or vllm.vllm_tensor_parallel_size > 1
+        if self.use_vllm and processes > 1 and shared:  # one limit for all, the main process's
             ours = torch.tensor([tokens], device=self.accelerator.device)
             tokens = int(self.accelerator.gather(ours).max())
         # All rows get as many new tokens as the row with the shortest prefix needs.

@@ -81,12 +81,19 @@ def _check_weights_kept(student: Any, peft_config: Any) -> None:
             option = f"init_lora_weights={init!r}"
         elif getattr(config, "kasa_config", None) is not None:
             option = "kasa_config"
+        elif (bias := getattr(config, "bias", "none")) in ("all", "lora_only"):
+            option = f"bias={bias!r}"
         if option is not None:
+            remedy = (
+                "choose another initialisation (PEFT's path_initial_model_for_weight_conversion "
+                "converts a trained adapter)"
+            )
+            if option.startswith("bias"):
+                remedy = "take bias='none'"
             raise ValueError(
                 f"teacher_model: 'self' is the student without its adapters, whose own weights "
-                f"{option} of the adapter changes: choose another initialisation (PEFT's "
-                "path_initial_model_for_weight_conversion converts a trained adapter), or give the "
-                "student's name as teacher_model, which loads a frozen copy"
+                f"{option} of the adapter changes: {remedy}, or give the student's name as "
+                "teacher_model, which loads a frozen copy"
             )
 
 
