@@ -18,7 +18,7 @@ from benchmarks.bench.table import count, figures, megabytes, seconds, times
 
 README = ROOT / "README.md"
 PAGE, RESULTS = ROOT / "docs" / "benchmarks.md", ROOT / "benchmarks" / "results"
-#: README's table: the losses of one file that all compute, beside the bare products.
+#: README's table: the losses of one file that all compute, without the rows of the bare products.
 SUMMARY_BEGIN, SUMMARY_END = "<!-- summary: begin (tropd bench --page) -->", "<!-- summary: end -->"
 SUMMARY, SUMMARY_LOSSES = "cpu_4096.json", ("gkd", "reverse_kl")
 BEGIN, END = "<!-- figures: begin (tropd bench --page) -->", "<!-- figures: end -->"

@@ -55,6 +55,8 @@ def exact_along_mean(
 
 
 class Trainer(TrOPDTrainer):
+    """For one teacher: several are compared part by part, each of which would add the exact one."""
+
     def _compare(self, student, teacher, labels, rule, **options):
         compare, tolerance = super()._compare, options.pop("gradient_tolerance", 0.0)
 

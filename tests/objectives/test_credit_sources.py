@@ -109,7 +109,7 @@ def test_minillms_returns_are_quotients(discount):
 
 @pytest.mark.parametrize(("discount", "gae_lambda"), [(1.0, 0.95), (0.8, 0.6)])
 def test_gae_is_the_mean_of_k_step_advantages(discount, gae_lambda):
-    """1506.02438, equations 11 to 16: the k-step advantage is the sum of k discounted rewards and
+    """1506.02438 by its readers: the k-step advantage is the sum of k discounted rewards and
     the discounted value after them, less V_t; GAE weighs them by (1 - lambda) lambda^(k-1). A
     sequence's end has the value 0, so every longer step has the last one's advantage."""
     rewards, values = over_time(1)[0], over_time(2)[0]

@@ -13,6 +13,7 @@ pytest.importorskip("trl", reason="the trainer needs trl")
 import tiny
 from training import make
 
+from tropd_kernels.trainer import sides
 from tropd_kernels.trainer.context import (
     context_of,
     padded_context_of,
@@ -356,6 +357,19 @@ def test_padding_is_told_from_rounding(tmp_path):
     trainer(tiny.model, 20, 9).train()
     with pytest.raises(ValueError, match="a rwkv model takes an attention_mask and does not heed"):
         trainer(rwkv, 20, 19).train()
+
+
+def test_products_that_a_setting_rounds(monkeypatch):
+    """`torch.set_float32_matmul_precision("medium")` lets some processors round them to bf16, of
+    which small changes say nothing. Without a setting float32 is float32 everywhere."""
+    cpu, model = torch.device("cpu"), tiny.model(0)
+    assert sides._error_of_products(cpu) < 1e-6
+    with torch.autocast("cpu", torch.bfloat16):  # rounds as such a setting does
+        assert 1e-3 < sides._error_of_products(cpu) < 1e-2
+    bounds = {1e-7: sides._FLOAT32, 4e-4: sides._TF32, 2e-3: sides._LARGE}
+    for error, bound in bounds.items():
+        monkeypatch.setattr(sides, "_error_of_products", lambda device, error=error: error)
+        assert sides._rounding_of(model, cpu) == bound
 
 
 def test_rows_that_are_scaled_by_the_longest(tmp_path):

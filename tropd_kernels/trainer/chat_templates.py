@@ -164,7 +164,8 @@ def check_contents(conversations: Iterable[Any], processor: Any, **arguments: An
 def _is_unread(form: type, conversation: Any, processor: Any, arguments: Mapping[str, Any]) -> bool:
     """Whether contents of this type are written worse than they would be in the other form."""
     own = [isinstance(message.get("content"), form) for message in conversation]
-    texts = [_has_text(p) for m, is_own in zip(conversation, own) if is_own for p in _parts(m)]
+    texts = [part["text"].strip() for message, is_own in zip(conversation, own) if is_own
+             for part in _parts(message) if _has_text(part)]  # fmt: skip
 
     def rendered(messages: Any) -> str:
         try:
@@ -180,18 +181,16 @@ def _is_unread(form: type, conversation: Any, processor: Any, arguments: Mapping
             ]
         )
 
-    if not any(texts):
+    if not texts:
         return False
     found = written(form is str)
     if form is list and f"'text': {_MARK!r}" in found:
         return True
-    if found.count(_MARK) >= min(sum(texts), written(form is not str).count(_MARK)):
+    if found.count(_MARK) >= min(len(texts), written(form is not str).count(_MARK)):
         return False
     # Unless the template looks for words that the mark is not.
-    given = [part["text"].strip() for m, is_own in zip(conversation, own) if is_own
-             for part in _parts(m) if _has_text(part)]  # fmt: skip
     whole = rendered(conversation)
-    return not all(whole.count(text) > found.count(text) for text in given)
+    return not all(whole.count(text) > found.count(text) for text in texts)
 
 
 def _marked(message: Mapping[str, Any], as_text: bool) -> Any:

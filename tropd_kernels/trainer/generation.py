@@ -57,7 +57,7 @@ from .vocabulary import check_ids, check_whole
 
 #: What TRL is given in the place of a processor's fields while tools are called.
 _PLACES = "places"
-#: Tokens of a text that is still tokenized within a second or two.
+#: Tokens of the longest text that a tokenizer is asked with, which takes seconds.
 _LONG = 2**17
 
 
@@ -386,9 +386,9 @@ class PrefixedGeneration(MetricLogs):
         )
         lengths = [len(prefix) for prefix, done in zip(prefixes, complete) if not done]
         tokens = limit - min(lengths, default=limit - 1)
-        vllm = self.args
-        shared = vllm.vllm_mode == "server" or vllm.vllm_tensor_parallel_size > 1
-        if self.use_vllm and processes > 1 and shared:  # one limit for all, the main process's
+        # A server takes the main process's limit for all; so do engines that share a model.
+        shared = self.args.vllm_mode == "server" or self.args.vllm_tensor_parallel_size > 1
+        if self.use_vllm and processes > 1 and shared:
             ours = torch.tensor([tokens], device=self.accelerator.device)
             tokens = int(self.accelerator.gather(ours).max())
         # All rows get as many new tokens as the row with the shortest prefix needs.

@@ -76,25 +76,24 @@ def _check_weights_kept(student: Any, peft_config: Any) -> None:
     """Raises ValueError for adapters without which the student is not the one that was given."""
     known = student.peft_config.values() if _is_adapted(student) else ()
     for config in (peft_config, *known):
-        init, option = getattr(config, "init_lora_weights", None), None
+        init, bias = (getattr(config, key, None) for key in ("init_lora_weights", "bias"))
+        remedy = (
+            "choose another initialisation (PEFT's path_initial_model_for_weight_conversion "
+            "converts a trained adapter)"
+        )
         if isinstance(init, str) and init.lower().startswith(_CHANGE_WEIGHTS):
             option = f"init_lora_weights={init!r}"
         elif getattr(config, "kasa_config", None) is not None:
             option = "kasa_config"
-        elif (bias := getattr(config, "bias", "none")) in ("all", "lora_only"):
-            option = f"bias={bias!r}"
-        if option is not None:
-            remedy = (
-                "choose another initialisation (PEFT's path_initial_model_for_weight_conversion "
-                "converts a trained adapter)"
-            )
-            if option.startswith("bias"):
-                remedy = "take bias='none'"
-            raise ValueError(
-                f"teacher_model: 'self' is the student without its adapters, whose own weights "
-                f"{option} of the adapter changes: {remedy}, or give the student's name as "
-                "teacher_model, which loads a frozen copy"
-            )
+        elif bias in ("all", "lora_only"):
+            option, remedy = f"bias={bias!r}", "take bias='none'"
+        else:
+            continue
+        raise ValueError(
+            f"teacher_model: 'self' is the student without its adapters, whose own weights "
+            f"{option} of the adapter changes: {remedy}, or give the student's name as "
+            "teacher_model, which loads a frozen copy"
+        )
 
 
 def needs_prompts(student: Any, teacher: Any, args: Any, rewarded: bool) -> bool:
