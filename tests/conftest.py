@@ -2,6 +2,7 @@
 runs what the kernels compile to (`ptx`); either has to be chosen before triton is imported."""
 
 import gc
+import logging
 import os
 from importlib.util import find_spec
 
@@ -47,8 +48,10 @@ def group(tmp_path_factory):
 
 
 @pytest.fixture(autouse=True)
-def _seeded():
+def _the_same_start():
+    """Random numbers, and transformers' warnings, which an earlier test may have silenced."""
     torch.manual_seed(0)
+    logging.getLogger("transformers").setLevel(logging.WARNING)
 
 
 @pytest.hookimpl(tryfirst=True)  # before -m selects

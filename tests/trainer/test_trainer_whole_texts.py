@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+
 import pytest
 import tokenizers
 import transformers
@@ -103,7 +105,7 @@ def test_a_processor_that_cuts(tmp_path):
     Spy(*models, args, vision.prompts(4), processing_class=processor)
 
 
-def test_the_probe_warns_of_nothing(tmp_path, caplog):
+def test_the_probe_warns_of_nothing(tmp_path, caplog, monkeypatch):
     """A tokenizer warns once of a text longer than its models read."""
 
     def spy(*models, processing_class, **given):
@@ -112,7 +114,7 @@ def test_the_probe_warns_of_nothing(tmp_path, caplog):
 
     trainer = make(tmp_path, kind=spy)
     said = "longer than the specified maximum"
-    transformers.utils.logging.get_logger("transformers").propagate = True
+    monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
     assert said not in caplog.text
     trainer._tokenizer("w1 " * 20)
     assert said in caplog.text
