@@ -95,6 +95,7 @@ def greedily(model, kind, fields, ids, tokens):
 @pytest.mark.parametrize(
     ("guide", "batch"), [("alone", "reuse"), ("teacher", "whole"), ("column", "parts")]
 )
+@pytest.mark.filterwarnings("ignore:tools. ")  # what it likes may be a call, at the very end
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_step_is_the_loop_s(tmp_path, monkeypatch, kind, guide, batch):
     monkeypatch.setattr(distillation_trainer, "parse_response", parsed)

@@ -332,11 +332,30 @@ def test_weights_that_the_last_step_spoilt(tmp_path, strategy):
     assert (tmp_path / "trainer_state.json").is_file()
 
 
-def test_adapter_on_the_head_is_refused(tmp_path):
+@pytest.mark.parametrize(
+    ("changes", "adapted"),
+    [
+        ({}, dict(target_modules=["q_proj", "lm_head"])),
+        (
+            dict(tie_word_embeddings=True),
+            dict(target_modules=["embed_tokens"], ensure_weight_tying=True),
+        ),
+    ],
+    ids=["named", "tied to the embeddings"],
+)
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_adapter_on_the_head_is_refused(tmp_path, changes, adapted, wrapped):
+    """In words for any model: TRL's name lm_head, which a user need not have named."""
     peft = pytest.importorskip("peft")
-    config = peft.LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj", "lm_head"])
-    with pytest.raises(ValueError, match="lm_head"):
-        make(tmp_path, peft=config)
+    config, student = peft.LoraConfig(task_type="CAUSAL_LM", **adapted), tiny.model(0, **changes)
+    if wrapped:
+        student, config = peft.get_peft_model(student, config), None
+    words = (
+        "^model: an adapter is on its output head, .* target_modules .* ensure_weight_tying .* "
+        "modules_to_save"
+    )
+    with pytest.raises(ValueError, match=words):
+        make(tmp_path, student, peft=config)
 
 
 @pytest.mark.parametrize(

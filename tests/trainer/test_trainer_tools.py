@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
+import re
 import string
 
 import pytest
@@ -180,7 +182,9 @@ def test_an_answer_that_fills_the_context(tmp_path):
             tmp_path / str(room), models=models, per_device_train_batch_size=2,
             max_completion_length=len(read) - len(prompt), kind=GoesOn,
         )  # fmt: skip
-        trainer.train()
+        words = f"end with a call: .* or the student's context of {len(read)} tokens"
+        with pytest.warns(match=words) if room == 0 else contextlib.nullcontext():
+            trainer.train()
         assert len(trainer.read) == turns
 
 
@@ -204,6 +208,23 @@ def test_a_turn_after_an_answer_ends_with_the_completion(tmp_path):
     )  # fmt: skip
     trainer.train()
     assert trainer.written == [20]
+
+
+@pytest.mark.parametrize(
+    ("said", "settings"),
+    [(1, dict(max_completion_length=70)), (0, dict(max_tool_calling_iterations=1))],
+    ids=["completion", "turns"],
+)
+def test_an_answer_that_does_not_fit_is_warned_of(tmp_path, recwarn, said, settings):
+    """TRL leaves it out without a word. A limit of turns, the user's own, leaves calls open as
+    well."""
+    trainer = make(tmp_path, max_steps=2, per_device_train_batch_size=2, **settings)
+    trainer.calls = 2
+    trainer.train()
+    texts = [str(w.message) for w in recwarn.list if str(w.message).startswith("tools: ")]
+    assert len(texts) == said  # in two steps
+    words = "tools: 1 of 2 completions end with a call: .* max_completion_length=70 "
+    assert all(re.match(words, text) for text in texts)
 
 
 def failing_first():

@@ -66,7 +66,7 @@ from .sides import ModelSide, read_side, side_of
 from .signals import HIDDEN
 from .sources import class_of_student, find_image_processor
 from .special_tokens import back, full_table, students_columns, teachers_ids
-from .student_checks import check_z_loss
+from .student_checks import check_z_loss, head_adapters_refused
 from .teacher_prompts import teachers_view
 from .vocabulary import check_eos, check_padding
 
@@ -89,7 +89,7 @@ class DistillationAdapter(BatchReuse, PrefixedGeneration):
     _adapters_teach_alone = False  # nothing but the student's adapters need differ from the teacher
 
     def __init__(self, model: Any, teacher_model: Any, args: Any, *rest: Any, **keywords: Any):
-        with class_of_student(model, args):
+        with class_of_student(model, args), head_adapters_refused():
             super().__init__(model, None, args, *rest, **keywords)
         check_backbone(self.model)  # which no setting mends
         refuse_fsdp_1(self.accelerator)

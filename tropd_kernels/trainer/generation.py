@@ -88,7 +88,7 @@ class PrefixedGeneration(MetricLogs):
         self._rows: list[dict] | None = None
         self._prefix_lengths: list[int] = []
         self._kept_fields = KeptFields({}, {})
-        self._warned_of_scale = False
+        self._warned_of_scale = self._warned_of_calls = False
         self._teacher_prompts: list[list[int]] | None = None  # where it reads others
 
     # For a subclass to override.
@@ -284,7 +284,26 @@ class PrefixedGeneration(MetricLogs):
         )
         *_, calls, failures, _ = found
         self.log_sums(metrics.tool_totals(self.accelerator, calls, failures, rows))
+        self._warn_of_calls(completions)
         return found
+
+    def _warn_of_calls(self, completions: list[list[dict]]) -> None:
+        """Of those that end with a call whose answer TRL has left out, which it does not say."""
+        calls = [[bool(message.get("tool_calls")) for message in own] for own in completions]
+        left = [own[-1] and sum(own) <= self.max_tool_calling_iterations for own in calls]
+        if self._warned_of_calls or not any(left):
+            return
+        self._warned_of_calls = True
+        context = context_of(self._contexts["student"])
+        room = f"max_completion_length={self.max_completion_length}"
+        if context is not None:
+            room += f" or the student's context of {context} tokens"
+        warnings.warn(
+            f"tools: {sum(left)} of {len(left)} completions end with a call: the tool's answer is "
+            f"left out, since it does not fit in {room} (said once): raise the limit, or let the "
+            "tools answer in fewer tokens",
+            stacklevel=2,
+        )
 
     def _with_context(self) -> "PrefixedGeneration":
         """The trainer as TRL's loop over tools reads it: the config has the student's context, and

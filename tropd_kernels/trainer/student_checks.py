@@ -1,7 +1,8 @@
 """Students that are refused before training: nothing to train, an optimizer of other parameters, or
 a further loss, of the model itself or of its adapters."""
 
-from collections.abc import Mapping, Sequence
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -50,6 +51,23 @@ def check_z_loss(model: torch.nn.Module) -> None:
             '{"z_loss_coefficient": 0}; the z_loss of a rule is that loss over the tokens that '
             "count"
         )
+
+
+@contextlib.contextmanager
+def head_adapters_refused() -> Iterator[None]:
+    """Words for TRL's error about an adapter on the head that say what to do for any model: TRL
+    advises to take `lm_head` out of target_modules, where it need not be."""
+    try:
+        yield
+    except ValueError as error:
+        if not str(error).startswith("Applying a PEFT adapter to `lm_head`"):
+            raise
+        raise ValueError(
+            "model: an adapter is on its output head, whose weight the loss reads without it: "
+            "leave the head out of target_modules (and the embeddings, where ensure_weight_tying "
+            "ties the head's adapter to theirs), or train head and embeddings whole by "
+            "modules_to_save"
+        ) from error
 
 
 def check_adapters(model: torch.nn.Module, callbacks: Sequence[Any]) -> None:
