@@ -32,6 +32,14 @@ def check_float(name: str, tensor: Tensor) -> None:
         )
 
 
+def check_dtype(name: str, dtype: Any) -> None:
+    if dtype not in FLOATS:
+        raise TypeError(
+            f"{name} must be one of {', '.join(map(str, FLOATS))}, got {short(dtype)}: a quantised "
+            "head has the dtype to which it is dequantised"
+        )
+
+
 def check_rule(rule: Any) -> None:
     if not isinstance(rule, TokenRule):
         raise TypeError(f"objective must be a TokenRule, such as TrOPD(); got {short(rule)}")
@@ -59,10 +67,18 @@ def check_call(
         raise ValueError(f"temperature must be a positive number, got {shown(temperature)}")
     if ignore_index is not None and not is_int(ignore_index):
         raise TypeError(f"ignore_index must be an int or None, got {short(ignore_index)}")
+    check_reduction(reduction)
+    check_budget(max_workspace_bytes)
+
+
+def check_reduction(reduction: Any) -> None:
     if reduction not in REDUCTIONS:
         raise ValueError(
             f"reduction must be one of {', '.join(map(repr, REDUCTIONS))}; got {short(reduction)}"
         )
+
+
+def check_budget(max_workspace_bytes: Any) -> None:
     if max_workspace_bytes is not None and not (
         is_int(max_workspace_bytes) and max_workspace_bytes > 0
     ):

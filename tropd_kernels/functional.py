@@ -121,7 +121,8 @@ def linear_distillation_loss(
         reduction: "mean" and "sum" form the gradients in the forward. "none" gives per-token
             losses, whose backward recomputes the logits.
         backend: None takes the best one available; see `available_backends`.
-        max_workspace_bytes: Makes the chunks smaller; see `plan_chunks`.
+        max_workspace_bytes: Makes the chunks smaller; see `plan_chunks`. Not for
+            backend="reference", which has none.
         process_group: The ranks over which the heads are sharded by vocabulary. `weight` and
             `bias`, and a teacher's `weight` and `bias` or logits, then hold this rank's consecutive
             ids, in the order of the ranks; the sides may be cut differently. All other

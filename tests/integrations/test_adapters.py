@@ -37,6 +37,17 @@ def assert_drawn(losses, logits, teacher, labels, leaf):
     assert len({loss.item() for loss in losses.values()}) == len(losses)
 
 
+def assert_no_effect(make, where):
+    """Of a loss that is given neither a teacher's prefix nor the sampling policy's log-probs, and
+    whose trainer divides the sum."""
+    for objective, knob in (("opd", "prefix_weight"), ("tropd", "clip_ratio_low")):
+        with pytest.raises(ValueError, match=f"{where}: {knob} has no effect here, .* given no"):
+            make(objective, **{knob: 0.2})
+        make(objective, **{knob: None})
+    with pytest.raises(ValueError, match=f"{where}: objective 'reopold' takes its mean over"):
+        make("reopold")
+
+
 # --- NeMo AutoModel ---
 
 
@@ -71,6 +82,7 @@ def test_nemo_s_loss_takes_our_objectives_and_refuses_what_it_cannot_honour(nemo
         nemo[1](chunk_size=4)
     with pytest.raises(ValueError, match="kd_loss_fn: objective 'jsd' takes no 'alpha'"):
         nemo[1](objective="jsd", alpha=1)
+    assert_no_effect(lambda objective, **knobs: nemo[1](objective, **knobs), "kd_loss_fn")
 
 
 def test_nemo_s_gate_is_drawn_by_the_labels(nemo, batch):
@@ -213,6 +225,21 @@ def test_titan_s_options_that_cannot_be_honoured_are_refused(titan):
         titan.DistillationLoss.Config().build(compile_config=compiled)
     with pytest.raises(ValueError, match="loss.knobs: .*'beta'"):
         titan.DistillationLoss.Config(objective="tropd", knobs=dict(beta=1)).build()
+    with pytest.raises(ValueError, match=r"loss.knobs: objective 'reopold' takes its mean over"):
+        titan.DistillationLoss.Config(objective="reopold").build()
+    knobs = dict(prefix_weight=0.1, clip_ratio_low=0.2)  # which its call may give meaning to
+    titan.DistillationLoss.Config(objective="tropd", knobs=knobs).build()
+
+
+def test_titan_s_mean_trust_of_selected_tokens(titan, draw):
+    """Those that are left out count as the others do: it was the share that is selected."""
+    ours = titan.DistillationLoss.Config(objective="entropy_opd").build()
+    ours.lm_head = nn.Linear(H, V, bias=False)
+    labels = torch.randint(V, (2, 8), generator=draw)
+    labels[0, :3] = -100
+    count, given = (labels != -100).sum(), dict(label_log_probs=-torch.ones(2, 8))
+    _, metrics = ours(torch.randn(2, 8, H, generator=draw), labels, count, **given)
+    assert metrics["distillation/trust/mean"] == 1
 
 
 # --- ms-swift ---
@@ -305,6 +332,8 @@ def test_swift_s_trainer_takes_both(swift, monkeypatch):
     double.gkd_loss, double._liger_kernel_available = theirs.gkd_loss, False
     monkeypatch.setitem(sys.modules, "swift.rlhf_trainers.gkd_trainer", double)
     monkeypatch.setattr(sys.modules["swift.rlhf_trainers"], "gkd_trainer", double, raising=False)
+    install = lambda objective, **knobs: adapter.rule_of(objective, knobs)
+    assert_no_effect(install, "ms_swift.install")
     adapter.install("jsd", seed=5, beta=0.3)
     assert double._liger_kernel_available and double.gkd_loss is not theirs.gkd_loss
     fused = double.LigerFusedLinearJSDLoss(beta=0.5, temperature=1.0)

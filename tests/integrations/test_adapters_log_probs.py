@@ -34,6 +34,19 @@ def tokens(draw):
     return log_probs, old, teacher, mask
 
 
+def test_knobs_without_effect_are_refused():
+    """No trainer's loss has a prefix; PPO's clip is refused where nothing gives old log-probs."""
+    from tropd_kernels.integrations.skyrl import policy_loss
+
+    policy_loss("opd", **PPO_CLIP, prefix_weight=None)
+    with pytest.raises(ValueError, match="skyrl: prefix_weight has no effect here, .* no teacher_"):
+        policy_loss("opd", prefix_weight=0.1)
+    with pytest.raises(ValueError, match="test: clip_ratio_high has no effect .* old_log_probs"):
+        named_rule("test", "opd", dict(clip_ratio_high=0.2), missing=("old_log_probs",))
+    with pytest.raises(ValueError, match="skyrl: objective 'reopold' takes its mean over"):
+        policy_loss("reopold")
+
+
 def test_prime_rl_s_reverse_kl_is_opd(tokens):
     """A double of its module: with the reward of the sampling policy, its importance ratio times
     the reference's log-ratio."""

@@ -88,6 +88,10 @@ HEADS = {
     "workspace too small": (
         dict(max_workspace_bytes=999), ValueError, "max_workspace_bytes=999", "too small", "take",
     ),
+    "workspace of the reference": (
+        dict(max_workspace_bytes=10**9, backend="reference"), NotImplementedError,
+        "backend='reference'", "max_workspace_bytes", "'torch'",
+    ),
 }  # fmt: skip
 
 
@@ -106,14 +110,25 @@ PLANS = {
     "a teacher without width": (dict(teacher_hidden_size=0), "teacher_hidden_size", "at least 1"),
     "backend unknown": (dict(backend="foo"), "backend", "'triton'", "'foo'"),
     "the reference": (dict(backend="reference"), "backend", "'triton'", "'reference'"),
-}
+    "reduction unknown": (dict(reduction="nonne"), "reduction", "'none'", "'nonne'"),
+    "objective of text": (dict(objective="gkd"), "objective", "TokenRule", "'gkd'"),
+    "workspace of text": (dict(max_workspace_bytes="1 GB"), "max_workspace_bytes", "'1 GB'"),
+    "workspace of a bool": (dict(max_workspace_bytes=True), "max_workspace_bytes", "True"),
+    "dtype of text": (dict(dtype="bfloat16"), "dtype", "torch.bfloat16", "'bfloat16'"),
+    "dtype of integers": (dict(dtype=torch.int8), "dtype", "torch.float16", "torch.int8"),
+    "a quantised head": (
+        dict(weight_dtype=torch.float8_e4m3fn), "weight_dtype", "dequantised", "float8_e4m3fn",
+    ),
+    "a teacher's dtype": (dict(teacher_weight_dtype="half"), "teacher_weight_dtype", "'half'"),
+    "a reference's dtype": (dict(reference_weight_dtype=1), "reference_weight_dtype", "1"),
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("case", PLANS)
 def test_plans(case):
     changes, *words = PLANS[case]
     given = dict(tokens=100, vocab_size=V, hidden_size=H) | changes
-    refused(lambda: plan_chunks(**given), ValueError, *words)
+    refused(lambda: plan_chunks(**given), WRONG, *words)
 
 
 @pytest.mark.parametrize("module", [LinearDistillationLoss, DistillationLoss, LinearLogProbs])
@@ -314,6 +329,18 @@ VALUES = {
     "old log-prob infinite": (
         lambda: dict(old_log_probs=filled(-INF)), "old_log_probs", "not finite",
     ),
+    "old probabilities": (
+        lambda: dict(old_log_probs=torch.rand(SHAPE) / 2 + 0.5),
+        "old_log_probs hold", "above 0", "probabilities", "logarithm",
+    ),
+    "old negative log-likelihoods": (
+        lambda: dict(old_log_probs=torch.rand(SHAPE) + 1.5),
+        "old_log_probs hold", "above 0", "negative log-likelihoods", "sign",
+    ),
+    "one old log-prob above 0": (
+        lambda: dict(old_log_probs=torch.arange(-3.0, 3.0).reshape(SHAPE)),
+        "old_log_probs hold", "above 0", "up to 2", "check what the policy that sampled",
+    ),
     "sampled probabilities": (
         lambda: dict(teacher=SampledTeacher(torch.rand(SHAPE) / 2 + 0.5)),
         "teacher label_log_probs", "above 0", "probabilities", "logarithm",
@@ -385,7 +412,8 @@ def test_log_probs_that_rounding_or_padding_puts_above_0(backend, beside, device
         ids[..., 0], log_probs[..., 0] = -1, beside
         ids[..., 1], log_probs[..., 1] = V, INF
         teacher = top_k_teacher(ids=ids, log_probs=log_probs, label_log_probs=filled(0.125))
-        assert head_loss(teacher=teacher, backend=backend).loss.isfinite()
+        found = head_loss(teacher=teacher, backend=backend, old_log_probs=filled(0.125))
+        assert found.loss.isfinite()
 
 
 # --- devices ------------------------------------------------------------------------------------

@@ -7,6 +7,7 @@ the student. What reads more of either is refused by `check_rule`.
 from __future__ import annotations
 
 import math
+from collections.abc import Collection
 from typing import Any
 
 import torch
@@ -19,13 +20,42 @@ from ..objectives.registry import build_rule, check_knobs, check_objective, chec
 from ..rows.layout import Coef, LogitTransform, RowBatch, RowOptions, Stat, new_matrices
 from ..rows.rule import apply_rule, gate
 
+#: Knobs that have no effect without an argument of the loss.
+_SHAPES = {
+    "prefix_weight": "teacher_prefix", "clip_ratio": "old_log_probs",
+    "clip_ratio_low": "old_log_probs", "clip_ratio_high": "old_log_probs",
+}  # fmt: skip
 
-def named_rule(where: str, objective: str, knobs: dict[str, Any]) -> TokenRule:
-    """The rule of a name of `tropd train`'s and its knobs, both checked; `where` is for errors."""
+
+def named_rule(
+    where: str,
+    objective: str,
+    knobs: dict[str, Any],
+    *,
+    missing: Collection[str] = ("teacher_prefix",),
+) -> TokenRule:
+    """The rule of a name of `tropd train`'s and its knobs, both checked.
+
+    where: for errors. missing: arguments that the trainer's loss is never given. Raises ValueError
+    for what would have no effect: a knob that needs one of them, and a rule with a mean of its own,
+    where the trainer divides.
+    """
     check_objective(objective)
     check_knobs(objective, knobs, where)
     check_required(objective, knobs, where)
-    return build_rule(objective, knobs)
+    for knob, value in knobs.items():
+        if (argument := _SHAPES.get(knob)) in missing and value is not None:
+            raise ValueError(
+                f"{where}: {knob} has no effect here, where the loss is given no {argument}: leave "
+                "it out"
+            )
+    rule = build_rule(objective, knobs)
+    if rule.normalize == "kept":
+        raise ValueError(
+            f"{where}: objective {objective!r} takes its mean over the tokens that gate and "
+            "selection keep, and the trainer divides by its own count: choose another objective"
+        )
+    return rule
 
 
 def check_rule(where: str, rule: TokenRule, *, logits: bool = False) -> TokenRule:
@@ -38,8 +68,6 @@ def check_rule(where: str, rule: TokenRule, *, logits: bool = False) -> TokenRul
         why = f"nothing gives select_by={rule.score!r} here"
     elif rule.uses_task_advantages:
         why = "nothing gives task_advantages here: leave task_weight 0, no filter"
-    elif rule.normalize == "kept":
-        why = "its mean is over the tokens kept, and the trainer takes its own"
     elif not logits and (rule.z_loss or rule.label_smoothing):
         why = "its z_loss or label_smoothing reads the logits"
     if why:

@@ -40,7 +40,7 @@ def install(objective: str | None = None, seed: int = 0, **knobs: Any) -> None:
     from swift.rlhf_trainers import gkd_trainer
 
     check_version("ms-swift")
-    rule = None if objective is None else named_rule("ms_swift.install", objective, knobs)
+    rule = None if objective is None else rule_of(objective, knobs)
     if hasattr(getattr(gkd_trainer, "gkd_loss", None), "serves_tropd"):
         raise RuntimeError(
             "ms_swift.install: the trainer has an objective from an earlier call: install one, once"
@@ -51,6 +51,12 @@ def install(objective: str | None = None, seed: int = 0, **knobs: Any) -> None:
     )  # fmt: skip
     gkd_trainer.LigerFusedLinearJSDLoss = partial(FusedLoss, rule, seed)
     gkd_trainer._liger_kernel_available = True
+
+
+def rule_of(objective: str, knobs: dict[str, Any]) -> TokenRule:
+    """The rule, checked for what this trainer's losses are given."""
+    missing = "teacher_prefix", "old_log_probs"
+    return named_rule("ms_swift.install", objective, knobs, missing=missing)
 
 
 def loss_of(rule: TokenRule | None, seed: int = 0) -> Callable:

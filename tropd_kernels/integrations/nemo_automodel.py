@@ -68,7 +68,8 @@ class KDLoss(torch.nn.Module):
                 "kd_loss_fn: fp32_upcast=False and chunk_size have no effect here: rows are summed "
                 "in float32, and no softmax is kept. Leave them out"
             )
-        self.rule = named_rule("kd_loss_fn", objective, knobs)
+        missing = "teacher_prefix", "old_log_probs"
+        self.rule = named_rule("kd_loss_fn", objective, knobs, missing=missing)
         self.ignore_index, self.temperature = ignore_index, temperature  # which the recipes read
         self.options: dict[str, Any] = dict(tp_group=tp_group, seed=seed)
 

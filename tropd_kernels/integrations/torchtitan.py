@@ -53,7 +53,8 @@ def lm_head_loss(
 
     loss, trust = in_head(lm_head, pred, call)
     divisor = 1 if global_valid_tokens is None else global_valid_tokens
-    counted = trust[(labels != -100) & ~trust.isnan()]
+    # The rule that selects tokens trusts those that it does: 1 for the others is their mean, too.
+    counted = trust[labels != -100].nan_to_num(1.0)
     return loss / divisor, {"distillation/trust/mean": counted.sum() / divisor}
 
 
@@ -88,7 +89,7 @@ class DistillationLoss(ChunkedLossWrapper):
                 "compile.components: 'loss' would compile a loss that runs kernels of its own: "
                 "leave it out"
             )
-        self.rule = named_rule("loss.knobs", config.objective, config.knobs)
+        self.rule = named_rule("loss.knobs", config.objective, config.knobs, missing=())
         self.temperature, self.lm_head = config.temperature, None
 
     def __call__(self, pred, labels, global_valid_tokens=None, **loss_inputs):

@@ -34,7 +34,7 @@ from reprlib import repr as short
 
 import torch
 
-from ..arguments import is_int
+from ..arguments import check_budget, check_dtype, check_reduction, check_rule, is_int
 from ..backends import ENGINES, choose_backend
 from ..dtypes import HALF
 from ..objectives import TokenRule
@@ -216,8 +216,8 @@ def plan_chunks(
         reference_weight_dtype: Likewise of its head.
 
     Raises:
-        ValueError: Where even one step does not fit the budget, and for sizes or a backend that no
-            call has.
+        ValueError, TypeError: Where even one step does not fit the budget, and for arguments that
+            no call has.
 
     Examples:
         >>> from tropd_kernels import GKD, plan_chunks
@@ -234,6 +234,18 @@ def plan_chunks(
     for name, value, least in sizes_given:
         if not is_int(value) or value < least:
             raise ValueError(f"{name} must be an int, at least {least}, got {short(value)}")
+    check_dtype("dtype", dtype)
+    for name, other in (
+        ("weight_dtype", weight_dtype),
+        ("teacher_weight_dtype", teacher_weight_dtype),
+        ("reference_weight_dtype", reference_weight_dtype),
+    ):
+        if other is not None:
+            check_dtype(name, other)
+    if objective is not None:
+        check_rule(objective)
+    check_reduction(reduction)
+    check_budget(max_workspace_bytes)
     if backend is None:
         backend = choose_backend(None, torch.device(device))
     if backend not in tuple(ENGINES):

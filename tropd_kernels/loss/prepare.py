@@ -93,7 +93,7 @@ def distillation_problem(
     source, weight, bias = student.source, student.weight, student.bias
     check_sampling(gradient_tolerance, gradient_sampling, reduction, backend, seed)
     check_call(source, labels, rule, temperature, ignore_index, reduction, max_workspace_bytes)
-    backend = _backend(backend, source, group)
+    backend = _backend(backend, source, group, max_workspace_bytes)
     check_serves(teacher, rule)
     check_reference(reference, rule)
     check_plain({"labels": labels, "ids": ids} | per_token)
@@ -185,7 +185,7 @@ def log_probs_problem(
             inputs=TokenInputs(),
             options=LossOptions(
                 rule=rule,
-                backend=_backend(backend, source, group),
+                backend=_backend(backend, source, group, max_workspace_bytes),
                 temperature=float(temperature),
                 ignore_index=ignore_index,
                 max_workspace_bytes=max_workspace_bytes,
@@ -270,14 +270,17 @@ def _softcap(value: float | None) -> float | None:
     return None if value is None else float(value)
 
 
-def _backend(requested: str | None, student: Tensor, group: ProcessGroup | None) -> str:
+def _backend(
+    requested: str | None, student: Tensor, group: ProcessGroup | None, budget: int | None
+) -> str:
     backend = choose_backend(requested, student.device)
     if requested is None and student.device.type == "cpu":
         native.advise_to_build()
-    if group is not None and not has_row_engine(backend):
-        raise NotImplementedError(
-            "backend='reference' takes no process_group: use 'torch', 'native' or 'triton'"
-        )
+    for name, given in (("process_group", group), ("max_workspace_bytes", budget)):
+        if given is not None and not has_row_engine(backend):
+            raise NotImplementedError(
+                f"backend='reference' takes no {name}: use 'torch', 'native' or 'triton'"
+            )
     return backend
 
 

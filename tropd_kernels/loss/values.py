@@ -30,7 +30,7 @@ def may_look(problem: Problem) -> bool:
 def tokens_that_count(problem: Problem) -> Tensor | None:
     """Indices of the tokens that count, or None where all do. Raises ValueError on values that
     cannot be right: labels outside the vocabulary, weights, advantages or scores that are not
-    finite, draws, mixing or blending weights out of range, a teacher's log-probs above 0 or NaN,
+    finite, draws, mixing or blending weights out of range, given log-probs above 0 or NaN,
     ids that repeat, or that the vocabulary does not have."""
     labels, inputs, ignore_index = problem.labels, problem.inputs, problem.options.ignore_index
     if not may_look(problem):
@@ -118,14 +118,16 @@ def _raise_repeated(problem: Problem, counts: Tensor) -> None:
 
 
 def _given_log_probs(problem: Problem, counts: Tensor) -> dict[str, Tensor]:
-    """A teacher's log-probs by name, with -inf in padding and at tokens that do not count."""
+    """Log-probs that the caller gives, by the names of `_WHOSE`, with -inf in padding and at tokens
+    that do not count."""
     inputs, found = problem.inputs, {}
-    if inputs.label_log_probs is not None:
-        found["label_log_probs"] = torch.where(counts, inputs.label_log_probs, -torch.inf)
+    for name, values in (("sampled", inputs.old_log_probs), ("label", inputs.label_log_probs)):
+        if values is not None:
+            found[f"{name} log-probs"] = torch.where(counts, values, -torch.inf)
     if inputs.topk_log_probs is not None:
         ids, log_probs = inputs.topk
         valid = (ids >= 0) & (ids < problem.vocab_size) & counts[:, None]
-        found["topk_log_probs"] = torch.where(valid, log_probs, -torch.inf)
+        found["top-k log-probs"] = torch.where(valid, log_probs, -torch.inf)
     return found
 
 
@@ -156,7 +158,7 @@ def _raise_bad_value(name: str, problem: Problem, outside: Tensor, counts: Tenso
         raise ValueError("mixing must lie in [0, 1]: 1 is the forward KL, 0 the reverse KL")
     if name == "blending":
         raise ValueError("blending must lie in [0, 1]: 1 is the rule's target, 0 the teacher")
-    if name in ("label_log_probs", "topk_log_probs"):
+    if name in _WHOSE:
         _raise_not_log_probs(name, _given_log_probs(problem, counts)[name])
     raise ValueError(
         f"{name} holds values that are not finite, at tokens that count: leave such tokens out by "
@@ -164,16 +166,23 @@ def _raise_bad_value(name: str, problem: Problem, outside: Tensor, counts: Tenso
     )
 
 
+#: What errors call log-probs that are given, and who gives them.
+_WHOSE = {
+    "sampled log-probs": ("old_log_probs", "policy that sampled"),
+    "label log-probs": ("teacher label_log_probs", "teacher"),
+    "top-k log-probs": ("teacher log_probs", "teacher"),
+}
+
+
 def _raise_not_log_probs(name: str, values: Tensor) -> None:
-    public = {"topk_log_probs": "log_probs"}.get(name, name)
+    public, giver = _WHOSE[name]
     if values.isnan().any():
-        padding = "; padding is -inf" if name == "topk_log_probs" else ""
+        padding = "; padding is -inf" if name == "top-k log-probs" else ""
         raise ValueError(
-            f"teacher {public} hold NaN at tokens that count{padding}: check what the teacher "
-            "returns"
+            f"{public} hold NaN at tokens that count{padding}: check what the {giver} returns"
         )
     values = values[values > -torch.inf]
-    cause = "check what the teacher returns"
+    cause = f"check what the {giver} returns"
     if not (values < 0).any():
         probabilities = values.max() <= 1 + LOG_PROB_MARGIN
         cause = (
@@ -184,6 +193,6 @@ def _raise_not_log_probs(name: str, values: Tensor) -> None:
             "they are logits, less the logsumexp over the vocabulary"
         )
     raise ValueError(
-        f"teacher {public} hold values above 0, up to {values.max():.3g}, at tokens that count, "
+        f"{public} hold values above 0, up to {values.max():.3g}, at tokens that count, "
         f"which no log-prob is: {cause}"
     )

@@ -69,7 +69,8 @@ class RuleFields:
         select_threshold: In place of a fraction, the tokens whose score is at least this.
         entropy_top_fraction: Short for select_by="entropy" with this `select_fraction`.
             `credit.entropy_quantile_mask` takes an exact number instead.
-        divergence: One of `DIVERGENCES`, on every token; None: none.
+        divergence: One of `DIVERGENCES`, on every token; None: none. With a top_k the forward KL of
+            "forward_kl" and "jeffreys" is over K, the reverse KL of the latter over all ids.
         divergence_parameter: Its parameter: beta of "jsd" and "topk_jsd", alpha of `skew_*` and
             "alpha", the head's teacher mass of "akl"; unused elsewhere. Near a limit ("jsd" at 0
             and 1, `skew_*` at 1, "alpha" at 1) float32 loses digits where student and teacher
