@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import datetime
 import inspect
 import pickle
 import re
@@ -263,6 +264,15 @@ def test_knobs_are_the_constructor_s(name):
         ),
         ({"drift_tau": 0.0, "num_iterations": 2}, "drift_tau: must be in"),
         ({"drift_block_size": 0}, "drift_block_size: must be"),
+        ({"logging_steps": -1}, "logging_steps: must be positive, got -1"),
+        ({"report_to": None}, "report_to: expected 'none', 'all' or names out of azure_ml, "),
+        ({"report_to": ["wandb", "tensorbord"]}, "report_to: expected 'none', 'all' or names out"),
+        ({"accelerator_config": "missing.json"},
+         "accelerator_config: expected a mapping or a file of one: there is no file missing.json"),
+        ({"fsdp": True, "fsdp_config": "missing.json"}, "fsdp_config: expected a mapping or a"),
+        ({"gradient_checkpointing": True, "gradient_checkpointing_kwargs": True},
+         "gradient_checkpointing_kwargs: expected a mapping, got True"),
+        ({"lr_scheduler_kwargs": "num_cycles=2"}, "lr_scheduler_kwargs: expected a mapping, got"),
         ({"pad_to_multiple_of": 0}, "pad_to_multiple_of: must be a whole number of at least 1"),
         ({"pad_to_multiple_of": -4}, "pad_to_multiple_of: must be a whole number of at least 1"),
         ({"pad_to_multiple_of": "many"}, "pad_to_multiple_of: must be a whole number of at least"),
@@ -277,6 +287,11 @@ def test_error_names_the_key(settings, message):
     with pytest.raises(ValueError) as error:
         config(**settings)
     assert message in str(error.value)
+
+
+def test_a_folder_that_yaml_read_as_a_date():
+    with pytest.raises(ValueError, match="^output_dir: expected a folder's name, got datetime.d"):
+        TrOPDConfig(datetime.date(2026, 1, 2), **HERE)
 
 
 def test_a_no_that_yaml_read_as_false():

@@ -34,7 +34,7 @@ restore_callback_states_from_checkpoint full_determinism seed use_cpu
 accelerator_config parallelism_config dataloader_drop_last dataloader_num_workers
 dataloader_pin_memory dataloader_prefetch_factor remove_unused_columns
 ddp_find_unused_parameters ddp_bucket_cap_mb ddp_broadcast_buffers ddp_static_graph ddp_backend
-ddp_timeout fsdp fsdp_config deepspeed debug skip_memory_metrics model_init_kwargs
+ddp_timeout fsdp deepspeed debug skip_memory_metrics model_init_kwargs
 trust_remote_code teacher_model_name_or_path teacher_model_revision teacher_model_init_kwargs
 disable_dropout max_completion_length shuffle_dataset
 pad_to_multiple_of temperature chat_template_kwargs max_tool_calling_iterations log_completions
@@ -122,6 +122,7 @@ VALUES = {
     "train_sampling_strategy": "group_by_length", "length_column_name": "size",
     "label_names": ["labels"], "include_for_metrics": ["inputs"], "batch_eval_metrics": True,
     "eval_do_concat_batches": False, "liger_kernel_config": {"rope": True},
+    "fsdp_config": {"reshard_after_forward": True},
     "gradient_checkpointing_kwargs": {"use_reentrant": False}, "num_completions_to_print": 2,
     "vllm_mode": "server",
     "vllm_model_impl": "transformers", "vllm_enable_sleep_mode": True,

@@ -41,7 +41,7 @@ from .other_keys import names_unknown_keys
 from .own_rule import Objective, RuleSchedule, read_objective, saved_form
 from .recipes import RECIPES, Applied, apply_knobs, apply_recipe, describe, saved_name
 from .sources import check_revisions
-from .value_checks import TYPES, check_numbers, check_type
+from .value_checks import TYPES, check_type, check_values
 
 STAGE_FRACTION = 0.5
 #: How a mapping is given on the command line.
@@ -336,7 +336,7 @@ class TrOPDConfig(DistillationConfig):
         if isinstance(self.teacher_model_name_or_path, os.PathLike):
             self.teacher_model_name_or_path = os.fspath(self.teacher_model_name_or_path)
         self._check_types()
-        check_numbers(self)
+        check_values(self)
         self._check_json()
         # TRL checks beta as a number. None stays in the field, so that a copy of the config made
         # with another objective does not carry a beta that nobody gave.
@@ -344,7 +344,7 @@ class TrOPDConfig(DistillationConfig):
         set_direction(self)
         super().__post_init__()
         self.beta = given
-        self._check_mappings()
+        self._check_model_options()
         self.objective = read_objective(self.objective)
         apply_knobs(self)
         check_trainer(self)
@@ -461,7 +461,14 @@ class TrOPDConfig(DistillationConfig):
             raise ValueError(f"{key}: {error}") from error
 
     def _check_json(self) -> None:
-        """Refuses invalid JSON, of which transformers would not name the key."""
+        """Refuses invalid JSON, of which transformers would not name the key, and what is none."""
+        for key in [one.name for one in fields(TrOPDConfig) if one.name.endswith("_kwargs")]:
+            value = getattr(self, key)
+            if value is not None and not isinstance(value, dict) and str(value)[:1] != "{":
+                raise ValueError(
+                    f"{key}: expected a mapping, got {shown(value)}: as a flag it is JSON, such as "
+                    f"--{key} '{_AS_JSON.get(key, _JSON)}'"
+                )
         for key in self._VALID_DICT_FIELDS:
             value = getattr(self, key)
             if isinstance(value, str) and value.startswith("{"):
@@ -472,15 +479,7 @@ class TrOPDConfig(DistillationConfig):
                 except ValueError as error:
                     raise ValueError(f"{key}: {error}") from error
 
-    def _check_mappings(self) -> None:
-        """Refuses what transformers has not parsed into a mapping."""
-        for key in [one.name for one in fields(TrOPDConfig)]:
-            value = getattr(self, key)
-            if key.endswith("_kwargs") and not isinstance(value, (dict, type(None))):
-                raise ValueError(
-                    f"{key}: expected a mapping, got {shown(value)}: as a flag it is JSON, such as "
-                    f"--{key} '{_AS_JSON.get(key, _JSON)}'"
-                )
+    def _check_model_options(self) -> None:
         for key in ("model_init_kwargs", "teacher_model_init_kwargs"):
             if (options := getattr(self, key)) is not None:
                 check_quantization(

@@ -49,6 +49,7 @@ WITHOUT_EFFECT = {
 BELONGS_TO = {
     "liger_kernel_config": ("use_liger_kernel", True),
     "gradient_checkpointing_kwargs": ("gradient_checkpointing", True),
+    "fsdp_config": ("fsdp", True),
     "num_completions_to_print": ("log_completions", True),
     "vllm_mode": ("use_vllm", True),
     "vllm_model_impl": ("vllm_mode", "colocate"),

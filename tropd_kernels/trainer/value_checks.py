@@ -4,10 +4,12 @@ Each raises ValueError that begins with the key.
 """
 
 import math
+import os
 from collections.abc import Sequence
 from numbers import Integral, Real
 from typing import Any
 
+from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 from transformers.training_args import trainer_log_levels
 
 #: For each annotation the type that a field takes, and its name in errors.
@@ -32,8 +34,30 @@ _WITHIN: dict[str, tuple[float, float]] = {
 }  # fmt: skip
 
 
+def check_values(config: Any) -> None:
+    """Checks values of TRL and transformers, whose own errors do not name the key."""
+    check_numbers(config)
+    if not isinstance(config.output_dir, (str, os.PathLike, type(None))):
+        raise ValueError(
+            f"output_dir: expected a folder's name, got {config.output_dir!r}: in YAML put quotes "
+            "around a date"
+        )
+    for key in ("accelerator_config", "fsdp_config"):
+        value = getattr(config, key) or {}
+        if isinstance(value, str) and value[0] != "{" and not os.path.isfile(value):
+            raise ValueError(
+                f"{key}: expected a mapping or a file of one: there is no file {value}"
+            )
+    given = config.report_to
+    names = given if isinstance(given, list) else [given]
+    if names not in (["none"], ["all"]) and not set(names) <= INTEGRATION_TO_CALLBACK.keys():
+        raise ValueError(
+            f"report_to: expected 'none', 'all' or names out of "
+            f"{', '.join(INTEGRATION_TO_CALLBACK)}; got {given!r}"
+        )
+
+
 def check_numbers(config: Any) -> None:
-    """Checks numbers of TRL and transformers, whose own errors do not name the key."""
     for key, least in _AT_LEAST.items():
         if (value := getattr(config, key)) is not None:
             at_least(key, value, least)
@@ -45,7 +69,7 @@ def check_numbers(config: Any) -> None:
             f"save_total_limit: must be at least 1 checkpoint, got {limit!r}: leave it out to keep "
             "all"
         )
-    for key in ("save_steps", "eval_steps"):
+    for key in ("save_steps", "eval_steps", "logging_steps"):
         by_steps = getattr(config, f"{key.removesuffix('steps')}strategy") == "steps"
         if by_steps and (value := getattr(config, key)) is not None and not value > 0:
             raise ValueError(
