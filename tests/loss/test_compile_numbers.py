@@ -60,7 +60,13 @@ def by_share(hidden, weight, labels, teacher_hidden, teacher_weight, x, n):
 
 @pytest.mark.parametrize(
     ("step", "dynamic"),
-    [(mean, None), (mean, True), (per_token, None), (by_tolerance, True), (by_share, None)],
+    [
+        (mean, None),
+        pytest.param(mean, True, marks=pytest.mark.slow),
+        (per_token, None),
+        (by_tolerance, True),
+        pytest.param(by_share, None, marks=pytest.mark.slow),
+    ],
 )
 def test_nine_values_and_lengths_share_a_graph(step, dynamic, device):
     """The first value may be a constant; from the second on the graph holds for all."""

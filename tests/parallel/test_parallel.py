@@ -158,7 +158,7 @@ def all_cases(ranks):
         yield from ((f"{cases.__name__}: {name}", case) for name, case in cases(ranks))
 
 
-@pytest.mark.parametrize("ranks", RANKS)
+@pytest.mark.parametrize("ranks", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_agreement_with_the_whole_head_communication_and_bad_input(ranks, tmp_path):
     run(ranks, tmp_path, all_cases)
 

@@ -117,6 +117,7 @@ def test_the_first_call_without_native_says_how_to_build_it_once():
     assert of_a_module.startswith("<string>:10:")
 
 
+@pytest.mark.slow
 def test_nothing_is_said_to_who_chose_torch_or_while_a_graph_is_traced():
     said = warned(
         "import sys\n"

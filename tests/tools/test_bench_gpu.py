@@ -31,6 +31,8 @@ from benchmarks.gpu.smoke.sizes import TINY as TINY_CHECK
 from tropd_kernels import plan_chunks
 from tropd_kernels.loss import plan as chunking
 
+pytestmark = pytest.mark.slow  # of our own tools, not of the package
+
 TINY = Shape(vocab_size=96, hidden_size=16, teacher_hidden_size=24)
 
 
@@ -271,7 +273,6 @@ def carried(tmp_path):
     return folder.parent
 
 
-@pytest.mark.slow
 def test_every_step_comes_where_some_break(tmp_path, carried, monkeypatch, capsys):
     """One crashes, one hangs, one prints garbage; what needs a GPU is skipped by its name."""
     monkeypatch.setattr(first, "CHECKS", ("products", "loss_gkd", "kernels_tropd_odd", "graph"))

@@ -18,6 +18,8 @@ from benchmarks.gpu.smoke import CHECKS
 from tropd_kernels.backends import engine_for
 from tropd_kernels.products import products_for
 
+pytestmark = pytest.mark.slow  # of our own tools, not of the package
+
 # --- choices -----------------------------------------------------------------------------------
 
 

@@ -17,6 +17,8 @@ pytest.importorskip("datasets")
 pytest.importorskip("rich")
 pytest.importorskip("matplotlib")
 
+pytestmark = pytest.mark.slow  # of our own tools, not of the package
+
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # examples/ is not installed
 
 import tiny

@@ -27,6 +27,8 @@ from benchmarks.learning import arms, models
 from benchmarks.learning.run import Run
 from tropd_kernels import linear_distillation_loss
 
+pytestmark = pytest.mark.slow  # of our own tools, not of the package
+
 RULE = OBJECTIVES["gkd"]
 
 

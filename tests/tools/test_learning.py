@@ -15,6 +15,8 @@ pytest.importorskip("matplotlib", reason="the report draws")
 from benchmarks.learning import arms, intervals, measures, models, report, task
 from benchmarks.learning.run import Run, train_to_file
 
+pytestmark = pytest.mark.slow  # of our own tools, not of the package
+
 
 @pytest.mark.parametrize("writing", task.TASKS.values(), ids=task.TASKS)
 def test_solutions_are_right_in_the_teachers_notation_alone(writing):

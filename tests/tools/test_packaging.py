@@ -16,6 +16,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.slow  # of our own tools, not of the package
+
 ROOT = Path(__file__).resolve().parents[2]
 
 # Compiles only with the flags of a wheel that runs elsewhere: with libtorch's stable ABI, with
@@ -214,7 +216,6 @@ def test_import_brings_neither_transformers_nor_a_trainer() -> None:
 # --- the source distribution -------------------------------------------------------------------
 
 
-@pytest.mark.slow
 def test_the_source_distribution_is_the_repository_and_installs(tmp_path: Path) -> None:
     """It holds what git does, but for what only a forge reads, and a wheel that is built from it
     holds the package."""
@@ -267,7 +268,6 @@ def wheel_of_this_checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @needs_compiler
 @not_on_windows
-@pytest.mark.slow
 def test_the_kernels_need_no_symbol_that_another_python_or_torch_may_lack(
     wheel_of_this_checkout: Path, tmp_path: Path
 ) -> None:
@@ -308,7 +308,6 @@ print("Python", sys.version.split()[0], "torch", torch.__version__, native.descr
 
 @needs_compiler
 @not_on_windows
-@pytest.mark.slow
 @pytest.mark.skipif(
     "TROPD_OTHER_PYTHON" not in os.environ,
     reason="TROPD_OTHER_PYTHON names no other Python with another torch",

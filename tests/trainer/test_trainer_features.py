@@ -104,6 +104,7 @@ SPLIT = dict(per_device_train_batch_size=1, gradient_accumulation_steps=2)
 AT_ONCE = {"reopold": dict(stage_fraction=0.0)}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", FEATURES)
 def test_two_processes_are_the_loop_by_hand(tmp_path, tmp_path_factory, name):
     """Two micro-batches of a row on each of two processes: one step."""
