@@ -17,8 +17,6 @@ pytest.importorskip("datasets")
 pytest.importorskip("rich")
 pytest.importorskip("matplotlib")
 
-pytestmark = pytest.mark.slow  # of our own tools, not of the package
-
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # examples/ is not installed
 
 import tiny
@@ -34,6 +32,8 @@ from examples.demo.page import write_page
 from examples.demo.prompts import PROMPTS as TRAINED
 from examples.demo.record import WATCH
 from examples.train import show
+
+pytestmark = pytest.mark.slow  # of our own tools, not of the package
 
 PROMPTS = ("w1 w2 w3", "w4", "w5 w6")
 HOSTILE = "</td><script>alert(1)</script> [red]x $a_{$ 🍧\nnext"
