@@ -20,6 +20,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from tropd_kernels import HiddenTeacher, TrOPD, linear_distillation_loss
 from tropd_kernels.heads import Head, read_head
 
+#: The whole distribution: `generate` takes what it is not told from the model's generation_config.
+PLAIN = dict(do_sample=True, temperature=1.0, top_k=0, top_p=1.0, repetition_penalty=1.0)
+
 
 def main(arguments: list[str] | None = None) -> list[float]:
     """KL(student || teacher) on the student's tokens, in nats, step by step."""
@@ -67,7 +70,7 @@ def write(student, tokenizer, prompts, most) -> tuple[torch.Tensor, torch.Tensor
     batch = tokenizer(prompts, return_tensors="pt", padding=True, return_token_type_ids=False)
     student.eval()
     with torch.no_grad():
-        ids = student.generate(**batch, do_sample=True, top_k=0, max_new_tokens=most)
+        ids = student.generate(**batch, **PLAIN, max_new_tokens=most)
     student.train()
     begin = batch.input_ids.shape[1]
     stops = student.generation_config.eos_token_id

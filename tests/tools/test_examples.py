@@ -49,6 +49,22 @@ def parameters(folder: Path) -> torch.Tensor:
     return torch.cat([each.detach().flatten() for each in model.parameters()])
 
 
+#: What checkpoints recommend for chatting, which `generate` takes from them where it is not told.
+CHATTING = dict(temperature=0.2, top_k=2, top_p=0.1, repetition_penalty=5.0, do_sample=True)
+
+
+def test_the_student_samples_from_its_own_distribution():
+    from examples import lora
+
+    written, prompts = [], list(tiny.prompts()["prompt"])
+    for settings in ({}, CHATTING):
+        student = tiny.model(0, spread=2.0)
+        student.generation_config.update(**settings)
+        torch.manual_seed(0)
+        written.append(lora.write(student, tiny.tokenizer(), prompts, 8)[0])
+    assert torch.equal(*written)
+
+
 def test_lora(models, tmp_path):
     from examples import lora
 

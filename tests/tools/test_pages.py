@@ -18,6 +18,7 @@ from functools import wraps
 from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -163,6 +164,24 @@ def test_the_loop_passes_all_that_scales_its_heads(folder: Path, monkeypatch):
     for code in blocks(page, "python"):
         run(code, scope, page)
     assert missing and not any(missing)
+
+
+def test_the_loop_samples_from_the_student_s_own_distribution(folder: Path, monkeypatch):
+    """... whatever its checkpoint recommends for chatting, which `generate` would take from it."""
+    monkeypatch.chdir(folder)
+    page = ROOT / "docs" / "guides" / "loop.md"
+    loading, writing = blocks(page, "python")[:2]
+    writing = writing[: writing.index("def hidden_states")]
+    written = []
+    for settings in ({}, dict(temperature=0.2, top_k=2, top_p=0.1, repetition_penalty=5.0)):
+        scope: dict[str, Any] = {}
+        run(loading, scope, page)
+        scope["student"].generation_config.update(do_sample=True, **settings)
+        run(writing, scope, page)
+        torch.manual_seed(0)
+        run("ids = write(['w1 w2', 'w3'])[0]", scope, page)
+        written.append(scope["ids"])
+    assert torch.equal(*written)
 
 
 def test_a_block_that_does_not_raise_what_it_says_fails():
