@@ -2,9 +2,8 @@
 
 What is fixed for a run (objective, temperature, reduction, ...) goes to the constructor; what
 changes from batch to batch goes to the call, exactly as the function takes it. The head is not a
-parameter of the
-module: it belongs to the model and is passed in, so that it is never registered, saved or sharded
-twice.
+parameter of the module: it belongs to the model and is passed in, so that it is never registered,
+saved or sharded twice.
 """
 
 from __future__ import annotations
@@ -25,6 +24,12 @@ from .objectives import TokenRule, TrOPD
 from .objectives.registry import nearest
 from .teachers import Teacher
 
+#: Keywords of a batch, above all the seed: a module that held one would draw alike at every step.
+_OF_A_BATCH = {
+    "old_log_probs", "advantages", "task_advantages", "token_weight", "teacher_prefix", "scores",
+    "uniforms", "mixing", "blending", "ids", "reference_teacher", "seed",
+}  # fmt: skip
+
 
 class _Fixed(nn.Module):
     """Holds the options of a run, which are keywords of the function."""
@@ -33,7 +38,13 @@ class _Fixed(nn.Module):
         super().__init__()
         parameters = signature(function).parameters.values()
         known = [p.name for p in parameters if p.kind is p.KEYWORD_ONLY or p.name == "objective"]
+        known = [name for name in known if name not in _OF_A_BATCH]
         for name in options:
+            if name in _OF_A_BATCH:
+                raise TypeError(
+                    f"{type(self).__name__} takes no {name}, which changes from batch to batch: "
+                    "give it to the call"
+                )
             if name not in known:
                 raise TypeError(
                     f"{type(self).__name__} takes no option {name!r}{nearest(name, known)}. It "
@@ -54,7 +65,8 @@ class LinearDistillationLoss(_Fixed):
             `logit_scale`, `softcap`, `reduction`, `backend`, ...).
 
     Raises:
-        TypeError: For an objective that is none, and for an option that the function does not take.
+        TypeError: For an objective that is none, and for an option that the function does not take
+            or that belongs to a batch (`seed`, `token_weight`, ...).
 
     Examples:
         >>> from tropd_kernels import GKD, LinearDistillationLoss

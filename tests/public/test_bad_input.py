@@ -131,6 +131,12 @@ def test_plans(case):
     refused(lambda: plan_chunks(**given), WRONG, *words)
 
 
+PER_TOKEN = [
+    "old_log_probs", "advantages", "task_advantages", "token_weight", "uniforms", "teacher_prefix",
+    "mixing", "blending",
+]  # fmt: skip
+
+
 @pytest.mark.parametrize("module", [LinearDistillationLoss, DistillationLoss, LinearLogProbs])
 def test_modules_are_refused_before_their_first_call(module):
     refused(lambda: module(temprature=2.0), TypeError, module.__name__, "mean 'temperature'")
@@ -140,6 +146,15 @@ def test_modules_are_refused_before_their_first_call(module):
     else:
         refused(lambda: module("tropd"), TypeError, "objective", "TokenRule", "'tropd'")
         refused(lambda: module(""), TypeError, "objective", "TokenRule")
+
+
+@pytest.mark.parametrize("name", ["seed", "ids", "reference_teacher", *PER_TOKEN])
+@pytest.mark.parametrize("module", [LinearDistillationLoss, DistillationLoss])
+def test_a_module_is_given_what_changes_by_the_call(module, name):
+    """A seed that it held would draw the same at every step."""
+    refused(
+        lambda: module(**{name: 1}), TypeError, module.__name__, name, "batch", "to the call",
+    )  # fmt: skip
 
 
 def test_logits():
@@ -249,10 +264,6 @@ def test_a_teacher_of_another_precision(call, backend, device):
 # --- per-token tensors --------------------------------------------------------------------------
 
 TASK = TokenRule(task_weight=1.0)
-PER_TOKEN = [
-    "old_log_probs", "advantages", "task_advantages", "token_weight", "uniforms", "teacher_prefix",
-    "mixing", "blending",
-]  # fmt: skip
 
 
 @pytest.mark.parametrize("name", PER_TOKEN)
