@@ -153,6 +153,8 @@ def make_trainer(run: Run, config: Any) -> Any:
         return TrOPDTrainer(run.model, run.teacher_model, config, data, held_out,
                             peft_config=peft, reward_funcs=judges)  # fmt: skip
     except OSError as error:  # transformers does not always say which model it looked for
+        if error.filename == config.output_dir:
+            raise UsageError(f"output_dir: {error}") from error
         models = f"model {run.model}, teacher_model {run.teacher_model}: "
         named = str(error).startswith("teacher_model: ")
         raise UsageError(f"{'' if named else models}{error}") from error

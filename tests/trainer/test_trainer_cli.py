@@ -207,11 +207,22 @@ def test_flags_win_and_numbers_are_numbers(run_file):
         ("eval_split: test", "eval_split: there is no eval_dataset: give one"),
         ("resume_from_checkpoint: nowhere", "there is no checkpoint nowhere"),
         ("resume_from_checkpoint: true", "resume_from_checkpoint: there is no checkpoint in "),
+        ("output_dir: run.yaml", "train: output_dir: run.yaml is a file: expected a folder"),
+        ("output_dir: /proc/nowhere", "train: output_dir: [Errno"),
+        (
+            "peft: {task_type: SEQ_CLS}",
+            "peft_config: task_type SEQ_CLS is of another kind",
+        ),
+        (
+            "task_weight: 1.0\nnum_generations: 2\nreward_funcs: [3]",
+            "reward_funcs: expected a function of trl.rewards, a dotted path",
+        ),
         ("- a list", "expected lines of 'key: value'"),
         ("a: [", "run.yaml: while parsing"),
     ],
 )
-def test_bad_file(run_file, capsys, line, message):
+def test_bad_file(run_file, capsys, monkeypatch, line, message):
+    monkeypatch.chdir(run_file.parent)
     key = line.split(":")[0]
     rest = [old for old in run_file.read_text().splitlines() if not old.startswith(key + ":")]
     run_file.write_text(line if line[0] in "-a" else "\n".join([*rest, line]))

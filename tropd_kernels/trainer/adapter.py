@@ -66,7 +66,7 @@ from .sides import ModelSide, read_side, side_of
 from .signals import HIDDEN
 from .sources import class_of_student, find_image_processor
 from .special_tokens import back, full_table, students_columns, teachers_ids
-from .student_checks import check_z_loss, head_adapters_refused
+from .student_checks import check_task_type, check_z_loss, head_adapters_refused
 from .teacher_prompts import teachers_view
 from .vocabulary import check_eos, check_padding
 
@@ -97,6 +97,7 @@ class DistillationAdapter(BatchReuse, PrefixedGeneration):
         if args.disable_dropout:
             disable_dropout(self.model)
         check_z_loss(self.model)
+        check_task_type(self.model)
         self._router = router_loss(self.model, args)
         self._router_loss: Tensor | None = None
         self._student_head = read_head_form(self.model, is_sharded(self.accelerator))

@@ -41,7 +41,7 @@ from .other_keys import names_unknown_keys
 from .own_rule import Objective, RuleSchedule, read_objective, saved_form
 from .recipes import RECIPES, Applied, apply_knobs, apply_recipe, describe, saved_name
 from .sources import check_revisions
-from .value_checks import TYPES, check_type, check_values
+from .value_checks import TYPES, check_checkpointing, check_type, check_values
 
 STAGE_FRACTION = 0.5
 #: How a mapping is given on the command line.
@@ -338,6 +338,7 @@ class TrOPDConfig(DistillationConfig):
         self._check_types()
         check_values(self)
         self._check_json()
+        check_checkpointing(self)
         # TRL checks beta as a number. None stays in the field, so that a copy of the config made
         # with another objective does not carry a beta that nobody gave.
         given, self.beta = self.beta, 1.0 if self.beta is None else self.beta

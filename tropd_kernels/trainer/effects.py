@@ -282,7 +282,8 @@ def _check_optim_args(args: Any) -> None:
     not looked at: some want the model.
     """
     names = []
-    for part in args.optim_args.replace(" ", "").split(","):
+    given = args.optim_args if isinstance(args.optim_args, str) else ""
+    for part in given.replace(" ", "").split(","):
         name, _, value = part.partition("=")
         if not name or not value:
             raise ValueError(

@@ -70,6 +70,18 @@ def head_adapters_refused() -> Iterator[None]:
         ) from error
 
 
+def check_task_type(model: torch.nn.Module) -> None:
+    """Raises ValueError for an adapter that says it is of a classifier or the like: so it would be
+    saved, and loaded under a head that was not trained."""
+    for adapter in getattr(model, "peft_config", {}).values():
+        kind = getattr(adapter.task_type, "value", adapter.task_type)
+        if kind not in (None, "CAUSAL_LM"):
+            raise ValueError(
+                f"peft_config: task_type {kind} is of another kind of model: set it to CAUSAL_LM, "
+                "or leave it out"
+            )
+
+
 def check_adapters(model: torch.nn.Module, callbacks: Sequence[Any]) -> None:
     """Raises ValueError for an active PEFT adapter that needs more of a step than the task's loss.
 

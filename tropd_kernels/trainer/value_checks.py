@@ -3,14 +3,18 @@
 Each raises ValueError that begins with the key.
 """
 
+import inspect
 import math
 import os
 from collections.abc import Sequence
 from numbers import Integral, Real
 from typing import Any
 
+from torch.utils.checkpoint import checkpoint
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 from transformers.training_args import trainer_log_levels
+
+from ..once import parse_json
 
 #: For each annotation the type that a field takes, and its name in errors.
 TYPES: dict[type, tuple[type, str]] = {
@@ -42,6 +46,8 @@ def check_values(config: Any) -> None:
             f"output_dir: expected a folder's name, got {config.output_dir!r}: in YAML put quotes "
             "around a date"
         )
+    if config.output_dir is not None and os.path.isfile(config.output_dir):
+        raise ValueError(f"output_dir: {config.output_dir} is a file: expected a folder")
     for key in ("accelerator_config", "fsdp_config"):
         value = getattr(config, key) or {}
         if isinstance(value, str) and value[0] != "{" and not os.path.isfile(value):
@@ -55,6 +61,23 @@ def check_values(config: Any) -> None:
             f"report_to: expected 'none', 'all' or names out of "
             f"{', '.join(INTEGRATION_TO_CALLBACK)}; got {given!r}"
         )
+
+
+def check_checkpointing(config: Any) -> None:
+    """Raises ValueError for what torch's checkpoints do not take, which the first step would say,
+    and for text in the place of a bool, which is true whatever it says."""
+    known = inspect.signature(checkpoint).parameters.values()
+    names = [one.name for one in known if one.kind is one.KEYWORD_ONLY]
+    names += ["preserve_rng_state", "every_n_layers", "offload"]  # the latter are transformers'
+    for key in ("activation_checkpointing_kwargs", "gradient_checkpointing_kwargs"):
+        given = getattr(config, key, None) or {}
+        given = given if isinstance(given, dict) else parse_json(given)
+        for name in given.keys() - set(names):
+            raise ValueError(
+                f"{key}: {name!r} is no argument of a checkpoint, which takes {', '.join(names)}"
+            )
+        if isinstance(getattr(config, key), dict):  # transformers reads the words of JSON
+            check_type(f"{key}: use_reentrant", given.get("use_reentrant"), [bool, type(None)])
 
 
 def check_numbers(config: Any) -> None:

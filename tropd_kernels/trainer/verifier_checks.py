@@ -29,7 +29,13 @@ def find_functions(names: Sequence[str] | str | None) -> list | None:
     if names is None:
         return None
     found: list[Any] = []
+    kinds = (
+        "expected a function of trl.rewards, a dotted path (module.function), or a model (a "
+        "folder, or owner/name)"
+    )
     for name in [names] if isinstance(names, str) else names:
+        if not isinstance(name, str):
+            raise ValueError(f"reward_funcs: {kinds}, got {name!r}")
         if "/" in name or Path(name).is_dir():
             found.append(name)
             continue
@@ -40,9 +46,7 @@ def find_functions(names: Sequence[str] | str | None) -> list | None:
             found.append(getattr(importlib.import_module(module or "trl.rewards"), function))
         except Exception as error:  # whatever the user's module raises
             raise ValueError(
-                f"reward_funcs: {name}: {type(error).__name__}: {error}: expected a "
-                "function of trl.rewards, a dotted path (module.function), or a model (a folder, "
-                "or owner/name)"
+                f"reward_funcs: {name}: {type(error).__name__}: {error}: {kinds}"
             ) from error
     return found
 
