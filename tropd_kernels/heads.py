@@ -128,7 +128,8 @@ def read_head(model: nn.Module, verify: bool = False) -> Head:
         model: a causal LM in the manner of Hugging Face: `.config`, `.base_model` and
             `.get_output_embeddings()`. Decoder-only; a multimodal one will do.
         verify: run `check_head` on the result. This settles what the config leaves open (an error
-            otherwise), and only this sees a step that is hard-coded in a model unknown here.
+            otherwise), and only this sees a step that is hard-coded in a model unknown here, or
+            what a hook on its head does.
 
     Returns:
         Head, with weight (V, H) and bias (V,) or None, sharing the model's memory.

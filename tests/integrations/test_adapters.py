@@ -9,7 +9,15 @@ import torch
 from adapters import PPO_CLIP, K, V, assert_same, gradient, make_batch
 from torch import nn
 
-from tropd_kernels import GKD, LogitsTeacher, TrOPD, distillation_loss
+from tropd_kernels import (
+    GKD,
+    OPD,
+    LogitsTeacher,
+    MaskOutlier,
+    PowerOPD,
+    TrOPD,
+    distillation_loss,
+)
 from tropd_kernels.integrations import frameworks
 from tropd_kernels.integrations.log_probs import row_uniforms
 
@@ -281,6 +289,19 @@ def test_swift_s_own_divergence_on_a_teacher_s_answers(swift, batch, beta, tempe
     assert_same(ours[0], expected[0], student)
     with pytest.raises(ValueError, match=r"beta=0\.5 on the teacher's top k"):
         adapter.loss_of(None)(*call[:3], 0.5, 1.0)
+
+
+def test_swift_s_top_k_teacher_and_a_reward_without_a_bound(swift, batch):
+    """A token outside the k has no log-prob of the teacher's: its reward was minus infinity."""
+    theirs, adapter = swift
+    student, teacher, labels = batch
+    top = teacher.log_softmax(-1).topk(K)
+    output = theirs.TeacherOutput(topk_logprobs=top.values, topk_indices=top.indices, labels=labels)
+    call = (student, output, labels, 0.5, 1.0)
+    with pytest.raises(ValueError, match=r"ms-swift: .* outside the top k: take an objective with"):
+        adapter.loss_of(OPD())(*call)
+    for rule in (PowerOPD(), MaskOutlier(), TrOPD(top_k=K)):
+        assert adapter.loss_of(rule)(*call)[0].isfinite()
 
 
 def test_swift_s_fused_loss_is_the_one_on_logits(swift, draw):

@@ -98,6 +98,12 @@ def of_top_k(rule, beta, temperature, answers, labels) -> tuple[TokenRule, Teach
         log_probs = (log_probs / temperature).log_softmax(-1).nan_to_num(nan=-torch.inf)
     elif temperature != 1:
         raise ValueError(f"ms-swift: temperature={temperature} with a top-k teacher: set it to 1")
+    elif rule.policy_gradient and rule.gate == "always" and not rule.bounds_reward:
+        raise ValueError(
+            f"ms-swift: {rule!r} has a reward without a lower bound on every token, and a teacher "
+            "that answers with its top k gives no log-prob of a token outside the top k: take an "
+            'objective with a gate ("tropd", "mask_outlier") or a bounded reward ("power_opd")'
+        )
     label = torch.where(ids == labels[:, None], log_probs, -torch.inf).amax(-1)
     return rule, TopKTeacher(ids, log_probs, label)
 
