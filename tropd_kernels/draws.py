@@ -208,7 +208,9 @@ def _scalar(name: str, value: int | Tensor, low: int, high: int, device: torch.d
         return value.long()
     if isinstance(value, bool) or not isinstance(value, int):
         given = type(value).__name__
-        raise TypeError(f"{name} must be an int or a 0-d integer tensor, got {given}: pass e.g. 0")
+        raise TypeError(
+            f"{name} must be an int or a 0-d integer tensor, got {given}: pass int({name})"
+        )
     if not low <= value <= high:
         raise ValueError(
             f"{name} must be in [{low}, {high}], got {value}: reduce it modulo {high + 1}"

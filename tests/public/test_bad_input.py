@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from functools import partial
 
+import numpy
 import pytest
 import torch
 from calls import (
@@ -224,6 +225,9 @@ LOSSES = {
         dict(objective=TrOPD(top_k=K)), ValueError, "seed=", "uniforms=", "gate='expected'",
     ),
     "seed of a fraction": (dict(objective=TrOPD(top_k=K), seed=0.5), TypeError, "seed", "int"),
+    "seed of NumPy": (
+        dict(objective=TrOPD(top_k=K), seed=numpy.int64(3)), TypeError, "int64", "int(seed)",
+    ),
     "no teacher": (dict(teacher=None), ValueError, "needs a teacher", "SFT()"),
     "a tensor as teacher": (
         dict(teacher=of(*SHAPE, V)), TypeError, "teacher", "HiddenTeacher", "LogitsTeacher",
