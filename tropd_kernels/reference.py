@@ -205,7 +205,8 @@ def token_losses(
         loss = torch.where(prefix, rule.prefix_weight * (lq.detach() - lp), loss)
     # Comparisons pass NaN by: a row that holds one says so.
     invalid = lp.isnan() | (rule.uses_teacher & lq.isnan() if teacher is not None else False)
-    loss = torch.where(invalid, math.nan * torch.where(invalid, lp, 0.0), loss)
+    unknown = torch.where(invalid, math.nan, 1.0) * torch.where(invalid, lp, 0.0)
+    loss = torch.where(invalid, unknown, loss)
     stats |= {
         "trust": torch.where(on_policy, trust, 0.0).where(chosen, math.nan),
         "outlier": torch.where(on_policy, 1 - trust, 0.0).where(chosen, math.nan),

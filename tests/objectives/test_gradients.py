@@ -44,6 +44,14 @@ def test_a_teacher_and_options_that_leave_no_input_out(reduction, backend, devic
     assert torch.equal(gradient(whole), gradient(top_k))
 
 
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_the_reference_passes_anomaly_detection(name, device):
+    """A NaN that no gradient reaches stopped it, at every call."""
+    problem = make_problem(tokens=4, device=device)
+    with torch.autograd.set_detect_anomaly(True):
+        problem.call(OBJECTIVES[name], "hidden", "reference", torch.float64)
+
+
 @both
 @pytest.mark.parametrize("form", ["logits", "top_k"])
 @pytest.mark.parametrize("name", ["tropd", "tropd_bucket", "tropd_renormalize_both", "mopd"])
