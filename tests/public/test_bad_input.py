@@ -114,7 +114,6 @@ PLANS = {
     "reduction unknown": (dict(reduction="nonne"), "reduction", "'none'", "'nonne'"),
     "objective of text": (dict(objective="gkd"), "objective", "TokenRule", "'gkd'"),
     "workspace of text": (dict(max_workspace_bytes="1 GB"), "max_workspace_bytes", "'1 GB'"),
-    "workspace of a bool": (dict(max_workspace_bytes=True), "max_workspace_bytes", "True"),
     "dtype of text": (dict(dtype="bfloat16"), "dtype", "torch.bfloat16", "'bfloat16'"),
     "dtype of integers": (dict(dtype=torch.int8), "dtype", "torch.float16", "torch.int8"),
     "a quantised head": (
@@ -153,9 +152,7 @@ def test_modules_are_refused_before_their_first_call(module):
 @pytest.mark.parametrize("module", [LinearDistillationLoss, DistillationLoss])
 def test_a_module_is_given_what_changes_by_the_call(module, name):
     """A seed that it held would draw the same at every step."""
-    refused(
-        lambda: module(**{name: 1}), TypeError, module.__name__, name, "batch", "to the call",
-    )  # fmt: skip
+    refused(lambda: module(**{name: 1}), TypeError, module.__name__, name, "batch", "to the call")
 
 
 def test_logits():
