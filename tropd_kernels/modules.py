@@ -38,9 +38,10 @@ class _Fixed(nn.Module):
         super().__init__()
         parameters = signature(function).parameters.values()
         known = [p.name for p in parameters if p.kind is p.KEYWORD_ONLY or p.name == "objective"]
+        of_a_batch = [name for name in known if name in _OF_A_BATCH]
         known = [name for name in known if name not in _OF_A_BATCH]
         for name in options:
-            if name in _OF_A_BATCH:
+            if name in of_a_batch:
                 raise TypeError(
                     f"{type(self).__name__} takes no {name}, which changes from batch to batch: "
                     "give it to the call"

@@ -155,6 +155,11 @@ def test_a_module_is_given_what_changes_by_the_call(module, name):
     refused(lambda: module(**{name: 1}), TypeError, module.__name__, name, "batch", "to the call")
 
 
+def test_log_probs_have_no_batch_s_seed():
+    """... so that the call would not take it, either."""
+    refused(lambda: LinearLogProbs(seed=1), TypeError, "LinearLogProbs", "no option 'seed'")
+
+
 def test_logits():
     quantised = of(*SHAPE, V).to(torch.float8_e4m3fn)
     refused(lambda: logits_loss(logits=quantised), TypeError, "logits", "float8", "bfloat16")

@@ -8,6 +8,7 @@ import datetime
 import inspect
 import pickle
 import re
+from types import SimpleNamespace
 
 import numpy
 import pytest
@@ -31,6 +32,7 @@ from tropd_kernels import (
 )
 from tropd_kernels.objectives.registry import OBJECTIVES, build_rule, knobs, required_knobs
 from tropd_kernels.trainer import TrOPDConfig, other_keys
+from tropd_kernels.trainer.value_checks import check_checkpointing
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
 HERE = dict(use_cpu=True, bf16=False, report_to="none")
@@ -282,6 +284,8 @@ def test_knobs_are_the_constructor_s(name):
         ({"optim": "sgd", "optim_args": {"momentum": 0.9}},
          "optim_args: expected name=value, separated by commas, got {'momentum': 0.9}"),
         ({"lr_scheduler_kwargs": "num_cycles=2"}, "lr_scheduler_kwargs: expected a mapping, got"),
+        ({"lr_scheduler_kwargs": {"num_cycles", 2}}, "lr_scheduler_kwargs: expected a mapping, got"),
+        ({"report_to": {"wandb": True}}, "report_to: expected 'none', 'all' or names out"),
         ({"pad_to_multiple_of": 0}, "pad_to_multiple_of: must be a whole number of at least 1"),
         ({"pad_to_multiple_of": -4}, "pad_to_multiple_of: must be a whole number of at least 1"),
         ({"pad_to_multiple_of": "many"}, "pad_to_multiple_of: must be a whole number of at least"),
@@ -296,6 +300,15 @@ def test_error_names_the_key(settings, message):
     with pytest.raises(ValueError) as error:
         config(**settings)
     assert message in str(error.value)
+
+
+def test_checkpointing_of_an_earlier_transformers():
+    """It knows one of the two keys."""
+    args = SimpleNamespace(gradient_checkpointing_kwargs={"use_reentrant": False})
+    check_checkpointing(args)
+    args.gradient_checkpointing_kwargs["reentrant"] = False
+    with pytest.raises(ValueError, match="^gradient_checkpointing_kwargs: 'reentrant' is no"):
+        check_checkpointing(args)
 
 
 def test_a_folder_that_yaml_read_as_a_date():

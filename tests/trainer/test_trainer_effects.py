@@ -99,7 +99,7 @@ SOMETIMES = {
     "eval_steps": (3, dict(eval_strategy="epoch"), dict(eval_strategy="steps")),
     "eval_delay": (2, {}, dict(eval_strategy="epoch")),
     "save_steps": (3, dict(save_strategy="no"), dict(save_strategy="steps")),
-    "fp16": (True, {}, None),
+    "fp16": (True, {}, None), "fsdp_config": ({"version": 2}, {}, dict(fsdp=True)),
     "lr_scheduler_kwargs": ({"num_cycles": 2}, dict(lr_scheduler_type="constant_with_warmup"),
                             dict(lr_scheduler_type="cosine_with_restarts")),
 }  # fmt: skip
@@ -122,7 +122,6 @@ VALUES = {
     "train_sampling_strategy": "group_by_length", "length_column_name": "size",
     "label_names": ["labels"], "include_for_metrics": ["inputs"], "batch_eval_metrics": True,
     "eval_do_concat_batches": False, "liger_kernel_config": {"rope": True},
-    "fsdp_config": {"reshard_after_forward": True},
     "gradient_checkpointing_kwargs": {"use_reentrant": False}, "num_completions_to_print": 2,
     "vllm_mode": "server",
     "vllm_model_impl": "transformers", "vllm_enable_sleep_mode": True,
@@ -289,6 +288,13 @@ def test_what_zero_3_gathers():
         args = SimpleNamespace(deepspeed=None, deepspeed_plugin=SimpleNamespace(zero_stage=stage))
         assert condition.acts(args) == acts
     assert condition.acts(SimpleNamespace(deepspeed="zero.json", deepspeed_plugin=None))
+
+
+def test_what_an_earlier_transformers_puts_into_fsdp_config():
+    """... of any config, and reads where accelerate's settings alone ask for FSDP."""
+    (condition,) = (one for one in CONDITIONS if "fsdp_config" in one.keys)
+    filled = dict.fromkeys(["min_num_params", "xla", "xla_fsdp_v2", "xla_fsdp_grad_ckpt"], 0)
+    assert condition.acts(SimpleNamespace(fsdp=[], fsdp_config=filled))
 
 
 def test_steps_that_evaluation_takes_over():

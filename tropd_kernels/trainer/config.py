@@ -465,7 +465,8 @@ class TrOPDConfig(DistillationConfig):
         """Refuses invalid JSON, of which transformers would not name the key, and what is none."""
         for key in [one.name for one in fields(TrOPDConfig) if one.name.endswith("_kwargs")]:
             value = getattr(self, key)
-            if value is not None and not isinstance(value, dict) and str(value)[:1] != "{":
+            is_json = isinstance(value, str) and value.startswith("{")
+            if value is not None and not isinstance(value, dict) and not is_json:
                 raise ValueError(
                     f"{key}: expected a mapping, got {shown(value)}: as a flag it is JSON, such as "
                     f"--{key} '{_AS_JSON.get(key, _JSON)}'"

@@ -49,7 +49,6 @@ WITHOUT_EFFECT = {
 BELONGS_TO = {
     "liger_kernel_config": ("use_liger_kernel", True),
     "gradient_checkpointing_kwargs": ("gradient_checkpointing", True),
-    "fsdp_config": ("fsdp", True),
     "num_completions_to_print": ("log_completions", True),
     "vllm_mode": ("use_vllm", True),
     "vllm_model_impl": ("vllm_mode", "colocate"),
@@ -176,6 +175,10 @@ CONDITIONS = (
               "the optimizer {!r} does not take it", "choose one of Adam's kind", of="optim"),
     Condition(("fp16",), lambda a: a.device.type != "cpu",
               "on a CPU accelerate leaves the weights' own dtype", "set bf16"),
+    Condition(("fsdp_config",),
+              # Earlier transformers fill it, and read it with accelerate's own FSDP, too.
+              lambda a: bool(a.fsdp) or "xla_fsdp_grad_ckpt" in (a.fsdp_config or ()),
+              "there is no FSDP", "set fsdp"),
     Condition(("ds3_gather_for_generation",), _zero_3, "there is no DeepSpeed of ZeRO's stage 3"),
     Condition(("num_train_epochs",), lambda a: a.max_steps <= 0,
               "max_steps, {}, say where training ends", "leave those out", of="max_steps"),

@@ -56,10 +56,10 @@ def check_values(config: Any) -> None:
             )
     given = config.report_to
     names = given if isinstance(given, list) else [given]
-    if names not in (["none"], ["all"]) and not set(names) <= INTEGRATION_TO_CALLBACK.keys():
+    known = list(INTEGRATION_TO_CALLBACK)
+    if names not in (["none"], ["all"]) and not all(name in known for name in names):
         raise ValueError(
-            f"report_to: expected 'none', 'all' or names out of "
-            f"{', '.join(INTEGRATION_TO_CALLBACK)}; got {given!r}"
+            f"report_to: expected 'none', 'all' or names out of {', '.join(known)}; got {given!r}"
         )
 
 
@@ -70,14 +70,15 @@ def check_checkpointing(config: Any) -> None:
     names = [one.name for one in known if one.kind is one.KEYWORD_ONLY]
     names += ["preserve_rng_state", "every_n_layers", "offload"]  # the latter are transformers'
     for key in ("activation_checkpointing_kwargs", "gradient_checkpointing_kwargs"):
-        given = getattr(config, key, None) or {}
-        given = given if isinstance(given, dict) else parse_json(given)
+        given = getattr(config, key, None) or {}  # earlier transformers have the latter alone
+        if isinstance(given, dict):  # transformers reads the words of JSON
+            check_type(f"{key}: use_reentrant", given.get("use_reentrant"), [bool, type(None)])
+        else:
+            given = parse_json(given)
         for name in given.keys() - set(names):
             raise ValueError(
                 f"{key}: {name!r} is no argument of a checkpoint, which takes {', '.join(names)}"
             )
-        if isinstance(getattr(config, key), dict):  # transformers reads the words of JSON
-            check_type(f"{key}: use_reentrant", given.get("use_reentrant"), [bool, type(None)])
 
 
 def check_numbers(config: Any) -> None:
