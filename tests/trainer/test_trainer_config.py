@@ -284,7 +284,7 @@ def test_knobs_are_the_constructor_s(name):
         ({"optim": "sgd", "optim_args": {"momentum": 0.9}},
          "optim_args: expected name=value, separated by commas, got {'momentum': 0.9}"),
         ({"lr_scheduler_kwargs": "num_cycles=2"}, "lr_scheduler_kwargs: expected a mapping, got"),
-        ({"lr_scheduler_kwargs": {"num_cycles", 2}}, "lr_scheduler_kwargs: expected a mapping, got"),
+        ({"lr_scheduler_kwargs": {"num_cycles"}}, "lr_scheduler_kwargs: expected a mapping, got"),
         ({"report_to": {"wandb": True}}, "report_to: expected 'none', 'all' or names out"),
         ({"pad_to_multiple_of": 0}, "pad_to_multiple_of: must be a whole number of at least 1"),
         ({"pad_to_multiple_of": -4}, "pad_to_multiple_of: must be a whole number of at least 1"),

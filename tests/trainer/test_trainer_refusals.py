@@ -7,6 +7,7 @@ import json
 import math
 import re
 import warnings
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -381,6 +382,18 @@ def test_adapter_with_a_loss_of_its_own_is_refused(tmp_path, key, config, off):
             continue
         with pytest.raises(ValueError, match=f"^peft_config: {key} has a loss of its own"):
             trainer.train()
+
+
+def test_task_type_of_an_adapter_that_is_not_trained(tmp_path):
+    """It may be of a reward model on the same weights."""
+    peft = pytest.importorskip("peft")
+    adapter = partial(peft.LoraConfig, target_modules=["q_proj"])
+    student = peft.get_peft_model(tiny.model(0), adapter(task_type="CAUSAL_LM"))
+    student.add_adapter("reward", adapter(task_type="SEQ_CLS"))
+    make(tmp_path, student)
+    student.set_adapter("reward")
+    with pytest.raises(ValueError, match="^peft_config: task_type SEQ_CLS is of another kind"):
+        make(tmp_path, student)
 
 
 def test_adapter_whose_budget_nobody_deals_out():

@@ -2,7 +2,7 @@
 a further loss, of the model itself or of its adapters."""
 
 import contextlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -71,9 +71,9 @@ def head_adapters_refused() -> Iterator[None]:
 
 
 def check_task_type(model: torch.nn.Module) -> None:
-    """Raises ValueError for an adapter that says it is of a classifier or the like: so it would be
-    saved, and loaded under a head that was not trained."""
-    for adapter in getattr(model, "peft_config", {}).values():
+    """Raises ValueError for an active adapter that says it is of a classifier or the like: it would
+    be saved so, and loaded under a head that was not trained."""
+    for adapter in _active_adapters(model):
         kind = getattr(adapter.task_type, "value", adapter.task_type)
         if kind not in (None, "CAUSAL_LM"):
             raise ValueError(
@@ -87,9 +87,7 @@ def check_adapters(model: torch.nn.Module, callbacks: Sequence[Any]) -> None:
 
     It has a further loss, or a budget that is redistributed between steps.
     """
-    known: Mapping[str, Any] = getattr(model, "peft_config", {})
-    for name in getattr(model, "active_adapters", ()) if known else ():
-        adapter = known[name]
+    for adapter in _active_adapters(model):
         for key, weights in _OWN_LOSSES.items():
             given = getattr(adapter, key, None)
             if given is not None and any(getattr(given, weight) for weight in weights):
@@ -103,3 +101,9 @@ def check_adapters(model: torch.nn.Module, callbacks: Sequence[Any]) -> None:
                 "peft_config: use_asa has no effect without PEFT's AdamssAsaCallback, which deals "
                 "the subspaces out: add one to callbacks, or leave use_asa out"
             )
+
+
+def _active_adapters(model: Any) -> list[Any]:
+    """Their configs; none for a model without PEFT."""
+    known = getattr(model, "peft_config", {})
+    return [known[name] for name in model.active_adapters] if known else []
