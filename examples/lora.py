@@ -21,7 +21,7 @@ from tropd_kernels import HiddenTeacher, TrOPD, linear_distillation_loss
 from tropd_kernels.heads import Head, read_head
 
 #: The whole distribution: `generate` takes what it is not told from the model's generation_config.
-PLAIN = dict(do_sample=True, temperature=1.0, top_k=0, top_p=1.0, repetition_penalty=1.0)
+PLAIN = dict(do_sample=True, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, repetition_penalty=1.0)
 
 
 def main(arguments: list[str] | None = None) -> list[float]:

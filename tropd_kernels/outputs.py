@@ -82,8 +82,8 @@ class DistillationOutput(Summarized):
         stats: Statistics per token, detached.
         gradient_error: Scalar: standard deviation of a sampled gradient relative to its norm, the
             larger of that of hidden (exact) and that of weight (estimated); inf where the sample
-            kept nothing. None where no gradient was sampled. The sample's norm is the larger by
-            its error: an e of it is e / sqrt(1 - e^2) of the exact gradient's.
+            kept nothing. None where no gradient was sampled. The norm is the sample's, which the
+            error makes larger: relative to the exact gradient's norm, e is e / sqrt(1 - e^2).
         gradient_share: Scalar: the fraction of the vocabulary's columns that entered the gradient
             products. None likewise.
     """

@@ -173,7 +173,8 @@ def test_the_loop_samples_from_the_student_s_own_distribution(folder: Path, monk
     loading, writing = blocks(page, "python")[:2]
     writing = writing[: writing.index("def hidden_states")]
     written = []
-    for settings in ({}, dict(temperature=0.2, top_k=2, top_p=0.1, repetition_penalty=5.0)):
+    chatting = dict(temperature=0.2, top_k=2, top_p=0.1, min_p=0.9, repetition_penalty=5.0)
+    for settings in ({}, chatting):
         scope: dict[str, Any] = {}
         run(loading, scope, page)
         scope["student"].generation_config.update(do_sample=True, **settings)

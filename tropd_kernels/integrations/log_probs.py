@@ -20,8 +20,8 @@ from ..objectives.registry import build_rule, check_knobs, check_objective, chec
 from ..rows.layout import Coef, LogitTransform, RowBatch, RowOptions, Stat, new_matrices
 from ..rows.rule import apply_rule, gate
 
-#: Knobs that have no effect without an argument of the loss.
-_SHAPES = {
+#: The argument of the loss without which a knob has no effect.
+_NEEDS = {
     "prefix_weight": "teacher_prefix", "clip_ratio": "old_log_probs",
     "clip_ratio_low": "old_log_probs", "clip_ratio_high": "old_log_probs",
 }  # fmt: skip
@@ -44,7 +44,7 @@ def named_rule(
     check_knobs(objective, knobs, where)
     check_required(objective, knobs, where)
     for knob, value in knobs.items():
-        if (argument := _SHAPES.get(knob)) in missing and value is not None:
+        if (argument := _NEEDS.get(knob)) in missing and value is not None:
             raise ValueError(
                 f"{where}: {knob} has no effect here, where the loss is given no {argument}: leave "
                 "it out"

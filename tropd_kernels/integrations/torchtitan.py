@@ -53,7 +53,8 @@ def lm_head_loss(
 
     loss, trust = in_head(lm_head, pred, call)
     divisor = 1 if global_valid_tokens is None else global_valid_tokens
-    # The rule that selects tokens trusts those that it does: 1 for the others is their mean, too.
+    # NaN where a token is not selected. The one objective that selects, entropy_opd, has no gate:
+    # all the others are 1, and so is their mean.
     counted = trust[labels != -100].nan_to_num(1.0)
     return loss / divisor, {"distillation/trust/mean": counted.sum() / divisor}
 
