@@ -143,6 +143,7 @@ def test_modules_are_refused_before_their_first_call(module):
     refused(lambda: module(labels=labels()), TypeError, module.__name__, "'labels'")
     if module is LinearLogProbs:
         refused(lambda: module(objective=GKD()), TypeError, "'objective'")
+        refused(lambda: module(seed=1), TypeError, "no option 'seed'")  # nor does its call take it
     else:
         refused(lambda: module("tropd"), TypeError, "objective", "TokenRule", "'tropd'")
         refused(lambda: module(""), TypeError, "objective", "TokenRule")
@@ -153,11 +154,6 @@ def test_modules_are_refused_before_their_first_call(module):
 def test_a_module_is_given_what_changes_by_the_call(module, name):
     """A seed that it held would draw the same at every step."""
     refused(lambda: module(**{name: 1}), TypeError, module.__name__, name, "batch", "to the call")
-
-
-def test_log_probs_have_no_batch_s_seed():
-    """... so that the call would not take it, either."""
-    refused(lambda: LinearLogProbs(seed=1), TypeError, "LinearLogProbs", "no option 'seed'")
 
 
 def test_logits():
