@@ -217,10 +217,6 @@ def test_flags_win_and_numbers_are_numbers(run_file):
             "task_weight: 1.0\nnum_generations: 2\nreward_funcs: [3]",
             "reward_funcs: expected a function of trl.rewards, a dotted path",
         ),
-        (
-            "task_weight: 1.0\nnum_generations: 2\nreward_funcs: 3",
-            "reward_funcs: expected a function of trl.rewards, a dotted path",
-        ),
         ("- a list", "expected lines of 'key: value'"),
         ("a: [", "run.yaml: while parsing"),
     ],

@@ -33,7 +33,7 @@ def find_functions(names: Sequence[str] | str | None) -> list | None:
         "expected a function of trl.rewards, a dotted path (module.function), or a model (a "
         "folder, or owner/name)"
     )
-    for name in names if isinstance(names, (list, tuple)) else [names]:
+    for name in [names] if isinstance(names, str) else names:
         if not isinstance(name, str):
             raise ValueError(f"reward_funcs: {kinds}, got {name!r}")
         if "/" in name or Path(name).is_dir():
