@@ -53,6 +53,13 @@ def test_public_names_come_when_they_are_asked_for():
     assert all(hasattr(public, name) for name in public.__all__)
 
 
+def test_import_brings_neither_transformers_nor_a_trainer():
+    unwanted = {"transformers", "trl", "accelerate", "peft", "datasets", "verl", "liger_kernel"}
+    done = run(f"import sys, tropd_kernels.public; print({unwanted!r} & sys.modules.keys())")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == "set()\n"
+
+
 def test_a_compiled_function_may_use_a_name_first():
     code = (
         "import torch, tropd_kernels\n"
