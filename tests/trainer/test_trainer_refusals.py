@@ -396,6 +396,21 @@ def test_task_type_of_an_adapter_that_is_not_trained(tmp_path):
         make(tmp_path, student)
 
 
+def test_an_adapter_that_transformers_added(tmp_path, monkeypatch):
+    peft = pytest.importorskip("peft")
+    # It asks for a later PEFT than this needs.
+    monkeypatch.setattr("transformers.integrations.peft.check_peft_version", lambda **given: None)
+    student, classifier = tiny.model(0), tiny.model(0)
+    student.add_adapter(peft.LoraConfig(target_modules=["q_proj"]))
+    trainer = make(tmp_path, student, max_steps=1)
+    trainer.train()
+    trained = [name for name, p in trainer.model.named_parameters() if p.requires_grad]
+    assert trained and all("lora" in name for name in trained)
+    classifier.add_adapter(peft.LoraConfig(task_type="SEQ_CLS", target_modules=["q_proj"]))
+    with pytest.raises(ValueError, match="^peft_config: task_type SEQ_CLS is of another kind"):
+        make(tmp_path, classifier)
+
+
 def test_adapter_whose_budget_nobody_deals_out():
     """AdaMSS, whose subspaces PEFT's callback deals out between steps (scikit-learn makes them)."""
     callbacks = pytest.importorskip("peft.tuners.adamss.asa_callback")

@@ -104,6 +104,9 @@ def check_adapters(model: torch.nn.Module, callbacks: Sequence[Any]) -> None:
 
 
 def _active_adapters(model: Any) -> list[Any]:
-    """Their configs; none for a model without PEFT."""
+    """Their configs; none for a model without PEFT, or below one of PEFT's."""
     known = getattr(model, "peft_config", {})
-    return [known[name] for name in model.active_adapters] if known else []
+    names = model.active_adapters if known else []
+    if callable(names):  # transformers' own, for adapters that it has added itself
+        names = names() if model._hf_peft_config_loaded else []
+    return [known[name] for name in names]
