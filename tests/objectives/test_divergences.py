@@ -97,6 +97,7 @@ def compile_generator(kind: str) -> subprocess.CompletedProcess:
     )  # fmt: skip
 
 
+@pytest.mark.slow
 def test_triton_s_compiler_refuses_a_generator_in_the_table_alone():
     """The interpreter does so above; it is other code that reads `static_assert`."""
     pytest.importorskip("triton")

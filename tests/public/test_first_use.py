@@ -60,6 +60,7 @@ def test_import_brings_neither_transformers_nor_a_trainer():
     assert done.stdout == "set()\n"
 
 
+@pytest.mark.slow
 def test_a_compiled_function_may_use_a_name_first():
     code = (
         "import torch, tropd_kernels\n"

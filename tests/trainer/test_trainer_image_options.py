@@ -24,7 +24,10 @@ from training import SGD, Spy, every_step_is_the_loop
 
 from tropd_kernels.trainer import TrOPDConfig
 
-pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::FutureWarning"),
+    pytest.mark.slow,  # images without these options, and these without images, are quick tests
+]
 KINDS = ("aria", "gemma3", "idefics3", "llava_next", "qwen2_vl")
 IMAGES = ([0, 5], [], [2], [1, 4, 3], [], [6], [7], [8])
 
