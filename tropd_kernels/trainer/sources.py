@@ -39,7 +39,9 @@ CODE = ("code_revision", "trust_remote_code")
 #: What transformers raises for missing files, or files of neither a tokenizer nor a config.
 _NOT_FOUND = (OSError, ValueError, KeyError)
 #: Errors of transformers that say what is wrong, but not with which model.
-_CLEAR = (ImportError, ModuleNotFoundError, OSError, RuntimeError, TypeError, ValueError)
+_CLEAR = (
+    ImportError, KeyError, ModuleNotFoundError, OSError, RuntimeError, TypeError, ValueError
+)  # fmt: skip
 
 
 def student_options(args: Any) -> dict[str, Any]:
