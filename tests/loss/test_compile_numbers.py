@@ -63,7 +63,7 @@ def by_share(hidden, weight, labels, teacher_hidden, teacher_weight, x, n):
     [
         (mean, None),
         pytest.param(mean, True, marks=pytest.mark.slow),
-        (per_token, None),
+        pytest.param(per_token, None, marks=pytest.mark.slow),
         (by_tolerance, True),
         pytest.param(by_share, None, marks=pytest.mark.slow),
     ],

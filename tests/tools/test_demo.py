@@ -20,6 +20,8 @@ from benchmarks.measure import (
 from examples.demo import DemoError
 from examples.demo.__main__ import main, parse
 
+pytestmark = pytest.mark.slow  # of our own tools, not of the package
+
 MIB = 2**20
 
 

@@ -30,6 +30,8 @@ from benchmarks.learning import arms, models, task
 from benchmarks.learning.measures import Claim, Result
 from tropd_kernels.trainer import TrOPDConfig
 
+pytestmark = pytest.mark.slow  # of our own tools, not of the package
+
 
 def test_sign_flip_by_hand():
     """Of the eight choices of signs of 1, 2, 3, two reach 6; of -1, 2, 3, four reach 4."""
