@@ -24,10 +24,12 @@ from .objectives import TokenRule, TrOPD
 from .objectives.registry import nearest
 from .teachers import Teacher
 
-#: Keywords of a batch, above all the seed: a module that held one would draw alike at every step.
-_OF_A_BATCH = {
-    "old_log_probs", "advantages", "task_advantages", "token_weight", "teacher_prefix", "scores",
-    "uniforms", "mixing", "blending", "ids", "reference_teacher", "seed",
+#: Keywords of a run. All others are a batch's, above all the seed: a module that held one would
+#: draw alike at every step.
+_OF_A_RUN = {
+    "objective", "temperature", "normalizer", "reduction", "ignore_index", "backend", "bias",
+    "logit_scale", "softcap", "gradient_tolerance", "gradient_sampling", "max_workspace_bytes",
+    "process_group", "return_entropy",
 }  # fmt: skip
 
 
@@ -38,8 +40,8 @@ class _Fixed(nn.Module):
         super().__init__()
         parameters = signature(function).parameters.values()
         known = [p.name for p in parameters if p.kind is p.KEYWORD_ONLY or p.name == "objective"]
-        of_a_batch = [name for name in known if name in _OF_A_BATCH]
-        known = [name for name in known if name not in _OF_A_BATCH]
+        of_a_batch = [name for name in known if name not in _OF_A_RUN]
+        known = [name for name in known if name in _OF_A_RUN]
         for name in options:
             if name in of_a_batch:
                 raise TypeError(

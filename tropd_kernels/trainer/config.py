@@ -463,17 +463,15 @@ class TrOPDConfig(DistillationConfig):
 
     def _check_json(self) -> None:
         """Refuses invalid JSON, of which transformers would not name the key, and what is none."""
-        for key in [one.name for one in fields(TrOPDConfig) if one.name.endswith("_kwargs")]:
+        for key in [one.name for one in fields(TrOPDConfig)]:
             value = getattr(self, key)
             is_json = isinstance(value, str) and value.startswith("{")
-            if value is not None and not isinstance(value, dict) and not is_json:
+            if key.endswith("_kwargs") and not (is_json or isinstance(value, (dict, type(None)))):
                 raise ValueError(
                     f"{key}: expected a mapping, got {shown(value)}: as a flag it is JSON, such as "
                     f"--{key} '{_AS_JSON.get(key, _JSON)}'"
                 )
-        for key in self._VALID_DICT_FIELDS:
-            value = getattr(self, key)
-            if isinstance(value, str) and value.startswith("{"):
+            if is_json and key in self._VALID_DICT_FIELDS:
                 try:
                     parse_json(value)
                 except json.JSONDecodeError as error:
