@@ -10,7 +10,10 @@ pytest.importorskip("trl", reason="the trainer needs trl")
 
 import tiny
 from engines import ENGINES, on_two_processes
-from training import make
+from test_trainer_tools import CALL, SPLIT
+from test_trainer_tools import make as make_tools
+from test_trainer_tools import model as tool_model
+from training import RATE, Spy, by_hand, make
 
 from tropd_kernels.trainer.sharding import weights_are_finite
 
@@ -210,3 +213,54 @@ def test_a_prompt_in_chunks_is_refused(tmp_path, engine):
     """A process with a longer prompt would wait for the others in its last chunk."""
     for message in on_two_processes(_REFUSED, tmp_path, engine, "prefill_chunk_size"):
         assert message.startswith("generation_kwargs: 'prefill_chunk_size': under FSDP and ZeRO-3")
+
+
+class Once(Spy):
+    """A student that calls the tool for one row, and writes what it likes once it was answered, as
+    in the others."""
+
+    def _sample_completions(self, prompt_ids, *rest):
+        written = super()._sample_completions(prompt_ids, *rest)
+        for place, prompt in enumerate(map(self._tokenizer.decode, prompt_ids)):
+            if "Double 0." in prompt and "<tool_response>" not in prompt:
+                written[place] = self._tokenizer(CALL)["input_ids"]
+        return written
+
+
+TOOLS = dict(kind=Once, max_completion_length=160)
+
+_TOOLS = """
+import sys, torch
+from engines import use, whole_parameters
+settings = use(sys.argv[2])
+import test_trainer_tools
+from test_trainer_sharded import TOOLS
+trainer = test_trainer_tools.make(
+    sys.argv[1], per_device_train_batch_size=1, **settings, **TOOLS
+)
+trainer.train()
+rank = trainer.accelerator.process_index
+parameters = whole_parameters(trainer.model)
+torch.save((trainer.batches, parameters, trainer.losses), f"{sys.argv[1]}/{rank}.pt")
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("engine", SHARDED)
+def test_a_tool_that_one_process_calls(tmp_path, engine):
+    """The others take part in the turn after its answer, in which all gather the weights."""
+    saved = on_two_processes(_TOOLS, tmp_path, engine)
+    said = [(batches[0]["tool_mask"] == 0).any().item() for batches, *_ in saved]
+    assert sorted(said) == [False, True]
+    trainer = make_tools(tmp_path, **TOOLS | SPLIT)
+    trainer.seen = [(batch, True) for batches, *_ in saved for batch in batches]
+    twin = tool_model(0).double()
+    loss = by_hand(trainer, twin, tool_model(1).double())
+    assert sum(sum(losses) for _, _, losses in saved) / 2 == pytest.approx(loss.item(), rel=1e-5)
+    for new, other, old, true in zip(
+        saved[0][1], saved[1][1], tool_model(0).parameters(), twin.parameters(), strict=True
+    ):
+        assert torch.equal(new, other)
+        torch.testing.assert_close(
+            (old.detach() - new).double() / RATE, true.grad, rtol=1e-3, atol=2e-4
+        )

@@ -272,7 +272,7 @@ class PrefixedGeneration(MetricLogs):
         """
         self._asked = [list(prompt) for prompt in prompts]  # TRL's grow by the answers
         self._asked_ids = prompt_ids
-        multimodal_fields = {_PLACES: list(range(len(prompts)))}
+        places = {_PLACES: list(range(len(prompts)))}
         rows = len(prompts)
         if not self.model.training:  # a repeated row is not counted, and calls nothing
             first = metrics.first_occurrences(self.accelerator, rows).tolist()
@@ -280,8 +280,12 @@ class PrefixedGeneration(MetricLogs):
                 repeated[0].pop("tool_calls", None)
             rows = sum(first)
         found = super(PrefixedGeneration, self._with_context())._tool_call_loop(
-            prompts, prompt_ids, completion_ids, completions, images, multimodal_fields
+            prompts, prompt_ids, completion_ids, completions, images, places
         )
+        if self._writes_together():
+            while not holds_on_all(self.accelerator, True):  # others go on after tools' answers
+                with self._new_token_limit(1):
+                    self._generate_single_turn(prompt_ids, images, multimodal_fields)
         *_, calls, failures, _ = found
         self.log_sums(metrics.tool_totals(self.accelerator, calls, failures, rows))
         self._warn_of_calls(completions)
@@ -305,6 +309,11 @@ class PrefixedGeneration(MetricLogs):
             stacklevel=2,
         )
 
+    def _writes_together(self) -> bool:
+        """Whether no process may leave a turn out that another one writes."""
+        served = self.use_vllm and self.accelerator.num_processes > 1
+        return served or generates_together(self.accelerator)
+
     def _with_context(self) -> "PrefixedGeneration":
         """The trainer as TRL's loop over tools reads it: the config has the student's context, and
         its turns end with the completion.
@@ -325,6 +334,8 @@ class PrefixedGeneration(MetricLogs):
     def _go_on(self, prompt_ids, images, multimodal_fields, has_tool_images=False):
         """A turn after tools' answers, of the tokens that are left: TRL cuts a whole completion's,
         for which a table of positions may have no room."""
+        if self._writes_together():
+            holds_on_all(self.accelerator, False)
         fields, tokens = multimodal_fields, self.max_completion_length
         if _PLACES in fields:  # not where tools answer with images
             places = fields[_PLACES]
@@ -392,10 +403,7 @@ class PrefixedGeneration(MetricLogs):
         self._prefix_lengths = [len(prefix) for prefix in prefixes]
         limit = self.max_completion_length
         complete = [is_complete(prefix, limit, self.eos_token_ids) for prefix in prefixes]
-        # No process may leave early where all of them generate together.
-        processes = self.accelerator.num_processes
-        together = (self.use_vllm and processes > 1) or generates_together(self.accelerator)
-        if all(complete) and not together:
+        if all(complete) and not self._writes_together():
             return prefixes
         # What is generated after a complete prefix is discarded.
         heads = [[] if done else prefix for prefix, done in zip(prefixes, complete)]
@@ -407,7 +415,7 @@ class PrefixedGeneration(MetricLogs):
         tokens = limit - min(lengths, default=limit - 1)
         # A server takes the main process's limit for all; so do engines that share a model.
         shared = self.args.vllm_mode == "server" or self.args.vllm_tensor_parallel_size > 1
-        if self.use_vllm and processes > 1 and shared:
+        if self.use_vllm and self.accelerator.num_processes > 1 and shared:
             ours = torch.tensor([tokens], device=self.accelerator.device)
             tokens = int(self.accelerator.gather(ours).max())
         # All rows get as many new tokens as the row with the shortest prefix needs.
