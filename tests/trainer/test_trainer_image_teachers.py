@@ -10,10 +10,11 @@ pytest.importorskip("trl", reason="the trainer needs trl")
 pytest.importorskip("PIL", reason="images need pillow")
 
 import tiny
+import transformers
 import vision
 from training import SGD, Spy
 
-from tropd_kernels.trainer import TrOPDConfig
+from tropd_kernels.trainer import TrOPDConfig, sources
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
 #: Qwen3.5's config says the same of images as Qwen2-VL's, in these models: see below.
@@ -98,10 +99,27 @@ def test_a_teacher_s_own_image_processor(tmp_path, changes, words):
     """Two models with one config may have been trained on other pixels; of which size a run's
     images are, is its own choice."""
     teacher = saved(tmp_path / "teacher", "gemma3", **changes)
+    try:
+        transformers.AutoImageProcessor.from_pretrained(teacher)
+    except ImportError:
+        pytest.skip("this transformers needs torchvision for it")
     if words is None:
         train(tmp_path, "gemma3", teacher)
         return
     with pytest.raises(ValueError, match=f"^teacher_model: it sees .*: {words}"):
+        train(tmp_path, "gemma3", teacher)
+
+
+def test_an_image_processor_without_torchvision(tmp_path, monkeypatch):
+    """... which those of some versions of transformers want, cannot be compared."""
+
+    class Wants:
+        def from_pretrained(*_, **__):
+            raise ImportError("torchvision")
+
+    teacher = saved(tmp_path / "teacher", "gemma3")
+    monkeypatch.setattr(sources, "AutoImageProcessor", Wants)
+    with pytest.warns(UserWarning, match="^teacher_model: its image processor needs torchvision"):
         train(tmp_path, "gemma3", teacher)
 
 

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import transformers
+from packaging.version import Version
 
 pytest.importorskip("trl", reason="the trainer needs trl")
 pytest.importorskip("PIL", reason="images need pillow")
@@ -390,7 +391,7 @@ def test_two_columns_of_images(tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["gemma3", "paligemma", "llava_next", "qwen2_vl"])
-def test_prompts_read_in_chunks(tmp_path, kind):
+def test_prompts_read_in_chunks(tmp_path, monkeypatch, kind):
     """Refused where a token attends to later ones; the others write what they would at once."""
     data = list(vision.prompts(8, kind))
     greedy = {"do_sample": False}
@@ -399,6 +400,12 @@ def test_prompts_read_in_chunks(tmp_path, kind):
             ValueError, match=f"^generation_kwargs: 'prefill_chunk_size': .* {kind}"
         ):
             make(tmp_path, kind, data, generation_kwargs=greedy | {"prefill_chunk_size": 3})
+        return
+    with monkeypatch.context() as earlier:
+        earlier.setattr(transformers, "__version__", "5.22.2")
+        with pytest.raises(ValueError, match="'prefill_chunk_size': transformers 5.22.2 loses"):
+            make(tmp_path, kind, data, generation_kwargs=greedy | {"prefill_chunk_size": 3})
+    if Version(transformers.__version__) < Version("5.23.0"):
         return
     chunks = make(tmp_path, kind, data, generation_kwargs=greedy | {"prefill_chunk_size": 3})
     chunks.train()

@@ -7,6 +7,8 @@ model without positions has no such limit.
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+import transformers
+from packaging.version import Version
 from transformers import PreTrainedTokenizerBase
 
 #: Models whose config states a maximum although no layer has a limited table of positions: they
@@ -74,13 +76,17 @@ def _changing_scales(config: Any) -> Iterator[tuple[str, int]]:
         kind, length = _rope_type(rope), None
         if kind in ("longrope", "su"):
             kind, length = "longrope", rope.get("original_max_position_embeddings") or limit
-        # HunYuan's alpha stands for one scale at all lengths.
-        elif kind == "dynamic" and not (
-            config.model_type.startswith("hunyuan") and rope.get("alpha")
-        ):
+        elif kind == "dynamic" and not _has_one_scale(config, rope):
             length = limit
         if length is not None:
             yield kind, length
+
+
+def _has_one_scale(config: Any, rope: Mapping[str, Any]) -> bool:
+    """Whether "dynamic" is HunYuan's name for one scale at all lengths, alpha's."""
+    hunyuan = config.model_type.startswith("hunyuan") and rope.get("alpha")
+    # Before, it was alpha's only up to the limit.
+    return bool(hunyuan) and Version(transformers.__version__) >= Version("5.20.0")
 
 
 def _rope_parameters(config: Any) -> list[Mapping[str, Any]]:

@@ -9,6 +9,8 @@ from dataclasses import fields
 from numbers import Integral, Real
 from typing import Any
 
+import transformers
+from packaging.version import Version
 from transformers import GenerationConfig
 
 from ..objectives.registry import nearest
@@ -115,6 +117,8 @@ _FAILING: tuple[tuple[tuple[str, ...], Callable[[Mapping[str, Any]], bool], str,
 )  # fmt: skip
 #: Models in which the tokens of an image, or all of a prompt with one, attend to later ones.
 _IMAGES_LOOK_AHEAD = {"gemma3", "molmo2", "paligemma"}
+#: The first version of transformers that gives each chunk of a prompt its images.
+_CHUNKS_OF_IMAGES = Version("5.23.0")
 #: Keys of transformers and of vLLM that act from the student's first token on, or on what was
 #: written before it.
 _FROM_THE_FIRST_TOKEN = (
@@ -264,6 +268,12 @@ def check_prefill(args: Any, config: Any, sees_images: bool) -> None:
             "generation_kwargs: 'prefill_chunk_size': in prompts some tokens of a "
             f"{config.model_type} model attend to later ones, which in chunks they would not, "
             "unlike in the loss: leave it out"
+        )
+    if sees_images and Version(transformers.__version__) < _CHUNKS_OF_IMAGES:
+        raise ValueError(
+            f"generation_kwargs: 'prefill_chunk_size': transformers {transformers.__version__} "
+            f"loses the images of prompts that are read in chunks: take {_CHUNKS_OF_IMAGES} or a "
+            "later one, or leave it out"
         )
 
 

@@ -7,6 +7,7 @@ the same place, so all of them take their options from here.
 
 import contextlib
 import json
+import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -152,8 +153,15 @@ def find_tokenizer(teacher: Any, args: Any) -> PreTrainedTokenizerBase | None:
 
 def find_image_processor(teacher: Any, args: Any) -> Any:
     """The teacher's image processor, looked up like its tokenizer."""
-    # Some want torchvision.
-    return _of_teacher(AutoImageProcessor, teacher, args, (*_NOT_FOUND, ImportError))
+    try:
+        return _of_teacher(AutoImageProcessor, teacher, args, _NOT_FOUND)
+    except ImportError:
+        warnings.warn(
+            "teacher_model: its image processor needs torchvision, and was not compared with the "
+            "student's: see that both make the same pixels, or pip install torchvision",
+            stacklevel=2,
+        )
+        return None
 
 
 def _of_teacher(kind: Any, teacher: Any, args: Any, not_found: tuple[type[Exception], ...]) -> Any:
