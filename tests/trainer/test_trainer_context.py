@@ -224,8 +224,8 @@ def hunyuan(rope):
 
 
 def test_a_dynamic_scale_that_stays(monkeypatch):
-    """HunYuan's checkpoints call one scale at all lengths dynamic; transformers 5.20 is the first to
-    keep it."""
+    """HunYuan's checkpoints call one scale at all lengths dynamic, and transformers 5.20 is the
+    first to keep it."""
     fixed = dict(rope_type="dynamic", rope_theta=10000.0, alpha=1000.0, factor=1.0)
     ids = torch.randint(5, tiny.VOCAB, (1, 80))
     stays = Version(transformers.__version__) >= Version("5.20.0")
