@@ -13,8 +13,6 @@ torch, which is imported where a command runs: help comes at once. The keys of `
 """
 
 import argparse
-import importlib.util
-import json
 import os
 import sys
 import warnings
@@ -24,7 +22,7 @@ from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
 from . import __version__
-from .once import parse_json, parse_yaml, repeated_flag
+from .once import parse_yaml, repeated_flag
 
 #: Data files by suffix, with the loader that `datasets` has for them.
 LOADERS = {".json": "json", ".jsonl": "json", ".parquet": "parquet"}
@@ -134,6 +132,7 @@ def train(arguments: Sequence[str]) -> int:
 def make_trainer(run: Run, config: Any) -> Any:
     """The `TrOPDTrainer` of a run; raises UsageError for what it refuses."""
     from .trainer import TrOPDTrainer
+    from .trainer.lora_key import lora_config
     from .trainer.sources import check_sources
     from .trainer.verifier_checks import find_functions
 
@@ -148,7 +147,7 @@ def make_trainer(run: Run, config: Any) -> Any:
     if run.eval_dataset is not None:
         split = run.eval_split or run.dataset_split
         held_out = load_data("eval_dataset", run.eval_dataset, split)
-    peft = lora(run.peft)
+    peft = lora_config(run.peft)
     try:
         return TrOPDTrainer(run.model, run.teacher_model, config, data, held_out,
                             peft_config=peft, reward_funcs=judges)  # fmt: skip
@@ -189,6 +188,7 @@ def parse_run(arguments: Sequence[str]) -> tuple[Run, Any]:
     """(Run, TrOPDConfig) of file and flags; raises UsageError before any model is loaded."""
     try:
         from .trainer import TrOPDConfig
+        from .trainer.lora_key import lora_config
         from .trainer.sources import check_one_teacher
     except ImportError as error:
         raise UsageError(str(error)) from error
@@ -244,7 +244,10 @@ def parse_run(arguments: Sequence[str]) -> tuple[Run, Any]:
     if teacher is None and config.loads_teacher and config.uses_teacher:
         check_names(run, ["teacher_model"])
     check_data_keys(run, config)
-    lora(run.peft)
+    try:
+        lora_config(run.peft)
+    except ValueError as error:
+        raise UsageError(str(error)) from error
     return run, config
 
 
@@ -402,42 +405,6 @@ def load_data(key: str, source: str, split: str) -> Any:
             f"{key}: {source} cannot be read: {reason}. Expected a .json, .jsonl or .parquet file, "
             "or a name on the hub"
         ) from error
-
-
-def lora(peft: Any) -> Any:
-    """peft's LoraConfig for the value of the key `peft`; None without an adapter."""
-    if isinstance(peft, str):
-        try:
-            peft = parse_json(peft.lower() if peft.lower() in ("true", "false") else peft)
-        except json.JSONDecodeError as error:
-            raise UsageError(f"peft: expected true, false or JSON, got {peft!r}") from error
-        except ValueError as error:
-            raise UsageError(f"peft: {error}") from error
-    if not peft:
-        return None
-    if not isinstance(peft, (bool, dict)):
-        raise UsageError(f"peft: expected true, false or a mapping, got {peft!r}")
-    if importlib.util.find_spec("peft") is None:
-        raise UsageError("peft: it is not installed: pip install peft")
-    from peft import LoraConfig
-
-    given = peft if isinstance(peft, dict) else {}
-    # What LoraConfig takes as it is: another type would be trained as a LoRA, the rest fail late.
-    if str(given.get("peft_type", "LORA")).upper() != "LORA":
-        raise UsageError(
-            f"peft: peft_type: expected LORA, got {given['peft_type']!r}: other adapters are given "
-            "to TrOPDTrainer as peft_config"
-        )
-    if type(given.get("r", 1)) is not int or given.get("r", 1) < 1:
-        raise UsageError(f"peft: r must be a whole number of at least 1, got {given['r']!r}")
-    for key in ("lora_alpha", "lora_dropout"):
-        if type(given.get(key, 1)) not in (int, float):
-            raise UsageError(f"peft: {key} must be a number, got {given[key]!r}")
-    options: dict[str, Any] = {"task_type": "CAUSAL_LM", "target_modules": "all-linear"}
-    try:
-        return LoraConfig(**(options | given))
-    except (TypeError, ValueError) as error:
-        raise UsageError(f"peft: {error}") from error
 
 
 # --- check ---------------------------------------------------------------------------------------

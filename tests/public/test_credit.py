@@ -244,6 +244,7 @@ def test_errors_say_what_was_given(call, error, words):
 def test_boundaries_become_ids():
     boundaries = torch.tensor([0, 2, 2, 5], dtype=torch.int32)
     assert credit.packed_sequence_ids(boundaries, 7).tolist() == [[0, 0, 2, 2, 2, 3, 3]]
+    assert credit.packed_sequence_ids(boundaries, torch.tensor(6)).shape == (1, 6)
     assert credit.packed_sequence_ids(boundaries, 0).shape == (1, 0)
 
 
@@ -259,6 +260,12 @@ def test_boundaries_become_ids():
 def test_bad_boundaries(boundaries, error, words):
     with pytest.raises(error, match=words):
         credit.packed_sequence_ids(boundaries, 3)
+
+
+@pytest.mark.parametrize("total", [6.5, torch.tensor(6.5)])
+def test_a_total_that_counts_no_positions(total):
+    with pytest.raises(ValueError, match="^total must be a whole number of positions, got "):
+        credit.packed_sequence_ids(torch.tensor([0, 2, 5]), total)
 
 
 def test_a_packed_row_trains_as_its_sequences_do():

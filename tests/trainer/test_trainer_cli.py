@@ -197,6 +197,8 @@ def test_flags_win_and_numbers_are_numbers(run_file):
         ("per_device_train_batch_size: 80", "dataset: 8 rows are fewer than one"),
         ("learning_rate: nan", "learning_rate: must be in"),
         ("objective_kwargs: '{top_k: 8}'", "objective_kwargs: '{top_k: 8}' is no JSON"),
+        ("peft: {target_modules: 3}", "peft: target_modules must be "),
+        ("peft: {use_dora: 'no'}", "peft: use_dora must be bool, got 'no'"),
         ("peft: {r: x}", "peft: r must be a whole number of at least 1, got 'x'"),
         ("peft: {r: 4.5}", "peft: r must be a whole number of at least 1, got 4.5"),
         ("peft: {r: 0}", "peft: r must be a whole number of at least 1, got 0"),

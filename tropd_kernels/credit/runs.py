@@ -29,7 +29,8 @@ def packed_sequence_ids(cu_seqlens: Tensor, total: int) -> Tensor:  # (S + 1,) -
         (1, total) int64 on the boundaries' device, without a host sync.
 
     Raises:
-        TypeError, ValueError: The boundaries have another dtype or shape.
+        TypeError, ValueError: The boundaries have another dtype or shape, or the total is no whole
+            number.
 
     Examples:
         >>> import torch
@@ -45,6 +46,9 @@ def packed_sequence_ids(cu_seqlens: Tensor, total: int) -> Tensor:  # (S + 1,) -
             f"cu_seqlens must have shape (sequences + 1,), got {tuple(cu_seqlens.shape)}: begin "
             "with 0 and end with the last sequence's end"
         )
+    # Of a fraction arange would make a position, too.
+    if isinstance(total, float) or (isinstance(total, Tensor) and total.is_floating_point()):
+        raise ValueError(f"total must be a whole number of positions, got {total!r:.80}")
     position = torch.arange(total, dtype=cu_seqlens.dtype, device=cu_seqlens.device)
     return torch.searchsorted(cu_seqlens[1:], position, right=True)[None]
 
