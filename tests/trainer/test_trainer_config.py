@@ -302,6 +302,19 @@ def test_error_names_the_key(settings, message):
     assert message in str(error.value)
 
 
+def test_what_accelerate_is_launched_to_compile(monkeypatch):
+    """By its flag or file, of which this variable comes. transformers puts `torch_compile` there as
+    well, where the next config would find it."""
+    key = "ACCELERATE_DYNAMO_BACKEND"
+    monkeypatch.setenv(key, "NO")
+    with pytest.raises(ValueError, match="^torch_compile: it would compile nothing"):
+        config(torch_compile=True)
+    config()
+    monkeypatch.setenv(key, "INDUCTOR")
+    with pytest.raises(ValueError, match=f"^{key}: it would compile nothing.*dynamo_backend"):
+        config()
+
+
 def test_checkpointing_of_an_earlier_transformers():
     """It knows one of the two keys."""
     args = SimpleNamespace(gradient_checkpointing_kwargs={"use_reentrant": False})

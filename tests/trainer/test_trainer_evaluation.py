@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 
 pytest.importorskip("trl", reason="the trainer needs trl")
 
 import tiny
-from training import make
+from training import Spy, make
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
 GREEDY = {"generation_kwargs": {"do_sample": False}}
@@ -136,3 +138,26 @@ def test_a_prediction_s_loss_is_over_tokens(tmp_path):
         for size in (5, 2)
     ]
     assert found[1] == pytest.approx(found[0], rel=1e-5)
+
+
+def test_sums_are_no_matter_of_the_default_dtype(tmp_path):
+    """In bfloat16 a count of tokens grows no more at 256 times a batch's."""
+
+    def judge(completions, log_metric, **columns):
+        log_metric("length", sum(map(len, completions)) / 7)
+        return [0.0] * len(completions)
+
+    models, found = (tiny.model(0), tiny.model(1, hidden_size=48)), []
+    for dtype in (torch.float32, torch.bfloat16):
+        torch.set_default_dtype(dtype)
+        try:
+            trainer = make(
+                tmp_path, *models, evaluate=tiny.prompts(8), per_device_eval_batch_size=2,
+                objective="opd", top_p=0.8, task_weight=1.0, num_generations=2,
+                kind=partial(Spy, reward_funcs=[judge]),
+            )  # fmt: skip
+            found.append(trainer.evaluate())
+        finally:
+            torch.set_default_dtype(torch.float32)
+    for name in ("eval_loss", "eval_tropd/sampling_mass", "eval_length"):
+        assert found[1][name] == pytest.approx(found[0][name], rel=1e-5), name

@@ -97,9 +97,34 @@ def test_a_teacher_with_the_student_s_weights(tmp_path):
             make(tmp_path, student, base)
 
 
-def test_a_compiled_teacher(tmp_path):
-    trainer = make(tmp_path, teacher=torch.compile(tiny.model(1), backend="eager"))
-    assert trainer.teacher_model is not None
+def test_models_that_torch_compile_wraps(tmp_path):
+    """The loss reaches below the wrapper, which would compile nothing. Layers that are compiled in
+    their place are."""
+    words = "torch.compile wraps it, and would compile nothing: .*compile its layers in"
+    graphs = []
+
+    def counting(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    def compiled(seed):
+        return torch.compile(tiny.model(seed), backend=counting)
+
+    with pytest.raises(ValueError, match=f"^model: {words}"):
+        make(tmp_path, compiled(0))
+    with pytest.raises(ValueError, match=f"^teacher_model: {words}"):
+        make(tmp_path, teacher=compiled(1))
+    several = {"math": tiny.model(1), "code": compiled(2)}
+    data = tiny.prompts(teacher_id=["math", "code"] * 4)
+    with pytest.raises(ValueError, match=f"^teacher_models: 'code': {words}"):
+        make(tmp_path, data=data, several=several)
+    assert not graphs
+    student = tiny.model(0)
+    student.model.layers[0].mlp.compile(backend=counting)
+    trainer = make(tmp_path, student)
+    with torch._dynamo.config.patch(recompile_limit=64):
+        trainer.train()
+    assert graphs
 
 
 def test_a_student_without_a_head(tmp_path):

@@ -41,11 +41,6 @@ def check_trainer(config: Config) -> None:
             "middle of a generation batch of the old size, and skip rows: set "
             "per_device_train_batch_size, with gradient_accumulation_steps, instead"
         )
-    if config.torch_compile:
-        raise ValueError(
-            "torch_compile: it would compile nothing: the loss reaches the models below the "
-            "wrapper that compiles: leave out the keys that begin with torch_compile"
-        )
     if config.use_liger_kernel and config.device.type == "cpu":
         raise ValueError(
             "use_liger_kernel: Liger's layers are Triton kernels, which need a GPU, and this run "
@@ -293,6 +288,13 @@ def check_generations(config: Config) -> None:
             "accelerator_config: with split_batches the processes would share out what each "
             "already has for itself, and train on some prompts twice and on others never: leave it "
             "out"
+        )
+    if "num_steps" in (
+        getattr(config.accelerator_config, "gradient_accumulation_kwargs", None) or {}
+    ):
+        raise ValueError(
+            "accelerator_config: num_steps in gradient_accumulation_kwargs is read only once the "
+            "models are loaded: set gradient_accumulation_steps instead"
         )
     each = config.per_device_train_batch_size * config.gradient_accumulation_steps
     batch = each * config.world_size

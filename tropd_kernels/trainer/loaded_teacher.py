@@ -107,3 +107,15 @@ def check_models(model: Any, teacher: Any, args: Any, quantization: Any) -> None
                 "by its name"
             )
     check_quantization("quantization_config", quantization)
+    refuse_compiled("model", model)
+    refuse_compiled("teacher_model", teacher)
+
+
+def refuse_compiled(key: str, model: Any) -> None:
+    """Raises ValueError, which begins with `key`, for a model that torch.compile wraps."""
+    if hasattr(model, "_orig_mod"):
+        raise ValueError(
+            f"{key}: torch.compile wraps it, and would compile nothing: the loss reaches the model "
+            "below the wrapper: give that model, and compile its layers in their place "
+            "(layer.compile())"
+        )

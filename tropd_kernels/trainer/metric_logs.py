@@ -22,7 +22,8 @@ class MetricLogs(DistillationTrainer):
         super().__init__(*arguments, **keywords)
         self._sums: dict[str, dict[str, tuple[float, float]]] = {"train": {}, "eval": {}}
         self._spread_over: dict[str, dict[str, Tensor]] = {"train": {}, "eval": {}}
-        self._eval_loss_sums = torch.zeros(2, device=self.accelerator.device)  # sum, count
+        # Sum and count.
+        self._eval_loss_sums = torch.zeros(2, dtype=torch.float32, device=self.accelerator.device)
         self._eval_rows_seen = 0
         self._eval_set = ""  # name of the data set under evaluation, where there are several
 

@@ -127,7 +127,7 @@ def token_sums(
     }
     sums = {PREFIX + name: pair for name, pair in sums.items()}
     sums["entropy"] = _sum(stats.entropy, counted)  # TRL's metric
-    lowest = torch.full((1,), float("inf"), device=counted.device)
+    lowest = torch.full((1,), torch.inf, dtype=torch.float32, device=counted.device)
     if reward is not None and student.any():
         known = reward[student]
         lowest = known.masked_fill(known.isnan(), torch.inf).min().float().reshape(1)

@@ -20,6 +20,7 @@ from ..functional import DistillationOutput, TokenStats
 from ..objectives import TokenRule
 from .data_checks import data_sets
 from .effects import refuse
+from .loaded_teacher import refuse_compiled
 from .self_teacher import is_self
 from .sides import ModelSide
 
@@ -58,6 +59,7 @@ def check_several(
                 f"teacher_models: expected text as an id and a model or its name, got {name!r:.40} "
                 f"and a {type(teacher).__name__}"
             )
+        refuse_compiled(f"teacher_models: {name!r}", teacher)
         if is_self(teacher):
             raise ValueError(
                 f"teacher_models: {name!r} is 'self', and the student teaches itself alone: give "

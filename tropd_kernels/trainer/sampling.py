@@ -221,7 +221,7 @@ def kept_mass(
     bias = None if student.bias is None else student.bias[:vocab_size]
     if len(rows) > _MASS_TOKENS:
         rows = rows[torch.linspace(0, len(rows) - 1, _MASS_TOKENS, device=rows.device).long()]
-    mass = torch.zeros((), device=rows.device)
+    mass = torch.zeros((), dtype=torch.float32, device=rows.device)
     for part in rows.split(_AT_ONCE):
         logits = torch.nn.functional.linear(part, weight, bias).float()
         logits = logits * student.logit_scale

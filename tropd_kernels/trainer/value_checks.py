@@ -41,6 +41,7 @@ _WITHIN: dict[str, tuple[float, float]] = {
 def check_values(config: Any) -> None:
     """Checks values of TRL and transformers, whose own errors do not name the key."""
     check_numbers(config)
+    _check_compilation(config)
     if not isinstance(config.output_dir, (str, os.PathLike, type(None))):
         raise ValueError(
             f"output_dir: expected a folder's name, got {config.output_dir!r}: in YAML put quotes "
@@ -60,6 +61,24 @@ def check_values(config: Any) -> None:
     if names not in (["none"], ["all"]) and not all(name in known for name in names):
         raise ValueError(
             f"report_to: expected 'none', 'all' or names out of {', '.join(known)}; got {given!r}"
+        )
+
+
+def _check_compilation(config: Any) -> None:
+    """Before transformers puts the keys into the environment, where the next config is held
+    against them."""
+    nothing = (
+        "it would compile nothing: the loss reaches the models below the wrapper that compiles"
+    )
+    if config.torch_compile or config.torch_compile_backend or config.torch_compile_mode:
+        raise ValueError(
+            f"torch_compile: {nothing}: leave out the keys that begin with torch_compile"
+        )
+    launched = "ACCELERATE_DYNAMO_BACKEND"
+    if os.environ.get(launched, "no").lower() != "no":
+        raise ValueError(
+            f"{launched}: {nothing}: unset it, or leave dynamo_backend out of accelerate's launch "
+            "and its config"
         )
 
 

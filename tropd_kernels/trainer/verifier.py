@@ -116,7 +116,7 @@ class Verifier(GRPOTrainer):
         except Exception as error:  # before its only collective, in which the others wait
             where = "in a reward model's tokenizer or a row's columns"
             self._failures.append((f"{where}: {type(error).__name__}: {error}", error))
-            nothing = torch.zeros(len(rows), len(self.reward_funcs))
+            nothing = torch.zeros(len(rows), len(self.reward_funcs), dtype=torch.float32)
             found = self.accelerator.gather(nothing.to(self.accelerator.device))
         for function in self.reward_funcs:
             if isinstance(function, _GuardedModel):
@@ -158,7 +158,8 @@ class Verifier(GRPOTrainer):
         sums = {}
         for name in sorted(set(gather_object(list(self._pending_metrics)))):
             values = self._pending_metrics.pop(name, [])
-            local = torch.tensor([sum(values), float(len(values))], device=self.accelerator.device)
+            local = torch.tensor([sum(values), float(len(values))], dtype=torch.float32)
+            local = local.to(self.accelerator.device)
             total, count = self.accelerator.reduce(local, reduction="sum").tolist()
             sums[name] = total, count
         return sums
