@@ -315,6 +315,18 @@ def test_what_accelerate_is_launched_to_compile(monkeypatch):
         config()
 
 
+def test_a_precision_that_accelerate_is_launched_with(monkeypatch):
+    key = "ACCELERATE_MIXED_PRECISION"
+    for taken in ("no", "bf16"):
+        monkeypatch.setenv(key, taken)
+        assert config().mixed_precision == taken
+    monkeypatch.setenv(key, "fp16")
+    with pytest.raises(ValueError, match="^fp16: it would have no effect: on a CPU"):
+        config(fp16=True)
+    with pytest.raises(ValueError, match=f"^{key}: fp16 would have no effect: on a CPU"):
+        config()
+
+
 def test_checkpointing_of_an_earlier_transformers():
     """It knows one of the two keys."""
     args = SimpleNamespace(gradient_checkpointing_kwargs={"use_reentrant": False})

@@ -41,6 +41,12 @@ def check_trainer(config: Config) -> None:
             "middle of a generation batch of the old size, and skip rows: set "
             "per_device_train_batch_size, with gradient_accumulation_steps, instead"
         )
+    launched = getattr(config, "mixed_precision", "no") == "fp16" and not config.fp16
+    if launched and config.device.type == "cpu":
+        raise ValueError(
+            "ACCELERATE_MIXED_PRECISION: fp16 would have no effect: on a CPU accelerate leaves the "
+            "weights' own dtype: unset it, or give bf16 to accelerate's launch and its config"
+        )
     if config.use_liger_kernel and config.device.type == "cpu":
         raise ValueError(
             "use_liger_kernel: Liger's layers are Triton kernels, which need a GPU, and this run "
