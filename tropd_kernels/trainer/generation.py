@@ -283,8 +283,10 @@ class PrefixedGeneration(MetricLogs):
             prompts, prompt_ids, completion_ids, completions, images, places
         )
         if self._writes_together():
+            # vLLM's limit is the main process's for all.
+            tokens = self.max_completion_length if self.use_vllm else 1
             while not holds_on_all(self.accelerator, True):  # others go on after tools' answers
-                with self._new_token_limit(1):
+                with self._new_token_limit(tokens):
                     self._generate_single_turn(prompt_ids, images, multimodal_fields)
         *_, calls, failures, _ = found
         self.log_sums(metrics.tool_totals(self.accelerator, calls, failures, rows))
@@ -311,8 +313,12 @@ class PrefixedGeneration(MetricLogs):
 
     def _writes_together(self) -> bool:
         """Whether no process may leave a turn out that another one writes."""
-        served = self.use_vllm and self.accelerator.num_processes > 1
-        return served or generates_together(self.accelerator)
+        return self._shares_vllm() or generates_together(self.accelerator)
+
+    def _shares_vllm(self) -> bool:
+        """Whether one vLLM writes for several processes."""
+        shared = self.args.vllm_mode == "server" or self.args.vllm_tensor_parallel_size > 1
+        return self.use_vllm and shared and self.accelerator.num_processes > 1
 
     def _with_context(self) -> "PrefixedGeneration":
         """The trainer as TRL's loop over tools reads it: the config has the student's context, and
@@ -336,15 +342,19 @@ class PrefixedGeneration(MetricLogs):
         for which a table of positions may have no room."""
         if self._writes_together():
             holds_on_all(self.accelerator, False)
-        fields, tokens = multimodal_fields, self.max_completion_length
+        fields, tokens, rows = multimodal_fields, self.max_completion_length, len(prompt_ids)
         if _PLACES in fields:  # not where tools answer with images
             places = fields[_PLACES]
             spent = [len(ids) - len(self._asked_ids[i]) for ids, i in zip(prompt_ids, places)]
             fields = self._fields_after_tools(places, prompt_ids)
             if not self.use_vllm:  # a server writes for all processes at once
                 tokens = max(tokens - min(spent), 1)
+        if self._shares_vllm():  # TRL takes it that all processes have as many prompts
+            more = len(self._asked_ids) - rows
+            prompt_ids = [*prompt_ids, *prompt_ids[:1] * more]
+            images = images and [*images, *images[:1] * more]
         with self._new_token_limit(tokens):
-            return self._generate_single_turn(prompt_ids, images, fields, has_tool_images)
+            return self._generate_single_turn(prompt_ids, images, fields, has_tool_images)[:rows]
 
     def _fields_after_tools(
         self, places: list[int], prompt_ids: list[list[int]]
@@ -413,9 +423,7 @@ class PrefixedGeneration(MetricLogs):
         )
         lengths = [len(prefix) for prefix, done in zip(prefixes, complete) if not done]
         tokens = limit - min(lengths, default=limit - 1)
-        # A server takes the main process's limit for all; so do engines that share a model.
-        shared = self.args.vllm_mode == "server" or self.args.vllm_tensor_parallel_size > 1
-        if self.use_vllm and self.accelerator.num_processes > 1 and shared:
+        if self._shares_vllm():  # it takes the main process's limit for all
             ours = torch.tensor([tokens], device=self.accelerator.device)
             tokens = int(self.accelerator.gather(ours).max())
         # All rows get as many new tokens as the row with the shortest prefix needs.
