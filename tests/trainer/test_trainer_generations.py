@@ -214,6 +214,7 @@ def test_of_an_answer_that_the_teacher_writes(tmp_path):
             "accelerator_config: with dispatch_batches",
         ),
         (dict(accelerator_config={"split_batches": True}), "accelerator_config: with split_batch"),
+        (dict(accelerator_config={"even_batches": False}), "accelerator_config: without even_batc"),
         (
             dict(accelerator_config={"gradient_accumulation_kwargs": {"num_steps": 2}}),
             "accelerator_config: num_steps .*: set gradient_accumulation_steps",

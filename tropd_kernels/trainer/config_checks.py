@@ -295,6 +295,12 @@ def check_generations(config: Config) -> None:
             "already has for itself, and train on some prompts twice and on others never: leave it "
             "out"
         )
+    if not getattr(config.accelerator_config, "even_batches", True):
+        raise ValueError(
+            "accelerator_config: without even_batches processes would have different numbers of "
+            "rows at an evaluation's end, and fail, or wait for each other for ever; rows that are "
+            "repeated there count once in any case: leave it out"
+        )
     if "num_steps" in (
         getattr(config.accelerator_config, "gradient_accumulation_kwargs", None) or {}
     ):
