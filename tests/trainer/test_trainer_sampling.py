@@ -191,9 +191,12 @@ def test_noise_of_training_has_no_part_in_what_is_written(tmp_path, noise):
 
 
 CUT = [{"top_p": 0.6}, {"top_k": 3}, {"min_p": 0.2}, {"top_k": 8, "top_p": 0.8, "min_p": 0.1},
-       {"generation_kwargs": {"top_p": 0.6}}]  # fmt: skip
+       {"generation_kwargs": {"top_p": 0.6}},
+       {"generation_kwargs": {"top_p": 0.6, "temperature": 0.8}},
+       {"min_p": 0.2, "generation_kwargs": {"temperature": 2.0}}]  # fmt: skip
 
 
+@pytest.mark.filterwarnings("ignore:temperature. 1.3 is the loss's alone:UserWarning")
 @pytest.mark.parametrize("cut", CUT, ids=str)
 def test_the_mass_that_a_truncated_sampler_keeps(tmp_path, cut):
     """By hand: the student's probability of the ids that transformers leaves finite, on its own
@@ -201,16 +204,15 @@ def test_the_mass_that_a_truncated_sampler_keeps(tmp_path, cut):
     models = tiny.model(0, spread=1.0), tiny.model(1, spread=1.0)
     before = copy.deepcopy(models[0])
     guided = dict(prefix_schedule="constant", prefix_length=2, temperature=1.3)
-    with pytest.warns(UserWarning, match="^(top_p|top_k|min_p) .*K1 term is biased; tropd/sampl"):
+    with pytest.warns(UserWarning, match="_(p|k) .*K1 term is biased; tropd/sampl"):
         trainer = make(
             tmp_path, *models, per_device_train_batch_size=1, gradient_accumulation_steps=4,
             **guided, **cut,
         )  # fmt: skip
     trainer.train()
-    config = dict(top_k=0) | (cut.get("generation_kwargs") or cut)
-    sampler = before._get_logits_processor(
-        GenerationConfig(do_sample=True, temperature=1.3, **config)
-    )
+    config = dict(do_sample=True, temperature=1.3, top_k=0) | cut | cut.get("generation_kwargs", {})
+    config.pop("generation_kwargs", None)
+    sampler = before._get_logits_processor(GenerationConfig(**config))
     masses = []
     for batch in trainer.batches:
         prompt, own = (batch[f"{part}_ids"][batch[f"{part}_mask"].bool()]
@@ -259,6 +261,19 @@ def test_other_settings_that_change_the_sampler(tmp_path):
         make(tmp_path, repetition_penalty=1.1, **off)
     (message,) = [str(w.message) for w in caught if w.category is UserWarning]
     assert "sampling_mass" not in message
+
+
+@pytest.mark.parametrize(
+    "other", [{"repetition_penalty": 1.5}, {"typical_p": 0.5}, {"suppress_tokens": [5, 6]},
+              {"num_beams": 2}], ids=str,
+)  # fmt: skip
+def test_no_mass_is_said_where_another_setting_decides_too(tmp_path, other):
+    """Which ids top_p keeps follows from what the others leave of the logits."""
+    with pytest.warns(UserWarning, match="^top_p 0.7, .*K1 term is biased") as caught:
+        trainer = make(tmp_path, top_p=0.7, generation_kwargs=other)
+    assert not any("sampling_mass" in str(w.message) for w in caught)
+    trainer.train()
+    assert "tropd/sampling_mass" not in trainer.state.log_history[0]
 
 
 @pytest.mark.parametrize("place", ["config", "generation_kwargs"])

@@ -80,8 +80,8 @@ class TrOPDConfig(DistillationConfig):
     * `top_k`, `top_p`, `min_p`, `repetition_penalty`, `cache_implementation` "quantized",
       `generation_kwargs`: other values than the defaults sample from another distribution than the
       student's, so that the K1 term of an objective has a biased gradient: the trainer warns, and
-      logs the mass that is kept as `tropd/sampling_mass`. Objectives without K1 still compare whole
-      distributions.
+      logs the mass that the first three keep, if no other setting but the temperature changes the
+      sampler, as `tropd/sampling_mass`. Objectives without K1 still compare whole distributions.
     * `disable_dropout`: switches off every form of dropout of the student, also in the config that
       is saved with it.
 

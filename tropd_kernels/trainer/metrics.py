@@ -20,7 +20,8 @@ means over tokens (entropy), completions (their lengths) or calls of tools.
 | teacher_entropy_topk | all tokens        | at least, nats: the mass off the top-k is one id's    |
 | prefix_nll           | teacher's tokens  | -log p of the prefix, nats                            |
 | sampling_mass        | student's tokens  | p's mass on the ids that top_k, top_p, min_p keep; of |
-|                      |                   | 256 tokens a micro-batch, where K1 takes part         |
+|                      |                   | 256 tokens a micro-batch, where K1 takes part, and no |
+|                      |                   | other setting but the temperature changes the sampler |
 | selected_share       | ranked tokens     | share that `select_by`, or the objective, selects     |
 | selected_score_share | ranked tokens     | share of the sum of the finite scores that selected   |
 |                      |                   | tokens hold; not of rewards, which may be negative    |

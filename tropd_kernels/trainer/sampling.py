@@ -13,8 +13,9 @@ they are samples of mu = p / m on the kept ids S, with m = p(S), and its expecte
 so that ids outside S have no effect and the rest counts 1/m times; it is still 0 where p = q on S.
 Passing log mu as `old_log_probs` would be worse. It weighs by the ratio m, but adds log m to the
 reward: the gradient is that of m KL(mu || q), which pushes mass out of S even where p = q. So the
-trainer warns, and logs m as `tropd/sampling_mass`. Objectives without K1 compare whole
-distributions at each token, whichever id was sampled.
+trainer warns, and logs m as `tropd/sampling_mass`, unless other settings (penalties, biases, beams)
+have a part in S. Objectives without K1 compare whole distributions at each token, whichever id was
+sampled.
 """
 
 import contextlib
@@ -28,6 +29,7 @@ from transformers import (
     GenerationConfig,
     MinPLogitsWarper,
     QuantizedCache,
+    TemperatureLogitsWarper,
     TopKLogitsWarper,
     TopPLogitsWarper,
 )
@@ -79,6 +81,7 @@ SHARED = (
 OF_DRAWS = {
     "temperature", "top_k", "top_p", "min_p", "top_h", "typical_p", "epsilon_cutoff", "eta_cutoff",
 }  # fmt: skip
+_TRUNCATING = {"top_k", "top_p", "min_p"}
 #: Number of a micro-batch's tokens whose kept mass is computed, and how many at once.
 _MASS_TOKENS, _AT_ONCE = 256, 32
 
@@ -140,10 +143,15 @@ def temperature_warning(args: Any) -> str | None:
 
 
 def truncating_warpers(args: Any) -> list[Any]:
-    """transformers' warpers of top_k, top_p and min_p that exclude ids, in the sampler's order."""
+    """transformers' warpers of top_k, top_p and min_p that exclude ids, in the sampler's order, for
+    logits over the loss's temperature.
+
+    None beside other settings of the sampler, which change the logits that these cut, or the ids
+    that are left.
+    """
     given = settings(args)
     found: dict[str, Any] = {}
-    if _is_greedy(args):
+    if _is_greedy(args) or off_policy_settings(args).keys() - _TRUNCATING - {"temperature"}:
         return []
     if given["top_k"] not in WHOLE["top_k"]:
         found["top_k"] = TopKLogitsWarper(given["top_k"])
@@ -152,7 +160,11 @@ def truncating_warpers(args: Any) -> list[Any]:
     if given["min_p"] not in WHOLE["min_p"]:
         found["min_p"] = MinPLogitsWarper(float(given["min_p"]))
     order = ("min_p", "top_k", "top_p") if args.use_vllm else ("top_k", "top_p", "min_p")
-    return [found[name] for name in order if name in found]
+    warpers = [found[name] for name in order if name in found]
+    temperature = 1.0 if given["temperature"] is None else given["temperature"]
+    if warpers and temperature != args.temperature:
+        warpers.insert(0, TemperatureLogitsWarper(temperature / args.temperature))
+    return warpers
 
 
 def check_cache(model: Any, config: GenerationConfig, device: torch.device) -> None:
@@ -230,6 +242,7 @@ def kept_mass(
         logits = kept = logits / temperature
         for warper in warpers:
             kept = warper(None, kept)
+        kept = logits.where(kept.isfinite(), -torch.inf)
         mass += (kept.logsumexp(-1) - logits.logsumexp(-1)).exp().sum()
     return torch.stack([mass, mass.new_tensor(float(len(rows)))])
 
