@@ -16,6 +16,7 @@ from served import serve
 
 from tropd_kernels import check, cli, once, trainer
 from tropd_kernels.trainer import TrOPDConfig
+from tropd_kernels.trainer.lora_key import lora_config
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
 
@@ -198,6 +199,8 @@ def test_flags_win_and_numbers_are_numbers(run_file):
         ("learning_rate: nan", "learning_rate: must be in"),
         ("objective_kwargs: '{top_k: 8}'", "objective_kwargs: '{top_k: 8}' is no JSON"),
         ("peft: {target_modules: 3}", "peft: target_modules must be "),
+        ("peft: {layer_replication: [[0, 2], [1]]}", "peft: layer_replication must be "),
+        ("peft: {runtime_config: {}}", "peft: runtime_config must be LoraRuntimeConfig, got {}"),
         ("peft: {use_dora: 'no'}", "peft: use_dora must be bool, got 'no'"),
         ("peft: {r: x}", "peft: r must be a whole number of at least 1, got 'x'"),
         ("peft: {r: 4.5}", "peft: r must be a whole number of at least 1, got 4.5"),
@@ -230,6 +233,18 @@ def test_bad_file(run_file, capsys, monkeypatch, line, message):
     run_file.write_text(line if line[0] in "-a" else "\n".join([*rest, line]))
     assert cli.main(["train", "--config", str(run_file)]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_values_of_types_that_no_file_has():
+    """PEFT makes the configs inside its own of mappings, and takes lists for tuples."""
+    peft = pytest.importorskip("peft")
+    layers = [[0, 2], [1, 2]]
+    config = lora_config({"layer_replication": layers, "rank_pattern": {"q_proj": 4}})
+    assert config.layer_replication == layers
+    if not hasattr(peft.LoraConfig, "kasa_config"):
+        pytest.skip("an earlier peft")
+    config = lora_config({"kasa_config": {"beta": 0, "gamma": 0}})
+    assert (config.kasa_config.beta, config.kasa_config.gamma) == (0, 0)
 
 
 @pytest.mark.parametrize("name", ["prompts.txt", "prompts", "prompts.jsonl.gz"])

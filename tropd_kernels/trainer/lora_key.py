@@ -45,16 +45,22 @@ def lora_config(peft: Any) -> Any:
     for key in ("lora_alpha", "lora_dropout"):
         if type(given.get(key, 1)) not in (int, float):
             raise ValueError(f"peft: {key} must be a number, got {given[key]!r}")
+    options: dict[str, Any] = {"task_type": "CAUSAL_LM", "target_modules": "all-linear"}
+    try:
+        config = LoraConfig(**(options | given))
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"peft: {error}") from error
     for key, kind in get_type_hints(LoraConfig).items():
         if key in given.keys() - _OTHERWISE:
+            value = given[key]
+            if isinstance(value, dict):  # of some of them PEFT makes a config
+                value = getattr(config, key)
+            elif isinstance(value, list):  # YAML and JSON have no tuples
+                value = [tuple(item) if isinstance(item, list) else item for item in value]
             try:
-                type_validator(key, given[key], kind)
+                type_validator(key, value, kind)
             except TypeError:
                 wanted = getattr(kind, "__name__", kind) if isinstance(kind, type) else kind
                 wanted = str(wanted).replace("typing.", "")
                 raise ValueError(f"peft: {key} must be {wanted}, got {given[key]!r}") from None
-    options: dict[str, Any] = {"task_type": "CAUSAL_LM", "target_modules": "all-linear"}
-    try:
-        return LoraConfig(**(options | given))
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"peft: {error}") from error
+    return config

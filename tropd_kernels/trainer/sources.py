@@ -148,13 +148,13 @@ def find_tokenizer(teacher: Any, args: Any) -> PreTrainedTokenizerBase | None:
     a tokenizer has that of its base. For a model that is loaded already only this machine is
     searched, at `args.teacher_model_revision`.
     """
-    return _of_teacher(AutoTokenizer, teacher, args, _NOT_FOUND)
+    return _of_teacher(AutoTokenizer, teacher, args)
 
 
 def find_image_processor(teacher: Any, args: Any) -> Any:
     """The teacher's image processor, looked up like its tokenizer."""
     try:
-        return _of_teacher(AutoImageProcessor, teacher, args, _NOT_FOUND)
+        return _of_teacher(AutoImageProcessor, teacher, args)
     except ImportError:
         warnings.warn(
             "teacher_model: its image processor needs torchvision, and was not compared with the "
@@ -164,16 +164,16 @@ def find_image_processor(teacher: Any, args: Any) -> Any:
         return None
 
 
-def _of_teacher(kind: Any, teacher: Any, args: Any, not_found: tuple[type[Exception], ...]) -> Any:
+def _of_teacher(kind: Any, teacher: Any, args: Any) -> Any:
     options = pick(teacher_options(args), (*PLACE, *CODE))
     name = teacher if isinstance(teacher, str) else getattr(teacher.config, "_name_or_path", "")
     if not isinstance(teacher, str):
         options["local_files_only"] = True
     if not name:
         return None
-    with contextlib.suppress(*not_found):
+    with contextlib.suppress(*_NOT_FOUND):
         return kind.from_pretrained(name, **options)
-    with contextlib.suppress(*not_found):
+    with contextlib.suppress(*_NOT_FOUND):
         if (base := adapter_base(name, options)) is not None:
             return kind.from_pretrained(base, **options)
     return None
