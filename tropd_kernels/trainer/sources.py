@@ -157,8 +157,9 @@ def find_image_processor(teacher: Any, args: Any) -> Any:
         return _of_teacher(AutoImageProcessor, teacher, args)
     except ImportError:
         warnings.warn(
-            "teacher_model: its image processor needs torchvision, and was not compared with the "
-            "student's: see that both make the same pixels, or pip install torchvision",
+            "teacher_model: its image processor was not compared with the student's, for it needs "
+            "a package that is not here, as a rule torchvision: install it, or see that both make "
+            "the same pixels",
             stacklevel=2,
         )
         return None

@@ -65,8 +65,8 @@ def check_values(config: Any) -> None:
 
 
 def _check_compilation(config: Any) -> None:
-    """Before transformers puts the keys into the environment, where the next config is held
-    against them."""
+    """Before an earlier transformers puts the keys into the environment, where the next config is
+    held against them."""
     nothing = (
         "it would compile nothing: the loss reaches the models below the wrapper that compiles"
     )
