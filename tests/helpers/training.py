@@ -281,3 +281,21 @@ def resume_and_compare(folder, stop: int, other=None, **settings):
     assert resumed.losses == whole.losses[2 * stop :]
     for ours, theirs in zip(resumed.model.parameters(), whole.model.parameters()):
         assert torch.equal(ours, theirs)
+
+
+def is_the_large_batch(saved, student, twin, loss, parts=1):
+    """Checks a step of two processes, of each of which batches, parameters and losses are saved.
+
+    Args:
+        student: As it was before the step.
+        twin: Its copy in float64, whose gradients are `parts` times those of the loss.
+        loss: Of all their batches together.
+    """
+    # Each process has divided by its share of the tokens, and DDP takes the mean.
+    assert sum(sum(losses) for _, _, losses, *_ in saved) / 2 == pytest.approx(loss, rel=1e-5)
+    old, true = ([p for p in each.parameters() if p.requires_grad] for each in (student, twin))
+    for new, other, before, exact in zip(saved[0][1], saved[1][1], old, true, strict=True):
+        assert torch.equal(new, other)
+        torch.testing.assert_close(
+            (before.detach() - new).double() / RATE, exact.grad / parts, rtol=1e-3, atol=2e-4
+        )

@@ -242,7 +242,7 @@ def test_values_of_types_that_no_file_has():
     config = lora_config({"layer_replication": layers, "rank_pattern": {"q_proj": 4}})
     assert config.layer_replication == layers
     if not hasattr(peft.LoraConfig, "kasa_config"):
-        pytest.skip("an earlier peft")
+        pytest.skip("this peft has no kasa_config")
     config = lora_config({"kasa_config": {"beta": 0, "gamma": 0}})
     assert (config.kasa_config.beta, config.kasa_config.gamma) == (0, 0)
 

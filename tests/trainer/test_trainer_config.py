@@ -303,8 +303,8 @@ def test_error_names_the_key(settings, message):
 
 
 def test_what_accelerate_is_launched_to_compile(monkeypatch):
-    """By its flag or file, of which this variable comes. transformers puts `torch_compile` there as
-    well, where the next config would find it."""
+    """By its flag or file, which set this variable. An earlier transformers puts `torch_compile`
+    there as well, where the next config would find it."""
     key = "ACCELERATE_DYNAMO_BACKEND"
     monkeypatch.setenv(key, "NO")
     with pytest.raises(ValueError, match="^torch_compile: it would compile nothing"):

@@ -13,8 +13,8 @@ pytest.importorskip("trl", reason="the trainer needs trl")
 import tiny
 from engines import saved_together
 from training import (
-    RATE,
     by_hand,
+    is_the_large_batch,
     make,
     resume_and_compare,
     share_written_by,
@@ -145,14 +145,7 @@ def test_two_processes_are_the_large_batch(tmp_path, tmp_path_factory):
     trainer.seen = [(batch, True) for batches, *_ in saved for batch in batches]
     twin = tiny.model(0).double()
     loss = by_hand(trainer, twin, [one.double() for one in teachers()])
-    assert sum(sum(losses) for _, _, losses in saved) / 2 == pytest.approx(loss.item(), rel=1e-5)
-    for new, other, old, true in zip(
-        saved[0][1], saved[1][1], tiny.model(0).parameters(), twin.parameters(), strict=True
-    ):
-        assert torch.equal(new, other)
-        torch.testing.assert_close(
-            (old.detach() - new).double() / RATE, true.grad, rtol=1e-3, atol=2e-4
-        )
+    is_the_large_batch(saved, tiny.model(0), twin, loss.item())
 
 
 def saved(folder, model, words=tiny.WORDS) -> str:

@@ -48,7 +48,9 @@ def packed_sequence_ids(cu_seqlens: Tensor, total: int) -> Tensor:  # (S + 1,) -
         )
     # Of a fraction arange would make a position, too.
     if isinstance(total, float) or (isinstance(total, Tensor) and total.is_floating_point()):
-        raise ValueError(f"total must be a whole number of positions, got {total!r:.80}")
+        raise ValueError(
+            f"total must be a whole number of positions, got {total!r:.80}: pass an int"
+        )
     position = torch.arange(total, dtype=cu_seqlens.dtype, device=cu_seqlens.device)
     return torch.searchsorted(cu_seqlens[1:], position, right=True)[None]
 

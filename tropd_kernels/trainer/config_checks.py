@@ -45,7 +45,7 @@ def check_trainer(config: Config) -> None:
     if launched and config.device.type == "cpu":
         raise ValueError(
             "ACCELERATE_MIXED_PRECISION: fp16 would have no effect: on a CPU accelerate leaves the "
-            "weights' own dtype: unset it, or give bf16 to accelerate's launch and its config"
+            "weights' own dtype: unset it, or launch with bf16 (mixed_precision)"
         )
     if config.use_liger_kernel and config.device.type == "cpu":
         raise ValueError(

@@ -268,7 +268,8 @@ class PrefixedGeneration(MetricLogs):
         """With the places of the batch's rows for their fields, of which TRL selects those of the
         rows that go on after a tool's answer.
 
-        It would select from the fields themselves, which need not have an item for each row.
+        It would select from the fields themselves, which need not have an item for each row. A
+        process whose rows have all ended takes part in the others' turns where it must.
         """
         self._asked = [list(prompt) for prompt in prompts]  # TRL's grow by the answers
         self._asked_ids = prompt_ids
@@ -283,9 +284,9 @@ class PrefixedGeneration(MetricLogs):
             prompts, prompt_ids, completion_ids, completions, images, places
         )
         if self._writes_together():
-            # vLLM's limit is the main process's for all.
+            # What is written here is discarded. vLLM's limit is the main process's for all.
             tokens = self.max_completion_length if self.use_vllm else 1
-            while not holds_on_all(self.accelerator, True):  # others go on after tools' answers
+            while not holds_on_all(self.accelerator, True):  # `_go_on` says that one has a turn
                 with self._new_token_limit(tokens):
                     self._generate_single_turn(prompt_ids, images, multimodal_fields)
         *_, calls, failures, _ = found
@@ -341,7 +342,7 @@ class PrefixedGeneration(MetricLogs):
         """A turn after tools' answers, of the tokens that are left: TRL cuts a whole completion's,
         for which a table of positions may have no room."""
         if self._writes_together():
-            holds_on_all(self.accelerator, False)
+            holds_on_all(self.accelerator, False)  # for those that wait in `_tool_call_loop`
         fields, tokens, rows = multimodal_fields, self.max_completion_length, len(prompt_ids)
         if _PLACES in fields:  # not where tools answer with images
             places = fields[_PLACES]
@@ -349,7 +350,7 @@ class PrefixedGeneration(MetricLogs):
             fields = self._fields_after_tools(places, prompt_ids)
             if not self.use_vllm:  # a server writes for all processes at once
                 tokens = max(tokens - min(spent), 1)
-        if self._shares_vllm():  # TRL takes it that all processes have as many prompts
+        if self._shares_vllm():  # TRL gives texts back as if all processes had as many prompts
             more = len(self._asked_ids) - rows
             prompt_ids = [*prompt_ids, *prompt_ids[:1] * more]
             images = images and [*images, *images[:1] * more]

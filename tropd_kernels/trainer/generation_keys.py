@@ -117,7 +117,7 @@ _FAILING: tuple[tuple[tuple[str, ...], Callable[[Mapping[str, Any]], bool], str,
 )  # fmt: skip
 #: Models in which the tokens of an image, or all of a prompt with one, attend to later ones.
 _IMAGES_LOOK_AHEAD = {"gemma3", "molmo2", "paligemma"}
-#: The first version of transformers that gives each chunk of a prompt its images.
+#: The first version of transformers whose source gives each chunk of a prompt its images.
 _CHUNKS_OF_IMAGES = Version("5.23.0")
 #: Keys of transformers and of vLLM that act from the student's first token on, or on what was
 #: written before it.

@@ -60,7 +60,7 @@ def lora_config(peft: Any) -> Any:
             try:
                 type_validator(key, value, kind)
             except TypeError:
-                wanted = getattr(kind, "__name__", kind) if isinstance(kind, type) else kind
-                wanted = str(wanted).replace("typing.", "")
+                wanted = kind.__name__ if isinstance(kind, type) else str(kind)
+                wanted = wanted.replace("typing.", "")
                 raise ValueError(f"peft: {key} must be {wanted}, got {given[key]!r}") from None
     return config

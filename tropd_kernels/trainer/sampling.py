@@ -146,8 +146,8 @@ def truncating_warpers(args: Any) -> list[Any]:
     """transformers' warpers of top_k, top_p and min_p that exclude ids, in the sampler's order, for
     logits over the loss's temperature.
 
-    None beside other settings of the sampler, which change the logits that these cut, or the ids
-    that are left.
+    An empty list beside other settings of the sampler, which change the logits that these cut, or
+    the ids that are left.
     """
     given = settings(args)
     found: dict[str, Any] = {}
