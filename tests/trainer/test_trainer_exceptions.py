@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datasets
 import pytest
 import torch
 
@@ -106,6 +107,22 @@ def test_training_that_is_interrupted(tmp_path):
     again = make(tmp_path, tiny.model(0, kind=Breaks))
     again.train()
     assert not again.is_in_train
+
+
+def test_an_error_names_the_checkpoint(tmp_path):
+    """Also where its own words do not: one of a row that is read late."""
+    rows = tiny.prompts(8)
+    long = rows.select([7]).map(lambda row: {"prompt": " ".join(["w1"] * 200)})
+    data = datasets.concatenate_datasets([rows.select(range(7)), long])
+    settings = dict(per_device_train_batch_size=1, max_steps=8, shuffle_dataset=False)
+    trainer = make(tmp_path, data=data, save_strategy="steps", save_steps=3, **settings)
+    with pytest.raises(ValueError, match="exceed") as caught:
+        trainer.train()
+    (note,) = caught.value.__notes__
+    assert note.startswith(f"The run can go on from {tmp_path / 'checkpoint-6'} by resume_from_che")
+    with pytest.raises(ValueError, match="exceed") as caught:
+        make(tmp_path / "other", data=data, **settings).train()
+    assert not hasattr(caught.value, "__notes__")
 
 
 class FailsInTheSecond(Spy):

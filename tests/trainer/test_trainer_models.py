@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
 import transformers
@@ -185,3 +187,32 @@ def test_a_student_with_a_z_loss_of_its_own(tmp_path):
     make(tmp_path, folder, model_init_kwargs={"z_loss_coefficient": 0.0})
     student.z_loss_coefficient = 0
     make(tmp_path, student).train()
+
+
+@pytest.mark.parametrize("save", [{}, {"save_strategy": "steps", "save_steps": 1}])
+def test_values_of_sampling_without_do_sample(tmp_path, save):
+    """Of published models: transformers loads them, and saves none that anything was set in, as
+    TRL sets the padding."""
+    folder = tmp_path / "student"
+    tiny.model(0).save_pretrained(folder)
+    values = {"temperature": 0.9, "top_p": 0.6, "eos_token_id": 2}
+    (folder / "generation_config.json").write_text(json.dumps(values))
+    with pytest.warns(UserWarning, match="^model: its generation_config has values of sampling"):
+        trainer = make(tmp_path / "out", str(folder), **save)
+    trainer.train()
+    trainer.save_model()
+    saved = transformers.GenerationConfig.from_pretrained(tmp_path / "out")
+    assert (saved.do_sample, saved.temperature, saved.top_p) == (True, 0.9, 0.6)
+
+
+def test_configs_that_cannot_be_saved(tmp_path):
+    """Before training: transformers says so only where it saves them."""
+    student = tiny.model(0)
+    student.generation_config.num_beams, student.generation_config.num_return_sequences = 2, 4
+    with pytest.raises(ValueError, match="^model: its generation_config could not be saved with i"):
+        make(tmp_path, student)
+    assert student.generation_config.do_sample is not True
+    student = tiny.model(0)
+    student.config.top_p = 0.5
+    with pytest.raises(ValueError, match="^model: its config could not be saved with it: Some gen"):
+        make(tmp_path, student)

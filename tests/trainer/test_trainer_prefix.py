@@ -204,6 +204,21 @@ def test_column_follows_its_prompt():
         column_ids([{"role": "assistant", "content": "w2"}], "w0", text("w0"), text, "answer")
 
 
+@pytest.mark.parametrize("roles", ["", "user", "assistant user assistant", "assistant tool"])
+def test_an_answer_of_several_messages(roles):
+    """What the user or a tool says between would be learned, and nothing after the first end."""
+    tokens = tiny.tokenizer()
+
+    def talk(messages):
+        return tokens.apply_chat_template(messages)["input_ids"]
+
+    prompt = [{"role": "user", "content": "w0 w1"}]
+    answer = [{"role": role, "content": "w2 w3"} for role in roles.split()]
+    words = r"^answer: expected one message of the assistant, got \[.*: give the last answer"
+    with pytest.raises(ValueError, match=words):
+        column_ids(answer, prompt, talk(prompt), talk, "answer")
+
+
 def test_a_share_of_a_run_that_is_no_step(tmp_path):
     """The config knows it by max_steps, the first step by the rows and epochs."""
     trainer = make(

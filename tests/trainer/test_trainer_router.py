@@ -131,6 +131,11 @@ def test_router_s_loss_that_cannot_be_had(tmp_path, monkeypatch):
             tmp_path, mixture("mixtral"), gradient_checkpointing=True,
             gradient_checkpointing_kwargs={"use_reentrant": True},
         )  # fmt: skip
+    student = mixture("mixtral")
+    student.gradient_checkpointing_enable({"use_reentrant": True})
+    with pytest.raises(ValueError, match="^router_aux_loss_coef: the router's loss has no gradi"):
+        make(tmp_path, student).train()
+    make(tmp_path, student, gradient_checkpointing=True).train()  # transformers' own, in its place
     with pytest.raises(ValueError, match="router_aux_loss_coef: must be in"):
         make(tmp_path, router_aux_loss_coef=-1.0)
     doge = tiny.model(

@@ -13,9 +13,11 @@ pytest.importorskip("trl", reason="the trainer needs trl")
 
 import served_states
 import tiny
+import vision
 from training import make
 
 from tropd_kernels.trainer import TeacherServerError, TrOPDConfig, TrOPDTrainer
+from tropd_kernels.trainer.loaded_teacher import load_teacher
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
 REFUSED = "teacher_model: its tokenizer is not the student's"
@@ -223,6 +225,29 @@ def test_an_adapter_as_the_teacher(tmp_path, adapter):
     other_tokenizer().save_pretrained(tmp_path / "base")
     with pytest.raises(ValueError, match=REFUSED):
         make(tmp_path, teacher=str(adapter))
+
+
+@pytest.mark.parametrize("kind", ["qwen2_vl", "qwen3_5"])
+def test_an_adapter_of_a_teacher_that_sees_images(tmp_path, kind):
+    """The base's own class is loaded: for causal language models there is none, or one that is
+    blind."""
+    peft = pytest.importorskip("peft")
+    base = vision.model(kind, 1)
+    base.save_pretrained(tmp_path / "base")
+    settings = peft.LoraConfig(
+        task_type="CAUSAL_LM", target_modules=r".*language_model.*(q_proj|v_proj)", r=2,
+        init_lora_weights=False,
+    )  # fmt: skip
+    adapted = peft.get_peft_model(type(base).from_pretrained(tmp_path / "base"), settings)
+    adapted.save_pretrained(tmp_path / "adapter")
+    args = TrOPDConfig(str(tmp_path), use_cpu=True, bf16=False, report_to="none")
+    teacher = load_teacher(str(tmp_path / "adapter"), args)
+    assert type(teacher) is type(base)
+    ids = torch.arange(5, 15)[None]
+    with torch.no_grad():
+        found, expected, bare = (model.eval()(ids).logits for model in (teacher, adapted, base))
+    assert torch.allclose(found, expected, atol=1e-5)
+    assert not torch.allclose(found, bare, atol=1e-3)
 
 
 def test_folders_without_a_model(tmp_path, adapter):

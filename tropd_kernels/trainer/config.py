@@ -161,7 +161,7 @@ class TrOPDConfig(DistillationConfig):
         PREFIX_WEIGHT,
     )
     prefix_column: str | None = _setting(
-        "column with the teacher's answer: text, or messages for a conversational prompt. Without "
+        "column with the teacher's answer: text, or the assistant's message in a list. Without "
         "that column the teacher writes the prefix.",
         "teacher_completion",
     )

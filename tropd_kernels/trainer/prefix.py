@@ -79,7 +79,8 @@ def column_ids(
 
     Prompt and answer are tokenized together, and the prompt's ids removed from the front: ids
     across the boundary may differ from those of the answer alone. For a conversational prompt the
-    answer is the assistant's messages, or the text of one. tokenize: maps text or messages to ids.
+    answer is one message of the assistant, in a list, or its text. tokenize: maps text or messages
+    to ids.
 
     Raises ValueError, with the column's name, if the answer is of the wrong kind, or if the joint
     ids do not begin with the prompt's: then the student could not continue at any position.
@@ -91,6 +92,12 @@ def column_ids(
         raise ValueError(
             f"{column}: expected text{' or messages' if conversation else ''} to go with the "
             f"prompt {_short(prompt)}, got {_short(answer)}"
+        )
+    if not isinstance(answer, str) and [one.get("role") for one in answer] != ["assistant"]:
+        raise ValueError(
+            f"{column}: expected one message of the assistant, got {_short(answer)}: what others "
+            "say in between would be learned, or nothing after the first end: give the last "
+            "answer, and put the messages before it into the prompt"
         )
     joint = tokenize(prompt + answer)  # type: ignore[operator]  # both text, or both messages
     if list(joint[: len(prompt_ids)]) != list(prompt_ids):

@@ -42,12 +42,21 @@ class RouterLoss:
 
     @contextlib.contextmanager
     def recording(self, model: Any) -> Iterator[list[Any]]:
-        """Lists each inner forward's router logits: a tuple of (tokens, experts) per layer."""
+        """Lists each inner forward's router logits: a tuple of (tokens, experts) per layer.
+
+        Raises ValueError inside where they carry no gradient and the hidden states do."""
         found: list[Any] = []
         backbone = base_of(model).base_model
 
         def keep(module, arguments, output):
-            found.append(getattr(output, "router_logits", None))
+            found.append(logits := getattr(output, "router_logits", None))
+            if logits and output[0].requires_grad and not any(one.requires_grad for one in logits):
+                raise ValueError(
+                    "router_aux_loss_coef: the router's loss has no gradient, as where the model "
+                    "itself checkpoints with use_reentrant: set gradient_checkpointing, or call "
+                    'model.gradient_checkpointing_enable({"use_reentrant": False}), or '
+                    f"{_WITHOUT}"
+                )
 
         hook = backbone.register_forward_hook(keep)
         try:
@@ -93,8 +102,9 @@ def router_loss(model: Any, args: Any) -> RouterLoss | None:
         "use_reentrant"
     ):
         raise ValueError(
-            "gradient_checkpointing_kwargs: with use_reentrant the router's loss has no gradient: "
-            f"leave use_reentrant out, or {_WITHOUT}"
+            "gradient_checkpointing_kwargs: with use_reentrant, which TRL sets for an adapter "
+            "under ZeRO-3, the router's loss has no gradient: leave it out, or set "
+            f"gradient_checkpointing=False, or {_WITHOUT}"
         )
     return RouterLoss(model, coefficient)
 

@@ -207,11 +207,13 @@ def model_class(name: str, options: Mapping[str, Any]) -> Any:
     try:
         config = AutoConfig.from_pretrained(name, **options)
     except _NOT_FOUND:
-        if adapter_base(name, options) is None:
+        if (base := adapter_base(name, options)) is None:
             raise
         if not is_peft_available():
             raise ImportError(f"{name} is an adapter: pip install peft") from None
-        return AutoModelForCausalLM  # loads the base model and the adapter into it
+        # The base's class loads the adapter into it. The revision is of the adapter's repository.
+        elsewhere = ("revision", "subfolder", "code_revision")
+        return model_class(base, {k: v for k, v in options.items() if k not in elsewhere})
     for architecture in config.architectures or ():
         if hasattr(transformers, architecture):
             return getattr(transformers, architecture)

@@ -1,7 +1,8 @@
 """Errors that stop a run on every process, and how the run can be resumed."""
 
+import contextlib
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,23 @@ def how_to_resume(folder: str) -> str:
         f"begin anew: no checkpoint is in {folder!r}; save_strategy and save_steps say when one is "
         "saved"
     )
+
+
+@contextlib.contextmanager
+def checkpoint_named(folder: str) -> Iterator[None]:
+    """Adds to an error from inside which checkpoint the run can go on from, if there is one and
+    the error does not say so itself."""
+    try:
+        yield
+    except Exception as error:
+        last = get_last_checkpoint(folder) if Path(folder).is_dir() else None
+        if last is not None and last not in str(error):
+            error.add_note(
+                f"The run can go on from {last} by resume_from_checkpoint. If a row of the data "
+                "set is at fault, mend it rather than drop it: of another number of rows the order "
+                "would be another"
+            )
+        raise
 
 
 def raise_nonfinite(

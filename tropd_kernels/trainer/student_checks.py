@@ -1,7 +1,8 @@
-"""Students that are refused before training: nothing to train, an optimizer of other parameters, or
-a further loss, of the model itself or of its adapters."""
+"""Students that are refused before training: nothing to train, an optimizer of other parameters,
+configs that cannot be saved, or a further loss, of the model itself or of its adapters."""
 
 import contextlib
+import tempfile
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -38,6 +39,39 @@ def check_optimized(model: torch.nn.Module, optimizer: torch.optim.Optimizer | N
             "require a gradient: make it from the model that is given, with its adapter if there "
             "is one"
         )
+
+
+def saving_warning(model: torch.nn.Module) -> str | None:
+    """Tries to save the student's configs, which transformers checks only when it saves them: a run
+    would end at its first checkpoint, or after its last step.
+
+    A generation_config with values of sampling and without do_sample, as some published ones are,
+    gets it; the warning says so. Raises ValueError for configs that cannot be saved at all.
+    """
+    base: Any = base_of(model)
+    generation, warning = base.generation_config, None
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            generation.save_pretrained(folder)
+        except ValueError as error:
+            given, generation.do_sample = generation.do_sample, True
+            try:
+                generation.save_pretrained(folder)
+            except ValueError:
+                generation.do_sample = given
+                raise ValueError(
+                    f"model: its generation_config could not be saved with it: {error}"
+                ) from error
+            warning = (
+                "model: its generation_config has values of sampling without do_sample, and "
+                "transformers would not save it with the model: do_sample is now True in it. "
+                "Completions are sampled as the trainer's own settings say"
+            )
+        try:
+            base.config.save_pretrained(folder)
+        except ValueError as error:
+            raise ValueError(f"model: its config could not be saved with it: {error}") from error
+    return warning
 
 
 def check_z_loss(model: torch.nn.Module) -> None:

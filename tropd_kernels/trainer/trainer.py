@@ -58,8 +58,8 @@ from .served_teacher import ServedTeacher
 from .sides import ModelSide
 from .sources import check_sources, find_processor, find_tokenizer, teacher_to_load
 from .special_tokens import compare_tokenizers, refuse_unused_map, unknown_tokenizer_error
-from .stops import raise_nonfinite
-from .student_checks import check_adapters, check_optimized, check_trainable
+from .stops import checkpoint_named, raise_nonfinite
+from .student_checks import check_adapters, check_optimized, check_trainable, saving_warning
 from .verifier import Verifier
 from .verifier_checks import check_reward_funcs
 
@@ -210,7 +210,8 @@ class TrOPDTrainer(RewardedTrainer):
         self._warpers = sampling.truncating_warpers(args)
         self._kept_mass: Tensor | None = None  # of a micro-batch: sum and count
         finders = sampling.sampling_warning, sampling.temperature_warning, surrogate_warning
-        for warning in [find(args) for find in finders]:
+        saving = None if is_peft_model(self.model) else saving_warning(self.model)
+        for warning in [saving, *(find(args) for find in finders)]:
             if warning is not None and self.accelerator.is_main_process:
                 warnings.warn(warning, stacklevel=2)
         at_terminal = sys.stdout.isatty() and not args.disable_tqdm
@@ -273,9 +274,10 @@ class TrOPDTrainer(RewardedTrainer):
             if (advice := progress.watch(self._rule(), whole)) is not None:
                 print(advice, flush=True)
         try:
-            output = super().train(resume_from_checkpoint, *rest, **keywords)
-            self.check_weights()  # nothing was generated after the last step
-            return output
+            with checkpoint_named(self.args.output_dir):
+                output = super().train(resume_from_checkpoint, *rest, **keywords)
+                self.check_weights()  # nothing was generated after the last step
+                return output
         finally:
             progress.close(self.callback_handler.callbacks)
             if self.is_in_train:  # transformers does this only at a regular end
