@@ -164,16 +164,14 @@ def make_trainer(run: Run, config: Any) -> Any:
 def find_checkpoint(config: Any) -> str | None:
     """The folder that `resume_from_checkpoint` names: for "true" the last one in output_dir, for
     "false", "none" and "" none."""
-    from transformers.trainer_utils import get_last_checkpoint
-
-    from .trainer.progress import is_checkpoint
+    from .trainer.progress import is_checkpoint, last_checkpoint
 
     given = str(config.resume_from_checkpoint or "")
     if given.lower() in ("", "false", "none"):
         return None
     if given.lower() == "true":
         folder = Path(config.output_dir)
-        given = (get_last_checkpoint(folder) if folder.is_dir() else None) or ""
+        given = last_checkpoint(folder) or ""
         if not given:
             raise UsageError(f"resume_from_checkpoint: there is no checkpoint in {folder}")
     if not is_checkpoint(given):

@@ -11,6 +11,9 @@ pytest.importorskip("trl", reason="the trainer needs trl")
 import tiny
 from training import Spy, Weights, make
 
+from tropd_kernels.trainer.progress import last_checkpoint
+from tropd_kernels.trainer.stops import how_to_resume
+
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
 
 MOE = dict(
@@ -100,3 +103,15 @@ def test_a_checkpoint_of_the_weights_alone(tmp_path, save_only_model):
     assert any(words in str(one.message) for one in caught) == save_only_model
     rates = [log["learning_rate"] for log in resumed.state.log_history if "learning_rate" in log]
     assert (rates[2] == rates[0]) == save_only_model
+
+
+def test_a_save_that_was_cut_off(tmp_path):
+    """Its folder is passed over: by an error's advice, and by a resume from the last one."""
+    settings = dict(max_steps=4, save_strategy="steps", save_steps=2)
+    make(tmp_path, **settings).train()
+    (tmp_path / "checkpoint-4" / "trainer_state.json").unlink()
+    assert how_to_resume(str(tmp_path)).startswith(f"go on from {tmp_path / 'checkpoint-2'} by")
+    assert last_checkpoint(tmp_path / "checkpoint-2") is None
+    resumed = make(tmp_path, **settings)
+    resumed.train(resume_from_checkpoint=True)
+    assert len(resumed.batches) == 2 and resumed.state.global_step == 4

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import warnings
 
+import datasets
 import pytest
+import tokenizers
 import torch
 import transformers
 
@@ -189,20 +192,39 @@ def test_a_student_with_a_z_loss_of_its_own(tmp_path):
     make(tmp_path, student).train()
 
 
-@pytest.mark.parametrize("save", [{}, {"save_strategy": "steps", "save_steps": 1}])
-def test_values_of_sampling_without_do_sample(tmp_path, save):
-    """Of published models: transformers loads them, and saves none that anything was set in, as
-    TRL sets the padding."""
-    folder = tmp_path / "student"
+@pytest.mark.parametrize(
+    ("given", "kept"),
+    [
+        ({"temperature": 0.9, "top_p": 0.6}, (True, 0.9, 0.6)),
+        # What TRL sets is there, and transformers sets the tokenizer's end once training begins.
+        (
+            {"temperature": 0.9, "top_p": 0.6, "pad_token_id": 0, "eos_token_id": 7},
+            (True, 0.9, 0.6),
+        ),
+        ({"temperature": 0.0}, (None, None, None)),
+        ({"temperature": 0.6, "do_sample": False}, (False, None, None)),
+    ],
+)
+@pytest.mark.parametrize("adapter", [False, True])
+def test_values_of_sampling_without_do_sample(tmp_path, given, kept, adapter):
+    """Of published models: transformers loads them, and saves none in which anything was set."""
+    folder, peft = tmp_path / "student", None
+    if adapter:
+        kinds = pytest.importorskip("peft")
+        peft = kinds.LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"])
     tiny.model(0).save_pretrained(folder)
-    values = {"temperature": 0.9, "top_p": 0.6, "eos_token_id": 2}
-    (folder / "generation_config.json").write_text(json.dumps(values))
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": 2} | given))
+    out = tmp_path / "out"
     with pytest.warns(UserWarning, match="^model: its generation_config has values of sampling"):
-        trainer = make(tmp_path / "out", str(folder), **save)
+        trainer = make(out, str(folder), peft=peft, save_strategy="steps", save_steps=1)
     trainer.train()
     trainer.save_model()
-    saved = transformers.GenerationConfig.from_pretrained(tmp_path / "out")
-    assert (saved.do_sample, saved.temperature, saved.top_p) == (True, 0.9, 0.6)
+    if adapter:
+        trainer.model.merge_and_unload().save_pretrained(out)
+    again = transformers.AutoModelForCausalLM.from_pretrained(out)
+    saved = again.generation_config
+    assert (saved.do_sample, saved.temperature, saved.top_p) == kept
+    again.generate(torch.tensor([[5, 6]]), max_new_tokens=2)
 
 
 def test_configs_that_cannot_be_saved(tmp_path):
@@ -216,3 +238,60 @@ def test_configs_that_cannot_be_saved(tmp_path):
     student.config.top_p = 0.5
     with pytest.raises(ValueError, match="^model: its config could not be saved with it: Some gen"):
         make(tmp_path, student)
+
+
+def words_of(trainer_of):
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        trainer_of()
+    return [str(one.message) for one in caught if "texts end with" in str(one.message)]
+
+
+def test_an_end_of_the_teacher_s_that_does_not_end_the_student(tmp_path):
+    """A chat model teaches a base model of its family, whose tokenizer and model end elsewhere."""
+    student, teacher = tiny.model(0), tiny.model(1)
+    student.generation_config.eos_token_id = 2
+    teacher.generation_config.eos_token_id = [3, 2]
+    (words,) = words_of(lambda: make(tmp_path, student, teacher))
+    assert words.startswith("teacher_model: its texts end with '<|end|>', which does not end the ")
+    # As it says.
+    student.generation_config.eos_token_id = [2, 3]
+    assert not words_of(lambda: make(tmp_path, student, teacher))
+    student.generation_config.eos_token_id = 2
+    tokenizer = tiny.tokenizer()
+    tokenizer.eos_token = "<|end|>"
+    assert not words_of(lambda: with_tokenizer(tmp_path, tokenizer, student, teacher))
+
+
+@pytest.mark.parametrize("kind", ["Qwen2", "Gemma"])
+def test_a_folder_without_a_tokenizer(tmp_path, kind):
+    """transformers makes a tokenizer of special tokens alone: no sign of another family in a
+    teacher, and of no use to a student."""
+    made, config = (getattr(transformers, kind + of) for of in ("ForCausalLM", "Config"))
+    for seed, name in enumerate(("student", "teacher")):
+        tiny.model(seed, kind=made, config=config, head_dim=8).save_pretrained(tmp_path / name)
+    assert transformers.AutoTokenizer.from_pretrained(tmp_path / "teacher").get_vocab()
+    trainer = make(tmp_path / "out", str(tmp_path / "student"), str(tmp_path / "teacher"))
+    trainer.train()
+    own = transformers.AutoTokenizer.from_pretrained(tmp_path / "student")
+    own.chat_template = None
+    with pytest.raises(ValueError, match=f"^processing_class: a {kind}Tokenizer.* alone"):
+        with_tokenizer(tmp_path, own, str(tmp_path / "student"))
+
+
+@pytest.mark.parametrize("column", ["prompt", "teacher_prompt"])
+@pytest.mark.parametrize("rendered", [False, True])
+def test_prompts_that_a_template_has_rendered_before(tmp_path, column, rendered):
+    """With the template's own first token, and the tokenizer adds one to every text."""
+    tokenizer = tiny.tokenizer()
+    tokenizer.bos_token = "<s>"
+    tokenizer.backend_tokenizer.post_processor = tokenizers.processors.TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", tokenizer.bos_token_id)]
+    )
+    rows = {"prompt": ["w1 w2"] * 8} | {column: ["<s> w1 w2" if rendered else "w1 w2"] * 8}
+    data = datasets.Dataset.from_dict(rows)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        with_tokenizer(tmp_path, tokenizer, data=data).train()
+    words = f"{column}: starts with '<s>' twice: text that a chat template has rendered has it al"
+    assert any(str(one.message).startswith(words) for one in caught) is rendered

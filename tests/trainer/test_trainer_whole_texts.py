@@ -14,7 +14,7 @@ import tiny
 from training import Spy, make
 
 from tropd_kernels.trainer import TrOPDConfig
-from tropd_kernels.trainer.vocabulary import check_whole
+from tropd_kernels.trainer.vocabulary import check_whole, has_words
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
 
@@ -137,3 +137,4 @@ def words(*tokens, special=()):
 )
 def test_small_vocabularies_cut_nothing(tokenizer):
     check_whole(lambda text: tokenizer(text)["input_ids"], tokenizer, 64)
+    assert has_words(tokenizer)

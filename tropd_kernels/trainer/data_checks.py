@@ -5,7 +5,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
 from os import PathLike
 from typing import Any
 
-from transformers import ProcessorMixin
+from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
 from . import signals, teacher_prompts
 from .recipes import how_to_unset
@@ -292,6 +292,20 @@ def _is_message(message: Any) -> bool:
         return all(isinstance(part, dict) and "type" in part for part in content)
     called = "content" in message and content is None and bool(message.get("tool_calls"))
     return isinstance(content, str) or called
+
+
+def warn_of_two_starts(
+    prompt_ids: Sequence[Sequence[int]], tokenizer: PreTrainedTokenizerBase, column: str = "prompt"
+) -> None:
+    """Warns of prompts that start with the tokenizer's first token twice."""
+    start = tokenizer.bos_token_id
+    if start is not None and any(list(ids[:2]) == [start, start] for ids in prompt_ids):
+        warnings.warn(
+            f"{column}: starts with {tokenizer.bos_token!r} twice: text that a chat template has "
+            "rendered has it already, and the tokenizer adds another: give the messages, or text "
+            "without it",
+            stacklevel=5,  # TRL's call of the trainer's hook
+        )
 
 
 def check_tokens(

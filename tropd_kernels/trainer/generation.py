@@ -29,7 +29,12 @@ from .context import (
     context_of,
     scale_warning,
 )
-from .data_checks import check_prompts, check_row_modalities, check_tokens
+from .data_checks import (
+    check_prompts,
+    check_row_modalities,
+    check_tokens,
+    warn_of_two_starts,
+)
 from .fields import (
     KeptFields,
     extend_token_fields,
@@ -53,7 +58,7 @@ from .sharding import (
 )
 from .shortcuts import check_shortcuts
 from .stops import raise_nonfinite_weights
-from .vocabulary import check_ids, check_whole
+from .vocabulary import check_ids, check_whole, has_words
 
 #: What TRL is given in the place of a processor's fields while tools are called.
 _PLACES = "places"
@@ -141,7 +146,13 @@ class PrefixedGeneration(MetricLogs):
 
     def check_tokenizing(self) -> None:
         """Raises ValueError for `chat_template_kwargs` that do nothing, or what they should not,
-        and where prompts, as text or as messages, would be cut."""
+        where prompts, as text or as messages, would be cut, and for a tokenizer without words."""
+        if not has_words(self._tokenizer):
+            raise ValueError(
+                f"processing_class: a {type(self._tokenizer).__name__} with special tokens alone, "
+                "as transformers makes one where a model's folder has no files of a tokenizer: "
+                "save the tokenizer in that folder, or pass processing_class"
+            )
         check_template_keys(
             self.chat_template_kwargs, self.processing_class, self.chat_template, self.tools
         )
@@ -399,7 +410,9 @@ class PrefixedGeneration(MetricLogs):
 
     def _check_batch(self, rows: list[dict], prompt_ids: list[list[int]]) -> None:
         check_tokens(rows, prompt_ids)
+        warn_of_two_starts(prompt_ids, self._tokenizer)
         if self._teacher_prompts is not None:
+            warn_of_two_starts(self._teacher_prompts, self._tokenizer, teacher_prompts.COLUMN)
             check_tokens(rows, self._teacher_prompts, teacher_prompts.COLUMN)
         for side, read, _ in self._read_by(prompt_ids):
             all_ids = torch.tensor([token for ids in read for token in ids])

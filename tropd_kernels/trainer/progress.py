@@ -101,3 +101,16 @@ def is_checkpoint(folder: str | Path) -> bool:
     named = re.fullmatch(rf"{PREFIX_CHECKPOINT_DIR}-\d+", folder.resolve().name)
     whole = named or any(folder.glob("rng_state*.pth"))  # save_only_model leaves them out
     return (folder / STATE).is_file() and bool(whole)
+
+
+def last_checkpoint(folder: str | Path) -> str | None:
+    """The last of the checkpoints in this folder from which a run can be resumed, or None.
+
+    A save that was cut off leaves a folder that is none.
+    """
+    found = {}
+    for path in Path(folder).glob(f"{PREFIX_CHECKPOINT_DIR}-*"):
+        step = path.name.rpartition("-")[2]
+        if step.isdecimal() and is_checkpoint(path):
+            found[int(step)] = path
+    return str(found[max(found)]) if found else None

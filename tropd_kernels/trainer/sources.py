@@ -32,6 +32,7 @@ from .effects import OF_LOADED_TEACHER, refuse
 from .patching import replaced
 from .protocols import VLLMHiddenStates, sends_states
 from .self_teacher import is_self
+from .vocabulary import has_words
 
 #: Options of `from_pretrained` that say where files are ...
 PLACE = ("cache_dir", "local_files_only", "revision", "subfolder", "token")
@@ -148,7 +149,8 @@ def find_tokenizer(teacher: Any, args: Any) -> PreTrainedTokenizerBase | None:
     a tokenizer has that of its base. For a model that is loaded already only this machine is
     searched, at `args.teacher_model_revision`.
     """
-    return _of_teacher(AutoTokenizer, teacher, args)
+    found = _of_teacher(AutoTokenizer, teacher, args)
+    return None if found is None or not has_words(found) else found
 
 
 def find_image_processor(teacher: Any, args: Any) -> Any:

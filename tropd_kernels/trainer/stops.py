@@ -7,12 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers.trainer_utils import get_last_checkpoint
+
+from .progress import last_checkpoint
 
 
 def how_to_resume(folder: str) -> str:
     """The end of an error message: what a stopped run can do, given the checkpoints in `folder`."""
-    last = get_last_checkpoint(folder) if Path(folder).is_dir() else None
+    last = last_checkpoint(folder)
     if last is not None:
         return f"go on from {last} by resume_from_checkpoint"
     return (
@@ -28,7 +29,7 @@ def checkpoint_named(folder: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        last = get_last_checkpoint(folder) if Path(folder).is_dir() else None
+        last = last_checkpoint(folder)
         if last is not None and last not in str(error):
             error.add_note(
                 f"The run can go on from {last} by resume_from_checkpoint. If a row of the data "

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from .patching import base_of
+from .sampling import OF_DRAWS
 
 #: PEFT's LoRA options with a loss that a training loop has to add, and the weights of that loss.
 _OWN_LOSSES = {
@@ -42,31 +43,38 @@ def check_optimized(model: torch.nn.Module, optimizer: torch.optim.Optimizer | N
 
 
 def saving_warning(model: torch.nn.Module) -> str | None:
-    """Tries to save the student's configs, which transformers checks only when it saves them: a run
-    would end at its first checkpoint, or after its last step.
+    """Checks the student's configs as transformers does only when it saves them, where a run would
+    end at its first checkpoint, or after its last step.
 
-    A generation_config with values of sampling and without do_sample, as some published ones are,
-    gets it; the warning says so. Raises ValueError for configs that cannot be saved at all.
+    Values of sampling in a generation_config that does not sample, as in some published ones, are
+    refused there once anything else in it was set, as TRL and transformers do: it is made to
+    sample, or loses them where it is greedy, and the warning says so. Raises ValueError for configs
+    that cannot be saved at all.
     """
     base: Any = base_of(model)
     generation, warning = base.generation_config, None
-    with tempfile.TemporaryDirectory() as folder:
+    try:
+        generation.validate(strict=True)
+    except ValueError as error:
+        before = dict(vars(generation))
+        if generation.do_sample is None and generation.temperature != 0:
+            generation.do_sample, what = True, "do_sample is now True in it"
+        else:
+            vars(generation).update(dict.fromkeys(OF_DRAWS & vars(generation).keys()))
+            what = "being greedy it lost them"
         try:
-            generation.save_pretrained(folder)
-        except ValueError as error:
-            given, generation.do_sample = generation.do_sample, True
-            try:
-                generation.save_pretrained(folder)
-            except ValueError:
-                generation.do_sample = given
-                raise ValueError(
-                    f"model: its generation_config could not be saved with it: {error}"
-                ) from error
-            warning = (
-                "model: its generation_config has values of sampling without do_sample, and "
-                "transformers would not save it with the model: do_sample is now True in it. "
-                "Completions are sampled as the trainer's own settings say"
-            )
+            generation.validate(strict=True)
+        except ValueError:
+            vars(generation).update(before)
+            raise ValueError(
+                f"model: its generation_config could not be saved with it: {error}"
+            ) from error
+        warning = (
+            "model: its generation_config has values of sampling without do_sample, with which "
+            f"transformers would not save it: {what}. Completions are sampled as the trainer's "
+            "own settings say"
+        )
+    with tempfile.TemporaryDirectory() as folder:
         try:
             base.config.save_pretrained(folder)
         except ValueError as error:

@@ -210,8 +210,7 @@ class TrOPDTrainer(RewardedTrainer):
         self._warpers = sampling.truncating_warpers(args)
         self._kept_mass: Tensor | None = None  # of a micro-batch: sum and count
         finders = sampling.sampling_warning, sampling.temperature_warning, surrogate_warning
-        saving = None if is_peft_model(self.model) else saving_warning(self.model)
-        for warning in [saving, *(find(args) for find in finders)]:
+        for warning in [saving_warning(self.model), *(find(args) for find in finders)]:
             if warning is not None and self.accelerator.is_main_process:
                 warnings.warn(warning, stacklevel=2)
         at_terminal = sys.stdout.isatty() and not args.disable_tqdm
@@ -261,6 +260,8 @@ class TrOPDTrainer(RewardedTrainer):
             ValueError: `resume_from_checkpoint` is an output_dir, not one of its checkpoints.
         """
         given = resume_from_checkpoint
+        if given is True:
+            given = progress.last_checkpoint(self.args.output_dir) or True
         if isinstance(given, (str, Path)) and Path(given, progress.STATE).is_file():
             if not progress.is_checkpoint(given):
                 raise ValueError(
@@ -275,7 +276,7 @@ class TrOPDTrainer(RewardedTrainer):
                 print(advice, flush=True)
         try:
             with checkpoint_named(self.args.output_dir):
-                output = super().train(resume_from_checkpoint, *rest, **keywords)
+                output = super().train(given, *rest, **keywords)
                 self.check_weights()  # nothing was generated after the last step
                 return output
         finally:

@@ -54,6 +54,36 @@ def check_same_texts(student: PreTrainedTokenizerBase, teacher: PreTrainedTokeni
         )
 
 
+def has_words(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether it has a token besides its end, padding and the like: transformers makes some kinds
+    (Qwen's, Gemma's) with those alone where a model's folder has no files of a tokenizer."""
+    roles = {token for token in tokenizer.special_tokens_map.values() if isinstance(token, str)}
+    return not set(tokenizer.get_vocab()) <= roles
+
+
+def ends_warning(
+    ends: Sequence[int],
+    theirs: Sequence[int],
+    table: Mapping[int, int],
+    tokenizer: PreTrainedTokenizerBase,
+) -> str | None:
+    """The warning, if any, that a teacher's turn ends where the student's text goes on.
+
+    table: ids of the student to those of a teacher with other special tokens.
+    """
+    ours = {theirs: own for own, theirs in table.items()}
+    known = [ours.get(token, token) for token in theirs]
+    other = [token for token in known if token not in ends and token < len(tokenizer)]
+    if not other:
+        return None
+    return (
+        f"teacher_model: its texts end with {tokenizer.decode(other[:1])!r}, which does not end "
+        "the student's: what the student writes behind it is trained on as well. Where the student "
+        "is to end there, set tokenizer.eos_token to it, or add its id to the student's "
+        "generation_config.eos_token_id"
+    )
+
+
 def check_whole(
     tokenize: Callable[[str], Sequence[int]], tokenizer: PreTrainedTokenizerBase, tokens: int
 ) -> None:
