@@ -188,6 +188,9 @@ def MOPD(*, top_k: int = 64) -> TokenRule:
     negative and needs no renormalising (the survey's mass-corrected form, arXiv 2606.22793). Not
     multi-teacher OPD, which others call MOPD: `OPD()`, with each sequence's own teacher.
 
+    It drives a student who is sure of other ids of the top k off it, where it costs 1 nat at most
+    and has hardly a gradient; in docs/evidence.md students did not come back.
+
     Examples:
         >>> from tropd_kernels import MOPD
         >>> MOPD()
