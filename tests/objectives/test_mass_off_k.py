@@ -29,8 +29,8 @@ def descended(rule):
                          ids=["mopd", "reverse_kl"])  # fmt: skip
 def test_a_reverse_kl_on_k_drives_the_student_off_it(rule):
     """Off the top k the gradient is -p times the divergence there: the worse the student does on
-    it, the more it leaves. Once it has left there is nothing to gain: MOPD costs no more than the
-    teacher's mass on the top k, 1 nat at most, and the raw KL nothing."""
+    it, the more it leaves. Once it has left there is little to gain: MOPD costs no more than the
+    teacher's mass on the top k, 1 nat at most, the raw KL hardly anything, and at best -1/e."""
     own, theirs, loss = descended(rule)
     assert theirs > 0.98 and own < 0.05
     assert loss < 1.05 * (theirs if rule == MOPD(top_k=K) else 0.05)

@@ -115,3 +115,9 @@ def test_a_save_that_was_cut_off(tmp_path):
     resumed = make(tmp_path, **settings)
     resumed.train(resume_from_checkpoint=True)
     assert len(resumed.batches) == 2 and resumed.state.global_step == 4
+    for step in (2, 4):
+        (tmp_path / f"checkpoint-{step}" / "trainer_state.json").unlink(missing_ok=True)
+    with pytest.raises(
+        ValueError, match="^resume_from_checkpoint: there is no whole checkpoint in"
+    ):
+        make(tmp_path, **settings).train(resume_from_checkpoint=True)

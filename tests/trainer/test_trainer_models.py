@@ -238,29 +238,38 @@ def test_configs_that_cannot_be_saved(tmp_path):
     student.config.top_p = 0.5
     with pytest.raises(ValueError, match="^model: its config could not be saved with it: Some gen"):
         make(tmp_path, student)
+    student = tiny.model(0)
+    student.config.num_attention_heads = 5  # no part of 32
+    with pytest.raises(ValueError, match=r"^model: its config could not be saved [\s\S]*heads"):
+        make(tmp_path, student)
 
 
 def words_of(trainer_of):
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         trainer_of()
-    return [str(one.message) for one in caught if "texts end with" in str(one.message)]
+    return [str(one.message) for one in caught if "answers end with" in str(one.message)]
 
 
 def test_an_end_of_the_teacher_s_that_does_not_end_the_student(tmp_path):
     """A chat model teaches a base model of its family, whose tokenizer and model end elsewhere."""
-    student, teacher = tiny.model(0), tiny.model(1)
+    student, teacher, theirs = tiny.model(0), tmp_path / "teacher", tiny.tokenizer()
     student.generation_config.eos_token_id = 2
-    teacher.generation_config.eos_token_id = [3, 2]
-    (words,) = words_of(lambda: make(tmp_path, student, teacher))
-    assert words.startswith("teacher_model: its texts end with '<|end|>', which does not end the ")
+    model = tiny.model(1)
+    model.generation_config.eos_token_id = [2, 4, 3]
+    model.save_pretrained(teacher)
+    theirs.eos_token = "<|end|>"
+    theirs.save_pretrained(teacher)
+    (words,) = words_of(lambda: make(tmp_path, student, str(teacher)))
+    assert words.startswith("teacher_model: its answers end with '<|end|>', which does not end the")
     # As it says.
     student.generation_config.eos_token_id = [2, 3]
-    assert not words_of(lambda: make(tmp_path, student, teacher))
+    assert not words_of(lambda: make(tmp_path, student, str(teacher)))
     student.generation_config.eos_token_id = 2
-    tokenizer = tiny.tokenizer()
-    tokenizer.eos_token = "<|end|>"
-    assert not words_of(lambda: with_tokenizer(tmp_path, tokenizer, student, teacher))
+    assert not words_of(lambda: with_tokenizer(tmp_path, theirs, student, str(teacher)))
+    # Ends that a teacher's model has beside that of an answer are no reason to warn.
+    tiny.tokenizer().save_pretrained(teacher)
+    assert not words_of(lambda: make(tmp_path, student, str(teacher)))
 
 
 @pytest.mark.parametrize("kind", ["Qwen2", "Gemma"])

@@ -15,7 +15,6 @@ A subclass overrides their methods and sees none of TRL's private ones. `hooks.p
 
 import contextlib
 import copy
-import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -69,7 +68,7 @@ from .sources import class_of_student, find_image_processor
 from .special_tokens import back, full_table, students_columns, teachers_ids
 from .student_checks import check_task_type, check_z_loss, head_adapters_refused
 from .teacher_prompts import teachers_view
-from .vocabulary import check_eos, check_padding, ends_warning
+from .vocabulary import check_eos, check_padding
 
 
 def _side(name: str) -> str:
@@ -200,11 +199,6 @@ class DistillationAdapter(BatchReuse, PrefixedGeneration):
         refuse_dtensors("teacher_model", teacher)
         eos = getattr(getattr(teacher, "generation_config", None), "eos_token_id", None)
         self._teacher_eos = [eos] if isinstance(eos, int) else list(eos or ())
-        warning = ends_warning(
-            self.eos_token_ids, self._teacher_eos, self._id_table, self._tokenizer
-        )
-        if warning is not None and self.accelerator.is_main_process:
-            warnings.warn(warning, stacklevel=2)
         teacher.eval()
         sharded = is_sharded(self.accelerator)
         if not sharded and getattr(teacher, "hf_device_map", None) is None:

@@ -93,7 +93,9 @@ def column_ids(
             f"{column}: expected text{' or messages' if conversation else ''} to go with the "
             f"prompt {_short(prompt)}, got {_short(answer)}"
         )
-    if not isinstance(answer, str) and [one.get("role") for one in answer] != ["assistant"]:
+    if not isinstance(answer, str) and [
+        isinstance(one, Mapping) and one.get("role") for one in answer
+    ] != ["assistant"]:
         raise ValueError(
             f"{column}: expected one message of the assistant, got {_short(answer)}: what others "
             "say in between would be learned, or nothing after the first end: give the last "

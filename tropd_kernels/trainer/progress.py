@@ -114,3 +114,20 @@ def last_checkpoint(folder: str | Path) -> str | None:
         if step.isdecimal() and is_checkpoint(path):
             found[int(step)] = path
     return str(found[max(found)]) if found else None
+
+
+def checkpoint_to_resume(given: str | Path | bool | None, folder: str) -> str | bool | None:
+    """What `train(resume_from_checkpoint=given)` is to go on from. True: the last of the folder's.
+
+    Raises ValueError where that is no checkpoint.
+    """
+    if given is True:
+        if (last := last_checkpoint(folder)) is None:
+            raise ValueError(f"resume_from_checkpoint: there is no whole checkpoint in {folder}")
+        return last
+    if isinstance(given, (str, Path)) and Path(given, STATE).is_file() and not is_checkpoint(given):
+        raise ValueError(
+            f"resume_from_checkpoint: there is no checkpoint {given}, which holds the end of a "
+            "run: give one of its folders checkpoint-..., or True for the last of output_dir"
+        )
+    return str(given) if isinstance(given, Path) else given

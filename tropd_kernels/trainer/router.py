@@ -44,13 +44,14 @@ class RouterLoss:
     def recording(self, model: Any) -> Iterator[list[Any]]:
         """Lists each inner forward's router logits: a tuple of (tokens, experts) per layer.
 
-        Raises ValueError inside where they carry no gradient and the hidden states do."""
+        Raises ValueError inside where the model's checkpoints cut them off from the gradient."""
         found: list[Any] = []
         backbone = base_of(model).base_model
 
         def keep(module, arguments, output):
             found.append(logits := getattr(output, "router_logits", None))
-            if logits and output[0].requires_grad and not any(one.requires_grad for one in logits):
+            lost = logits and output[0].requires_grad and not any(z.requires_grad for z in logits)
+            if lost and any(getattr(m, "gradient_checkpointing", False) for m in module.modules()):
                 raise ValueError(
                     "router_aux_loss_coef: the router's loss has no gradient, as where the model "
                     "itself checkpoints with use_reentrant: set gradient_checkpointing, or call "

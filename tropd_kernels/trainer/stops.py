@@ -24,13 +24,14 @@ def how_to_resume(folder: str) -> str:
 
 @contextlib.contextmanager
 def checkpoint_named(folder: str) -> Iterator[None]:
-    """Adds to an error from inside which checkpoint the run can go on from, if there is one and
-    the error does not say so itself."""
+    """Adds to an error from inside which checkpoint the run can go on from, if one was saved
+    inside and the error does not say so itself."""
+    before = last_checkpoint(folder)
     try:
         yield
     except Exception as error:
         last = last_checkpoint(folder)
-        if last is not None and last not in str(error):
+        if last not in (None, before) and str(last) not in str(error):
             error.add_note(
                 f"The run can go on from {last} by resume_from_checkpoint. If a row of the data "
                 "set is at fault, mend it rather than drop it: of another number of rows the order "

@@ -7,6 +7,8 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
+from accelerate.utils import is_peft_model
+from huggingface_hub.errors import StrictDataclassError
 
 from .patching import base_of
 from .sampling import OF_DRAWS
@@ -49,13 +51,13 @@ def saving_warning(model: torch.nn.Module) -> str | None:
     Values of sampling in a generation_config that does not sample, as in some published ones, are
     refused there once anything else in it was set, as TRL and transformers do: it is made to
     sample, or loses them where it is greedy, and the warning says so. Raises ValueError for configs
-    that cannot be saved at all.
+    with which a student, unless adapters alone are trained, cannot be saved at all.
     """
     base: Any = base_of(model)
     generation, warning = base.generation_config, None
     try:
         generation.validate(strict=True)
-    except ValueError as error:
+    except ValueError:
         before = dict(vars(generation))
         if generation.do_sample is None and generation.temperature != 0:
             generation.do_sample, what = True, "do_sample is now True in it"
@@ -64,21 +66,21 @@ def saving_warning(model: torch.nn.Module) -> str | None:
             what = "being greedy it lost them"
         try:
             generation.validate(strict=True)
-        except ValueError:
+            warning = (
+                "model: its generation_config has values of sampling without do_sample, with which "
+                f"transformers would not save it: {what}. Completions are sampled as the trainer's "
+                "own settings say"
+            )
+        except ValueError:  # for another reason, which transformers may let pass
             vars(generation).update(before)
-            raise ValueError(
-                f"model: its generation_config could not be saved with it: {error}"
-            ) from error
-        warning = (
-            "model: its generation_config has values of sampling without do_sample, with which "
-            f"transformers would not save it: {what}. Completions are sampled as the trainer's "
-            "own settings say"
-        )
-    with tempfile.TemporaryDirectory() as folder:
-        try:
-            base.config.save_pretrained(folder)
-        except ValueError as error:
-            raise ValueError(f"model: its config could not be saved with it: {error}") from error
+    for name in () if is_peft_model(model) else ("generation_config", "config"):
+        with tempfile.TemporaryDirectory() as folder:
+            try:
+                getattr(base, name).save_pretrained(folder)
+            except (ValueError, StrictDataclassError) as error:
+                raise ValueError(
+                    f"model: its {name} could not be saved with it: {error}"
+                ) from error
     return warning
 
 

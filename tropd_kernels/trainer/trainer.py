@@ -62,6 +62,7 @@ from .stops import checkpoint_named, raise_nonfinite
 from .student_checks import check_adapters, check_optimized, check_trainable, saving_warning
 from .verifier import Verifier
 from .verifier_checks import check_reward_funcs
+from .vocabulary import ends_warning
 
 _IGNORED = -100
 
@@ -226,6 +227,11 @@ class TrOPDTrainer(RewardedTrainer):
             self._id_table = compare_tokenizers(
                 self._tokenizer, tokenizer, given, several=self._several
             )
+            warning = ends_warning(
+                self.eos_token_ids, tokenizer.eos_token_id, self._id_table, self._tokenizer
+            )
+            if warning is not None and self.accelerator.is_main_process:
+                warnings.warn(warning, stacklevel=2)
         elif given is not None:
             raise unknown_tokenizer_error()
         super()._load_teacher(teacher)
@@ -257,18 +263,10 @@ class TrOPDTrainer(RewardedTrainer):
         model is as it was but for its weights.
 
         Raises:
-            ValueError: `resume_from_checkpoint` is an output_dir, not one of its checkpoints.
+            ValueError: `resume_from_checkpoint` is an output_dir, not one of its checkpoints, or
+                True where there is none.
         """
-        given = resume_from_checkpoint
-        if given is True:
-            given = progress.last_checkpoint(self.args.output_dir) or True
-        if isinstance(given, (str, Path)) and Path(given, progress.STATE).is_file():
-            if not progress.is_checkpoint(given):
-                raise ValueError(
-                    f"resume_from_checkpoint: there is no checkpoint {given}, which holds the end "
-                    "of a run: give one of its folders checkpoint-..., or True for the last of "
-                    "output_dir"
-                )
+        given = progress.checkpoint_to_resume(resume_from_checkpoint, self.args.output_dir)
         callbacks = self.callback_handler.callbacks
         if self.is_world_process_zero() and progress.prints_logs(callbacks):
             whole = progress.gives_whole(self.args)

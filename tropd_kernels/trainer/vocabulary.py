@@ -62,24 +62,22 @@ def has_words(tokenizer: PreTrainedTokenizerBase) -> bool:
 
 
 def ends_warning(
-    ends: Sequence[int],
-    theirs: Sequence[int],
-    table: Mapping[int, int],
+    ends: Sequence[int], theirs: int | None, table: Mapping[int, int],
     tokenizer: PreTrainedTokenizerBase,
-) -> str | None:
-    """The warning, if any, that a teacher's turn ends where the student's text goes on.
+) -> str | None:  # fmt: skip
+    """The warning, if any, that a teacher's answers end where the student's text goes on.
 
-    table: ids of the student to those of a teacher with other special tokens.
+    theirs: the end that the teacher's tokenizer names, that of an answer; a model's
+    generation_config may list others. table: ids of the student to those of a teacher with other
+    special tokens.
     """
-    ours = {theirs: own for own, theirs in table.items()}
-    known = [ours.get(token, token) for token in theirs]
-    other = [token for token in known if token not in ends and token < len(tokenizer)]
-    if not other:
+    end = {theirs: own for own, theirs in table.items()}.get(theirs, theirs)
+    if end is None or end in ends or end >= len(tokenizer):
         return None
     return (
-        f"teacher_model: its texts end with {tokenizer.decode(other[:1])!r}, which does not end "
-        "the student's: what the student writes behind it is trained on as well. Where the student "
-        "is to end there, set tokenizer.eos_token to it, or add its id to the student's "
+        f"teacher_model: its answers end with {tokenizer.decode([end])!r}, which does not end the "
+        "student's: what the student writes behind it is trained on as well. Where the student is "
+        "to end there, set tokenizer.eos_token to it, or add its id to the student's "
         "generation_config.eos_token_id"
     )
 
