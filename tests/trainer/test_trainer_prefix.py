@@ -217,6 +217,8 @@ def test_an_answer_of_several_messages(roles):
     words = r"^answer: expected one message of the assistant, got \[.*: give the last answer"
     with pytest.raises(ValueError, match=words):
         column_ids(answer, prompt, talk(prompt), talk, "answer")
+    with pytest.raises(ValueError, match=words):
+        column_ids(["w2 w3"], prompt, talk(prompt), talk, "answer")
 
 
 def test_a_share_of_a_run_that_is_no_step(tmp_path):

@@ -13,7 +13,6 @@ pytest.importorskip("trl", reason="the trainer needs trl")
 
 import served_states
 import tiny
-import vision
 from training import make
 
 from tropd_kernels.trainer import TeacherServerError, TrOPDConfig, TrOPDTrainer
@@ -232,6 +231,9 @@ def test_an_adapter_of_a_teacher_that_sees_images(tmp_path, kind):
     """The base's own class is loaded: for causal language models there is none, or one that is
     blind."""
     peft = pytest.importorskip("peft")
+    pytest.importorskip("PIL", reason="images need pillow")
+    import vision
+
     base = vision.model(kind, 1)
     base.save_pretrained(tmp_path / "base")
     settings = peft.LoraConfig(

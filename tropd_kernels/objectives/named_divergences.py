@@ -188,8 +188,9 @@ def MOPD(*, top_k: int = 64) -> TokenRule:
     negative and needs no renormalising (the survey's mass-corrected form, arXiv 2606.22793). Not
     multi-teacher OPD, which others call MOPD: `OPD()`, with each sequence's own teacher.
 
-    It drives a student who is sure of other ids of the top k off it, where it costs 1 nat at most
-    and has hardly a gradient; in docs/evidence.md students did not come back.
+    A student who is sure of an id of the top k that the teacher excludes is driven off the top k:
+    mass elsewhere costs 1 nat at most, and hardly a gradient leads back. Students in
+    docs/evidence.md collapsed so.
 
     Examples:
         >>> from tropd_kernels import MOPD

@@ -29,12 +29,7 @@ from .context import (
     context_of,
     scale_warning,
 )
-from .data_checks import (
-    check_prompts,
-    check_row_modalities,
-    check_tokens,
-    warn_of_two_starts,
-)
+from .data_checks import check_prompts, check_row_modalities, check_tokens, warn_of_two_starts
 from .fields import (
     KeptFields,
     extend_token_fields,
@@ -412,8 +407,8 @@ class PrefixedGeneration(MetricLogs):
         check_tokens(rows, prompt_ids)
         warn_of_two_starts(prompt_ids, self._tokenizer)
         if self._teacher_prompts is not None:
-            warn_of_two_starts(self._teacher_prompts, self._tokenizer, teacher_prompts.COLUMN)
             check_tokens(rows, self._teacher_prompts, teacher_prompts.COLUMN)
+            warn_of_two_starts(self._teacher_prompts, self._tokenizer, teacher_prompts.COLUMN)
         for side, read, _ in self._read_by(prompt_ids):
             all_ids = torch.tensor([token for ids in read for token in ids])
             check_ids(all_ids, self._shared_vocab_size, "prompt", self._tokenizer)

@@ -123,7 +123,10 @@ def checkpoint_to_resume(given: str | Path | bool | None, folder: str) -> str | 
     """
     if given is True:
         if (last := last_checkpoint(folder)) is None:
-            raise ValueError(f"resume_from_checkpoint: there is no whole checkpoint in {folder}")
+            raise ValueError(
+                f"resume_from_checkpoint: there is no whole checkpoint in {folder}: leave it out "
+                "to begin anew, or give a checkpoint's folder"
+            )
         return last
     if isinstance(given, (str, Path)) and Path(given, STATE).is_file() and not is_checkpoint(given):
         raise ValueError(

@@ -44,14 +44,14 @@ def check_optimized(model: torch.nn.Module, optimizer: torch.optim.Optimizer | N
         )
 
 
-def saving_warning(model: torch.nn.Module) -> str | None:
-    """Checks the student's configs as transformers does only when it saves them, where a run would
-    end at its first checkpoint, or after its last step.
+def make_savable(model: torch.nn.Module) -> str | None:
+    """Mends a generation_config that transformers would not save, and returns a warning of it.
 
-    Values of sampling in a generation_config that does not sample, as in some published ones, are
-    refused there once anything else in it was set, as TRL and transformers do: it is made to
-    sample, or loses them where it is greedy, and the warning says so. Raises ValueError for configs
-    with which a student, unless adapters alone are trained, cannot be saved at all.
+    Some published ones have values of sampling without do_sample. transformers refuses to save them
+    once another value was set, as TRL sets the padding: a run would end at its first checkpoint, or
+    after its last step. Such a config is made to sample; a greedy one loses the values.
+
+    Raises ValueError for other configs that cannot be saved, unless adapters alone are saved.
     """
     base: Any = base_of(model)
     generation, warning = base.generation_config, None
@@ -79,7 +79,7 @@ def saving_warning(model: torch.nn.Module) -> str | None:
                 getattr(base, name).save_pretrained(folder)
             except (ValueError, StrictDataclassError) as error:
                 raise ValueError(
-                    f"model: its {name} could not be saved with it: {error}"
+                    f"model: its {name} could not be saved after training, mend it: {error}"
                 ) from error
     return warning
 

@@ -71,7 +71,7 @@ def ends_warning(
     generation_config may list others. table: ids of the student to those of a teacher with other
     special tokens.
     """
-    end = {theirs: own for own, theirs in table.items()}.get(theirs, theirs)
+    end = next((own for own, other in table.items() if other == theirs), theirs)
     if end is None or end in ends or end >= len(tokenizer):
         return None
     return (
