@@ -4,6 +4,7 @@ runs what the kernels compile to (`ptx`); either has to be chosen before triton 
 import gc
 import logging
 import os
+import tempfile
 from importlib.util import find_spec
 
 import torch
@@ -25,6 +26,12 @@ if os.environ.get("TRITON_INTERPRET") == "1" and find_spec("triton"):
     import interpreter
 
     interpreter.speed_up()
+
+if "TORCH_EXTENSIONS_DIR" not in os.environ:
+    # DeepSpeed and PEFT compile extensions there, under a lock file. In the user's cache, a build
+    # that was killed leaves it behind, and every later one waits for ever. Workers share this one.
+    _EXTENSIONS = tempfile.TemporaryDirectory(prefix="torch_extensions_")
+    os.environ["TORCH_EXTENSIONS_DIR"] = _EXTENSIONS.name
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 for device_type in (torch.cuda, torch.xpu, torch.mtia):
