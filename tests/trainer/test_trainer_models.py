@@ -296,18 +296,32 @@ def test_a_folder_without_a_tokenizer(tmp_path, kind):
 
 
 @pytest.mark.parametrize("column", ["prompt", "teacher_prompt"])
-@pytest.mark.parametrize("rendered", [False, True])
-def test_prompts_that_a_template_has_rendered_before(tmp_path, column, rendered):
-    """With the template's own first token, and the tokenizer adds one to every text."""
+@pytest.mark.parametrize(
+    ("adds", "text", "words"),
+    [
+        ("<s> $A", "w1 w2", None),
+        ("<s> $A", "<s>", "starts with '<s>' twice: text that a chat template has rendered"),
+        ("<s> $A", "<s> w1 w2", "starts with '<s>' twice: text that a chat template has rendered"),
+        ("<s> $A", "w1 w2 </s>", "ends with '</s>': completions would begin after the end of a"),
+        ("<s> $A </s>", "w1 w2", "ends with '</s>': completions would begin after the end of a"),
+        ("$A", "</s>", None),
+        ("$A", [{"role": "user", "content": "w1"}], None),
+    ],
+)
+def test_tokens_that_are_added_to_prompts(tmp_path, column, adds, text, words):
+    """As by Llama's tokenizer, where a template has rendered the text before; as by one with
+    add_eos_token; GPT-2's end is where a text begins, too, and a template may write it last."""
     tokenizer = tiny.tokenizer()
     tokenizer.bos_token = "<s>"
+    ids = [(token, tokenizer.convert_tokens_to_ids(token)) for token in ("<s>", "</s>")]
     tokenizer.backend_tokenizer.post_processor = tokenizers.processors.TemplateProcessing(
-        single="<s> $A", special_tokens=[("<s>", tokenizer.bos_token_id)]
+        single=adds, special_tokens=ids
     )
-    rows = {"prompt": ["w1 w2"] * 8} | {column: ["<s> w1 w2" if rendered else "w1 w2"] * 8}
-    data = datasets.Dataset.from_dict(rows)
+    tokenizer.chat_template = "{{ messages[0].content }} </s>"
+    data = datasets.Dataset.from_dict({"prompt": [text] * 8} | {column: [text] * 8})
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         with_tokenizer(tmp_path, tokenizer, data=data).train()
-    words = f"{column}: starts with '<s>' twice: text that a chat template has rendered has it al"
-    assert any(str(one.message).startswith(words) for one in caught) is rendered
+    found = {str(one.message) for one in caught if str(one.message).startswith(f"{column}: ")}
+    assert len(found) == (words is not None), found
+    assert all(one.startswith(f"{column}: {words}") for one in found)

@@ -294,18 +294,33 @@ def _is_message(message: Any) -> bool:
     return isinstance(content, str) or called
 
 
-def warn_of_two_starts(
-    prompt_ids: Sequence[Sequence[int]], tokenizer: PreTrainedTokenizerBase, column: str = "prompt"
+def warn_of_added_tokens(
+    rows: Sequence[Mapping[str, Any]],
+    prompt_ids: Sequence[Sequence[int]],
+    tokenizer: PreTrainedTokenizerBase,
+    column: str = "prompt",
 ) -> None:
-    """Warns of prompts that start with the tokenizer's first token twice."""
-    start = tokenizer.bos_token_id
+    """Warns of prompts that start with the tokenizer's first token twice, and of text that ends
+    with its last one.
+
+    What a template writes last is the template's own affair.
+    """
+    start, end = tokenizer.bos_token_id, tokenizer.eos_token_id
+    problems = []
     if start is not None and any(list(ids[:2]) == [start, start] for ids in prompt_ids):
-        warnings.warn(
-            f"{column}: starts with {tokenizer.bos_token!r} twice: text that a chat template has "
-            "rendered has it already, and the tokenizer adds another: give the messages, or text "
-            "without it",
-            stacklevel=5,  # TRL's call of the trainer's hook
+        problems.append(
+            f"starts with {tokenizer.bos_token!r} twice: text that a chat template has rendered "
+            "has it already, and the tokenizer adds another: give the messages, or text without it"
         )
+    # GPT-2's has one token for both: alone, it begins a text.
+    text = [ids for row, ids in zip(rows, prompt_ids) if isinstance(row[column], str)]
+    if end is not None and any(len(ids) > 1 and ids[-1] == end for ids in text):
+        problems.append(
+            f"ends with {tokenizer.eos_token!r}: completions would begin after the end of a text: "
+            "set the tokenizer's add_eos_token=False, or take it off the text"
+        )
+    for problem in problems:
+        warnings.warn(f"{column}: {problem}", stacklevel=5)  # TRL's call of the trainer's hook
 
 
 def check_tokens(

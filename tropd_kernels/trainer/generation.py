@@ -29,7 +29,7 @@ from .context import (
     context_of,
     scale_warning,
 )
-from .data_checks import check_prompts, check_row_modalities, check_tokens, warn_of_two_starts
+from .data_checks import check_prompts, check_row_modalities, check_tokens, warn_of_added_tokens
 from .fields import (
     KeptFields,
     extend_token_fields,
@@ -404,11 +404,12 @@ class PrefixedGeneration(MetricLogs):
             raise_nonfinite_weights(self.state.global_step, self.args.output_dir)
 
     def _check_batch(self, rows: list[dict], prompt_ids: list[list[int]]) -> None:
-        check_tokens(rows, prompt_ids)
-        warn_of_two_starts(prompt_ids, self._tokenizer)
+        given = [("prompt", prompt_ids)]
         if self._teacher_prompts is not None:
-            check_tokens(rows, self._teacher_prompts, teacher_prompts.COLUMN)
-            warn_of_two_starts(self._teacher_prompts, self._tokenizer, teacher_prompts.COLUMN)
+            given.append((teacher_prompts.COLUMN, self._teacher_prompts))
+        for column, ids in given:
+            check_tokens(rows, ids, column)
+            warn_of_added_tokens(rows, ids, self._tokenizer, column)
         for side, read, _ in self._read_by(prompt_ids):
             all_ids = torch.tensor([token for ids in read for token in ids])
             check_ids(all_ids, self._shared_vocab_size, "prompt", self._tokenizer)

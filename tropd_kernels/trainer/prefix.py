@@ -108,8 +108,10 @@ def column_ids(
             f"{column}: {_short(answer)} does not tokenise to a continuation of its prompt "
             f"{_short(prompt)}: together they differ from the prompt's ids from token {first} on. "
             + (
-                "The chat template does not render an assistant's turn as it begins one to be "
-                "generated: give it a template that does, by the tokenizer's chat_template"
+                "The chat template does not render this turn of the assistant as it begins one to "
+                "be generated. If it writes reasoning, or leaves it out, by the answer or by a key "
+                "such as enable_thinking, let answer and chat_template_kwargs agree; else give it "
+                "a template that does, by the tokenizer's chat_template"
                 if conversation
                 else "Let the answer begin at a token's border (usually with a space or a new line)"
             )
