@@ -161,3 +161,8 @@ def test_sums_are_no_matter_of_the_default_dtype(tmp_path):
             torch.set_default_dtype(torch.float32)
     for name in ("eval_loss", "eval_tropd/sampling_mass", "eval_length"):
         assert found[1][name] == pytest.approx(found[0][name], rel=1e-5), name
+
+
+def test_an_evaluation_of_nothing(tmp_path):
+    with pytest.raises(ValueError, match="^eval_on_start: there is no eval_dataset: give one"):
+        make(tmp_path, eval_on_start=True)

@@ -245,6 +245,20 @@ def test_an_answer_in_parts(tmp_path):
     assert all(completion == [10, 11, 3] for *_, completion in rows_of(trainer, data))
 
 
+@pytest.mark.parametrize("column", ["prompt", "teacher_completion"])
+@pytest.mark.parametrize("kind", ["gemma3", "llava_next", "qwen2_vl"])
+def test_words_in_whose_place_an_image_goes(tmp_path, kind, column):
+    """The processor or the model would look for one more image, in words that name no row. Text is
+    not messages: there the prompt says itself where its images go."""
+    word = f"w9 {vision.IMAGE} w11"
+    given = {"prompt": vision.prompts(8, kind)["prompt"][:], "teacher_completion": ["w5 w6"] * 8}
+    given[column][1] = word if column != "prompt" else [{"role": "user", "content": word}]
+    words = f"^{column}: '{vision.IMAGE}' in '{word}' stands for what is no text"
+    prefixes = dict(prefix_schedule="constant", prefix_length=PREFIX)
+    with pytest.raises(ValueError, match=words):
+        make(tmp_path, kind, vision.prompts(8, **given), **prefixes).train()
+
+
 IN_A_COLUMN = {"prompt": [{"role": "user", "content": "w1"}], "image": vision.image(1)}
 IN_A_MESSAGE = {
     "prompt": [{"role": "user", "content": [{"type": "image", "image": vision.image(1)}]}]

@@ -140,12 +140,16 @@ def test_a_student_without_a_head(tmp_path):
 
 def test_options_with_which_a_student_cannot_be_loaded(tmp_path):
     """transformers' own error, of an exponent (5.24) or of a key (5.17), names neither the model
-    nor the options."""
+    nor the options, nor what they lack."""
     tiny.model(0).save_pretrained(tmp_path)
     yarn = {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
-    words = r"model: .* with these model_init_kwargs cannot be loaded: (unsupp|'rope_type')"
+    why = "(unsupp|'rope_type').*: rope_scaling replaces the config's own: give .*rope_theta in it"
+    words = f"model: .* with these model_init_kwargs cannot be loaded: {why}"
     with pytest.raises((TypeError, KeyError), match=words):
         make(tmp_path / "run", str(tmp_path), model_init_kwargs={"rope_scaling": yarn})
+    given = {"teacher_model_init_kwargs": {"rope_scaling": yarn}}
+    with pytest.raises((TypeError, KeyError), match=f"teacher_model: .* cannot be loaded: {why}"):
+        make(tmp_path / "run", None, str(tmp_path), **given)
     yarn |= {"rope_theta": 10000.0, "rope_type": "yarn"}
     made = make(tmp_path / "run", str(tmp_path), model_init_kwargs={"rope_parameters": yarn})
     assert made.model.config.rope_parameters["factor"] == 4.0

@@ -125,7 +125,9 @@ def _scaled(rope: Mapping[str, Any], limit: int) -> int | None:
         return max(limit, int(factor * original))
     if kind in ("llama3", "longrope", "su"):
         return limit if original < limit else int(factor * limit)
-    return None  # "dynamic" follows the text's length; of others nothing is known
+    # "dynamic" follows the text's length, and a HunYuan's maximum may be less than its alpha is for
+    # (Hunyuan-A13B's is stated as 256K). Of others nothing is known.
+    return None
 
 
 def check_context(

@@ -127,6 +127,9 @@ _SHOWN = {
     "image": "images", "image_url": "images", "video": "videos", "video_url": "videos",
     "audio": "sounds", "audio_url": "sounds", "input_audio": "sounds",
 }  # fmt: skip
+#: Attributes of processors and of their tokenizers, which differ in Gemma 3's: the words in whose
+#: place an image, or another modality, goes.
+_PLACEHOLDERS = ("image_token", "boi_token", "video_token", "audio_token")
 _BLIND = (
     "the processing class is a tokenizer, and the model sees no images: give one that does, with "
     "its processor"
@@ -183,10 +186,37 @@ def check_row_modalities(rows: Sequence[Mapping[str, Any]], processor: Any) -> N
                     "alone, in its column or as {'type': 'image', 'image': image}; in the row "
                     f"{row!r:.200}"
                 )
+        if sees and isinstance(row["prompt"], list):  # text has its placeholders itself
+            check_placeholders(row["prompt"], processor)
         for column in sorted(unread & row.keys()):
             value = row[column]
             if value is not None and not (hasattr(value, "__len__") and len(value) == 0):
                 raise ValueError(f"{column}: it would not be read: {why} in the row {row!r:.200}")
+
+
+def check_placeholders(
+    said: str | Sequence[Mapping[str, Any]], processor: Any, column: str = "prompt"
+) -> None:
+    """Raises ValueError for words in whose place the processor or the model would see an image.
+
+    said: text, or messages; what is neither is refused elsewhere.
+    """
+    if not isinstance(processor, ProcessorMixin) or not isinstance(said, str | list):
+        return
+    of = (processor, processor.tokenizer)
+    found = [getattr(one, name, None) for one in of for name in _PLACEHOLDERS]
+    tokens = [str(token) for token in found if token]
+    messages = [{"content": said}] if isinstance(said, str) else said
+    contents = [message.get("content") for message in messages if isinstance(message, Mapping)]
+    for content in contents:
+        parts = content if isinstance(content, list) else [{"text": content}]
+        for text in [part.get("text") or "" for part in parts if isinstance(part, Mapping)]:
+            if (token := next((token for token in tokens if token in text), None)) is not None:
+                raise ValueError(
+                    f"{column}: {token!r} in {text!r:.80} stands for what is no text, and nothing "
+                    "would go with it: take it out; the images of a prompt go into their column, "
+                    "or into the message as {'type': 'image', 'image': image}"
+                )
 
 
 def _unread_columns(processor: Any) -> set[str]:

@@ -308,13 +308,16 @@ def _check_optim_args(args: Any) -> None:
 
 
 def check_inputs(args: Any, tools: Any, datasets: Mapping[str, Any], teacher_prompts: bool) -> None:
-    """Raises ValueError for settings of tools, a chat template or a sampler that are not used.
+    """Raises ValueError for settings of tools, a chat template, a sampler or an evaluation that are
+    not used.
 
     teacher_prompts: whether a teacher reads the column of that name where there is one.
     """
     if args.max_tool_calling_iterations is not None and not tools:
         key = "max_tool_calling_iterations"
         raise no_effect(args, key, "there are no tools", "give tools to TrOPDTrainer")
+    if args.eval_on_start and datasets["eval_dataset"] is None:
+        raise ValueError("eval_on_start: there is no eval_dataset: give one, or leave it out")
     columns = [present or () for _, _, present in data_sets(datasets)]
     if args.lmbda == 0 and columns and all(args.prefix_column in some for some in columns):
         refuse(args, _SAMPLING, f"with lmbda 0 completions are the texts in {args.prefix_column}")

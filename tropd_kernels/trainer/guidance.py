@@ -15,7 +15,7 @@ from trl.data_utils import prepare_multimodal_messages
 
 from . import signals
 from .adapter import DistillationAdapter
-from .data_checks import check_answers, missing_guide_error, refuse_images
+from .data_checks import check_answers, check_placeholders, missing_guide_error, refuse_images
 from .loaded_teacher import check_dtypes
 from .prefix import (
     column_ids,
@@ -92,6 +92,8 @@ class GuidedTrainer(DistillationAdapter):
         relative = self.args.prefix_relative and not whole
         length = limit if relative else length
         if has_text:
+            for row in rows:
+                check_placeholders(row[column], self.processing_class, column)
             written = [
                 column_ids(
                     row[column], row["prompt"], ids, partial(self._tokenize, row=row), column

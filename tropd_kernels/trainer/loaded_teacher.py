@@ -63,7 +63,7 @@ def load_teacher(name: str, args: Any) -> PreTrainedModel:
     # A device map does not work with several processes.
     if args.distributed_state.distributed_type in ("MULTI_GPU", "DEEPSPEED"):
         options["device_map"] = None
-    with named_errors(f"teacher_model: {name}"):
+    with named_errors(f"teacher_model: {name}", options):
         return create_model_from_path(name, model_class(name, options), **options)
 
 

@@ -233,14 +233,29 @@ def adapter_base(name: str, options: Mapping[str, Any]) -> str | None:
 
 
 @contextlib.contextmanager
-def named_errors(what: str) -> Iterator[None]:
-    """Raises what transformers raises inside, with `what` cannot be loaded in front."""
+def named_errors(what: str, options: Mapping[str, Any] | None = None) -> Iterator[None]:
+    """Raises what transformers raises inside, with `what` cannot be loaded in front.
+
+    options: Those of `from_pretrained`, of which transformers' words may say nothing.
+    """
     try:
         yield
     except _CLEAR as error:
         if type(error) not in _CLEAR:  # a subclass may take other arguments than a message
             raise
-        raise type(error)(f"{what} cannot be loaded: {error}") from error
+        hint = _rope_hint(options or {})
+        raise type(error)(f"{what} cannot be loaded: {error}{hint}") from error
+
+
+def _rope_hint(options: Mapping[str, Any]) -> str:
+    """What rotary parameters lack that are given as a card writes them, beside a config's base."""
+    for key in ("rope_parameters", "rope_scaling"):
+        given = options.get(key)
+        if isinstance(given, Mapping):
+            lacking = [name for name in ("rope_type", "rope_theta") if given.get(name) is None]
+            if lacking:
+                return f": {key} replaces the config's own: give {' and '.join(lacking)} in it, too"
+    return ""
 
 
 @dataclass
@@ -250,7 +265,7 @@ class _WithNamedErrors:
     architecture: Any
 
     def from_pretrained(self, name: str, **options: Any) -> Any:
-        with named_errors(f"model: {name} with these model_init_kwargs"):
+        with named_errors(f"model: {name} with these model_init_kwargs", options):
             return self.architecture.from_pretrained(name, **options)
 
 
