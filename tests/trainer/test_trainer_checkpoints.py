@@ -87,6 +87,22 @@ def test_the_best_checkpoint_is_loaded(tmp_path, kind):
     assert equal(trainer.model, trainer.weights.models[best])
 
 
+@pytest.mark.parametrize("eval_steps", [1, 2])
+def test_the_best_evaluation_was_not_saved(tmp_path, eval_steps):
+    """Students get worse at such a rate. transformers keeps the last weights without a word."""
+    trainer = make(
+        tmp_path, max_steps=4, learning_rate=3.0, evaluate=tiny.prompts(8),
+        eval_strategy="steps", eval_steps=eval_steps, save_strategy="steps", save_steps=2,
+        load_best_model_at_end=True, metric_for_best_model="tropd/reverse_kl",
+    )  # fmt: skip
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        trainer.train()
+    assert (trainer.state.best_global_step == 1) == (eval_steps == 1)
+    words = "load_best_model_at_end: step 1 was the best, which was evaluated but not saved: the"
+    assert any(str(one.message).startswith(words) for one in caught) == (eval_steps == 1)
+
+
 @pytest.mark.parametrize("save_only_model", [True, False])
 def test_a_checkpoint_of_the_weights_alone(tmp_path, save_only_model):
     """The schedule begins anew, which transformers does without a word."""

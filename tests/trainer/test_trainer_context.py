@@ -70,6 +70,8 @@ def gemma3(seed, rope):
         (LLAMA_3, 256),
         (LLAMA_3 | {"original_max_position_embeddings": 8, "factor": 32.0}, 64),  # Llama 3.2
         (LONG, 64),
+        (LONG | {"original_max_position_embeddings": 64, "factor": 4.0}, 256),
+        (LONG | {"original_max_position_embeddings": 64}, None),  # as in MiniCPM4's card
         (dict(rope_type="default", rope_theta=10000.0), 64),
         (LINEAR | {"rope_type": "proportional"}, 128),  # Gemma 4's: a factor divides as in linear
         (dict(rope_type="proportional", rope_theta=10000.0), 64),
@@ -436,7 +438,9 @@ def test_a_model_without_a_backbone(tmp_path):
         make(tmp_path, transformers.Llama4ForCausalLM(transformers.Llama4TextConfig(**LLAMA_4)))
 
 
-def test_the_context_of_whispers_decoder():
+def test_contexts_by_other_names():
+    command_r = transformers.CohereConfig(max_position_embeddings=64, model_max_length=256)
+    assert context_of(command_r) == 256
     config = transformers.WhisperConfig(max_target_positions=16)
     assert context_of(config) == padded_context_of(config) == 16
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from functools import partial
 
 import datasets
@@ -186,7 +187,11 @@ def adapter_of(base):
 def test_moving_average_by_hand(tmp_path, steps):
     """0.25 student + 0.75 teacher after each update, and the second step's loss is its."""
     trainer = itself(tmp_path, teacher_update_rate=0.25, teacher_sync_steps=steps)
-    trainer.train()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        trainer.train()
+    words = "teacher_sync_steps: 2 is more than the run's 1 steps: the teacher never changes"
+    assert any(str(one.message).startswith(words) for one in caught) == (steps == 2)
     for new, old, mean in zip(
         trainer.model.parameters(), tiny.model(0).parameters(), trainer.teacher_model.parameters()
     ):

@@ -5,7 +5,7 @@ mixtures of experts. The `Trainer` loads them without the renaming of `from_pret
 it has where a name is missing, and goes on: from the weights in hand, with a line in the log.
 
 A checkpoint of `save_only_model` has neither the optimizer nor the schedule: both begin anew, in
-the middle of the run.
+the middle of the run. And the best step may have none, where not every evaluation is saved.
 """
 
 import warnings
@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from transformers.trainer import SCHEDULER_NAME
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from trl import DistillationTrainer  # type: ignore[attr-defined]
 
 
@@ -21,6 +22,20 @@ class WholeCheckpoints(DistillationTrainer):
     the names differ, and warns of a checkpoint without the optimizer."""
 
     _loading: tuple[str, Any]  # the folder that is being loaded, and into which model
+
+    def train(self, *arguments: Any, **keywords: Any) -> Any:
+        output = super().train(*arguments, **keywords)
+        best, saved = self.state.best_global_step, self.state.best_model_checkpoint
+        wanted = self.args.load_best_model_at_end and best and self.is_world_process_zero()
+        if wanted and (saved is None or Path(saved).name != f"{PREFIX_CHECKPOINT_DIR}-{best}"):
+            has = "the last step's" if saved is None else f"those of {saved}"
+            warnings.warn(
+                f"load_best_model_at_end: step {best} was the best, which was evaluated but not "
+                f"saved: the weights are {has}: set save_steps to eval_steps, or save_strategy "
+                "'best'",
+                stacklevel=3,
+            )
+        return output
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         self._loading = resume_from_checkpoint, self.model if model is None else model

@@ -36,8 +36,8 @@ def context_of(config: Any) -> int | None:
     """The longest text in tokens, prompt and completion.
 
     A rotary scaling factor multiplies the length of pretraining (YaRN, linear, Gemma 4's), unless
-    `max_position_embeddings` includes it already (Llama 3, LongRoPE). None where there is no limit
-    or the config does not tell it.
+    `max_position_embeddings` includes it already (Llama 3, LongRoPE). `model_max_length` is more
+    than that in Command-R's config. None where there is no limit or the config does not tell it.
     """
     config = config.get_text_config()
     if config.model_type == "mpt":  # its table of distances ends there
@@ -46,8 +46,10 @@ def context_of(config: Any) -> int | None:
     limit = limit or getattr(config, "max_target_positions", None) or 0  # Whisper's decoder
     if limit < 1 or _is_position_free(config):
         return None
-    bounds = []
-    for rope in _rope_parameters(config):
+    bounds, ropes = [], _rope_parameters(config)
+    if any(ropes):  # there is no table of positions that would end
+        limit = max(limit, getattr(config, "model_max_length", None) or 0)
+    for rope in ropes:
         # Gemma 3's maximum has its linear factor already.
         included = config.model_type == "gemma3_text" and rope.get("rope_type") == "linear"
         bounds.append(limit if included else _scaled(rope, limit))
@@ -124,7 +126,9 @@ def _scaled(rope: Mapping[str, Any], limit: int) -> int | None:
     if kind in ("yarn", "linear", "proportional"):
         return max(limit, int(factor * original))
     if kind in ("llama3", "longrope", "su"):
-        return limit if original < limit else int(factor * limit)
+        if original < limit:
+            return limit
+        return int(factor * limit) if rope.get("factor") else None  # MiniCPM4's, by its card
     # "dynamic" follows the text's length, and a HunYuan's maximum may be less than its alpha is for
     # (Hunyuan-A13B's is stated as 256K). Of others nothing is known.
     return None

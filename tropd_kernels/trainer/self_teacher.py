@@ -11,6 +11,7 @@ The two settings are spelt as in TRL's SDFT and SDPO, and the moving average is 
 `SyncRefModelCallback`.
 """
 
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -144,6 +145,15 @@ def refuse_sharded(sharded: bool) -> None:
 
 class TeacherSync(SyncRefModelCallback):
     """Moves the teacher towards the student after an optimizer step."""
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        if args.teacher_sync_steps > state.max_steps and state.is_world_process_zero:
+            warnings.warn(
+                f"teacher_sync_steps: {args.teacher_sync_steps} is more than the run's "
+                f"{state.max_steps} steps: the teacher never changes, whatever teacher_update_rate "
+                "is",
+                stacklevel=2,
+            )
 
     def on_step_end(self, args, state, control, **kwargs):
         if state.global_step % args.teacher_sync_steps == 0:
