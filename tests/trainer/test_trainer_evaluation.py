@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from functools import partial
 
 import pytest
@@ -166,3 +167,32 @@ def test_sums_are_no_matter_of_the_default_dtype(tmp_path):
 def test_an_evaluation_of_nothing(tmp_path):
     with pytest.raises(ValueError, match="^eval_on_start: there is no eval_dataset: give one"):
         make(tmp_path, eval_on_start=True)
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        (
+            dict(eval_strategy="steps", eval_steps=1, max_steps=3),
+            "steps are more than the run has, 3",
+        ),
+        (dict(eval_strategy="epoch", max_steps=-1, num_train_epochs=2), "epochs are .* has, 2"),
+    ],
+)
+def test_a_delay_beyond_the_run(tmp_path, settings, words):
+    with pytest.raises(ValueError, match=f"^eval_delay: 4 {words}, so that nothing would be eval"):
+        make(tmp_path, evaluate=tiny.prompts(4), eval_delay=4, **settings)
+
+
+@pytest.mark.parametrize("delay", [1, 4])
+def test_a_delay_of_unknown_length(tmp_path, delay):
+    """How many epochs max_steps are is known only by the data: here 2."""
+    trainer = make(
+        tmp_path, max_steps=4, data=tiny.prompts(8), evaluate=tiny.prompts(4),
+        eval_strategy="epoch", eval_delay=delay,
+    )  # fmt: skip
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        trainer.train()
+    words = f"eval_delay: nothing was evaluated, for {delay} epochs are more than the run had"
+    assert any(str(one.message) == words for one in caught) == (delay == 4)

@@ -25,6 +25,14 @@ class WholeCheckpoints(DistillationTrainer):
 
     def train(self, *arguments: Any, **keywords: Any) -> Any:
         output = super().train(*arguments, **keywords)
+        evaluated = any(key.startswith("eval_") for log in self.state.log_history for key in log)
+        if self.args.eval_delay and self.args.eval_strategy != "no" and not evaluated:
+            warnings.warn(
+                f"eval_delay: nothing was evaluated, for {self.args.eval_delay:g} "
+                f"{'steps' if self.args.eval_strategy == 'steps' else 'epochs'} are more than the "
+                "run had",
+                stacklevel=3,
+            )
         best, saved = self.state.best_global_step, self.state.best_model_checkpoint
         wanted = self.args.load_best_model_at_end and best and self.is_world_process_zero()
         if wanted and (saved is None or Path(saved).name != f"{PREFIX_CHECKPOINT_DIR}-{best}"):

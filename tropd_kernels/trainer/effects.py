@@ -276,6 +276,19 @@ def check_conditions(args: Any) -> None:
             raise condition.error(key, args)
     if args.optim_args:
         _check_optim_args(args)
+    _check_eval_delay(args)
+
+
+def _check_eval_delay(args: Any) -> None:
+    """How long a run is in the other unit is not known yet: `WholeCheckpoints` warns at its end."""
+    in_steps = args.eval_strategy == "steps"
+    run = args.max_steps if in_steps else args.num_train_epochs if args.max_steps <= 0 else 0
+    if args.eval_strategy != "no" and 0 < run < args.eval_delay:
+        unit = "steps" if in_steps else "epochs"
+        raise ValueError(
+            f"eval_delay: {args.eval_delay:g} {unit} are more than the run has, {run:g}, so that "
+            f"nothing would be evaluated: lower it, in {unit}"
+        )
 
 
 def _check_optim_args(args: Any) -> None:
