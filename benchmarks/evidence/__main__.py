@@ -2,6 +2,7 @@
 
 import argparse
 import sys
+import time
 
 from benchmarks.learning.__main__ import CACHE
 
@@ -16,16 +17,19 @@ def main(given: list[str] | None = None) -> int:
         description=about,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("what", choices=[*EXPERIMENTS, "report"])
+    parser.add_argument("what", choices=[*EXPERIMENTS, "all", "report"])
     parser.add_argument("--workers", type=int, default=2, help="processes of one thread each")
     parser.add_argument("--hours", type=float, default=12.0, help="no run is started later")
     options = parser.parse_args(given)
-    if options.what == "report":
+    start = time.monotonic()
+    for name, experiment in EXPERIMENTS.items():
+        if options.what in (name, "all"):
+            hours = options.hours - (time.monotonic() - start) / 3600
+            run_all(Results(experiment), options.workers, CACHE, hours)
+    if options.what in ("report", "all"):
         from . import report  # matplotlib, which a worker does not need
 
         report.write()
-    else:
-        run_all(Results(EXPERIMENTS[options.what]), options.workers, CACHE, options.hours)
     return 0
 
 

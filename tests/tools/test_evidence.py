@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
@@ -15,7 +16,7 @@ pytest.importorskip("trl", reason="the trainer needs trl")
 
 import tiny
 
-from benchmarks.evidence import claims, language, records, runs
+from benchmarks.evidence import __main__, claims, language, records, runs
 from benchmarks.evidence.experiments import (
     BEYOND,
     CHOOSING,
@@ -156,6 +157,26 @@ def test_no_run_is_started_after_the_hours(tmp_path, monkeypatch):
     results = runs.Results(began, tmp_path)
     runs.run_all(results, 1, tmp_path, hours=0.0)
     assert results.records == [] and not results.path.exists()
+
+
+def test_one_command_for_all(monkeypatch):
+    """The report comes last, and the hours are those of all together."""
+    pytest.importorskip("matplotlib", reason="the report draws")
+    from benchmarks.evidence import report
+
+    did = []
+
+    def run(results, workers, cache, hours):
+        did.append((results.experiment.name, workers, hours))
+        time.sleep(0.01)
+
+    monkeypatch.setattr(__main__, "run_all", run)
+    monkeypatch.setattr(report, "write", lambda: did.append("report"))
+    assert __main__.main(["all", "--workers", "3", "--hours", "5"]) == 0
+    assert [name for name, *_ in did[:-1]] == list(EXPERIMENTS) and did[-1] == "report"
+    assert {workers for _, workers, _ in did[:-1]} == {3}
+    left = [hours for *_, hours in did[:-1]]
+    assert left == sorted(set(left), reverse=True) and 4.9 < left[-1] < left[0] <= 5
 
 
 @pytest.mark.parametrize("name", models.STUDENTS)
