@@ -231,6 +231,19 @@ def test_a_prefix_of_rows_with_images(tmp_path, kind, writer):
     assert writer == "teacher" or lengths == {2, 3, 4}
 
 
+@pytest.mark.parametrize("kind", ["gemma3", "qwen2_vl"])
+def test_a_processor_that_pads_on_the_right(tmp_path, kind):
+    """As a recipe of SFT leaves it. Per-token fields are in the prompts' places none the less."""
+    data = vision.prompts(8, kind)
+    trainer = make(tmp_path, kind, data, prefix_schedule="constant", prefix_length=PREFIX)
+    trainer.processing_class.tokenizer.padding_side = "right"
+    trainer.train()
+    for i, row, completion in rows_of(trainer, data):
+        fields = by_hand(trainer.processing_class, row)
+        compare_hidden(trainer, kind, fields, completion, [of[i] for of in trainer.hidden[0]])
+    assert trainer.processing_class.tokenizer.padding_side == "right"
+
+
 def test_an_answer_in_parts(tmp_path):
     """As messages, and the prompt's image among its parts: nothing is left to prepare."""
     talk = [

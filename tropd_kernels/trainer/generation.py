@@ -186,7 +186,9 @@ class PrefixedGeneration(MetricLogs):
         check_row_modalities(inputs, self.processing_class)
         self._rows, self._prefix_lengths = inputs, [0] * len(inputs)
         self._teacher_prompts = self._tokenize_teacher_prompts(inputs)
-        output = super()._generate_and_score_completions(inputs)
+        # TRL has a processor pad a prompt's fields, and pads the prompt itself, on the left.
+        with replaced(self._tokenizer, padding_side="left"):
+            output = super()._generate_and_score_completions(inputs)
         keep_padded_rows(output)
         output |= mark_written(output, self.model.config)
         output |= self._kept_fields.tensors(output, self.model.config)
