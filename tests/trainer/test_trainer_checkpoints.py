@@ -99,7 +99,7 @@ def test_the_best_evaluation_was_not_saved(tmp_path, eval_steps):
         warnings.simplefilter("always")
         trainer.train()
     assert (trainer.state.best_global_step == 1) == (eval_steps == 1)
-    words = "load_best_model_at_end: step 1 was the best, which was evaluated but not saved: the"
+    words = "load_best_model_at_end: step 1 was the best of those evaluated, and it was not saved"
     assert any(str(one.message).startswith(words) for one in caught) == (eval_steps == 1)
 
 

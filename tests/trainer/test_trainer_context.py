@@ -439,8 +439,9 @@ def test_a_model_without_a_backbone(tmp_path):
 
 
 def test_contexts_by_other_names():
-    command_r = transformers.CohereConfig(max_position_embeddings=64, model_max_length=256)
-    assert context_of(command_r) == 256
+    lengths = dict(max_position_embeddings=64, model_max_length=256)
+    assert context_of(transformers.CohereConfig(**lengths)) == 256
+    assert context_of(transformers.OPTConfig(**lengths)) == 64  # its table of positions ends there
     config = transformers.WhisperConfig(max_target_positions=16)
     assert context_of(config) == padded_context_of(config) == 16
 

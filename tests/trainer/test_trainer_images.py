@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from types import SimpleNamespace
 
 import pytest
@@ -259,16 +260,19 @@ def test_an_answer_in_parts(tmp_path):
 
 
 @pytest.mark.parametrize("column", ["prompt", "teacher_completion"])
-@pytest.mark.parametrize("kind", ["gemma3", "llava_next", "qwen2_vl"])
-def test_words_in_whose_place_an_image_goes(tmp_path, kind, column):
-    """The processor or the model would look for one more image, in words that name no row. Text is
-    not messages: there the prompt says itself where its images go."""
-    word = f"w9 {vision.IMAGE} w11"
+@pytest.mark.parametrize(
+    ("kind", "token"),
+    [("gemma3", vision.IMAGE), ("gemma3", vision.BEGIN), ("llava_next", vision.IMAGE),
+     ("qwen2_vl", vision.IMAGE), ("qwen2_vl", vision.VIDEO)],
+)  # fmt: skip
+def test_a_placeholder_among_the_words(tmp_path, kind, token, column):
+    """The processor or the model would look for one more image, and fail without naming the row."""
+    word = f"w9 {token} w11"
     given = {"prompt": vision.prompts(8, kind)["prompt"][:], "teacher_completion": ["w5 w6"] * 8}
     given[column][1] = word if column != "prompt" else [{"role": "user", "content": word}]
-    words = f"^{column}: '{vision.IMAGE}' in '{word}' stands for what is no text"
+    words = re.escape(f"{column}: '{token}' in '{word}' is a placeholder of the processor, and no")
     prefixes = dict(prefix_schedule="constant", prefix_length=PREFIX)
-    with pytest.raises(ValueError, match=words):
+    with pytest.raises(ValueError, match=f"^{words}"):
         make(tmp_path, kind, vision.prompts(8, **given), **prefixes).train()
 
 

@@ -147,6 +147,10 @@ def test_options_with_which_a_student_cannot_be_loaded(tmp_path):
     words = f"model: .* with these model_init_kwargs cannot be loaded: {why}"
     with pytest.raises((TypeError, KeyError), match=words):
         make(tmp_path / "run", str(tmp_path), model_init_kwargs={"rope_scaling": yarn})
+    tiny.model(0).config.save_pretrained(tmp_path / "empty")
+    with pytest.raises(OSError, match="^model: .* cannot be loaded: ") as caught:  # no weights
+        make(tmp_path / "run", str(tmp_path / "empty"), model_init_kwargs={"rope_scaling": yarn})
+    assert "rope" not in str(caught.value)
     given = {"teacher_model_init_kwargs": {"rope_scaling": yarn}}
     with pytest.raises((TypeError, KeyError), match=f"teacher_model: .* cannot be loaded: {why}"):
         make(tmp_path / "run", None, str(tmp_path), **given)

@@ -204,6 +204,23 @@ def test_column_follows_its_prompt():
         column_ids([{"role": "assistant", "content": "w2"}], "w0", text("w0"), text, "answer")
 
 
+def test_an_answer_that_the_template_renders_otherwise():
+    """As Qwen3's with enable_thinking, which begins a turn with reasoning that the answer lacks."""
+    tokens = tiny.tokenizer()
+    tokens.chat_template = (
+        "{% for message in messages %} {{ message.content }}{% endfor %}"
+        "{% if add_generation_prompt %} w9{% endif %}"
+    )
+
+    def talk(messages, begins=False):
+        return tokens.apply_chat_template(messages, add_generation_prompt=begins)["input_ids"]
+
+    prompt = [{"role": "user", "content": "w0 w1"}]
+    words = r"^answer: .* from token 2 on\. The chat template does not .* enable_thinking, let answ"
+    with pytest.raises(ValueError, match=words):
+        column_ids("w2 w3", prompt, talk(prompt, True), talk, "answer")
+
+
 @pytest.mark.parametrize("roles", ["", "user", "assistant user assistant", "assistant tool"])
 def test_an_answer_of_several_messages(roles):
     """What the user or a tool says between would be learned, and nothing after the first end."""

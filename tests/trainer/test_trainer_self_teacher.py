@@ -190,7 +190,7 @@ def test_moving_average_by_hand(tmp_path, steps):
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         trainer.train()
-    words = "teacher_sync_steps: 2 is more than the run's 1 steps: the teacher never changes"
+    words = "teacher_sync_steps: 2 is more than the run's 1 steps, so the teacher never changes"
     assert any(str(one.message).startswith(words) for one in caught) == (steps == 2)
     for new, old, mean in zip(
         trainer.model.parameters(), tiny.model(0).parameters(), trainer.teacher_model.parameters()

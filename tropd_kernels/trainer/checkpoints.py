@@ -5,7 +5,8 @@ mixtures of experts. The `Trainer` loads them without the renaming of `from_pret
 it has where a name is missing, and goes on: from the weights in hand, with a line in the log.
 
 A checkpoint of `save_only_model` has neither the optimizer nor the schedule: both begin anew, in
-the middle of the run. And the best step may have none, where not every evaluation is saved.
+the middle of the run. Where not every step that is evaluated is saved, the best one may have no
+checkpoint: the `Trainer` then keeps other weights.
 """
 
 import warnings
@@ -25,25 +26,34 @@ class WholeCheckpoints(DistillationTrainer):
 
     def train(self, *arguments: Any, **keywords: Any) -> Any:
         output = super().train(*arguments, **keywords)
-        evaluated = any(key.startswith("eval_") for log in self.state.log_history for key in log)
-        if self.args.eval_delay and self.args.eval_strategy != "no" and not evaluated:
-            warnings.warn(
-                f"eval_delay: nothing was evaluated, for {self.args.eval_delay:g} "
-                f"{'steps' if self.args.eval_strategy == 'steps' else 'epochs'} are more than the "
-                "run had",
-                stacklevel=3,
-            )
-        best, saved = self.state.best_global_step, self.state.best_model_checkpoint
-        wanted = self.args.load_best_model_at_end and best and self.is_world_process_zero()
-        if wanted and (saved is None or Path(saved).name != f"{PREFIX_CHECKPOINT_DIR}-{best}"):
-            has = "the last step's" if saved is None else f"those of {saved}"
-            warnings.warn(
-                f"load_best_model_at_end: step {best} was the best, which was evaluated but not "
-                f"saved: the weights are {has}: set save_steps to eval_steps, or save_strategy "
-                "'best'",
-                stacklevel=3,
-            )
+        if self.is_world_process_zero():
+            for warning in (self._not_evaluated(), self._best_not_saved()):
+                if warning is not None:
+                    warnings.warn(warning, stacklevel=3)
         return output
+
+    def _not_evaluated(self) -> str | None:
+        args, logs = self.args, self.state.log_history
+        evaluated = any(key.startswith("eval_") for log in logs for key in log)
+        if args.eval_strategy == "no" or not args.eval_delay or evaluated:
+            return None
+        unit = "steps" if args.eval_strategy == "steps" else "epochs"
+        return (
+            f"eval_delay: nothing was evaluated, for the run ended before {args.eval_delay:g} "
+            f"{unit}: lower it"
+        )
+
+    def _best_not_saved(self) -> str | None:
+        best, saved = self.state.best_global_step, self.state.best_model_checkpoint
+        loaded = saved is not None and Path(saved).name == f"{PREFIX_CHECKPOINT_DIR}-{best}"
+        if not self.args.load_best_model_at_end or not best or loaded:
+            return None
+        has = "the last step's" if saved is None else f"those of {saved}"
+        return (
+            f"load_best_model_at_end: step {best} was the best of those evaluated, and it was not "
+            f"saved: the weights are {has}: set save_steps to eval_steps, or save_strategy to "
+            "'best'"
+        )
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         self._loading = resume_from_checkpoint, self.model if model is None else model

@@ -36,8 +36,8 @@ def context_of(config: Any) -> int | None:
     """The longest text in tokens, prompt and completion.
 
     A rotary scaling factor multiplies the length of pretraining (YaRN, linear, Gemma 4's), unless
-    `max_position_embeddings` includes it already (Llama 3, LongRoPE). `model_max_length` is more
-    than that in Command-R's config. None where there is no limit or the config does not tell it.
+    `max_position_embeddings` includes it already (Llama 3, LongRoPE). Command-R's config states its
+    context as `model_max_length`. None where there is no limit or the config does not tell it.
     """
     config = config.get_text_config()
     if config.model_type == "mpt":  # its table of distances ends there
@@ -128,9 +128,10 @@ def _scaled(rope: Mapping[str, Any], limit: int) -> int | None:
     if kind in ("llama3", "longrope", "su"):
         if original < limit:
             return limit
-        return int(factor * limit) if rope.get("factor") else None  # MiniCPM4's, by its card
-    # "dynamic" follows the text's length, and a HunYuan's maximum may be less than its alpha is for
-    # (Hunyuan-A13B's is stated as 256K). Of others nothing is known.
+        # Without a factor nothing says where it ends, as in MiniCPM4's card.
+        return int(factor * limit) if rope.get("factor") else None
+    # "dynamic" follows the text's length. The scale by HunYuan's alpha may reach beyond the maximum
+    # (Hunyuan-A13B reads 256K tokens by its authors). Of other rules nothing is known.
     return None
 
 

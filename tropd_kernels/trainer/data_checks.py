@@ -127,9 +127,8 @@ _SHOWN = {
     "image": "images", "image_url": "images", "video": "videos", "video_url": "videos",
     "audio": "sounds", "audio_url": "sounds", "input_audio": "sounds",
 }  # fmt: skip
-#: Attributes of processors and of their tokenizers, which differ in Gemma 3's: the words in whose
-#: place an image, or another modality, goes.
-_PLACEHOLDERS = ("image_token", "boi_token", "video_token", "audio_token")
+#: Attributes of processors and of their tokenizers, which differ in Gemma 3's: the placeholders.
+_PLACEHOLDERS = ("image_token", "video_token", "audio_token")
 _BLIND = (
     "the processing class is a tokenizer, and the model sees no images: give one that does, with "
     "its processor"
@@ -197,7 +196,9 @@ def check_row_modalities(rows: Sequence[Mapping[str, Any]], processor: Any) -> N
 def check_placeholders(
     said: str | Sequence[Mapping[str, Any]], processor: Any, column: str = "prompt"
 ) -> None:
-    """Raises ValueError for words in whose place the processor or the model would see an image.
+    """Raises ValueError for text that contains the placeholder of an image, a video or a sound.
+
+    The processor or the model would look for the image itself, and fail without naming the row.
 
     said: text, or messages; what is neither is refused elsewhere.
     """
@@ -213,9 +214,9 @@ def check_placeholders(
         for text in [part.get("text") or "" for part in parts if isinstance(part, Mapping)]:
             if (token := next((token for token in tokens if token in text), None)) is not None:
                 raise ValueError(
-                    f"{column}: {token!r} in {text!r:.80} stands for what is no text, and nothing "
-                    "would go with it: take it out; the images of a prompt go into their column, "
-                    "or into the message as {'type': 'image', 'image': image}"
+                    f"{column}: {token!r} in {text!r:.80} is a placeholder of the processor, and "
+                    "no image would go with it: take it out, and give a prompt's images in their "
+                    "column, or in the message as {'type': 'image', 'image': image}"
                 )
 
 

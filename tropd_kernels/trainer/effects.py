@@ -276,19 +276,17 @@ def check_conditions(args: Any) -> None:
             raise condition.error(key, args)
     if args.optim_args:
         _check_optim_args(args)
-    _check_eval_delay(args)
+    if not _evaluates(args):  # eval_delay itself acts: too much
+        reason = f"the run ends before eval_delay, {args.eval_delay!r}"
+        raise no_effect(args, "eval_strategy", reason, "lower that")
 
 
-def _check_eval_delay(args: Any) -> None:
-    """How long a run is in the other unit is not known yet: `WholeCheckpoints` warns at its end."""
-    in_steps = args.eval_strategy == "steps"
-    run = args.max_steps if in_steps else args.num_train_epochs if args.max_steps <= 0 else 0
-    if args.eval_strategy != "no" and 0 < run < args.eval_delay:
-        unit = "steps" if in_steps else "epochs"
-        raise ValueError(
-            f"eval_delay: {args.eval_delay:g} {unit} are more than the run has, {run:g}, so that "
-            f"nothing would be evaluated: lower it, in {unit}"
-        )
+def _evaluates(args: Any) -> bool:
+    """Whether eval_delay ends within the run; True where the run's length in its unit, steps or
+    epochs, is not known yet: `WholeCheckpoints` warns after such a run."""
+    if args.eval_strategy == "steps":
+        return args.max_steps <= 0 or args.eval_delay <= args.max_steps
+    return args.max_steps > 0 or args.eval_delay <= args.num_train_epochs
 
 
 def _check_optim_args(args: Any) -> None:
@@ -330,7 +328,8 @@ def check_inputs(args: Any, tools: Any, datasets: Mapping[str, Any], teacher_pro
         key = "max_tool_calling_iterations"
         raise no_effect(args, key, "there are no tools", "give tools to TrOPDTrainer")
     if args.eval_on_start and datasets["eval_dataset"] is None:
-        raise ValueError("eval_on_start: there is no eval_dataset: give one, or leave it out")
+        reason = "there is no eval_dataset"
+        raise no_effect(args, "eval_on_start", reason, "give one to TrOPDTrainer")
     columns = [present or () for _, _, present in data_sets(datasets)]
     if args.lmbda == 0 and columns and all(args.prefix_column in some for some in columns):
         refuse(args, _SAMPLING, f"with lmbda 0 completions are the texts in {args.prefix_column}")

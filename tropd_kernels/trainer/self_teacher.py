@@ -150,8 +150,8 @@ class TeacherSync(SyncRefModelCallback):
         if args.teacher_sync_steps > state.max_steps and state.is_world_process_zero:
             warnings.warn(
                 f"teacher_sync_steps: {args.teacher_sync_steps} is more than the run's "
-                f"{state.max_steps} steps: the teacher never changes, whatever teacher_update_rate "
-                "is",
+                f"{state.max_steps} steps, so the teacher never changes: lower it, or leave "
+                "teacher_update_rate out for a fixed teacher",
                 stacklevel=2,
             )
 

@@ -236,19 +236,20 @@ def adapter_base(name: str, options: Mapping[str, Any]) -> str | None:
 def named_errors(what: str, options: Mapping[str, Any] | None = None) -> Iterator[None]:
     """Raises what transformers raises inside, with `what` cannot be loaded in front.
 
-    options: Those of `from_pretrained`, of which transformers' words may say nothing.
+    options: Arguments of `from_pretrained`.
     """
     try:
         yield
     except _CLEAR as error:
         if type(error) not in _CLEAR:  # a subclass may take other arguments than a message
             raise
-        hint = _rope_hint(options or {})
+        hint = _rope_hint(options or {}) if isinstance(error, KeyError | TypeError) else ""
         raise type(error)(f"{what} cannot be loaded: {error}{hint}") from error
 
 
 def _rope_hint(options: Mapping[str, Any]) -> str:
-    """What rotary parameters lack that are given as a card writes them, beside a config's base."""
+    """Which keys rotary parameters lack. A model's card leaves out the base, which its config has;
+    transformers' error then is a KeyError or of an operand None."""
     for key in ("rope_parameters", "rope_scaling"):
         given = options.get(key)
         if isinstance(given, Mapping):
