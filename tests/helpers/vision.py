@@ -4,7 +4,8 @@ One each of the ways in which a model is told which tokens are images': `token_t
 whose image tokens attend to one another; PaliGemma, whose whole prompt does), `mm_token_type_ids`
 (Qwen2-VL and Qwen3.5, which count positions by them), and their ids alone (Aria, with a mask of its
 pixels; Idefics 2 and 3, whose pixels have an item for each row, padded to the most images of one;
-LLaVA-NeXT, an item for each image, padded to the most tiles of one). torchvision is not needed.
+LLaVA-NeXT, an item for each image, padded to the most tiles of one; DeepSeek-VL, whose processor
+makes tensors unless it is told not to). torchvision is not needed.
 """
 
 from __future__ import annotations
@@ -109,6 +110,16 @@ def _aria():
     return made
 
 
+def _deepseek_vl():
+    config = transformers.DeepseekVLConfig(
+        text_config=_TEXT | {"model_type": "llama"}, image_token_id=IDS[IMAGE],
+        vision_config=_GAZE | dict(model_type="siglip_vision_model", patch_size=8,
+                                   vision_use_head=False),
+        tie_word_embeddings=False,
+    )  # fmt: skip
+    return transformers.DeepseekVLForConditionalGeneration(config)
+
+
 def _idefics2():
     config = transformers.Idefics2Config(
         text_config=_TEXT | {"model_type": "mistral"}, image_token_id=IDS[IMAGE],
@@ -139,8 +150,9 @@ def _llava_next():
 
 
 KINDS = {
-    "aria": _aria, "gemma3": _gemma3, "idefics2": _idefics2, "idefics3": _idefics3,
-    "llava_next": _llava_next, "paligemma": _paligemma, "qwen2_vl": _qwen2_vl, "qwen3_5": _qwen3_5,
+    "aria": _aria, "deepseek_vl": _deepseek_vl, "gemma3": _gemma3, "idefics2": _idefics2,
+    "idefics3": _idefics3, "llava_next": _llava_next, "paligemma": _paligemma,
+    "qwen2_vl": _qwen2_vl, "qwen3_5": _qwen3_5,
 }  # fmt: skip
 #: What the types of tokens, by the field's name, give to a token that a model writes, if not 0.
 WRITTEN = {"paligemma": {"token_type_ids": 1}}
@@ -188,6 +200,16 @@ def processor(kind: str) -> ProcessorMixin:
         template = _TEMPLATE.replace("PLACE", f"'{IMAGE}'")
         return transformers.AriaProcessor(
             images, tokens, chat_template=template, size_conversion={14: 4}
+        )
+    if kind == "deepseek_vl":
+        module = pytest.importorskip(
+            "transformers.models.deepseek_vl.image_processing_pil_deepseek_vl"
+        )
+        images = module.DeepseekVLImageProcessorPil(size={"height": 16, "width": 16}, min_size=4)
+        tokens.image_token = IMAGE
+        template = _TEMPLATE.replace("PLACE", f"'{IMAGE}'")
+        return transformers.DeepseekVLProcessor(
+            images, tokens, chat_template=template, num_image_tokens=4
         )
     if kind == "paligemma":
         module = pytest.importorskip("transformers.models.siglip.image_processing_pil_siglip")

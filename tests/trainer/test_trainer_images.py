@@ -232,6 +232,24 @@ def test_a_prefix_of_rows_with_images(tmp_path, kind, writer):
     assert writer == "teacher" or lengths == {2, 3, 4}
 
 
+@pytest.mark.parametrize("talk", [False, True])
+@pytest.mark.parametrize("kind", ["deepseek_vl", "qwen2_vl"])
+def test_prompts_without_images_beside_a_processor(tmp_path, caplog, kind, talk):
+    """Also of one that returns tensors unless it is told not to; and nothing is said of it."""
+    prompts, answers = ["w1 w2 w3", "w4"], [" w5 w6", " w7"]
+    if talk:
+        prompts = [[{"role": "user", "content": text}] for text in prompts]
+    data = tiny.Dataset.from_dict({"prompt": prompts, "teacher_completion": answers})
+    settings = dict(per_device_train_batch_size=2, lmbda=0.0, generation_kwargs=None)
+    trainer = make(tmp_path, kind, data, **settings)
+    trainer.train()
+    (batch,) = trainer.batches
+    kept = zip(batch["completion_ids"], batch["completion_mask"].bool(), strict=True)
+    end = 3 if talk else 2
+    assert sorted(ids[mask].tolist() for ids, mask in kept) == [[10, 11, end], [12, end]]
+    assert "processor_kwargs" not in caplog.text
+
+
 @pytest.mark.parametrize("kind", ["gemma3", "qwen2_vl"])
 def test_a_processor_that_pads_on_the_right(tmp_path, kind):
     """As a recipe of SFT leaves it. Per-token fields are in the prompts' places none the less."""

@@ -10,6 +10,7 @@ from typing import Any
 
 from jinja2 import TemplateError, meta  # which torch brings
 from transformers import ProcessorMixin
+from transformers import __version__ as transformers_version
 from transformers.utils import chat_template_utils
 from trl.data_utils import prepare_multimodal_messages
 
@@ -91,6 +92,36 @@ def check_template_keys(
             )
 
 
+def as_lists(processor: Any, given: Mapping[str, Any]) -> dict[str, Any]:
+    """These `chat_template_kwargs` with `list_options`, if it is a processor that is given them."""
+    if not isinstance(processor, ProcessorMixin):
+        return dict(given)
+    if "processor_kwargs" not in inspect.signature(processor.apply_chat_template).parameters:
+        return list_options(processor, given)  # of transformers before 5.5
+    own = {key: given[key] for key in ("padding", "text_kwargs") if key in given}
+    options = list_options(processor, {**(given.get("processor_kwargs") or {}), **own})
+    return {key: given[key] for key in given if key not in own} | {"processor_kwargs": options}
+
+
+def list_options(processor: Any, given: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """Arguments of a call, `given` among them, that neither pads nor returns tensors.
+
+    By default Gemma 4's processor pads, and DeepSeek-VL's and Pixtral's return tensors, for which
+    prompts of different lengths have no shape. TRL drops the mask that would tell padding from
+    prompt. A tokenizer does neither, and is given nothing.
+    """
+    options = dict(given or {})
+    if not isinstance(processor, ProcessorMixin):
+        return options
+    text = options.get("text_kwargs") or {}
+    # With 5.3 TRL asks for padding itself, and takes it off again.
+    if "padding" not in text and not transformers_version.startswith("5.3."):
+        options = {"padding": False} | options
+    if type(processor).__call__.__module__.startswith("transformers."):  # not of a hub's own code
+        options["text_kwargs"] = {"return_tensors": None} | text
+    return options
+
+
 def _check_arguments(given: Mapping[str, Any], processor: Any) -> None:
     """Raises ValueError for arguments with which prompts are not tokenized, asked one by one."""
     if not _makes_ids(processor, {}):  # of text without an image
@@ -119,8 +150,9 @@ def _makes_ids(processor: Any, arguments: Mapping[str, Any]) -> bool:
     talk = [{"role": "user", "content": [{"type": "text", "text": "a"}]}]
     try:
         ids = processor.apply_chat_template(
-            [talk, talk], chat_template=PLAIN, tokenize=True, return_dict=True, **arguments
-        )["input_ids"]
+            [talk, talk], chat_template=PLAIN, tokenize=True, return_dict=True,
+            **as_lists(processor, arguments),
+        )["input_ids"]  # fmt: skip
     except (AttributeError, TypeError, ValueError):
         return False
     return len(ids) == 2 and all(isinstance(row, list) for row in ids)

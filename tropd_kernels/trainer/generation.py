@@ -16,12 +16,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import ProcessorMixin
-from transformers import __version__ as transformers_version
 from trl import is_conversational  # type: ignore[attr-defined]
 
 from . import metrics, teacher_prompts
-from .chat_templates import PLAIN, check_contents, check_template_keys
+from .chat_templates import PLAIN, as_lists, check_contents, check_template_keys, list_options
 from .context import (
     check_context,
     check_generated_width,
@@ -162,23 +160,18 @@ class PrefixedGeneration(MetricLogs):
             for tokenize in (partial(ids, False), partial(ids, True)):
                 check_whole(tokenize, self._tokenizer, longest)
 
+    def tokenize_texts(self, texts: list[str]) -> list[list[int]]:
+        return self.processing_class(text=texts, **list_options(self.processing_class))["input_ids"]
+
     # TRL's hooks.
 
     def _tokenize_prompts(self, prompts):
-        """Without the padding that some processors add by default (Gemma 4's).
-
-        TRL drops the mask that would tell the padding from the prompt.
-        """
-        # With 5.3 TRL asks for padding itself, and takes it off again.
-        pads_itself = transformers_version.startswith("5.3.")
         if isinstance(prompts[0], list):
             self.check_contents(prompts)
-        if not isinstance(self.processing_class, ProcessorMixin) or pads_itself:
-            return super()._tokenize_prompts(prompts)
         if not is_conversational({"prompt": prompts[0]}):
-            return self.processing_class(text=prompts, padding=False)["input_ids"], None, {}
-        unpadded = {"padding": False} | self.chat_template_kwargs
-        with replaced(self, chat_template_kwargs=unpadded):
+            return self.tokenize_texts(prompts), None, {}
+        options = as_lists(self.processing_class, self.chat_template_kwargs)
+        with replaced(self, chat_template_kwargs=options):
             return super()._tokenize_prompts(prompts)
 
     def _generate_and_score_completions(self, inputs):

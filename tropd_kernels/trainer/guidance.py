@@ -15,6 +15,7 @@ from trl.data_utils import prepare_multimodal_messages
 
 from . import signals
 from .adapter import DistillationAdapter
+from .chat_templates import as_lists
 from .data_checks import check_answers, check_placeholders, missing_guide_error, refuse_images
 from .loaded_teacher import check_dtypes
 from .prefix import (
@@ -175,7 +176,7 @@ class GuidedTrainer(DistillationAdapter):
     def _tokenize(self, text: str | list[dict], row: dict[str, Any]) -> list[int]:
         """Ids of a row's prompt with its answer, tokenized as TRL tokenizes the prompt."""
         if isinstance(text, str):
-            return self.processing_class(text=[text])["input_ids"][0]
+            return self.tokenize_texts([text])[0]
         images = row_images(row)
         if images or self._is_vlm:
             text = prepare_multimodal_messages(text, images=images)
@@ -186,5 +187,5 @@ class GuidedTrainer(DistillationAdapter):
             chat_template=self.chat_template,
             tokenize=True,
             return_dict=True,
-            **self.chat_template_kwargs,
+            **as_lists(self.processing_class, self.chat_template_kwargs),
         )["input_ids"][0]
