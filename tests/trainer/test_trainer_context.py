@@ -111,7 +111,7 @@ def test_scaling_that_nobody_knows():
         ),
         lambda: tiny_of(
             transformers.MambaForCausalLM, transformers.MambaConfig,
-            hidden_size=32, num_hidden_layers=1,
+            hidden_size=32, num_hidden_layers=1, max_position_embeddings=16,
         ),
         lambda: tiny_of(
             transformers.JambaForCausalLM, transformers.JambaConfig, hidden_size=32,

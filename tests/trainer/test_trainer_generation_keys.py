@@ -73,8 +73,8 @@ def test_keys_that_are_not_taken(given, remedy):
         ({"renormalize_logits": True}, {}, {"num_beams": 2}),
         ({"prompt_lookup_num_tokens": 3}, {"num_beams": 2}, {}),
         ({"max_matching_ngram_size": 2}, {}, {"prompt_lookup_num_tokens": 3}),
-        ({"max_cache_len": 64}, {}, STATIC),
-        ({"max_cache_len": 64}, QUANTIZED, STATIC),
+        ({"max_cache_len": 2048}, {}, STATIC),
+        ({"max_cache_len": 2048}, QUANTIZED, STATIC),
         ({"cache_config": {"backend": "quanto"}}, STATIC, QUANTIZED),
         (STATIC, {"use_cache": False}, {}),
         ({"temperature": 0.3}, {"do_sample": False}, {}),
@@ -113,13 +113,17 @@ def test_keys_that_act_beside_others(key, idle, active):
         ({"watermarking_config": {"greenlist_ratio": 2}}, "transformers refuses them: .*greenlist"),
         ({"early_stopping": "soon", "num_beams": 2}, "transformers refuses them: `early_stopping`"),
         ({"guidance_scale": "a"}, "guidance_scale: expected a number, got 'a'"),
+        (STATIC | {"max_cache_len": 10}, "'max_cache_len' would have no effect: a static cache"),
     ],
     ids=str,
 )
 def test_values_that_fail_later_or_reach_no_completion(given, words):
     with pytest.raises(ValueError, match=f"^generation_kwargs: {words}"):
         config(given, max_completion_length=10)
-    for taken in ({"min_new_tokens": 10}, {"exponential_decay_length_penalty": [9, 1.5]}):
+    for taken in (
+        {"min_new_tokens": 10}, {"exponential_decay_length_penalty": [9, 1.5]},
+        STATIC | {"max_cache_len": 11},
+    ):  # fmt: skip
         config(taken, max_completion_length=10)
 
 

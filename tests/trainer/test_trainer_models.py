@@ -159,6 +159,60 @@ def test_options_with_which_a_student_cannot_be_loaded(tmp_path):
     assert made.model.config.rope_parameters["factor"] == 4.0
 
 
+@pytest.mark.parametrize("init", ["eva", "lora_ga"])
+def test_an_adapter_that_begins_from_data(tmp_path, init):
+    """PEFT makes a plain one, and says nothing, where the model was not prepared for it."""
+    peft = pytest.importorskip("peft")
+    lora_ga = pytest.importorskip("peft.tuners.lora.loraga")
+    config = peft.LoraConfig(
+        task_type="CAUSAL_LM", target_modules=["q_proj"], r=4, init_lora_weights=init,
+        **{f"{init}_config": {"eva": peft.EvaConfig, "lora_ga": peft.LoraGAConfig}[init]()},
+    )  # fmt: skip
+    with pytest.raises(ValueError, match=f"^peft_config: init_lora_weights='{init}' would have no"):
+        make(tmp_path, tiny.model(0), peft=config)
+    student, ids = tiny.model(0), torch.randint(5, 60, (4, 10))
+    if init == "eva":
+        student = peft.get_peft_model(student, config)
+        peft.initialize_lora_eva_weights(student, [{"input_ids": ids}] * 8)
+        trainer = make(tmp_path, student)
+    else:
+        step = lambda: student(ids, labels=ids).loss.backward()
+        lora_ga.preprocess_loraga(student, config, step)
+        trainer = make(tmp_path, student, peft=config)
+    layer = trainer.model.base_model.model.model.layers[0].self_attn.q_proj
+    first = layer.lora_A.default.weight.detach()
+    product = first @ first.T
+    assert torch.allclose(product, product[0, 0] * torch.eye(4), atol=1e-4 * float(product[0, 0]))
+    trainer.train()
+
+
+@pytest.mark.parametrize("which", ["model", "teacher_model"])
+def test_a_value_of_another_type_for_a_model_s_config(tmp_path, which):
+    """YAML reads 1e-6 as text. The hub's own error is no ValueError, and names no model."""
+    tiny.model(0).save_pretrained(tmp_path / "model")
+    folder = str(tmp_path / "model")
+    models = (folder, None) if which == "model" else (None, folder)
+    options = {f"{which}_init_kwargs": {"rms_norm_eps": "1e-6"}}
+    with pytest.raises(ValueError, match=f"^{which}: .* cannot be loaded: .*'rms_norm_eps'.*float"):
+        make(tmp_path / "run", *models, **options)
+
+
+def test_a_generate_of_the_repository_s_own(tmp_path, recwarn):
+    """transformers calls it in place of its own, with the trainer's settings as it likes."""
+    folder = tmp_path / "model"
+    tiny.model(0).save_pretrained(folder)
+    tiny.tokenizer().save_pretrained(folder)
+    (folder / "custom_generate").mkdir()
+    (folder / "custom_generate" / "generate.py").write_text(
+        "def generate(model, input_ids=None, **_):\n    return input_ids[:, [0, 1, 2]]\n"
+    )
+    for trusts in (False, True):
+        recwarn.clear()
+        trainer = make(tmp_path / "run", str(folder), trust_remote_code=trusts)
+        said = [str(one.message) for one in recwarn if "generate of its own" in str(one.message)]
+        assert len(said) == trusts == ("generate" in vars(trainer.model))
+
+
 def gemma_3n(seed):
     """Four layers of two kinds, all of whose keys are their own."""
     return tiny.model(

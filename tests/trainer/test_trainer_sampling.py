@@ -76,7 +76,7 @@ def test_no_key_of_a_model_s_own_config_comes_through(tmp_path, peft, monkeypatc
 
     monkeypatch.setattr(GenerationConfig, "__init__", make_tomorrow)
     # Such values cannot be saved, which a trainer would say.
-    monkeypatch.setattr("tropd_kernels.trainer.trainer.make_savable", lambda model: None)
+    monkeypatch.setattr("tropd_kernels.trainer.student_checks._make_savable", lambda model: None)
     lora = None
     if peft:
         lora = pytest.importorskip("peft").LoraConfig(target_modules=["q_proj"], r=2)

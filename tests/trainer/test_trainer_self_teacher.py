@@ -136,7 +136,8 @@ def test_adapters_that_change_the_base(tmp_path, name):
         with pytest.raises(ValueError, match=words):
             make(tmp_path, given, "self", told(), peft=config)
 
-    check(tiny.model(0), config)
+    if name not in ("eva", "lora_ga"):  # which begin from data
+        check(tiny.model(0), config)
     prepare()
     wrapped = pytest.importorskip("peft").get_peft_model(student, config)
     own = dict(tiny.model(0).named_parameters())

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -273,6 +274,39 @@ def test_errors_of_loading_name_the_teacher(tmp_path, options, words):
     name = save(tmp_path / "teacher")
     with pytest.raises((TypeError, ValueError), match=f"^teacher_model: {name} cannot .*{words}"):
         make(tmp_path, teacher=name, teacher_model_init_kwargs=options)
+
+
+ENDS = {"eos_token_id": [2, 3, 7]}
+
+
+@pytest.mark.parametrize("has_file", [True, False])
+@pytest.mark.parametrize("given", [ENDS, {"generation_config": ENDS}], ids=["end", "config"])
+def test_ends_among_the_options_of_models(tmp_path, given, has_file):
+    """... with or without a generation_config.json: without one transformers drops the ends, and
+    a mapping, all that YAML can write, is no config for it."""
+    names = [save(tmp_path / which, seed) for seed, which in enumerate(("student", "teacher"))]
+    for name in names:
+        file = Path(name, "generation_config.json")
+        file.write_text('{"eos_token_id": [2, 3]}') if has_file else file.unlink()
+    keys = "model_init_kwargs", "teacher_model_init_kwargs"
+    trainer = make(tmp_path / "run", *names, lmbda=0.0, **dict.fromkeys(keys, given))
+    assert list(trainer.eos_token_ids) == [2, 3, 7]
+    assert trainer.teacher_model.generation_config.eos_token_id == [2, 3, 7]
+    trainer.train()
+
+
+@pytest.mark.parametrize("key", ["model_init_kwargs", "teacher_model_init_kwargs"])
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ("generation_config.json", "expected a mapping, such as .*, got 'generation_config.json'"),
+        ({"eos_token_ids": 2}, "it has no 'eos_token_ids' .did you mean 'eos_token_id'.*leave it"),
+        ({"cache_implementation": 5}, ".*cache_implementation"),
+    ],
+)  # fmt: skip
+def test_generation_configs_that_are_none(key, given, words):
+    with pytest.raises(ValueError, match=f"^{key}: generation_config: {words}"):
+        TrOPDConfig("unused", use_cpu=True, bf16=False, **{key: {"generation_config": given}})
 
 
 def test_a_quantization_that_is_text(tmp_path):

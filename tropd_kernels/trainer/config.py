@@ -36,7 +36,7 @@ from .config_checks import (
 from .credentials import redacted, shown
 from .effects import check_conditions
 from .generation_keys import check_generation_conditions
-from .loaded_teacher import check_quantization, dtype_option
+from .loaded_teacher import check_options, dtype_option
 from .other_keys import names_unknown_keys
 from .own_rule import Objective, RuleSchedule, read_objective, saved_form
 from .recipes import RECIPES, Applied, apply_knobs, apply_recipe, describe, saved_name
@@ -482,9 +482,7 @@ class TrOPDConfig(DistillationConfig):
     def _check_model_options(self) -> None:
         for key in ("model_init_kwargs", "teacher_model_init_kwargs"):
             if (options := getattr(self, key)) is not None:
-                check_quantization(
-                    f"{key}: quantization_config", options.get("quantization_config")
-                )
+                check_options(key, options)
                 setattr(self, key, dtype_option(key, options))
         check_revisions(self)
 

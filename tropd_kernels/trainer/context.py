@@ -14,8 +14,8 @@ from transformers import PreTrainedTokenizerBase
 #: Models whose config states a maximum although no layer has a limited table of positions: they
 #: are recurrent, or their attention uses only distances or the causal order.
 _POSITION_FREE = {
-    "bloom", "inkling_text", "inkling2_text", "inkling2_loop_text", "jamba", "kimi_linear",
-    "nemotron_h", "rwkv", "zamba",
+    "bloom", "falcon_mamba", "inkling_text", "inkling2_text", "inkling2_loop_text", "jamba",
+    "kimi_linear", "mamba", "mamba2", "nemotron_h", "rwkv", "zamba",
 }  # fmt: skip
 #: Decoders that count positions from the beginning of a padded row, ignore the attention mask in
 #: that, and take no position_ids. DeepSeek-V4 counts so the windows that it compresses keys in.

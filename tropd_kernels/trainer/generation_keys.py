@@ -195,6 +195,11 @@ def _check_values(args: Any, own: Mapping[str, Any]) -> None:
             f"generation_kwargs: 'min_new_tokens': with {shortest} no completion would end within "
             f"max_completion_length {longest}: lower it, or leave it out"
         )
+    if 0 < (own.get("max_cache_len") or 0) <= longest:
+        raise ValueError(
+            f"generation_kwargs: 'max_cache_len' would have no effect: a static cache has room for "
+            f"a prompt and max_completion_length {longest}: raise it, or leave it out"
+        )
     if (decay := own.get("exponential_decay_length_penalty")) is not None:
         key = "generation_kwargs: 'exponential_decay_length_penalty'"
         pair = isinstance(decay, (list, tuple)) and len(decay) == 2

@@ -4,11 +4,13 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel
+from transformers import GenerationConfig, PreTrainedModel
 from transformers.utils.quantization_config import QuantizationConfigMixin
 from trl.trainer.utils import create_model_from_path
 
-from .sources import model_class, named_errors, teacher_options
+from ..objectives.registry import nearest
+from .sources import Loader, model_class, named_errors, teacher_options
+from .student_checks import check_prepared
 
 _DTYPES = ("bfloat16", "float16", "float32", "float64")
 
@@ -32,6 +34,13 @@ def dtype_option(key: str, options: Mapping[str, Any]) -> dict[str, Any]:
     return options | {"dtype": next(iter(found.values()))}
 
 
+def check_options(key: str, options: Mapping[str, Any]) -> None:
+    """Raises ValueError, which begins with `key`, for configs among these arguments of
+    `from_pretrained` that it could not take."""
+    check_quantization(f"{key}: quantization_config", options.get("quantization_config"))
+    check_generation_config(f"{key}: generation_config", options.get("generation_config"))
+
+
 def check_quantization(key: str, value: Any) -> None:
     """Raises ValueError, which begins with `key`, for an invalid `quantization_config`."""
     if value is not None and not isinstance(value, (Mapping, QuantizationConfigMixin)):
@@ -39,6 +48,25 @@ def check_quantization(key: str, value: Any) -> None:
             f"{key}: expected a mapping with a 'quant_method', or a config of transformers' such "
             f"as BitsAndBytesConfig, got {value!r:.80}"
         )
+
+
+def check_generation_config(key: str, value: Any) -> None:
+    """Raises ValueError, which begins with `key`, for an invalid `generation_config`."""
+    if value is None or isinstance(value, GenerationConfig):
+        return
+    if not isinstance(value, Mapping):
+        raise ValueError(
+            f"{key}: expected a mapping, such as {{'eos_token_id': [2, 3]}}, or a "
+            f"GenerationConfig, got {value!r:.80}"
+        )
+    known = vars(GenerationConfig()).keys()
+    for name in value:
+        if name not in known:
+            raise ValueError(f"{key}: it has no {name!r}{nearest(name, known)}: leave it out")
+    try:
+        GenerationConfig(**value)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{key}: {error}") from error
 
 
 def _read_dtype(what: str, value: Any) -> torch.dtype | str | None:
@@ -64,7 +92,8 @@ def load_teacher(name: str, args: Any) -> PreTrainedModel:
     if args.distributed_state.distributed_type in ("MULTI_GPU", "DEEPSPEED"):
         options["device_map"] = None
     with named_errors(f"teacher_model: {name}", options):
-        return create_model_from_path(name, model_class(name, options), **options)
+        loader: Any = Loader(model_class(name, options))
+        return create_model_from_path(name, loader, **options)
 
 
 def check_own_weights(student: torch.nn.Module, teacher: torch.nn.Module) -> None:
@@ -90,8 +119,9 @@ def check_dtypes(student: torch.dtype, teacher: torch.dtype) -> None:
         )
 
 
-def check_models(model: Any, teacher: Any, args: Any, quantization: Any) -> None:
-    """Raises TypeError for a model that cannot generate, ValueError for options of a loaded one."""
+def check_models(model: Any, teacher: Any, args: Any, quantization: Any, adapter: Any) -> None:
+    """Raises TypeError for a model that cannot generate, ValueError for options of a loaded one,
+    and for an adapter to which the model brings nothing that it begins from."""
     if not isinstance(model, str) and not hasattr(model, "generation_config"):
         raise TypeError(
             f"model: a {type(model).__name__} writes no text: load it with AutoModelForCausalLM"
@@ -107,6 +137,7 @@ def check_models(model: Any, teacher: Any, args: Any, quantization: Any) -> None
                 "by its name"
             )
     check_quantization("quantization_config", quantization)
+    check_prepared(model, adapter)
     refuse_compiled("model", model)
     refuse_compiled("teacher_model", teacher)
 

@@ -15,7 +15,12 @@ from typing import Any
 
 import transformers
 from huggingface_hub import hf_hub_download
-from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    HfHubHTTPError,
+    HFValidationError,
+    StrictDataclassError,
+)
 from transformers import (
     AutoConfig,
     AutoImageProcessor,
@@ -23,6 +28,7 @@ from transformers import (
     AutoModelForImageTextToText,
     AutoProcessor,
     AutoTokenizer,
+    GenerationConfig,
     PreTrainedTokenizerBase,
 )
 from transformers.utils.import_utils import is_peft_available
@@ -240,6 +246,8 @@ def named_errors(what: str, options: Mapping[str, Any] | None = None) -> Iterato
     """
     try:
         yield
+    except StrictDataclassError as error:  # a value of another type than the config's
+        raise ValueError(f"{what} cannot be loaded: {' '.join(str(error).split())}") from error
     except _CLEAR as error:
         if type(error) not in _CLEAR:  # a subclass may take other arguments than a message
             raise
@@ -260,14 +268,31 @@ def _rope_hint(options: Mapping[str, Any]) -> str:
 
 
 @dataclass
-class _WithNamedErrors:
-    """A student's class as TRL's loader uses it."""
+class Loader:
+    """A model's class as TRL's loader uses it, with options that transformers leaves as they are: a
+    generation_config that is a mapping, and an end without a file of such a config."""
 
     architecture: Any
 
     def from_pretrained(self, name: str, **options: Any) -> Any:
+        given = options.get("generation_config")
+        if isinstance(given, Mapping):
+            options["generation_config"] = GenerationConfig(**given)
+        model = self.architecture.from_pretrained(name, **options)
+        if given is None and "eos_token_id" in options and hasattr(model, "generation_config"):
+            model.generation_config.eos_token_id = options["eos_token_id"]
+        return model
+
+
+@dataclass
+class _WithNamedErrors:
+    """The same of a student, where errors say with which options it cannot be loaded."""
+
+    loader: Loader
+
+    def from_pretrained(self, name: str, **options: Any) -> Any:
         with named_errors(f"model: {name} with these model_init_kwargs", options):
-            return self.architecture.from_pretrained(name, **options)
+            return self.loader.from_pretrained(name, **options)
 
 
 @contextlib.contextmanager
@@ -282,8 +307,8 @@ def class_of_student(student: Any, args: Any) -> Iterator[None]:
         return
     elsewhere = pick(given, (*PLACE, "code_revision", "gguf_file"))
     own = None if elsewhere else given.get("architecture")
-    architecture = _WithNamedErrors(own or model_class(student, student_options(args)))
-    with replaced(args, model_init_kwargs=given | {"architecture": architecture}):
+    loader = Loader(own or model_class(student, student_options(args)))
+    with replaced(args, model_init_kwargs=given | {"architecture": _WithNamedErrors(loader)}):
         yield
 
 

@@ -44,7 +44,12 @@ def check_optimized(model: torch.nn.Module, optimizer: torch.optim.Optimizer | N
         )
 
 
-def make_savable(model: torch.nn.Module) -> str | None:
+def meet_student(model: torch.nn.Module, args: Any) -> list[str | None]:
+    """Mends what would not be saved, and returns warnings. args: a `TrOPDConfig`."""
+    return [_make_savable(model), _generate_warning(model, args)]
+
+
+def _make_savable(model: torch.nn.Module) -> str | None:
     """Mends a generation_config that transformers would not save, and returns a warning of it.
 
     Some published ones have values of sampling without do_sample. transformers refuses to save them
@@ -82,6 +87,19 @@ def make_savable(model: torch.nn.Module) -> str | None:
                     f"model: its {name} could not be saved after training, mend it: {error}"
                 ) from error
     return warning
+
+
+def _generate_warning(model: torch.nn.Module, args: Any) -> str | None:
+    """The warning, if any, where something else than transformers' `generate` writes completions:
+    the custom_generate of a repository whose code is trusted."""
+    if args.use_vllm or args.precomputed_teacher or "generate" not in vars(base_of(model)):
+        return None
+    return (
+        "model: it has a generate of its own, as from custom_generate/generate.py beside its "
+        "weights, which writes the completions by settings of its own, though the loss takes them "
+        "for the student's samples: `del model.generate` restores transformers'; or load it "
+        "without trust_remote_code"
+    )
 
 
 def check_z_loss(model: torch.nn.Module) -> None:
@@ -124,6 +142,29 @@ def check_task_type(model: torch.nn.Module) -> None:
                 f"peft_config: task_type {kind} is of another kind of model: set it to CAUSAL_LM, "
                 "or leave it out"
             )
+
+
+def check_prepared(model: Any, config: Any) -> None:
+    """Raises ValueError for a `peft_config` whose adapter begins from data that PEFT was not shown.
+
+    PEFT then begins as if it were not asked for, and says nothing.
+    """
+    init = getattr(config, "init_lora_weights", None)
+    if init == "eva":
+        remedy = "give as model the PeftModel on which initialize_lora_eva_weights was called"
+    elif init == "lora_ga" and not _has_gradients(model):
+        remedy = "give as model the one on which preprocess_loraga was called"
+    else:
+        return
+    raise ValueError(
+        f"peft_config: init_lora_weights={init!r} would have no effect, for it begins from data: "
+        f"{remedy} (PEFT's), or leave it out"
+    )
+
+
+def _has_gradients(model: Any) -> bool:
+    modules = model.modules() if isinstance(model, torch.nn.Module) else ()
+    return any(hasattr(module, "_peft_loraga_grad") for module in modules)
 
 
 def check_adapters(model: torch.nn.Module, callbacks: Sequence[Any]) -> None:

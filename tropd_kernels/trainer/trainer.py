@@ -59,7 +59,7 @@ from .sides import ModelSide
 from .sources import check_sources, find_processor, find_tokenizer, teacher_to_load
 from .special_tokens import compare_tokenizers, refuse_unused_map, unknown_tokenizer_error
 from .stops import checkpoint_named, raise_nonfinite
-from .student_checks import check_adapters, check_optimized, check_trainable, make_savable
+from .student_checks import check_adapters, check_optimized, check_trainable, meet_student
 from .verifier import Verifier
 from .verifier_checks import check_reward_funcs
 from .vocabulary import ends_warning
@@ -146,7 +146,7 @@ class TrOPDTrainer(RewardedTrainer):
             args = TrOPDConfig(f"{name.rstrip('/').split('/')[-1] or 'model'}-TrOPD")
         if not isinstance(args, TrOPDConfig):
             raise TypeError(f"args must be a TrOPDConfig, got a {type(args).__name__}")
-        check_models(model, teacher_model, args, quantization_config)
+        check_models(model, teacher_model, args, quantization_config, peft_config)
         self.dataset_name: str | None = None
         self._samples: list[Sample] = []
         datasets = {"train_dataset": train_dataset, "eval_dataset": eval_dataset}
@@ -211,7 +211,7 @@ class TrOPDTrainer(RewardedTrainer):
         self._warpers = sampling.truncating_warpers(args)
         self._kept_mass: Tensor | None = None  # of a micro-batch: sum and count
         finders = sampling.sampling_warning, sampling.temperature_warning, surrogate_warning
-        for warning in [make_savable(self.model), *(find(args) for find in finders)]:
+        for warning in [*meet_student(self.model, args), *(find(args) for find in finders)]:
             if warning is not None and self.accelerator.is_main_process:
                 warnings.warn(warning, stacklevel=2)
         at_terminal = sys.stdout.isatty() and not args.disable_tqdm
