@@ -11,7 +11,7 @@ from jinja2 import TemplateError
 from training import Spy
 
 from tropd_kernels.trainer import TrOPDConfig
-from tropd_kernels.trainer.chat_templates import check_contents, check_template_keys
+from tropd_kernels.trainer.chat_templates import as_lists, check_contents, check_template_keys
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
 #: Reads a switch, as Qwen3's does, a date with a default, as Llama 3's does, and documents.
@@ -324,6 +324,30 @@ def test_processors():
         check_template_keys(THINKS, processor, None, ())
     processor.chat_template = READS
     check_template_keys(THINKS, processor, None, ())
+
+
+def test_options_for_lists_of_ids():
+    """As transformers takes them from 5.4 on, and before; a processor's own code, less of them."""
+    pytest.importorskip("PIL", reason="images need pillow")
+    import vision
+
+    processor, given = vision.processor("qwen2_vl"), {"enable_thinking": True}
+    lists = {"padding": False, "text_kwargs": {"return_tensors": None}}
+    assert as_lists(processor, given) == given | {"processor_kwargs": lists}
+    text = {"text_kwargs": {"padding": False, "add_special_tokens": False}}
+    both = {"text_kwargs": {"return_tensors": None} | text["text_kwargs"]}
+    for whole in (given | text, given | {"processor_kwargs": text}):
+        assert as_lists(processor, whole) == given | {"processor_kwargs": both}
+
+    class Before(type(processor)):
+        def apply_chat_template(self, conversation, **keywords):
+            raise NotImplementedError
+
+    processor.__class__ = Before
+    assert as_lists(processor, given) == given | lists
+    Before.__call__ = lambda self, images=None, text=None, padding=False: None
+    assert as_lists(processor, given) == given | {"padding": False}
+    assert as_lists(processor.tokenizer, given) == given
 
 
 @pytest.mark.parametrize("given", [5, {"text": "w1"}, {"is_split_into_words": True}], ids=str)
