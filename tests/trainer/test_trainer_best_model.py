@@ -70,6 +70,7 @@ def test_a_direction_that_has_to_be_given(tmp_path):
     for metric in (
         "tropd/teacher_entropy", "eval_tropd/teacher_entropy_topk", "eval_b_tropd/prefix_length",
         "entropy", "eval_completions/mean_length", "reward_std", "rewards/judge/std",
+        "math_entropy", "eval_math_num_tokens", "math_reward_std", "math_frac_reward_zero_std",
     ):  # fmt: skip
         with pytest.raises(ValueError, match=f"^metric_for_best_model: .*'{metric}'.*set greater_"):
             config(tmp_path, metric_for_best_model=metric)
@@ -78,7 +79,7 @@ def test_a_direction_that_has_to_be_given(tmp_path):
         config(tmp_path, metric_for_best_model="tropd/reverse_kll")
     # A metric of the user's own is transformers' matter.
     assert config(tmp_path, metric_for_best_model="accuracy").greater_is_better is True
-    assert config(tmp_path, metric_for_best_model="token_entropy").greater_is_better is True
+    assert config(tmp_path, metric_for_best_model="tokens").greater_is_better is True
 
 
 @pytest.mark.parametrize(

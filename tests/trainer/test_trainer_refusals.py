@@ -456,7 +456,8 @@ def test_columns_as_far_as_they_are_known():
     assert known_columns(data.with_format("torch")) == ["prompt"] == known_columns(data)
     assert known_columns(data.with_transform(lambda rows: {"text": rows["prompt"]})) is None
     other = type("Rows", (), {"column_names": ["prompt"], "format": lambda self: "csv"})
-    assert known_columns(other()) == ["prompt"] and known_columns([{"prompt": "w1"}]) is None
+    assert known_columns(other()) == ["prompt"]
+    assert known_columns([{"prompt": "w1"}, {"image": 5}]) == ["prompt", "image"]
 
 
 @pytest.mark.parametrize(

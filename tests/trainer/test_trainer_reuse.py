@@ -149,11 +149,52 @@ def test_resume_with_another_split(tmp_path, rows, parts):
         trainer.train(resume_from_checkpoint=str(tmp_path / f"checkpoint-{step}"))
         return trainer
 
-    with pytest.raises(ValueError, match=f"per_device_train_batch_size 2 and 2; now .* {parts} a"):
+    with pytest.raises(ValueError, match=f"per_device_train_batch_size 2 and 2; now {parts} a"):
         resumed(1)
     assert len(resumed(2).batches) == parts
     (tmp_path / "checkpoint-1" / "generation_batch_0.pt").unlink()
     assert sum(len(batch["prompt_ids"]) for batch in resumed(1).batches) == 8
+
+
+@pytest.mark.parametrize(
+    ("saved", "now", "words"),
+    [
+        (dict(temperature=1.0), dict(temperature=2.0), "temperature 1.0; now 2.0"),
+        (dict(several="ab"), dict(several="ba"), r"teacher_models \['a', 'b'\]; now \['b', 'a'\]"),
+        (dict(several="cab"), dict(several="ab"), r"teacher_models \['c', 'a', 'b'\]; now \['a'"),
+        (dict(several="ab"), dict(several="abc"), r"teacher_models \['a', 'b'\]; now .*'c'\]"),
+        ({}, dict(several="ab"), "teacher_models None; now"),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_a_batch_of_other_settings(tmp_path, saved, now, words):
+    """A batch says of each row at which place its teacher is, and how likely the tokens were."""
+    teachers = {name: tiny.model(seed) for seed, name in enumerate("abc", 1)}
+    data = tiny.prompts(8, teacher_id=["a", "b"] * 4)
+
+    def made(steps, given):
+        given = dict(given)
+        if (names := given.pop("several", None)) is not None:
+            given["several"] = {name: teachers[name] for name in names}
+        return make(tmp_path, data=data, max_steps=steps, num_iterations=2,
+                    save_strategy="steps", save_steps=1, **given)  # fmt: skip
+
+    made(2, saved).train()
+    with pytest.raises(ValueError, match=words):
+        made(3, now).train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
+    made(3, now).train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    (tmp_path / "checkpoint-1" / "generation_batch_0.pt").unlink()
+    made(3, now).train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
+
+
+def test_one_teacher_after_several(tmp_path):
+    """It reads the rows of all."""
+    data = tiny.prompts(8, teacher_id=["a", "b"] * 4)
+    settings = dict(data=data, num_iterations=2, save_strategy="steps", save_steps=1)
+    make(tmp_path, several={"a": tiny.model(1), "b": tiny.model(2)}, **settings).train()
+    trainer = make(tmp_path, max_steps=2, **settings)
+    trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
+    assert len(trainer.batches) == 1
 
 
 def test_resume_on_fewer_processes(tmp_path):
@@ -166,7 +207,7 @@ def test_resume_on_fewer_processes(tmp_path):
     trainer = make(tmp_path, max_steps=2, **settings)
     trainer.train(resume_from_checkpoint=str(folder))
     (batch,) = trainer.batches
-    assert not torch.equal(batch["completion_ids"], part[0]["completion_ids"])
+    assert not torch.equal(batch["completion_ids"], part["batch"][0]["completion_ids"])
 
 
 def test_streams_are_refused(tmp_path):

@@ -163,6 +163,11 @@ class DistillationAdapter(BatchReuse, PrefixedGeneration):
         """Whether a teacher's model is in this process."""
         return self.teacher_model is not None or self._adapters_off or bool(self._teachers)
 
+    def batch_settings(self) -> dict[str, Any]:
+        # Of each row a batch holds its teacher's place among them.
+        several = {"teacher_models": list(self._teachers)} if self._teachers else {}
+        return super().batch_settings() | several
+
     def _load_teachers(self, teachers: Mapping[str, str | PreTrainedModel]) -> None:
         refuse_beside_several(is_sharded(self.accelerator), self._is_vlm)
         kept = ("teacher_model", "_teacher_head", "_teacher_eos", "_teacher_ids")

@@ -25,12 +25,26 @@ def data_sets(arguments: Mapping[str, Any]) -> Iterator[tuple[str, Any, Sequence
 
 
 def known_columns(data: Any) -> Sequence[str] | None:
-    """The columns of a data set's rows. None: a stream may not know them until it is read, nor does
-    a data set with a transform, which makes its rows when they are read."""
+    """The columns of a data set's rows, in a list those that any row has. None: a stream may not
+    know them until it is read, nor does a data set with a transform, which makes its rows when they
+    are read."""
+    if isinstance(data, Sequence):
+        rows = [row for row in data if isinstance(row, Mapping)]
+        return list(dict.fromkeys(column for row in rows for column in row))
     form = getattr(data, "format", None)
     if isinstance(form, Mapping) and form.get("type") == "custom":
         return None
     return getattr(data, "column_names", None)
+
+
+def holds_text(data: Any, column: str) -> bool:
+    """Whether this column is known to hold text, if the data set has it."""
+    if isinstance(data, Sequence):
+        return all(isinstance(row[column], str) for row in data if column in row)
+    kinds = getattr(data, "features", None)
+    if not kinds or known_columns(data) is None:
+        return False
+    return column not in kinds or getattr(kinds[column], "dtype", "") in ("string", "large_string")
 
 
 def has_teacher_prompts(data: Any) -> bool:
@@ -259,12 +273,15 @@ def check_answers(
 
 def check_guides(dataset: Any, args: Any) -> None:
     """Raises ValueError for a column of the teacher's text that does not go with the config."""
+    column = args.prefix_column
     if args.prefix_relative and hasattr(dataset, "__len__"):
-        check_answers(dataset, dataset[args.prefix_column], args.prefix_column)
+        listed = isinstance(dataset, Sequence)
+        answers = [row.get(column) for row in dataset] if listed else dataset[column]
+        check_answers(dataset, answers, column)
     if args.lmbda == 0 and args.num_generations > 1:
         raise ValueError(
             f"num_generations: with lmbda 0 all {args.num_generations} completions of a prompt "
-            f"would be its text in {args.prefix_column}: raise lmbda, or "
+            f"would be its text in {column}: raise lmbda, or "
             + how_to_unset(args, "num_generations")
         )
 

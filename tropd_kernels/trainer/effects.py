@@ -13,7 +13,7 @@ from transformers import Trainer
 
 from ..backends import has_row_engine
 from ..objectives.registry import rewarded
-from .data_checks import data_sets
+from .data_checks import data_sets, holds_text
 from .optimizers import LION, NO_OPTIM_ARGS, NOT_ADAM, WARM_BY_THEMSELVES
 from .protocols import sends_states
 from .recipes import describe, how_to_unset, sets
@@ -330,16 +330,20 @@ def check_inputs(args: Any, tools: Any, datasets: Mapping[str, Any], teacher_pro
     if args.eval_on_start and datasets["eval_dataset"] is None:
         reason = "there is no eval_dataset"
         raise no_effect(args, "eval_on_start", reason, "give one to TrOPDTrainer")
+    check_unsampled(args, datasets)
+    found = [data for _, data, _ in data_sets(datasets)]
+    read = ("prompt", COLUMN) if teacher_prompts else ("prompt",)
+    text = all(holds_text(data, column) for data in found for column in read)
+    if args.chat_template_kwargs and found and text:
+        reason = "the prompts are text, and no template is applied"
+        raise no_effect(args, "chat_template_kwargs", reason, "write them as messages")
+
+
+def check_unsampled(args: Any, datasets: Mapping[str, Any]) -> None:
+    """Raises ValueError for settings of a sampler where every completion is in the data."""
     columns = [present or () for _, _, present in data_sets(datasets)]
     if args.lmbda == 0 and columns and all(args.prefix_column in some for some in columns):
         refuse(args, _SAMPLING, f"with lmbda 0 completions are the texts in {args.prefix_column}")
-    features = [getattr(data, "features", None) or {} for _, data, _ in data_sets(datasets)]
-    text = all(_is_text(one, "prompt") for one in features)
-    if teacher_prompts:
-        text = text and all(COLUMN not in one or _is_text(one, COLUMN) for one in features)
-    if args.chat_template_kwargs and features and text:
-        reason = "the prompts are text, and no template is applied"
-        raise no_effect(args, "chat_template_kwargs", reason, "write them as messages")
 
 
 def check_optimizers(args: Any, optimizers: tuple[Any, Any]) -> list[str]:
@@ -370,11 +374,6 @@ def check_optimizers(args: Any, optimizers: tuple[Any, Any]) -> list[str]:
     if unused and args.process_index == 0:
         print(describe(args, unused))
     return unused
-
-
-def _is_text(features: Mapping[str, Any], column: str) -> bool:
-    """Whether the column is known to hold text."""
-    return getattr(features.get(column), "dtype", None) in ("string", "large_string")
 
 
 def _given(args: Any, keys: Collection[str]) -> Iterator[str]:

@@ -71,6 +71,7 @@ class PrefixedGeneration(MetricLogs):
     processing_class: Any
     tools: Any
     _why_teacher_prompts = ""  # a stream may turn out not to have them, which are needed then
+    _evaluated_without: dict | None = None  # a row that had none, before training read any
     _shared_vocab_size: int  # neither side writes or reads an id from here on
 
     def __init__(self, *arguments: Any, **keywords: Any):
@@ -160,6 +161,12 @@ class PrefixedGeneration(MetricLogs):
             for tokenize in (partial(ids, False), partial(ids, True)):
                 check_whole(tokenize, self._tokenizer, longest)
 
+    def check_rows(self, rows: list[dict]) -> None:
+        """Raises ValueError for rows of a batch that lack a column, or have one that is not read.
+
+        Of a stream, or a data set that `evaluate` was given, that is not known before.
+        """
+
     def tokenize_texts(self, texts: list[str]) -> list[list[int]]:
         return self.processing_class(text=texts, **list_options(self.processing_class))["input_ids"]
 
@@ -177,6 +184,7 @@ class PrefixedGeneration(MetricLogs):
     def _generate_and_score_completions(self, inputs):
         check_prompts(inputs)
         check_row_modalities(inputs, self.processing_class)
+        self.check_rows(inputs)
         self._rows, self._prefix_lengths = inputs, [0] * len(inputs)
         self._teacher_prompts = self._tokenize_teacher_prompts(inputs)
         # TRL has a processor pad a prompt's fields, and pads the prompt itself, on the left.
@@ -220,9 +228,15 @@ class PrefixedGeneration(MetricLogs):
         if not have_column(rows, teacher_prompts.COLUMN):
             if self._why_teacher_prompts:
                 raise teacher_prompts.missing_error(rows[0], self._why_teacher_prompts)
+            if not self.model.training:
+                self._evaluated_without = rows[0]
             return None
         if self.model.training and not self._why_teacher_prompts:
             self._why_teacher_prompts = teacher_prompts.OTHERS_HAVE_IT
+            if self._evaluated_without is not None:
+                raise teacher_prompts.missing_error(
+                    self._evaluated_without, self._why_teacher_prompts
+                )
         check_prompts(rows, teacher_prompts.COLUMN)
         teacher_prompts.refuse_fields(self._is_vlm, {})
         ids, _, fields = self._tokenize_prompts([row[teacher_prompts.COLUMN] for row in rows])

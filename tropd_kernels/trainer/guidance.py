@@ -6,6 +6,7 @@ that are given whole, and the log-probs of a teacher outside this process.
 
 import contextlib
 import random
+import warnings
 from collections.abc import Iterator
 from functools import partial
 from typing import Any
@@ -16,7 +17,16 @@ from trl.data_utils import prepare_multimodal_messages
 from . import signals
 from .adapter import DistillationAdapter
 from .chat_templates import as_lists
-from .data_checks import check_answers, check_placeholders, missing_guide_error, refuse_images
+from .data_checks import (
+    check_answers,
+    check_datasets,
+    check_placeholders,
+    check_unread,
+    holds_text,
+    missing_guide_error,
+    refuse_images,
+)
+from .effects import check_unsampled
 from .loaded_teacher import check_dtypes
 from .prefix import (
     column_ids,
@@ -31,6 +41,7 @@ from .served_teacher import ServedTeacher
 from .server import TeacherServerError
 from .stops import how_to_resume
 from .teacher_head import on_device
+from .teacher_prompts import COLUMN
 from .vocabulary import check_server_tokenizer
 
 
@@ -49,6 +60,23 @@ class GuidedTrainer(DistillationAdapter):
         self._teacher_head = on_device(server.head, self.accelerator.device)
         if self.accelerator.mixed_precision == "no":
             check_dtypes(self._student_head.weight.dtype, server.head.weight.dtype)
+
+    def check_rows(self, rows: list[dict]) -> None:
+        args, training = self.args, self.model.training
+        name = "train_dataset" if training else "eval_dataset"
+        check_unread({name: rows}, args, self.tools, args.uses_task_advantages)
+        teacher = self if self.has_teacher else None
+        train, evaluation = (rows, None) if training else (None, rows)
+        check_datasets(train, evaluation, args, teacher)
+        if training:
+            check_unsampled(args, {name: rows, "eval_dataset": self.eval_dataset})
+        read = ("prompt", COLUMN) if self.reads_teacher_prompts() else ("prompt",)
+        if args.chat_template_kwargs and all(holds_text(rows, column) for column in read):
+            warnings.warn(
+                "chat_template_kwargs: it has no effect on prompts that are text, to which no "
+                "template is applied, as in a batch of this data set: write them as messages",
+                stacklevel=2,
+            )
 
     def reads_teacher_prompts(self) -> bool:
         return self._server is not None or self.has_teacher

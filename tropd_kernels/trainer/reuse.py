@@ -5,6 +5,7 @@ As in GRPO, a generation batch has `num_generations` completions of each prompt,
 which each process saves with the checkpoint.
 """
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +45,7 @@ class BatchReuse(WholeCheckpoints):
 
     def __init__(self, *arguments: Any, **keywords: Any):
         super().__init__(*arguments, **keywords)
+        self._eval_dataloaders: dict[str, Any] = {}  # transformers' own, of persistent workers
         if self.args.num_iterations > 1 and isinstance(self.train_dataset, IterableDataset):
             raise ValueError(
                 "num_iterations: TRL's loader does not repeat the rows of a streaming data set "
@@ -63,6 +65,19 @@ class BatchReuse(WholeCheckpoints):
             data = repeat_iterable_dataset(data, args.num_generations)
         with replaced(self, train_dataset=data, shuffle_dataset=False):
             return super().get_train_dataloader()
+
+    def get_eval_dataloader(self, eval_dataset=None):
+        own = eval_dataset is None or isinstance(eval_dataset, str)
+        if own or eval_dataset is self.eval_dataset:
+            return super().get_eval_dataloader(eval_dataset)
+        # Persistent workers of the run's own data set would be kept for any other one.
+        with replaced(self, _eval_dataloaders={}):
+            return super().get_eval_dataloader(eval_dataset)
+
+    def get_test_dataloader(self, test_dataset):
+        if isinstance(test_dataset, IterableDataset):  # of which transformers' own takes tensors
+            return self.get_eval_dataloader(test_dataset)
+        return super().get_test_dataloader(test_dataset)
 
     def _get_train_sampler(self, dataset=None):
         trls: Any = super()._get_train_sampler(dataset)
@@ -87,12 +102,21 @@ class BatchReuse(WholeCheckpoints):
             return self._buffered_inputs[self._step % self.args.gradient_accumulation_steps]
         return super()._prepare_inputs(generation_batch)
 
+    def batch_settings(self) -> dict[str, Any]:
+        """Under which a generation batch was written, and is to be gone on with."""
+        return {
+            "gradient_accumulation_steps": self.args.gradient_accumulation_steps,
+            "per_device_train_batch_size": self._train_batch_size,
+            "temperature": self.args.temperature,
+        }
+
     def _save_checkpoint(self, model, trial):
         super()._save_checkpoint(model, trial)
         if self._iteration() and not self.args.save_only_model:
             output = Path(self._get_output_dir(trial=trial))
             folder = output / f"checkpoint-{self.state.global_step}"
-            torch.save(self._buffered_inputs, _batch_file(folder, self.accelerator.process_index))
+            saved = {"batch": self._buffered_inputs, "settings": self.batch_settings()}
+            torch.save(saved, _batch_file(folder, self.accelerator.process_index))
 
     def _load_optimizer_and_scheduler(self, checkpoint):
         # Not where the model is loaded, which DeepSpeed does by itself.
@@ -108,11 +132,10 @@ class BatchReuse(WholeCheckpoints):
         beyond = _batch_file(checkpoint, self.accelerator.num_processes)
         if holds_on_all(self.accelerator, file.exists() and not beyond.exists()):
             # By type: older torch does not find the "cpu:0" of several processes.
-            batch = torch.load(file, map_location=self.accelerator.device.type)
-            saved = [len(part["prompt_ids"]) for part in batch]
-            expected = [self._train_batch_size] * self.args.gradient_accumulation_steps
-            if not holds_on_all(self.accelerator, saved == expected):
-                raise _resume_split_error(saved, expected, checkpoint)
+            saved = torch.load(file, map_location=self.accelerator.device.type)
+            batch, was, now = saved["batch"], saved["settings"], self.batch_settings()
+            if not holds_on_all(self.accelerator, was.items() >= now.items()):
+                raise _resume_error(was, now, checkpoint)
             known = all("task_advantages" in part for part in batch)
             if self.args.uses_task_advantages and not known:
                 raise ValueError(
@@ -128,15 +151,13 @@ def _batch_file(folder: str | Path, process: int) -> Path:
     return Path(folder, f"generation_batch_{process}.pt")
 
 
-def _resume_split_error(saved: list[int], expected: list[int], checkpoint: str) -> ValueError:
-    """For a saved batch whose micro-batches have other numbers of rows than the run's.
-
-    The run's own counts would have it train on some of them and never on the rest.
-    """
-    was, now = (f"{len(rows)} and {max(rows, default=0)}" for rows in (saved, expected))
+def _resume_error(was: Mapping[str, Any], now: Mapping[str, Any], checkpoint: str) -> ValueError:
+    """For a saved batch of other settings than the run's, which would train on some of its rows and
+    never on the rest, compare its tokens at another temperature, or ask others of the teachers."""
+    keys = [key for key in now if was.get(key) != now[key]]
+    old, new = (" and ".join(str(of.get(key)) for key in keys) for of in (was, now))
     return ValueError(
         f"resume_from_checkpoint: {checkpoint} was saved between the steps on a generation batch "
-        f"with gradient_accumulation_steps and per_device_train_batch_size {was}; now they are "
-        f"{now}, and num_iterations goes on with that batch: set them as they were, or delete "
-        "generation_batch_*.pt there to have a new one written"
+        f"with {' and '.join(keys)} {old}; now {new}, and num_iterations goes on with that "
+        "batch: set that as it was, or delete generation_batch_*.pt there to have a new one written"
     )
