@@ -59,8 +59,9 @@ def test_hooks_exist(kind, name, parameters):
 
 def test_only_hooks_are_overridden():
     """A helper of ours with the name of one of TRL's or transformers' methods would replace it."""
-    public = {"create_model_card", "evaluation_loop", "get_train_dataloader", "log", "predict"}
-    known = {name for name, _ in hooks.HOOKS} | public | {"train", "_tag_names"}
+    public = {"create_model_card", "evaluation_loop", "log", "predict", "train"}
+    public |= {f"get_{which}_dataloader" for which in ("train", "eval", "test")}
+    known = {name for name, _ in hooks.HOOKS} | public | {"_tag_names"}
     ours = [kind for kind in TrOPDTrainer.__mro__ if kind.__module__.startswith("tropd_kernels")]
     names = {name for kind in ours for name in vars(kind) if not name.startswith("__")}
     assert {name for name in names if hasattr(DistillationTrainer, name)} <= known

@@ -357,7 +357,7 @@ def test_columns_of_other_modalities(tmp_path, column):
     words = f"^train_dataset: the column '{column}' would not be read: .*images"
     with pytest.raises(ValueError, match=words):
         make(tmp_path, "qwen2_vl", tiny.Dataset.from_list(rows))
-    # A list says nothing of its columns.
+    # Of a list, a value that is there.
     trainer = make(tmp_path, "qwen2_vl", rows, remove_unused_columns=False)
     with pytest.raises(ValueError, match=f"^{column}: it would not be read: a prompt goes with im"):
         trainer.train()

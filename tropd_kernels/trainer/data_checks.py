@@ -155,7 +155,9 @@ def check_modalities(datasets: Mapping[str, Any], processor: Any) -> None:
     two columns. Beside a tokenizer, for a column of images, too."""
     sees = isinstance(processor, ProcessorMixin)
     unread = _unread_columns(processor) if sees else _IMAGES | _OTHERS
-    for name, _, present in data_sets(datasets):
+    for name, data, present in data_sets(datasets):
+        if isinstance(data, Sequence):  # row by row, for a value may be None
+            continue
         for column in sorted(unread & {*(present or ())}):
             if sees:
                 why = "a prompt goes with images alone, in the column 'images' or 'image':"
