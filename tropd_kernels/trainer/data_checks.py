@@ -52,17 +52,19 @@ def has_teacher_prompts(data: Any) -> bool:
     return teacher_prompts.COLUMN in (known_columns(data) or ())
 
 
-def check_datasets(train: Any, evaluate: Any, args: Any, loaded_teacher: Any) -> None:
-    """Raises ValueError for data sets without the columns that the config's settings need."""
+def check_datasets(train: Any, evaluate: Any, args: Any, has_teacher: bool) -> None:
+    """Raises ValueError for data sets without the columns that the config's settings need.
+
+    has_teacher: whether one is loaded or behind a server.
+    """
     columns = signals.columns_of(args.rules()) if args.precomputed_teacher else ()
     named = args.is_guided and args.prefix_column not in (None, "teacher_completion")
     check_no_splits(train)
     _check_dataset("train_dataset", train, [*columns, *([args.prefix_column] if named else [])])
-    writes = args.teacher_model_server_url or loaded_teacher is not None
-    own = [teacher_prompts.COLUMN] if writes and has_teacher_prompts(train) else []
+    own = [teacher_prompts.COLUMN] if has_teacher and has_teacher_prompts(train) else []
     _check_dataset("eval_dataset", evaluate, [*columns, *own])
     present = known_columns(train)
-    if args.is_guided and not writes and present and args.prefix_column not in present:
+    if args.is_guided and not has_teacher and present and args.prefix_column not in present:
         raise missing_guide_error(args.prefix_column)
     if present and args.prefix_column in present:
         check_guides(train, args)

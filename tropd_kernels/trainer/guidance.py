@@ -62,15 +62,14 @@ class GuidedTrainer(DistillationAdapter):
             check_dtypes(self._student_head.weight.dtype, server.head.weight.dtype)
 
     def check_rows(self, rows: list[dict]) -> None:
-        args, training = self.args, self.model.training
+        args, training, reads_own = self.args, self.model.training, self.reads_teacher_prompts()
         name = "train_dataset" if training else "eval_dataset"
         check_unread({name: rows}, args, self.tools, args.uses_task_advantages)
-        teacher = self if self.has_teacher else None
         train, evaluation = (rows, None) if training else (None, rows)
-        check_datasets(train, evaluation, args, teacher)
+        check_datasets(train, evaluation, args, reads_own)
         if training:
             check_unsampled(args, {name: rows, "eval_dataset": self.eval_dataset})
-        read = ("prompt", COLUMN) if self.reads_teacher_prompts() else ("prompt",)
+        read = ("prompt", COLUMN) if reads_own else ("prompt",)
         if args.chat_template_kwargs and all(holds_text(rows, column) for column in read):
             warnings.warn(
                 "chat_template_kwargs: it has no effect on prompts that are text, to which no "

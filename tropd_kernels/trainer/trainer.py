@@ -170,7 +170,7 @@ class TrOPDTrainer(RewardedTrainer):
         judges = check_reward_funcs(reward_funcs, reward_processing_classes, args, tools, datasets)
         unused = check_optimizers(args, optimizers)
         check_lookup(args, evaluates=eval_dataset is not None)
-        check_datasets(train_dataset, eval_dataset, args, loaded)
+        check_datasets(train_dataset, eval_dataset, args, reads_own)
         check_unread(datasets, args, tools, rewarded)
         if args.teacher_model_server_url:
             present = known_columns(train_dataset)  # others are checked when they are read
