@@ -236,7 +236,7 @@ def test_a_dynamic_scale_that_stays(monkeypatch):
         short = model(ids[:, :8]).logits
         assert torch.allclose(model(ids).logits[:, :8], short, atol=1e-4) == (length is None)
         assert scale_changes_at(model.config) == length
-    monkeypatch.setattr(transformers, "__version__", "5.19.0")
+    monkeypatch.setattr("tropd_kernels.trainer.context.transformers.__version__", "5.19.0")
     assert scale_changes_at(hunyuan(fixed).config) == 64
 
 

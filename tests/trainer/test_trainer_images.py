@@ -21,7 +21,7 @@ from training import SGD, Spy
 from training import make as text_trainer
 from trl.data_utils import prepare_multimodal_messages
 
-from tropd_kernels.trainer import TrOPDConfig, generation_keys
+from tropd_kernels.trainer import TrOPDConfig
 from tropd_kernels.trainer.generation_keys import check_prefill
 from tropd_kernels.trainer.prefix import row_images
 
@@ -451,7 +451,7 @@ def test_prompts_read_in_chunks(tmp_path, monkeypatch, kind):
             make(tmp_path, kind, data, generation_kwargs=greedy | {"prefill_chunk_size": 3})
         return
     with monkeypatch.context() as earlier:
-        earlier.setattr(generation_keys.transformers, "__version__", "5.22.2")
+        earlier.setattr(f"{check_prefill.__module__}.transformers.__version__", "5.22.2")
         with pytest.raises(ValueError, match="'prefill_chunk_size': transformers 5.22.2 loses"):
             make(tmp_path, kind, data, generation_kwargs=greedy | {"prefill_chunk_size": 3})
     if Version(transformers.__version__) < Version("5.23.0"):

@@ -186,6 +186,68 @@ def test_an_adapter_that_begins_from_data(tmp_path, init):
     trainer.train()
 
 
+def test_modules_that_an_adapter_does_not_find(tmp_path, recwarn):
+    """PEFT says nothing, and trains nothing there."""
+    peft = pytest.importorskip("peft")
+
+    def made(**options):
+        config = peft.LoraConfig(
+            **{"target_modules": ["q_proj"], "task_type": "CAUSAL_LM"} | options
+        )
+        recwarn.clear()
+        trainer = make(tmp_path, tiny.model(0), peft=config)
+        said = [str(one.message) for one in recwarn]
+        return trainer, [text for text in said if text.startswith("peft_config: target_modules")]
+
+    for name, words in (("embed_token", r" \(did you mean 'embed_tokens'\?\)"), ("wte", "")):
+        words = f"^peft_config: modules_to_save: no module is called '{name}'{words}: mend it"
+        with pytest.raises(ValueError, match=words):
+            made(modules_to_save=["lm_head", name])
+    trainer, said = made(modules_to_save=["lm_head", "embed_tokens"])
+    trainer.train()
+    assert said == []
+    assert made(target_modules="all-linear")[1] == made(target_modules=r".*\.v_proj")[1] == []
+    (said,) = made(target_modules=["q_proj", "query_key_value"])[1]
+    assert said.startswith("peft_config: target_modules: no module is called 'query_key_value'")
+
+
+def test_trained_tokens_beyond_the_embeddings(tmp_path):
+    peft = pytest.importorskip("peft")
+    student, last = tiny.model(0), tiny.VOCAB - 1
+    for ids in ([last], [last + 1]):
+        config = peft.LoraConfig(target_modules=["q_proj"], trainable_token_indices=ids)
+        if ids == [last]:
+            make(tmp_path, tiny.model(0), peft=config)
+            continue
+        words = "^peft_config: trainable_token_indices: .*no such row: .*resize_token_embeddings"
+        with pytest.raises(ValueError, match=words):
+            make(tmp_path, student, peft=config)
+
+
+@pytest.mark.parametrize("side", ["model", "teacher_model"])
+def test_a_model_whose_tokens_look_ahead(tmp_path, side):
+    """PaliGemma beside a tokenizer: without token types and padding each token sees all others,
+    and generation's do not. Gemma's text models, if their configs say so."""
+    pytest.importorskip("PIL", reason="images need pillow")
+    import vision
+
+    gemma = dict(kind=transformers.Gemma3ForCausalLM, config=transformers.Gemma3TextConfig)
+    ahead = tiny.model(0, use_bidirectional_attention=True, head_dim=8, **gemma)
+    pali = vision.model("paligemma", 0)
+    ids = torch.randint(5, 60, (2, 6))
+    ids[1, :-1] = ids[0, :-1]
+    for made, size in ((ahead, {}), (pali, {"vocab_size": vision.VOCAB})):
+        first, second = made.base_model(ids, attention_mask=torch.ones_like(ids))[0][:, 0]
+        assert not torch.allclose(first, second, atol=1e-3)
+        other = tiny.model(1, **size)
+        models = (made, other) if side == "model" else (other, made)
+        with pytest.raises(
+            ValueError, match=f"^{side}: the tokens of this .* attend to later ones"
+        ):
+            make(tmp_path, *models)
+    make(tmp_path, tiny.model(0, head_dim=8, **gemma), tiny.model(1, head_dim=8, **gemma))
+
+
 @pytest.mark.parametrize("which", ["model", "teacher_model"])
 def test_a_value_of_another_type_for_a_model_s_config(tmp_path, which):
     """YAML reads 1e-6 as text. The hub's own error is no ValueError, and names no model."""

@@ -250,6 +250,21 @@ def test_text_that_a_template_leaves_out():
     check_contents([[{"role": "system", "content": "w5"}, *TALK]], template_of(silent))
 
 
+@pytest.mark.parametrize("key", ["reasoning_content", "reasoning", "thinking"])
+def test_reasoning_beside_a_teacher_s_answer(tmp_path, key):
+    """Each family of templates reads another key, and leaves out the others without a word."""
+    reads = tiny.TEMPLATE.replace("{{ m['content'] }}", "{{ m['KEY'] | trim }} {{ m['content'] }}")
+    answer = {"role": "assistant", "content": "w5", key: " w6 "}
+    batch, _ = train_on(tmp_path, reads.replace("KEY", key), TALK, teacher_completion=[answer])
+    assert all(ids[:2].tolist() == [11, 10] for ids in batch["completion_ids"])
+    for template in (tiny.TEMPLATE, reads.replace("KEY", "thoughts")):
+        words = f"^teacher_completion: the chat template does not write the answer's '{key}'"
+        with pytest.raises(ValueError, match=words):
+            train_on(tmp_path, template, TALK, teacher_completion=[answer])
+    for nothing in ("", None):
+        train_on(tmp_path, tiny.TEMPLATE, TALK, teacher_completion=[answer | {key: nothing}])
+
+
 def template_of(template):
     tokenizer = tiny.tokenizer()
     tokenizer.chat_template = template

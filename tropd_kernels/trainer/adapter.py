@@ -66,7 +66,13 @@ from .sides import ModelSide, read_side, side_of
 from .signals import HIDDEN
 from .sources import class_of_student, find_image_processor
 from .special_tokens import back, full_table, students_columns, teachers_ids
-from .student_checks import check_task_type, check_z_loss, head_adapters_refused
+from .student_checks import (
+    adapter_errors,
+    check_causal,
+    check_saved_modules,
+    check_task_type,
+    check_z_loss,
+)
 from .teacher_prompts import teachers_view
 from .vocabulary import check_eos, check_padding
 
@@ -89,7 +95,7 @@ class DistillationAdapter(BatchReuse, PrefixedGeneration):
     _adapters_teach_alone = False  # nothing but the student's adapters need differ from the teacher
 
     def __init__(self, model: Any, teacher_model: Any, args: Any, *rest: Any, **keywords: Any):
-        with class_of_student(model, args), head_adapters_refused():
+        with class_of_student(model, args), adapter_errors(keywords.get("peft_config")):
             super().__init__(model, None, args, *rest, **keywords)
         check_backbone(self.model)  # which no setting mends
         refuse_fsdp_1(self.accelerator)
@@ -98,6 +104,8 @@ class DistillationAdapter(BatchReuse, PrefixedGeneration):
             disable_dropout(self.model)
         check_z_loss(self.model)
         check_task_type(self.model)
+        check_saved_modules(self.model)
+        check_causal(self.model, "model", self._is_vlm)
         self._router = router_loss(self.model, args)
         self._router_loss: Tensor | None = None
         self._student_head = read_head_form(self.model, is_sharded(self.accelerator))
@@ -200,6 +208,7 @@ class DistillationAdapter(BatchReuse, PrefixedGeneration):
         if self._is_vlm:
             own = find_image_processor(given, self.args)
             check_sight(self.model, teacher, self.processing_class, own)
+        check_causal(teacher, "teacher_model", self._is_vlm)
         check_own_weights(self.model, teacher)
         refuse_dtensors("teacher_model", teacher)
         eos = getattr(getattr(teacher, "generation_config", None), "eos_token_id", None)

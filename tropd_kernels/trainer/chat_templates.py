@@ -5,7 +5,7 @@ another family of models.
 """
 
 import inspect
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from jinja2 import TemplateError, meta  # which torch brings
@@ -33,6 +33,8 @@ _LENGTHS = {
 }  # fmt: skip
 #: A template that writes the text of the first message alone, given in parts.
 PLAIN = "{{ messages[0]['content'][0]['text'] }}"
+#: Keys of a message with reasoning beside its content, by families of templates.
+_REASONING = {"reasoning", "reasoning_content", "thinking"}
 #: Stands for texts: no template has it of its own, or leaves it out as it may thoughts.
 _MARK = "mark7f3a"
 
@@ -191,6 +193,28 @@ def check_contents(conversations: Iterable[Any], processor: Any, **arguments: An
                     f"chat template: it does not read a content that is {is_}, as in "
                     f"{conversation!r:.200}: {remedy}"
                 )
+
+
+def check_reasoning(
+    conversation: Sequence[Mapping[str, Any]], column: str | None, processor: Any, **arguments: Any
+) -> None:
+    """Raises ValueError for reasoning beside the content of a teacher's answer, the last message,
+    under a key that the template does not read: the answer would be learned without it.
+
+    column: the answer's. arguments: of `apply_chat_template`.
+    """
+    for key in sorted(_REASONING):
+        text = conversation[-1].get(key)
+        if not isinstance(text, str) or not text.strip():
+            continue
+        written = processor.apply_chat_template(conversation, tokenize=False, **arguments)
+        if text.strip() not in written:
+            others = " or ".join(map(repr, sorted(_REASONING - {key})))
+            raise ValueError(
+                f"{column}: the chat template does not write the answer's {key!r}, {text!r:.80}, "
+                f"which would not be learned: give it under the template's own key ({others}), by "
+                "chat_template_kwargs if those decide it, within the content, or leave it out"
+            )
 
 
 def _is_unread(form: type, conversation: Any, processor: Any, arguments: Mapping[str, Any]) -> bool:

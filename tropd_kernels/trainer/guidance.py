@@ -16,7 +16,7 @@ from trl.data_utils import prepare_multimodal_messages
 
 from . import signals
 from .adapter import DistillationAdapter
-from .chat_templates import as_lists
+from .chat_templates import as_lists, check_reasoning
 from .data_checks import (
     check_answers,
     check_datasets,
@@ -208,11 +208,9 @@ class GuidedTrainer(DistillationAdapter):
         if images or self._is_vlm:
             text = prepare_multimodal_messages(text, images=images)
         self.check_contents([text])
-        return self.processing_class.apply_chat_template(
-            conversation=[text],
-            tools=self.tools or None,
-            chat_template=self.chat_template,
-            tokenize=True,
-            return_dict=True,
-            **as_lists(self.processing_class, self.chat_template_kwargs),
+        processor, own = self.processing_class, self.chat_template_kwargs
+        same = {"chat_template": self.chat_template, "tools": self.tools or None}
+        check_reasoning(text, self.args.prefix_column, processor, **same, **own)
+        return processor.apply_chat_template(
+            conversation=[text], tokenize=True, return_dict=True, **same, **as_lists(processor, own)
         )["input_ids"][0]

@@ -10,6 +10,7 @@ import torch
 from accelerate.utils import is_peft_model
 from huggingface_hub.errors import StrictDataclassError
 
+from ..objectives.registry import nearest
 from .patching import base_of
 from .sampling import OF_DRAWS
 
@@ -46,7 +47,7 @@ def check_optimized(model: torch.nn.Module, optimizer: torch.optim.Optimizer | N
 
 def meet_student(model: torch.nn.Module, args: Any) -> list[str | None]:
     """Mends what would not be saved, and returns warnings. args: a `TrOPDConfig`."""
-    return [_make_savable(model), _generate_warning(model, args)]
+    return [_make_savable(model), _generate_warning(model, args), _targets_warning(model)]
 
 
 def _make_savable(model: torch.nn.Module) -> str | None:
@@ -116,11 +117,19 @@ def check_z_loss(model: torch.nn.Module) -> None:
 
 
 @contextlib.contextmanager
-def head_adapters_refused() -> Iterator[None]:
-    """Words for TRL's error about an adapter on the head that say what to do for any model: TRL
-    advises to take `lm_head` out of target_modules, where it need not be."""
+def adapter_errors(config: Any) -> Iterator[None]:
+    """Words for errors of making an adapter by this `peft_config` that say what to do for any
+    model: TRL's of one on the head advises to take `lm_head` out of target_modules, where it need
+    not be; PEFT's of a token beyond the embeddings names neither."""
     try:
         yield
+    except IndexError as error:
+        if not getattr(config, "trainable_token_indices", None):
+            raise
+        raise ValueError(
+            f"peft_config: trainable_token_indices: {error}: the embeddings have no such row: give "
+            "ids that they have, or call model.resize_token_embeddings(len(tokenizer)) first"
+        ) from error
     except ValueError as error:
         if not str(error).startswith("Applying a PEFT adapter to `lm_head`"):
             raise
@@ -130,6 +139,48 @@ def head_adapters_refused() -> Iterator[None]:
             "ties the head's adapter to theirs), or train head and embeddings whole by "
             "modules_to_save"
         ) from error
+
+
+def check_saved_modules(model: torch.nn.Module) -> None:
+    """Raises ValueError for names in an active adapter's modules_to_save that no module has: PEFT
+    trains nothing more for them, and says nothing."""
+    names = [name for name, _ in model.named_modules()]
+    for adapter in _active_adapters(model):
+        for wanted in getattr(adapter, "modules_to_save", None) or ():
+            if not any(name.endswith(wanted) for name in names):
+                known = {name.rpartition(".")[2] for name in names}
+                raise ValueError(
+                    f"peft_config: modules_to_save: no module is called {wanted!r}"
+                    f"{nearest(wanted, known)}: mend it, or leave it out"
+                )
+
+
+def _targets_warning(model: torch.nn.Module) -> str | None:
+    """For names in an active adapter's target_modules that no module has, beside some that have:
+    lists for many models are common."""
+    names = [f".{name}" for name, _ in model.named_modules()]
+    for adapter in _active_adapters(model):
+        wanted = getattr(adapter, "target_modules", None)
+        for target in sorted(wanted) if isinstance(wanted, (list, set, tuple)) else ():
+            if not any(name.endswith(f".{target}") for name in names):
+                return (
+                    f"peft_config: target_modules: no module is called {target!r}, so that no "
+                    "adapter is there: mend it, or leave it out"
+                )
+    return None
+
+
+def check_causal(model: torch.nn.Module, side: str, sees_images: bool) -> None:
+    """Raises ValueError for a model of which tokens attend to later ones unless a processor says
+    which are written (PaliGemma). side: how errors call it."""
+    config: Any = base_of(model).config
+    looks_ahead = getattr(config.get_text_config(), "use_bidirectional_attention", None)
+    if looks_ahead in (True, "all") and not sees_images:
+        raise ValueError(
+            f"{side}: the tokens of this {config.model_type} model attend to later ones "
+            "(use_bidirectional_attention), so that the loss would read what was not written yet: "
+            "give its processor, not a tokenizer, as processing_class, or choose another model"
+        )
 
 
 def check_task_type(model: torch.nn.Module) -> None:

@@ -188,7 +188,7 @@ class TrOPDTrainer(RewardedTrainer):
         check_modalities(datasets, processing_class)
         super().__init__(
             model, loaded, args, train_dataset, eval_dataset, processing_class, callbacks,
-            optimizers, quantization_config, peft_config, tools,
+            optimizers, quantization_config, peft_config=peft_config, tools=tools,
         )  # fmt: skip
         self.check_tokenizing()
         check_optimized(self.model, self.optimizer)
