@@ -62,6 +62,19 @@ def test_a_resumed_run_has_the_checkpoint_s_weights(tmp_path, kind):
     assert equal(resumed.model, whole.model)
 
 
+@pytest.mark.parametrize("named", [None, "false", "checkpoint-1"])
+def test_a_checkpoint_that_only_the_config_names(tmp_path, recwarn, named):
+    """transformers leaves the field to scripts; the run would begin anew without a word."""
+    trainer = make(tmp_path, save_strategy="steps", save_steps=1, resume_from_checkpoint=named)
+    trainer.train()
+    said = [one for one in recwarn if str(one.message).startswith("resume_from_checkpoint: the")]
+    assert len(said) == (named == "checkpoint-1")
+    assert not said or said[0].filename == __file__
+    recwarn.clear()
+    trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
+    assert not [one for one in recwarn if "begins anew" in str(one.message)]
+
+
 def test_a_checkpoint_in_several_files(tmp_path):
     """As larger models are saved."""
     whole = trainer_of(tmp_path, "qwen3_moe", 0)

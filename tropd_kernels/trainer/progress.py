@@ -7,6 +7,7 @@ checkpoint folder holds more.
 """
 
 import re
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -116,11 +117,18 @@ def last_checkpoint(folder: str | Path) -> str | None:
     return str(found[max(found)]) if found else None
 
 
-def checkpoint_to_resume(given: str | Path | bool | None, folder: str) -> str | bool | None:
-    """What `train(resume_from_checkpoint=given)` is to go on from. True: the last of the folder's.
+def checkpoint_to_resume(given: str | Path | bool | None, args: Any) -> str | bool | None:
+    """What `train(resume_from_checkpoint=given)` is to go on from. True: the last of output_dir's.
 
-    Raises ValueError where that is no checkpoint.
+    Raises ValueError where that is no checkpoint, and warns where only the config names one.
     """
+    folder, named = args.output_dir, str(args.resume_from_checkpoint or "")
+    if given is None and named.lower() not in ("", "false", "none"):
+        warnings.warn(
+            f"resume_from_checkpoint: the run begins anew: the config has {named!r}, which "
+            "transformers leaves to scripts: call train(resume_from_checkpoint=...)",
+            stacklevel=3,
+        )
     if given is True:
         if (last := last_checkpoint(folder)) is None:
             raise ValueError(

@@ -266,7 +266,7 @@ class TrOPDTrainer(RewardedTrainer):
             ValueError: `resume_from_checkpoint` is an output_dir, not one of its checkpoints, or
                 True where there is none.
         """
-        given = progress.checkpoint_to_resume(resume_from_checkpoint, self.args.output_dir)
+        given = progress.checkpoint_to_resume(resume_from_checkpoint, self.args)
         callbacks = self.callback_handler.callbacks
         if self.is_world_process_zero() and progress.prints_logs(callbacks):
             whole = progress.gives_whole(self.args)
