@@ -79,7 +79,7 @@ def test_a_direction_that_has_to_be_given(tmp_path):
         config(tmp_path, metric_for_best_model="tropd/reverse_kll")
     # A metric of the user's own is transformers' matter.
     assert config(tmp_path, metric_for_best_model="accuracy").greater_is_better is True
-    assert config(tmp_path, metric_for_best_model="tokens").greater_is_better is True
+    assert config(tmp_path, metric_for_best_model="crossentropy").greater_is_better is True
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ pytest.importorskip("trl", reason="the trainer needs trl")
 
 import tiny
 from datasets import Dataset, IterableDataset
-from training import make
+from training import Spy, make
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
 FORMS = {
@@ -72,12 +72,27 @@ def test_another_data_set_beside_persistent_workers(tmp_path):
     """transformers keeps the workers' loader under one name, and would read its rows again."""
     settings = dict(dataloader_num_workers=1, dataloader_persistent_workers=True)
     trainer = make(tmp_path, evaluate=Dataset.from_list(rows()), **settings)
-    counts = []
+    counts, kept = [], []
     for data in (None, Dataset.from_list(rows()[:3]), None):
         trainer.seen = []
         trainer.evaluate(data)
         counts.append(sum(len(batch["prompt_ids"]) for batch, _ in trainer.seen))
+        kept.append(dict(trainer._eval_dataloaders))
     assert counts == [8, 3, 8]
+    assert kept[0] == kept[1] == kept[2] and kept[0]  # whose workers are not started anew
+
+
+@pytest.mark.parametrize("form", ["list", "stream", "transform"])
+def test_what_is_read_after_all(tmp_path, form):
+    """Values that are None, a column that tools or rewards may read, an evaluation that samples."""
+    make(tmp_path, data=FORMS[form](rows(tools=None))).train()
+    judges = lambda *arguments, **keywords: Spy(
+        *arguments, reward_funcs=[lambda completions, **_: [1.0, 0.0] * 2], **keywords
+    )
+    judged = dict(kind=judges, task_weight=1.0, num_generations=2)
+    make(tmp_path, data=FORMS[form](rows(tools=["look"])), **judged).train()
+    sampling = dict(lmbda=0.0, top_p=0.5, evaluate=Dataset.from_list(rows()))
+    make(tmp_path, data=FORMS[form](rows(**ANSWER)), **sampling).train()
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -97,10 +112,9 @@ def test_teacher_s_prompts_in_the_training_data_alone(tmp_path, form):
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("own", [None, "text", "messages"])
 def test_a_template_s_keys_beside_text(tmp_path, monkeypatch, form, own):
-    """A stream may have messages further on: there it is a warning. A teacher may read messages."""
+    """Others may have messages further on: there it is a warning. A teacher may read messages."""
     columns = {"teacher_prompt": rows(own == "messages")[0]["prompt"]} if own else {}
     data, used = FORMS[form](rows(**columns)), own == "messages"
-    known = form in ("data set", "list")
     monkeypatch.setattr(tiny, "TEMPLATE", tiny.TEMPLATE + "{% if thinks %}w1{% endif %}")
 
     def train():
@@ -109,7 +123,7 @@ def test_a_template_s_keys_beside_text(tmp_path, monkeypatch, form, own):
             make(tmp_path, data=data, chat_template_kwargs={"thinks": True}).train()
         return any("chat_template_kwargs: it has no effect" in str(one.message) for one in caught)
 
-    if known and not used:
+    if form == "data set" and not used:
         with pytest.raises(ValueError, match="^chat_template_kwargs: it would have no effect: the"):
             train()
     else:

@@ -242,7 +242,7 @@ def test_settings_of_what_is_not_there(tmp_path):
     talk = tiny.Dataset.from_dict({"prompt": [[{"role": "user", "content": "w1"}]] * 8})
     make(tmp_path, data=talk, **options)
     make(tmp_path, evaluate={"a": talk}, **options)
-    make(tmp_path, data=talk.to_list(), **options)
+    make(tmp_path, data=tiny.prompts().to_list(), **options)
     make(tmp_path, data=tiny.prompts(teacher_prompt=talk["prompt"]), **options)
     with pytest.raises(ValueError, match=words):
         make(tmp_path, data=tiny.prompts(teacher_prompt=["w1"] * 8), **options)

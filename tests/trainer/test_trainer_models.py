@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import warnings
+from types import SimpleNamespace
 
 import datasets
 import pytest
@@ -17,6 +19,7 @@ import tiny
 from training import SGD, Spy, make, step_and_compare
 
 from tropd_kernels.trainer import TrOPDConfig
+from tropd_kernels.trainer.student_checks import check_causal
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
 
@@ -213,15 +216,16 @@ def test_modules_that_an_adapter_does_not_find(tmp_path, recwarn):
 
 def test_trained_tokens_beyond_the_embeddings(tmp_path):
     peft = pytest.importorskip("peft")
-    student, last = tiny.model(0), tiny.VOCAB - 1
-    for ids in ([last], [last + 1]):
-        config = peft.LoraConfig(target_modules=["q_proj"], trainable_token_indices=ids)
-        if ids == [last]:
-            make(tmp_path, tiny.model(0), peft=config)
-            continue
-        words = "^peft_config: trainable_token_indices: .*no such row: .*resize_token_embeddings"
-        with pytest.raises(ValueError, match=words):
-            make(tmp_path, student, peft=config)
+    last = tiny.VOCAB - 1
+    by_lora = lambda ids: peft.LoraConfig(target_modules=["q_proj"], trainable_token_indices=ids)
+    by_name = lambda ids: by_lora({"embed_tokens": ids})
+    alone = lambda ids: peft.TrainableTokensConfig(token_indices=ids)
+    for made in (by_lora, by_name, alone):
+        make(tmp_path, tiny.model(0), peft=made([0, last]))
+        for token, words in ((last + 1, ".*no such row: .*resize_tok"), (-1, "ids are 0 or more")):
+            words = f"^peft_config: (trainable_)?token_indices: {words}"
+            with pytest.raises(ValueError, match=words):
+                make(tmp_path, tiny.model(0), peft=made([5, token]))
 
 
 @pytest.mark.parametrize("side", ["model", "teacher_model"])
@@ -233,10 +237,12 @@ def test_a_model_whose_tokens_look_ahead(tmp_path, side):
 
     gemma = dict(kind=transformers.Gemma3ForCausalLM, config=transformers.Gemma3TextConfig)
     ahead = tiny.model(0, use_bidirectional_attention=True, head_dim=8, **gemma)
+    all_at_once = tiny.model(0, is_causal=False)
     pali = vision.model("paligemma", 0)
     ids = torch.randint(5, 60, (2, 6))
     ids[1, :-1] = ids[0, :-1]
-    for made, size in ((ahead, {}), (pali, {"vocab_size": vision.VOCAB})):
+    sizes = {"vocab_size": vision.VOCAB}
+    for made, size in ((ahead, {}), (all_at_once, {}), (pali, sizes)):
         first, second = made.base_model(ids, attention_mask=torch.ones_like(ids))[0][:, 0]
         assert not torch.allclose(first, second, atol=1e-3)
         other = tiny.model(1, **size)
@@ -246,6 +252,10 @@ def test_a_model_whose_tokens_look_ahead(tmp_path, side):
         ):
             make(tmp_path, *models)
     make(tmp_path, tiny.model(0, head_dim=8, **gemma), tiny.model(1, head_dim=8, **gemma))
+    for how, refused in (("all", True), ("vision", False)):
+        text = transformers.Gemma4TextConfig(use_bidirectional_attention=how)
+        with pytest.raises(ValueError, match="attend to") if refused else contextlib.nullcontext():
+            check_causal(SimpleNamespace(config=text), "model", False)
 
 
 @pytest.mark.parametrize("which", ["model", "teacher_model"])

@@ -163,7 +163,7 @@ def test_resume_with_another_split(tmp_path, rows, parts):
         (dict(several="ab"), dict(several="ba"), r"teacher_models \['a', 'b'\]; now \['b', 'a'\]"),
         (dict(several="cab"), dict(several="ab"), r"teacher_models \['c', 'a', 'b'\]; now \['a'"),
         (dict(several="ab"), dict(several="abc"), r"teacher_models \['a', 'b'\]; now .*'c'\]"),
-        ({}, dict(several="ab"), "teacher_models None; now"),
+        ({}, dict(several="ab"), "teacher_models unknown; now"),
     ],
     ids=str,
 )  # fmt: skip
@@ -185,6 +185,16 @@ def test_a_batch_of_other_settings(tmp_path, saved, now, words):
     made(3, now).train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
     (tmp_path / "checkpoint-1" / "generation_batch_0.pt").unlink()
     made(3, now).train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
+
+
+def test_a_batch_of_an_earlier_revision(tmp_path):
+    """... which does not say its settings."""
+    settings = dict(num_iterations=2, save_strategy="steps", save_steps=1)
+    make(tmp_path, **settings).train()
+    file = tmp_path / "checkpoint-1" / "generation_batch_0.pt"
+    torch.save(torch.load(file)["batch"], file)
+    with pytest.raises(ValueError, match="temperature .*unknown; now .*delete generation_batch_"):
+        make(tmp_path, **settings).train(resume_from_checkpoint=str(file.parent))
 
 
 def test_one_teacher_after_several(tmp_path):

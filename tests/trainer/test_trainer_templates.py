@@ -353,6 +353,10 @@ def test_options_for_lists_of_ids():
     both = {"text_kwargs": {"return_tensors": None} | text["text_kwargs"]}
     for whole in (given | text, given | {"processor_kwargs": text}):
         assert as_lists(processor, whole) == given | {"processor_kwargs": both}
+    # transformers 5.17 takes what stands beside them for the whole of processor_kwargs.
+    special = {"add_special_tokens": False}
+    whole = given | {"processor_kwargs": lists | special}
+    assert as_lists(processor, given | special) == whole
 
     class Before(type(processor)):
         def apply_chat_template(self, conversation, **keywords):

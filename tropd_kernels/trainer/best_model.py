@@ -93,5 +93,4 @@ def _own_name(metric: str) -> str | None:
     name = metric.removeprefix("eval_")
     if (found := _OURS.search(name)) is not None:
         return found[1]
-    whole = (own for own in GREATER_IS_BETTER if name == own or name.endswith(f"_{own}"))
-    return max(whole, key=len, default=None)
+    return next((own for own in GREATER_IS_BETTER if f"_{name}".endswith(f"_{own}")), None)

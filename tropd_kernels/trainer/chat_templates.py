@@ -100,7 +100,9 @@ def as_lists(processor: Any, given: Mapping[str, Any]) -> dict[str, Any]:
         return dict(given)
     if "processor_kwargs" not in inspect.signature(processor.apply_chat_template).parameters:
         return list_options(processor, given)  # of transformers before 5.4
-    own = {key: given[key] for key in ("padding", "text_kwargs") if key in given}
+    # All of them: some versions of transformers take the others for the whole of processor_kwargs.
+    takes = _arguments(processor) - {*inspect.signature(processor.apply_chat_template).parameters}
+    own = {key: given[key] for key in given if key in takes}
     options = list_options(processor, {**(given.get("processor_kwargs") or {}), **own})
     return {key: given[key] for key in given if key not in own} | {"processor_kwargs": options}
 

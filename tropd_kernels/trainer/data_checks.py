@@ -24,27 +24,36 @@ def data_sets(arguments: Mapping[str, Any]) -> Iterator[tuple[str, Any, Sequence
             yield name, data, known_columns(data)
 
 
+class ReadRows(list):
+    """The rows of a batch, as a data set of which everything is known."""
+
+    @property
+    def column_names(self) -> list[str]:
+        """Those that any row has with a value."""
+        names = dict.fromkeys(name for row in self for name in row)
+        return [name for name in names if any(row.get(name) is not None for row in self)]
+
+
 def known_columns(data: Any) -> Sequence[str] | None:
-    """The columns of a data set's rows, in a list those that any row has. None: a stream may not
-    know them until it is read, nor does a data set with a transform, which makes its rows when they
-    are read."""
-    if isinstance(data, Sequence):
-        rows = [row for row in data if isinstance(row, Mapping)]
-        return list(dict.fromkeys(column for row in rows for column in row))
+    """The columns of a data set's rows. None: a list does not say them, a stream may not know them
+    until it is read, nor does a data set with a transform, which makes its rows when they are read.
+    Of those each batch is looked at."""
     form = getattr(data, "format", None)
     if isinstance(form, Mapping) and form.get("type") == "custom":
         return None
     return getattr(data, "column_names", None)
 
 
-def holds_text(data: Any, column: str) -> bool:
-    """Whether this column is known to hold text, if the data set has it."""
-    if isinstance(data, Sequence):
-        return all(isinstance(row[column], str) for row in data if column in row)
-    kinds = getattr(data, "features", None)
-    if not kinds or known_columns(data) is None:
+def prompts_are_text(data: Any, teacher_reads: bool) -> bool:
+    """Whether all prompts are known to be text, with teacher_reads a teacher's own, too."""
+    if (columns := known_columns(data)) is None:
         return False
-    return column not in kinds or getattr(kinds[column], "dtype", "") in ("string", "large_string")
+    own = [teacher_prompts.COLUMN] if teacher_reads and teacher_prompts.COLUMN in columns else []
+    if isinstance(data, ReadRows):
+        return all(isinstance(row.get(column), str) for row in data for column in ["prompt", *own])
+    kinds = getattr(data, "features", None) or {}
+    types = [getattr(kinds.get(column), "dtype", None) for column in ["prompt", *own]]
+    return all(kind in ("string", "large_string") for kind in types)
 
 
 def has_teacher_prompts(data: Any) -> bool:
@@ -130,7 +139,7 @@ def check_unread(
         for column in [column for column in remedies if column in (present or ())]:
             raise ValueError(
                 f"{name}: the column {column!r} would not be read: {remedies[column]}; and drop "
-                f"the column by remove_columns({column!r})"
+                f"the column by remove_columns({column!r}), in a list from its rows"
             )
 
 
@@ -157,9 +166,7 @@ def check_modalities(datasets: Mapping[str, Any], processor: Any) -> None:
     two columns. Beside a tokenizer, for a column of images, too."""
     sees = isinstance(processor, ProcessorMixin)
     unread = _unread_columns(processor) if sees else _IMAGES | _OTHERS
-    for name, data, present in data_sets(datasets):
-        if isinstance(data, Sequence):  # row by row, for a value may be None
-            continue
+    for name, _, present in data_sets(datasets):
         for column in sorted(unread & {*(present or ())}):
             if sees:
                 why = "a prompt goes with images alone, in the column 'images' or 'image':"
@@ -279,8 +286,8 @@ def check_guides(dataset: Any, args: Any) -> None:
     """Raises ValueError for a column of the teacher's text that does not go with the config."""
     column = args.prefix_column
     if args.prefix_relative and hasattr(dataset, "__len__"):
-        listed = isinstance(dataset, Sequence)
-        answers = [row.get(column) for row in dataset] if listed else dataset[column]
+        read = isinstance(dataset, ReadRows)
+        answers = [row.get(column) for row in dataset] if read else dataset[column]
         check_answers(dataset, answers, column)
     if args.lmbda == 0 and args.num_generations > 1:
         raise ValueError(

@@ -13,12 +13,11 @@ from transformers import Trainer
 
 from ..backends import has_row_engine
 from ..objectives.registry import rewarded
-from .data_checks import data_sets, holds_text
+from .data_checks import data_sets, prompts_are_text
 from .optimizers import LION, NO_OPTIM_ARGS, NOT_ADAM, WARM_BY_THEMSELVES
 from .protocols import sends_states
 from .recipes import describe, how_to_unset, sets
 from .schedules import arguments_of
-from .teacher_prompts import COLUMN
 
 _NO_METRICS = "the trainer takes no compute_metrics and keeps no predictions: leave it out"
 _CASTS = (
@@ -331,10 +330,8 @@ def check_inputs(args: Any, tools: Any, datasets: Mapping[str, Any], teacher_pro
         reason = "there is no eval_dataset"
         raise no_effect(args, "eval_on_start", reason, "give one to TrOPDTrainer")
     check_unsampled(args, datasets)
-    found = [data for _, data, _ in data_sets(datasets)]
-    read = ("prompt", COLUMN) if teacher_prompts else ("prompt",)
-    text = all(holds_text(data, column) for data in found for column in read)
-    if args.chat_template_kwargs and found and text:
+    text = [prompts_are_text(data, teacher_prompts) for _, data, _ in data_sets(datasets)]
+    if args.chat_template_kwargs and text and all(text):
         reason = "the prompts are text, and no template is applied"
         raise no_effect(args, "chat_template_kwargs", reason, "write them as messages")
 

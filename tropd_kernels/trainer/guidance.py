@@ -18,12 +18,14 @@ from . import signals
 from .adapter import DistillationAdapter
 from .chat_templates import as_lists, check_reasoning
 from .data_checks import (
+    ReadRows,
     check_answers,
     check_datasets,
     check_placeholders,
     check_unread,
-    holds_text,
+    known_columns,
     missing_guide_error,
+    prompts_are_text,
     refuse_images,
 )
 from .effects import check_unsampled
@@ -41,7 +43,6 @@ from .served_teacher import ServedTeacher
 from .server import TeacherServerError
 from .stops import how_to_resume
 from .teacher_head import on_device
-from .teacher_prompts import COLUMN
 from .vocabulary import check_server_tokenizer
 
 
@@ -63,14 +64,15 @@ class GuidedTrainer(DistillationAdapter):
 
     def check_rows(self, rows: list[dict]) -> None:
         args, training, reads_own = self.args, self.model.training, self.reads_teacher_prompts()
+        rows = ReadRows(rows)
         name = "train_dataset" if training else "eval_dataset"
         check_unread({name: rows}, args, self.tools, args.uses_task_advantages)
         train, evaluation = (rows, None) if training else (None, rows)
         check_datasets(train, evaluation, args, reads_own)
         if training:
             check_unsampled(args, {name: rows, "eval_dataset": self.eval_dataset})
-        read = ("prompt", COLUMN) if reads_own else ("prompt",)
-        if args.chat_template_kwargs and all(holds_text(rows, column) for column in read):
+        unknown = training and known_columns(self.train_dataset) is None
+        if args.chat_template_kwargs and unknown and prompts_are_text(rows, reads_own):
             warnings.warn(
                 "chat_template_kwargs: it has no effect on prompts that are text, to which no "
                 "template is applied, as in a batch of this data set: write them as messages",

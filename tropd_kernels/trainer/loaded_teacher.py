@@ -56,8 +56,7 @@ def check_generation_config(key: str, value: Any) -> None:
         return
     if not isinstance(value, Mapping):
         raise ValueError(
-            f"{key}: expected a mapping, such as {{'eos_token_id': [2, 3]}}, or a "
-            f"GenerationConfig, got {value!r:.80}"
+            f"{key}: expected a mapping, such as {{'eos_token_id': [2, 3]}}, got {value!r:.80}"
         )
     known = vars(GenerationConfig()).keys()
     for name in value:

@@ -123,7 +123,8 @@ def checkpoint_to_resume(given: str | Path | bool | None, args: Any) -> str | bo
     Raises ValueError where that is no checkpoint, and warns where only the config names one.
     """
     folder, named = args.output_dir, str(args.resume_from_checkpoint or "")
-    if given is None and named.lower() not in ("", "false", "none"):
+    unread = given is None and named.lower() not in ("", "false", "none")
+    if unread and args.process_index == 0:
         warnings.warn(
             f"resume_from_checkpoint: the run begins anew: the config has {named!r}, which "
             "transformers leaves to scripts: call train(resume_from_checkpoint=...)",

@@ -133,6 +133,8 @@ class BatchReuse(WholeCheckpoints):
         if holds_on_all(self.accelerator, file.exists() and not beyond.exists()):
             # By type: older torch does not find the "cpu:0" of several processes.
             saved = torch.load(file, map_location=self.accelerator.device.type)
+            if isinstance(saved, list):  # of an earlier revision
+                saved = {"batch": saved, "settings": {}}
             batch, was, now = saved["batch"], saved["settings"], self.batch_settings()
             if not holds_on_all(self.accelerator, was.items() >= now.items()):
                 raise _resume_error(was, now, checkpoint)
@@ -155,7 +157,7 @@ def _resume_error(was: Mapping[str, Any], now: Mapping[str, Any], checkpoint: st
     """For a saved batch of other settings than the run's, which would train on some of its rows and
     never on the rest, compare its tokens at another temperature, or ask others of the teachers."""
     keys = [key for key in now if was.get(key) != now[key]]
-    old, new = (" and ".join(str(of.get(key)) for key in keys) for of in (was, now))
+    old, new = (" and ".join(str(of.get(key, "unknown")) for key in keys) for of in (was, now))
     return ValueError(
         f"resume_from_checkpoint: {checkpoint} was saved between the steps on a generation batch "
         f"with {' and '.join(keys)} {old}; now {new}, and num_iterations goes on with that "

@@ -3,7 +3,7 @@ configs that cannot be saved, or a further loss, of the model itself or of its a
 
 import contextlib
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -124,11 +124,12 @@ def adapter_errors(config: Any) -> Iterator[None]:
     try:
         yield
     except IndexError as error:
-        if not getattr(config, "trainable_token_indices", None):
+        key, given = _trained_tokens(config)
+        if not given:
             raise
         raise ValueError(
-            f"peft_config: trainable_token_indices: {error}: the embeddings have no such row: give "
-            "ids that they have, or call model.resize_token_embeddings(len(tokenizer)) first"
+            f"peft_config: {key}: {error}: the embeddings have no such row: give ids that they "
+            "have, or call model.resize_token_embeddings(len(tokenizer)) first"
         ) from error
     except ValueError as error:
         if not str(error).startswith("Applying a PEFT adapter to `lm_head`"):
@@ -174,12 +175,15 @@ def check_causal(model: torch.nn.Module, side: str, sees_images: bool) -> None:
     """Raises ValueError for a model of which tokens attend to later ones unless a processor says
     which are written (PaliGemma). side: how errors call it."""
     config: Any = base_of(model).config
-    looks_ahead = getattr(config.get_text_config(), "use_bidirectional_attention", None)
-    if looks_ahead in (True, "all") and not sees_images:
+    text = config.get_text_config()
+    looks_ahead = getattr(text, "use_bidirectional_attention", None) in (True, "all")
+    causal = getattr(text, "is_causal", True) is not False
+    if not causal or (looks_ahead and not sees_images):
+        key = "use_bidirectional_attention" if causal else "is_causal False"
         raise ValueError(
-            f"{side}: the tokens of this {config.model_type} model attend to later ones "
-            "(use_bidirectional_attention), so that the loss would read what was not written yet: "
-            "give its processor, not a tokenizer, as processing_class, or choose another model"
+            f"{side}: the tokens of this {config.model_type} model attend to later ones (its "
+            f"config's {key}), so that the loss would read what was not written yet: choose "
+            "another model, or of one that sees images give its processor as processing_class"
         )
 
 
@@ -196,10 +200,12 @@ def check_task_type(model: torch.nn.Module) -> None:
 
 
 def check_prepared(model: Any, config: Any) -> None:
-    """Raises ValueError for a `peft_config` whose adapter begins from data that PEFT was not shown.
-
-    PEFT then begins as if it were not asked for, and says nothing.
+    """Raises ValueError for a `peft_config` whose adapter begins from data that PEFT was not shown,
+    where it begins as if it were not asked for, without a word, and for negative ids of tokens.
     """
+    key, tokens = _trained_tokens(config)
+    if any(token < 0 for token in tokens):
+        raise ValueError(f"peft_config: {key}: ids are 0 or more, got {min(tokens)}")
     init = getattr(config, "init_lora_weights", None)
     if init == "eva":
         remedy = "give as model the PeftModel on which initialize_lora_eva_weights was called"
@@ -211,6 +217,15 @@ def check_prepared(model: Any, config: Any) -> None:
         f"peft_config: init_lora_weights={init!r} would have no effect, for it begins from data: "
         f"{remedy} (PEFT's), or leave it out"
     )
+
+
+def _trained_tokens(config: Any) -> tuple[str, list[int]]:
+    """The key of a `peft_config` with single tokens that are trained, and their ids."""
+    for key in ("trainable_token_indices", "token_indices"):
+        if given := getattr(config, key, None):
+            parts = given.values() if isinstance(given, Mapping) else [given]
+            return key, [token for part in parts for token in part]
+    return "", []
 
 
 def _has_gradients(model: Any) -> bool:
