@@ -247,6 +247,9 @@ def test_prompts_without_images_beside_a_processor(tmp_path, caplog, kind, talk)
     kept = zip(batch["completion_ids"], batch["completion_mask"].bool(), strict=True)
     end = 3 if talk else 2
     assert sorted(ids[mask].tolist() for ids, mask in kept) == [[10, 11, end], [12, end]]
+    said = [{"role": "assistant", "content": answers[0]}] if talk else answers[0]
+    whole = trainer._tokenize(prompts[0] + said, {"prompt": prompts[0]})
+    assert {type(token) for token in whole} == {int}
     assert "processor_kwargs" not in caplog.text
 
 
