@@ -176,7 +176,7 @@ def check_causal(model: torch.nn.Module, side: str, sees_images: bool) -> None:
     which are written (PaliGemma). side: how errors call it."""
     config: Any = base_of(model).config
     text = config.get_text_config()
-    looks_ahead = getattr(text, "use_bidirectional_attention", None) in (True, "all")
+    looks_ahead = getattr(text, "use_bidirectional_attention", None) is True
     causal = getattr(text, "is_causal", True) is not False
     if not causal or (looks_ahead and not sees_images):
         key = "use_bidirectional_attention" if causal else "is_causal False"
