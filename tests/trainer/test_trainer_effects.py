@@ -15,7 +15,12 @@ import tiny
 from training import make
 
 from tropd_kernels.trainer import TrOPDConfig, TrOPDTrainer
-from tropd_kernels.trainer.effects import BELONGS_TO, CONDITIONS, WITHOUT_EFFECT
+from tropd_kernels.trainer.effects import (
+    BELONGS_TO,
+    CONDITIONS,
+    WITHOUT_EFFECT,
+    check_inputs,
+)
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
 #: What transformers' loop, accelerate, or TRL's trainer around our loss looks at. Before a name is
@@ -241,6 +246,8 @@ def test_settings_of_what_is_not_there(tmp_path):
         make(tmp_path, evaluate={"a": tiny.prompts(2)}, **options)
     talk = tiny.Dataset.from_dict({"prompt": [[{"role": "user", "content": "w1"}]] * 8})
     make(tmp_path, data=talk, **options)
+    none = dict.fromkeys(("train_dataset", "eval_dataset"))  # until evaluate() is given one
+    check_inputs(config(**options), None, none, True)
     make(tmp_path, evaluate={"a": talk}, **options)
     make(tmp_path, data=tiny.prompts().to_list(), **options)
     make(tmp_path, data=tiny.prompts(teacher_prompt=talk["prompt"]), **options)
