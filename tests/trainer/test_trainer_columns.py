@@ -93,6 +93,10 @@ def test_what_is_read_after_all(tmp_path, form):
     make(tmp_path, data=FORMS[form](rows(tools=["look"])), **judged).train()
     sampling = dict(lmbda=0.0, top_p=0.5, evaluate=Dataset.from_list(rows()))
     make(tmp_path, data=FORMS[form](rows(**ANSWER)), **sampling).train()
+    trainer = make(tmp_path, data=FORMS[form](rows()), **sampling)
+    trainer.evaluate(FORMS[form](rows(**ANSWER)))
+    trainer.tools = [print]
+    trainer.check_rows(rows(tools=["look"]))
 
 
 @pytest.mark.parametrize("form", FORMS)

@@ -15,6 +15,7 @@ import transformers
 import vision
 from training import by_hand, make
 
+from tropd_kernels.trainer.context import context_of
 from tropd_kernels.trainer.positions import computes_positions, positions_after_padding
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
@@ -132,3 +133,10 @@ def test_a_model_that_reads_no_positions():
     positions_after_padding(Wrapper(), torch.tensor([[1, 1, 0]]))
     with pytest.raises(ValueError, match="a blip-2 model takes no position_ids, so that its posit"):
         positions_after_padding(Wrapper(), torch.tensor([[0, 1, 1]]))
+
+
+@pytest.mark.parametrize("kind", ["falcon_mamba", "mamba", "mamba2"])
+def test_recurrent_models_have_no_limit(kind):
+    """... whatever number their configs carry along."""
+    config = transformers.AutoConfig.for_model(kind, max_position_embeddings=16)
+    assert context_of(config) is None
