@@ -247,11 +247,12 @@ def test_a_prompt_with_its_answer():
         Path("a.jsonl"),
         ["w1"] * 8,
         [1] * 8,
+        type("Rows", (torch.utils.data.IterableDataset,), {"__iter__": None})(),
         iter([{"prompt": "w1"}]),
         tiny.prompts().to_pandas(),
         lambda: iter([{"prompt": "w1"}]),
     ],
-    ids=["name", "path", "texts", "numbers", "iterator", "frame", "generator function"],
+    ids=["name", "path", "texts", "numbers", "torch's", "iterator", "frame", "generator function"],
 )
 def test_what_is_no_data_set(tmp_path, data):
     """It would fail at the first batch, in words of its own."""

@@ -261,6 +261,14 @@ def test_reasoning_beside_a_teacher_s_answer(tmp_path, key):
         words = f"^teacher_completion: the chat template does not write the answer's '{key}'"
         with pytest.raises(ValueError, match=words):
             train_on(tmp_path, template, TALK, teacher_completion=[answer])
+    strips = "m['content'].split('</think>')[-1]"  # as DeepSeek-R1's
+    for said in ("<think> w6 </think> w5", [{"type": "text", "text": "<think>w6</think>w5"}]):
+        whole = {"role": "assistant", "content": said}
+        template = WRITES.replace("m['content'] }}", f"{strips} }}}}")
+        template = template.replace("part['text'] }}", "part['text'].split('</think>')[-1] }}")
+        with pytest.raises(ValueError, match="^teacher_completion: .* answer's 'content' whole"):
+            train_on(tmp_path, template, TALK, teacher_completion=[whole])
+        train_on(tmp_path, WRITES, TALK, teacher_completion=[whole])
     for nothing in ("", None):
         train_on(tmp_path, tiny.TEMPLATE, TALK, teacher_completion=[answer | {key: nothing}])
 

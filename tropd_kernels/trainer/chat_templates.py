@@ -5,6 +5,7 @@ another family of models.
 """
 
 import inspect
+import re
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -35,6 +36,8 @@ _LENGTHS = {
 PLAIN = "{{ messages[0]['content'][0]['text'] }}"
 #: Keys of a message with reasoning beside its content, by families of templates.
 _REASONING = {"reasoning", "reasoning_content", "thinking"}
+#: Where reasoning ends within a content.
+_THOUGHT = re.compile(r"</(\w+:)?(think|thinking|reasoning)>|\[/THINK\]")
 #: Stands for texts: no template has it of its own, or leaves it out as it may thoughts.
 _MARK = "mark7f3a"
 
@@ -200,22 +203,27 @@ def check_contents(conversations: Iterable[Any], processor: Any, **arguments: An
 def check_reasoning(
     conversation: Sequence[Mapping[str, Any]], column: str | None, processor: Any, **arguments: Any
 ) -> None:
-    """Raises ValueError for reasoning beside the content of a teacher's answer, the last message,
-    under a key that the template does not read: the answer would be learned without it.
+    """Raises ValueError for reasoning in a teacher's answer, the last message, that the template
+    leaves out, in its content or under a key of its own: the answer would be learned without it.
 
     column: the answer's. arguments: of `apply_chat_template`.
     """
-    for key in sorted(_REASONING):
-        text = conversation[-1].get(key)
-        if not isinstance(text, str) or not text.strip():
-            continue
+    answer = conversation[-1]
+    texts = {key: answer[key] for key in sorted(_REASONING) if isinstance(answer.get(key), str)}
+    parts = _parts(answer) if answer.get("content") else []
+    content = "".join(part["text"] for part in parts if _has_text(part))
+    if _THOUGHT.search(content):
+        texts["content"] = content
+    for key, text in texts.items():
         written = processor.apply_chat_template(conversation, tokenize=False, **arguments)
-        if text.strip() not in written:
+        # Templates put other spaces around it.
+        if "".join(text.split()) not in "".join(written.split()):
             others = " or ".join(map(repr, sorted(_REASONING - {key})))
             raise ValueError(
-                f"{column}: the chat template does not write the answer's {key!r}, {text!r:.80}, "
-                f"which would not be learned: give it under the template's own key ({others}), by "
-                "chat_template_kwargs if those decide it, within the content, or leave it out"
+                f"{column}: the chat template does not write the answer's {key!r} whole, "
+                f"{text!r:.80}: its reasoning would not be learned: give it as the template reads "
+                f"it, under its own key ({others}) or by chat_template_kwargs, take a template "
+                "that writes it, or leave it out"
             )
 
 

@@ -5,6 +5,8 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
 from os import PathLike
 from typing import Any
 
+import datasets
+import torch
 from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
 from . import signals, teacher_prompts
@@ -106,10 +108,12 @@ def _check_dataset(argument: str, given: Any, columns: Sequence[str]) -> None:
 
 
 def _is_no_data_set(data: Any) -> bool:
-    """Whether it is a file's name, a frame of pandas, an iterator or a function that makes one, or
-    a list of other things than rows."""
+    """Whether it is a file's name, a frame of pandas, an iterator or a function that makes one,
+    torch's own stream, or a list of other things than rows."""
     if isinstance(data, (str, PathLike, Iterator)) or hasattr(data, "iloc"):
         return True
+    if isinstance(data, torch.utils.data.IterableDataset):  # accelerate takes it for one of tensors
+        return not isinstance(data, datasets.IterableDataset)
     if not hasattr(data, "__getitem__") and not hasattr(data, "__iter__"):
         return True
     listed = isinstance(data, Sequence) and len(data) > 0
