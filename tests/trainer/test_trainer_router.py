@@ -159,3 +159,17 @@ class _nothing:
 
     def __exit__(self, *_):
         pass
+
+
+@pytest.mark.parametrize("name", GATES)
+def test_router_logits_that_a_config_asks_for(tmp_path, name):
+    """As TRL's SFT leaves it: transformers' generation fails on them beside padding."""
+    found = []
+    for asks in (False, True):
+        models = [mixture(name, seed, output_router_logits=asks) for seed in (0, 1)]
+        trainer = make(tmp_path, *models, prefix_schedule="constant", prefix_length=3)
+        trainer.train()
+        assert all(model.config.output_router_logits is asks for model in models)
+        found.append((trainer.losses, [batch["completion_ids"] for batch in trainer.batches]))
+    assert found[0][0] == found[1][0]
+    assert all(map(torch.equal, found[0][1], found[1][1]))

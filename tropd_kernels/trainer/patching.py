@@ -61,11 +61,16 @@ def evaluation_mode(model: Any) -> Iterator[None]:
 
     And no checkpointing. TRL would switch that off itself, leave it so after an exception, and
     switch it on again without the options that transformers takes out of its arguments
-    (every_n_layers).
+    (every_n_layers). Nor a router's logits, which TRL's SFT leaves in a config: in generation
+    transformers fails on them beside padding.
     """
     with contextlib.ExitStack() as modes:
         for part in model.modules():
-            for mode in ("training", "gradient_checkpointing"):
-                if getattr(part, mode, False) is True:
-                    modes.enter_context(replaced(part, **{mode: False}))
+            config = getattr(part, "config", None)
+            for owner, mode in (
+                (part, "training"), (part, "gradient_checkpointing"),
+                (config, "output_router_logits"),
+            ):  # fmt: skip
+                if getattr(owner, mode, False) is True:
+                    modes.enter_context(replaced(owner, **{mode: False}))
         yield
