@@ -203,7 +203,7 @@ def test_modules_that_an_adapter_does_not_find(tmp_path, recwarn):
         return trainer, [text for text in said if text.startswith("peft_config: target_modules")]
 
     for name, words in (("embed_token", r" \(did you mean 'embed_tokens'\?\)"), ("wte", "")):
-        words = f"^peft_config: modules_to_save: no module is called '{name}'{words}: mend it"
+        words = f"^peft_config: modules_to_save: no module is called '{name}'{words}, so "
         with pytest.raises(ValueError, match=words):
             made(modules_to_save=["lm_head", name])
     trainer, said = made(modules_to_save=["lm_head", "embed_tokens"])
@@ -222,7 +222,10 @@ def test_trained_tokens_beyond_the_embeddings(tmp_path):
     alone = lambda ids: peft.TrainableTokensConfig(token_indices=ids)
     for made in (by_lora, by_name, alone):
         make(tmp_path, tiny.model(0), peft=made([0, last]))
-        for token, words in ((last + 1, ".*no such row: .*resize_tok"), (-1, "ids are 0 or more")):
+        for token, words in (
+            (last + 1, ".*no such row: .*resize_tok"),
+            (-1, "expected ids of 0 or more"),
+        ):
             words = f"^peft_config: (trainable_)?token_indices: {words}"
             with pytest.raises(ValueError, match=words):
                 make(tmp_path, tiny.model(0), peft=made([5, token]))

@@ -280,7 +280,11 @@ ENDS = {"eos_token_id": [2, 3, 7]}
 
 
 @pytest.mark.parametrize("has_file", [True, False])
-@pytest.mark.parametrize("given", [ENDS, {"generation_config": ENDS}], ids=["end", "config"])
+@pytest.mark.parametrize(
+    "given",
+    [ENDS, {"generation_config": ENDS}, ENDS | {"generation_config": {"eos_token_id": 5}}],
+    ids=["end", "config", "both"],
+)
 def test_ends_among_the_options_of_models(tmp_path, given, has_file):
     """... with or without a generation_config.json: without one transformers drops the ends, and
     a mapping, all that YAML can write, is no config for it."""

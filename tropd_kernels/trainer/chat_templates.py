@@ -98,14 +98,16 @@ def check_template_keys(
 
 
 def as_lists(processor: Any, given: Mapping[str, Any]) -> dict[str, Any]:
-    """These `chat_template_kwargs` with `list_options`, if it is a processor that is given them."""
+    """`chat_template_kwargs` with which prompts become lists of ids: for a processor these with
+    `list_options`, for a tokenizer these."""
     if not isinstance(processor, ProcessorMixin):
         return dict(given)
-    if "processor_kwargs" not in inspect.signature(processor.apply_chat_template).parameters:
-        return list_options(processor, given)  # of transformers before 5.4
-    # All of them: some versions of transformers take the others for the whole of processor_kwargs.
-    takes = _arguments(processor) - {*inspect.signature(processor.apply_chat_template).parameters}
-    own = {key: given[key] for key in given if key in takes}
+    parameters = inspect.signature(processor.apply_chat_template).parameters
+    if "processor_kwargs" not in parameters:  # transformers before 5.4
+        return list_options(processor, given)
+    # All of the processor's arguments: transformers 5.17 puts those that stand beside
+    # processor_kwargs in its place.
+    own = {key: given[key] for key in given if key in _arguments(processor) - {*parameters}}
     options = list_options(processor, {**(given.get("processor_kwargs") or {}), **own})
     return {key: given[key] for key in given if key not in own} | {"processor_kwargs": options}
 
@@ -214,8 +216,10 @@ def check_reasoning(
     content = "".join(part["text"] for part in parts if _has_text(part))
     if _THOUGHT.search(content):
         texts["content"] = content
+    if not texts:
+        return
+    written = processor.apply_chat_template(conversation, tokenize=False, **arguments)
     for key, text in texts.items():
-        written = processor.apply_chat_template(conversation, tokenize=False, **arguments)
         # Templates put other spaces around it.
         if "".join(text.split()) not in "".join(written.split()):
             others = " or ".join(map(repr, sorted(_REASONING - {key})))

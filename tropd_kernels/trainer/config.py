@@ -162,8 +162,8 @@ class TrOPDConfig(DistillationConfig):
     )
     prefix_column: str | None = _setting(
         "column with the teacher's answer: text, or the assistant's message in a list. Without "
-        "that column the teacher writes the prefix; another column than the default has to be "
-        "there.",
+        "that column the teacher writes the prefix; a column of another name than the default "
+        "has to exist.",
         "teacher_completion",
     )
     lmbda: float = _setting(

@@ -143,7 +143,7 @@ def check_unread(
         for column in [column for column in remedies if column in (present or ())]:
             raise ValueError(
                 f"{name}: the column {column!r} would not be read: {remedies[column]}; and drop "
-                f"the column by remove_columns({column!r}), in a list from its rows"
+                f"the column by remove_columns({column!r}), or the key from the rows of a list"
             )
 
 

@@ -118,9 +118,9 @@ def check_dtypes(student: torch.dtype, teacher: torch.dtype) -> None:
         )
 
 
-def check_models(model: Any, teacher: Any, args: Any, quantization: Any, adapter: Any) -> None:
+def check_models(model: Any, teacher: Any, args: Any, quantization: Any, peft_config: Any) -> None:
     """Raises TypeError for a model that cannot generate, ValueError for options of a loaded one,
-    and for an adapter to which the model brings nothing that it begins from."""
+    and for a `peft_config` that the model was not prepared for."""
     if not isinstance(model, str) and not hasattr(model, "generation_config"):
         raise TypeError(
             f"model: a {type(model).__name__} writes no text: load it with AutoModelForCausalLM"
@@ -136,7 +136,7 @@ def check_models(model: Any, teacher: Any, args: Any, quantization: Any, adapter
                 "by its name"
             )
     check_quantization("quantization_config", quantization)
-    check_prepared(model, adapter)
+    check_prepared(model, peft_config)
     refuse_compiled("model", model)
     refuse_compiled("teacher_model", teacher)
 

@@ -70,12 +70,12 @@ class BatchReuse(WholeCheckpoints):
         own = eval_dataset is None or isinstance(eval_dataset, str)
         if own or eval_dataset is self.eval_dataset:
             return super().get_eval_dataloader(eval_dataset)
-        # Persistent workers of the run's own data set would be kept for any other one.
+        # transformers would read the run's own data again, whose persistent workers it keeps.
         with replaced(self, _eval_dataloaders={}):
             return super().get_eval_dataloader(eval_dataset)
 
     def get_test_dataloader(self, test_dataset):
-        if isinstance(test_dataset, IterableDataset):  # of which transformers' own takes tensors
+        if isinstance(test_dataset, IterableDataset):  # transformers' own looks for tensors in rows
             return self.get_eval_dataloader(test_dataset)
         return super().get_test_dataloader(test_dataset)
 
@@ -103,7 +103,7 @@ class BatchReuse(WholeCheckpoints):
         return super()._prepare_inputs(generation_batch)
 
     def batch_settings(self) -> dict[str, Any]:
-        """Under which a generation batch was written, and is to be gone on with."""
+        """What a generation batch depends on: a resumed run that goes on with it needs the same."""
         return {
             "gradient_accumulation_steps": self.args.gradient_accumulation_steps,
             "per_device_train_batch_size": self._train_batch_size,

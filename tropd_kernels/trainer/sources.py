@@ -269,17 +269,16 @@ def _rope_hint(options: Mapping[str, Any]) -> str:
 
 @dataclass
 class Loader:
-    """A model's class as TRL's loader uses it, with options that transformers leaves as they are: a
-    generation_config that is a mapping, and an end without a file of such a config."""
+    """A model's class as TRL's loader uses it, which takes two more options than transformers: a
+    mapping as generation_config, and an eos_token_id where there is no generation_config.json."""
 
     architecture: Any
 
     def from_pretrained(self, name: str, **options: Any) -> Any:
-        given = options.get("generation_config")
-        if isinstance(given, Mapping):
+        if isinstance(given := options.get("generation_config"), Mapping):
             options["generation_config"] = GenerationConfig(**given)
         model = self.architecture.from_pretrained(name, **options)
-        if given is None and "eos_token_id" in options and hasattr(model, "generation_config"):
+        if "eos_token_id" in options and hasattr(model, "generation_config"):
             model.generation_config.eos_token_id = options["eos_token_id"]
         return model
 

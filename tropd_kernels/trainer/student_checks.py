@@ -152,7 +152,8 @@ def check_saved_modules(model: torch.nn.Module) -> None:
                 known = {name.rpartition(".")[2] for name in names}
                 raise ValueError(
                     f"peft_config: modules_to_save: no module is called {wanted!r}"
-                    f"{nearest(wanted, known)}: mend it, or leave it out"
+                    f"{nearest(wanted, known)}, so nothing would be trained for it: mend the name, "
+                    "or leave it out"
                 )
 
 
@@ -165,8 +166,8 @@ def _targets_warning(model: torch.nn.Module) -> str | None:
         for target in sorted(wanted) if isinstance(wanted, (list, set, tuple)) else ():
             if not any(name.endswith(f".{target}") for name in names):
                 return (
-                    f"peft_config: target_modules: no module is called {target!r}, so that no "
-                    "adapter is there: mend it, or leave it out"
+                    f"peft_config: target_modules: no module is called {target!r}, so nothing is "
+                    "adapted for it: mend the name, or leave it out"
                 )
     return None
 
@@ -183,7 +184,7 @@ def check_causal(model: torch.nn.Module, side: str, sees_images: bool) -> None:
         raise ValueError(
             f"{side}: the tokens of this {config.model_type} model attend to later ones (its "
             f"config's {key}), so that the loss would read what was not written yet: choose "
-            "another model, or of one that sees images give its processor as processing_class"
+            "another model, or, if it sees images, give its processor as processing_class"
         )
 
 
@@ -200,12 +201,15 @@ def check_task_type(model: torch.nn.Module) -> None:
 
 
 def check_prepared(model: Any, config: Any) -> None:
-    """Raises ValueError for a `peft_config` whose adapter begins from data that PEFT was not shown,
-    where it begins as if it were not asked for, without a word, and for negative ids of tokens.
-    """
+    """Raises ValueError for a `peft_config` that PEFT takes without a word and does not carry out:
+    an initialisation from data (EVA, LoRA-GA) for which the model was not prepared, and negative
+    ids of trained tokens."""
     key, tokens = _trained_tokens(config)
     if any(token < 0 for token in tokens):
-        raise ValueError(f"peft_config: {key}: ids are 0 or more, got {min(tokens)}")
+        raise ValueError(
+            f"peft_config: {key}: expected ids of 0 or more, got {min(tokens)}: give the ids of "
+            "tokens in the embeddings"
+        )
     init = getattr(config, "init_lora_weights", None)
     if init == "eva":
         remedy = "give as model the PeftModel on which initialize_lora_eva_weights was called"
